@@ -1,0 +1,113 @@
+"""Roles such as {q} or {block}: what each model family calls its parts."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Anatomy:
+  """The names of one model family.
+
+  Attributes:
+    name: of the family.
+    roles: {role: regex over whole paths}. Roles that methods use by default: block (a residual
+      block), q, k, v, o (projections), attention (the module that calls them), mlp, fc1, fc2, norm
+      (inside blocks), final_norm, embed (makes the tokens), encoder (runs the blocks), head,
+      linear (every linear map of a block).
+    causal: whether a token sees only the tokens before it.
+    lead: how many special tokens (class, distillation) stand before the others.
+    exit: the role whose output is the last hidden state: 'final_norm', or 'encoder' where blocks
+      end with a norm.
+    attend: attention with extra keys and values, for models that compute it inline:
+      (call, keys, values, *args, **kwargs) -> out of the {attention} module, keys and values being
+      [rows, kv heads, head size].
+    side: how a side block is called: {keyword of the block: role whose own output it is}, such as
+      {'bias': 'position_bias', 'context': 'context'}.
+  """
+
+  name: str
+  roles: Mapping[str, str]
+  causal: bool = False
+  lead: int = 0
+  exit: str = 'final_norm'
+  attend: Callable[..., Any] | None = None
+  side: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+  def role(self, name: str) -> str:
+    """The pattern of a role.
+
+    Raises:
+      ValueError: this family has no such part.
+    """
+    if name not in self.roles:
+      near = difflib.get_close_matches(name, self.roles, 1)
+      hint = f'; did you mean {{{near[0]}}}?' if near else ''
+      raise ValueError(f'the anatomy {self.name!r} has no role {{{name}}}, only '
+                       f'{", ".join(self.roles)}{hint}')
+    return self.roles[name]
+
+
+_BLOCK = r'(?:.*/)?(?:block_\d+|blocks)'
+_VIT_BLOCK = r'(?:.*/)?encoderblock(?:_\d+)?'
+_MHA = r'(?:.*/)?MultiHeadDotProductAttention_\d+'
+_LAYER = r'(?:.*/)?layers(?:/\d+)?'
+
+_OWN = {
+  'block': _BLOCK, 'encoder_block': r'encoder/(?:block_\d+|blocks)',
+  'decoder_block': r'decoder/(?:block_\d+|blocks)',
+  'attention': rf'{_BLOCK}/(?:cross_)?attention', 'mlp': rf'{_BLOCK}/mlp',
+  'q': rf'{_BLOCK}/(?:cross_)?attention/query', 'k': rf'{_BLOCK}/(?:cross_)?attention/key',
+  'v': rf'{_BLOCK}/(?:cross_)?attention/value', 'o': rf'{_BLOCK}/(?:cross_)?attention/out',
+  'fc1': rf'{_BLOCK}/mlp/(?:fc1|gate)', 'fc2': rf'{_BLOCK}/mlp/fc2',
+  'linear': rf'{_BLOCK}/(?:(?:cross_)?attention/(?:query|key|value|out)|mlp/(?:fc1|gate|fc2))',
+  'norm': rf'{_BLOCK}/norm(?:1|2|_cross)', 'head': r'head(?:_\w+)?',
+}
+
+# The first of the families that fit best is chosen, so the order matters only between equals.
+ANATOMIES: dict[str, Anatomy] = {a.name: a for a in (
+  Anatomy('vit', {**_OWN, 'embed': r'embed', 'patch': r'embed/patch', 'encoder': r'encoder',
+                  'final_norm': r'final_norm'}, lead=1),
+  Anatomy('bert', {**_OWN, 'embed': r'embed', 'encoder': r'encoder', 'pooler': r'pooler',
+                   'word': r'embed/word'}, lead=1, exit='encoder'),
+  Anatomy('t5', {**_OWN, 'embed': r'embed', 'encoder': r'encoder', 'decoder': r'decoder',
+                 'final_norm': r'(?:en|de)coder/final_norm', 'encoder_norm': r'encoder/final_norm',
+                 'decoder_norm': r'decoder/final_norm',
+                 'position_bias': r'(?:en|de)coder/position_bias'},
+          side={'bias': 'position_bias', 'context': 'context'}),
+  Anatomy('vision_transformer', {
+    'block': _VIT_BLOCK, 'attention': rf'{_VIT_BLOCK}/MultiHeadDotProductAttention_\d+',
+    'q': rf'{_MHA}/query', 'k': rf'{_MHA}/key', 'v': rf'{_MHA}/value', 'o': rf'{_MHA}/out',
+    'mlp': rf'{_VIT_BLOCK}/Ml[pP](?:Block)?_\d+', 'fc1': rf'{_VIT_BLOCK}/Ml[pP](?:Block)?_\d+/Dense_0',
+    'fc2': rf'{_VIT_BLOCK}/Ml[pP](?:Block)?_\d+/Dense_1',
+    'linear': rf'{_MHA}/(?:query|key|value|out)|{_VIT_BLOCK}/Ml[pP](?:Block)?_\d+/Dense_\d+',
+    'norm': rf'{_VIT_BLOCK}/LayerNorm_\d+', 'final_norm': r'(?:.*/)?encoder_norm',
+    'patch': r'embedding', 'embed': r'embedding', 'encoder': r'Transformer', 'head': r'head'}, lead=1),
+  Anatomy('decoder', {
+    'block': _LAYER, 'attention': rf'{_LAYER}/(?:self_)?attn', 'mlp': rf'{_LAYER}/mlp',
+    'q': rf'{_LAYER}/(?:self_)?attn/q_(?:proj|einsum)', 'k': rf'{_LAYER}/(?:self_)?attn/(?:k_proj|kv_einsum)',
+    'v': rf'{_LAYER}/(?:self_)?attn/(?:v_proj|kv_einsum)',
+    'o': rf'{_LAYER}/(?:self_)?attn/(?:o_proj|attn_vec_einsum)',
+    'fc1': rf'{_LAYER}/mlp/(?:gate|up)_proj', 'fc2': rf'{_LAYER}/mlp/down_proj',
+    'linear': rf'{_LAYER}/(?:self_)?attn/(?:[qkvo]_proj|\w*einsum)|{_LAYER}/mlp(?:/\w+_proj)?',
+    'norm': rf'{_LAYER}/\w*norm\w*', 'final_norm': r'final_norm|norm', 'embed': r'(?:embedder|embed_tokens)',
+    'head': r'lm_head'}, causal=True),
+)}
+
+
+def register_anatomy(anatomy: Anatomy) -> None:
+  """Makes roles known for a model family; an own family wins over those of jpeft where it fits as well."""
+  rest = {k: v for k, v in ANATOMIES.items() if k != anatomy.name}
+  ANATOMIES.clear()
+  ANATOMIES.update({anatomy.name: anatomy, **rest})
+
+
+def choose(sites) -> Anatomy | None:
+  """The family whose roles match the largest share of a model's sites, if any matches its blocks."""
+  def fit(anatomy: Anatomy) -> tuple[bool, float]:
+    hits = {r: any(re.fullmatch(p, path) for path in sites) for r, p in anatomy.roles.items()}
+    return hits['block'], sum(hits.values()) / len(hits)
+  best = max(ANATOMIES.values(), key=fit)
+  return best if fit(best)[0] else None

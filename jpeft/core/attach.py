@@ -1,0 +1,479 @@
+"""attach(model, method, backbone, *example) -> Tuned: pure functions, resolved once, from shapes."""
+
+import dataclasses
+import functools
+import inspect as python_inspect
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .boxes import Box, Lazy, Reader, inject, read
+from .fuse import field_of, fused
+from .inspect import backend_of, sites_of
+from .linen import join
+from .rules import Call, Method, Rule, Weight
+from .sites import Site, Sites, natural
+
+_TRAINS = {'train': True, 'training': True, 'is_training': True, 'deterministic': False,
+           'inference': False, 'eval': False}
+
+
+class Bound:
+  """What a Call receives: the call it wraps, and what it may ask of the model around it.
+
+  Attributes:
+    site: where it is.
+    module: the module in the user's model, bound.
+    training: whether dropout and noise are on.
+  """
+
+  def __init__(self, run, *, site: Site, module, backend, path: str, taps, key, training: bool):
+    self._run, self._backend, self._path, self._taps, self._key = run, backend, path, taps, key
+    self.site, self.module, self.training = site, module, training
+
+  def __call__(self, *args, **kwargs):
+    return self._run(*args, **kwargs)
+
+  def tap(self, **values: jax.Array) -> None:
+    """Records arrays under this site; of a scanned layer they come stacked."""
+    self._backend.tap(self.module, values)
+
+  def taps(self) -> dict[str, dict[str, jax.Array]]:
+    """{site path: {name: array}} recorded so far, in the order of the layers."""
+    return dict(sorted(self._taps().items(), key=lambda item: natural(item[0])))
+
+  def inject(self, **fields):
+    """Sets the module's own injection points (attention_fn, ...) for the length of one call."""
+    return inject(self.module, **fields)
+
+  def outside(self):
+    """A context in which modules of the rule's own run; no other rule sees them."""
+    return self._backend.outside()
+
+  def rng(self, what: str) -> jax.Array | None:
+    """A random key for one layer and step in training, None in evaluation.
+
+    Raises:
+      ValueError: the model trains, and no key was given.
+    """
+    if not self.training:
+      return None
+    if self._key is None:
+      raise ValueError(f'{what} at {self.site.path!r} needs a random key: call '
+                       "tuned.apply(..., rngs={'dropout': key})")
+    return self._key
+
+  def pure(self):
+    """(fn, arrays): the wrapped module as a pure function fn(arrays, *args, **kwargs).
+
+    What reverses, recomputes, compresses or runs a block again is written on it. Other rules act
+    inside; what the module writes (caches, statistics, taps) is dropped.
+    """
+    return self._backend.pure(self.module, self._path)
+
+  def saving(self, pack, unpack):
+    """The wrapped call, with what its backward pass keeps stored as pack(array).
+
+    Args:
+      pack: array -> pytree, for every array that the backward pass keeps and that the module does
+        not hold itself.
+      unpack: the inverse.
+
+    Returns:
+      A function of positional arguments, differentiable once in them and in what the module reads.
+    """
+    fn, arrays = self.pure()
+    structure = []
+
+    @jax.custom_vjp
+    def run(arrays, args):
+      return fn(arrays, *args)
+
+    def forward(arrays, args):
+      out, vjp = jax.vjp(lambda arrays, args: fn(arrays, *args), arrays, args)
+      leaves, tree = jax.tree.flatten(vjp)
+      held = [id(x) for x in jax.tree.leaves(arrays)]
+      kept = [held.index(id(x)) if id(x) in held else None for x in leaves]
+      structure[:] = [(tree, kept)]
+      packed = [pack(x) for x, i in zip(leaves, kept, strict=True) if i is None]
+      return out, (packed, arrays)
+
+    def backward(residuals, cotangent):
+      # Tied to the cotangent, lest XLA unpacks early or keeps the wide values after all.
+      (packed, arrays), cotangent = jax.lax.optimization_barrier((residuals, cotangent))
+      (tree, kept), own, wide = structure[0], jax.tree.leaves(arrays), iter(packed)
+      leaves = [unpack(next(wide)) if i is None else own[i] for i in kept]
+      return jax.tree.unflatten(tree, leaves)(cotangent)
+
+    run.defvjp(forward, backward)
+    return lambda *args: run(arrays, args)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tuned:
+  """A method resolved against a model: pure functions over two trees, theta and the backbone.
+
+  Attributes:
+    model: the user's module, untouched.
+    rules: (rule, site), in the order in which they act.
+    sites: all sites of the model.
+    method: as given to `attach`.
+    backbone: the shapes of what the model holds.
+  """
+
+  model: Any
+  rules: tuple[tuple[Rule, Site], ...]
+  sites: Sites
+  method: Method
+  backbone: Any
+
+  @functools.cached_property
+  def shapes(self):
+    """theta as shapes; nothing is computed."""
+    return jax.eval_shape(self.init, jax.random.key(0), self.backbone)
+
+  def init(self, key: jax.Array, backbone) -> dict:
+    """theta = {method name: {site path: arrays}}; arrays of stacked layers lead with the stack."""
+    backend, theta = backend_of(self.model), {}
+    flat = backend.arrays(self.model, backbone)
+    for rule, site in self.rules:
+      t = self._init_rule(rule, site, _key(key, rule, site), flat)
+      if jax.tree.leaves(t):
+        theta.setdefault(rule.name, {}).setdefault(site.path, {}).update(t)
+    return theta
+
+  def _init_rule(self, rule: Rule, site: Site, key, flat):
+    whole = {name: flat[join(site.path, name)] for name in site.leaves}
+    if not site.axes:
+      return rule.init(key, site, Arrays(whole, flat))
+    arrays = {name: site.lead(read(x)) for name, x in whole.items()}
+    keys = jax.random.split(key, site.lengths)
+    return site.per_layer(lambda k, a: rule.init(k, site, Arrays(a, flat)))(keys, arrays)
+
+  def apply(self, theta, backbone, *args, **kwargs):
+    """The model's output under the method; differentiable in theta alone.
+
+    Args:
+      theta: from `init`.
+      backbone: as given to `attach`; under stop_gradient.
+      *args, **kwargs: of the model's call. For Linen `rngs`, `mutable` and `method` are those of
+        `Module.apply`; for NNX `rngs={'dropout': key}` seeds the model's streams, `mutable=True` or
+        a filter also returns the Variables that the call wrote, `method` names the method.
+
+    Returns:
+      The output, or (output, state) with `mutable`.
+    """
+    backend = backend_of(self.model)
+    backbone = jax.tree.map(_frozen, backbone)
+    theta = self._fix(theta)
+    flat = dict(backend.arrays(self.model, backbone))
+    training, key = _mode(self.model, args, kwargs)
+    boxed, wrapped = self._plan
+    for rule, site in boxed:
+      whole = {name: flat[join(site.path, name)] for name in site.leaves}
+      t = jax.tree.map(site.place, self._theta(theta, rule, site))
+      flat |= {join(site.path, n): Lazy(whole, t, _Applied(rule, site), n) for n in _changes(rule, site)}
+    riders = {path: self._rider(theta, rules, key) for path, rules in wrapped.items()}
+    wanted = frozenset((site.path, getattr(rule, 'method', '__call__'))
+                       for rules in wrapped.values() for rule, site in rules)
+    taps = any(isinstance(rule, Call) and rule.taps for rule, _ in self.rules)
+    return backend.run(self.model, backbone, flat, riders, self._hooks[training], wanted, taps, args,
+                       dict(kwargs))
+
+  def merge(self, theta, backbone):
+    """Plain weights: a backbone that the untouched model runs as `apply` runs theta.
+
+    Raises:
+      ValueError: some rule changes the computation in a way that no weights express.
+    """
+    self._check_mergeable()
+    backend, theta = backend_of(self.model), self._fix(theta)
+    flat = dict(backend.arrays(self.model, backbone))
+    for rule, site in self.rules:
+      change = rule.merge if isinstance(rule, Call) else rule.apply
+      arrays = {name: read(flat[join(site.path, name)]) for name in site.leaves}
+      fn = site.per_layer(lambda t, a, change=change, site=site: change(t, site, a))
+      t = self._theta(theta, rule, site)
+      new = fn(t, {name: site.lead(a) for name, a in arrays.items()}) if arrays else {}
+      flat |= {join(site.path, n): site.place(w).astype(arrays[n].dtype) for n, w in new.items()}
+    return backend.replace(self.model, backbone, flat)
+
+  @property
+  def mergeable(self) -> bool:
+    """Whether `merge` can be called."""
+    return not self.unmergeable
+
+  @property
+  def unmergeable(self) -> list[tuple[Rule, Site]]:
+    return [(r, s) for r, s in self.rules if isinstance(r, Call) and r.merge is None]
+
+  def _check_mergeable(self) -> None:
+    for rule, site in self.unmergeable:
+      raise ValueError(f'{rule.name} at {site.path!r} changes the computation, not the weights: it '
+                       'cannot be merged')
+
+  @property
+  def updates(self) -> bool:
+    """Whether `update` does anything."""
+    return any(rule.update for rule, _ in self.rules)
+
+  def update(self, theta, step, key):
+    """theta after the schedules and periodic edits that the method's rules make.
+
+    Args:
+      theta: after the optimizer's update.
+      step: how many updates were made, a scalar (it may be traced).
+      key: a random key.
+    """
+    theta = {name: dict(sites) for name, sites in theta.items()}
+    for rule, site in self.rules:
+      if rule.update and site.path in theta.get(rule.name, {}):
+        fn = lambda t, k, rule=rule, site=site: rule.update(t, site, step, k)
+        sub = _key(key, rule, site)
+        keys = jax.random.split(sub, site.lengths) if site.axes else sub
+        theta[rule.name][site.path] = site.per_layer(fn)(theta[rule.name][site.path], keys)
+    return theta
+
+  def trainable(self, theta) -> Any:
+    """A tree of bools: False for the entries that a rule holds fixed."""
+    fixed = {}
+    for rule, site in self.rules:
+      fixed.setdefault((rule.name, site.path), set()).update(rule.fixed)
+    def leaf(path, _):
+      names = [getattr(k, 'key', None) for k in path]
+      return not fixed.get((names[0], names[1]), set()) & set(names[2:])
+    return jax.tree_util.tree_map_with_path(leaf, theta)
+
+  def only(self, *names: str) -> 'Tuned':
+    """The same model with some of its adapters; they read the same theta.
+
+    Raises:
+      ValueError: no rule has such a name.
+    """
+    known = self.method.names
+    for name in names:
+      if name not in known:
+        raise ValueError(f'no adapter is called {name!r}; there are {", ".join(known)}')
+    rules = tuple((r, s) for r, s in self.rules if r.name in names)
+    return dataclasses.replace(self, rules=rules, method=Method(
+      pair for pair in self.method if pair[1].name in names))
+
+  # What follows is resolved once and read at every trace.
+
+  @functools.cached_property
+  def _plan(self) -> tuple[list, dict]:
+    """(rules that act through boxes, {path: rules that wrap calls}).
+
+    A Weight is fused when every Weight after it, at its site, is: merge equals apply in any order.
+    """
+    boxed, wrapped = [], {}
+    for rule, site in reversed(self.rules):
+      if isinstance(rule, Call) or _fusible(rule, site) and all(s is not site for _, s in boxed):
+        wrapped.setdefault(site.path, []).insert(0, (rule, site))
+      else:
+        boxed.insert(0, (rule, site))
+    return boxed, wrapped
+
+  @functools.cached_property
+  def _hooks(self) -> dict:
+    return {training: functools.partial(self._hook, training) for training in (True, False)}
+
+  def _hook(self, training, path, method, module, call, rider, taps):
+    """Wraps one call of one module; holds no arrays, so that traces may be cached by it."""
+    backend, key = backend_of(self.model), rider.get('key')
+    if key is not None:
+      key = jax.random.wrap_key_data(key)
+    here = [(r, s) for r, s in self._plan[1][path] if getattr(r, 'method', '__call__') == method]
+    weights = [(r, rider['theta'].get(r.name, {})) for r, _ in here if isinstance(r, Weight)]
+    if weights:
+      call = fused(weights, self.sites[path], module, call, key if training else None)
+    for rule, site in here:
+      if isinstance(rule, Call):
+        sub = None if key is None else jax.random.fold_in(key, zlib.crc32(rule.name.encode()))
+        bound = Bound(call, site=site, module=module, backend=backend, path=path, taps=taps, key=sub,
+                      training=training)
+        call = functools.partial(_called, rule, rider['theta'].get(rule.name, {}), bound)
+    return call
+
+  def _theta(self, theta, rule: Rule, site: Site):
+    """One rule's entry of theta; a clear error where theta is of another method."""
+    try:
+      return theta[rule.name][site.path]
+    except KeyError:
+      if _has_theta(rule, site):
+        held = ', '.join(theta) or 'nothing'
+        raise ValueError(f'theta has no entry {rule.name!r} for {site.path!r} (it holds {held}): was it '
+                         'made by another method?') from None
+      return {}
+
+  def _rider(self, theta, rules, key):
+    """What rides into the modules of one path: theta, a random key, and a mark of this Tuned, so
+    that a jitted layer cached for another method is traced again."""
+    site = rules[0][1]
+    rider = {'theta': {rule.name: self._theta(theta, rule, site) for rule, site in rules},
+             f'id{id(self)}': jnp.zeros(site.lengths)}
+    if key is not None:
+      sub = jax.random.fold_in(key, zlib.crc32(site.path.encode()))
+      keys = jax.random.split(sub, site.lengths) if site.axes else sub
+      rider['key'] = jax.random.key_data(keys)
+    return jax.tree.map(site.place, rider)
+
+  def _fix(self, theta):
+    if not any(rule.fixed for rule, _ in self.rules):
+      return theta
+    return jax.tree.map(lambda x, train: x if train else jax.lax.stop_gradient(x), theta,
+                        self.trainable(theta))
+
+
+class Arrays(Reader):
+  """The arrays of a site, for `init`: a mapping by name, and `model`, all arrays of the backbone."""
+
+  def __init__(self, arrays, flat):
+    super().__init__(arrays)
+    self.model = Reader(flat)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Applied:
+  """(theta, arrays) -> new arrays, for a box."""
+
+  rule: Weight
+  site: Site
+
+  def __call__(self, theta, arrays):
+    return self.rule.apply(theta, self.site, arrays)
+
+
+def attach(model, method: Method, backbone, /, *args, **kwargs) -> Tuned:
+  """Resolves `method` against `model`.
+
+  Args:
+    model: a Linen or an NNX module; it is read, never changed.
+    method: such as `lora(8)` or `chain(lora(8), tune('{head}'))`.
+    backbone: what the model holds: Linen's variables, or `nnx.state(model)`; shapes will do.
+    *args: an example input; shapes (jax.ShapeDtypeStruct) will do.
+    **kwargs: keyword arguments of the forward pass.
+
+  Raises:
+    ValueError: a pattern matches no site, or no site that its rule can adapt; two rules of one
+      name meet at a site.
+  """
+  sites = sites_of(model, backbone, *args, **kwargs)
+  rules = [(rule, site) for pattern, rule in method for site in _match(pattern, rule, sites)]
+  rules.sort(key=lambda pair: isinstance(pair[0], Call))  # arrays come before the call that reads them
+  seen = set()
+  for rule, site in rules:
+    what = (rule.name, site.path, getattr(rule, 'method', '__call__'))
+    if what in seen:
+      raise ValueError(f'two rules called {rule.name!r} meet at {site.path!r}; give one of the methods '
+                       'another name=')
+    seen.add(what)
+  tuned = Tuned(model, tuple(rules), sites, Method(method), jax.eval_shape(lambda: backbone))
+  for rule, site in tuned._plan[0]:
+    if rule.needs_dot:
+      raise ValueError(f'{rule.name} at {site.path!r}: dropout acts on the input of a layer, and '
+                       f'{site.kind or "this module"} offers no injection point for it; use dropout=0')
+  return tuned
+
+
+def _match(pattern: str, rule: Rule, sites: Sites) -> list[Site]:
+  """The sites a rule acts on; says what was near when there are none."""
+  hits = sites.find(pattern)
+  good = [s for s in hits if (s.out is not None if isinstance(rule, Call) else _changes(rule, s))]
+  if not good:
+    why = f'{len(hits)} sites match, but none has what it adapts' if hits else 'no site matches'
+    raise ValueError(f'{rule.name}: {why}: {pattern!r}. Near it, of {len(sites)} sites: '
+                     f'{", ".join(sites.nearest(pattern))}')
+  return good
+
+
+def _shapes(site: Site) -> dict[str, jax.ShapeDtypeStruct]:
+  return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in site.leaves.items()}
+
+
+@functools.lru_cache(maxsize=65536)
+def _changes(rule: Weight, site: Site) -> tuple[str, ...]:
+  """The names of the arrays that a Weight replaces at a site, from shapes."""
+  def new(key, arrays):
+    return rule.apply(rule.init(key, site, Arrays(arrays, {})), site, arrays)
+  return tuple(jax.eval_shape(new, jax.random.key(0), _shapes(site)))
+
+
+@functools.lru_cache(maxsize=65536)
+def _has_theta(rule: Rule, site: Site) -> bool:
+  return isinstance(rule, Weight) or rule.init is not Call.__dataclass_fields__['init'].default
+
+
+def _fusible(rule: Weight, site: Site) -> bool:
+  return rule.dot is not None and field_of(site) is not None and _changes(rule, site) == tuple(site.matrices)
+
+
+def _frozen(x):
+  return jax.lax.stop_gradient(x) if hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, jnp.inexact) else x
+
+
+def _key(key, rule: Rule, site: Site):
+  """A key for a rule at a site that no other rule or site changes."""
+  return jax.random.fold_in(key, zlib.crc32(f'{rule.name} {site.path}'.encode()))
+
+
+def _called(rule: Call, theta, bound: Bound, *args, **kwargs):
+  """Runs a Call in the dtype of its input, and gives back the dtype that the layer gives."""
+  dtypes = []
+
+  def call(*a, **kw):
+    out = bound_run(*a, **kw)
+    dtypes.append([getattr(x, 'dtype', None) for x in jax.tree.leaves(out)])
+    return out
+
+  bound_run, bound._run = bound._run, call
+  floats = [x.dtype for x in jax.tree.leaves((args, kwargs))
+            if hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, jnp.floating)]
+  dtype = floats[0] if floats else bound.site.out.dtype
+  out = rule.apply(_cast(theta, dtype), bound, *args, **kwargs)
+  leaves, tree = jax.tree.flatten(out)
+  if dtypes and len(dtypes[-1]) == len(leaves):
+    leaves = [x.astype(d) if d is not None and hasattr(x, 'astype') and x.dtype != d else x
+              for x, d in zip(leaves, dtypes[-1], strict=True)]
+  return jax.tree.unflatten(tree, leaves)
+
+
+def _cast(tree, dtype):
+  return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def _mode(model, args, kwargs) -> tuple[bool, jax.Array | None]:
+  """(whether dropout is on, the key for it): the model's own flag decides, else whether a key came."""
+  rngs = kwargs.get('rngs')
+  key = rngs.get('dropout') if isinstance(rngs, dict) else None
+  flag = _flag(model, args, {k: v for k, v in kwargs.items() if k not in ('rngs', 'mutable')})
+  training = key is not None if flag is None else flag
+  return training, key if training else None
+
+
+def _flag(model, args, kwargs) -> bool | None:
+  """What the call, or else the model, says about training; None when neither says anything."""
+  method = kwargs.pop('method', None) or '__call__'
+  fn = getattr(type(model), method) if isinstance(method, str) else method
+  try:
+    given = python_inspect.signature(fn).bind(model, *args, **kwargs)
+  except (TypeError, ValueError):
+    return None
+  given.apply_defaults()
+  values = {**given.arguments, **given.arguments.get('kwargs', {})}
+  for name, trains in _TRAINS.items():
+    if isinstance(values.get(name), bool):
+      return values[name] == trains
+  flags = {m.deterministic for m in _modules(model) if isinstance(getattr(m, 'deterministic', None), bool)}
+  return None if not flags else not all(flags)
+
+
+def _modules(model):
+  """The root of a Linen model; all modules of an NNX model, whose train() and eval() set them all."""
+  backend = backend_of(model)
+  return [model] if not hasattr(backend, 'modules') else backend.modules(model)
+
+
+__all__ = ['Arrays', 'Bound', 'Box', 'Tuned', 'attach']

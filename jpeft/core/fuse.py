@@ -1,0 +1,142 @@
+"""x @ w + delta through a module's own injection point, so that no gradient of w is ever formed."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .boxes import inject
+from .rules import Weight
+from .sites import Leaf, Site
+
+_DEFAULTS = {
+  'dot_general': jax.lax.dot_general,
+  'einsum_op': jnp.einsum,
+  'conv_general_dilated': jax.lax.conv_general_dilated,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+  """What a kernel is applied to: `operand @ m` for any m [fan_in, k] gives [..., k].
+
+  For a convolution that is the convolution by m, its rows ordered as the kernel's.
+  """
+
+  x: jax.Array
+  multiply: Callable[[jax.Array, jax.Array], jax.Array]
+
+  def __matmul__(self, m: jax.Array) -> jax.Array:
+    return self.multiply(self.x, m.astype(self.x.dtype))
+
+  def map(self, fn: Callable[[jax.Array], jax.Array]) -> 'Operand':
+    """The same operand with fn(x) in place of x: dropout, a mask, a scale."""
+    return dataclasses.replace(self, x=fn(self.x))
+
+
+def field_of(site: Site) -> str | None:
+  """The injection point through which the site's only kernel is applied, if it has one."""
+  fields = [f for f in _DEFAULTS if f in site.fields]
+  if len(site.matrices) != 1 or not fields or site.leaves[site.matrices[0]].batch:
+    return None
+  return fields[0]
+
+
+def fused(rules: Sequence[tuple[Weight, Any]], site: Site, module, call, key) -> Callable:
+  """The call with `rules` applied to x @ w instead of w.
+
+  Args:
+    rules: (rule, t) in order; each rule has `dot`.
+    site: where; `field_of(site)` is not None.
+    module: the bound module.
+    call: its call.
+    key: for dropout, or None.
+  """
+  field, (array,) = field_of(site), site.matrices
+  leaf, base = site.leaves[array], getattr(module, field) or _DEFAULTS[field]
+  split = {'dot_general': _dot, 'einsum_op': _einsum, 'conv_general_dilated': _conv}[field]
+  used = []
+
+  def op(*args, **kwargs):
+    x, kernel, to_rows, from_rows = split(base, leaf, *args, **kwargs)
+    out = base(*args, **kwargs)
+    used.append(field)
+    y, arrays = to_rows(out), {array: kernel}
+    for i, (rule, t) in enumerate(rules):
+      t = jax.tree.map(lambda a: a.astype(y.dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, t)
+      w = lambda arrays=arrays: leaf.fold(arrays[array])
+      sub = None if key is None else jax.random.fold_in(key, i)
+      y = rule.dot(t, x, y, w, sub).astype(out.dtype)
+      arrays = _after(rule, t, site, arrays)
+    return from_rows(y, out.shape)
+
+  def run(*args, **kwargs):
+    with inject(module, **{field: op}):
+      out = call(*args, **kwargs)
+    if not used:
+      raise ValueError(f'{site.kind} at {site.path!r} never used the {field} it offers')
+    return out
+
+  return run
+
+
+class _after(dict):
+  """The arrays as a rule leaves them, computed when a later rule asks."""
+
+  def __init__(self, rule, t, site, arrays):
+    super().__init__()
+    self._make = lambda: rule.apply(t, site, arrays)
+
+  def __missing__(self, name):
+    self.update(self._make())
+    return self[name]
+
+
+def _dot(base, leaf: Leaf, lhs, rhs, dims, *args, **kwargs):
+  (left, right), (batch, _) = dims
+  if batch:
+    raise NotImplementedError('a dot_general with batch axes')
+  # The rows of the folded kernel follow its own axes, whatever order the call names them in.
+  axes = [a for _, a in sorted(zip(right, left, strict=True))]
+  free = [i for i in range(lhs.ndim) if i not in left]
+
+  def multiply(x, m):
+    rows = jnp.transpose(x, (*free, *axes)).reshape(*(x.shape[i] for i in free), -1)
+    return base(rows, m, (((rows.ndim - 1,), (0,)), ((), ())), *args, **kwargs)
+
+  to_rows = lambda y: y.reshape(*y.shape[: len(free)], -1)
+  return Operand(lhs, multiply), rhs, to_rows, lambda y, shape: y.reshape(shape)
+
+
+def _einsum(base, leaf: Leaf, spec: str, lhs, rhs, *args, **kwargs):
+  inputs, out = spec.replace(' ', '').split('->')
+  left, right = inputs.split(',')
+  ins, outs = (''.join(right[i] for i in axes) for axes in (leaf.ins, leaf.outs))
+  free = ''.join(c for c in out if c not in outs)
+  new = next(c for c in 'zyxwvutsrqponmlkjihgfedcba' if c not in spec)
+
+  def multiply(x, m):
+    m = m.reshape(*(leaf.shape[i] for i in leaf.ins), -1)
+    return base(f'{left},{ins}{new}->{free}{new}', x, m, *args, **kwargs)
+
+  def to_rows(y):
+    y = jnp.einsum(f'{out}->{free}{outs}', y)
+    return y.reshape(*y.shape[: y.ndim - len(outs)], -1)
+
+  def from_rows(y, shape):
+    y = y.reshape(*y.shape[:-1], *(leaf.shape[i] for i in leaf.outs))
+    return jnp.einsum(f'{free}{outs}->{out}', y)
+
+  return Operand(lhs, multiply), rhs, to_rows, from_rows
+
+
+def _conv(base, leaf: Leaf, lhs, rhs, *args, **kwargs):
+  dims = kwargs.get('dimension_numbers') or (args[4] if len(args) > 4 else None)
+  dims = jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, dims)
+  channel = dims.out_spec[1]
+  multiply = lambda x, m: jnp.moveaxis(base(x, leaf.unfold(m, (m.shape[-1],)), *args, **kwargs),
+                                       channel, -1)
+  return (Operand(lhs, multiply), rhs, lambda y: jnp.moveaxis(y, channel, -1),
+          lambda y, shape: jnp.moveaxis(y, -1, channel))

@@ -1,0 +1,150 @@
+"""NNX: boxed values and a class swap per instance, on a fresh merge: the user's model is never touched."""
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Mapping
+
+import jax
+from flax import nnx
+
+from .boxes import Box
+
+RIDER, TAP = 'jpeft', 'jpeft_tap'
+
+_root: contextvars.ContextVar = contextvars.ContextVar('jpeft_root')
+
+
+class _Rider(nnx.Param):
+  """What a module finds beside its arrays. A Param, so that the user's scans slice it like one; it
+  lives in the fresh copy alone, where no optimizer looks."""
+
+
+class _Tap(nnx.Variable):
+  """What a rule recorded at a module."""
+
+
+def _name(path) -> str:
+  return '/'.join(map(str, path))
+
+
+def arrays(model, backbone) -> dict:
+  """{'path/name': array or box} of all weights: every Variable but caches, statistics and rngs."""
+  kinds = {_name(k): v.type if isinstance(v, nnx.VariableMetadata) else type(v)
+           for k, v in nnx.to_flat_state(nnx.state(model))}
+  flat = _flat(backbone)
+  if unknown := sorted(set(flat) - set(kinds)):
+    raise ValueError(f'the backbone of an NNX model is nnx.state(model); this model has no {unknown[0]!r}')
+  return {k: v for k, v in flat.items() if _is_weight(kinds[k])}
+
+
+def _is_weight(kind: type) -> bool:
+  return not issubclass(kind, (nnx.RngState, nnx.BatchStat, nnx.Cache, nnx.Intermediate, _Tap))
+
+
+def _flat(backbone) -> dict:
+  return {_name(k): v for k, v in nnx.to_flat_state(nnx.as_pure(backbone))}
+
+
+def replace(model, backbone, flat: Mapping):
+  """The backbone with other arrays."""
+  pure = nnx.to_flat_state(nnx.as_pure(backbone))
+  return nnx.from_flat_state([(k, flat.get(_name(k), v)) for k, v in pure])
+
+
+def shapes_inside(module) -> dict[str, tuple[int, ...]]:
+  """The shapes of all arrays in a module, as it sees them inside its call."""
+  inside = nnx.to_flat_state(nnx.state(module))
+  return {_name(k): tuple(v.get_raw_value().shape) for k, v in inside if _is_weight(type(v))}
+
+
+def template(module):
+  """Nothing: an NNX module cannot be made again at another width."""
+  return None
+
+
+def modules(model) -> list:
+  return [module for _, module in nnx.iter_modules(model)]
+
+
+def fresh(inputs):
+  """A cache passed as an argument is written to: work on a copy."""
+  return nnx.clone(inputs)
+
+
+def run(model, backbone, flat, riders, hook, wanted, taps, args, kwargs):
+  """A new module with the arrays of `flat` and hook(path, ...) around its calls; see linen.run."""
+  root = nnx.merge(*nnx.split(model), copy=True)
+  values = _flat(backbone) | dict(flat)
+  for path, variable in nnx.iter_graph(root):
+    if isinstance(variable, nnx.Variable) and (value := values.get(_name(path))) is not None:
+      if isinstance(value, Box):
+        variable.set_metadata(on_get_value=_unboxed)
+      variable.set_raw_value(value)
+  mutable, rngs = kwargs.pop('mutable', False), kwargs.get('rngs')
+  method = kwargs.pop('method', '__call__')
+  if isinstance(rngs, dict):  # keys by stream name, as Linen takes them
+    nnx.reseed(root, **kwargs.pop('rngs'))
+  for path, module in list(nnx.iter_modules(root)):
+    name = _name(path)
+    methods = ('__call__',) if wanted is None else tuple(m for p, m in wanted if p == name)
+    if methods and callable(module):
+      if riders.get(name):
+        module.jpeft = _Rider(riders[name])
+      module.__class__ = _hooked(type(module), hook, name, methods)
+  token = _root.set(root)
+  try:
+    out = getattr(root, method)(*args, **kwargs)
+  finally:
+    _root.reset(token)
+  return (out, _state(root, mutable, values)) if mutable else out
+
+
+def _unboxed(_, value):
+  return value.unbox() if isinstance(value, Box) else value
+
+
+def _state(root, wanted, known):
+  """What the call wrote: the Variables of a filter, without what rode along."""
+  flat = nnx.to_flat_state(nnx.state(root, wanted if wanted is not True else ...))
+  return nnx.from_flat_state([(k, v) for k, v in flat if _name(k) in known and not isinstance(
+    v, (nnx.Param, _Tap))])
+
+
+@functools.lru_cache(maxsize=1024)
+def _hooked(cls, hook, path: str, methods: tuple[str, ...]):
+  """A subclass whose methods pass through hook; one class for one hook, so jit caches hold."""
+
+  def wrap(method):
+    def wrapped(self, *args, **kwargs):
+      rider = self.jpeft.get_value() if hasattr(self, 'jpeft') else {}
+      call = functools.partial(getattr(cls, method), self)
+      return hook(path, method, self, call, rider, _taps)(*args, **kwargs)
+    return wrapped
+
+  body = {method: wrap(method) for method in methods}
+  return type(cls.__name__, (cls,), {**body, '__module__': cls.__module__})
+
+
+def tap(module, values: Mapping[str, jax.Array]) -> None:
+  if hasattr(module, TAP):
+    raise ValueError(f'a {type(module).__name__} is called more than once, so what a tap records '
+                     'there is ambiguous')
+  setattr(module, TAP, _Tap(dict(values)))
+
+
+def _taps() -> dict[str, dict]:
+  graph = nnx.iter_graph(_root.get())
+  return {_name(path[:-1]): dict(v.get_value()) for path, v in graph if isinstance(v, _Tap)}
+
+
+@contextlib.contextmanager
+def outside():
+  """Modules made by a rule are never hooked in NNX."""
+  yield
+
+
+def pure(module, path: str):
+  """(fn, arrays): what the module computes, as a pure function of all that it reads."""
+  graphdef, state = nnx.split(module)
+  return (lambda state, *args, **kwargs: nnx.merge(graphdef, state)(*args, **kwargs)), state

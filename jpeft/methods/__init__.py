@@ -1,0 +1,67 @@
+"""One file a method, one row a method: what it is, where it comes from, what it costs."""
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Callable
+
+from ..core import Method, chain
+from .tune import FULL, NONE, bitfit, full, linear, norm, tune
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """A row of the registry.
+
+  Attributes:
+    make: the factory; its keyword arguments are the method's hyperparameters.
+    paper: arXiv id, or '-'.
+    memory: what the backward pass must keep of the backbone.
+    mergeable: whether `merge` gives plain weights.
+    head: whether the method trains the head by itself.
+    title: one line.
+  """
+
+  make: Callable[..., Method]
+  paper: str
+  memory: str
+  mergeable: bool
+  title: str
+  head: bool = False
+
+
+REGISTRY: dict[str, Entry] = {
+  'linear': Entry(linear, '-', NONE, True, 'linear probe: the head alone', head=True),
+  'full': Entry(full, '-', FULL, True, 'full fine-tuning', head=True),
+  'bitfit': Entry(bitfit, '2106.10199', FULL, True, 'BitFit: biases'),
+  'norm': Entry(norm, '2302.07937', FULL, True, 'norm tuning: scales and shifts'),
+}
+
+
+def make(name: str, head: bool = True, **hyperparameters) -> Method:
+  """A method of the registry by name.
+
+  Args:
+    name: a key of REGISTRY.
+    head: also train the model's head, for methods that do not by themselves.
+    **hyperparameters: of the method's factory.
+
+  Raises:
+    ValueError: an unknown method or hyperparameter.
+  """
+  if name not in REGISTRY:
+    near = difflib.get_close_matches(name, REGISTRY, 1)
+    hint = f'; did you mean {near[0]!r}?' if near else ''
+    raise ValueError(f'no method is called {name!r}{hint} There are: {", ".join(REGISTRY)}')
+  entry = REGISTRY[name]
+  known = list(inspect.signature(entry.make).parameters)
+  for key in hyperparameters:
+    if key not in known:
+      near = difflib.get_close_matches(key, known, 1)
+      hint = f'; did you mean {near[0]!r}?' if near else ''
+      raise ValueError(f'{name} has no hyperparameter {key!r}{hint} It has: {", ".join(known)}')
+  method = entry.make(**hyperparameters)
+  return method if entry.head or not head else chain(method, tune('{head}', name='head', memory=NONE))
+
+
+__all__ = ['REGISTRY', 'Entry', 'bitfit', 'full', 'linear', 'make', 'norm', 'tune']
