@@ -1,9 +1,22 @@
 """jpeft: parameter- and memory-efficient transfer learning for JAX and Flax."""
 
+import importlib
+
 from .core import *  # noqa: F403
 from .core import __all__ as _core
 from .methods import *  # noqa: F403
 from .methods import __all__ as _methods
 
 from .version import __version__
-__all__ = [*_core, *_methods]
+
+_LAZY = {'load': 'models', 'save_pretrained': 'models'}
+
+
+def __getattr__(name: str):
+  """Backbones are imported when they are first asked for."""
+  if name in _LAZY:
+    return getattr(importlib.import_module(f'.{_LAZY[name]}', __name__), name)
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+__all__ = [*_core, *_methods, *_LAZY, '__version__']

@@ -42,6 +42,8 @@ class Anatomy:
     Raises:
       ValueError: this family has no such part.
     """
+    if name == 'exit':
+      name = self.exit
     if name not in self.roles:
       near = difflib.get_close_matches(name, self.roles, 1)
       hint = f'; did you mean {{{near[0]}}}?' if near else ''

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from .boxes import Box, Lazy, Reader, inject, read
 from .fuse import field_of, fused
-from .inspect import backend_of, sites_of
+from .inspect import backend_of, named_arrays, sites_of
 from .linen import join
 from .rules import Call, Method, Rule, Weight
 from .sites import Site, Sites, natural
@@ -29,8 +29,10 @@ class Bound:
     training: whether dropout and noise are on.
   """
 
-  def __init__(self, run, *, site: Site, module, backend, path: str, taps, key, training: bool):
-    self._run, self._backend, self._path, self._taps, self._key = run, backend, path, taps, key
+  def __init__(self, run, *, site: Site, module, backend, path: str, method: str, taps, key,
+               training: bool):
+    self._run, self._backend, self._path, self._method = run, backend, path, method
+    self._taps, self._key = taps, key
     self.site, self.module, self.training = site, module, training
 
   def __call__(self, *args, **kwargs):
@@ -44,6 +46,10 @@ class Bound:
     """{site path: {name: array}} recorded so far, in the order of the layers."""
     return dict(sorted(self._taps().items(), key=lambda item: natural(item[0])))
 
+  def inputs(self, *args, **kwargs) -> dict[str, jax.Array]:
+    """The array arguments of the call by parameter name, the first one first."""
+    return named_arrays(getattr(type(self.module), self._method), args, kwargs)
+
   def inject(self, **fields):
     """Sets the module's own injection points (attention_fn, ...) for the length of one call."""
     return inject(self.module, **fields)
@@ -51,6 +57,11 @@ class Bound:
   def outside(self):
     """A context in which modules of the rule's own run; no other rule sees them."""
     return self._backend.outside()
+
+  @property
+  def key(self) -> jax.Array | None:
+    """A random key for one layer and step, where training gave one."""
+    return self._key if self.training else None
 
   def rng(self, what: str) -> jax.Array | None:
     """A random key for one layer and step in training, None in evaluation.
@@ -292,7 +303,8 @@ class Tuned:
     for rule, site in here:
       if isinstance(rule, Call):
         sub = None if key is None else jax.random.fold_in(key, zlib.crc32(rule.name.encode()))
-        bound = Bound(call, site=site, module=module, backend=backend, path=path, taps=taps, key=sub,
+        bound = Bound(call, site=site, module=module, backend=backend, path=path,
+                      method=method, taps=taps, key=sub,
                       training=training)
         call = functools.partial(_called, rule, rider['theta'].get(rule.name, {}), bound)
     return call

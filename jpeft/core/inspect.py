@@ -1,5 +1,7 @@
 """Reads the sites of a model off one forward pass, traced on shapes."""
 
+import inspect
+
 import jax
 import numpy as np
 from flax import nnx as flax_nnx
@@ -9,7 +11,7 @@ from .boxes import inject
 from .sites import Leaf, Site, Sites, stack_axes
 from .trace import Use, uses
 
-_UNSEEN = {'kind': '', 'input': None, 'out': None, 'fields': (), 'heads': None, 'module': None}
+_UNSEEN = {'kind': '', 'inputs': {}, 'out': None, 'fields': (), 'heads': None, 'module': None}
 FIELDS = ('dot_general', 'einsum_op', 'conv_general_dilated', 'attention_fn')
 
 
@@ -67,6 +69,21 @@ def _is_array(x) -> bool:
   return isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
 
 
+def named_arrays(fn, args, kwargs) -> dict:
+  """The array arguments of a method call by parameter name, the first one first."""
+  try:
+    bound = inspect.signature(fn).bind(None, *args, **kwargs).arguments
+  except (TypeError, ValueError):
+    bound = {**{str(i): x for i, x in enumerate(args)}, **kwargs}
+  unnamed = {str(i): x for i, x in enumerate(bound.get('args', ()))}
+  spread = {**bound, **unnamed, **bound.get('kwargs', {})}
+  return {n: x for n, x in spread.items() if hasattr(x, 'shape') and hasattr(x, 'dtype')}
+
+
+def _inputs(fn, args, kwargs) -> dict[str, jax.ShapeDtypeStruct]:
+  return {n: _first(x) for n, x in named_arrays(fn, args, kwargs).items()}
+
+
 def _first(tree) -> jax.ShapeDtypeStruct | None:
   arrays = [x for x in jax.tree.leaves(tree) if hasattr(x, 'shape') and hasattr(x, 'dtype')]
   return jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype) if arrays else None
@@ -78,8 +95,8 @@ def _recorder(seen: dict, backend):
   def hook(path, method, module, call, rider, taps):
     def recorded(*args, **kwargs):
       fields = tuple(f for f in FIELDS if _offers(module, f))
-      facts = {'kind': type(module).__name__, 'input': _first((args, kwargs)), 'fields': fields,
-               'shapes': backend.shapes_inside(module)}
+      facts = {'kind': type(module).__name__, 'inputs': _inputs(getattr(type(module), method), args, kwargs),
+               'fields': fields, 'shapes': backend.shapes_inside(module)}
       heads = []
       if 'attention_fn' in fields:
         with inject(module, attention_fn=_counting_heads(module.attention_fn, heads)):

@@ -116,6 +116,7 @@ def _hooked(cls, hook, path: str, methods: tuple[str, ...]):
   """A subclass whose methods pass through hook; one class for one hook, so jit caches hold."""
 
   def wrap(method):
+    @functools.wraps(getattr(cls, method))
     def wrapped(self, *args, **kwargs):
       rider = self.jpeft.get_value() if hasattr(self, 'jpeft') else {}
       call = functools.partial(getattr(cls, method), self)

@@ -69,7 +69,7 @@ class Site:
     path: its '/'-joined path; '' is the model itself.
     kind: the name of its class.
     leaves: the arrays it owns, by name.
-    input: shape and dtype of the first array it is called with; None when it is never called.
+    inputs: shapes and dtypes of the arrays it is called with, by parameter name.
     out: shape and dtype of the first array it returns; None when it is never called.
     fields: the injection points it offers: dot_general, einsum_op, conv_general_dilated, attention_fn.
     axes: the axes that scans and vmaps around it added to its arrays, outermost first; arrays of
@@ -83,7 +83,7 @@ class Site:
   path: str
   kind: str
   leaves: dict[str, Leaf]
-  input: jax.ShapeDtypeStruct | None
+  inputs: dict[str, jax.ShapeDtypeStruct]
   out: jax.ShapeDtypeStruct | None
   fields: tuple[str, ...]
   axes: tuple[int, ...]
@@ -91,6 +91,11 @@ class Site:
   heads: tuple[int, int] | None
   module: Any
   model: 'Sites' = dataclasses.field(repr=False)
+
+  @property
+  def input(self) -> jax.ShapeDtypeStruct | None:
+    """Shape and dtype of the first array it is called with; None when it is never called."""
+    return next(iter(self.inputs.values()), None)
 
   @property
   def matrices(self) -> list[str]:

@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable
 
 from ..core import Method, chain
+from .lst import lst
+from .prune import fisher
 from .tune import FULL, NONE, bitfit, full, linear, norm, tune
 
 
@@ -35,6 +37,7 @@ REGISTRY: dict[str, Entry] = {
   'full': Entry(full, '-', FULL, True, 'full fine-tuning', head=True),
   'bitfit': Entry(bitfit, '2106.10199', FULL, True, 'BitFit: biases'),
   'norm': Entry(norm, '2302.07937', FULL, True, 'norm tuning: scales and shifts'),
+  'lst': Entry(lst, '2206.06522', NONE, False, 'ladder side-tuning: a narrow network fed by the blocks'),
 }
 
 
@@ -64,4 +67,4 @@ def make(name: str, head: bool = True, **hyperparameters) -> Method:
   return method if entry.head or not head else chain(method, tune('{head}', name='head', memory=NONE))
 
 
-__all__ = ['REGISTRY', 'Entry', 'bitfit', 'full', 'linear', 'make', 'norm', 'tune']
+__all__ = ['REGISTRY', 'Entry', 'bitfit', 'fisher', 'full', 'linear', 'lst', 'make', 'norm', 'tune']

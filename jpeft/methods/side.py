@@ -1,0 +1,137 @@
+"""Side blocks: the backbone's own block class at reduced width, or a lean block that any backbone takes.
+
+A side block maps a narrow stream [B, N, d'] to itself. It runs beside the model, never inside it.
+"""
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ..core import Site
+
+_WIDTH = re.compile(r'(?!.*heads)(.*_)?(dim|width|features|size|hidden|inner|d_model|d_ff|d_kv)(_.*)?')
+_TRAINS = {'train': True, 'training': True, 'is_training': True, 'deterministic': False}
+
+
+@dataclasses.dataclass(frozen=True)
+class SideBlock:
+  """A side block as two pure functions.
+
+  Attributes:
+    init: (key, s, inputs) -> params, for s [B, N, d'] and the block's further array inputs by name.
+    apply: (params, s, inputs, training, key) -> s.
+    takes: the names of the array inputs it uses; None for all.
+  """
+
+  init: Callable[..., Any]
+  apply: Callable[..., jax.Array]
+  takes: tuple[str, ...] | None
+
+
+class Lean(nn.Module):
+  """A pre-norm residual block without biases that asks little memory.
+
+  One attention head keeps one [N, N] map a layer where the backbone's head count would keep many;
+  without heads the block is an MLP, and tokens mix in the backbone alone.
+
+  Attributes:
+    heads: attention heads; 0 for none.
+    expand: hidden width of the MLP over the width of the stream.
+    causal: whether a token sees only those before it.
+  """
+
+  heads: int
+  expand: int = 4
+  causal: bool = False
+
+  @nn.compact
+  def __call__(self, s: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    width = s.shape[-1]
+    dense = lambda n, name: nn.Dense(n, use_bias=False, dtype=s.dtype, name=name)
+    if self.heads:
+      x = nn.RMSNorm(dtype=s.dtype, name='norm1')(s)
+      split = lambda y: y.reshape(*y.shape[:-1], self.heads, width // self.heads)
+      q, k, v = (split(dense(width, n)(x)) for n in ('query', 'key', 'value'))
+      if self.causal:
+        mask = nn.combine_masks(mask, nn.make_causal_mask(jnp.ones(s.shape[:2])), dtype=bool)
+      s = s + dense(width, 'out')(nn.dot_product_attention(q, k, v, mask=mask).reshape(s.shape))
+    x = nn.RMSNorm(dtype=s.dtype, name='norm2')(s)
+    return s + dense(width, 'fc2')(nn.gelu(dense(self.expand * width, 'fc1')(x)))
+
+
+def lean(heads: int, width: int, causal: bool) -> SideBlock:
+  """A `Lean` block for a stream of some width.
+
+  Raises:
+    ValueError: the heads do not divide the width.
+  """
+  if heads and width % heads:
+    raise ValueError(f'{heads} heads do not divide the side width {width}')
+  block = Lean(heads, causal=causal)
+  mask = lambda inputs: {'mask': inputs['mask']} if heads and 'mask' in inputs else {}
+
+  def init(key, s, inputs):
+    return block.init(key, s, **mask(inputs))['params']
+
+  def apply(params, s, inputs, training, key):
+    return block.apply({'params': params}, s, **mask(inputs))
+
+  return SideBlock(init, apply, ('mask',) if heads else ())
+
+
+def own(site: Site, reduction: int) -> SideBlock:
+  """The block at a site, its class and fields, with every width divided by `reduction`.
+
+  Args:
+    site: a block of a Linen model.
+    reduction: r.
+
+  Raises:
+    ValueError: the class is not Linen, or does not work at the reduced width.
+  """
+  if site.module is None:
+    raise ValueError(f'the {site.kind} at {site.path!r} cannot be made again at another width (only '
+                     "Linen blocks can); use block='attention' or block='mlp'")
+  fields = {f.name: getattr(site.module, f.name) for f in dataclasses.fields(site.module)}
+  widths = {n: v // reduction for n, v in fields.items() if type(v) is int and _WIDTH.fullmatch(n)}
+  block = site.module.clone(**widths)
+  parameters = inspect.signature(type(block).__call__).parameters
+  flags = {n: trains for n, trains in _TRAINS.items() if n in parameters}
+
+  def call(training):
+    return {n: training == trains for n, trains in flags.items()}
+
+  def init(key, s, inputs):
+    keys = {'params': key, 'dropout': key}
+    return block.init(keys, s, **inputs, **call(False))['params']
+
+  def apply(params, s, inputs, training, key):
+    rngs = {} if key is None else {'dropout': key}
+    out = block.apply({'params': params}, s, **inputs, **call(training), rngs=rngs)
+    return jax.tree.leaves(out)[0]
+
+  return SideBlock(init, apply, None)
+
+
+def check(block: SideBlock, s: jax.ShapeDtypeStruct, inputs: dict, what: str) -> None:
+  """Tries a side block on shapes.
+
+  Raises:
+    ValueError: it fails, or does not return the stream it was given.
+  """
+  def run(key, s, inputs):
+    return block.apply(block.init(key, s, inputs), s, inputs, False, None)
+  try:
+    out = jax.eval_shape(run, jax.random.key(0), s, inputs)
+    problem = None if out.shape == s.shape else f'it returns {out.shape} for {s.shape}'
+  except Exception as error:  # whatever a third party's block raises at a width it was not made for
+    problem = str(error).splitlines()[0]
+  if problem:
+    raise ValueError(f'{what} does not work at width {s.shape[-1]}: {problem}; '
+                     "use block='attention' or block='mlp'")
