@@ -297,7 +297,8 @@ class Tuned:
     if key is not None:
       key = jax.random.wrap_key_data(key)
     here = [(r, s) for r, s in self._plan[1][path] if getattr(r, 'method', '__call__') == method]
-    weights = [(r, rider['theta'].get(r.name, {})) for r, _ in here if isinstance(r, Weight)]
+    theta = {name: self._slim(t, name, path) for name, t in rider['theta'].items()}
+    weights = [(r, theta.get(r.name, {})) for r, _ in here if isinstance(r, Weight)]
     if weights:
       call = fused(weights, self.sites[path], module, call, key if training else None)
     for rule, site in here:
@@ -306,8 +307,15 @@ class Tuned:
         bound = Bound(call, site=site, module=module, backend=backend, path=path,
                       method=method, taps=taps, key=sub,
                       training=training)
-        call = functools.partial(_called, rule, rider['theta'].get(rule.name, {}), bound)
+        call = functools.partial(_called, rule, theta.get(rule.name, {}), bound)
     return call
+
+  def _slim(self, t, name: str, path: str):
+    """One layer's theta, without the axes of one that placing it added."""
+    site = self.sites[path]
+    if not site.axes or not t:
+      return t
+    return jax.tree.map(lambda x, s: x.reshape(s.shape[len(site.axes):]), t, self.shapes[name][path])
 
   def _theta(self, theta, rule: Rule, site: Site):
     """One rule's entry of theta; a clear error where theta is of another method."""
@@ -393,7 +401,7 @@ def attach(model, method: Method, backbone, /, *args, **kwargs) -> Tuned:
 def _match(pattern: str, rule: Rule, sites: Sites) -> list[Site]:
   """The sites a rule acts on; says what was near when there are none."""
   hits = sites.find(pattern)
-  good = [s for s in hits if (s.out is not None if isinstance(rule, Call) else _changes(rule, s))]
+  good = [s for s in hits if (rule.method in s.methods if isinstance(rule, Call) else _changes(rule, s))]
   if not good:
     why = f'{len(hits)} sites match, but none has what it adapts' if hits else 'no site matches'
     raise ValueError(f'{rule.name}: {why}: {pattern!r}. Near it, of {len(sites)} sites: '

@@ -11,7 +11,8 @@ from .boxes import inject
 from .sites import Leaf, Site, Sites, stack_axes
 from .trace import Use, uses
 
-_UNSEEN = {'kind': '', 'inputs': {}, 'out': None, 'fields': (), 'heads': None, 'module': None}
+_UNSEEN = {'kind': '', 'inputs': {}, 'out': None, 'fields': (), 'heads': None, 'module': None,
+           'methods': ()}
 FIELDS = ('dot_general', 'einsum_op', 'conv_general_dilated', 'attention_fn')
 
 
@@ -103,9 +104,11 @@ def _recorder(seen: dict, backend):
           out = call(*args, **kwargs)
       else:
         out = call(*args, **kwargs)
+      methods = tuple(dict.fromkeys((*seen.get(path, {}).get('methods', ()), method)))
       if method == '__call__' or path not in seen:
         seen[path] = {**facts, 'out': _first(out), 'heads': heads[0] if heads else None,
                       'module': backend.template(module)}
+      seen[path]['methods'] = methods
       return out
     return recorded
   return hook

@@ -79,6 +79,7 @@ def run(model, backbone, flat, riders, hook, wanted, taps, args, kwargs):
   """
   flat = {**flat, **{join(path, RIDER): rider for path, rider in riders.items()}}
   first = []  # the module called first: the root, or the one that `method` names
+  running = set()
 
   def interceptor(call, a, kw, context):
     module, method = context.module, context.method_name
@@ -89,8 +90,14 @@ def run(model, backbone, flat, riders, hook, wanted, taps, args, kwargs):
     path = join(_prefix.get(), *module.path)
     if wanted is not None and (path, method) not in wanted:
       return call(*a, **kw)
+    if (id(module), method) in running:  # a subclass calls super().__call__: one call to the rules
+      return call(*a, **kw)
     rider = module.get_variable('params', RIDER, {})
-    return hook(path, method, module, call, rider, lambda: _taps(first[0], module))(*a, **kw)
+    running.add((id(module), method))
+    try:
+      return hook(path, method, module, call, rider, lambda: _taps(first[0], module))(*a, **kw)
+    finally:
+      running.discard((id(module), method))
 
   kept = _names(kwargs.pop('mutable', False), backbone)
   mutable = [*kept, *(['params'] if taps and 'params' not in kept else [])]

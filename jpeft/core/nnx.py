@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import functools
+import inspect
 from collections.abc import Mapping
 
 import jax
@@ -87,8 +88,8 @@ def run(model, backbone, flat, riders, hook, wanted, taps, args, kwargs):
     nnx.reseed(root, **kwargs.pop('rngs'))
   for path, module in list(nnx.iter_modules(root)):
     name = _name(path)
-    methods = ('__call__',) if wanted is None else tuple(m for p, m in wanted if p == name)
-    if methods and callable(module):
+    methods = _methods(type(module)) if wanted is None else tuple(m for p, m in wanted if p == name)
+    if methods:
       if riders.get(name):
         module.jpeft = _Rider(riders[name])
       module.__class__ = _hooked(type(module), hook, name, methods)
@@ -98,6 +99,13 @@ def run(model, backbone, flat, riders, hook, wanted, taps, args, kwargs):
   finally:
     _root.reset(token)
   return (out, _state(root, mutable, values)) if mutable else out
+
+
+def _methods(cls) -> tuple[str, ...]:
+  """The public methods that a user's class defines, and its call."""
+  own = [c for c in cls.__mro__ if issubclass(c, nnx.Module) and c is not nnx.Module]
+  return tuple(dict.fromkeys(n for c in own for n, f in vars(c).items()
+                             if inspect.isfunction(f) and (n == '__call__' or n[0] != '_')))
 
 
 def _unboxed(_, value):

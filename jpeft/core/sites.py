@@ -77,6 +77,7 @@ class Site:
     lengths: the sizes of those axes.
     heads: (key/value heads, head size) where the module calls its own `attention_fn`.
     module: an unbound copy of a Linen module, for side networks that reuse its class.
+    methods: the names of its methods that the forward pass calls.
     model: all sites.
   """
 
@@ -90,6 +91,7 @@ class Site:
   lengths: tuple[int, ...]
   heads: tuple[int, int] | None
   module: Any
+  methods: tuple[str, ...]
   model: 'Sites' = dataclasses.field(repr=False)
 
   @property
@@ -112,8 +114,11 @@ class Site:
     return jnp.moveaxis(x, self.axes, range(len(self.axes))) if self.axes else x
 
   def place(self, x: jax.Array) -> jax.Array:
-    """The inverse of `lead`."""
-    return jnp.moveaxis(x, range(len(self.axes)), self.axes) if self.axes else x
+    """The inverse of `lead`; an array of too few axes for it gets axes of one behind."""
+    if not self.axes:
+      return x
+    missing = max(0, *(a + 1 - x.ndim for a in self.axes))
+    return jnp.moveaxis(x.reshape(x.shape + (1,) * missing), range(len(self.axes)), self.axes)
 
   def per_layer(self, fn):
     """vmaps `fn` over the leading stack axes of all its arguments."""
