@@ -16,7 +16,11 @@ class Anatomy:
     roles: {role: regex over whole paths}. Roles that methods use by default: block (a residual
       block), q, k, v, o (projections), attention (the module that calls them), mlp, fc1, fc2, norm
       (inside blocks), final_norm, embed (makes the tokens), encoder (runs the blocks), head,
-      linear (every linear map of a block).
+      linear (every linear map of a block), patch (the layer that makes tokens of pixels); norm1 and
+      norm2 (what attention and MLP read, where a norm comes first), block_end (the block, or the
+      norm that ends it: what the stream leaves through), stack (what the finished token sequence
+      runs through, in order: a module that runs the blocks, or the blocks themselves, with the
+      module before and after them where the blocks are one scanned stack).
     causal: whether a token sees only the tokens before it.
     lead: how many special tokens (class, distillation) stand before the others.
     exit: the role whose output is the last hidden state: 'final_norm', or 'encoder' where blocks
@@ -44,6 +48,10 @@ class Anatomy:
     """
     if name == 'exit':
       name = self.exit
+    if name not in self.roles and (name == 'stack' or name == 'block_end' and self.exit == 'final_norm'):
+      name = 'block'
+    if name not in self.roles and name in _NOT_EVERYWHERE:
+      return '(?!)'
     if name not in self.roles:
       near = difflib.get_close_matches(name, self.roles, 1)
       hint = f'; did you mean {{{near[0]}}}?' if near else ''
@@ -51,6 +59,9 @@ class Anatomy:
                        f'{", ".join(self.roles)}{hint}')
     return self.roles[name]
 
+
+# Parts that methods name beside others, and that a family may lack: nothing matches there.
+_NOT_EVERYWHERE = ('patch', 'final_norm')
 
 _BLOCK = r'(?:.*/)?(?:block_\d+|blocks)'
 _VIT_BLOCK = r'(?:.*/)?encoderblock(?:_\d+)?'
@@ -65,16 +76,17 @@ _OWN = {
   'v': rf'{_BLOCK}/(?:cross_)?attention/value', 'o': rf'{_BLOCK}/(?:cross_)?attention/out',
   'fc1': rf'{_BLOCK}/mlp/(?:fc1|gate)', 'fc2': rf'{_BLOCK}/mlp/fc2',
   'linear': rf'{_BLOCK}/(?:(?:cross_)?attention/(?:query|key|value|out)|mlp/(?:fc1|gate|fc2))',
-  'norm': rf'{_BLOCK}/norm(?:1|2|_cross)', 'head': r'head(?:_\w+)?',
+  'norm': rf'{_BLOCK}/norm(?:1|2|_cross)', 'head': r'head(?:_\w+)?', 'stack': r'encoder',
 }
+_PRE_NORM = {'norm1': rf'{_BLOCK}/norm1', 'norm2': rf'{_BLOCK}/norm2', 'block_end': _BLOCK}
 
 # The first of the families that fit best is chosen, so the order matters only between equals.
 ANATOMIES: dict[str, Anatomy] = {a.name: a for a in (
-  Anatomy('vit', {**_OWN, 'embed': r'embed', 'patch': r'embed/patch', 'encoder': r'encoder',
+  Anatomy('vit', {**_OWN, **_PRE_NORM, 'embed': r'embed', 'patch': r'embed/patch', 'encoder': r'encoder',
                   'final_norm': r'final_norm'}, lead=1),
   Anatomy('bert', {**_OWN, 'embed': r'embed', 'encoder': r'encoder', 'pooler': r'pooler',
-                   'word': r'embed/word'}, lead=1, exit='encoder'),
-  Anatomy('t5', {**_OWN, 'embed': r'embed', 'encoder': r'encoder', 'decoder': r'decoder',
+                   'word': r'embed/word', 'block_end': rf'{_BLOCK}/norm2'}, lead=1, exit='encoder'),
+  Anatomy('t5', {**_OWN, **_PRE_NORM, 'embed': r'embed', 'encoder': r'encoder', 'decoder': r'decoder',
                  'final_norm': r'(?:en|de)coder/final_norm', 'encoder_norm': r'encoder/final_norm',
                  'decoder_norm': r'decoder/final_norm',
                  'position_bias': r'(?:en|de)coder/position_bias'},
@@ -85,7 +97,9 @@ ANATOMIES: dict[str, Anatomy] = {a.name: a for a in (
     'mlp': rf'{_VIT_BLOCK}/Ml[pP](?:Block)?_\d+', 'fc1': rf'{_VIT_BLOCK}/Ml[pP](?:Block)?_\d+/Dense_0',
     'fc2': rf'{_VIT_BLOCK}/Ml[pP](?:Block)?_\d+/Dense_1',
     'linear': rf'{_MHA}/(?:query|key|value|out)|{_VIT_BLOCK}/Ml[pP](?:Block)?_\d+/Dense_\d+',
-    'norm': rf'{_VIT_BLOCK}/LayerNorm_\d+', 'final_norm': r'(?:.*/)?encoder_norm',
+    'norm': rf'{_VIT_BLOCK}/LayerNorm_\d+', 'norm1': rf'{_VIT_BLOCK}/LayerNorm_0',
+    'norm2': rf'{_VIT_BLOCK}/LayerNorm_[12]', 'final_norm': r'(?:.*/)?encoder_norm',
+    'stack': rf'Transformer/posembed_input|{_VIT_BLOCK}|Transformer/encoder_norm',
     'patch': r'embedding', 'embed': r'embedding', 'encoder': r'Transformer', 'head': r'head'}, lead=1),
   Anatomy('decoder', {
     'block': _LAYER, 'attention': rf'{_LAYER}/(?:self_)?attn', 'mlp': rf'{_LAYER}/mlp',
@@ -94,7 +108,9 @@ ANATOMIES: dict[str, Anatomy] = {a.name: a for a in (
     'o': rf'{_LAYER}/(?:self_)?attn/(?:o_proj|attn_vec_einsum)',
     'fc1': rf'{_LAYER}/mlp/(?:gate|up)_proj', 'fc2': rf'{_LAYER}/mlp/down_proj',
     'linear': rf'{_LAYER}/(?:self_)?attn/(?:[qkvo]_proj|\w*einsum)|{_LAYER}/mlp(?:/\w+_proj)?',
-    'norm': rf'{_LAYER}/\w*norm\w*', 'final_norm': r'final_norm|norm', 'embed': r'(?:embedder|embed_tokens)',
+    'norm': rf'{_LAYER}/\w*norm\w*', 'norm1': rf'{_LAYER}/(?:input_layernorm|pre_attention_norm)',
+    'norm2': rf'{_LAYER}/(?:post_attention_layernorm|pre_ffw_norm|pre_feedforward_layernorm)',
+    'final_norm': r'final_norm|norm', 'embed': r'(?:embedder|embed_tokens)',
     'head': r'lm_head'}, causal=True),
 )}
 

@@ -1,5 +1,6 @@
 """attach(model, method, backbone, *example) -> Tuned: pure functions, resolved once, from shapes."""
 
+import contextvars
 import dataclasses
 import functools
 import inspect as python_inspect
@@ -19,6 +20,12 @@ from .sites import Site, Sites, natural
 _TRAINS = {'train': True, 'training': True, 'is_training': True, 'deterministic': False,
            'inference': False, 'eval': False}
 
+# (method, scratch) of the wrapped calls that are running, the outermost first.
+_running: contextvars.ContextVar[tuple[tuple[str, dict], ...]] = contextvars.ContextVar('jpeft_running',
+                                                                                     default=())
+# {path: how many of the rules there act}, where a rule runs what it wraps as a pure function.
+_beneath: contextvars.ContextVar[dict[str, int]] = contextvars.ContextVar('jpeft_beneath', default={})  # noqa: B039
+
 
 class Bound:
   """What a Call receives: the call it wraps, and what it may ask of the model around it.
@@ -27,13 +34,16 @@ class Bound:
     site: where it is.
     module: the module in the user's model, bound.
     training: whether dropout and noise are on.
+    local: scratch that lives as long as this call: the method's rules inside it write there.
+    outer: the `local` of the nearest call around this one that the method wraps; None without one.
   """
 
-  def __init__(self, run, *, site: Site, module, backend, path: str, method: str, taps, key,
+  def __init__(self, run, *, site: Site, module, backend, path: str, method: str, rank: int, taps, key,
                training: bool):
-    self._run, self._backend, self._path, self._method = run, backend, path, method
+    self._run, self._backend, self._path, self._method, self._rank = run, backend, path, method, rank
     self._taps, self._key = taps, key
     self.site, self.module, self.training = site, module, training
+    self.local, self.outer = {}, None
 
   def __call__(self, *args, **kwargs):
     return self._run(*args, **kwargs)
@@ -82,7 +92,16 @@ class Bound:
     What reverses, recomputes, compresses or runs a block again is written on it. Other rules act
     inside; what the module writes (caches, statistics, taps) is dropped.
     """
-    return self._backend.pure(self.module, self._path)
+    fn, arrays = self._backend.pure(self.module, self._path)
+
+    def run(arrays, *args, **kwargs):
+      token = _beneath.set({**_beneath.get(), self._path: self._rank})
+      try:
+        return fn(arrays, *args, **kwargs)
+      finally:
+        _beneath.reset(token)
+
+    return run, arrays
 
   def saving(self, pack, unpack):
     """The wrapped call, with what its backward pass keeps stored as pack(array).
@@ -151,6 +170,8 @@ class Tuned:
     flat = backend.arrays(self.model, backbone)
     for rule, site in self.rules:
       t = self._init_rule(rule, site, _key(key, rule, site), flat)
+      # A weak type would turn strong at the first update, and compile the training step again.
+      t = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), t)
       if jax.tree.leaves(t):
         theta.setdefault(rule.name, {}).setdefault(site.path, {}).update(t)
     return theta
@@ -182,10 +203,10 @@ class Tuned:
     flat = dict(backend.arrays(self.model, backbone))
     training, key = _mode(self.model, args, kwargs)
     boxed, wrapped = self._plan
-    for rule, site in boxed:
+    for rule, site, names in boxed:
       whole = {name: flat[join(site.path, name)] for name in site.leaves}
       t = jax.tree.map(site.place, self._theta(theta, rule, site))
-      flat |= {join(site.path, n): Lazy(whole, t, _Applied(rule, site), n) for n in _changes(rule, site)}
+      flat |= {join(site.path, n): Lazy(whole, t, _Applied(rule, site), n) for n in names}
     riders = {path: self._rider(theta, rules, key) for path, rules in wrapped.items()}
     wanted = frozenset((site.path, getattr(rule, 'method', '__call__'))
                        for rules in wrapped.values() for rule, site in rules)
@@ -275,16 +296,21 @@ class Tuned:
 
   @functools.cached_property
   def _plan(self) -> tuple[list, dict]:
-    """(rules that act through boxes, {path: rules that wrap calls}).
+    """([(rule, site, names of the arrays that it boxes)], {path: rules that wrap calls}).
 
-    A Weight is fused when every Weight after it, at its site, is: merge equals apply in any order.
+    A Weight is fused when every Weight after it that changes the kernel is: merge equals apply in
+    any order. What a fused one changes beside the kernel, such as a bias, is boxed all the same.
     """
-    boxed, wrapped = [], {}
+    boxed, wrapped, kernels = [], {}, set()
     for rule, site in reversed(self.rules):
-      if isinstance(rule, Call) or _fusible(rule, site) and all(s is not site for _, s in boxed):
+      names = () if isinstance(rule, Call) else _changes(rule, site)
+      if isinstance(rule, Call) or _fusible(rule, site) and site.path not in kernels:
         wrapped.setdefault(site.path, []).insert(0, (rule, site))
-      else:
-        boxed.insert(0, (rule, site))
+        names = tuple(n for n in names if n not in site.matrices)
+      elif set(names) & set(site.matrices):
+        kernels.add(site.path)
+      if names:
+        boxed.insert(0, (rule, site, names))
     return boxed, wrapped
 
   @functools.cached_property
@@ -297,16 +323,20 @@ class Tuned:
     if key is not None:
       key = jax.random.wrap_key_data(key)
     here = [(r, s) for r, s in self._plan[1][path] if getattr(r, 'method', '__call__') == method]
+    here = here[: _beneath.get().get(path, len(here))]
     theta = {name: self._slim(t, name, path) for name, t in rider['theta'].items()}
     weights = [(r, theta.get(r.name, {})) for r, _ in here if isinstance(r, Weight)]
     if weights:
+      random = [rule.name for rule, _ in weights if rule.needs_dot]
+      if training and key is None and random:
+        raise ValueError(f'{random[0]} dropout at {path!r} needs a random key: call '
+                         "tuned.apply(..., rngs={'dropout': key})")
       call = fused(weights, self.sites[path], module, call, key if training else None)
-    for rule, site in here:
+    for rank, (rule, site) in enumerate(here):
       if isinstance(rule, Call):
         sub = None if key is None else jax.random.fold_in(key, zlib.crc32(rule.name.encode()))
         bound = Bound(call, site=site, module=module, backend=backend, path=path,
-                      method=method, taps=taps, key=sub,
-                      training=training)
+                      method=method, rank=rank, taps=taps, key=sub, training=training)
         call = functools.partial(_called, rule, theta.get(rule.name, {}), bound)
     return call
 
@@ -322,7 +352,7 @@ class Tuned:
     try:
       return theta[rule.name][site.path]
     except KeyError:
-      if _has_theta(rule, site):
+      if site.path in self.shapes.get(rule.name, {}):
         held = ', '.join(theta) or 'nothing'
         raise ValueError(f'theta has no entry {rule.name!r} for {site.path!r} (it holds {held}): was it '
                          'made by another method?') from None
@@ -391,10 +421,11 @@ def attach(model, method: Method, backbone, /, *args, **kwargs) -> Tuned:
                        'another name=')
     seen.add(what)
   tuned = Tuned(model, tuple(rules), sites, Method(method), jax.eval_shape(lambda: backbone))
-  for rule, site in tuned._plan[0]:
-    if rule.needs_dot:
+  for rule, site, _ in tuned._plan[0]:
+    if rule.needs_dot and (rule, site) not in tuned._plan[1].get(site.path, ()):
       raise ValueError(f'{rule.name} at {site.path!r}: dropout acts on the input of a layer, and '
                        f'{site.kind or "this module"} offers no injection point for it; use dropout=0')
+  jax.tree.leaves(tuned.shapes)  # what a rule's `init` refuses is said here, not at the first step
   return tuned
 
 
@@ -421,13 +452,10 @@ def _changes(rule: Weight, site: Site) -> tuple[str, ...]:
   return tuple(jax.eval_shape(new, jax.random.key(0), _shapes(site)))
 
 
-@functools.lru_cache(maxsize=65536)
-def _has_theta(rule: Rule, site: Site) -> bool:
-  return isinstance(rule, Weight) or rule.init is not Call.__dataclass_fields__['init'].default
-
-
 def _fusible(rule: Weight, site: Site) -> bool:
-  return rule.dot is not None and field_of(site) is not None and _changes(rule, site) == tuple(site.matrices)
+  if rule.dot is None or field_of(site) is None:
+    return False
+  return set(site.matrices) <= set(_changes(rule, site))
 
 
 def _frozen(x):
@@ -452,7 +480,13 @@ def _called(rule: Call, theta, bound: Bound, *args, **kwargs):
   floats = [x.dtype for x in jax.tree.leaves((args, kwargs))
             if hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, jnp.floating)]
   dtype = floats[0] if floats else bound.site.out.dtype
-  out = rule.apply(_cast(theta, dtype), bound, *args, **kwargs)
+  around = _running.get()
+  bound.outer = next((local for name, local in reversed(around) if name == rule.name), None)
+  token = _running.set((*around, (rule.name, bound.local)))
+  try:
+    out = rule.apply(_cast(theta, dtype), bound, *args, **kwargs)
+  finally:
+    _running.reset(token)
   leaves, tree = jax.tree.flatten(out)
   if dtypes and len(dtypes[-1]) == len(leaves):
     leaves = [x.astype(d) if d is not None and hasattr(x, 'astype') and x.dtype != d else x

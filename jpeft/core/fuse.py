@@ -63,7 +63,8 @@ def fused(rules: Sequence[tuple[Weight, Any]], site: Site, module, call, key) ->
     x, kernel, to_rows, from_rows = split(base, leaf, *args, **kwargs)
     out = base(*args, **kwargs)
     used.append(field)
-    y, arrays = to_rows(out), {array: kernel}
+    y, arrays = to_rows(out), {n: jnp.zeros(l.shape, l.dtype) for n, l in site.leaves.items()}
+    arrays[array] = kernel  # the others are boxed: what `w` makes of them here is not used
     for i, (rule, t) in enumerate(rules):
       t = jax.tree.map(lambda a: a.astype(y.dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, t)
       w = lambda arrays=arrays: leaf.fold(arrays[array])
@@ -85,13 +86,14 @@ def fused(rules: Sequence[tuple[Weight, Any]], site: Site, module, call, key) ->
 class _after(dict):
   """The arrays as a rule leaves them, computed when a later rule asks."""
 
-  def __init__(self, rule, t, site, arrays):
+  def __init__(self, rule, t, site, before):
     super().__init__()
-    self._make = lambda: rule.apply(t, site, arrays)
+    self._before, self._make = before, lambda: rule.apply(t, site, before)
 
   def __missing__(self, name):
-    self.update(self._make())
-    return self[name]
+    if not self:
+      self.update(self._make())
+    return self[name] if name in self else self._before[name]
 
 
 def _dot(base, leaf: Leaf, lhs, rhs, dims, *args, **kwargs):

@@ -146,4 +146,4 @@ def _leaf(spec: jax.ShapeDtypeStruct, use: Use, axes: tuple[int, ...]) -> Leaf:
   index = {axis: i for i, axis in enumerate(kept)}
   local = lambda dims: tuple(index[a] for a in dims if a in index)
   return Leaf(tuple(spec.shape[i] for i in kept), spec.dtype, use.primitive, local(use.ins),
-              local(use.batch))
+              local(use.batch), use.offset)

@@ -48,9 +48,12 @@ def _flat(backbone) -> dict:
 
 
 def replace(model, backbone, flat: Mapping):
-  """The backbone with other arrays."""
-  pure = nnx.to_flat_state(nnx.as_pure(backbone))
-  return nnx.from_flat_state([(k, flat.get(_name(k), v)) for k, v in pure])
+  """The backbone with other arrays; Variables keep their type and metadata."""
+  def new(key, old):
+    if not isinstance(old, nnx.Variable):
+      return flat.get(_name(key), old)
+    return old.replace(flat.get(_name(key), old.get_raw_value()))
+  return nnx.from_flat_state([(k, new(k, v)) for k, v in nnx.to_flat_state(backbone)])
 
 
 def shapes_inside(module) -> dict[str, tuple[int, ...]]:
@@ -85,7 +88,7 @@ def run(model, backbone, flat, riders, hook, wanted, taps, args, kwargs):
   mutable, rngs = kwargs.pop('mutable', False), kwargs.get('rngs')
   method = kwargs.pop('method', '__call__')
   if isinstance(rngs, dict):  # keys by stream name, as Linen takes them
-    nnx.reseed(root, **kwargs.pop('rngs'))
+    _reseed(root, kwargs.pop('rngs'))
   for path, module in list(nnx.iter_modules(root)):
     name = _name(path)
     methods = _methods(type(module)) if wanted is None else tuple(m for p, m in wanted if p == name)
@@ -99,6 +102,13 @@ def run(model, backbone, flat, riders, hook, wanted, taps, args, kwargs):
   finally:
     _root.reset(token)
   return (out, _state(root, mutable, values)) if mutable else out
+
+
+def _reseed(root, keys: Mapping[str, jax.Array]) -> None:
+  """Seeds the model's streams; one that has no key of its own name draws on the dropout key."""
+  streams = {v.tag for _, v in nnx.iter_graph(root) if isinstance(v, nnx.RngStream)}
+  found = {name: keys.get(name, keys.get('dropout')) for name in streams & {*keys, 'default'}}
+  nnx.reseed(root, policy='match_shape', **{n: key for n, key in found.items() if key is not None})
 
 
 def _methods(cls) -> tuple[str, ...]:

@@ -25,7 +25,8 @@ class Weight:
     init: (key, site, arrays) -> t, for one layer.
     apply: (t, site, arrays) -> {array name: new array}: computed each time the model reads it.
     dot: (t, x, y, w, key) -> y', what `apply` does to y = x @ w for the site's only kernel, without
-      the kernel: no gradient of its size is ever formed. `x` multiplies matrices [fan_in, k] by `@`
+      the kernel: no gradient of its size is ever formed. What `apply` changes beside the kernel is
+      computed as for a rule without `dot`. `x` multiplies matrices [fan_in, k] by `@`
       (a convolution does so as a convolution); `w` is a function that returns [fan_in, fan_out];
       `key` is None outside training.
     fixed: names of entries of t that are not trained.

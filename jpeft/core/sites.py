@@ -24,6 +24,7 @@ class Leaf:
     use: the primitive that consumes it first: dot_general, conv_general_dilated, gather, mul, ...
     ins: its axes that are contracted with the activation.
     batch: its axes that are batched with the activation (one matrix per expert, say).
+    offset: what is added to it before that use: 1 for norms that store scale - 1.
   """
 
   shape: tuple[int, ...]
@@ -31,6 +32,7 @@ class Leaf:
   use: str = 'unused'
   ins: tuple[int, ...] = ()
   batch: tuple[int, ...] = ()
+  offset: float = 0.0
 
   @property
   def is_matrix(self) -> bool:

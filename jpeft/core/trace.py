@@ -20,12 +20,14 @@ class Use(NamedTuple):
   ins: tuple[int, ...] = ()
   batch: tuple[int, ...] = ()
   scanned: tuple[int, ...] = ()
+  offset: float = 0.0
 
 
 class _Seen(NamedTuple):
   name: str
   dims: tuple[tuple[int, ...], ...]  # for every current axis: the stored axes it came from
   scanned: tuple[int, ...] = ()
+  offset: float = 0.0  # a constant that was added on the way
 
 
 def uses(fn, params: dict, *rest) -> dict[str, Use]:
@@ -62,12 +64,12 @@ def _walk(jaxpr, env: dict, found: dict[str, Use]) -> None:
       hit = next(t for t in ins if t)
       moved = _moved(eqn, ins, hit)
       if moved is not None:
-        env[eqn.outvars[0]] = hit._replace(dims=moved)
+        env[eqn.outvars[0]] = hit._replace(dims=moved, offset=hit.offset + _added(eqn))
         continue
       for t, (axes, batch) in zip(ins, _roles(name, p, len(ins)), strict=True):
         if t:
           stored = lambda dims, t=t: tuple(sorted({a for i in dims for a in t.dims[i]}))
-          found.setdefault(t.name, Use(name, stored(axes), stored(batch), t.scanned))
+          found.setdefault(t.name, Use(name, stored(axes), stored(batch), t.scanned, t.offset))
 
 
 def _enter(jaxpr, ins, found) -> dict:
@@ -83,7 +85,14 @@ def _sub_jaxprs(params: dict, arity: int) -> list:
 
 
 def _sliced(t: _Seen) -> _Seen:
-  return _Seen(t.name, t.dims[1:], (*t.scanned, *t.dims[0]))
+  return t._replace(dims=t.dims[1:], scanned=(*t.scanned, *t.dims[0]))
+
+
+def _added(eqn) -> float:
+  """The constant c of w + c and w - c."""
+  sign = {'add': 1, 'sub': -1}.get(eqn.primitive.name, 0)
+  constants = [float(v.val) for v in eqn.invars[sign < 0:] if isinstance(v, jex.Literal)] if sign else []
+  return sign * constants[0] if constants else 0.0
 
 
 def _roles(name: str, p: dict, n: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

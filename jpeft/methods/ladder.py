@@ -119,7 +119,7 @@ class Ladder:
         if self.kind == 'own':
           raise
     heads = 0 if self.kind == 'mlp' else self.heads
-    return side.lean(heads, self.narrow, bool(anatomy and anatomy.causal))
+    return side.lean(self.stack[0], heads, self.narrow, bool(anatomy and anatomy.causal))
 
   def recorded(self, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Of the arrays that a backbone's block is called with, those that its side block needs too."""
@@ -297,6 +297,8 @@ class Ladder:
     """Raises a ValueError where the widths cannot be divided, or nothing can be pruned."""
     if self.width % self.reduction:
       raise ValueError(f'reduction={self.reduction} does not divide the width {self.width} of the blocks')
+    if len(self.exits) > 1 and self.block.takes is not None and 'context' not in self.block.takes and self.is_last:
+      raise ValueError("a side decoder without attention never reads the side encoder; use block='attention'")
     if prune is not None and self.block.takes is not None:
       raise ValueError("prune cuts the backbone's own blocks, and this model's cannot be narrowed")
 

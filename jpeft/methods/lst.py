@@ -75,7 +75,7 @@ def lst(reduction: int = 8, block: str = 'auto', heads: int = 1, downsample: str
     return next(e for e in site.model.find(exit) if site in ladder(e).stack)
 
   def record(t, call, *args, **kwargs):
-    inputs = jax.lax.stop_gradient(call.inputs(*args, **kwargs))
+    inputs = {n: jax.lax.stop_gradient(a) for n, a in call.inputs(*args, **kwargs).items()}
     x = next(iter(inputs.values()))
     call.tap(x=pool(x, reduction) if pooled else x, **ladder(exit_of(call.site)).recorded(inputs))
     return call(*args, **kwargs)

@@ -51,22 +51,46 @@ class Lean(nn.Module):
   causal: bool = False
 
   @nn.compact
-  def __call__(self, s: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+  def __call__(self, s, bias=None, context=None, context_bias=None):
+    """s [B, N, d'], context [B, M, d'] or None, biases of the logits [B, 1, 1 or N, N or M]."""
     width = s.shape[-1]
     dense = lambda n, name: nn.Dense(n, use_bias=False, dtype=s.dtype, name=name)
-    if self.heads:
-      x = nn.RMSNorm(dtype=s.dtype, name='norm1')(s)
+    norm = lambda name: nn.RMSNorm(dtype=s.dtype, name=name)(s)
+
+    def attend(prefix, x, source, bias):
       split = lambda y: y.reshape(*y.shape[:-1], self.heads, width // self.heads)
-      q, k, v = (split(dense(width, n)(x)) for n in ('query', 'key', 'value'))
+      q = split(dense(width, f'{prefix}query')(x))
+      k, v = (split(dense(width, f'{prefix}{n}')(source)) for n in ('key', 'value'))
+      y = nn.dot_product_attention(q, k, v, bias=bias)
+      return dense(width, f'{prefix}out')(y.reshape(s.shape))
+
+    if self.heads:
       if self.causal:
-        mask = nn.combine_masks(mask, nn.make_causal_mask(jnp.ones(s.shape[:2])), dtype=bool)
-      s = s + dense(width, 'out')(nn.dot_product_attention(q, k, v, mask=mask).reshape(s.shape))
-    x = nn.RMSNorm(dtype=s.dtype, name='norm2')(s)
-    return s + dense(width, 'fc2')(nn.gelu(dense(self.expand * width, 'fc1')(x)))
+        causal = additive(jnp.tril(jnp.ones((s.shape[1], s.shape[1]), bool)), s.dtype)
+        bias = causal if bias is None else bias + causal
+      x = norm('norm1')
+      s = s + attend('', x, x, bias)
+      if context is not None:
+        s = s + attend('cross_', norm('norm_cross'), context, context_bias)
+    return s + dense(width, 'fc2')(nn.gelu(dense(self.expand * width, 'fc1')(norm('norm2'))))
 
 
-def lean(heads: int, width: int, causal: bool) -> SideBlock:
+def additive(mask: jax.Array, dtype) -> jax.Array:
+  """Any mask as a bias of attention logits [B or 1, 1, 1 or N, N]: floats are one already."""
+  if not jnp.issubdtype(mask.dtype, jnp.floating):
+    mask = jnp.where(mask != 0, 0.0, jnp.finfo(dtype).min / 2)
+  mask = mask[:, None, None] if mask.ndim == 2 and mask.shape[0] != mask.shape[1] else mask
+  return mask.astype(dtype).reshape((1,) * (4 - mask.ndim) + mask.shape)
+
+
+def lean(site: Site, heads: int, width: int, causal: bool) -> SideBlock:
   """A `Lean` block for a stream of some width.
+
+  Args:
+    site: the backbone's block; of what it is called with, masks are used, and a context if it has one.
+    heads: see Lean.
+    width: of the stream.
+    causal: see Lean.
 
   Raises:
     ValueError: the heads do not divide the width.
@@ -74,15 +98,21 @@ def lean(heads: int, width: int, causal: bool) -> SideBlock:
   if heads and width % heads:
     raise ValueError(f'{heads} heads do not divide the side width {width}')
   block = Lean(heads, causal=causal)
-  mask = lambda inputs: {'mask': inputs['mask']} if heads and 'mask' in inputs else {}
+  masks = [n for n in list(site.inputs)[1:] if 'mask' in n] if heads else []
+  roles = {n: 'context_bias' if re.search('context|cross|encoder', n) else 'bias' for n in masks}
+  takes = (*masks, *(n for n in site.inputs if heads and n == 'context'))
+
+  def named(s, inputs):
+    biases = {roles[n]: additive(inputs[n], s.dtype) for n in masks if n in inputs}
+    return biases | {n: x for n, x in inputs.items() if n == 'context' and heads}
 
   def init(key, s, inputs):
-    return block.init(key, s, **mask(inputs))['params']
+    return block.init(key, s, **named(s, inputs))['params']
 
   def apply(params, s, inputs, training, key):
-    return block.apply({'params': params}, s, **mask(inputs))
+    return block.apply({'params': params}, s, **named(s, inputs))
 
-  return SideBlock(init, apply, ('mask',) if heads else ())
+  return SideBlock(init, apply, takes)
 
 
 def own(site: Site, reduction: int) -> SideBlock:

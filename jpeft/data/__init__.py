@@ -1,0 +1,9 @@
+"""Images and texts for transfer: named data sets, your own files, batches that resume exactly."""
+
+from .batches import Batches
+from .datasets import load
+from .image import image_transform
+from .source import Source, in_memory
+from .text import text_transform
+
+__all__ = ['Batches', 'Source', 'image_transform', 'in_memory', 'load', 'text_transform']

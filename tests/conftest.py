@@ -1,0 +1,25 @@
+"""JAX for the tests: CPU unless the environment says otherwise, 8 devices, compilations kept."""
+
+import os
+
+import jax
+import pytest
+
+if 'JAX_PLATFORMS' not in os.environ:
+  jax.config.update('jax_platforms', 'cpu')
+jax.config.update('jax_num_cpu_devices', 8)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+  # Tests that share a backbone stay in one process of `-n`, so that it is compiled once.
+  config.addinivalue_line('markers', 'xdist_group: tests that one process should run')
+  if getattr(config.option, 'dist', None) == 'load':
+    config.option.dist = 'loadgroup'
+  # Two runs may share the folder: an entry read while another run writes it is only compiled again.
+  config.addinivalue_line('filterwarnings', 'ignore:Error (reading|writing) persistent compilation')
+  cache = getattr(config, 'cache', None)
+  if cache is None:  # -p no:cacheprovider
+    return
+  jax.config.update('jax_compilation_cache_dir', str(cache.mkdir('jax')))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+  jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)

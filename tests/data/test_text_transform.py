@@ -1,0 +1,67 @@
+"""Text transforms, with a tokenizer of a few words."""
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from jpeft.data import text_transform
+
+WORDS = ['[UNK]', '[CLS]', '[SEP]', 'a', 'good', 'film', '[PAD]']
+
+
+def tokenizer(pad='[PAD]'):
+  made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS[:-1] + [pad])}, '[UNK]'))
+  made.pre_tokenizer = pre_tokenizers.Whitespace()
+  made.post_processor = processors.TemplateProcessing(
+    '[CLS] $A [SEP]', '[CLS] $A [SEP] $B:1 [SEP]:1', [('[CLS]', 1), ('[SEP]', 2)])
+  return made
+
+
+def test_padding_truncation_and_types(tmp_path):
+  tokenizer().save(str(tmp_path / 'tokenizer.json'))
+  for given in (tokenizer(), tmp_path / 'tokenizer.json', str(tmp_path / 'tokenizer.json')):
+    fn = text_transform(given, 6)
+    out = fn({'text': 'a good film', 'label': 1}, None)
+    assert out['tokens'].tolist() == [1, 3, 4, 5, 2, 6]
+    assert out['token_mask'].tolist() == [True] * 5 + [False]
+    assert out['types'].tolist() == [0] * 6 and out['label'] == 1
+    assert fn({'text': 'a a a a a a a a'})['tokens'].tolist() == [1, 3, 3, 3, 3, 2]
+    assert {k: v.dtype.name for k, v in out.items() if k != 'label'} == {
+      'tokens': 'int32', 'token_mask': 'bool', 'types': 'int32'}
+  pair = text_transform(tokenizer(), 8)({'text': 'a film', 'pair': 'good', 'label': 0})
+  assert pair['tokens'].tolist() == [1, 3, 5, 2, 4, 2, 6, 6]
+  assert pair['types'].tolist() == [0, 0, 0, 0, 1, 1, 0, 0]
+  assert set(pair) == {'tokens', 'token_mask', 'types', 'label'}
+
+
+def test_the_tokenizer_given_stays_as_it_is():
+  given = tokenizer()
+  text_transform(given, 4)
+  assert given.padding is None and given.truncation is None and len(given.encode('a a a a a').ids) == 7
+
+
+def test_the_pad_token():
+  own = tokenizer('<nothing>')
+  own.enable_padding(pad_id=6, pad_token='<nothing>')
+  assert text_transform(own, 4)({'text': 'a'})['tokens'].tolist() == [1, 3, 2, 6]
+  assert text_transform(tokenizer('<pad>'), 4)({'text': 'a'})['tokens'].tolist() == [1, 3, 2, 6]
+  assert text_transform(tokenizer(), 4, pad_token='a')({'text': 'film'})['tokens'].tolist() == [1, 5, 2, 3]
+  with pytest.raises(ValueError, match=r'has no pad token \(\[PAD\], .* are not in its vocabulary of 7\)'):
+    text_transform(tokenizer('<nothing>'), 4)
+  with pytest.raises(ValueError, match=r'has no pad token \(b'):
+    text_transform(tokenizer(), 4, pad_token='b')
+
+
+def test_what_is_wrong_is_said(tmp_path):
+  with pytest.raises(FileNotFoundError, match='there is no tokenizer file .*tokenizer.json'):
+    text_transform(tmp_path / 'tokenizer.json', 4)
+  (tmp_path / 'config.json').write_text('{}')
+  with pytest.raises(ValueError, match='config.json is no tokenizer.json'):
+    text_transform(tmp_path / 'config.json', 4)
+  with pytest.raises(ValueError, match='max_length=2 leaves no room beside 2 special tokens'):
+    text_transform(tokenizer(), 2)
+
+
+def test_arrays_stack():
+  fn = text_transform(tokenizer(), 5)
+  np.stack([fn({'text': text})['tokens'] for text in ('', 'a', 'a good film a good film')])
