@@ -24,7 +24,7 @@ _TRAINS = {'train': True, 'training': True, 'is_training': True, 'deterministic'
 _running: contextvars.ContextVar[tuple[tuple[str, dict], ...]] = contextvars.ContextVar('jpeft_running',
                                                                                      default=())
 # {path: how many of the rules there act}, where a rule runs what it wraps as a pure function.
-_beneath: contextvars.ContextVar[dict[str, int]] = contextvars.ContextVar('jpeft_beneath', default={})  # noqa: B039
+_beneath: contextvars.ContextVar[dict[str, int]] = contextvars.ContextVar('jpeft_beneath')
 
 
 class Bound:
@@ -95,7 +95,7 @@ class Bound:
     fn, arrays = self._backend.pure(self.module, self._path)
 
     def run(arrays, *args, **kwargs):
-      token = _beneath.set({**_beneath.get(), self._path: self._rank})
+      token = _beneath.set({**_beneath.get({}), self._path: self._rank})
       try:
         return fn(arrays, *args, **kwargs)
       finally:
@@ -323,7 +323,7 @@ class Tuned:
     if key is not None:
       key = jax.random.wrap_key_data(key)
     here = [(r, s) for r, s in self._plan[1][path] if getattr(r, 'method', '__call__') == method]
-    here = here[: _beneath.get().get(path, len(here))]
+    here = here[: _beneath.get({}).get(path, len(here))]
     theta = {name: self._slim(t, name, path) for name, t in rider['theta'].items()}
     weights = [(r, theta.get(r.name, {})) for r, _ in here if isinstance(r, Weight)]
     if weights:

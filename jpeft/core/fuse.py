@@ -66,7 +66,7 @@ def fused(rules: Sequence[tuple[Weight, Any]], site: Site, module, call, key) ->
     y, arrays = to_rows(out), {n: jnp.zeros(l.shape, l.dtype) for n, l in site.leaves.items()}
     arrays[array] = kernel  # the others are boxed: what `w` makes of them here is not used
     for i, (rule, t) in enumerate(rules):
-      t = jax.tree.map(lambda a: a.astype(y.dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, t)
+      t = _cast(t, y.dtype, rule.exact)
       w = lambda arrays=arrays: leaf.fold(arrays[array])
       sub = None if key is None else jax.random.fold_in(key, i)
       y = rule.dot(t, x, y, w, sub).astype(out.dtype)
@@ -94,6 +94,13 @@ class _after(dict):
     if not self:
       self.update(self._make())
     return self[name] if name in self else self._before[name]
+
+
+def _cast(t, dtype, exact: tuple[str, ...]):
+  def leaf(path, a):
+    keep = any(getattr(k, 'key', None) in exact for k in path)
+    return a if keep or not jnp.issubdtype(a.dtype, jnp.floating) else a.astype(dtype)
+  return jax.tree_util.tree_map_with_path(leaf, t)
 
 
 def _dot(base, leaf: Leaf, lhs, rhs, dims, *args, **kwargs):

@@ -30,6 +30,7 @@ class Weight:
       (a convolution does so as a convolution); `w` is a function that returns [fan_in, fan_out];
       `key` is None outside training.
     fixed: names of entries of t that are not trained.
+    exact: names of entries of t that `dot` gets as stored; the others come in the dtype of y.
     needs_dot: the rule has no meaning without `dot` (dropout of the input, say).
     update: (t, site, step, key) -> t: a schedule or a periodic edit, after each training step.
     memory: what the backward pass must keep of the backbone, one of MEMORY_CLASSES.
@@ -40,6 +41,7 @@ class Weight:
   apply: Callable[..., dict]
   dot: Callable[..., jax.Array] | None = None
   fixed: tuple[str, ...] = ()
+  exact: tuple[str, ...] = ()
   needs_dot: bool = False
   update: Callable[..., Any] | None = None
   memory: str = MEMORY_CLASSES[-1]

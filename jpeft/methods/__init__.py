@@ -6,9 +6,12 @@ import inspect
 from collections.abc import Callable
 
 from ..core import Method, chain
+from .ia3 import ia3
+from .lora import dora, lora
 from .lst import lst
 from .prune import fisher
 from .tune import FULL, NONE, bitfit, full, linear, norm, tune
+from .vera import vera
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,10 @@ REGISTRY: dict[str, Entry] = {
   'full': Entry(full, '-', FULL, True, 'full fine-tuning', head=True),
   'bitfit': Entry(bitfit, '2106.10199', FULL, True, 'BitFit: biases'),
   'norm': Entry(norm, '2302.07937', FULL, True, 'norm tuning: scales and shifts'),
+  'lora': Entry(lora, '2106.09685', FULL, True, 'LoRA, rsLoRA, PiSSA, OLoRA: a low-rank product beside each matrix'),
+  'dora': Entry(dora, '2402.09353', FULL, True, 'DoRA: LoRA for directions, a magnitude a column'),
+  'vera': Entry(vera, '2310.11454', FULL, True, 'VeRA: two vectors around a shared random pair'),
+  'ia3': Entry(ia3, '2205.05638', FULL, True, '(IA)^3: scales keys, values and inner activations'),
   'lst': Entry(lst, '2206.06522', NONE, False, 'ladder side-tuning: a narrow network fed by the blocks'),
 }
 
@@ -67,4 +74,5 @@ def make(name: str, head: bool = True, **hyperparameters) -> Method:
   return method if entry.head or not head else chain(method, tune('{head}', name='head', memory=NONE))
 
 
-__all__ = ['REGISTRY', 'Entry', 'bitfit', 'fisher', 'full', 'linear', 'lst', 'make', 'norm', 'tune']
+__all__ = ['REGISTRY', 'Entry', 'bitfit', 'dora', 'fisher', 'full', 'ia3', 'linear', 'lora', 'lst', 'make',
+           'norm', 'tune', 'vera']
