@@ -1,0 +1,109 @@
+"""Pre-norm and post-norm transformer blocks, and the stack that runs them."""
+
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+
+from .layers import MLP, Attention, Block, LayerScale, layer_norm
+
+
+def _branches(block, qkv_bias=True):
+  """Attention, MLP and dropout of a block, as its fields say."""
+  types = {'dtype': block.dtype, 'param_dtype': block.param_dtype}
+  attention = Attention(block.heads, block.head_dim, qkv_bias=qkv_bias,
+                        dropout=block.attention_dropout, attention_fn=block.attention_fn,
+                        name='attention', **types)
+  mlp = MLP(block.mlp_dim, block.activation, name='mlp', **types)
+  return attention, mlp, nn.Dropout(block.dropout, name='dropout')
+
+
+class PreNormBlock(Block):
+  """x + attention(norm(x)), then x + mlp(norm(x)): ViT (arXiv:2010.11929).
+
+  Attributes:
+    qkv_bias: whether query, key and value have a bias.
+    layer_scale: initial value of a LayerScale at the end of each branch; None for none.
+  """
+
+  qkv_bias: bool = True
+  layer_scale: float | None = None
+
+  @nn.compact
+  def __call__(self, x, mask=None, bias=None, deterministic=True):
+    attention, mlp, dropout = _branches(self, self.qkv_bias)
+
+    def scale(name, y):
+      if self.layer_scale is None:
+        return y
+      return LayerScale(self.layer_scale, self.dtype, self.param_dtype, name=name)(y)
+
+    y = attention(layer_norm(self, 'norm1')(x), mask=mask, bias=bias, deterministic=deterministic)
+    x = x + scale('scale1', dropout(y, deterministic=deterministic))
+    y = mlp(layer_norm(self, 'norm2')(x), deterministic=deterministic)
+    return x + scale('scale2', dropout(y, deterministic=deterministic))
+
+
+class PostNormBlock(Block):
+  """norm(x + attention(x)), then norm(x + mlp(x)): BERT (arXiv:1810.04805)."""
+
+  @nn.compact
+  def __call__(self, x, mask=None, bias=None, deterministic=True):
+    attention, mlp, dropout = _branches(self)
+    y = attention(x, mask=mask, bias=bias, deterministic=deterministic)
+    x = layer_norm(self, 'norm1')(x + dropout(y, deterministic=deterministic))
+    y = mlp(x, deterministic=deterministic)
+    return layer_norm(self, 'norm2')(x + dropout(y, deterministic=deterministic))
+
+
+def run_blocks(block: Callable[..., nn.Module], depth: int, x, *, scan=False, remat=False, **inputs):
+  """Runs blocks that become children of the calling compact module.
+
+  Unrolled, they are block_0 .. block_{depth-1}; scanned, they are one child `blocks` whose
+  parameters lead with the layer axis, compiled once.
+
+  Args:
+    block: makes a block: block(name=...).
+    depth: how many.
+    x: the input of the first.
+    scan: whether to use nn.scan.
+    remat: whether to recompute each block's inside in the backward pass (nn.remat).
+    **inputs: keyword arguments that every block gets.
+
+  Returns:
+    The output of the last block.
+  """
+  # Lambdas, so that interceptors can tell these calls from those of the blocks by their name.
+  run = lambda block, x: block(x, **inputs)  # noqa: E731
+  if remat:  # inside a scan nothing is left to merge, so the guard against it would only cost time
+    run = nn.remat(run, prevent_cse=not scan)
+  if not scan:
+    for i in range(depth):
+      x = run(block(name=f'block_{i}'), x)
+    return x
+  scanned = nn.scan(lambda block, x, _: (run(block, x), None), length=depth,
+                    variable_axes={'params': 0, 'intermediates': 0},
+                    split_rngs={'params': True, 'dropout': True})
+  return scanned(block(name='blocks'), x, None)[0]
+
+
+class Encoder(nn.Module):
+  """A stack of blocks, unrolled or scanned; see `run_blocks`."""
+
+  block: Callable[..., nn.Module]
+  depth: int
+  scan: bool = False
+  remat: bool = False
+
+  @nn.compact
+  def __call__(self, x, mask=None, bias=None, deterministic=True):
+    return run_blocks(self.block, self.depth, x, scan=self.scan, remat=self.remat, mask=mask,
+                      bias=bias, deterministic=deterministic)
+
+
+def block_of(model, kind: type[Block], **fields) -> Callable[..., nn.Module]:
+  """A maker of blocks with the fields that a model shares with its blocks."""
+  shared = ('heads', 'mlp_dim', 'eps', 'activation', 'dropout', 'attention_dropout',
+            'attention_fn', 'dtype', 'param_dtype')
+  fields = {'head_dim': model.width // model.heads} | fields
+  return functools.partial(kind, **{name: getattr(model, name) for name in shared}, **fields)

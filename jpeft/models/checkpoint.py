@@ -1,0 +1,116 @@
+"""Folders of safetensors files, read as data: one file, or shards named by an index."""
+
+import difflib
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+FILE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+PICKLES = ('pytorch_model.bin', 'pytorch_model.bin.index.json', 'model.ckpt.index', 'tf_model.h5',
+           'flax_model.msgpack')
+
+
+class Checkpoint:
+  """The tensors of a folder; headers are checked at once, data is read when asked for.
+
+  Attributes:
+    folder: where the files are.
+    shapes: {key: shape} of every tensor.
+    files: {file name: sha256} of the weight files; computed when first read.
+  """
+
+  def __init__(self, folder: str | Path):
+    self.folder = Path(folder)
+    self._file_of = _files(self.folder)
+    self.shapes = {}
+    for file in sorted(set(self._file_of.values())):
+      with _open(file) as f:
+        present = f.keys()
+        self.shapes |= {key: tuple(f.get_slice(key).get_shape()) for key in present
+                        if self._file_of.get(key, file) == file}
+        self._file_of |= {key: file for key in present if key not in self._file_of}
+    self._file_of.pop(None, None)
+    for key, file in self._file_of.items():
+      if key not in self.shapes:
+        raise ValueError(f'{self.folder / INDEX}: {key!r} is said to be in {file.name}, which does '
+                         'not hold it')
+
+  def read(self, key: str) -> np.ndarray:
+    """One tensor, in the number format of the file."""
+    with _open(self._file_of[key]) as f:
+      return f.get_tensor(key)
+
+  @functools.cached_property
+  def files(self) -> dict[str, str]:
+    return {file.name: sha256(file) for file in sorted(set(self._file_of.values()))}
+
+
+def _files(folder: Path) -> dict[str | None, Path]:
+  """{key: file} as the index says; {None: file} for a single file, whose keys it tells itself."""
+  if (folder / FILE).exists():
+    return {None: folder / FILE}
+  if not (folder / INDEX).exists():
+    other = [name for name in PICKLES if (folder / name).exists()]
+    if other:
+      raise ValueError(f'{folder} holds {other[0]} but no {FILE}: only safetensors is read, since '
+                       'unpickling can run code; convert it (save_pretrained of transformers '
+                       'writes safetensors)')
+    raise FileNotFoundError(f'{folder} holds neither {FILE} nor {INDEX}')
+  index = read_json(folder / INDEX)
+  if not isinstance(index.get('weight_map'), dict):
+    raise ValueError(f"{folder / INDEX} has no 'weight_map' from tensors to files")
+  files = {}
+  for key, name in index['weight_map'].items():
+    if Path(name).name != name:
+      raise ValueError(f'{folder / INDEX}: {name!r} for {key!r} is no plain file name')
+    if not (folder / name).exists():
+      near = difflib.get_close_matches(name, [p.name for p in folder.iterdir()], 1)
+      raise FileNotFoundError(f'{folder / name} is missing, the index needs it for {key!r}'
+                              + (f'; there is {near[0]}' if near else ''))
+    files[key] = folder / name
+  return files
+
+
+def _open(file: Path):
+  try:
+    return safetensors.safe_open(file, 'np')
+  except (safetensors.SafetensorError, OSError) as error:
+    raise ValueError(f'{file} is no readable safetensors file ({error}); it is damaged or was not '
+                     'copied whole') from error
+
+
+def write(folder: Path, tensors: Mapping[str, np.ndarray], config: Mapping) -> None:
+  """Writes model.safetensors and config.json; a file is either whole or absent."""
+  folder.mkdir(parents=True, exist_ok=True)
+  tensors = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
+  part = folder / f'{FILE}.part'
+  safetensors.numpy.save_file(tensors, part, metadata={'format': 'pt'})  # transformers asks for it
+  part.replace(folder / FILE)
+  (folder / 'config.json').write_text(json.dumps(config, indent=2, sort_keys=True) + '\n')
+
+
+def read_json(path: Path) -> dict:
+  """A JSON object.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it is no JSON object.
+  """
+  try:
+    value = json.loads(path.read_text())
+  except ValueError as error:
+    raise ValueError(f'{path} is no JSON: {error}') from error
+  if not isinstance(value, dict):
+    raise ValueError(f'{path} holds a {type(value).__name__}, not an object')
+  return value
+
+
+def sha256(path: Path) -> str:
+  with open(path, 'rb') as f:
+    return hashlib.file_digest(f, 'sha256').hexdigest()

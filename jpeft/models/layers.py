@@ -1,0 +1,188 @@
+"""The layers that all backbones share: attention, MLP, layer scale, and the base of their blocks.
+
+Axes: B batch, N tokens, M context tokens, H heads, K head size, D width of the residual stream.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+gelu = functools.partial(nn.gelu, approximate=False)
+gelu_tanh = functools.partial(nn.gelu, approximate=True)
+
+# By the names that Hugging Face configs use.
+ACTIVATIONS = {
+  'gelu': gelu,
+  'gelu_new': gelu_tanh,
+  'gelu_pytorch_tanh': gelu_tanh,
+  'relu': nn.relu,
+  'silu': nn.silu,
+  'swish': nn.silu,
+}
+
+default_init = nn.initializers.normal(0.02)
+
+
+class Attention(nn.Module):
+  """Multi-head attention whose four projections are plain 2-D Dense layers.
+
+  Attributes:
+    heads: number of heads.
+    head_dim: size of a head; heads * head_dim may differ from the width of the input.
+    qkv_bias: whether query, key and value have a bias.
+    out_bias: whether the output projection has a bias.
+    scaled: whether the logits are divided by sqrt(head_dim).
+    dropout: rate on the attention probabilities.
+    attention_fn: called as `nn.dot_product_attention`, which divides by sqrt(head_dim) itself.
+    kernel_init: initialiser of the four kernels.
+    dtype: of the computation.
+    param_dtype: of the parameters.
+  """
+
+  heads: int
+  head_dim: int
+  qkv_bias: bool = True
+  out_bias: bool = True
+  scaled: bool = True
+  dropout: float = 0.0
+  attention_fn: Callable[..., jax.Array] = nn.dot_product_attention
+  kernel_init: Callable[..., jax.Array] = default_init
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, context=None, mask=None, bias=None, deterministic=True):
+    """Attends from x [B, N, D] to context [B, M, _], or to x itself.
+
+    Args:
+      x: where the queries come from.
+      context: where the keys and values come from; None for self-attention.
+      mask: boolean, broadcastable to [B, H, N, M]; False hides a key.
+      bias: added to the logits, broadcastable to [B, H, N, M].
+      deterministic: no dropout.
+
+    Returns:
+      An array [B, N, D].
+    """
+    context = x if context is None else context
+    dense = functools.partial(nn.Dense, kernel_init=self.kernel_init, dtype=self.dtype,
+                              param_dtype=self.param_dtype)
+
+    def heads(name, y, **init):
+      y = dense(self.heads * self.head_dim, use_bias=self.qkv_bias, name=name, **init)(y)
+      return y.reshape(*y.shape[:-1], self.heads, self.head_dim)
+
+    query = heads('query', x) if self.scaled else heads('query', x, kernel_init=_small_init(self))
+    key, value = heads('key', context), heads('value', context)
+    if not self.scaled:  # undo beforehand what attention_fn is going to divide by
+      query = query * jnp.sqrt(self.head_dim).astype(query.dtype)
+    drop = self.dropout > 0 and not deterministic
+    out = self.attention_fn(
+      query, key, value, bias=bias, mask=mask, broadcast_dropout=False,
+      dropout_rng=self.make_rng('dropout') if drop else None,
+      dropout_rate=self.dropout if drop else 0.0, deterministic=not drop, dtype=self.dtype)
+    out = out.reshape(*out.shape[:-2], self.heads * self.head_dim)
+    return dense(x.shape[-1], use_bias=self.out_bias, name='out')(out)
+
+
+def _small_init(attention):
+  """Queries so small that logits which are not divided by sqrt(head_dim) start of order one."""
+  return nn.initializers.variance_scaling(1 / attention.head_dim, 'fan_in', 'normal')
+
+
+class MLP(nn.Module):
+  """Two Dense layers around an activation; gated: fc2(activation(gate(x)) * fc1(x)).
+
+  Attributes:
+    mlp_dim: width of the hidden layer.
+    activation: the nonlinearity.
+    gated: whether a third layer, `gate`, carries the activation.
+    use_bias: whether the layers have biases.
+    dropout: rate on the hidden layer.
+    kernel_init: initialiser of the kernels.
+    dtype: of the computation.
+    param_dtype: of the parameters.
+  """
+
+  mlp_dim: int
+  activation: Callable[[jax.Array], jax.Array] = gelu
+  gated: bool = False
+  use_bias: bool = True
+  dropout: float = 0.0
+  kernel_init: Callable[..., jax.Array] = default_init
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, deterministic=True):
+    dense = functools.partial(nn.Dense, use_bias=self.use_bias, kernel_init=self.kernel_init,
+                              dtype=self.dtype, param_dtype=self.param_dtype)
+    y = dense(self.mlp_dim, name='fc1')(x)
+    if self.gated:
+      y = self.activation(dense(self.mlp_dim, name='gate')(x)) * y
+    else:
+      y = self.activation(y)
+    y = nn.Dropout(self.dropout, name='dropout')(y, deterministic=deterministic)
+    return dense(x.shape[-1], name='fc2')(y)
+
+
+class LayerScale(nn.Module):
+  """x * scale, one number per channel: LayerScale of CaiT (arXiv:2103.17239)."""
+
+  init: float = 1.0
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    init = nn.initializers.constant(self.init)
+    scale = self.param('scale', init, (x.shape[-1],), self.param_dtype)
+    return x * scale.astype(self.dtype)
+
+
+class Block(nn.Module):
+  """What the blocks of all families share. The width D of the stream is read from the input.
+
+  Attributes:
+    heads: number of attention heads.
+    head_dim: size of a head.
+    mlp_dim: hidden width of the MLP.
+    eps: of the norms.
+    activation: of the MLP.
+    dropout: rate on what each branch adds to the stream.
+    attention_dropout: rate on the attention probabilities.
+    attention_fn: see `Attention`.
+    dtype: of the computation.
+    param_dtype: of the parameters.
+  """
+
+  heads: int
+  head_dim: int
+  mlp_dim: int
+  eps: float = 1e-6
+  activation: Callable[[jax.Array], jax.Array] = gelu
+  dropout: float = 0.0
+  attention_dropout: float = 0.0
+  attention_fn: Callable[..., jax.Array] = nn.dot_product_attention
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+
+
+def layer_norm(module, name):
+  """The LayerNorm that a module with fields eps, dtype and param_dtype uses."""
+  # The fast variance, mean(x^2) - mean(x)^2, loses digits that published checkpoints need.
+  return nn.LayerNorm(module.eps, dtype=module.dtype, param_dtype=module.param_dtype,
+                      use_fast_variance=False, name=name)
+
+
+def check_pool(pool: str, known: tuple[str, ...], num_classes: int | None) -> None:
+  """Raises ValueError for an unknown pool, or one that a head cannot read."""
+  if pool not in known:
+    raise ValueError(f'pool {pool!r} is none of {", ".join(known)}')
+  if pool == 'tokens' and num_classes is not None:
+    raise ValueError(f"pool 'tokens' has no single feature for a head of {num_classes} classes; "
+                     f'choose one of {", ".join(known[:-1])}')

@@ -1,0 +1,184 @@
+"""load and save_pretrained: real checkpoints in and out, in the layout of Hugging Face."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from . import checkpoint as files
+from .checkpoint import Checkpoint
+from .convert import from_files, to_tensors
+from .families import Family, Request
+from .hf_bert import BERT_FAMILIES
+from .hf_t5 import T5_FAMILIES
+from .hf_vit import VIT_FAMILIES
+from .sources import find
+
+FAMILIES: dict[str, Family] = {**VIT_FAMILIES, **BERT_FAMILIES, **T5_FAMILIES}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+  """A backbone with its weights.
+
+  Attributes:
+    model: the Linen module.
+    variables: {'params': ...}.
+    config: the Hugging Face config, brought up to date with what was asked for.
+    family: its model_type: vit, deit, dinov2, bert, roberta or t5.
+    preprocess: mean and std of pixels in [0, 1], and image_size; None for text.
+    tokenizer: path of tokenizer.json; None if there is none.
+    files: {file: sha256} of what the weights were read from.
+  """
+
+  model: nn.Module
+  variables: dict[str, Any]
+  config: dict[str, Any]
+  family: str
+  preprocess: dict[str, Any] | None
+  tokenizer: str | None
+  files: dict[str, str]
+
+
+def load(source: str | Path, *, num_classes: int | None = None, image_size: int | None = None,
+         dtype: Any = 'float32', param_dtype: Any = 'float32', scan: bool = False,
+         remat: bool = False, seed: int = 0, layers: int | None = None,
+         pool: str | None = None) -> Pretrained:
+  """Loads a backbone.
+
+  Args:
+    source: a folder with config.json and safetensors files; the name of weights that a Python
+      package carries ('dinov2-s14', 'minilm-l6'); or the id of a model on the Hugging Face hub
+      ('org/name', needs huggingface_hub).
+    num_classes: None keeps the head of the checkpoint, if it has one; a number makes a fresh one.
+    image_size: side of the images in pixels; position tables are resized to it. None as trained.
+    dtype: of the computation.
+    param_dtype: of the weights.
+    scan: stack the blocks and run them by nn.scan.
+    remat: recompute each block in the backward pass.
+    seed: of what is fresh.
+    layers: keep the first so many blocks (T5: of each stack).
+    pool: what the head reads, or what comes out without one: 'cls', 'mean', 'cls_mean' (images
+      only) or 'tokens'. None as the family does: 'cls_mean' for DINOv2, 'mean' for sentence
+      encoders such as MiniLM, else 'cls'.
+
+  Returns:
+    A `Pretrained`. Its model returns logits if it has a head, else the pooled feature.
+
+  Raises:
+    ValueError: the source is unknown, or its tensors do not fit the model.
+    FileNotFoundError: a file is missing.
+
+  Example:
+    >>> loaded = jpeft.load('dinov2-s14', num_classes=10, image_size=56)  # doctest: +SKIP
+    >>> logits = loaded.model.apply(loaded.variables, images)  # doctest: +SKIP
+  """
+  folder, origin = find(source)
+  if not (folder / 'config.json').exists():
+    raise FileNotFoundError(f'{folder} holds no config.json, so what kind of model it is is unknown')
+  config = files.read_json(folder / 'config.json')
+  family = family_of(config)
+  checkpoint = Checkpoint(folder)
+  model = _build(config, checkpoint, num_classes=num_classes, image_size=image_size, dtype=dtype,
+                 param_dtype=param_dtype, scan=scan, remat=remat, layers=layers, pool=pool)
+  table = family.table(model)
+  shapes = shapes_of(model, family)
+  fresh = _fresh(shapes, checkpoint, num_classes)
+  params = from_files(
+    checkpoint, table, shapes, fresh=fresh, layers=layers, param_dtype=model.param_dtype,
+    edits=family.edits(config, model) if image_size is not None else {})
+  params |= _new(fresh, shapes, seed, model.param_dtype)
+  return Pretrained(
+    model, {'params': traverse_util.unflatten_dict(params, sep='/')},
+    family.describe(config, model), config['model_type'],
+    _preprocess(folder, family, model), _file(folder / 'tokenizer.json'),
+    {**origin, **checkpoint.files})
+
+
+def from_config(config: Mapping, *, num_classes: int | None = None, image_size: int | None = None,
+                dtype: Any = 'float32', param_dtype: Any = 'float32', scan: bool = False,
+                remat: bool = False, layers: int | None = None,
+                pool: str | None = None) -> nn.Module:
+  """The model that a Hugging Face config describes, without weights; for arguments see `load`."""
+  return _build(config, None, num_classes=num_classes, image_size=image_size, dtype=dtype,
+                param_dtype=param_dtype, scan=scan, remat=remat, layers=layers, pool=pool)
+
+
+def save_pretrained(folder: str | Path, model: nn.Module, variables: Mapping,
+                    config: Mapping) -> None:
+  """Writes model.safetensors and config.json as transformers writes them.
+
+  Args:
+    folder: where to; made if needed.
+    model: as loaded, or of the same classes.
+    variables: {'params': ...} of plain arrays, such as `Tuned.merge` returns.
+    config: the `config` of a Pretrained.
+
+  Raises:
+    ValueError: a parameter has no place in this family's files.
+  """
+  family = family_of(config)
+  table = family.table(model)
+  params = traverse_util.flatten_dict(nn.meta.unbox(dict(variables['params'])), sep='/')
+  tensors = to_tensors(params, table)
+  headed = any(path.split('/')[0] == 'head' for path in params)
+  name = table.architectures[headed or not table.base]
+  files.write(Path(folder), tensors, family.describe(config, model) | {'architectures': [name]})
+
+
+def family_of(config: Mapping) -> Family:
+  """Raises ValueError for a model_type that has no family."""
+  kind = config.get('model_type')
+  if kind not in FAMILIES:
+    near = difflib.get_close_matches(str(kind), FAMILIES, 1)
+    raise ValueError(f'model_type {kind!r} is none of {", ".join(FAMILIES)}'
+                     + (f'; the nearest is {near[0]!r}' if near else ''))
+  return FAMILIES[kind]
+
+
+def shapes_of(model: nn.Module, family: Family) -> dict[str, tuple[int, ...]]:
+  """{path: shape} of a model's parameters."""
+  tree = jax.eval_shape(model.init, jax.random.key(0), *family.example(model))['params']
+  return {path: x.shape for path, x in traverse_util.flatten_dict(tree, sep='/').items()}
+
+
+def _build(config, checkpoint, *, num_classes, image_size, layers, pool, **fields):
+  fields |= {name: jnp.dtype(fields[name]) for name in ('dtype', 'param_dtype')}
+  request = Request(num_classes, image_size, layers, pool, fields)
+  return family_of(config).build(config, checkpoint, request)
+
+
+def _fresh(shapes, checkpoint: Checkpoint, num_classes: int | None) -> set[str]:
+  """What is not read: a new head, and the pooler below it where the files have none."""
+  if num_classes is None:
+    return set()
+  pooled = any('pooler.' in key or 'classifier.dense.' in key for key in checkpoint.shapes)
+  roots = ('head', 'head_distill', *(() if pooled else ('pooler',)))
+  return {path for path in shapes if path.split('/')[0] in roots}
+
+
+def _new(paths: set[str], shapes, seed: int, dtype) -> dict[str, jax.Array]:
+  keys = jax.random.split(jax.random.key(seed), max(1, len(paths)))
+  kernel = lambda key, shape: 0.02 * jax.random.normal(key, shape, dtype)
+  return {path: kernel(key, shapes[path]) if path.endswith('kernel')
+          else jnp.zeros(shapes[path], dtype) for key, path in zip(keys, sorted(paths), strict=False)}
+
+
+def _preprocess(folder: Path, family: Family, model) -> dict[str, Any] | None:
+  if family.colours is None:
+    return None
+  file = folder / 'preprocessor_config.json'
+  told = files.read_json(file) if file.exists() else {}
+  return {'mean': tuple(told.get('image_mean', family.colours['mean'])),
+          'std': tuple(told.get('image_std', family.colours['std'])),
+          'image_size': model.image_size}
+
+
+def _file(path: Path) -> str | None:
+  return str(path) if path.exists() else None

@@ -1,0 +1,110 @@
+"""Which tensor of a Hugging Face file is which parameter of ours: the one mechanism for all families.
+
+A table has rows (path of our module, kind, key on disk). A path says `block` for the blocks of a
+stack, its key `{i}` for their number, whether our stack is unrolled or scanned. The same rows are
+read in both directions.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+
+def _same(x):
+  return x
+
+
+class Leaf(NamedTuple):
+  """How one array of a module lies on disk."""
+
+  suffix: str
+  ours: Callable[[np.ndarray], np.ndarray] = _same
+  theirs: Callable[[np.ndarray], np.ndarray] = _same
+
+
+KINDS: dict[str, dict[str, Leaf]] = {
+  'param': {'': Leaf('')},
+  'dense': {'kernel': Leaf('.weight', np.transpose, np.transpose), 'bias': Leaf('.bias')},
+  'conv': {'kernel': Leaf('.weight', lambda x: x.transpose(2, 3, 1, 0),
+                          lambda x: x.transpose(3, 2, 0, 1)), 'bias': Leaf('.bias')},
+  'norm': {'scale': Leaf('.weight'), 'bias': Leaf('.bias')},
+  'embed': {'embedding': Leaf('.weight')},
+}
+
+
+class Table(NamedTuple):
+  """The rows of a family.
+
+  Attributes:
+    base: prefix of the keys when the file also holds a head; a bare model's file lacks it.
+    rows: (path, kind, key) of the base model; the prefix is not written.
+    head: the same for what lies outside the base model.
+    ignore: patterns of keys (without prefix) that a file may hold and nobody needs.
+    architectures: the names in transformers of the bare model and of the one with a head.
+  """
+
+  base: str
+  rows: tuple[tuple[str, str, str], ...]
+  head: tuple[tuple[str, str, str], ...]
+  ignore: tuple[str, ...]
+  architectures: tuple[str, str]
+
+  def leaves(self) -> dict[str, tuple[str, Leaf, bool]]:
+    """{path of an array: (key, how it lies, whether it belongs to the head)}."""
+    found = {}
+    for head, rows in ((False, self.rows), (True, self.head)):
+      for path, kind, key in rows:
+        for name, leaf in KINDS[kind].items():
+          found[f'{path}/{name}'.rstrip('/')] = (key + leaf.suffix, leaf, head)
+    return found
+
+  def block_keys(self) -> list[str]:
+    """Patterns of the keys inside blocks; their first group is the block's number."""
+    starts = {key.split('{i}')[0] for _, _, key in self.rows if '{i}' in key}
+    return [re.escape(start) + r'(\d+)\.' for start in sorted(starts)]
+
+  def known(self, key: str) -> bool:
+    """Whether a key without prefix may be left unread."""
+    return any(re.fullmatch(pattern, key) for pattern in self.ignore)
+
+
+class Place(NamedTuple):
+  """Where one of our arrays lies on disk: one key, or one per layer of a scanned stack."""
+
+  path: str
+  shape: tuple[int, ...]
+  keys: tuple[str, ...]
+  leaf: Leaf
+  head: bool
+  stacked: bool
+
+
+def places(table: Table, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Place]:
+  """Finds the place of each of our arrays.
+
+  Args:
+    table: of the family.
+    shapes: {path: shape} of our arrays.
+
+  Yields:
+    Places, keys without prefix.
+
+  Raises:
+    ValueError: a path that the table does not know.
+  """
+  leaves = table.leaves()
+  for path, shape in shapes.items():
+    generic = re.sub(r'(^|/)(?:block_(\d+)|blocks)(?=/)', r'\1block', path)
+    if generic not in leaves:
+      raise ValueError(f'the parameter {path!r} has no place in the files of '
+                       f'{table.architectures[0]}')
+    key, leaf, head = leaves[generic]
+    stacked = re.search(r'(^|/)blocks/', path) is not None
+    if stacked:
+      keys = tuple(key.format(i=i) for i in range(shape[0]))
+    else:
+      number = re.search(r'(?:^|/)block_(\d+)/', path)
+      keys = (key.format(i=number.group(1)) if number else key,)
+    yield Place(path, shape[1:] if stacked else shape, keys, leaf, head, stacked)
