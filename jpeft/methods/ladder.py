@@ -178,8 +178,9 @@ class Ladder:
     its own, such as a relative position bias."""
     anatomy = self.site.model.anatomy
     prefix = self.stack[0].path.rpartition('/')[0]
+    takes = self.specs if self.block.takes is None else self.block.takes
     roles = {n: r for n, r in (anatomy.side if anatomy else {}).items()
-             if r in anatomy.roles and n in self.specs and (self.block.takes is None or n in self.block.takes)}
+             if r in anatomy.roles and n in self.specs and n in takes}
     return {n: next(s for s in self.site.model.find(f'{{{r}}}') if s.path.rpartition('/')[0] == prefix)
             for n, r in roles.items()}
 
@@ -204,7 +205,8 @@ class Ladder:
         s.path: {n: s.lead(flat[f'{s.path}/{n}']).reshape(-1, *leaf.shape)[layer]
                  for n, leaf in s.leaves.items()} for s in inside.values()}
       narrow = {s.path: {n: shapes[f'{local}/{n}'].shape for n in s.leaves} for local, s in inside.items()}
-      pruned, kept = prune_block(list(inside.values()), of_layer(arrays.model), of_layer(scores), narrow, kept)
+      pruned, kept = prune_block(list(inside.values()), of_layer(arrays.model), of_layer(scores), narrow,
+                                 kept)
       flat = {f'{local}/{n}': x for local, s in inside.items() for n, x in pruned[s.path].items()}
       blocks.append(_float32(traverse_util.unflatten_dict(flat, sep='/')))
     return blocks, kept
@@ -297,7 +299,8 @@ class Ladder:
     """Raises a ValueError where the widths cannot be divided, or nothing can be pruned."""
     if self.width % self.reduction:
       raise ValueError(f'reduction={self.reduction} does not divide the width {self.width} of the blocks')
-    if len(self.exits) > 1 and self.block.takes is not None and 'context' not in self.block.takes and self.is_last:
+    reads = self.block.takes is None or 'context' in self.block.takes
+    if self.is_last and len(self.exits) > 1 and not reads:
       raise ValueError("a side decoder without attention never reads the side encoder; use block='attention'")
     if prune is not None and self.block.takes is not None:
       raise ValueError("prune cuts the backbone's own blocks, and this model's cannot be narrowed")

@@ -12,6 +12,7 @@ In an encoder-decoder both stacks have a ladder, and the side decoder attends to
 is 'replace'. The paper's relative position table of the side network is trained with it.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,20 +65,26 @@ def lst(reduction: int = 8, block: str = 'auto', heads: int = 1, downsample: str
       raise ValueError(f'lst: {what}={value!r} is none of {", ".join(map(repr, choices))}')
   if reduction < 1:
     raise ValueError(f'lst: reduction={reduction} must be at least 1')
+  if not 0 <= dropout < 1:
+    raise ValueError(f'lst: dropout={dropout} must be at least 0 and below 1')
+  layers = None if layers is None else tuple(layers)
   pooled = downsample == 'pool'
   if prune is not None and block not in ('auto', 'own'):
     raise ValueError("lst: prune cuts the backbone's own blocks: it needs block='own'")
 
+  @functools.lru_cache(maxsize=256)
   def ladder(site: Site) -> Ladder:
     return Ladder(site, blocks, exit, reduction, block, heads, layers)
 
-  def exit_of(site: Site) -> Site:
-    return next(e for e in site.model.find(exit) if site in ladder(e).stack)
+  @functools.lru_cache(maxsize=1024)
+  def ladder_of(block_site: Site) -> Ladder:
+    exits = [e for e in block_site.model.find(exit) if e.out is not None]
+    return next(net for net in map(ladder, exits) if block_site in net.stack)
 
   def record(t, call, *args, **kwargs):
     inputs = {n: jax.lax.stop_gradient(a) for n, a in call.inputs(*args, **kwargs).items()}
     x = next(iter(inputs.values()))
-    call.tap(x=pool(x, reduction) if pooled else x, **ladder(exit_of(call.site)).recorded(inputs))
+    call.tap(x=pool(x, reduction) if pooled else x, **ladder_of(call.site).recorded(inputs))
     return call(*args, **kwargs)
 
   def init(key, site, arrays):
@@ -112,7 +119,7 @@ def lst(reduction: int = 8, block: str = 'auto', heads: int = 1, downsample: str
     key = call.rng('lst dropout') if dropout else call.key
     s = net.embeddings(call.taps())
     if dropout and key is not None:
-      s = s * jax.random.bernoulli(key, 1 - dropout, s.shape) / (1 - dropout)
+      s = s * jax.random.bernoulli(jax.random.fold_in(key, 0), 1 - dropout, s.shape) / (1 - dropout)
     s = s if pooled else _linear(t['in'], s)
     with call.outside():
       context = net.context(t, call.taps(), s.shape[1])
