@@ -6,7 +6,6 @@ from .core import *  # noqa: F403
 from .core import __all__ as _core
 from .methods import *  # noqa: F403
 from .methods import __all__ as _methods
-
 from .version import __version__
 
 _LAZY = {'load': 'models', 'save_pretrained': 'models'}

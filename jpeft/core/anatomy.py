@@ -28,6 +28,7 @@ class Anatomy:
     attend: attention with extra keys and values, for models that compute it inline:
       (call, keys, values, *args, **kwargs) -> out of the {attention} module, keys and values being
       [rows, kv heads, head size].
+    heads: (kv heads, head size) of an {attention} site, where `attend` serves it.
     side: how a side block is called: {keyword of the block: role whose own output it is}, such as
       {'bias': 'position_bias', 'context': 'context'}.
   """
@@ -38,6 +39,7 @@ class Anatomy:
   lead: int = 0
   exit: str = 'final_norm'
   attend: Callable[..., Any] | None = None
+  heads: Callable[..., tuple[int, int]] | None = None
   side: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def role(self, name: str) -> str:

@@ -7,7 +7,7 @@ let only named collections in and out, and 'params' is always among them.
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
@@ -83,7 +83,7 @@ def run(model, backbone, flat, riders, hook, wanted, taps, args, kwargs):
 
   def interceptor(call, a, kw, context):
     module, method = context.module, context.method_name
-    if _outside.get() or method.startswith('<'):  # the shells of lifted classes are lambdas
+    if _outside.get() or method == 'setup' or method[0] == '<':  # the shells of lifted classes are lambdas
       return call(*a, **kw)
     if not first:
       first.append(module)

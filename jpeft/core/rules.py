@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from .sites import Leaf, Site
+from .sites import Leaf
 
 MEMORY_CLASSES = ('no backbone backprop', 'partial re-entry', 'full crossing')
 

@@ -6,12 +6,16 @@ import inspect
 from collections.abc import Callable
 
 from ..core import Method, chain
+from .adapters import adaptformer, houlsby, parallel, pfeiffer
 from .ia3 import ia3
 from .lora import dora, lora
 from .lst import lst
+from .prefix import prefix
 from .prune import fisher
+from .ssf import ssf
 from .tune import FULL, NONE, bitfit, full, linear, norm, tune
 from .vera import vera
+from .vpt import vpt_deep, vpt_shallow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +48,14 @@ REGISTRY: dict[str, Entry] = {
   'dora': Entry(dora, '2402.09353', FULL, True, 'DoRA: LoRA for directions, a magnitude a column'),
   'vera': Entry(vera, '2310.11454', FULL, True, 'VeRA: two vectors around a shared random pair'),
   'ia3': Entry(ia3, '2205.05638', FULL, True, '(IA)^3: scales keys, values and inner activations'),
+  'ssf': Entry(ssf, '2210.08823', FULL, True, 'SSF: a scale and a shift after every operation'),
+  'houlsby': Entry(houlsby, '1902.00751', FULL, False, 'adapters after attention and MLP'),
+  'pfeiffer': Entry(pfeiffer, '2005.00247', FULL, False, 'adapters after the MLP'),
+  'parallel': Entry(parallel, '2110.04366', FULL, False, 'scaled adapters beside the MLP'),
+  'adaptformer': Entry(adaptformer, '2205.13535', FULL, False, 'AdaptFormer: adapters beside norm and MLP'),
+  'vpt_shallow': Entry(vpt_shallow, '2203.12119', FULL, False, 'VPT: prompt tokens before the first block'),
+  'vpt_deep': Entry(vpt_deep, '2203.12119', FULL, False, 'VPT: fresh prompt tokens before every block'),
+  'prefix': Entry(prefix, '2101.00190', FULL, False, 'prefix tuning: keys and values in every attention'),
   'lst': Entry(lst, '2206.06522', NONE, False, 'ladder side-tuning: a narrow network fed by the blocks'),
 }
 
@@ -74,5 +86,6 @@ def make(name: str, head: bool = True, **hyperparameters) -> Method:
   return method if entry.head or not head else chain(method, tune('{head}', name='head', memory=NONE))
 
 
-__all__ = ['REGISTRY', 'Entry', 'bitfit', 'dora', 'fisher', 'full', 'ia3', 'linear', 'lora', 'lst', 'make',
-           'norm', 'tune', 'vera']
+__all__ = ['REGISTRY', 'Entry', 'adaptformer', 'bitfit', 'dora', 'fisher', 'full', 'houlsby', 'ia3', 'linear',
+           'lora', 'lst', 'make', 'norm', 'parallel', 'pfeiffer', 'prefix', 'ssf', 'tune', 'vera', 'vpt_deep',
+           'vpt_shallow']

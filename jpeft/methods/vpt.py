@@ -6,7 +6,7 @@ Jia et al., 2022 (arXiv 2203.12119); official code KMnP/vpt. With the tokens [cl
   deep      z_i = [cls; drop(P_i); patches] enters every block, and what it gives at the prompts is dropped.
 
 That is the official replacement of the prompts before the next block, which nothing else ever reads. Entries
-of P start as U(-a, a), a = sqrt(6 / (fan_in + D)), fan_in = 3 * patch height * patch width: 0.0625 for 16 x 16
+of P start as U(-a, a), a = sqrt(6 / (fan_in + D)), fan_in = 3 * patch height * width: 0.0625 for 16 x 16
 and D = 768. In a model without a patch layer fan_in is D. The function does not start as the backbone.
 
 The prompts stand behind the leading special tokens that the anatomy counts, first of all where there are none
@@ -52,19 +52,18 @@ def vpt_deep(tokens: int = 5, dropout: float = 0.0, blocks: str = '{block}',
   return at(blocks, Call(name, apply, lambda key, site, arrays: _init(key, tokens, site, site.input)))
 
 
-def vpt_shallow(tokens: int = 5, dropout: float = 0.0, stack: str = '{stack}', blocks: str = '{block}',
+def vpt_shallow(tokens: int = 5, dropout: float = 0.0, stack: str = '{stack}',
                 name: str = 'vpt_shallow') -> Method:
   """Prompts in front of the first block, carried along to the last.
 
   Args:
     tokens: p.
     dropout: rate on the entries of the prompts.
-    stack: pattern of what the token sequence runs through. Of the first module it names the prompts enter the
-      input, if it is a block or runs blocks, else the output; of the last they leave the output, if it is a
-      block or runs blocks, else the input. By default a module that runs all blocks on its input, or the
-      blocks. Of blocks that are one scanned stack, name also what comes before and after them, such as
-      'position_embedding|blocks|norm'.
-    blocks: pattern of the blocks.
+    stack: pattern of what the tokens run through, in order. Into the first module it names the prompts enter
+      with the input, out of the last they leave with the output; a module that runs no others (a position
+      embedding, a norm) has them enter behind it and leave before it. By default a module that runs all
+      blocks on its input, or the blocks. Of blocks that are one scanned stack, name what comes before and
+      after them too, such as 'position_embedding|blocks|norm'.
     name: in theta.
 
   Raises:
@@ -73,9 +72,9 @@ def vpt_shallow(tokens: int = 5, dropout: float = 0.0, stack: str = '{stack}', b
   _check(tokens, dropout)
 
   def place(site: Site) -> tuple[bool, bool, bool]:
-    """(whether it runs blocks, whether prompts enter here, whether they leave here)."""
+    """(whether it runs other modules, whether prompts enter here, whether they leave here)."""
     ends = [s for s in site.model.find(stack) if '__call__' in s.methods]
-    runs = any(f'{b.path}/'.startswith(f'{site.path}/'.lstrip('/')) for b in site.model.find(blocks))
+    runs = any(path.startswith(f'{site.path}/') for path in site.model)
     return runs, site is ends[0], site is ends[-1]
 
   def init(key, site, arrays):

@@ -41,7 +41,7 @@ def from_files(checkpoint: Checkpoint, table: Table, shapes: Mapping[str, tuple[
   read = {key for place in wanted for key in place.keys}
   problems += [f'unexpected {name!r} of shape {_shape(checkpoint, name)}{_near(key, read, names)}'
                for key, name in names.items()
-               if key not in read and not _spare(key, table, layers, bool(fresh))]
+               if key not in read and not _spare(key, table, layers)]
   if problems:
     rest = [f'... and {len(problems) - _SHOWN} more'] if len(problems) > _SHOWN else []
     raise ValueError(f'{checkpoint.folder} does not fit {table.architectures[0]}:\n  '
@@ -93,11 +93,9 @@ def _on_disk(place: Place) -> tuple[int, ...]:
   return place.leaf.theirs(np.broadcast_to(np.float32(0), place.shape)).shape
 
 
-def _spare(key: str, table: Table, layers: int | None, new_head: bool) -> bool:
+def _spare(key: str, table: Table, layers: int | None) -> bool:
   """Whether nobody misses a key that is not read."""
   if table.known(key):
-    return True
-  if new_head and any(key.startswith(f'{name}.') for _, _, name in table.head):
     return True
   numbers = [match for pattern in table.block_keys() if (match := re.match(pattern, key))]
   return layers is not None and any(int(match.group(1)) >= layers for match in numbers)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from .bert import Bert
 from .checkpoint import Checkpoint, read_json
 from .families import Family, Request, depth_of, shape_of, with_labels
-from .layers import ACTIVATIONS
+from .layers import activation
 from .tables import Table
 
 _ROWS = (
@@ -26,7 +26,9 @@ _ROWS = (
   ('encoder/block/norm2', 'norm', 'encoder.layer.{i}.output.LayerNorm'),
 )
 _POOLER = (('pooler', 'dense', 'pooler.dense'),)
-_IGNORE = (r'embeddings\.(position|token_type)_ids', r'pooler\..*', r'cls\..*', r'lm_head\..*')
+# Buffers, and heads that the model was not asked to have.
+_IGNORE = (r'embeddings\.(position|token_type)_ids', r'pooler\..*', r'classifier\..*', r'cls\..*',
+           r'lm_head\..*')
 
 BERT = Table('bert.', _ROWS + _POOLER, (('head', 'dense', 'classifier'),), _IGNORE,
              ('BertModel', 'BertForSequenceClassification'))
@@ -64,7 +66,7 @@ def _build(config: Mapping, checkpoint: Checkpoint | None, request: Request) -> 
     config.get('type_vocab_size', 2), pad_id=config.get('pad_token_id', 1) if roberta else None,
     num_classes=classes, pool=pool,
     pooler=pool == 'cls' and (bool(pooled) or (roberta and classes is not None)),
-    eps=config.get('layer_norm_eps', 1e-12), activation=ACTIVATIONS[config.get('hidden_act', 'gelu')],
+    eps=config.get('layer_norm_eps', 1e-12), activation=activation(config.get('hidden_act', 'gelu')),
     dropout=config.get('hidden_dropout_prob', 0.1),
     attention_dropout=config.get('attention_probs_dropout_prob', 0.1), **request.fields)
 

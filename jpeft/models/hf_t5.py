@@ -8,7 +8,7 @@ import numpy as np
 
 from .checkpoint import Checkpoint
 from .families import Family, Request, depth_of
-from .layers import ACTIVATIONS
+from .layers import activation
 from .t5 import T5
 from .tables import Table
 
@@ -68,7 +68,7 @@ def _build(config: Mapping, checkpoint: Checkpoint | None, request: Request) -> 
     scale_output=config.get('scale_decoder_outputs', tie),
     buckets=config.get('relative_attention_num_buckets', 32),
     max_distance=config.get('relative_attention_max_distance', 128),
-    eps=config.get('layer_norm_epsilon', 1e-6), activation=ACTIVATIONS[act],
+    eps=config.get('layer_norm_epsilon', 1e-6), activation=activation(act),
     dropout=config.get('dropout_rate', 0.1), attention_dropout=config.get('dropout_rate', 0.1),
     **request.fields)
 

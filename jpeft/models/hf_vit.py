@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from .checkpoint import Checkpoint
 from .families import HALF, IMAGENET, Family, Request, depth_of, shape_of, with_labels
-from .layers import ACTIVATIONS
+from .layers import activation
 from .positions import resize_grid
 from .tables import Table
 from .vit import ViT, grid
@@ -27,7 +27,8 @@ _ATTENTION = (
   ('encoder/block/attention/value', 'dense', 'encoder.layer.{i}.attention.attention.value'),
   ('encoder/block/attention/out', 'dense', 'encoder.layer.{i}.attention.output.dense'),
 )
-_IGNORE = (r'pooler\..*', r'embeddings\.mask_token', r'decoder\..*')
+# Heads that the model was not asked to have, and masked image modelling.
+_IGNORE = (r'pooler\..*', r'(\w+_)?classifier\..*', r'embeddings\.mask_token', r'decoder\..*')
 
 VIT = Table('vit.', _EMBED + _ATTENTION + (
   ('encoder/block/norm1', 'norm', 'encoder.layer.{i}.layernorm_before'),
@@ -49,7 +50,7 @@ DINOV2 = Table('dinov2.', _EMBED + _ATTENTION + (
   ('encoder/block/mlp/fc2', 'dense', 'encoder.layer.{i}.mlp.fc2'),
   ('encoder/block/scale1/scale', 'param', 'encoder.layer.{i}.layer_scale1.lambda1'),
   ('encoder/block/scale2/scale', 'param', 'encoder.layer.{i}.layer_scale2.lambda1'),
-), (('head', 'dense', 'classifier'),), (), ('Dinov2Model', 'Dinov2ForImageClassification'))
+), (('head', 'dense', 'classifier'),), _IGNORE, ('Dinov2Model', 'Dinov2ForImageClassification'))
 
 
 def _size(size) -> int | tuple[int, int]:
@@ -79,16 +80,17 @@ def _build(config: Mapping, checkpoint: Checkpoint | None, request: Request) -> 
     mask_token=kind == 'dinov2' and config.get('use_mask_token', True),
     layer_scale=config.get('layerscale_value', 1.0) if kind == 'dinov2' else None,
     qkv_bias=config.get('qkv_bias', True), eps=config.get('layer_norm_eps', 1e-12),
-    activation=ACTIVATIONS[config.get('hidden_act', 'gelu')],
+    activation=activation(config.get('hidden_act', 'gelu')),
     dropout=config.get('hidden_dropout_prob', 0.0),
     attention_dropout=config.get('attention_probs_dropout_prob', 0.0), **request.fields)
 
 
 def _describe(config: Mapping, model: ViT) -> dict:
-  size = model.image_size
-  config = with_labels(config, model.num_classes) | {
-    'num_hidden_layers': model.depth, 'image_size': size if isinstance(size, int) else list(size)}
-  return config | {'jpeft_pool': model.pool}
+  config, size = with_labels(config, model.num_classes), model.image_size
+  if model.depth != config['num_hidden_layers']:  # these name layers that may be gone
+    config = {k: v for k, v in config.items() if k not in ('stage_names', 'out_features', 'out_indices')}
+  return config | {'num_hidden_layers': model.depth, 'jpeft_pool': model.pool,
+                   'image_size': size if isinstance(size, int) else list(size)}
 
 
 def _edits(config: Mapping, model: ViT) -> dict:

@@ -24,6 +24,14 @@ ACTIVATIONS = {
   'swish': nn.silu,
 }
 
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+  """Raises ValueError for an activation that is not known."""
+  if name not in ACTIVATIONS:
+    raise ValueError(f'the activation {name!r} is none of {", ".join(ACTIVATIONS)}')
+  return ACTIVATIONS[name]
+
+
 default_init = nn.initializers.normal(0.02)
 
 

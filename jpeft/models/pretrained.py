@@ -151,7 +151,12 @@ def shapes_of(model: nn.Module, family: Family) -> dict[str, tuple[int, ...]]:
 def _build(config, checkpoint, *, num_classes, image_size, layers, pool, **fields):
   fields |= {name: jnp.dtype(fields[name]) for name in ('dtype', 'param_dtype')}
   request = Request(num_classes, image_size, layers, pool, fields)
-  return family_of(config).build(config, checkpoint, request)
+  build = family_of(config).build
+  try:
+    return build(config, checkpoint, request)
+  except KeyError as error:
+    raise ValueError(f'the config of a {config["model_type"]} model needs {error}; this one has '
+                     f'{", ".join(sorted(config))}') from error
 
 
 def _fresh(shapes, checkpoint: Checkpoint, num_classes: int | None) -> set[str]:

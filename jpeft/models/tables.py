@@ -41,7 +41,7 @@ class Table(NamedTuple):
     base: prefix of the keys when the file also holds a head; a bare model's file lacks it.
     rows: (path, kind, key) of the base model; the prefix is not written.
     head: the same for what lies outside the base model.
-    ignore: patterns of keys (without prefix) that a file may hold and nobody needs.
+    ignore: patterns of keys (without prefix) that a file may hold although the model does not read them.
     architectures: the names in transformers of the bare model and of the one with a head.
   """
 

@@ -1,0 +1,31 @@
+"""Is a movie review good or bad? A small sentence encoder, any method.
+
+    python -m jpeft.train --config=configs/sentiment.py:lora --workdir=runs/sentiment
+
+MiniLM-L6 on 7,030 sentences of movie reviews (Hutto and Gilbert, 2014), tested on 3,042 others.
+"""
+
+from ml_collections import ConfigDict
+
+# Learning rate, epochs and hyperparameters of each method.
+METHODS = {
+  'linear': dict(lr=1e-2, epochs=1),
+  'lst': dict(lr=3e-3, epochs=2, reduction=8, block='attention', heads=1, merge='add'),
+  'full': dict(lr=1e-4, epochs=1),
+  'bitfit': dict(lr=3e-3, epochs=1),
+  'lora': dict(lr=2e-3, epochs=1, rank=8, alpha=16, targets='{linear}'),
+  'houlsby': dict(lr=1e-3, epochs=1),
+}
+
+
+def get_config(method='lora'):
+  chosen = {'lr': 1e-3, 'epochs': 1, **METHODS.get(method, {})}
+  config = ConfigDict()
+  config.model = dict(source='minilm-l6')
+  config.data = dict(name='movie_sentiment', batch_size=32, eval_batch_size=128, max_length=48, in_memory=True)
+  config.optimizer = dict(lr=chosen.pop('lr'), weight_decay=0.01, clip_norm=1.0)
+  config.schedule = dict(name='linear', warmup_fraction=0.1)
+  config.epochs = chosen.pop('epochs')
+  config.method = dict(name=method, **chosen)
+  config.eval = dict(every=110)
+  return config

@@ -1,0 +1,331 @@
+"""Configurations: python files that read top to bottom, checked before anything heavy is imported.
+
+    python -m jpeft.train --config=configs/quickstart.py:lora --config.optimizer.lr=1e-3 --workdir=runs/a
+
+A file defines `get_config(arg)` and returns nested values (a dict or an ml_collections.ConfigDict).
+What it leaves out takes the default in FIELDS; what FIELDS does not know is an error that names the
+nearest key. The keys of the `method` section are those of the method itself (`rank`, `tokens`, ...).
+"""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import inspect
+import json
+import math
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+REQUIRED = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+  """One key of a configuration: its types, its default, and what a value must satisfy."""
+
+  types: tuple[type, ...]
+  default: Any
+  doc: str
+  must: str = ''
+  check: Callable[[Any], bool] = lambda value: True
+
+
+def _choice(default, doc, *choices):
+  named = ', '.join(str(c) for c in choices)
+  return Field((str,), default, f'{doc}: {named}', f'one of {named}', lambda v: v in choices)
+
+
+def _positive(kind, default, doc):
+  types = (kind,) if default is not None else (kind, type(None))
+  return Field(types, default, doc, 'above 0', lambda v: v is None or v > 0)
+
+
+def _within(default, doc, low, high):
+  return Field((float,), default, doc, f'from {low} to {high}', lambda v: low <= v <= high)
+
+
+def _pairs(value) -> bool:
+  return all(isinstance(p, (list, tuple)) and len(p) == 2 and isinstance(p[0], str)
+             and isinstance(p[1], (int, float)) and p[1] >= 0 for p in value)
+
+
+_TEXT, _FLAG, _OPTIONAL = (str,), (bool,), (str, type(None))
+
+FIELDS: dict[str, Field] = {
+  'model.source': Field(_TEXT, REQUIRED, 'a folder with HF weights, a packaged name, or a hub id'),
+  'model.num_classes': _positive(int, None, 'labels of the fresh head; the data say it if left out'),
+  'model.image_size': _positive(int, None, 'pixels; the checkpoint says it if left out'),
+  'model.layers': _positive(int, None, 'keep the first n blocks'),
+  'model.pool': Field(_OPTIONAL, None, "what the head reads: 'cls', 'mean', ...; the family's own if none"),
+  'model.dtype': _choice('float32', 'of the computation', 'float32', 'bfloat16', 'float16'),
+  'model.param_dtype': _choice('float32', 'of the backbone', 'float32', 'bfloat16', 'float16'),
+  'model.scan': Field(_FLAG, False, 'one scanned stack of blocks: compiles faster'),
+  'model.remat': Field(_FLAG, False, 'recompute blocks in the backward pass: less memory'),
+  'data.name': Field(_TEXT, REQUIRED, "mnist5k, movie_sentiment, folder:PATH, csv:PATH or jsonl:PATH"),
+  'data.train': Field(_TEXT, 'train', "split to train on, such as 'train[:1000]'"),
+  'data.test': Field(_TEXT, 'test', 'split to evaluate on'),
+  'data.dir': Field(_OPTIONAL, None, 'where prepared data lie'),
+  'data.batch_size': _positive(int, 32, 'examples an update'),
+  'data.eval_batch_size': _positive(int, None, 'examples an evaluation step; batch_size if left out'),
+  'data.max_length': _positive(int, 128, 'tokens kept of a text'),
+  'data.augment': _choice('none', 'of training images', 'none', 'vtab', 'flip_crop', 'imagenet'),
+  'data.resize': _choice('squash', 'how images get their size', 'squash', 'crop'),
+  'data.in_memory': Field(_FLAG, False, 'read every example once, at the start'),
+  'method.name': Field(_TEXT, REQUIRED, 'of the registry, such as lora or lst'),
+  'method.head': Field(_FLAG, True, "train the model's head as well"),
+  'loss.label_smoothing': _within(0.0, 'share of the target given to all labels alike', 0.0, 1.0),
+  'optimizer.name': _choice('adamw', 'update rule', 'adamw', 'adam', 'sgd', 'lion', 'adafactor'),
+  'optimizer.lr': _positive(float, 1e-3, 'learning rate at its highest'),
+  'optimizer.weight_decay': Field((float,), 0.0, 'decoupled', 'at least 0', lambda v: v >= 0),
+  'optimizer.decay_vectors': Field(_FLAG, False, 'decay biases, scales and other 1-d arrays too'),
+  'optimizer.b1': _within(0.9, 'mean of the gradient (momentum of sgd)', 0.0, 1.0),
+  'optimizer.b2': _within(0.999, 'mean of its square', 0.0, 1.0),
+  'optimizer.eps': _positive(float, 1e-8, 'added to the root of the mean square'),
+  'optimizer.clip_norm': _positive(float, None, 'largest global norm of the gradient of theta'),
+  'optimizer.layer_decay': Field((float,), 1.0, 'lr factor for each block further from the output',
+                                 'above 0, up to 1', lambda v: 0 < v <= 1),
+  'optimizer.groups': Field((tuple, list), (), 'lr factors: ((regex over theta paths, factor), ...)',
+                            'pairs (regex, factor of at least 0)', _pairs),
+  'optimizer.lora_plus': _positive(float, None, 'LoRA+: lr factor of the b matrices'),
+  'optimizer.accumulate': _positive(int, 1, 'micro-batches that a batch is cut into'),
+  'schedule.name': _choice('cosine', 'of the learning rate', 'cosine', 'linear', 'constant'),
+  'schedule.warmup_steps': Field((int,), 0, 'updates of linear warm-up', 'at least 0', lambda v: v >= 0),
+  'schedule.warmup_fraction': _within(0.0, 'the same as a share of all updates', 0.0, 1.0),
+  'schedule.final': _within(0.0, 'share of lr at the end', 0.0, 1.0),
+  'steps': _positive(int, None, 'updates; or give epochs'),
+  'epochs': _positive(float, None, 'passes over the training split; or give steps'),
+  'seed': Field((int,), 0, 'of the head, theta, the order of the data and dropout', 'at least 0',
+                lambda v: v >= 0),
+  'eval.every': _positive(int, None, 'updates between evaluations; at the end alone if left out'),
+  'eval.metric': _choice('accuracy', 'that decides which theta is best', 'accuracy', 'macro_f1', 'loss'),
+  'checkpoint.every': _positive(int, 100, 'updates between checkpoints'),
+  'checkpoint.keep': _positive(int, 2, 'checkpoints kept'),
+  'log.every': _positive(int, 10, 'updates between lines of metrics.jsonl'),
+  'log.tensorboard': Field(_FLAG, False, 'also write TensorBoard event files (needs tensorboardX)'),
+  'mesh.data': _positive(int, 1, 'devices that share a batch'),
+  'mesh.model': _positive(int, 1, 'devices that share a copy of the backbone'),
+  'mesh.backbone': _choice('replicated', 'over the model axis', 'replicated', 'sharded'),
+  'baseline': Field(_OPTIONAL, None, 'also run the file with this argument, and print both as a table'),
+}
+OPEN = ('method',)
+
+
+def complete(values) -> ConfigDict:
+  """A whole configuration from nested values: defaults filled in, every key and value checked.
+
+  Args:
+    values: nested dict or ConfigDict.
+
+  Raises:
+    ValueError: an unknown or missing key, or a value of the wrong type or range.
+  """
+  given, out = flatten(values), {}
+  for key in given:
+    if key not in FIELDS and key.split('.')[0] not in OPEN:
+      raise ValueError(f'unknown config key {key!r}{nearest(key, FIELDS)}')
+  for key, field in FIELDS.items():
+    if key not in given and field.default is REQUIRED:
+      raise ValueError(f'the config does not set {key!r}: {field.doc}')
+    out[key] = _checked(key, field, given.get(key, field.default))
+  out |= {key: value for key, value in given.items() if key not in FIELDS}
+  if (out['steps'] is None) == (out['epochs'] is None):
+    raise ValueError('the config must set either steps or epochs, '
+                     f'not {"both" if out["steps"] else "neither"}')
+  for batch, part in (('data.batch_size', 'optimizer.accumulate'), ('data.batch_size', 'mesh.data'),
+                      ('data.eval_batch_size', 'mesh.data')):
+    if out[batch] is not None and out[batch] % out[part]:
+      raise ValueError(f'config.{batch}={out[batch]} is not divisible by config.{part}={out[part]}')
+  if out['schedule.warmup_steps'] and out['schedule.warmup_fraction']:
+    raise ValueError('the config sets both schedule.warmup_steps and schedule.warmup_fraction: give one')
+  return ConfigDict(_nest(out)).lock()
+
+
+def _checked(key: str, field: Field, value):
+  if float in field.types and isinstance(value, int) and not isinstance(value, bool):
+    value = float(value)
+  if not isinstance(value, field.types) or isinstance(value, bool) and bool not in field.types:
+    kinds = ' or '.join('None' if t is type(None) else t.__name__ for t in field.types)
+    raise ValueError(f'config.{key} must be of type {kinds}, not {type(value).__name__} {value!r}')
+  if isinstance(value, float) and not math.isfinite(value) or not field.check(value):
+    raise ValueError(f'config.{key} must be {field.must or "finite"}, not {value!r}')
+  return value
+
+
+def load(reference: str, overrides: dict[str, str] | None = None) -> ConfigDict:
+  """The configuration of FILE.py or FILE.py:ARG.
+
+  Args:
+    reference: path of the file, and the argument of its `get_config` if any.
+    overrides: {dotted key: text}, as given on the command line.
+
+  Raises:
+    ValueError, FileNotFoundError: with one sentence that says what to change.
+  """
+  match = re.fullmatch(r'(.+?\.py)(?::(.*))?', reference)
+  if not match:
+    raise ValueError(f'--config={reference} is not a python file: give configs/NAME.py or '
+                     'configs/NAME.py:ARG')
+  path, arg = pathlib.Path(match[1]), match[2]
+  if not path.is_file():
+    there = [str(p) for p in sorted(path.parent.glob('*.py')) if p.stem != '__init__']
+    raise FileNotFoundError(f'there is no config file {path}{nearest(str(path), there)}')
+  get_config = _module(path).__dict__.get('get_config')
+  if not callable(get_config):
+    raise ValueError(f'{path} has no function get_config')
+  if arg and not inspect.signature(get_config).parameters:
+    raise ValueError(f'{path} takes no argument, but {arg!r} was given after the colon')
+  try:
+    values = get_config(arg) if arg else get_config()
+  except ValueError:
+    raise
+  except Exception as error:
+    raise ValueError(f'get_config of {path} raised {type(error).__name__}: {error}') from error
+  flat = flatten(values)
+  for key, text in (overrides or {}).items():
+    if key not in FIELDS and key.split('.')[0] not in OPEN:
+      raise ValueError(f'unknown config key {key!r}{nearest(key, [*FIELDS, *flat])}')
+    flat[key] = _literal(text, FIELDS.get(key))
+  return complete(_nest(flat))
+
+
+def _module(path: pathlib.Path):
+  spec = importlib.util.spec_from_file_location(f'jpeft_config_{path.stem}', path)
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+  except Exception as error:
+    raise ValueError(f'{path} cannot be read as python: {type(error).__name__}: {error}') from error
+  return module
+
+
+def _literal(text: str, field: Field | None):
+  """The value of a command-line text: a python literal, true/false/none, or the text itself."""
+  plain = {'true': True, 'false': False, 'none': None}
+  if text.lower() in plain and not (field and field.types == _TEXT):
+    return plain[text.lower()]
+  if field and field.types == _TEXT:
+    return text
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+  """A parsed command line: the config file, what overrides it, and where the run is kept."""
+
+  reference: str
+  overrides: dict[str, str]
+  workdir: pathlib.Path | None
+
+  def load(self) -> ConfigDict:
+    return load(self.reference, self.overrides)
+
+  def baseline(self, arg: str) -> 'Command':
+    """The same file with another argument; overrides of the method and its optimizer stay behind."""
+    kept = {k: v for k, v in self.overrides.items() if k.split('.')[0] not in ('method', 'optimizer')}
+    path = re.fullmatch(r'(.+?\.py)(?::(.*))?', self.reference)[1]
+    return Command(f'{path}:{arg}', kept, self.workdir)
+
+  def folder(self) -> pathlib.Path:
+    """--workdir, or runs/FILE-ARG."""
+    name = pathlib.Path(re.sub(r'\.py(:.*)?$', lambda m: (m[1] or '').replace(':', '-'), self.reference)).name
+    return self.workdir or pathlib.Path('runs') / name
+
+
+def parse(argv: list[str]) -> Command:
+  """Reads --config=FILE[:ARG] --config.key=value ... --workdir=DIR; `--flag value` works as well.
+
+  Raises:
+    ValueError: an unknown flag, a flag without a value, or no --config.
+  """
+  flags, rest = {}, list(argv)
+  while rest:
+    flag, equals, value = rest.pop(0).partition('=')
+    if flag not in ('--config', '--workdir') and not flag.startswith('--config.'):
+      raise ValueError(f'unknown argument {flag!r}{nearest(flag, ["--config", "--workdir"])}; '
+                       'config values are set by --config.key=value')
+    if not equals:
+      if not rest or rest[0].startswith('--'):
+        raise ValueError(f'{flag} needs a value: {flag}=VALUE')
+      value = rest.pop(0)
+    flags[flag] = value
+  if '--config' not in flags:
+    raise ValueError('--config=FILE.py is missing, such as --config=configs/quickstart.py')
+  overrides = {k.removeprefix('--config.'): v for k, v in flags.items() if k.startswith('--config.')}
+  workdir = pathlib.Path(flags['--workdir']) if flags.get('--workdir') else None
+  return Command(flags['--config'], overrides, workdir)
+
+
+def flatten(values, prefix: str = '') -> dict[str, Any]:
+  """{dotted key: value} of nested dicts; sequences are values."""
+  if isinstance(values, ConfigDict):
+    values = values.to_dict()
+  if not isinstance(values, dict):
+    raise ValueError(f'a config is a dict, not {type(values).__name__}')
+  out = {}
+  for key, value in values.items():
+    if isinstance(value, (dict, ConfigDict)):
+      out |= flatten(value, f'{prefix}{key}.')
+    else:
+      out[f'{prefix}{key}'] = value
+  return out
+
+
+def _nest(flat: dict[str, Any]) -> dict:
+  out: dict = {}
+  for key, value in flat.items():
+    *sections, last = key.split('.')
+    here = out
+    for section in sections:
+      here = here.setdefault(section, {})
+      if not isinstance(here, dict):
+        raise ValueError(f'config key {key!r}: {section!r} is a value, not a section')
+    if isinstance(here.get(last), dict):
+      raise ValueError(f'config key {key!r} is a section: set one of '
+                       f'{", ".join(f"{key}.{k}" for k in here[last])}')
+    here[last] = value
+  return out
+
+
+def to_json(config: ConfigDict) -> str:
+  return json.dumps(config.to_dict(), indent=2, sort_keys=True) + '\n'
+
+
+def from_json(path: pathlib.Path) -> ConfigDict:
+  """The configuration that a run folder keeps.
+
+  Raises:
+    ValueError: not a configuration of this version.
+  """
+  try:
+    return complete(json.loads(path.read_text()))
+  except json.JSONDecodeError as error:
+    raise ValueError(f'{path} is not JSON: {error}') from error
+
+
+def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:
+  """The dotted keys on which two configurations differ, as 'key (ours, theirs)'."""
+  a, b = (flatten(json.loads(to_json(c))) for c in (ours, theirs))
+  return [f'{k} ({a.get(k)!r} here, {b.get(k)!r} there)' for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
+
+
+def nearest(word: str, known) -> str:
+  """'; did you mean ...?' or nothing."""
+  found = difflib.get_close_matches(word, list(known), 1, 0.5)
+  return f'; did you mean {found[0]!r}?' if found else ''
+
+
+def reference() -> str:
+  """All keys as a Markdown table."""
+  rows = ['| key | default | meaning |', '| --- | --- | --- |']
+  for key, field in FIELDS.items():
+    default = 'required' if field.default is REQUIRED else f'`{field.default!r}`'
+    rows.append(f'| `{key}` | {default} | {field.doc} |')
+  return '\n'.join(rows)

@@ -1,0 +1,56 @@
+"""Plain weights of a run, in the layout of Hugging Face: the untouched model computes what was trained.
+
+    python -m jpeft.merge --run runs/a --out merged
+"""
+
+import argparse
+import json
+import pathlib
+import shutil
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from . import models, run, tasks
+from .core import Call
+
+
+def main(argv: list[str]) -> int:
+  parser = argparse.ArgumentParser('jpeft.merge', description=__doc__.splitlines()[0])
+  parser.add_argument('--run', type=pathlib.Path, required=True, help='folder of a complete run')
+  parser.add_argument('--out', type=pathlib.Path, required=True, help='folder to write, new or empty')
+  parser.add_argument('--best', action='store_true', help='theta of the best evaluation, not of the end')
+  flags = parser.parse_args(argv)
+
+  with run.inputs_checked():
+    config, about = run.describe(flags.run)
+    for _, rule in run.method_of(config):  # before a backbone is loaded
+      if isinstance(rule, Call) and rule.merge is None:
+        raise ValueError(f'{config.method.name} cannot be merged: {rule.name} changes the computation, not '
+                         'the weights; jpeft.predict runs it as it is')
+    if flags.out.exists() and (not flags.out.is_dir() or any(flags.out.iterdir())):
+      raise ValueError(f'--out {flags.out} is there already; give a new or empty folder')
+    pretrained, tuned, theta = run.reopen(flags.run, flags.best)
+
+  merged = jax.jit(tuned.merge)(theta, pretrained.variables)
+  args, kwargs = tasks.inputs(tasks.blank(config, pretrained))
+  tuned_logits = tuned.apply(theta, pretrained.variables, *args, **kwargs, deterministic=True)
+  plain_logits = pretrained.model.apply(merged, *args, **kwargs, deterministic=True)
+  apart = float(jnp.abs(tuned_logits - plain_logits).max())
+
+  labels = dict(enumerate(about['labels']))
+  described = pretrained.config | {'id2label': labels, 'label2id': {name: i for i, name in labels.items()}}
+  models.save_pretrained(flags.out, pretrained.model, merged, described)
+  if pretrained.tokenizer:
+    shutil.copy(pretrained.tokenizer, flags.out)
+  if pretrained.preprocess:
+    told = {'image_mean': pretrained.preprocess['mean'], 'image_std': pretrained.preprocess['std'],
+            'size': {side: pretrained.preprocess['image_size'] for side in ('height', 'width')}}
+    (flags.out / 'preprocessor_config.json').write_text(json.dumps(told, indent=2) + '\n')
+  print(f'{flags.out}: merged; on an empty input its logits and those of the run are {apart:.1e} apart')
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(run.command('jpeft.merge', main))

@@ -1,0 +1,74 @@
+"""Labels for images or texts, by the model of a run.
+
+    python -m jpeft.predict --run runs/a --input cat.png dog.png
+    python -m jpeft.predict --run runs/b --input reviews.txt --json     # a text a line; - reads stdin
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+
+from . import data, run, tasks
+from .data.decode import decode
+
+ROWS = 32
+
+
+def main(argv: list[str]) -> int:
+  parser = argparse.ArgumentParser('jpeft.predict', description=__doc__.splitlines()[0])
+  parser.add_argument('--run', type=pathlib.Path, required=True, help='folder of a complete run')
+  parser.add_argument('--input', nargs='+', required=True, help='images, or files of texts; - is stdin')
+  parser.add_argument('--json', action='store_true', help='a JSON object a line, with all probabilities')
+  parser.add_argument('--best', action='store_true', help='theta of the best evaluation, not of the end')
+  flags = parser.parse_args(argv)
+
+  with run.inputs_checked():
+    config, about = run.describe(flags.run)
+    names, examples = read(flags.input, about['reads'])
+    pretrained, tuned, theta = run.reopen(flags.run, flags.best)
+    transform = tasks.transform(config, pretrained, False)
+
+  @jax.jit
+  def probabilities(theta, backbone, batch):
+    args, kwargs = tasks.inputs(batch)
+    return jax.nn.softmax(tuned.apply(theta, backbone, *args, **kwargs, deterministic=True).astype('float32'))
+
+  batches = data.Batches(examples, min(ROWS, len(examples)), transform, shuffle=False, epochs=1,
+                         drop_remainder=False)
+  found = [np.asarray(probabilities(theta, pretrained.variables, b))[b['mask'] > 0] for b in batches]
+  for name, row in zip(names, np.concatenate(found), strict=True):
+    label, share = about['labels'][row.argmax()], float(row.max())
+    if flags.json:
+      every = dict(zip(about['labels'], map(float, row), strict=True))
+      print(json.dumps({'input': name, 'label': label, 'probability': share, 'probabilities': every}))
+    else:
+      print(f'{name}\t{label}\t{share:.4f}')
+  return 0
+
+
+def read(inputs: list[str], kind: str) -> tuple[list[str], list[dict[str, Any]]]:
+  """(names, examples) of image files, or of the lines of text files.
+
+  Raises:
+    FileNotFoundError, ValueError: a file is missing or cannot be read, or there is no text.
+  """
+  for name in inputs:
+    if name != '-' and not pathlib.Path(name).is_file():
+      raise FileNotFoundError(f'there is no file {name}')
+  if kind == 'image':
+    return inputs, [{'image': decode(pathlib.Path(name), name)} for name in inputs]
+  texts = [line.strip() for name in inputs
+           for line in (sys.stdin if name == '-' else pathlib.Path(name).read_text().splitlines())]
+  texts = [text for text in texts if text]
+  if not texts:
+    raise ValueError(f'there is no text in {", ".join(inputs)}')
+  return texts, [{'text': text} for text in texts]
+
+
+if __name__ == '__main__':
+  sys.exit(run.command('jpeft.predict', main))

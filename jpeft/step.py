@@ -1,0 +1,172 @@
+"""The compiled parts of a run: one update of theta, one evaluation step, and where arrays are put."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from . import tasks
+from .core import Tuned
+
+STREAM_THETA, STREAM_STEP, STREAM_UPDATE = range(3)
+
+
+def initial_state(tuned: Tuned, tx: optax.GradientTransformation, backbone, seed: int) -> dict:
+  """What an update changes: theta, the optimizer's state, the step, sums since the last log line."""
+  key = jax.random.fold_in(jax.random.key(seed), STREAM_THETA)
+  # Copied: a theta that starts as the backbone's own array would be donated with it.
+  theta = jax.tree.map(jnp.copy, jax.jit(tuned.init)(key, backbone))
+  return {'theta': theta, 'optimizer': tx.init(theta), 'step': jnp.zeros((), jnp.int32), 'sums': no_sums()}
+
+
+def no_sums() -> dict:
+  return {'loss': jnp.zeros(()), 'correct': jnp.zeros(()), 'examples': jnp.zeros(())}
+
+
+def train_step(tuned: Tuned, tx: optax.GradientTransformation, seed: int, smoothing: float = 0.0,
+               accumulate: int = 1) -> Callable:
+  """(state, backbone, batch) -> (state, {'loss', 'grad_norm'}): one update; differentiates theta alone.
+
+  Args:
+    tuned: from `attach`.
+    tx: from `optim.optimizer`.
+    seed: of dropout and of the method's own edits; the step is folded in.
+    smoothing: of the labels.
+    accumulate: micro-batches that a batch is cut into, one after the other.
+  """
+  def objective(theta, backbone, batch, key):
+    args, kwargs = tasks.inputs(batch)
+    logits = tuned.apply(theta, backbone, *args, **kwargs, deterministic=False, rngs={'dropout': key})
+    loss = tasks.loss(logits, batch['label'], smoothing).mean()
+    return loss, (logits.argmax(-1) == batch['label']).sum()
+
+  gradient = jax.value_and_grad(objective, has_aux=True)
+
+  def accumulated(theta, backbone, batch, key):
+    cut = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+    def add(total, micro):
+      i, part = micro
+      new = gradient(theta, backbone, part, jax.random.fold_in(key, i))
+      return jax.tree.map(jnp.add, total, new), None
+    shapes = jax.eval_shape(gradient, theta, backbone, jax.tree.map(lambda x: x[0], cut), key)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    ((loss, correct), grads), _ = jax.lax.scan(add, zeros, (jnp.arange(accumulate), cut))
+    mean = lambda x: x / accumulate
+    return (mean(loss), correct), jax.tree.map(mean, grads)
+
+  def step(state, backbone, batch):
+    number, theta = state['step'], state['theta']
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STREAM_STEP), number)
+    run = gradient if accumulate == 1 else accumulated
+    (loss, correct), grads = run(theta, backbone, batch, key)
+    updates, optimizer = tx.update(grads, state['optimizer'], theta)
+    theta = optax.apply_updates(theta, updates)
+    if tuned.updates:
+      theta = tuned.update(theta, number + 1, jax.random.fold_in(key, STREAM_UPDATE))
+    size = len(batch['label'])
+    new = {'loss': loss * size, 'correct': correct, 'examples': size}
+    sums = jax.tree.map(lambda total, x: total + x, state['sums'], new)
+    # Entries that the method holds fixed have a gradient of zero.
+    norm = jnp.sqrt(sum(jnp.square(g).sum() for g in jax.tree.leaves(grads)))
+    out = {'loss': loss, 'grad_norm': norm}
+    return {'theta': theta, 'optimizer': optimizer, 'step': number + 1, 'sums': sums}, out
+
+  return step
+
+
+def eval_step(tuned: Tuned) -> Callable:
+  """(theta, backbone, batch) -> the tally of one batch, without dropout."""
+  def step(theta, backbone, batch):
+    args, kwargs = tasks.inputs(batch)
+    logits = tuned.apply(theta, backbone, *args, **kwargs, deterministic=True)
+    return tasks.tally(logits, batch['label'], batch['mask'])
+  return step
+
+
+def evaluate(mark: Callable, theta, backbone, batches, rows: NamedSharding,
+             stop: Callable[[], Any]) -> dict[str, float] | None:
+  """The scores over all batches.
+
+  Args:
+    mark: a compiled `eval_step`.
+    theta: what is evaluated.
+    backbone: beside it.
+    batches: one pass, filled up.
+    rows: where a batch is put.
+    stop: asked between batches; when true there are no scores.
+  """
+  total = None
+  for batch in batches:
+    if stop():
+      return None
+    batch.pop('index')
+    found = jax.device_get(mark(theta, backbone, jax.device_put(batch, rows)))
+    total = found if total is None else jax.tree.map(np.add, total, found)
+  return tasks.scores(total)
+
+
+def means(sums: dict) -> dict[str, float]:
+  """loss and accuracy over the examples that were summed."""
+  held = {name: float(x) for name, x in sums.items()}
+  return {'loss': held['loss'] / held['examples'], 'accuracy': held['correct'] / held['examples']}
+
+
+def rows_of(blank: dict[str, np.ndarray], size: int, sharding) -> dict[str, jax.ShapeDtypeStruct]:
+  """The shapes of a batch of `size`, from one of one example."""
+  return {k: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype, sharding=sharding) for k, x in blank.items()}
+
+
+def compiled(fn: Callable, *args, donate: tuple[int, ...] = ()) -> tuple[Callable, dict[str, float]]:
+  """(fn compiled for these arguments, what XLA says it costs).
+
+  The costs: flops and bytes_accessed of one call, bytes of arguments, output and temporaries, and
+  seconds of compilation. A backend that does not say leaves them out.
+  """
+  start = time.perf_counter()
+  program = jax.jit(fn, donate_argnums=donate).lower(*args).compile()
+  cost: dict[str, float] = {'compile_seconds': round(time.perf_counter() - start, 2)}
+  analysis, memory = program.cost_analysis() or {}, program.memory_analysis()
+  cost |= {k.replace(' ', '_'): analysis[k] for k in ('flops', 'bytes accessed') if k in analysis}
+  if memory is not None:
+    cost |= {f'{part}_bytes': getattr(memory, f'{part}_size_in_bytes')
+             for part in ('argument', 'output', 'alias', 'temp')}
+  return program, cost
+
+
+def mesh(data: int, model: int) -> Mesh:
+  """A mesh of data x model devices.
+
+  Raises:
+    ValueError: there are not that many devices.
+  """
+  devices = jax.devices()
+  if data * model > len(devices):
+    raise ValueError(f'mesh.data={data} x mesh.model={model} needs {data * model} devices, there '
+                     f'{"is" if len(devices) == 1 else "are"} {len(devices)}')
+  return Mesh(np.array(devices[:data * model]).reshape(data, model), ('data', 'model'))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def over_data(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, PartitionSpec('data'))
+
+
+def over_model(mesh: Mesh, tree) -> Any:
+  """Shardings of a backbone: of each array the largest axis that the model axis divides."""
+  parts = mesh.shape['model']
+  def leaf(x):
+    axes = [i for i, n in enumerate(x.shape) if n % parts == 0] if math.prod(x.shape) > 1 else []
+    spec = [None] * len(x.shape)
+    if axes:
+      spec[max(axes, key=lambda i: x.shape[i])] = 'model'
+    return NamedSharding(mesh, PartitionSpec(*spec))
+  return jax.tree.map(leaf, tree)

@@ -1,0 +1,166 @@
+"""Trains a method on a backbone and a data set.
+
+    python -m jpeft.train --config=configs/quickstart.py:lst --config.optimizer.lr=1e-3 --workdir=runs/a
+
+The run folder gets config.json, metrics.jsonl, checkpoints, theta.safetensors (the end), best.safetensors
+(the best evaluation), report.json, report.md and curves.png. Started again with the same command, a run
+that was killed goes on from its last checkpoint and ends with the same bits; one that is complete prints
+its report.
+
+Exit codes: 0 complete; 1 a loss is not finite; 2 a mistake in config, data or files, told in one sentence
+(--traceback shows where it arose); 143 and 130 after SIGTERM and Ctrl-C, with a checkpoint written.
+"""
+
+import contextlib
+import json
+import pathlib
+import sys
+import time
+
+import jax
+import numpy as np
+
+from . import config as config_lib
+from . import data, optim, report, run, step, tasks
+from .checkpoint import Checkpoints, fingerprint, save_theta
+from .core import summary
+from .version import __version__
+
+
+def main(argv: list[str]) -> int:
+  with run.inputs_checked():
+    command = config_lib.parse(argv)
+    config, folder = command.load(), command.folder()
+    baseline = command.baseline(config.baseline).load() if config.baseline else None
+  reports = [train(config, folder)]
+  if baseline:
+    reports.append(train(baseline, folder / config.baseline))
+  print(report.table(reports))
+  return 0
+
+
+def train(config, folder: pathlib.Path) -> dict:
+  """Trains `config` in `folder`, or goes on with it; returns what report.json holds.
+
+  Raises:
+    run.Mistake: something in config, data or files is wrong.
+    run.Stopped: a signal came; a checkpoint was written.
+    run.Diverged: a loss or gradient is not finite.
+  """
+  with contextlib.ExitStack() as stack:
+    with run.inputs_checked():
+      stack.enter_context(run.claimed(folder, config))
+      if (folder / 'report.json').exists():
+        return json.loads((folder / 'report.json').read_text())
+    return _train(config, folder, stack)
+
+
+def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
+  # ---- Data, backbone, method, optimizer.
+  with run.inputs_checked():
+    mesh = step.mesh(config.mesh.data, config.mesh.model)
+    source, test = (tasks.source(config, split) for split in (config.data.train, config.data.test))
+    size, eval_size = config.data.batch_size, config.data.eval_batch_size or config.data.batch_size
+    pretrained, tuned = run.build(config, len(source.classes))
+    transform, examine = (tasks.transform(config, pretrained, training) for training in (True, False))
+    batches = data.Batches(source, size, transform, config.seed)
+    exam = lambda: data.Batches(test, eval_size, examine, shuffle=False, epochs=1, drop_remainder=False)
+    steps = config.steps or max(1, round(config.epochs * batches.steps_per_epoch))
+    rate = optim.schedule(lr=config.optimizer.lr, steps=steps, **config.schedule)
+    choices = {k: v for k, v in config.optimizer.items() if k not in ('lr', 'accumulate')}
+    tx = optim.optimizer(tuned, tuned.shapes, rate, **choices)
+    facts = summary(tuned)
+
+  # ---- Arrays on their devices.
+  whole, rows = step.replicated(mesh), step.over_data(mesh)
+  split = step.over_model(mesh, pretrained.variables) if config.mesh.backbone == 'sharded' else whole
+  backbone = jax.device_put(pretrained.variables, split)
+  backbone_sha256 = fingerprint(backbone)
+  state = jax.device_put(step.initial_state(tuned, tx, backbone, config.seed), whole)
+
+  # ---- Where the run stands.
+  with run.inputs_checked():
+    run.begin(folder, config, labels=source.classes, reads='image' if pretrained.preprocess else 'text',
+              backbone_sha256=backbone_sha256, files=pretrained.files, jpeft=__version__)
+    checkpoints = Checkpoints(folder / 'checkpoints', config.checkpoint.keep)
+    stack.callback(checkpoints.close)
+    start, before = checkpoints.latest or 0, 0.0
+    if start:
+      state, kept = checkpoints.restore(state)
+      before = kept['seconds']
+      batches.restore(kept['data'])
+    metrics = report.Metrics(folder / 'metrics.jsonl', start, config.log.tensorboard)
+    stack.callback(metrics.close)
+  progress = report.Progress(steps, start)
+  progress.note(f'{config.method.name} on {config.model.source}, {config.data.name}: {facts.trainable:,} '
+                f'trainable numbers beside {facts.total:,}, {facts.memory}; {steps} updates of {size}'
+                + (f', going on after {start}' if start else ''))
+
+  # ---- Compilation, ahead of the loop: it also says what an update costs.
+  blank = tasks.blank(config, pretrained)
+  fn = step.train_step(tuned, tx, config.seed, config.loss.label_smoothing, config.optimizer.accumulate)
+  update, cost = step.compiled(fn, state, backbone, step.rows_of(blank, size, rows), donate=(0,))
+  shapes = step.rows_of(blank | {'mask': np.ones(1, np.float32)}, eval_size, rows)
+  mark, _ = step.compiled(step.eval_step(tuned), state['theta'], backbone, shapes)
+
+  # ---- The loop. With `number` updates made: evaluate, save, and make one more.
+  number, began = start, time.perf_counter()
+  seconds = lambda: before + time.perf_counter() - began
+  watch = run.Watch(config.data.train, checkpoints)
+  signals = stack.enter_context(run.Signals())
+  while True:
+    due = lambda every: number == steps or bool(every and number and number % every == 0)
+    if signals.caught or due(config.eval.every) or due(config.checkpoint.every):
+      watch.catch_up()
+    if due(config.eval.every) and not metrics.has(number, 'test'):
+      scores = step.evaluate(mark, state['theta'], backbone, exam(), rows, stop=lambda: signals.caught)
+      if scores is not None:
+        if tasks.better(config.eval.metric, scores, metrics.of('test')):
+          save_theta(folder / 'best.safetensors', state['theta'], step=number, **scores)
+        metrics.add(number, 'test', **scores)
+        progress.note(f'step {number}: ' + ', '.join(f'{k} {v:.4f}' for k, v in scores.items()))
+    if signals.caught or number == steps:
+      break
+    if due(config.checkpoint.every) and number > start:
+      checkpoints.save(number, state, {'data': batches.state(), 'seconds': seconds()})
+
+    with run.inputs_checked():
+      batch = next(batches)
+    indices = batch.pop('index')
+    state, out = update(state, backbone, jax.device_put(batch, rows))
+    number += 1
+    watch.see(number, indices, out)
+    if number % config.log.every == 0 or number == steps:
+      watch.catch_up()
+      metrics.add(number, 'train', **step.means(state['sums']), lr=float(rate(number - 1)),
+                  grad_norm=float(out['grad_norm']))
+      state['sums'] = jax.device_put(step.no_sums(), whole)
+    progress.show(number, loss=watch.loss)
+
+  checkpoints.save(number, state, {'data': batches.state(), 'seconds': seconds()})
+  checkpoints.wait()
+  if not metrics.has(steps, 'test'):
+    raise run.Stopped(signals.caught, f'checkpoint {number} of {steps} is in {folder}; the same command '
+                                      'goes on')
+
+  # ---- What comes out.
+  if fingerprint(backbone) != backbone_sha256:
+    raise RuntimeError('training has changed the backbone')
+  save_theta(folder / 'theta.safetensors', state['theta'], step=number)
+  best = tasks.best(config.eval.metric, metrics.of('test'))
+  told = {
+    'method': config.method.name, 'model': config.model.source, 'data': config.data.name,
+    'trainable': facts.trainable, 'total': facts.total, 'memory': facts.memory, 'mergeable': facts.mergeable,
+    'eval': report.values(metrics.of('test')[-1]),
+    'best': {'step': best['step'], 'metric': config.eval.metric, 'value': best[config.eval.metric]},
+    'steps': steps, 'batch_size': size, 'seconds': round(seconds(), 2), 'step_cost': cost,
+    'device': f'{mesh.size} x {mesh.devices.flat[0].device_kind}',
+    'backbone_sha256': backbone_sha256, 'theta_sha256': fingerprint(state['theta']),
+  }
+  report.write_report(folder, told, metrics.rows)
+  progress.note(f'{folder}: ' + ', '.join(f'{k} {v:.4f}' for k, v in told['eval'].items()))
+  return told
+
+
+if __name__ == '__main__':
+  sys.exit(run.command('jpeft.train', main))

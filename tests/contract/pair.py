@@ -1,0 +1,116 @@
+"""One method on one backbone: one attach and one compiled training step, which all properties share."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jpeft
+from tests.contract.table import described, made, row
+from tests.fixtures import BACKBONES, leaf_paths, plain
+
+# Compiling is the whole cost of these tests: half of it is optimisation that tiny arrays do not need.
+QUICK = {'xla_backend_optimization_level': 0}
+
+
+class Pair:
+  """A method attached to a backbone.
+
+  Attributes:
+    b: the row of the backbone.
+    row: what the method declares.
+    tuned: from `attach`.
+    theta: as initialised.
+    start: {'theta': theta, 'backbone': the backbone's float arrays}.
+    traces: how often the training step was traced.
+  """
+
+  def __init__(self, method: str, backbone: str, **hp):
+    self.method, self.b, self.row, self.traces = method, BACKBONES[backbone], row(method), 0
+    with described(self.b):
+      self.tuned = jpeft.attach(self.b.model, made(method, backbone, **hp), self.b.backbone, *self.b.args,
+                                **self.b.kwargs)
+    self.theta = jax.jit(self.tuned.init, compiler_options=QUICK)(jax.random.key(1), self.b.backbone)
+    leaves, self._tree = jax.tree.flatten(self.b.backbone)
+    self._is_float = [jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]
+    self._others = [x for x, f in zip(leaves, self._is_float, strict=True) if not f]
+    floats = [x for x, f in zip(leaves, self._is_float, strict=True) if f]
+    self.start = jpeft.join(self.theta, floats)
+
+  def held(self, floats):
+    """The backbone with other float arrays."""
+    floats, others = iter(floats), iter(self._others)
+    return jax.tree.unflatten(self._tree, [next(floats if f else others) for f in self._is_float])
+
+  def apply(self, theta, floats, args):
+    return self.tuned.apply(theta, self.held(floats), *args, **self.b.kwargs)
+
+  def loss(self, tree, args):
+    """(the sum of squares of the output, the output)."""
+    out = self.apply(*jpeft.split(tree), args)
+    return sum(jnp.sum(jnp.square(y.astype(jnp.float32))) for y in jax.tree.leaves(out)), out
+
+  @functools.cached_property
+  def tx(self):
+    mask = jpeft.mask(self.start, self.tuned.trainable(self.theta))
+    return jpeft.freeze(optax.adam(1e-2), mask)
+
+  @functools.cached_property
+  def optimizer(self):
+    return jax.jit(self.tx.init, compiler_options=QUICK)(self.start)
+
+  @functools.cached_property
+  def step(self):
+    """(both trees, optimizer state, args) -> (output, gradients, trees and state after the step)."""
+    def step(tree, optimizer, args):
+      self.traces += 1
+      (_, out), grads = jax.value_and_grad(self.loss, has_aux=True)(tree, args)
+      updates, optimizer = self.tx.update(grads, optimizer, tree)
+      return out, grads, optax.apply_updates(tree, updates), optimizer
+    return jax.jit(step, compiler_options=QUICK)
+
+  @functools.cached_property
+  def moved(self):
+    """A theta off its start, and (output, gradients) there."""
+    theta = noisy(self.theta)
+    tree = {**self.start, 'theta': theta}
+    return theta, *self.step(tree, self.optimizer, self.b.args)[:2]
+
+  @functools.cached_property
+  def trained(self):
+    """(the output at step 0, gradients of step 0, both trees after three steps)."""
+    tree, optimizer, first = self.start, self.optimizer, None
+    for _ in range(3):
+      out, grads, tree, optimizer = self.step(tree, optimizer, self.b.args)
+      first = first or (out, grads)
+    return *first, tree
+
+  @property
+  def plain(self):
+    """The output of the untouched model."""
+    return plain(self.b)
+
+
+@functools.lru_cache(maxsize=24)
+def pair_of(method: str, backbone: str) -> Pair:
+  return Pair(method, backbone)
+
+
+def noisy(tree, size: float = 0.1):
+  """A tree with normal noise on every leaf, always the same; in numpy, which compiles nothing."""
+  rng = np.random.default_rng(9)
+  return jax.tree.map(lambda x: x + jnp.asarray(size * rng.standard_normal(x.shape), x.dtype), tree)
+
+
+def far(got, want) -> float:
+  """The largest difference between two trees, in units of the largest entry of `want`."""
+  pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+  pairs = [(np.asarray(g, np.float32), np.asarray(w, np.float32)) for g, w in pairs]
+  return float(max(np.abs(g - w).max() for g, w in pairs) / max(np.abs(w).max() for _, w in pairs))
+
+
+def largest(tree) -> dict[str, float]:
+  """{path: largest magnitude} of every leaf."""
+  return {path: float(np.max(np.abs(x))) for path, x in leaf_paths(tree).items()}

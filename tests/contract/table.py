@@ -1,0 +1,163 @@
+"""METHODS x BACKBONES: what the contract is run over, and what each method declares about itself.
+
+A registered method needs no row: it is tested at small sizes, and must leave the function as it was at
+step 0 on every backbone. A row says where a method differs from that.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from jpeft import ANATOMIES, Anatomy, Method, register_anatomy
+from jpeft.methods import REGISTRY
+from tests.fixtures import BACKBONES, Backbone
+
+SMALL = {'rank': 2, 'tokens': 3, 'reduction': 4, 'bottleneck': 4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """What a method declares.
+
+  Attributes:
+    hp: hyperparameters, beside those of SMALL that its factory takes.
+    on: {backbone: hyperparameters there}, for patterns other than the default.
+    start: how far the output may be from the untouched model's at step 0, in units of its largest
+      entry; 0 for bit-equal where nothing is compiled; None where the method starts elsewhere.
+    dead: regexes of theta paths that no gradient reaches: what is added to all keys alike moves all
+      logits of a softmax alike.
+    cannot: {backbone: regex of the error that says so}.
+  """
+
+  hp: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  on: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+  start: float | None = 1e-5
+  dead: tuple[str, ...] = ()
+  cannot: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+CONV = 'linen_cnn'
+DECODERS = ('linen_gemma', 'nnx_llama', 'nnx_raw')
+NO_BIAS = dict.fromkeys(DECODERS, 'bitfit: .* match, but none has what it adapts')
+KERNELS = {CONV: {'targets': '{conv}'}}
+
+ROWS: dict[str, Row] = {
+  'linear': Row(start=0),
+  'full': Row(start=0),
+  'bitfit': Row(start=0, cannot=NO_BIAS),
+  'norm': Row(start=0),
+  'lora': Row(start=0, on=KERNELS),
+  'dora': Row(on=KERNELS),
+  'vera': Row(start=0, on=KERNELS),
+  'ia3': Row(start=0, on={CONV: {'targets_out': '{depthwise}', 'targets_in': '{linear}'}}),
+  'ssf': Row(start=None, dead=('.*/key/.*/shift',), on={CONV: {'targets': '{conv}|{bn}|{final_norm}'}}),
+  'houlsby': Row(start=1e-3, on={CONV: {'targets': '{linear}'}}),
+  'pfeiffer': Row(start=0.1),
+  'parallel': Row(start=0, on={CONV: {'targets': '{linear}'}}),
+  'adaptformer': Row(start=0, cannot={CONV: 'no role {norm2}', 'linen_bert': 'no role {norm2}'}),
+  'lst': Row(start=None, cannot={CONV: 'lst'}),
+}
+
+
+def row(method: str) -> Row:
+  return ROWS.get(method, Row())
+
+
+def error_of(method: str, backbone: str) -> str | None:
+  """The error that the pair must give, if the method cannot serve the backbone."""
+  return row(method).cannot.get(backbone)
+
+
+def made(method: str, backbone: str, **hp) -> Method:
+  """A method of the registry for a backbone, alone (without a trained head) and small."""
+  takes = inspect.signature(REGISTRY[method].make).parameters
+  small = {name: value for name, value in SMALL.items() if name in takes}
+  there = row(method).on.get(backbone, {})
+  return REGISTRY[method].make(**{**small, **row(method).hp, **there, **hp})
+
+
+def patterns(method: str) -> list[str]:
+  """The hyperparameters that are patterns of sites."""
+  takes = inspect.signature(REGISTRY[method].make).parameters.values()
+  return [p.name for p in takes if isinstance(p.default, str) and '{' in p.default]
+
+
+def takes_dropout(method: str) -> bool:
+  return 'dropout' in inspect.signature(REGISTRY[method].make).parameters
+
+
+def _norms(block: str, first: str, second: str) -> dict[str, str]:
+  return {'norm1': f'{block}/{first}', 'norm2': f'{block}/{second}'}
+
+
+# Roles of the finer parts of a block, beside those of the fixtures.
+PARTS: dict[str, dict[str, str]] = {
+  'linen_vit': _norms(r'Transformer/encoderblock_\d+', 'LayerNorm_0', 'LayerNorm_1'),
+  'linen_vit_remat': _norms(r'Transformer/encoderblock_\d+', 'LayerNorm_0', 'LayerNorm_1'),
+  'linen_vit_scan': _norms('Transformer/encoderblock', 'LayerNorm_0', 'LayerNorm_1'),
+  'linen_bert': {'block_end': r'encoder/layer/\d+/output/LayerNorm'},
+  'linen_gemma': _norms('layers', 'pre_attention_norm', 'pre_ffw_norm'),
+  'linen_fused': _norms(r'blocks_\d+', 'norm1', 'norm2'),
+  'nnx_vit': _norms(r'blocks/\d+', 'norm1', 'norm2'),
+  'nnx_vit_remat': _norms(r'blocks/\d+', 'norm1', 'norm2'),
+  'nnx_vit_scan': _norms('blocks', 'norm1', 'norm2'),
+  'nnx_llama': _norms(r'layers/\d+', 'input_layernorm', 'post_attention_layernorm'),
+  'nnx_raw': _norms(r'layers/\d+', 'pre_attention_norm', 'pre_ffw_norm'),
+}
+
+
+@contextlib.contextmanager
+def described(b: Backbone):
+  """The backbone's names as an anatomy: all that a user writes for a model of their own."""
+  roles = {**b.roles, **PARTS.get(b.name, {})}
+  register_anatomy(Anatomy(b.name, roles, causal=b.causal, lead=b.lead, exit=b.exit))
+  try:
+    yield
+  finally:
+    del ANATOMIES[b.name]
+
+
+LINEN_SCAN, NNX_SCAN = ('linen_vit_scan',), ('nnx_vit_scan',)
+OTHERS = tuple(n for n in BACKBONES if n not in (*LINEN_SCAN, *NNX_SCAN, *DECODERS))
+
+
+def spread() -> list[tuple[str, str]]:
+  """Pairs for every run: each method on both scans, a decoder and two more, all backbones alike."""
+  chosen, load = [], Counter()
+  for method in REGISTRY:
+    for group, n in ((LINEN_SCAN, 1), (NNX_SCAN, 1), (DECODERS, 1), (OTHERS, 2)):
+      fit = [b for b in group if error_of(method, b) is None]
+      for backbone in sorted(fit, key=lambda b: load[b])[:n]:
+        chosen.append((method, backbone))
+        load[backbone] += 1
+  return chosen
+
+
+ALL = [(m, b) for m in REGISTRY for b in BACKBONES]
+SERVED = [pair for pair in ALL if error_of(*pair) is None]
+REFUSED = [pair for pair in ALL if error_of(*pair) is not None]
+DEFAULT = spread()
+
+
+def over(pairs, always=DEFAULT, fixture='pair'):
+  """Parametrises a test by pairs; those that are not in `always` are slow.
+
+  `pair` receives the Pair, any other name the names of method and backbone.
+  """
+  def param(method, backbone):
+    marks = [pytest.mark.xdist_group(backbone.removesuffix('_scan'))]
+    marks += [] if (method, backbone) in always else [pytest.mark.slow]
+    return pytest.param((method, backbone), id=f'{method}-{backbone}', marks=marks)
+  params = [param(*p) for p in sorted(pairs, key=lambda p: p[1])]
+  return pytest.mark.parametrize(fixture, params, indirect=fixture == 'pair')
+
+
+def one_each(pairs=DEFAULT) -> list[tuple[str, str]]:
+  """One pair of every method, not always on the same backbone."""
+  by_method = {m: [p for p in pairs if p[0] == m] for m in REGISTRY}
+  return [found[i % len(found)] for i, found in enumerate(by_method.values()) if found]

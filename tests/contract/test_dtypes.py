@@ -1,0 +1,57 @@
+"""Half precision: in the parameters, in the computation, never in theta and its gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jpeft
+from tests.contract.pair import QUICK, far, pair_of
+from tests.contract.table import DEFAULT, SERVED, described, made, over
+from tests.fixtures import BACKBONES, plain
+
+HALF = jnp.bfloat16
+CAST = ('linen_vit_scan', 'linen_gemma', 'nnx_vit_scan')
+CHOSEN = [p for p in SERVED if p[1] in CAST]
+SCANNED = [p for p in SERVED if p[1] == 'linen_vit_scan']
+default = lambda pairs: [p for p in pairs if p in DEFAULT]
+names = lambda pairs, always: over(pairs, always, fixture='names')
+
+
+@functools.cache
+def variant(name: str, param_dtype):
+  return BACKBONES.build(name, dtype=HALF, param_dtype=param_dtype)
+
+
+def attached(method: str, b):
+  with described(b):
+    tuned = jpeft.attach(b.model, made(method, b.name), b.backbone, *b.args, **b.kwargs)
+
+  def loss(theta):
+    out = tuned.apply(theta, b.backbone, *b.args, **b.kwargs)
+    return jnp.sum(jnp.square(out.astype(jnp.float32))), out
+
+  return tuned, jax.grad(loss, has_aux=True)
+
+
+@pytest.mark.parametrize('param_dtype', [HALF, jnp.float32], ids=['params too', 'computation alone'])
+@names(CHOSEN, always=default(CHOSEN))
+def test_dtypes_in_half_precision(names, param_dtype):
+  b = variant(names[1], param_dtype)
+  tuned, grad = attached(names[0], b)
+  assert {x.dtype for x in jax.tree.leaves(tuned.shapes)} == {jnp.dtype('float32')}
+  grads, out = jax.eval_shape(grad, tuned.shapes)
+  assert grads == tuned.shapes
+  assert out == jax.eval_shape(lambda: plain(b)) and out.dtype == HALF
+
+
+@names(SCANNED, always=default(SCANNED)[1::4])
+def test_numbers_in_half_precision(names):
+  b = variant(names[1], HALF)
+  _, grad = attached(names[0], b)
+  theta, want, _ = pair_of(*names).moved
+  grads, out = jax.jit(grad, compiler_options=QUICK)(theta)
+  assert far(out, want) < 0.15
+  assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))

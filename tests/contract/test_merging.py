@@ -1,0 +1,27 @@
+"""Merged weights are the same function, or a clear error says that there are none."""
+
+import jax
+import pytest
+
+from jpeft.methods import REGISTRY
+from tests.contract.pair import far
+from tests.contract.table import SERVED, over
+from tests.fixtures import plain
+
+MERGEABLE = [p for p in SERVED if REGISTRY[p[0]].mergeable]
+OTHERS = [p for p in SERVED if not REGISTRY[p[0]].mergeable]
+
+
+@over(MERGEABLE)
+def test_the_untouched_model_runs_merged_weights_as_apply_runs_theta(pair):
+  theta, out, _ = pair.moved
+  merged = jax.jit(pair.tuned.merge)(theta, pair.b.backbone)
+  assert jax.eval_shape(lambda: merged) == jax.eval_shape(lambda: pair.b.backbone)
+  assert far(plain(pair.b, merged), out) < 1e-5
+  assert far(out, pair.plain) > 1e-3
+
+
+@over(OTHERS)
+def test_what_no_weights_express_is_an_error(pair):
+  with pytest.raises(ValueError, match='cannot be merged'):
+    pair.tuned.merge(pair.theta, pair.b.backbone)

@@ -1,0 +1,75 @@
+"""Every unusual door: unchanged at first, differentiable, mergeable."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jpeft
+from tests.core.small import adapter, low_rank, noisy, quick, train
+from tests.fixtures import EDGES, leaf_paths, plain
+
+RULES = {'fused': low_rank, 'boxed': lambda targets: low_rank(targets, dot=False), 'call': adapter,
+         'train': train}
+PAIRS = [('boxed' if i % 2 else 'fused', name) for i, name in enumerate(EDGES)]
+PAIRS += [('call' if i % 2 else 'train', name) for i, name in enumerate(EDGES)]
+
+
+def attached(rule, name):
+  b = EDGES[name]
+  role = 'block' if rule == 'call' else 'linear'
+  return b, jpeft.attach(b.model, RULES[rule](b.roles[role]), b.backbone, *b.args, **b.kwargs)
+
+
+def close(got, want, atol):
+  jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=atol), got, want)
+
+
+@pytest.mark.parametrize(('rule', 'name'), [
+  pytest.param(rule, name, marks=pytest.mark.xdist_group(name), id=f'{rule}-{name}') for rule, name in PAIRS])
+def test_an_edge(rule, name):
+  b, tuned = attached(rule, name)
+  start = tuned.init(jax.random.key(0), b.backbone)
+
+  def fn(theta, held):
+    out = tuned.apply(theta, held, *b.args, **b.kwargs)
+    return sum(jnp.sum(y ** 2) for y in jax.tree.leaves(out)), out
+
+  run = quick(jax.value_and_grad(fn, has_aux=True))
+  close(run(start, b.backbone)[0][1], plain(b), 1e-5)
+  theta = noisy(start, 0.1)
+  (_, out), grads = run(theta, b.backbone)
+  still = {p for p, g in leaf_paths(grads).items() if not jnp.abs(g).max() > 1e-5}
+  assert all(any(re.fullmatch(f'.*?/{z}', p) for z in b.zero_grad) for p in still)
+  if tuned.mergeable:
+    largest = max(float(jnp.abs(y).max()) for y in jax.tree.leaves(out))
+    close(plain(b, tuned.merge(theta, b.backbone)), out, 1e-5 * max(1, largest))
+  else:
+    assert rule == 'call'
+
+
+@pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.xdist_group(n))
+                                  for n in ('linen_methods', 'nnx_methods')])
+def test_a_rule_wraps_the_method_it_names(name):
+  b = EDGES[name]
+  rule = lambda method, k: jpeft.at('coder', jpeft.Call(
+    method, lambda t, call, x: t['s'] * call(x) + k, lambda key, site, a: {'s': jnp.ones(())}, method=method))
+  both = jpeft.chain(rule('encode', 1.0), rule('decode', 10.0))
+  tuned = jpeft.attach(b.model, both, b.backbone, *b.args, **b.kwargs)
+  theta = tuned.init(jax.random.key(0), b.backbone)
+  assert set(theta) == {'encode', 'decode'}
+  zero = jax.tree.map(jnp.zeros_like, theta)
+  out = jax.tree.leaves(tuned.apply({**theta, 'decode': zero['decode']}, b.backbone, *b.args, **b.kwargs))
+  np.testing.assert_array_equal(out[-1], np.full(out[-1].shape, 10.0))
+  moved = jax.tree.leaves(tuned.apply({**theta, 'encode': zero['encode']}, b.backbone, *b.args, **b.kwargs))
+  down = tuned.only('encode').apply(zero, b.backbone, *b.args, **b.kwargs)
+  close(moved[-1], jax.tree.leaves(down)[-1] + 10, 1e-5)
+
+
+@pytest.mark.xdist_group('nnx_methods')
+def test_a_call_that_the_module_does_not_have():
+  b = EDGES['nnx_methods']
+  with pytest.raises(ValueError, match='1 sites match, but none has what it adapts'):
+    jpeft.attach(b.model, adapter('coder'), b.backbone, *b.args, **b.kwargs)

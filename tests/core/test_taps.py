@@ -1,0 +1,120 @@
+"""What rules record inside arrives where it is read, in the order of the layers."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jpeft
+from tests.core.small import WIDTH, Block, Blocks, NnxBlocks, X, backbone, plain, quick, spy
+
+MODELS = {'linen': lambda: Blocks(12), 'linen scan': lambda: Blocks(12, 'scan'),
+          'linen scan remat': lambda: Blocks(12, 'scan remat'), 'nnx': lambda: NnxBlocks(12),
+          'nnx scan': lambda: NnxBlocks(12, 'scan')}
+
+
+def recorded(blocks='blocks?[_/]?\\d*', root=''):
+  """The root returns what entered every block, [layers, 4, WIDTH], beside its output."""
+  def record(t, call, x):
+    call.tap(x=x, mean=x.mean(-1))
+    return call(x)
+  def read(t, call, *args):
+    out = call(*args)
+    return out, call.taps()
+  return jpeft.chain(jpeft.at(blocks, jpeft.Call('taps', record, taps=True)),
+                     jpeft.at(root, jpeft.Call('reads', read, taps=True)))
+
+
+def kernels(model, held):
+  """The kernels and biases of the twelve layers, stacked."""
+  flat = jax.tree.leaves(held)  # bias, kernel, bias, kernel, ... by the names of the blocks
+  if len(flat) == 2:
+    return flat[::-1]
+  names = sorted(range(12), key=str) if isinstance(model, nn.Module) else list(range(12))
+  order = np.argsort(names)
+  return [np.stack(flat[i::2])[order] for i in (1, 0)]
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_taps_come_in_the_order_of_twelve_layers(name):
+  model = MODELS[name]()
+  held = backbone(model)
+  tuned = jpeft.attach(model, recorded(), held, X)
+  assert tuned.init(jax.random.key(0), held) == {}
+  out, taps = quick(lambda held: tuned.apply({}, held, X))(held)
+  np.testing.assert_allclose(out, plain(model, held, X), atol=1e-5)
+  x, want = np.asarray(X), []
+  for kernel, bias in zip(*kernels(model, held), strict=True):
+    want.append(x)
+    x = x + np.tanh(x @ kernel + bias)
+  np.testing.assert_allclose(out, x, atol=1e-4)
+  got = [t['x'] for t in taps.values()]
+  got = got[0] if 'scan' in name else np.stack(got)
+  np.testing.assert_allclose(got, np.stack(want), atol=1e-4)
+  means = [t['mean'] for t in taps.values()]
+  np.testing.assert_allclose(means[0] if 'scan' in name else np.stack(means), np.stack(want).mean(-1), atol=1e-4)
+  digits = [int(''.join(filter(str.isdigit, p)) or 0) for p in taps]
+  assert digits == ([0] if 'scan' in name else list(range(12)))
+
+
+@pytest.mark.parametrize('name', ['linen', 'nnx scan'])
+def test_gradients_flow_through_taps(name):
+  model = MODELS[name]()
+  held = backbone(model)
+  def gain(t, call, x):
+    return t['s'] * call(x)
+  scaled = jpeft.at('blocks?[_/]?0?', jpeft.Call('gain', gain, lambda key, site, a: {'s': jnp.ones(())}))
+  tuned = jpeft.attach(model, jpeft.chain(scaled, recorded()), held, X)
+  loss = lambda theta: sum(jnp.sum(t['x'] ** 2) for t in tuned.apply(theta, held, X)[1].values())
+  grads = quick(jax.grad(loss))(tuned.init(jax.random.key(0), held))
+  assert all(np.all(g != 0) for g in jax.tree.leaves(grads)[:1])
+
+
+class Twice(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    block = Block(name='block')
+    return block(block(x)[0])[0]
+
+
+class NnxTwice(nnx.Module):
+  def __init__(self):
+    self.block = nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0))
+
+  def __call__(self, x):
+    return self.block(self.block(x))
+
+
+@pytest.mark.parametrize('make', [Twice, NnxTwice])
+def test_a_tap_in_a_module_that_is_called_twice(make):
+  model = make()
+  held = backbone(model)
+  tuned = jpeft.attach(model, recorded('block'), held, X)
+  with pytest.raises(ValueError, match='is called more than once, so what a tap records there is ambiguous'):
+    tuned.apply({}, held, X)
+
+
+def test_a_tap_under_a_scan_that_broadcasts_params():
+  class Shared(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      scan = nn.scan(Block, variable_broadcast='params', split_rngs={'params': False}, length=3)
+      return scan(name='block')(x)[0]
+  held = backbone(Shared())
+  tuned = jpeft.attach(Shared(), recorded('block'), held, X)
+  with pytest.raises(ValueError, match="'block': its params are broadcast over a scan"):
+    tuned.apply({}, held, X)
+
+
+def test_nothing_is_left_in_the_users_model():
+  model = NnxBlocks(2)
+  held, before = backbone(model), nnx.graphdef(model)
+  tuned = jpeft.attach(model, recorded(), held, X)
+  tuned.apply({}, held, X)
+  assert nnx.graphdef(model) == before and not hasattr(model.blocks[0], 'jpeft_tap')
+  spied = []
+  jpeft.attach(model, spy('blocks/0', spied.append), held, X).apply({}, held, X)
+  assert [type(call.module).__name__ for call in spied] == ['NnxBlock']
+  assert type(model.blocks[0]).__call__ is not type(spied[0].module).__call__

@@ -1,0 +1,25 @@
+"""What make_golden.py made, read back, and how to compare with it."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+GOLDEN = Path(__file__).parent / 'golden'
+NAMES = ('vit', 'deit', 'dinov2', 'bert', 'roberta', 't5', 't5_gated')
+INPUTS = ('images', 'tokens', 'decoder_tokens', 'mask', 'types')
+
+
+def golden(name):
+  """(keyword inputs of the model, all arrays)."""
+  arrays = dict(np.load(GOLDEN / name / 'golden.npz'))
+  return {key: arrays[key] for key in INPUTS if key in arrays}, arrays
+
+
+def outputs(loaded, inputs, **kwargs):
+  return np.asarray(jax.jit(lambda v, x: loaded.model.apply(v, **x, **kwargs))(loaded.variables, inputs))
+
+
+def close(got, want, tolerance=2e-6):
+  assert got.shape == want.shape and np.abs(want).max() > 0.1
+  np.testing.assert_allclose(got / np.abs(want).max(), want / np.abs(want).max(), atol=tolerance)

@@ -1,0 +1,87 @@
+"""Makes tests/models/golden: tiny random models of transformers, with inputs and their outputs.
+
+Run with torch and transformers installed: python tests/models/make_golden.py (written with
+transformers 5.23.0 and torch 2.13.0). Every parameter is moved away from its initial value, so that
+no forgotten bias or scale goes unseen. What a model computes is taken from the saved files.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+GOLDEN = Path(__file__).parent / 'golden'
+LABELS = {'id2label': {i: f'class {i}' for i in range(3)}, 'label2id': {f'class {i}': i for i in range(3)}}
+SMALL = {'hidden_size': 24, 'num_hidden_layers': 2, 'num_attention_heads': 4}
+IMAGES = {**SMALL, **LABELS, 'intermediate_size': 40, 'patch_size': 7, 'image_size': 28}
+TEXT = {**SMALL, **LABELS, 'intermediate_size': 40, 'vocab_size': 60, 'max_position_embeddings': 24}
+T5 = {'d_model': 24, 'd_kv': 5, 'd_ff': 40, 'num_layers': 2, 'num_decoder_layers': 3, 'num_heads': 4,
+      'vocab_size': 60, 'relative_attention_num_buckets': 8, 'relative_attention_max_distance': 12,
+      'decoder_start_token_id': 0}
+
+MODELS = {
+  'vit': ('ViTForImageClassification', transformers.ViTConfig(**IMAGES)),
+  'deit': ('DeiTForImageClassificationWithTeacher', transformers.DeiTConfig(**IMAGES)),
+  'dinov2': ('Dinov2ForImageClassification', transformers.Dinov2Config(
+    **{k: v for k, v in IMAGES.items() if k != 'intermediate_size'}, mlp_ratio=2)),
+  'bert': ('BertForSequenceClassification', transformers.BertConfig(**TEXT)),
+  'roberta': ('RobertaForSequenceClassification', transformers.RobertaConfig(
+    **TEXT, type_vocab_size=1, pad_token_id=1, layer_norm_eps=1e-5)),
+  't5': ('T5ForConditionalGeneration', transformers.T5Config(**T5)),
+  't5_gated': ('T5ForConditionalGeneration', transformers.T5Config(
+    **T5, feed_forward_proj='gated-gelu', tie_word_embeddings=False)),
+}
+
+
+def perturbed(kind, config):
+  model = getattr(transformers, kind)(config)
+  if config.model_type == 't5' and config.feed_forward_proj == 'gated-gelu':
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(config.vocab_size, config.d_model))
+  with torch.no_grad():
+    for parameter in model.parameters():
+      parameter += 0.1 * torch.randn(parameter.shape)
+  return model
+
+
+def inputs(config):
+  """Our inputs by name; images are channels last."""
+  rng = np.random.default_rng(0)
+  if config.model_type in ('vit', 'deit', 'dinov2'):
+    return {'images': rng.normal(size=(2, 28, 28, 3)).astype('float32')}
+  tokens = rng.integers(3, 60, (3, 18))
+  mask = np.arange(18) < np.array([[18], [11], [6]])
+  tokens = np.where(mask, tokens, 1 if config.model_type == 'roberta' else 0)
+  if config.model_type == 't5':
+    return {'tokens': tokens, 'mask': mask, 'decoder_tokens': rng.integers(3, 60, (3, 16))}
+  types = rng.integers(0, config.type_vocab_size, (3, 18))
+  return {'tokens': tokens, 'mask': mask, 'types': types}
+
+
+def logits(model, given, **options):
+  names = {'images': 'pixel_values', 'tokens': 'input_ids', 'mask': 'attention_mask',
+           'types': 'token_type_ids', 'decoder_tokens': 'decoder_input_ids'}
+  given = {names[k]: torch.tensor(v.transpose(0, 3, 1, 2) if k == 'images' else v.astype('int64'))
+           for k, v in given.items()}
+  with torch.no_grad():
+    return model(**given, **options).logits.numpy()
+
+
+def main():
+  for seed, (name, (kind, config)) in enumerate(MODELS.items()):
+    torch.manual_seed(seed)
+    folder = GOLDEN / name
+    perturbed(kind, config).save_pretrained(folder)
+    (folder / 'generation_config.json').unlink(missing_ok=True)
+    model = getattr(transformers, kind).from_pretrained(folder).eval()
+    given = inputs(config)
+    arrays = {**given, 'logits': logits(model, given)}
+    if config.model_type in ('vit', 'dinov2'):
+      large = np.random.default_rng(1).normal(size=(1, 42, 42, 3)).astype('float32')
+      options = {'interpolate_pos_encoding': True} if name == 'vit' else {}
+      arrays |= {'large_images': large, 'large_logits': logits(model, {'images': large}, **options)}
+    np.savez_compressed(folder / 'golden.npz', **arrays)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,71 @@
+"""Live against transformers: our folders open there, and bare models give the same hidden states."""
+
+import jax
+import numpy as np
+import pytest
+
+from jpeft import models
+from jpeft.models.t5 import relative_buckets
+from tests.models.goldens import GOLDEN, NAMES, close, golden, outputs
+
+torch = pytest.importorskip('torch')
+transformers = pytest.importorskip('transformers')
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings('ignore::DeprecationWarning')]
+THEIRS = {'images': 'pixel_values', 'tokens': 'input_ids', 'mask': 'attention_mask',
+          'types': 'token_type_ids', 'decoder_tokens': 'decoder_input_ids'}
+
+
+def their(kind, folder, inputs):
+  """The output of a transformers model, which must find every tensor it wants in the folder."""
+  model, report = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
+  assert not any(report[key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys'))
+  tensor = lambda x: torch.tensor(x.transpose(0, 3, 1, 2) if x.ndim == 4 else x.astype('int64'))
+  with torch.no_grad():
+    return model.eval()(**{THEIRS[k]: tensor(v) for k, v in inputs.items()})
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_transformers_opens_what_we_save(name, tmp_path):
+  inputs, _ = golden(name)
+  loaded = models.load(GOLDEN / name, scan=True)
+  moved = jax.tree.map(lambda x: x + 0.01, loaded.variables)
+  models.save_pretrained(tmp_path, loaded.model, moved, loaded.config)
+  kind = models.load(tmp_path).config['architectures'][0]
+  want = their(kind, tmp_path, inputs).logits.numpy()
+  close(np.asarray(loaded.model.apply(moved, **inputs)), want, 5e-6)
+
+
+@pytest.mark.parametrize('name,kind', (('vit', 'ViTModel'), ('deit', 'DeiTModel'), ('dinov2', 'Dinov2Model'),
+                                       ('bert', 'BertModel'), ('roberta', 'RobertaModel')))
+def test_bare_models_equal_transformers(name, kind, tmp_path):
+  config = transformers.AutoConfig.from_pretrained(GOLDEN / name)
+  torch.manual_seed(0)
+  getattr(transformers, kind)(config).save_pretrained(tmp_path)
+  inputs, _ = golden(name)
+  want = their(kind, tmp_path, inputs)
+  hidden = models.load(tmp_path, pool='tokens')
+  close(outputs(hidden, inputs), want.last_hidden_state.numpy())
+  pooled = models.load(tmp_path, pool='cls')
+  close(outputs(pooled, inputs), want.pooler_output.numpy())
+  models.save_pretrained(tmp_path / 'again', pooled.model, pooled.variables, pooled.config)
+  close(their(kind, tmp_path / 'again', inputs).pooler_output.numpy(), want.pooler_output.numpy())
+
+
+def test_new_classes_open_in_transformers(tmp_path):
+  inputs, _ = golden('dinov2')
+  loaded = models.load(GOLDEN / 'dinov2', num_classes=7, image_size=28, layers=1)
+  models.save_pretrained(tmp_path, loaded.model, loaded.variables, loaded.config)
+  want = their('Dinov2ForImageClassification', tmp_path, inputs).logits.numpy()
+  assert want.shape == (2, 7)
+  np.testing.assert_allclose(outputs(loaded, inputs), want, atol=1e-6)
+
+
+@pytest.mark.parametrize('bidirectional', (False, True))
+@pytest.mark.parametrize('buckets,distance', ((32, 128), (8, 12), (16, 64)))
+def test_relative_buckets_equal_transformers(bidirectional, buckets, distance):
+  bucket = transformers.models.t5.modeling_t5.T5Attention._relative_position_bucket
+  gap = torch.arange(300)[None] - torch.arange(300)[:, None]
+  want = bucket(gap, bidirectional, buckets, distance).numpy()
+  got = relative_buckets(300, 300, buckets=buckets, max_distance=distance, bidirectional=bidirectional)
+  np.testing.assert_array_equal(got, want)
+  assert got.min() == 0 and got.max() == buckets - 1

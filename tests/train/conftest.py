@@ -1,0 +1,76 @@
+"""A backbone and data so small that a whole run takes a few seconds."""
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from jpeft import models
+
+VIT = {
+  'model_type': 'vit', 'hidden_size': 16, 'num_hidden_layers': 2, 'num_attention_heads': 2,
+  'intermediate_size': 32, 'image_size': 8, 'patch_size': 4, 'num_channels': 3,
+  'hidden_act': 'gelu', 'layer_norm_eps': 1e-6, 'hidden_dropout_prob': 0.1,
+  'attention_probs_dropout_prob': 0.0, 'qkv_bias': True,
+}
+
+
+@pytest.fixture(scope='session')
+def backbone(tmp_path_factory) -> pathlib.Path:
+  """A folder with a random ViT in the layout of Hugging Face."""
+  folder = tmp_path_factory.mktemp('backbone')
+  model = models.from_config(VIT)
+  variables = model.init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))
+  models.save_pretrained(folder, model, variables, VIT)
+  return folder
+
+
+@pytest.fixture(scope='session')
+def images(tmp_path_factory) -> pathlib.Path:
+  """Two classes of 8x8 images, one reddish and one bluish: 24 to train on, 10 to test."""
+  root, rng = tmp_path_factory.mktemp('images'), np.random.default_rng(0)
+  for split, count in (('train', 12), ('test', 5)):
+    for channel, label in ((0, 'red'), (2, 'blue')):
+      (root / split / label).mkdir(parents=True)
+      for i in range(count):
+        pixels = rng.integers(0, 200, (8, 8, 3), dtype=np.uint8)
+        pixels[..., channel] += 55
+        Image.fromarray(pixels).save(root / split / label / f'{i}.png')
+  return root
+
+
+CONFIG = '''"""A run of seconds."""
+
+
+def get_config(method='linear'):
+  return {{
+    'model': {{'source': {backbone!r}}},
+    'data': {{'name': 'folder:{images}', 'batch_size': 4}},
+    'method': {{'name': method}},
+    'optimizer': {{'lr': 1e-2}},
+    'steps': 12,
+    'eval': {{'every': 6}},
+    'checkpoint': {{'every': 3}},
+    'log': {{'every': 2}},
+  }}
+'''
+
+
+@pytest.fixture(scope='session')
+def config_file(backbone, images, tmp_path_factory) -> pathlib.Path:
+  path = tmp_path_factory.mktemp('configs') / 'tiny.py'
+  path.write_text(CONFIG.format(backbone=str(backbone), images=images))
+  return path
+
+
+@pytest.fixture
+def load(config_file):
+  """load(method, **{dotted key: text}) -> a checked config."""
+  from jpeft import config
+
+  def loaded(method='linear', **overrides):
+    return config.load(f'{config_file}:{method}', {k: str(v) for k, v in overrides.items()})
+
+  return loaded

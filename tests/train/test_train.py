@@ -1,0 +1,90 @@
+"""What a run leaves, and that its options mean what they say."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from jpeft import run, train
+from jpeft.checkpoint import fingerprint, load_theta
+from jpeft.report import read_metrics
+
+
+def loss_of(folder):
+  return [row['loss'] for row in read_metrics(folder / 'metrics.jsonl') if row['split'] == 'train']
+
+
+def test_run_folder_is_complete(load, tmp_path):
+  told = train.train(load('linear'), tmp_path / 'run')
+  kept = {p.name for p in (tmp_path / 'run').iterdir()}
+  assert {'config.json', 'run.json', 'metrics.jsonl', 'report.json', 'report.md', 'curves.png',
+          'theta.safetensors', 'best.safetensors', 'checkpoints'} <= kept
+  assert json.loads((tmp_path / 'run/report.json').read_text()) == told
+  assert told['trainable'] == 16 * 2 + 2 and told['steps'] == 12 and told['method'] == 'linear'
+  assert told['step_cost']['flops'] > 0 and told['step_cost']['temp_bytes'] > 0
+  rows = read_metrics(tmp_path / 'run/metrics.jsonl')
+  assert [r['step'] for r in rows if r['split'] == 'train'] == [2, 4, 6, 8, 10, 12]
+  assert [r['step'] for r in rows if r['split'] == 'test'] == [6, 12]
+  _, tuned, theta = run.reopen(tmp_path / 'run')
+  assert fingerprint(theta) == told['theta_sha256']
+  best, about = load_theta(tmp_path / 'run/best.safetensors', tuned.shapes)
+  assert about['step'] == told['best']['step'] and about['accuracy'] == told['best']['value']
+  assert jax.tree.structure(best) == jax.tree.structure(theta)
+
+
+def test_it_learns(load, tmp_path):
+  told = train.train(load('full', **{'steps': 60, 'optimizer.lr': 3e-3, 'eval.every': 60}), tmp_path)
+  assert loss_of(tmp_path)[0] > 0.6 > 0.2 > loss_of(tmp_path)[-1]
+  assert told['eval']['accuracy'] >= 0.9
+
+
+def test_a_complete_run_is_not_trained_again(load, tmp_path):
+  first = train.train(load(), tmp_path)
+  before = (tmp_path / 'report.json').stat().st_mtime_ns
+  assert train.train(load(), tmp_path) == first
+  assert (tmp_path / 'report.json').stat().st_mtime_ns == before
+
+
+def test_equal_seeds_give_equal_bits_and_others_do_not(load, tmp_path):
+  told = [train.train(load(seed=seed), tmp_path / name) for name, seed in (('a', 0), ('b', 0), ('c', 1))]
+  first, again, other = (t['theta_sha256'] for t in told)
+  assert first == again != other
+
+
+def test_micro_batches_give_the_update_of_the_whole_batch(load, backbone, tmp_path):
+  still = shutil.copytree(backbone, tmp_path / 'still')  # without dropout, whose masks would differ
+  described = json.loads((still / 'config.json').read_text())
+  (still / 'config.json').write_text(json.dumps(described | {'hidden_dropout_prob': 0.0}))
+  settings = {'model.source': still, 'steps': 3, 'log.every': 1, 'optimizer.name': 'sgd'}
+  train.train(load('full', **settings), tmp_path / 'whole')
+  train.train(load('full', **settings, **{'optimizer.accumulate': 2}), tmp_path / 'cut')
+  np.testing.assert_allclose(loss_of(tmp_path / 'whole'), loss_of(tmp_path / 'cut'), rtol=1e-5)
+  thetas = [run.reopen(tmp_path / name)[2] for name in ('whole', 'cut')]
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *thetas)
+
+
+def test_a_mesh_gives_the_same_run(load, tmp_path):
+  settings = {'steps': 4, 'log.every': 1}
+  meshes = {'alone': {}, 'data': {'mesh.data': 2},
+            'both': {'mesh.data': 2, 'mesh.model': 2, 'mesh.backbone': 'sharded'}}
+  told = {n: train.train(load('full', **settings, **mesh), tmp_path / n) for n, mesh in meshes.items()}
+  assert [t['device'][0] for t in told.values()] == ['1', '2', '4']
+  for name in ('data', 'both'):
+    np.testing.assert_allclose(loss_of(tmp_path / name), loss_of(tmp_path / 'alone'), rtol=1e-4)
+
+
+def test_a_baseline_stands_beside_it(config_file, tmp_path, capsys):
+  argv = [f'--config={config_file}:bitfit', '--config.baseline=linear', '--config.steps=4',
+          '--config.method.targets={fc1}', f'--workdir={tmp_path / "run"}']
+  assert train.main(argv) == 0
+  table = capsys.readouterr().out.splitlines()
+  assert len(table) == 4 and table[2].startswith('| bitfit') and table[3].startswith('| linear')
+  assert (tmp_path / 'run/linear/report.json').exists()
+
+
+def test_tensorboard_files_on_demand(load, tmp_path):
+  pytest.importorskip('tensorboardX')
+  train.train(load(**{'log.tensorboard': True, 'steps': 2}), tmp_path)
+  assert list((tmp_path / 'tensorboard').glob('events*'))
