@@ -1,8 +1,8 @@
 """What a run keeps: theta as a safetensors file, the whole training state through Orbax.
 
 A checkpoint holds theta, the optimizer's state, sums since the last line of the log and the position in
-the data. Random keys are folded from the seed and the step, so the step is their state. Orbax writes in the background under a temporary name and renames at the end: what a
-kill leaves half written is never read.
+the data. Random keys are folded from the seed and the step, so the step is their state. Orbax writes in
+the background under a temporary name and renames at the end: what a kill leaves half written is never read.
 """
 
 import hashlib
@@ -141,18 +141,19 @@ class Checkpoints:
     """
     where = self.folder / str(self.latest)
     way_out = f'delete that folder, and the run goes on from {self._before()}'
+    read = lambda **what: self._manager.restore(self.latest, args=ocp.args.Composite(**what))
+    size = sum(x.nbytes for x in jax.tree.leaves(like))
     try:
-      about = self._manager.restore(self.latest, args=ocp.args.Composite(about=ocp.args.JsonRestore()))['about']
-      size = sum(x.nbytes for x in jax.tree.leaves(like))
-      wanted = {'bytes': np.zeros(size, np.uint8)}
-      found = self._manager.restore(self.latest, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))
-      data = np.asarray(found['state']['bytes'])
+      about = read(about=ocp.args.JsonRestore())['about']
+      if about['leaves'] != _layout(like):
+        raise ValueError('it is of another method or optimizer')
+      target = {'bytes': np.zeros(size, np.uint8)}
+      data = np.asarray(read(state=ocp.args.StandardRestore(target))['state']['bytes'])
+      if hashlib.sha256(data).hexdigest() != about['sha256']:
+        raise ValueError('it is not what was written')
     except Exception as error:  # whatever a damaged file makes of its readers
-      raise ValueError(f'the checkpoint {where} cannot be read ({type(error).__name__}): {way_out}') from error
-    if hashlib.sha256(data).hexdigest() != about['sha256']:
-      raise ValueError(f'the checkpoint {where} is not what was written: {way_out}')
-    if about['leaves'] != _layout(like):
-      raise ValueError(f'the checkpoint {where} is of another method or optimizer: {way_out}')
+      why = str(error) if str(error).startswith('it is') else type(error).__name__
+      raise ValueError(f'the checkpoint {where} cannot be used ({why}): {way_out}') from error
     leaves, start = [], 0
     for leaf in jax.tree.leaves(like):
       part = data[start:start + leaf.nbytes].view(leaf.dtype).reshape(leaf.shape)

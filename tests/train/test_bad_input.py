@@ -221,7 +221,7 @@ def test_corrupted_checkpoint(bad, half):
 def test_checkpoint_with_other_bits(bad, half):
   about = half / 'checkpoints/12/about/metadata'
   about.write_text(re.sub(r'("sha256": ")....', r'\g<1>0000', about.read_text()))
-  assert 'is not what was written' in bad()
+  assert 'it is not what was written' in bad()
 
 
 def test_backbone_changed_under_a_run(bad, half, copy):
