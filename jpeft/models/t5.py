@@ -10,67 +10,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from .blocks import block_of, run_blocks
 from .layers import MLP, Attention, Block
+from .positions import PositionBias
 
 _init = nn.initializers.lecun_normal()
-
-
-def relative_buckets(queries: int, keys: int, *, buckets: int, max_distance: int,
-                     bidirectional: bool) -> np.ndarray:
-  """The bucket of the distance from each query to each key.
-
-  Near distances have a bucket each, far ones share buckets that widen logarithmically up to
-  max_distance; with bidirectional, half of the buckets are for keys after the query, else all
-  those are in bucket 0.
-
-  Returns:
-    Integers [queries, keys] in [0, buckets).
-  """
-  distance = np.arange(keys)[None] - np.arange(queries)[:, None]
-  offset = 0
-  if bidirectional:
-    buckets //= 2
-    offset = buckets * (distance > 0)
-    distance = np.abs(distance)
-  else:
-    distance = np.maximum(-distance, 0)
-  exact = buckets // 2
-  # In float32 and truncated, since published weights were trained with what that gives.
-  far = np.log(np.maximum(distance, exact).astype(np.float32) / np.float32(exact))
-  far = far / np.float32(np.log(max_distance / exact)) * np.float32(buckets - exact)
-  far = np.minimum(exact + far.astype(np.int32), buckets - 1)
-  return offset + np.where(distance < exact, distance, far)
-
-
-class PositionBias(nn.Module):
-  """A learned logit for every head and bucket of relative distance.
-
-  Attributes:
-    heads: number of heads.
-    buckets: rows of the table.
-    max_distance: from here on distances share the last bucket.
-    bidirectional: whether keys after the query are told apart.
-    dtype: of the result.
-    param_dtype: of the table.
-  """
-
-  heads: int
-  buckets: int = 32
-  max_distance: int = 128
-  bidirectional: bool = True
-  dtype: Any = jnp.float32
-  param_dtype: Any = jnp.float32
-
-  @nn.compact
-  def __call__(self, queries: int, keys: int):
-    """Returns the bias [1, heads, queries, keys]."""
-    table = self.param('embedding', _init, (self.buckets, self.heads), self.param_dtype)
-    rows = relative_buckets(queries, keys, buckets=self.buckets, max_distance=self.max_distance,
-                            bidirectional=self.bidirectional)
-    return table.astype(self.dtype)[rows].transpose(2, 0, 1)[None]
 
 
 def _rms_norm(module, name):
@@ -241,5 +186,5 @@ def _keys(mask):
 
 
 def shift_right(tokens, start: int = 0):
-  """Decoder inputs for a target [B, M]: `start` (the pad id in T5) before it, its last token gone."""
+  """Decoder inputs for a target [B, M]: `start` (T5: the pad id) before it, its last token gone."""
   return jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=start)[:, :-1]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jpeft import models
-from jpeft.models.t5 import relative_buckets
+from jpeft.models.positions import relative_buckets
 from tests.models.goldens import GOLDEN, NAMES, close, golden, outputs
 
 torch = pytest.importorskip('torch')
