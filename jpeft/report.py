@@ -1,6 +1,7 @@
 """What a run tells: a line while it works, metrics.jsonl, report.json, report.md and curves.png."""
 
 import json
+import math
 import pathlib
 import sys
 import time
@@ -26,7 +27,7 @@ class Progress:
     self.last = now
     rate = (step - self.first) / max(now - self.start, 1e-9)
     left = (self.steps - step) / rate if rate else float('inf')
-    shown = ''.join(f'  {name} {value:.4g}' for name, value in values.items())
+    shown = ''.join(f'  {name} {value:.4g}' for name, value in values.items() if not math.isnan(value))
     self._put(f'step {step}/{self.steps}{shown}  {rate:.2f} steps/s  {clock(left)} left')
 
   def note(self, text: str) -> None:

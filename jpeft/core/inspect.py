@@ -73,11 +73,16 @@ def _is_array(x) -> bool:
 def named_arrays(fn, args, kwargs) -> dict:
   """The array arguments of a method call by parameter name, the first one first."""
   try:
-    bound = inspect.signature(fn).bind(None, *args, **kwargs).arguments
+    given = inspect.signature(fn).bind(None, *args, **kwargs)
   except (TypeError, ValueError):
-    bound = {**{str(i): x for i, x in enumerate(args)}, **kwargs}
-  unnamed = {str(i): x for i, x in enumerate(bound.get('args', ()))}
-  spread = {**bound, **unnamed, **bound.get('kwargs', {})}
+    spread = {**{str(i): x for i, x in enumerate(args)}, **kwargs}
+  else:
+    spread = {}
+    for name, value in given.arguments.items():
+      kind = given.signature.parameters[name].kind
+      if kind is inspect.Parameter.VAR_POSITIONAL:
+        value = {str(i): x for i, x in enumerate(value)}
+      spread |= value if kind in (kind.VAR_POSITIONAL, kind.VAR_KEYWORD) else {name: value}
   return {n: x for n, x in spread.items() if hasattr(x, 'shape') and hasattr(x, 'dtype')}
 
 

@@ -166,4 +166,4 @@ def outside():
 def pure(module, path: str):
   """(fn, arrays): what the module computes, as a pure function of all that it reads."""
   graphdef, state = nnx.split(module)
-  return (lambda state, *args, **kwargs: nnx.merge(graphdef, state)(*args, **kwargs)), state
+  return (lambda state, *args, **kwargs: nnx.merge(graphdef, state, copy=True)(*args, **kwargs)), state

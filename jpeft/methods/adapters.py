@@ -123,7 +123,8 @@ def adaptformer(bottleneck: int = 64, scale: float | str = 0.1, dropout: float =
     name: in theta.
 
   Raises:
-    ValueError: a hyperparameter outside its range; at the call, a `stream` outside of `blocks`.
+    ValueError: a hyperparameter outside its range; at the call, a `stream` that lies in no block, or whose
+      arrays cannot leave the block's own jit or remat.
   """
   make, branch = _bottleneck(bottleneck, None, activation, init, scale, dropout, 'adaptformer')
 
@@ -137,7 +138,11 @@ def adaptformer(bottleneck: int = 64, scale: float | str = 0.1, dropout: float =
     y = call(*args, **kwargs)
     if 'u' not in call.local:
       raise ValueError(f'{name}: nothing inside {call.site.path!r} is named by stream={stream!r}')
-    return _add(y, lambda h: branch(t, call, call.local['u']))
+    try:
+      return _add(y, lambda h: branch(t, call, call.local['u']))
+    except jax.errors.UnexpectedTracerError as error:
+      raise ValueError(f'{name}: {call.site.path!r} runs its inside under a jit or remat of its own, which the '
+                       'stream cannot leave: apply that to the whole block, from outside') from error
 
   return chain(at(blocks, Call(name, apply, lambda key, site, arrays: make(key, site.out, site.out))),
                at(stream, Call(name, record)))

@@ -7,8 +7,8 @@ rows K_p, V_p [m, kv heads, head size] in each layer,
 
 l being the share of the softmax that falls on the prefix. Masks and biases are widened: every query sees the
 prefix. The rows are what the attention function takes, behind any rotation by position. Cross attention has
-rows of its own. They start as N(0, 1), as Hugging Face peft starts them, or as zero; zero keys take a share of
-the softmax too, so the function does not start as the backbone.
+rows of its own. They start as N(0, 1), as in Hugging Face peft, or as zero; zero keys take a share of the
+softmax too, so the function does not start as the backbone.
 
 Deviations. The rows are trained directly, the default of P-tuning v2 and of peft: the MLP of prefix tuning,
 over one table for all layers, is a device of training that is dropped afterwards, and would couple what theta

@@ -143,7 +143,8 @@ def _map(call, args, kwargs, stream, other=lambda name, x: x):
 
 def _follow(site: Site, name: str, a, batch: int, length: int, tokens: int):
   """A mask, bias or table of positions of `length` tokens, for that many and prompts."""
-  if length not in a.shape[1:] and a.shape != (length,) or any(word in name for word in _ELSEWHERE):
+  goes_along = length in a.shape[1:] or a.shape[:1] == (length,) != (batch,)
+  if not goes_along or any(word in name for word in _ELSEWHERE):
     return a
   lead, rows = _lead(site), a.ndim > 2 or a.ndim == 2 and a.shape[0] != batch  # [B, N] has no axis of queries
   if 'position' in name and jnp.issubdtype(a.dtype, jnp.integer):

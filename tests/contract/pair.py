@@ -8,7 +8,8 @@ import numpy as np
 import optax
 
 import jpeft
-from tests.contract.table import described, made, row
+from tests.contract.anatomies import described
+from tests.contract.table import made, row
 from tests.fixtures import BACKBONES, leaf_paths, plain
 
 # Compiling is the whole cost of these tests: half of it is optimisation that tiny arrays do not need.

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import jpeft
+from tests.contract.anatomies import described
 from tests.contract.pair import QUICK, far, pair_of
-from tests.contract.table import DEFAULT, SERVED, described, made, over
+from tests.contract.table import DEFAULT, SERVED, made, over
 from tests.fixtures import BACKBONES, plain
 
 HALF = jnp.bfloat16

@@ -3,7 +3,8 @@
 import pytest
 
 import jpeft
-from tests.contract.table import REFUSED, described, error_of, made, one_each, over, patterns
+from tests.contract.anatomies import described
+from tests.contract.table import REFUSED, error_of, made, one_each, over, patterns
 from tests.fixtures import BACKBONES
 
 EACH = one_each()

@@ -3,8 +3,8 @@
 Run it as `python tests/methods/make_prefix_golden.py`, after make_peft_golden.py, and with the packages that
 golden/VERSIONS names; the file is committed, no test needs them.
 
-prefix.npz, per model (bert, llama): prompt_embeddings [m, 2 L kv heads head size] as peft saves them, the logits
-with them, and grad, that of sum(logits * sin(arange)) by prompt_embeddings.
+prefix.npz, per model (bert, llama): prompt_embeddings [m, 2 * layers * kv heads * head size] as peft saves
+them, the logits with them, and grad, that of sum(logits * sin(arange)) by prompt_embeddings.
 """
 
 import json
@@ -29,8 +29,8 @@ def stored(name: str):
     'llama': (transformers.LlamaConfig, transformers.LlamaForCausalLM),
   }[name]
   model = cls(config(**json.loads(str(found['config']))))
-  weights = {k.removeprefix('weights/'): torch.tensor(x) for k, x in found.items() if k.startswith('weights/')}
-  model.load_state_dict(weights, strict=False)
+  weights = {key: torch.tensor(x) for key, x in found.items() if key.startswith('weights/')}
+  model.load_state_dict({key.removeprefix('weights/'): x for key, x in weights.items()}, strict=False)
   inputs = {k: torch.tensor(found[k]).long() for k in ('input_ids', 'attention_mask') if k in found}
   logits = model.eval()(**inputs).logits.detach().numpy()
   np.testing.assert_allclose(logits, found['logits'], atol=1e-5)
@@ -45,8 +45,8 @@ def case(name: str, task: str) -> dict[str, np.ndarray]:
   (logits * torch.sin(torch.arange(logits.numel())).reshape(logits.shape)).sum().backward()
   (grad,) = [p.grad for key, p in model.named_parameters() if 'prompt_encoder' in key]
   assert grad.abs().max() > 0
-  table = get_peft_model_state_dict(model)['prompt_embeddings']
-  return {'prompt_embeddings': table.detach().numpy(), 'logits': logits.detach().numpy(), 'grad': grad.numpy()}
+  found = {'prompt_embeddings': get_peft_model_state_dict(model)['prompt_embeddings'], 'logits': logits}
+  return {key: x.detach().numpy() for key, x in {**found, 'grad': grad}.items()}
 
 
 def main():

@@ -9,7 +9,6 @@ from flax import nnx
 
 import jpeft
 from jpeft.methods.prefix import prefix
-from tests.fixtures import BACKBONES
 from tests.fixtures.nnx_models import Llama, rope
 from tests.methods.golden import full_size, peft
 
@@ -40,12 +39,16 @@ def softmax(scores):
   return e / e.sum(-1, keepdims=True)
 
 
-def attention(q, k, v, hidden=None, bias=0.0):
+def attention(q, k, v, hidden=None):
   """numpy: q [B, N, H, K], k and v [B, M, H, K]; `hidden` [.., N, M], True where a key is not seen."""
-  scores = np.einsum('bnhk,bmhk->bhnm', q, k) / np.sqrt(q.shape[-1]) + bias
+  scores = np.einsum('bnhk,bmhk->bhnm', q, k) / np.sqrt(q.shape[-1])
   if hidden is not None:
     scores = np.where(hidden, -np.inf, scores)
   return np.einsum('bhnm,bmhk->bnhk', softmax(scores), v)
+
+
+def front(rows, x):
+  return np.concatenate([np.broadcast_to(rows, (len(x), *rows.shape)), x], 1)
 
 
 def normal(*shape):
@@ -64,45 +67,41 @@ def test_the_worked_example_and_its_gate():
   np.testing.assert_allclose(out, gated, atol=1e-6)
 
 
-@pytest.mark.parametrize('way', ['keyword', 'position', 'bias', 'one column', 'causal', 'jax'])
-def test_every_query_sees_the_prefix_whatever_the_mask_hides(way):
+TRIANGLE, THIRD_HIDDEN = np.tril(np.ones((4, 4), bool)), np.tile(np.arange(4) != 2, (4, 1))
+CAUSAL = {'is_causal': True, 'attention_fn': jax.nn.dot_product_attention}
+
+
+@pytest.mark.parametrize('rest, options, seen', [
+  ((), {'mask': THIRD_HIDDEN[None, None]}, THIRD_HIDDEN),
+  ((), {'mask': THIRD_HIDDEN[None, None, :1]}, THIRD_HIDDEN),
+  ((None, TRIANGLE[None, None]), {}, TRIANGLE),
+  ((np.where(TRIANGLE, 0, -1e9)[None, None].astype(np.float32),), {}, TRIANGLE),
+  ((), CAUSAL, TRIANGLE),
+  ((), {**CAUSAL, 'mask': THIRD_HIDDEN[None, None]}, TRIANGLE & THIRD_HIDDEN),
+], ids=['mask', 'one row', 'by position', 'bias', 'causal', 'causal and mask'])
+def test_every_query_sees_the_prefix_whatever_is_hidden(rest, options, seen):
   q, k, v = normal(2, 4, 2, 3), normal(2, 4, 2, 3), normal(2, 4, 2, 3)
   rows = normal(5, 2, 3), normal(5, 2, 3)
-  seen = np.tril(np.ones((4, 4), bool)) & (np.arange(4) != 2)[None]
-  if way == 'one column':  # one value for all keys is left to broadcast
-    seen = np.array([True, True, False, True])[:, None]
-  mask, bias = jnp.asarray(np.broadcast_to(seen, (2, 1, *seen.shape))), normal(1, 2, 4, 4)
-  wide, seen = np.zeros((1, 2, 4, 9), np.float32), np.broadcast_to(seen, (4, 4))
-  causal = {'is_causal': True, 'attention_fn': jax.nn.dot_product_attention}
-  out = {
-    'keyword': lambda: run((q, k, v), rows, mask=mask),
-    'position': lambda: run((q, k, v), rows, None, mask),
-    'one column': lambda: run((q, k, v), rows, mask=mask),
-    'bias': lambda: run((q, k, v), rows, jnp.asarray(bias), mask=mask),
-    'causal': lambda: run((q, k, v), rows, **causal),
-    'jax': lambda: run((q, k, v), rows, mask=mask, **causal),
-  }[way]()
-  if way == 'causal':
-    seen = np.tril(np.ones((4, 4), bool))
-  if way == 'bias':
-    wide[..., 5:] = bias
-  front = lambda rows, x: np.concatenate([np.broadcast_to(rows, (2, *rows.shape)), x], 1)
-  hidden = np.concatenate([np.full((4, 5), way == 'one column') & ~seen[:, :1], ~seen], 1)
-  if way == 'one column':
-    np.testing.assert_allclose(out[:, [0, 1, 3]], attention(q, front(rows[0], k), front(rows[1], v))[:, [0, 1, 3]],
-                               atol=1e-5)
-  else:
-    want = attention(q, front(rows[0], k), front(rows[1], v), hidden, wide)
-    np.testing.assert_allclose(out, want, atol=1e-5)
-    assert np.abs(out - attention(q, k, v, ~seen, wide[..., 5:])).max() > 0.05
+  out = run((q, k, v), rows, *jax.tree.map(jnp.asarray, rest), **options)
+  hidden = np.concatenate([np.zeros((4, 5), bool), ~seen], 1)
+  np.testing.assert_allclose(out, attention(q, front(rows[0], k), front(rows[1], v), hidden), atol=1e-5)
+  assert np.abs(out - attention(q, k, v, ~seen)).max() > 0.05
+
+
+def test_a_mask_of_one_column_is_left_to_broadcast():
+  q, k, v = normal(2, 4, 2, 3), normal(2, 4, 2, 3), normal(2, 4, 2, 3)
+  rows = normal(5, 2, 3), normal(5, 2, 3)
+  out = run((q, k, v), rows, mask=jnp.array([True, True, False, True])[:, None])
+  want = attention(q, front(rows[0], k), front(rows[1], v))
+  np.testing.assert_allclose(out[:, [0, 1, 3]], want[:, [0, 1, 3]], atol=1e-5)
 
 
 def test_grouped_heads_get_rows_for_each_key_head():
   q, k, v = normal(2, 4, 4, 3), normal(2, 4, 2, 3), normal(2, 4, 2, 3)
   rows = normal(5, 2, 3), normal(5, 2, 3)
   out = run((q, k, v), rows, attention_fn=jax.nn.dot_product_attention)
-  front = lambda rows, x: np.repeat(np.concatenate([np.broadcast_to(rows, (2, *rows.shape)), x], 1), 2, 2)
-  np.testing.assert_allclose(out, attention(q, front(rows[0], k), front(rows[1], v)), atol=1e-5)
+  keys, values = (np.repeat(front(*pair), 2, 2) for pair in zip(rows, (k, v), strict=True))
+  np.testing.assert_allclose(out, attention(q, keys, values), atol=1e-5)
 
 
 def test_lengths_of_keys_are_refused():
@@ -125,13 +124,14 @@ def check(tuned, backbone, args, paths, held, heads):
     theta = dict(zip(paths, slots(table, len(paths), heads), strict=True))
     return tuned.apply({'prefix': theta}, backbone, *args)
 
-  def loss(table):
-    y = logits(table)
-    return jnp.sum(y * jnp.sin(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
+  @jax.jit
+  def run(table):
+    y, back = jax.vjp(logits, table)
+    return y, *back(jnp.sin(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
 
-  table = jnp.asarray(held['prompt_embeddings'])
-  np.testing.assert_allclose(logits(table), held['logits'], atol=2e-5)
-  np.testing.assert_allclose(jax.grad(loss)(table), held['grad'], atol=2e-5)
+  y, grad = run(jnp.asarray(held['prompt_embeddings']))
+  np.testing.assert_allclose(y, held['logits'], atol=2e-5)
+  np.testing.assert_allclose(grad, held['grad'], atol=2e-5)
 
 
 def test_bert_with_a_prefix_is_that_of_peft(tmp_path):
@@ -194,19 +194,29 @@ def test_counts_of_the_papers(config, tokens, count):
   assert jpeft.count(jpeft.attach(model, prefix(tokens), *shapes).shapes) == count
 
 
-def test_starts_and_dropout():
-  b = BACKBONES['nnx_vit']
-  tuned = lambda **hp: jpeft.attach(b.model, prefix(200, **hp), b.backbone, *b.args)
-  rows = jnp.concatenate([x.ravel() for x in jax.tree.leaves(tuned().init(jax.random.key(0), b.backbone))])
-  assert abs(rows.mean()) < 0.02 and abs(rows.std() - 1) < 0.02
-  zero = tuned(init='zero').init(jax.random.key(0), b.backbone)
+def test_starts():
+  model, shapes = full_size.of(nn.MultiHeadDotProductAttention(4), jax.ShapeDtypeStruct((1, 3, 32), jnp.float32))
+  tuned = lambda **hp: jpeft.attach(model, prefix(500, targets='', **hp), *shapes)
+  theta = tuned().init(jax.random.key(0), shapes[0])['prefix']['']
+  rows = np.stack([theta['keys'], theta['values']])
+  assert rows.shape == (2, 500, 4, 8)
+  assert np.abs(rows.mean((1, 2, 3))).max() < 0.03 and np.abs(rows.std((1, 2, 3)) - 1).max() < 0.03
+  assert np.abs(np.corrcoef(rows[0].ravel(), rows[1].ravel())[0, 1]) < 0.03
+  zero = tuned(init='zero').init(jax.random.key(0), shapes[0])
   assert not any(x.any() for x in jax.tree.leaves(zero))
 
-  dropped, theta = tuned(dropout=0.5), tuned().init(jax.random.key(0), b.backbone)
-  run = lambda seed: dropped.apply(theta, b.backbone, *b.args, rngs={'dropout': jax.random.key(seed)})
-  plain = tuned().apply(theta, b.backbone, *b.args)
-  np.testing.assert_array_equal(dropped.apply(theta, b.backbone, *b.args), plain)  # the model is in eval mode
-  np.testing.assert_array_equal(run(0), plain)
+
+def test_dropout_falls_on_every_row_alone_and_in_training_only():
+  q = k = v = jnp.zeros((3, 1, 1, 1))
+  rows = jnp.zeros((4000, 1, 1)), jnp.ones((4000, 1, 1))  # the output is the mean of the values
+  tuned = jpeft.attach(Attend(), prefix(4000, dropout=0.25, targets=''), {'params': {}}, q, k, v)
+  theta = {'prefix': {'': {'keys': rows[0], 'values': rows[1]}}}
+  run = lambda **kw: tuned.apply(theta, {'params': {}}, q, k, v, **kw).ravel() * 4001
+  np.testing.assert_allclose(run(), 4000, rtol=1e-5)
+  dropped = run(rngs={'dropout': jax.random.key(0)})
+  np.testing.assert_allclose(dropped / 4000, 1, atol=0.05)
+  np.testing.assert_allclose(dropped * 0.75, np.round(dropped * 0.75), atol=0.02)  # whole rows, scaled by 1 / 0.75
+  assert len(set(np.round(dropped * 0.75).tolist())) == 3  # every example has its own
 
 
 @pytest.mark.parametrize('hp, message', [

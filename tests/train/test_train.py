@@ -1,13 +1,14 @@
 """What a run leaves, and that its options mean what they say."""
 
 import json
+import re
 import shutil
 
 import jax
 import numpy as np
 import pytest
 
-from jpeft import run, train
+from jpeft import data, run, train
 from jpeft.checkpoint import fingerprint, load_theta
 from jpeft.report import read_metrics
 
@@ -88,3 +89,19 @@ def test_tensorboard_files_on_demand(load, tmp_path):
   pytest.importorskip('tensorboardX')
   train.train(load(**{'log.tensorboard': True, 'steps': 2}), tmp_path)
   assert list((tmp_path / 'tensorboard').glob('events*'))
+
+
+def test_what_is_not_finite_stops_with_the_batch_named(load, tmp_path):
+  # A learning rate that no float32 survives: the loss is infinite after a few updates.
+  settings = {'optimizer.name': 'sgd', 'optimizer.lr': 1e30, 'checkpoint.every': 1, 'schedule.name': 'constant'}
+  with pytest.raises(run.Diverged) as told:
+    train.train(load('full', **settings), tmp_path)
+  found = re.search(r'at update (\d+), on the examples ([\d, ]+) of \'train\'; (.*?);', str(told.value))
+  number, examples = int(found[1]), [int(i) for i in found[2].split(', ')]
+  assert number > 1 and len(set(examples)) == 4 and all(0 <= i < 24 for i in examples)
+  assert found[3] == f'the checkpoint of update {number - 1} is intact'
+  # The batch is the one that this update of a seed of 0 saw.
+  order = data.Batches(train.tasks.source(load('full'), 'train'), 4, lambda example, rng: {'i': example['index']})
+  batches = [next(order)['i'].tolist() for _ in range(number)]
+  assert batches[-1] == examples
+  assert not (tmp_path / 'theta.safetensors').exists()

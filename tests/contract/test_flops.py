@@ -1,0 +1,41 @@
+"""What a training step costs, in forward passes: the memory class of the registry is no mere word."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jpeft
+from jpeft.methods import REGISTRY
+from tests.contract.anatomies import described
+from tests.contract.table import made
+from tests.fixtures import BACKBONES, flops
+from tests.fixtures.linen_models import VisionTransformer
+
+# Wide and deep enough that adapters, heads and the block that nothing crosses weigh little.
+MODEL = VisionTransformer(num_layers=6, hidden_size=128)
+X = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
+HELD = jax.eval_shape(lambda x: MODEL.init(jax.random.key(0), x, train=False), X)
+SIZES = {'lst': {'reduction': 8}}
+
+
+def lowered(fn, *args) -> float:
+  """FLOPs before XLA optimises; some percent off those of `flops`, and nothing is compiled."""
+  return jax.jit(fn).lower(*args).cost_analysis()['flops']
+
+
+def passes(method: str, measure) -> float:
+  """FLOPs of output and gradients over those of the untouched forward pass."""
+  with described(BACKBONES['linen_vit']):
+    rules = made(method, 'linen_vit', **SIZES.get(method, {}))
+    tuned = jpeft.attach(MODEL, rules, HELD, X, train=False)
+  loss = lambda theta, held, x: jnp.sum(tuned.apply(theta, held, x, train=False) ** 2)
+  forward = measure(lambda held, x: MODEL.apply(held, x, train=False), HELD, X)
+  return measure(jax.value_and_grad(loss), tuned.shapes, HELD, X) / forward
+
+
+@pytest.mark.parametrize('measure', [lowered, pytest.param(flops, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('method', REGISTRY)
+def test_the_cost_of_a_step(method, measure):
+  low, high = {'no backbone backprop': (1, 1.35), 'partial re-entry': (1, 2),
+               'full crossing': (1.8, 3.1)}[REGISTRY[method].memory]
+  assert low <= passes(method, measure) <= high

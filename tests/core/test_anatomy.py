@@ -1,0 +1,68 @@
+"""Roles: what a model family calls its parts, and what is said when nobody knows."""
+
+import flax.linen as nn
+import pytest
+
+import jpeft
+from jpeft.core.anatomy import choose
+from tests.core.small import Blocks, X, backbone, gain
+from tests.fixtures import BACKBONES
+
+
+@pytest.fixture
+def mine():
+  """The blocks of the small models, described by their user."""
+  anatomy = jpeft.Anatomy('mine', {'block': r'block_\d', 'fc1': r'block_\d/fc', 'last': 'block_2'}, lead=2,
+                          causal=True, exit='last')
+  jpeft.register_anatomy(anatomy)
+  yield anatomy
+  del jpeft.ANATOMIES['mine']
+
+
+def attach(targets):
+  model = Blocks()
+  return jpeft.attach(model, gain(targets), backbone(model), X)
+
+
+def test_roles_stand_for_the_names_of_the_family(mine):
+  tuned = attach('{fc1}')
+  assert tuned.sites.anatomy is mine
+  assert [site.path for _, site in tuned.rules] == ['block_0/fc', 'block_1/fc', 'block_2/fc']
+  assert [s.path for s in tuned.sites.find('{exit}')] == ['block_2']
+  assert [s.path for s in tuned.sites.find('{last}/fc|block_0')] == ['block_0', 'block_2/fc']
+  assert [s.path for s in tuned.sites.find(r'block_\d{1}/fc')] == ['block_0/fc', 'block_1/fc', 'block_2/fc']
+
+
+def test_a_role_that_the_family_does_not_have(mine):
+  with pytest.raises(ValueError, match=r"'mine' has no role \{fc2\}, only block, .*; did you mean \{fc1\}\?"):
+    attach('{fc2}')
+
+
+def test_a_model_that_no_family_fits():
+  model = nn.Sequential([nn.Dense(3)])
+  with pytest.raises(ValueError, match=r"uses the role \{q\}.*layers_0.*jpeft.register_anatomy"):
+    jpeft.attach(model, gain('{q}'), backbone(model), X)
+
+
+def test_an_own_anatomy_of_a_known_name_replaces_it():
+  known = dict(jpeft.ANATOMIES)
+  try:
+    jpeft.register_anatomy(jpeft.Anatomy('vit', {'block': 'x'}))
+    assert len(jpeft.ANATOMIES) == len(known) and jpeft.ANATOMIES['vit'].roles == {'block': 'x'}
+    assert next(iter(jpeft.ANATOMIES)) == 'vit'
+  finally:
+    jpeft.ANATOMIES.clear()
+    jpeft.ANATOMIES.update(known)
+
+
+@pytest.mark.parametrize(('name', 'family'), [
+  ('linen_vit', 'vision_transformer'), ('linen_vit_scan', 'vision_transformer'), ('nnx_llama', 'decoder'),
+  ('linen_gemma', 'decoder'), ('nnx_raw', 'decoder')])
+def test_third_parties_are_recognised(name, family):
+  b = BACKBONES[name]
+  sites = jpeft.sites_of(b.model, b.backbone, *b.args, **b.kwargs)
+  anatomy = choose(sites)
+  assert (anatomy.name, anatomy.causal, anatomy.lead) == (family, b.causal, b.lead)
+  for role in ('block', 'attention', 'mlp', 'q', 'v', 'norm'):
+    found = {s.path for s in sites.find(f'{{{role}}}')}
+    assert found or name == 'nnx_raw' and role in 'qv', role
