@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import flax.linen as nn
 import jax
 from flax import traverse_util
-from flax.core import meta
+from flax.core import FrozenDict, meta
 
 from .boxes import Box
 
@@ -45,7 +45,8 @@ def replace(model, backbone, flat: Mapping) -> dict:
   before = {'/'.join(k): v for k, v in traverse_util.flatten_dict(
     dict(backbone['params']), is_leaf=lambda _, x: not isinstance(x, Mapping)).items()}
   nested = {tuple(k.split('/')): value(k, v) for k, v in flat.items()}
-  return {**backbone, 'params': traverse_util.unflatten_dict(nested)}
+  new = {**backbone, 'params': traverse_util.unflatten_dict(nested)}
+  return FrozenDict(new) if isinstance(backbone, FrozenDict) else new
 
 
 def shapes_inside(module) -> dict[str, tuple[int, ...]]:

@@ -7,9 +7,8 @@
 - Pfeiffer et al., 2020 (2005.00247; AdapterHub's 'pfeiffer'): one adapter a block, after the FFN. With u what
   enters the FFN's sub-layer and h what the FFN gives: y = u + h + A(u + h) in a block that starts with norms,
   y = LN(u + h + A(LN(u + h))) in one that ends with them, as AdapterHub runs it. ReLU.
-- parallel, He et al., 2022, "Towards a Unified View" (2110.04366): x is
-  what the FFN reads, h what it gives. ReLU, s = 4, or learned. With prefixes in the attention it is MAM:
-  chain(prefix(30), parallel(512)).
+- parallel, He et al., 2022, "Towards a Unified View" (2110.04366): x is what the FFN reads, h what it gives.
+  ReLU, s = 4, or learned. With prefixes in the attention it is MAM: chain(prefix(30), parallel(512)).
 - AdaptFormer, Chen et al., 2022 (2205.13535; ShoufaChen/AdaptFormer): x = u, the stream between attention and
   MLP before its norm: y = u + MLP(LN u) + s (drop(ReLU(u W_down + b)) W_up + b'). s = 0.1.
 
@@ -49,7 +48,7 @@ def houlsby(bottleneck: int = 64, targets: str = '{o}|{fc2}', activation: str = 
   make, branch = _bottleneck(bottleneck, None, activation, init, 1.0, dropout, 'houlsby')
 
   def apply(t, call, *args, **kwargs):
-    return _add(call(*args, **kwargs), lambda h: branch(t, call, h))
+    return on_first(call(*args, **kwargs), lambda h: h + branch(t, call, h))
 
   return at(targets, Call(name, apply, lambda key, site, arrays: make(key, site.out, site.out)))
 
@@ -73,7 +72,7 @@ def pfeiffer(reduction: float = 16, targets: str = '{block_end}', activation: st
 
   def apply(t, call, x, *args, **kwargs):
     if not _is_norm(call.site):
-      return _add(call(x, *args, **kwargs), lambda h: branch(t, call, h))
+      return on_first(call(x, *args, **kwargs), lambda h: h + branch(t, call, h))
     norm, arrays = call.pure()
     h = norm(arrays, x, *args, **kwargs)  # reads behind the norm, adds before it
     return call(x + branch(t, call, h).astype(x.dtype), *args, **kwargs)
@@ -102,7 +101,7 @@ def parallel(bottleneck: int = 512, scale: float | str = 4.0, targets: str = '{m
 
   def apply(t, call, *args, **kwargs):
     x = next(iter(call.inputs(*args, **kwargs).values()))
-    return _add(call(*args, **kwargs), lambda h: branch(t, call, x))
+    return on_first(call(*args, **kwargs), lambda h: h + branch(t, call, x))
 
   return at(targets, Call(name, apply, lambda key, site, arrays: make(key, site.input, site.out)))
 
@@ -139,7 +138,7 @@ def adaptformer(bottleneck: int = 64, scale: float | str = 0.1, dropout: float =
     if 'u' not in call.local:
       raise ValueError(f'{name}: nothing inside {call.site.path!r} is named by stream={stream!r}')
     try:
-      return _add(y, lambda h: branch(t, call, call.local['u']))
+      return on_first(y, lambda h: h + branch(t, call, call.local['u']))
     except jax.errors.UnexpectedTracerError as error:
       raise ValueError(f'{name}: {call.site.path!r} runs its inside under a jit or remat of its own, which the '
                        'stream cannot leave: apply that to the whole block, from outside') from error
@@ -211,7 +210,7 @@ def _is_norm(site: Site) -> bool:
   return bool(vectors) and all(vectors) and not any(p.startswith(f'{site.path}/') for p in site.model)
 
 
-def _add(out, delta):
-  """A module's output, its first array h replaced by h + delta(h)."""
+def on_first(out, fn):
+  """A module's output, fn applied to its first array."""
   leaves, tree = jax.tree.flatten(out)
-  return jax.tree.unflatten(tree, [leaves[0] + delta(leaves[0]), *leaves[1:]])
+  return jax.tree.unflatten(tree, [fn(leaves[0]), *leaves[1:]])

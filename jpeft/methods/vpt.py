@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from ..core import Call, Method, Site, at
-from .adapters import drop
+from .adapters import drop, on_first
 
 _ELSEWHERE = ('context', 'cross', 'encoder', 'memory')  # in the names of arguments about another sequence
 
@@ -47,7 +47,7 @@ def vpt_deep(tokens: int = 5, dropout: float = 0.0, blocks: str = '{block}',
 
   def apply(t, call, *args, **kwargs):
     args, kwargs = _enter(call, args, kwargs, tokens, _prompts(t, call, dropout))
-    return _first(call(*args, **kwargs), lambda x: _remove(call.site, x, tokens))
+    return on_first(call(*args, **kwargs), lambda x: _remove(call.site, x, tokens))
 
   return at(blocks, Call(name, apply, lambda key, site, arrays: _init(key, tokens, site, site.input)))
 
@@ -94,8 +94,8 @@ def vpt_shallow(tokens: int = 5, dropout: float = 0.0, stack: str = '{stack}',
       args, kwargs = _map(call, args, kwargs, remove)
     out = call(*args, **kwargs)
     if first and not runs:
-      out = _first(out, lambda x: _insert(call.site, x, _prompts(t, call, dropout)(x)))
-    return _first(out, remove) if last and runs else out
+      out = on_first(out, lambda x: _insert(call.site, x, _prompts(t, call, dropout)(x)))
+    return on_first(out, remove) if last and runs else out
 
   return at(stack, Call(name, apply, init))
 
@@ -174,9 +174,3 @@ def _insert(site: Site, x, prompts):
 def _remove(site: Site, x, tokens: int):
   lead = _lead(site)
   return jnp.concatenate([x[:, :lead], x[:, lead + tokens:]], 1)
-
-
-def _first(out, fn):
-  """A module's output, fn applied to its first array, the stream."""
-  leaves, tree = jax.tree.flatten(out)
-  return jax.tree.unflatten(tree, [fn(leaves[0]), *leaves[1:]])

@@ -45,7 +45,9 @@ def test_an_edge(rule, name):
   assert all(any(re.fullmatch(f'.*?/{z}', p) for z in b.zero_grad) for p in still)
   if tuned.mergeable:
     largest = max(float(jnp.abs(y).max()) for y in jax.tree.leaves(out))
-    close(plain(b, tuned.merge(theta, b.backbone)), out, 1e-5 * max(1, largest))
+    merged = tuned.merge(theta, b.backbone)
+    assert jax.tree.structure(merged) == jax.tree.structure(b.backbone)
+    close(plain(b, merged), out, 1e-5 * max(1, largest))
   else:
     assert rule == 'call'
 
@@ -73,3 +75,22 @@ def test_a_call_that_the_module_does_not_have():
   b = EDGES['nnx_methods']
   with pytest.raises(ValueError, match='1 sites match, but none has what it adapts'):
     jpeft.attach(b.model, adapter('coder'), b.backbone, *b.args, **b.kwargs)
+
+
+@pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.xdist_group(n))
+                                  for n in ('linen_jit_block', 'nnx_jit')])
+def test_a_jitted_layer_is_traced_again_for_another_method(name):
+  b = EDGES[name]
+  init = lambda key, site, arrays: {'s': jnp.ones(())}
+  def attached(sign):
+    def apply(t, call, *args):
+      leaves, tree = jax.tree.flatten(call(*args))
+      return jax.tree.unflatten(tree, [leaves[0] + sign * t['s'], *leaves[1:]])
+    rule = jpeft.at(b.roles['block'], jpeft.Call('same', apply, init))
+    return jpeft.attach(b.model, rule, b.backbone, *b.args, **b.kwargs)
+  plus, minus, zero = (attached(sign) for sign in (1, -1, 0))
+  theta = plus.init(jax.random.key(0), b.backbone)
+  outs = [tuned.apply(theta, b.backbone, *b.args) for tuned in (plus, minus, zero, plus)]
+  np.testing.assert_array_equal(outs[0], outs[3])
+  close(outs[2], plain(b), 1e-5)
+  assert not np.allclose(outs[0], outs[1], atol=1e-2) and not np.allclose(outs[0], outs[2], atol=1e-2)

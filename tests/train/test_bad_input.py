@@ -5,6 +5,7 @@ import os
 import pathlib
 import pickle
 import re
+import resource
 import shutil
 import struct
 import subprocess
@@ -26,11 +27,11 @@ def told(monkeypatch, capsys):
   def command(main, *argv, before=0):
     capsys.readouterr()
     monkeypatch.setattr(sys, 'argv', ['jpeft', *map(str, argv)])
-    start = time.monotonic()
+    start = time.process_time()  # of this process alone: other tests may run beside it
     code = run.command('jpeft', main)
     lines = capsys.readouterr().err.splitlines()
     assert code == 2, lines
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
     assert len(lines) == 1 + before and lines[-1].startswith('jpeft: error: '), lines
     return lines[-1]
   return command
@@ -273,9 +274,15 @@ def test_theta_that_was_damaged(told, finished, images, tmp_path):
 def test_as_a_process(config_file, tmp_path, module, flags, said):
   flags = [flag.format(config=config_file, tmp=tmp_path) for flag in flags]
   env = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
-  start = time.monotonic()
+  start = _children_seconds()
   command = [sys.executable, '-m', f'jpeft.{module}', *flags]
   done = subprocess.run(command, env=env, capture_output=True, text=True)
-  assert time.monotonic() - start < 10
+  assert _children_seconds() - start < 10
   assert done.returncode == 2 and said in done.stderr and done.stderr.count('\n') == 1, done.stderr
   assert not done.stdout
+
+
+def _children_seconds() -> float:
+  """Processor time of the subprocesses so far."""
+  used = resource.getrusage(resource.RUSAGE_CHILDREN)
+  return used.ru_utime + used.ru_stime
