@@ -19,6 +19,7 @@ METHODS = {
   'bitfit': dict(lr=5e-3, epochs=4),
   'norm': dict(lr=5e-3, epochs=4),
   'lora': dict(lr=3e-3, epochs=4, rank=8, alpha=16),
+  'pissa': dict(name='lora', lr=3e-4, epochs=4, rank=8, alpha=8, init='pissa'),
   'dora': dict(lr=3e-3, epochs=4, rank=8, alpha=16),
   'ssf': dict(lr=5e-3, epochs=4),
   'adaptformer': dict(lr=3e-3, epochs=4, bottleneck=16, scale=1.0),
@@ -35,7 +36,7 @@ def get_config(method='lst'):
   config.optimizer = dict(lr=chosen.pop('lr'), weight_decay=0.1, clip_norm=1.0)
   config.schedule = dict(name='cosine', warmup_fraction=0.1)
   config.epochs = chosen.pop('epochs')
-  config.method = dict(name=method, **chosen)
+  config.method = {'name': method, **chosen}
   config.eval = dict(every=60)
   config.baseline = 'linear' if method == 'lst' else None
   return config

@@ -14,6 +14,7 @@ METHODS = {
   'full': dict(lr=1e-4, epochs=1),
   'bitfit': dict(lr=3e-3, epochs=1),
   'lora': dict(lr=2e-3, epochs=1, rank=8, alpha=16, targets='{linear}'),
+  'pissa': dict(name='lora', lr=3e-4, epochs=1, rank=8, alpha=8, init='pissa', targets='{linear}'),
   'houlsby': dict(lr=1e-3, epochs=1),
 }
 
@@ -26,6 +27,6 @@ def get_config(method='lora'):
   config.optimizer = dict(lr=chosen.pop('lr'), weight_decay=0.01, clip_norm=1.0)
   config.schedule = dict(name='linear', warmup_fraction=0.1)
   config.epochs = chosen.pop('epochs')
-  config.method = dict(name=method, **chosen)
+  config.method = {'name': method, **chosen}
   config.eval = dict(every=110)
   return config

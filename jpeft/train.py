@@ -4,8 +4,8 @@
 
 The run folder gets config.json, metrics.jsonl, checkpoints, theta.safetensors (the end), best.safetensors
 (the best evaluation), report.json, report.md and curves.png. Started again with the same command, a run
-that was killed goes on from its last checkpoint and ends with the same bits; one that is complete prints
-its report.
+that was killed goes on from its last checkpoint and ends with the same bits (on a GPU with XLA_FLAGS=
+--xla_gpu_deterministic_ops=true); one that is complete prints its report. --help lists the config keys.
 
 Exit codes: 0 complete; 1 a loss is not finite; 2 a mistake in config, data or files, told in one sentence
 (--traceback shows where it arose); 143 and 130 after SIGTERM and Ctrl-C, with a checkpoint written.
@@ -28,6 +28,9 @@ from .version import __version__
 
 
 def main(argv: list[str]) -> int:
+  if '--help' in argv:
+    print(f'{__doc__}\n{config_lib.reference()}')
+    return 0
   with run.inputs_checked():
     command = config_lib.parse(argv)
     config, folder = command.load(), command.folder()

@@ -9,11 +9,11 @@ from tests.contract.pair import QUICK, far, noisy
 from tests.contract.table import error_of, made, over, takes_dropout
 from tests.fixtures import BACKBONES, leaves_equal
 
-# A scan that is told by a flag, and a model without dropout of its own, where a key alone says it.
-TOLD, KEYED = 'linen_vit_scan', 'nnx_llama'
+# Scans that a flag or a mode tells, and a model without dropout of its own, where a key alone says it.
+TOLD, KEYED = ('linen_vit_scan', 'nnx_vit_scan'), 'nnx_llama'
 METHODS = [m for m in REGISTRY if takes_dropout(m)]
-PAIRS = [(m, (TOLD, KEYED)[i % 2]) for i, m in enumerate(METHODS)]
-PAIRS = [(m, b if error_of(m, b) is None else TOLD) for m, b in PAIRS]
+PAIRS = [(m, (*TOLD, KEYED)[i % 3]) for i, m in enumerate(METHODS)]
+PAIRS = [(m, b if error_of(m, b) is None else TOLD[0]) for m, b in PAIRS]
 
 
 @over(PAIRS, always=PAIRS, fixture='names')
@@ -21,9 +21,10 @@ def test_dropout(names):
   method, name = names
   b = BACKBONES[name]
   with described(b):
-    dropping, sure = (jpeft.attach(b.model, made(method, name, dropout=rate), b.backbone, *b.args, **b.kwargs)
-                      for rate in (0.5, 0.0))
-  assert dropping.shapes == sure.shapes
+    trains, evaluates = ([jpeft.attach(model, made(method, name, dropout=rate), b.backbone, *b.args, **b.kwargs)
+                          for rate in (0.5, 0.0)] for model in (b.train_model, b.model))
+  (dropping, sure), shapes = trains, evaluates[1].shapes
+  assert all(tuned.shapes == shapes for tuned in (*trains, *evaluates))
 
   def run(tuned, theta, held, key=None, **kwargs):
     rngs = {} if key is None else {'rngs': {'dropout': key}}
@@ -32,9 +33,9 @@ def test_dropout(names):
   def runs(theta, held, key, other):
     """One program: two keys, no dropout of the method; evaluation, without dropout, with a key."""
     train = lambda tuned, key: run(tuned, theta, held, key, **b.train_kwargs)
-    evals = [run(dropping, theta, held), run(sure, theta, held)]
-    if name == TOLD:
-      evals.append(run(dropping, theta, held, key))
+    evals = [run(tuned, theta, held) for tuned in evaluates]
+    if name != KEYED:
+      evals.append(run(evaluates[0], theta, held, key))
     return train(dropping, key), train(dropping, other), train(sure, key), evals
 
   theta = noisy(sure.init(jax.random.key(0), b.backbone))

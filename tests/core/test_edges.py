@@ -94,3 +94,23 @@ def test_a_jitted_layer_is_traced_again_for_another_method(name):
   np.testing.assert_array_equal(outs[0], outs[3])
   close(outs[2], plain(b), 1e-5)
   assert not np.allclose(outs[0], outs[1], atol=1e-2) and not np.allclose(outs[0], outs[2], atol=1e-2)
+
+
+@pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in (
+  'linen_nested_scan', 'linen_scan_axis1', 'linen_vmap_ensemble', 'linen_partitioned')])
+def test_stacked_layers_have_their_own_scalars_and_keys(name):
+  b = EDGES[name]
+  def apply(t, call, x):
+    assert t['s'].shape == () and t['m'].shape == (1, 1)
+    (y, rest), key = call(x), call.rng('noise')
+    return t['s'] * y + (0 if key is None else t['m'][0, 0] * jax.random.normal(key)), rest
+  rule = jpeft.Call('scalar', apply, lambda key, site, a: {'s': jnp.ones(()), 'm': jnp.zeros((1, 1))})
+  tuned = jpeft.attach(b.model, jpeft.at(b.roles['block'], rule), b.backbone, *b.args)
+  theta = tuned.init(jax.random.key(0), b.backbone)
+  run = quick(lambda theta, key: tuned.apply(theta, b.backbone, *b.args, rngs={'dropout': key}))
+  close(run(theta, jax.random.key(0)), plain(b), 1e-5)
+  loss = lambda theta, key: jnp.sum(run.__wrapped__(theta, key) ** 2)
+  grads = quick(jax.grad(loss))(theta, jax.random.key(0))['scalar']
+  noise = np.concatenate([np.ravel(g['m']) for g in grads.values()])  # goes with what each key drew
+  assert len(set(noise.tolist())) == noise.size == b.depth * (3 if name == 'linen_vmap_ensemble' else 1)
+  assert all(np.all(g['s'] != 0) for g in grads.values())

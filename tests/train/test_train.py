@@ -105,3 +105,18 @@ def test_what_is_not_finite_stops_with_the_batch_named(load, tmp_path):
   batches = [next(order)['i'].tolist() for _ in range(number)]
   assert batches[-1] == examples
   assert not (tmp_path / 'theta.safetensors').exists()
+
+
+def test_half_precision_scan_and_remat(load, tmp_path):
+  kinds = {'model.dtype': 'bfloat16', 'model.param_dtype': 'bfloat16', 'model.scan': True, 'model.remat': True}
+  told = train.train(load('lora', **kinds, **{'steps': 4, 'eval.every': 4, 'log.every': 1}), tmp_path)
+  _, tuned, theta = run.reopen(tmp_path)
+  assert all(leaf.dtype == 'float32' for leaf in jax.tree.leaves(theta))
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(tuned.backbone)} == {'bfloat16'}
+  assert told['trainable'] == 2 * 2 * 8 * (16 + 16) + 34 and np.isfinite(loss_of(tmp_path)).all()
+
+
+def test_help_lists_every_key(capsys):
+  assert train.main(['--help']) == 0
+  out = capsys.readouterr().out
+  assert '--config=configs/quickstart.py' in out and '| `optimizer.lora_plus` |' in out
