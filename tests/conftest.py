@@ -15,6 +15,8 @@ def pytest_configure(config: pytest.Config) -> None:
   config.addinivalue_line('markers', 'xdist_group: tests that one process should run')
   if getattr(config.option, 'dist', None) == 'load':
     config.option.dist = 'loadgroup'
+  if getattr(config, 'workerinput', {}).get('loadgroup'):
+    config.option.loadgroup = True
   # Two runs may share the folder: an entry read while another run writes it is only compiled again.
   config.addinivalue_line('filterwarnings', 'ignore:Error (reading|writing) persistent compilation')
   cache = getattr(config, 'cache', None)
@@ -23,3 +25,8 @@ def pytest_configure(config: pytest.Config) -> None:
   jax.config.update('jax_compilation_cache_dir', str(cache.mkdir('jax')))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node) -> None:
+  node.workerinput['loadgroup'] = node.config.option.dist == 'loadgroup'

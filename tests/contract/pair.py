@@ -23,6 +23,7 @@ class Pair:
     b: the row of the backbone.
     row: what the method declares.
     tuned: from `attach`.
+    init: `tuned.init`, compiled.
     theta: as initialised.
     start: {'theta': theta, 'backbone': the backbone's float arrays}.
     traces: how often the training step was traced.
@@ -33,7 +34,8 @@ class Pair:
     with described(self.b):
       self.tuned = jpeft.attach(self.b.model, made(method, backbone, **hp), self.b.backbone, *self.b.args,
                                 **self.b.kwargs)
-    self.theta = jax.jit(self.tuned.init, compiler_options=QUICK)(jax.random.key(1), self.b.backbone)
+    self.init = jax.jit(self.tuned.init, compiler_options=QUICK)
+    self.theta = self.init(jax.random.key(1), self.b.backbone)
     leaves, self._tree = jax.tree.flatten(self.b.backbone)
     self._is_float = [jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]
     self._others = [x for x, f in zip(leaves, self._is_float, strict=True) if not f]

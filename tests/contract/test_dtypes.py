@@ -10,7 +10,7 @@ import pytest
 import jpeft
 from tests.contract.anatomies import described
 from tests.contract.pair import QUICK, far, pair_of
-from tests.contract.table import DEFAULT, SERVED, made, over
+from tests.contract.table import DEFAULT, SERVED, made, one_each, over
 from tests.fixtures import BACKBONES, plain
 
 HALF = jnp.bfloat16
@@ -38,7 +38,7 @@ def attached(method: str, b):
 
 
 @pytest.mark.parametrize('param_dtype', [HALF, jnp.float32], ids=['params too', 'computation alone'])
-@names(CHOSEN, always=default(CHOSEN))
+@names(CHOSEN, always=one_each(CHOSEN))
 def test_dtypes_in_half_precision(names, param_dtype):
   b = variant(names[1], param_dtype)
   tuned, grad = attached(names[0], b)
@@ -48,7 +48,7 @@ def test_dtypes_in_half_precision(names, param_dtype):
   assert out == jax.eval_shape(lambda: plain(b)) and out.dtype == HALF
 
 
-@names(SCANNED, always=default(SCANNED)[1::4])
+@names(SCANNED, always=default(SCANNED)[2::6])
 def test_numbers_in_half_precision(names):
   b = variant(names[1], HALF)
   _, grad = attached(names[0], b)

@@ -12,6 +12,7 @@ from tests.fixtures import leaf_paths
 UNROLLED = {'linen_vit_scan': ('linen_vit', 'encoderblock', r'encoderblock_{}'),
             'nnx_vit_scan': ('nnx_vit', 'blocks', r'blocks/{}')}
 CHOSEN = [p for p in SERVED if p[1] in UNROLLED and (p[0], UNROLLED[p[1]][0]) in SERVED]
+CHOSEN = [p for p in CHOSEN if p[0] != 'vpt_shallow']  # its prompts are held by another module there
 ALWAYS = [p for p in CHOSEN if p in DEFAULT and (p[0], UNROLLED[p[1]][0]) in DEFAULT]
 
 
@@ -20,19 +21,19 @@ def test_scanned_layers_are_unrolled_layers(pair):
   unrolled, stack, layer = UNROLLED[pair.b.name]
   other = pair_of(pair.method, unrolled)
 
-  def stacked(tree, like):
-    held = leaf_paths(tree)
-    def of(path):
-      name = lambda i: re.sub(rf'(^|/){stack}(/|$)', lambda m: m[1] + layer.format(i) + m[2], path)
-      if name(0) == path:
-        return held[path]
-      return jnp.stack([held[name(i)] for i in range(pair.b.depth)])
-    return jax.tree.unflatten(jax.tree.structure(like), [of(p) for p in leaf_paths(like)])
+  def stacked(held: dict, path: str):
+    name = lambda i: re.sub(rf'(^|/){stack}(/|$)', lambda m: m[1] + layer.format(i) + m[2], path)
+    if name(0) == path:
+      return held[path]
+    return jax.tree.map(lambda *x: jnp.stack(x), *[held[name(i)] for i in range(pair.b.depth)])
+
+  def scanned(theta):
+    return {n: {site: stacked(theta[n], site) for site in sites} for n, sites in pair.theta.items()}
 
   theta, want, grads = other.moved
-  floats = jax.tree.leaves(stacked(other.b.backbone, pair.b.backbone))
-  floats = [x for x in floats if jnp.issubdtype(x.dtype, jnp.inexact)]
-  tree = {'theta': stacked(theta, pair.theta), 'backbone': floats}
-  out, scanned, _, _ = pair.step(tree, pair.optimizer, pair.b.args)
+  held = leaf_paths(other.b.backbone)
+  held = [stacked(held, path) for path in leaf_paths(pair.b.backbone)]
+  tree = {'theta': scanned(theta), 'backbone': [x for x in held if jnp.issubdtype(x.dtype, jnp.inexact)]}
+  out, got, _, _ = pair.step(tree, pair.optimizer, pair.b.args)
   assert far(out, want) < 1e-5
-  assert far(scanned['theta'], stacked(grads['theta'], pair.theta)) < 1e-4
+  assert far(got['theta'], scanned(grads['theta'])) < 1e-4

@@ -50,7 +50,7 @@ def test_theta_is_what_its_shapes_and_the_summary_say(pair):
 
 
 @over(one_each(), always=one_each())
-def test_another_key_gives_another_theta_of_the_same_shapes_or_the_same(pair):
-  one, other = (pair.tuned.init(jax.random.key(i), pair.b.backbone) for i in (1, 2))
+def test_theta_is_a_function_of_the_key(pair):
+  one, other = (pair.init(jax.random.key(i), pair.b.backbone) for i in (1, 2))
   assert jax.eval_shape(lambda: one) == jax.eval_shape(lambda: other)
-  assert leaves_equal(one, pair.tuned.init(jax.random.key(1), pair.b.backbone))
+  assert leaves_equal(one, pair.theta)
