@@ -297,6 +297,10 @@ class Ladder:
 
   def check(self, prune) -> None:
     """Raises a ValueError where the widths cannot be divided, or nothing can be pruned."""
+    for block in self.stack:
+      if len(block.input.shape) != 3 or block.input.shape[-1] != self.width:
+        raise ValueError(f'lst: a ladder reads one stream of tokens [B, N, d], and the block {block.path!r} is called '
+                         f'with {block.input.shape}')
     if self.width % self.reduction:
       raise ValueError(f'reduction={self.reduction} does not divide the width {self.width} of the blocks')
     reads = self.block.takes is None or 'context' in self.block.takes
