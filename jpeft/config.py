@@ -66,6 +66,8 @@ FIELDS: dict[str, Field] = {
   'model.param_dtype': _choice('float32', 'of the backbone', 'float32', 'bfloat16', 'float16'),
   'model.scan': Field(_FLAG, False, 'one scanned stack of blocks: compiles faster'),
   'model.remat': Field(_FLAG, False, 'recompute blocks in the backward pass: less memory'),
+  'model.dropout': Field((float, type(None)), None, "every dropout rate of the backbone; the checkpoint's if left out",
+                         'from 0 to 1', lambda v: v is None or 0 <= v <= 1),
   'data.name': Field(_TEXT, REQUIRED, "mnist5k, movie_sentiment, folder:PATH, csv:PATH or jsonl:PATH"),
   'data.train': Field(_TEXT, 'train', "split to train on, such as 'train[:1000]'"),
   'data.test': Field(_TEXT, 'test', 'split to evaluate on'),
@@ -76,6 +78,8 @@ FIELDS: dict[str, Field] = {
   'data.augment': _choice('none', 'of training images', 'none', 'vtab', 'flip_crop', 'imagenet'),
   'data.resize': _choice('squash', 'how images get their size', 'squash', 'crop'),
   'data.in_memory': Field(_FLAG, False, 'read every example once, at the start'),
+  'data.cache_features': Field(_FLAG, False, 'run what comes before the first trained number once an example and '
+                               'keep what it gives, not once an epoch'),
   'method.name': Field(_TEXT, REQUIRED, 'of the registry, such as lora or lst'),
   'method.head': Field(_FLAG, True, "train the model's head as well"),
   'loss.label_smoothing': _within(0.0, 'share of the target given to all labels alike', 0.0, 1.0),
@@ -140,6 +144,9 @@ def complete(values) -> ConfigDict:
                       ('data.eval_batch_size', 'mesh.data')):
     if out[batch] is not None and out[batch] % out[part]:
       raise ValueError(f'config.{batch}={out[batch]} is not divisible by config.{part}={out[part]}')
+  if out['data.cache_features'] and out['data.augment'] != 'none':
+    raise ValueError(f'config.data.augment={out["data.augment"]!r} changes the images each epoch: with '
+                     "config.data.cache_features it must be 'none'")
   if out['schedule.warmup_steps'] and out['schedule.warmup_fraction']:
     raise ValueError('the config sets both schedule.warmup_steps and schedule.warmup_fraction: give one')
   return ConfigDict(_nest(out)).lock()

@@ -29,20 +29,29 @@ def no_sums() -> dict:
   return {'loss': jnp.zeros(()), 'correct': jnp.zeros(()), 'examples': jnp.zeros(())}
 
 
-def train_step(tuned: Tuned, tx: optax.GradientTransformation, seed: int, smoothing: float = 0.0,
-               accumulate: int = 1) -> Callable:
+def forward(tuned: Tuned, training: bool) -> Callable:
+  """(theta, backbone, batch, key) -> logits [B, C]; the key is of dropout, and is not read in evaluation."""
+  def run(theta, backbone, batch, key):
+    args, kwargs = tasks.inputs(batch)
+    rngs = {'rngs': {'dropout': key}} if training else {}
+    return tuned.apply(theta, backbone, *args, **kwargs, deterministic=not training, **rngs)
+  return run
+
+
+def train_step(tuned: Tuned, forward: Callable, tx: optax.GradientTransformation, seed: int,
+               smoothing: float = 0.0, accumulate: int = 1) -> Callable:
   """(state, backbone, batch) -> (state, {'loss', 'grad_norm'}): one update; differentiates theta alone.
 
   Args:
     tuned: from `attach`.
+    forward: (theta, backbone, batch, key) -> logits, in training.
     tx: from `optim.optimizer`.
     seed: of dropout and of the method's own edits; the step is folded in.
     smoothing: of the labels.
     accumulate: micro-batches that a batch is cut into, one after the other.
   """
   def objective(theta, backbone, batch, key):
-    args, kwargs = tasks.inputs(batch)
-    logits = tuned.apply(theta, backbone, *args, **kwargs, deterministic=False, rngs={'dropout': key})
+    logits = forward(theta, backbone, batch, key)
     loss = tasks.loss(logits, batch['label'], smoothing).mean()
     return loss, (logits.argmax(-1) == batch['label']).sum()
 
@@ -80,11 +89,10 @@ def train_step(tuned: Tuned, tx: optax.GradientTransformation, seed: int, smooth
   return step
 
 
-def eval_step(tuned: Tuned) -> Callable:
-  """(theta, backbone, batch) -> the tally of one batch, without dropout."""
+def eval_step(forward: Callable) -> Callable:
+  """(theta, backbone, batch) -> the tally of one batch, by a `forward` of evaluation."""
   def step(theta, backbone, batch):
-    args, kwargs = tasks.inputs(batch)
-    logits = tuned.apply(theta, backbone, *args, **kwargs, deterministic=True)
+    logits = forward(theta, backbone, batch, jax.random.key(0))
     return tasks.tally(logits, batch['label'], batch['mask'])
   return step
 

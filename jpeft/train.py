@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from . import config as config_lib
-from . import data, optim, report, run, step, tasks
+from . import data, features, optim, report, run, step, tasks
 from .checkpoint import Checkpoints, fingerprint, save_theta
 from .core import summary
 from .version import __version__
@@ -65,9 +65,14 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     source, test = (tasks.source(config, split) for split in (config.data.train, config.data.test))
     size, eval_size = config.data.batch_size, config.data.eval_batch_size or config.data.batch_size
     pretrained, tuned = run.build(config, len(source.classes))
-    transform, examine = (tasks.transform(config, pretrained, training) for training in (True, False))
-    batches = data.Batches(source, size, transform, config.seed)
-    exam = lambda: data.Batches(test, eval_size, examine, shuffle=False, epochs=1, drop_remainder=False)
+    blank = tasks.blank(config, pretrained)
+    learn, judge = (features.Part(examples, tasks.transform(config, pretrained, training),
+                                  step.forward(tuned, training), blank)
+                    for examples, training in ((source, True), (test, False)))
+    if config.data.cache_features:
+      learn, judge = (features.cached(part, tuned, eval_size) for part in (learn, judge))
+    batches = data.Batches(learn.source, size, learn.transform, config.seed)
+    exam = lambda: judge.once(eval_size)
     steps = config.steps or max(1, round(config.epochs * batches.steps_per_epoch))
     rate = optim.schedule(lr=config.optimizer.lr, steps=steps, **config.schedule)
     choices = {k: v for k, v in config.optimizer.items() if k not in ('lr', 'accumulate')}
@@ -100,17 +105,21 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
                 + (f', going on after {start}' if start else ''))
 
   # ---- Compilation, ahead of the loop: it also says what an update costs.
-  blank = tasks.blank(config, pretrained)
-  fn = step.train_step(tuned, tx, config.seed, config.loss.label_smoothing, config.optimizer.accumulate)
-  update, cost = step.compiled(fn, state, backbone, step.rows_of(blank, size, rows), donate=(0,))
-  shapes = step.rows_of(blank | {'mask': np.ones(1, np.float32)}, eval_size, rows)
-  mark, _ = step.compiled(step.eval_step(tuned), state['theta'], backbone, shapes)
+  fn = step.train_step(tuned, learn.forward, tx, config.seed, config.loss.label_smoothing,
+                       config.optimizer.accumulate)
+  update, cost = step.compiled(fn, state, backbone, step.rows_of(learn.blank, size, rows), donate=(0,))
+  shapes = step.rows_of(judge.blank | {'mask': np.ones(1, np.float32)}, eval_size, rows)
+  mark, _ = step.compiled(step.eval_step(judge.forward), state['theta'], backbone, shapes)
 
   # ---- The loop. With `number` updates made: evaluate, save, and make one more.
   number, began = start, time.perf_counter()
   seconds = lambda: before + time.perf_counter() - began
   watch = run.Watch(config.data.train, checkpoints)
   signals = stack.enter_context(run.Signals())
+  for part in (learn, judge):
+    if isinstance(part.source, features.Features) and not signals.caught:
+      progress.note(f'features of {len(part.source)} examples: {part.source.nbytes / 2**20:.0f} MiB')
+      part.source.fill(backbone, lambda batch: jax.device_put(batch, rows), stop=lambda: signals.caught)
   while True:
     due = lambda every: number == steps or bool(every and number and number % every == 0)
     if signals.caught or due(config.eval.every) or due(config.checkpoint.every):

@@ -49,7 +49,7 @@ class Pretrained:
 def load(source: str | Path, *, num_classes: int | None = None, image_size: int | None = None,
          dtype: Any = 'float32', param_dtype: Any = 'float32', scan: bool = False,
          remat: bool = False, seed: int = 0, layers: int | None = None,
-         pool: str | None = None) -> Pretrained:
+         pool: str | None = None, dropout: float | None = None) -> Pretrained:
   """Loads a backbone.
 
   Args:
@@ -67,6 +67,7 @@ def load(source: str | Path, *, num_classes: int | None = None, image_size: int 
     pool: what the head reads, or what comes out without one: 'cls', 'mean', 'cls_mean' (images
       only) or 'tokens'. None as the family does: 'cls_mean' for DINOv2, 'mean' for sentence
       encoders such as MiniLM, else 'cls'.
+    dropout: every dropout rate of the model; None as the checkpoint's config says.
 
   Returns:
     A `Pretrained`. Its model returns logits if it has a head, else the pooled feature.
@@ -86,7 +87,7 @@ def load(source: str | Path, *, num_classes: int | None = None, image_size: int 
   family = family_of(config)
   checkpoint = Checkpoint(folder)
   model = _build(config, checkpoint, num_classes=num_classes, image_size=image_size, dtype=dtype,
-                 param_dtype=param_dtype, scan=scan, remat=remat, layers=layers, pool=pool)
+                 param_dtype=param_dtype, scan=scan, remat=remat, layers=layers, pool=pool, dropout=dropout)
   table = family.table(model)
   shapes = shapes_of(model, family)
   fresh = _fresh(shapes, checkpoint, num_classes)
@@ -104,10 +105,10 @@ def load(source: str | Path, *, num_classes: int | None = None, image_size: int 
 def from_config(config: Mapping, *, num_classes: int | None = None, image_size: int | None = None,
                 dtype: Any = 'float32', param_dtype: Any = 'float32', scan: bool = False,
                 remat: bool = False, layers: int | None = None,
-                pool: str | None = None) -> nn.Module:
+                pool: str | None = None, dropout: float | None = None) -> nn.Module:
   """The model that a Hugging Face config describes, without weights; for arguments see `load`."""
   return _build(config, None, num_classes=num_classes, image_size=image_size, dtype=dtype,
-                param_dtype=param_dtype, scan=scan, remat=remat, layers=layers, pool=pool)
+                param_dtype=param_dtype, scan=scan, remat=remat, layers=layers, pool=pool, dropout=dropout)
 
 
 def save_pretrained(folder: str | Path, model: nn.Module, variables: Mapping,
@@ -148,15 +149,16 @@ def shapes_of(model: nn.Module, family: Family) -> dict[str, tuple[int, ...]]:
   return {path: x.shape for path, x in traverse_util.flatten_dict(tree, sep='/').items()}
 
 
-def _build(config, checkpoint, *, num_classes, image_size, layers, pool, **fields):
+def _build(config, checkpoint, *, num_classes, image_size, layers, pool, dropout, **fields):
   fields |= {name: jnp.dtype(fields[name]) for name in ('dtype', 'param_dtype')}
   request = Request(num_classes, image_size, layers, pool, fields)
   build = family_of(config).build
   try:
-    return build(config, checkpoint, request)
+    model = build(config, checkpoint, request)
   except KeyError as error:
     raise ValueError(f'the config of a {config["model_type"]} model needs {error}; this one has '
                      f'{", ".join(sorted(config))}') from error
+  return model if dropout is None else model.clone(dropout=dropout, attention_dropout=dropout)
 
 
 def _fresh(shapes, checkpoint: Checkpoint, num_classes: int | None) -> set[str]:

@@ -32,7 +32,7 @@ def prepared(method, tx=None):
 
 def test_update_against_plain_jax():
   tuned, tx, backbone, state = prepared(jpeft.tune('.*'))
-  new, out = jax.jit(step.train_step(tuned, tx, 0))(state, backbone, BATCH)
+  new, out = jax.jit(step.train_step(tuned, step.forward(tuned, True), tx, 0))(state, backbone, BATCH)
   key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), step.STREAM_STEP), 0)
 
   def loss(params):
@@ -52,7 +52,8 @@ def test_donating_the_state_leaves_the_backbone_alone():
   # A theta of `tune` starts as the backbone's own arrays.
   tuned, tx, backbone, state = prepared(jpeft.tune('.*'))
   before = jax.tree.map(np.array, backbone)
-  update, cost = step.compiled(step.train_step(tuned, tx, 0), state, backbone, BATCH, donate=(0,))
+  fn = step.train_step(tuned, step.forward(tuned, True), tx, 0)
+  update, cost = step.compiled(fn, state, backbone, BATCH, donate=(0,))
   for _ in range(2):
     state, _ = update(state, backbone, BATCH)
   jax.tree.map(np.testing.assert_array_equal, backbone, before)
@@ -64,8 +65,9 @@ def test_schedules_of_a_method_are_called_with_the_number_of_updates():
                       lambda t, site, arrays: {'bias': arrays['bias'] + t['w']}, fixed=('n',),
                       update=lambda t, site, number, key: {**t, 'n': t['n'] + 10 * number})
   tuned, tx, backbone, state = prepared(jpeft.at('head', seen))
-  update = jax.jit(step.train_step(tuned, jpeft.freeze(tx, tuned.trainable(state['theta'])), 0))
-  state['optimizer'] = jpeft.freeze(tx, tuned.trainable(state['theta'])).init(state['theta'])
+  tx = jpeft.freeze(tx, tuned.trainable(state['theta']))
+  update = jax.jit(step.train_step(tuned, step.forward(tuned, True), tx, 0))
+  state['optimizer'] = tx.init(state['theta'])
   for _ in range(3):
     state, _ = update(state, backbone, BATCH)
   assert float(state['theta']['count']['head']['n']) == 10 + 20 + 30
@@ -74,7 +76,7 @@ def test_schedules_of_a_method_are_called_with_the_number_of_updates():
 
 def test_dropout_changes_with_the_step_and_not_between_runs():
   tuned, _, backbone, state = prepared(jpeft.tune('head'))
-  update = jax.jit(step.train_step(tuned, optax.sgd(0.0), 0))
+  update = jax.jit(step.train_step(tuned, step.forward(tuned, True), optax.sgd(0.0), 0))
   one, first = update(state, backbone, BATCH)
   _, second = update(one, backbone, BATCH)
   _, again = update(state, backbone, BATCH)
@@ -83,7 +85,7 @@ def test_dropout_changes_with_the_step_and_not_between_runs():
 
 def test_sums_count_what_was_seen():
   tuned, tx, backbone, state = prepared(jpeft.tune('head'))
-  update = jax.jit(step.train_step(tuned, tx, 0, accumulate=2))
+  update = jax.jit(step.train_step(tuned, step.forward(tuned, True), tx, 0, accumulate=2))
   losses = []
   for _ in range(3):
     state, out = update(state, backbone, BATCH)

@@ -1,14 +1,16 @@
 """What a run leaves, and that its options mean what they say."""
 
 import json
+import os
 import re
 import shutil
+import signal
 
 import jax
 import numpy as np
 import pytest
 
-from jpeft import data, run, train
+from jpeft import data, features, run, train
 from jpeft.checkpoint import fingerprint, load_theta
 from jpeft.report import read_metrics
 
@@ -120,3 +122,34 @@ def test_help_lists_every_key(capsys):
   assert train.main(['--help']) == 0
   out = capsys.readouterr().out
   assert '--config=configs/quickstart.py' in out and '| `optimizer.lora_plus` |' in out
+
+
+def test_features_kept_give_the_run_that_recomputes_them(load, tmp_path):
+  settings = {'steps': 8, 'log.every': 1, 'model.dropout': 0.0, 'eval.every': 4}
+  plain, kept = (train.train(load('lst', **settings, **{'data.cache_features': flag}), tmp_path / str(flag))
+                 for flag in (False, True))
+  np.testing.assert_allclose(loss_of(tmp_path / 'True'), loss_of(tmp_path / 'False'), rtol=1e-4)
+  np.testing.assert_allclose(kept['eval']['loss'], plain['eval']['loss'], rtol=1e-4)
+  assert kept['step_cost']['flops'] < 0.5 * plain['step_cost']['flops']
+
+
+def test_a_run_on_features_that_was_stopped_ends_with_the_same_bits(load, tmp_path, monkeypatch):
+  settings = {'model.dropout': 0.0, 'data.cache_features': True}
+  whole = train.train(load('linear', **settings), tmp_path / 'whole')
+  fill, caught = features.Features.__getitem__, []
+  def interrupted(self, i):
+    caught.append(i)
+    if len(caught) == 30:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return fill(self, i)
+  monkeypatch.setattr(features.Features, '__getitem__', interrupted)
+  with pytest.raises(run.Stopped):
+    train.train(load('linear', **settings), tmp_path / 'cut')
+  assert train.train(load('linear', **settings), tmp_path / 'cut')['theta_sha256'] == whole['theta_sha256']
+
+
+@pytest.mark.parametrize(('settings', 'message'), [
+  ({'data.augment': 'vtab'}, 'must be .none.'), ({}, r'9\d% of the FLOPs .* set config.model.dropout=0')])
+def test_features_that_cannot_be_kept(load, tmp_path, settings, message):
+  with pytest.raises((ValueError, run.Mistake), match=message):
+    train.train(load('lst', **settings, **{'data.cache_features': True}), tmp_path)
