@@ -5,6 +5,7 @@ import math
 import pathlib
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .checkpoint import write
@@ -118,23 +119,27 @@ def write_report(folder: pathlib.Path, report: dict[str, Any], rows: list[dict])
     'seconds': f'{report["seconds"]:.1f} of training, {cost["compile_seconds"]:.1f} of compilation',
     'best': f'{report["best"]["metric"]} {report["best"]["value"]:.4f} at step {report["best"]["step"]}',
     'FLOPs of an update': f'{cost["flops"] / 1e9:.2f} G, as XLA counts' if 'flops' in cost else 'not known',
-    'temporary bytes': f'{cost["temp_bytes"] / 2**20:.1f} MiB' if 'temp_bytes' in cost else 'not known',
     'device': report['device'], 'backbone': f'SHA-256 {report["backbone_sha256"]}, unchanged',
     'theta': f'SHA-256 {report["theta_sha256"]}',
   }
+  if 'temp_bytes' in cost and 'cpu' not in report['device']:  # XLA's CPU buffers say nothing of an accelerator's
+    facts['temporary bytes'] = f'{cost["temp_bytes"] / 2**20:.1f} MiB'
   lines += [f'- {name}: {value}' for name, value in facts.items()]
   write(folder / 'report.md', '\n'.join([*lines, *(['', '![curves](curves.png)'] if drawn else []), '']))
 
 
 def table(reports: list[dict]) -> str:
   """Runs side by side, as a Markdown table."""
-  head = ('method', 'accuracy', 'trainable', 'of backbone', 'GFLOP a step', 'temp MiB', 'seconds')
-  rows = [head]
-  for r in reports:
-    flops, temp = r['step_cost'].get('flops'), r['step_cost'].get('temp_bytes')
-    rows.append((r['method'], f'{100 * r["eval"]["accuracy"]:.1f} %', f'{r["trainable"]:,}',
-                 f'{100 * r["trainable"] / r["total"]:.2f} %', f'{flops / 1e9:.1f}' if flops else '-',
-                 f'{temp / 2**20:.0f}' if temp else '-', f'{r["seconds"]:.0f}'))
+  def row(r):
+    flops = r['step_cost'].get('flops')
+    return (r['method'], f'{100 * r["eval"]["accuracy"]:.1f} %', f'{r["trainable"]:,}',
+            f'{100 * r["trainable"] / r["total"]:.2f} %', f'{flops / 1e9:.1f}' if flops else '-', f'{r["seconds"]:.0f}')
+  return markdown(('method', 'accuracy', 'trainable', 'of backbone', 'GFLOP a step', 'seconds'), map(row, reports))
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+  """A Markdown table."""
+  rows = [head, *rows]
   widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
   rows.insert(1, tuple('-' * w for w in widths))
   padded = ([c.ljust(w) for c, w in zip(row, widths, strict=True)] for row in rows)

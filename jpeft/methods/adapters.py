@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from ..core import Call, Method, Site, at, chain
+from .common import drop, on_first
 
 ACTIVATIONS = {'relu': jax.nn.relu, 'gelu': jax.nn.gelu, 'silu': jax.nn.silu, 'swish': jax.nn.silu,
                'tanh': jnp.tanh}
@@ -196,21 +197,7 @@ def _houlsby(key, down, up):
 _STARTS = {'lora': _lora, 'bert': _bert, 'houlsby': _houlsby}
 
 
-def drop(x: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:
-  """x with entries set to zero at a rate, the others scaled up; x itself without a key."""
-  if key is None or not rate:
-    return x
-  kept = jax.random.bernoulli(key, 1 - rate, x.shape)
-  return x * (kept / (1 - rate or 1)).astype(x.dtype)
-
-
 def _is_norm(site: Site) -> bool:
   """Whether a site owns a norm's vectors, and runs no modules."""
   vectors = [leaf.shape == site.out.shape[-1:] for leaf in site.leaves.values()]
   return bool(vectors) and all(vectors) and not any(p.startswith(f'{site.path}/') for p in site.model)
-
-
-def on_first(out, fn):
-  """A module's output, fn applied to its first array."""
-  leaves, tree = jax.tree.flatten(out)
-  return jax.tree.unflatten(tree, [fn(leaves[0]), *leaves[1:]])

@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 
 from ..core import Method, Weight, at, matrix
+from .common import drop
 
 
 def lora(rank: int = 8, alpha: float = 8, targets: str = '{q}|{v}', dropout: float = 0.0,
@@ -163,14 +164,6 @@ def _factors(t):
   if 'a0' not in t:
     return t['a'], t['b']
   return jnp.concatenate([t['a'], t['a0']], 1), jnp.concatenate([t['b'], -t['b0']])
-
-
-def drop(x: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:
-  """x with a share `rate` of its numbers set to zero and the others scaled up; x itself without a key."""
-  if key is None or not rate:
-    return x
-  kept = jax.random.bernoulli(key, 1 - rate, x.shape)
-  return x * (kept / (1 - rate or 1)).astype(x.dtype)  # at rate 1 nothing is kept: no division by zero
 
 
 def _norms(w, a, b, scale):

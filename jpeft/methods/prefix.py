@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from ..core import Call, Method, Site, at
-from .adapters import drop
+from .common import drop
 
 # The arguments of an attention function behind query, key and value, by position.
 _ARGUMENTS = ('bias', 'mask', 'broadcast_dropout', 'dropout_rng', 'dropout_rate', 'deterministic', 'dtype')

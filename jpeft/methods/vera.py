@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from ..core import Method, at, matrix
-from .lora import check, drop
+from .common import drop
+from .lora import check
 
 
 def vera(rank: int = 256, targets: str = '{q}|{v}', d_initial: float = 0.1, dropout: float = 0.0,

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from ..core import Call, Method, Site, at
-from .adapters import drop, on_first
+from .common import drop, on_first
 
 _ELSEWHERE = ('context', 'cross', 'encoder', 'memory')  # in the names of arguments about another sequence
 

@@ -81,5 +81,5 @@ def test_table_is_aligned_markdown():
          'step_cost': {'flops': 2e9, 'temp_bytes': 3 << 20}}
   lines = report.table([row, {**row, 'method': 'linear', 'step_cost': {}}]).splitlines()
   assert len({len(line) for line in lines}) == 1 and len(lines) == 4
-  assert [c.strip() for c in lines[2].split('|')[1:-1]] == ['lst', '91.2 %', '1,234', '1.23 %', '2.0', '3', '61']
-  assert json.dumps(lines[3]).count('| - ') == 2
+  assert [c.strip() for c in lines[2].split('|')[1:-1]] == ['lst', '91.2 %', '1,234', '1.23 %', '2.0', '61']
+  assert lines[3].count('| - ') == 1
