@@ -24,13 +24,13 @@ from .ladder import Ladder, pool
 from .tune import NONE
 
 BLOCKS = ('auto', 'own', 'attention', 'mlp')
-GATES = ('learned', 'none', 'one', 'linear', 'hyperbolic')
+GATES = ('learned', None, 'one', 'linear', 'hyperbolic')
 MERGES = ('replace', 'add', 'gate')
 _GATE_STARTS = {'learned': 0.0, 'linear': 0.1, 'hyperbolic': 0.9}
 
 
 def lst(reduction: int = 8, block: str = 'auto', heads: int = 1, downsample: str = 'linear',
-        gate: str = 'learned', temperature: float = 0.1, gate_steps: int = 1000,
+        gate: str | None = 'learned', temperature: float = 0.1, gate_steps: int = 1000,
         layers: Sequence[int] | None = None, merge: str = 'replace', prune: Any = None,
         dropout: float = 0.0, remat: bool = False, std: float = 0.01, blocks: str = '{block}',
         exit: str = '{exit}', name: str = 'lst') -> Method:
@@ -44,7 +44,7 @@ def lst(reduction: int = 8, block: str = 'auto', heads: int = 1, downsample: str
     heads: of the lean block.
     downsample: 'linear' (trained, keeps the taps for its gradient) or 'pool' (means over groups of
       r features, taken before anything is stored).
-    gate: 'learned', 'none' (s + D h), 'one' (the backbone is ignored), or a schedule over training:
+    gate: 'learned', None (s + D h), 'one' (the backbone is ignored), or a schedule over training:
       'linear' (0.1 to 0.9 in `gate_steps` steps), 'hyperbolic' (1 / (1 + step / gate_steps)).
     temperature: T of the learned gates.
     gate_steps: see gate.
@@ -148,7 +148,7 @@ def lst(reduction: int = 8, block: str = 'auto', heads: int = 1, downsample: str
     return jax.tree.map(lambda a: o.astype(a.dtype) if a is out else a, y)
 
   def gates_of(t, net, dtype):
-    if gate == 'none':
+    if gate is None:
       return {}
     values = t['gate'] if gate != 'one' else jnp.ones(net.depth)
     values = jax.nn.sigmoid(values / temperature) if gate == 'learned' else values

@@ -1,7 +1,6 @@
 """Scores, the log, the progress line."""
 
 import io
-import json
 
 import jax.numpy as jnp
 import numpy as np
