@@ -16,11 +16,12 @@ from .checkpoint import Checkpoint
 from .convert import from_files, to_tensors
 from .families import Family, Request
 from .hf_bert import BERT_FAMILIES
+from .hf_llama import LLAMA_FAMILIES
 from .hf_t5 import T5_FAMILIES
 from .hf_vit import VIT_FAMILIES
 from .sources import find
 
-FAMILIES: dict[str, Family] = {**VIT_FAMILIES, **BERT_FAMILIES, **T5_FAMILIES}
+FAMILIES: dict[str, Family] = {**VIT_FAMILIES, **BERT_FAMILIES, **T5_FAMILIES, **LLAMA_FAMILIES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Pretrained:
     model: the Linen module.
     variables: {'params': ...}.
     config: the Hugging Face config, brought up to date with what was asked for.
-    family: its model_type: vit, deit, dinov2, bert, roberta or t5.
+    family: its model_type: vit, deit, dinov2, bert, roberta, t5, llama, mistral, qwen2 or qwen3.
     preprocess: mean and std of pixels in [0, 1], and image_size; None for text.
     tokenizer: path of tokenizer.json; None if there is none.
     files: {file: sha256} of what the weights were read from.
@@ -127,7 +128,7 @@ def save_pretrained(folder: str | Path, model: nn.Module, variables: Mapping,
   table = family.table(model)
   params = traverse_util.flatten_dict(nn.meta.unbox(dict(variables['params'])), sep='/')
   tensors = to_tensors(params, table)
-  headed = any(path.split('/')[0] == 'head' for path in params)
+  headed = table.tied or any(path.split('/')[0] == 'head' for path in params)
   name = table.architectures[headed or not table.base]
   files.write(Path(folder), tensors, family.describe(config, model) | {'architectures': [name]})
 
