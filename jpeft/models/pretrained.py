@@ -15,6 +15,8 @@ from . import checkpoint as files
 from .checkpoint import Checkpoint
 from .convert import from_files, to_tensors
 from .families import Family, Request
+from .gguf import FILE as GGUF
+from .gguf import Gguf
 from .hf_bert import BERT_FAMILIES
 from .hf_llama import LLAMA_FAMILIES
 from .hf_t5 import T5_FAMILIES
@@ -34,7 +36,7 @@ class Pretrained:
     config: the Hugging Face config, brought up to date with what was asked for.
     family: its model_type: vit, deit, dinov2, bert, roberta, t5, llama, mistral, qwen2 or qwen3.
     preprocess: mean and std of pixels in [0, 1], and image_size; None for text.
-    tokenizer: path of tokenizer.json; None if there is none.
+    tokenizer: path of tokenizer.json, or of the GGUF file, see `load_tokenizer`; None if there is none.
     files: {file: sha256} of what the weights were read from.
   """
 
@@ -54,9 +56,9 @@ def load(source: str | Path, *, num_classes: int | None = None, image_size: int 
   """Loads a backbone.
 
   Args:
-    source: a folder with config.json and safetensors files; the name of weights that a Python
-      package carries ('dinov2-s14', 'minilm-l6'); or the id of a model on the Hugging Face hub
-      ('org/name', needs huggingface_hub).
+    source: a folder with config.json and safetensors files (or model.gguf); a .gguf file; the name of weights
+      that a Python package carries ('dinov2-s14', 'minilm-l6', 'smollm2-135m'); or the id of a model
+      on the Hugging Face hub ('org/name', needs huggingface_hub).
     num_classes: None keeps the head of the checkpoint, if it has one; a number makes a fresh one.
     image_size: side of the images in pixels; position tables are resized to it. None as trained.
     dtype: of the computation.
@@ -81,11 +83,8 @@ def load(source: str | Path, *, num_classes: int | None = None, image_size: int 
     >>> logits = loaded.model.apply(loaded.variables, images)  # doctest: +SKIP
   """
   folder, origin = find(source)
-  if not (folder / 'config.json').exists():
-    raise FileNotFoundError(f'{folder} holds no config.json, so what kind of model it is is unknown')
-  config = files.read_json(folder / 'config.json')
+  checkpoint, config = _opened(folder)
   family = family_of(config)
-  checkpoint = Checkpoint(folder)
   model = _build(config, checkpoint, num_classes=num_classes, image_size=image_size, dtype=dtype,
                  param_dtype=param_dtype, scan=scan, remat=remat, layers=layers, pool=pool)
   table = family.table(model)
@@ -98,8 +97,18 @@ def load(source: str | Path, *, num_classes: int | None = None, image_size: int 
   return Pretrained(
     model, {'params': traverse_util.unflatten_dict(params, sep='/')},
     family.describe(config, model), config['model_type'],
-    _preprocess(folder, family, model), _file(folder / 'tokenizer.json'),
+    _preprocess(folder, family, model), _file(folder if folder.is_file() else folder / 'tokenizer.json'),
     {**origin, **checkpoint.files})
+
+
+def _opened(folder: Path) -> tuple[Checkpoint | Gguf, dict[str, Any]]:
+  """The weights of a folder or GGUF file, and their config."""
+  if folder.is_file():
+    return (file := Gguf(folder)), file.config
+  if not (folder / 'config.json').exists():
+    raise FileNotFoundError(f'{folder} holds no config.json, so what kind of model it is is unknown')
+  config = files.read_json(folder / 'config.json')
+  return Gguf(folder / GGUF) if (folder / GGUF).exists() else Checkpoint(folder), config
 
 
 def from_config(config: Mapping, *, num_classes: int | None = None, image_size: int | None = None,
