@@ -7,6 +7,7 @@ transformers 5.23.0, torch 2.13.0 and gguf 0.19.0, whose own dequantization tran
 import json
 from pathlib import Path
 
+import gguf
 import torch
 import transformers
 
@@ -29,6 +30,8 @@ def main():
   model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file='model.gguf', dtype=torch.float32)
   tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file='model.gguf')
   encode = lambda text: tokenizer(text, return_tensors='pt').input_ids
+  template = gguf.GGUFReader(folder / 'model.gguf').fields['tokenizer.chat_template'].contents()
+  chat = tokenizer.apply_chat_template(MESSAGES, chat_template=template, tokenize=False, add_generation_prompt=True)
   ids = encode(PARAGRAPH)
   with torch.no_grad():
     logits = model(ids).logits[0, :-1]
@@ -37,7 +40,7 @@ def main():
   golden = {
     'paragraph': PARAGRAPH, 'ids': ids[0].tolist(), 'perplexity': round(float(loss.exp()), 4),
     'prompt': PROMPT, 'completion': written.tolist()[encode(PROMPT).shape[1]:],
-    'messages': MESSAGES, 'chat': tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True),
+    'messages': MESSAGES, 'chat': chat,
     'text': TEXT, 'text_ids': tokenizer(TEXT).input_ids,
   }
   (Path(__file__).parent / 'golden' / 'smollm2.json').write_text(json.dumps(golden, indent=1) + '\n')
