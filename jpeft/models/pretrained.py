@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from ..core.inspect import sites_of
+from ..quant.boxes import coded, kernels
+from ..quant.formats import Format
 from . import checkpoint as files
 from .checkpoint import Checkpoint
 from .convert import from_files, to_tensors
@@ -52,7 +56,7 @@ class Pretrained:
 def load(source: str | Path, *, num_classes: int | None = None, image_size: int | None = None,
          dtype: Any = 'float32', param_dtype: Any = 'float32', scan: bool = False,
          remat: bool = False, seed: int = 0, layers: int | None = None,
-         pool: str | None = None) -> Pretrained:
+         pool: str | None = None, quantize: Format | None = None, targets: str = '{linear}') -> Pretrained:
   """Loads a backbone.
 
   Args:
@@ -70,6 +74,8 @@ def load(source: str | Path, *, num_classes: int | None = None, image_size: int 
     pool: what the head reads, or what comes out without one: 'cls', 'mean', 'cls_mean' (images
       only) or 'tokens'. None as the family does: 'cls_mean' for DINOv2, 'mean' for sentence
       encoders such as MiniLM, else 'cls'.
+    quantize: store kernels in 4 bits, such as `jpeft.nf4()`; they are read and coded one at a time.
+    targets: pattern of the modules whose kernels are.
 
   Returns:
     A `Pretrained`. Its model returns logits if it has a head, else the pooled feature.
@@ -92,13 +98,21 @@ def load(source: str | Path, *, num_classes: int | None = None, image_size: int 
   fresh = _fresh(shapes, checkpoint, num_classes)
   params = from_files(
     checkpoint, table, shapes, fresh=fresh, layers=layers, param_dtype=model.param_dtype,
-    edits=family.edits(config, model) if image_size is not None else {})
+    edits=family.edits(config, model) if image_size is not None else {},
+    coded={} if quantize is None else _coded(model, family, quantize, targets))
   params |= _new(fresh, shapes, seed, model.param_dtype)
   return Pretrained(
     model, {'params': traverse_util.unflatten_dict(params, sep='/')},
     family.describe(config, model), config['model_type'],
     _preprocess(folder, family, model), _file(folder if folder.is_file() else folder / 'tokenizer.json'),
     {**origin, **checkpoint.files})
+
+
+def _coded(model, family: Family, form: Format, targets: str) -> dict[str, Any]:
+  """{path: its layers -> a box} of the kernels that are quantized."""
+  held = jax.eval_shape(model.init, jax.random.key(0), *family.example(model))
+  found = kernels(sites_of(model, held, *family.example(model)), targets)
+  return {path: functools.partial(coded, form, *place) for path, place in found.items()}
 
 
 def _opened(folder: Path) -> tuple[Checkpoint | Gguf, dict[str, Any]]:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from ..core.boxes import Box
 from ..core.inspect import backend_of, sites_of
 from ..core.linen import join
-from ..core.sites import Leaf, Site
+from ..core.sites import Leaf, Site, Sites
 from .formats import Format
 
 
@@ -90,30 +91,56 @@ def quantize(model, form: Format, backbone, /, *args, targets: str = '{linear}',
   Raises:
     ValueError: no kernel lies at `targets`.
   """
-  backend, sites = backend_of(model), sites_of(model, backbone, *args, **kwargs)
-  found = [(site, name) for site in sites.find(targets) for name in site.matrices]
-  if not found:
-    raise ValueError(f'no kernel lies at {targets!r}. Near it, of {len(sites)} sites: '
-                     f'{", ".join(sites.nearest(targets))}')
+  backend = backend_of(model)
   flat = dict(backend.arrays(model, backbone))
-  for site, name in found:
-    path = join(site.path, name)
+  for path, (site, name) in kernels(sites_of(model, backbone, *args, **kwargs), targets).items():
     if not isinstance(flat[path], Box):
       flat[path] = _boxed(form, site, name, flat[path])
   return backend.replace(model, backbone, flat)
 
 
+def kernels(sites: Sites, targets: str) -> dict[str, tuple[Site, str]]:
+  """{path of an array: (site, name)} of the kernels at a pattern.
+
+  Raises:
+    ValueError: there is none.
+  """
+  found = {join(site.path, name): (site, name) for site in sites.find(targets) for name in site.matrices}
+  if not found:
+    raise ValueError(f'no kernel lies at {targets!r}. Near it, of {len(sites)} sites: '
+                     f'{", ".join(sites.nearest(targets))}')
+  return found
+
+
 def _boxed(form: Format, site: Site, name: str, w) -> Quantized:
-  leaf = site.leaves[name]
+  layers = site.lead(w).reshape(-1, *site.leaves[name].shape)
+  # One layer after the other: what encoding needs beside its result is that of one layer.
+  return _placed(form, site, name, jax.lax.map(functools.partial(_encoded_jit, form, site.leaves[name]), layers))
+
+
+def coded(form: Format, site: Site, name: str, layers: Iterable[Any]) -> Quantized:
+  """A kernel from its layers, which are read one at a time; what is held beside the result is one of them."""
+  whole = None
+  for i, w in enumerate(layers):
+    one = _encoded_jit(form, site.leaves[name], jnp.asarray(w, site.leaves[name].dtype))
+    if whole is None:
+      whole = {n: jnp.zeros((site.layers, *x.shape), x.dtype) for n, x in one.items()}
+    whole = _put(whole, one, i)
+  return _placed(form, site, name, whole)
+
+
+def _placed(form: Format, site: Site, name: str, arrays) -> Quantized:
+  """The box of encoded layers [layers, ...]."""
   if any(axis < 0 for axis in site.axes):
     raise ValueError(f'the layers at {site.path!r} are stacked on the axes {site.axes}, counted from the back, '
                      'which 4-bit storage does not support')
-  whole = site.lead(w)
-  layers = whole.reshape(-1, *leaf.shape)
-  # One layer after the other: what encoding needs beside its result is that of one layer.
-  arrays = jax.lax.map(functools.partial(_encoded_jit, form, leaf), layers)
   arrays = {n: site.place(x.reshape(*site.lengths, *x.shape[1:])) for n, x in arrays.items()}
-  return Quantized(arrays, form, leaf, site.axes)
+  return Quantized(arrays, form, site.leaves[name], site.axes)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(whole, one, i):
+  return {n: jax.lax.dynamic_update_index_in_dim(x, one[n], i, 0) for n, x in whole.items()}
 
 
 def _encoded(form: Format, leaf: Leaf, w) -> dict[str, jax.Array]:

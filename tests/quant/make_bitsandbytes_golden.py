@@ -19,10 +19,12 @@ def main():
   for seed, (name, shape) in enumerate(SHAPES.items()):
     rng = np.random.default_rng(seed)
     w = (rng.normal(size=shape) * np.exp(rng.normal(size=(shape[0], 1)))).astype('float32')
-    w.reshape(-1)[64:128] = 0 if name == 'rows' else w.reshape(-1)[64:128]
+    if name == 'rows':
+      w[0, 64:] = 0
     arrays[f'{name}/w'] = w
     for form, (kind, double) in FORMATS.items():
-      packed, state = functional.quantize_4bit(torch.tensor(w), blocksize=64, quant_type=kind, compress_statistics=double)
+      options = {'blocksize': 64, 'quant_type': kind, 'compress_statistics': double}
+      packed, state = functional.quantize_4bit(torch.tensor(w), **options)
       held = state.as_dict(packed=True)
       arrays |= {f'{name}/{form}/weight.{key}': value.numpy() for key, value in held.items()}
       arrays[f'{name}/{form}/weight'] = packed.numpy()
