@@ -12,10 +12,12 @@ from flax import nnx
 
 import jpeft
 from jpeft import checkpoint, models
+from jpeft.generate import generate
 from jpeft.quant import Quantized, from_bitsandbytes, to_bitsandbytes
 from tests.fixtures import BACKBONES
 from tests.fixtures.backbone import noisy
 from tests.models.goldens import GOLDEN, golden
+from tests.models.test_llama import LLAMA_2_7B, TOKENS
 
 FIXTURES = ('linen_vit', 'linen_vit_scan', 'linen_gemma', 'linen_fused', 'nnx_vit', 'nnx_vit_scan', 'nnx_llama')
 
@@ -86,6 +88,21 @@ def test_a_quantized_model_runs_and_merges():
   merged = tuned.merge(theta, small)
   assert len(boxes(merged)) == 2
   np.testing.assert_allclose(model.apply(merged, tokens), tuned.apply(theta, small, tokens), atol=1e-4)
+  got = generate(tuned, small, tokens, theta=theta, new_tokens=4).tokens
+  np.testing.assert_array_equal(got, generate(model, decoded(merged), tokens, new_tokens=4).tokens)
+
+
+@pytest.mark.parametrize(('form', 'gigabytes'), ((jpeft.nf4(), 3.238 + 0.405), (jpeft.nf4(double=True), 3.238 + 0.103)),
+                         ids=str)
+def test_llama_2_7b_has_the_published_sizes(form, gigabytes):
+  """QLoRA (arXiv:2305.14314): 6.476 G weights in the blocks; 159,907,840 parameters of LoRA r = 64 beside them."""
+  model = models.from_config(LLAMA_2_7B, scan=True, param_dtype='bfloat16')
+  held = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
+  small = jax.eval_shape(lambda held: jpeft.quantize(model, form, held, TOKENS), held)
+  norms = 2 * 32 * 4096 * 2
+  assert abs((jpeft.nbytes(small['params']['decoder']) - norms) / 1e9 - gigabytes) < 1e-3
+  tuned = jpeft.attach(model, jpeft.lora(64, targets='{linear}'), small, TOKENS)
+  assert sum(math.prod(x.shape) for x in jax.tree.leaves(tuned.shapes)) == 159_907_840
 
 
 @pytest.mark.parametrize(('form', 'bits'), ((jpeft.nf4(), 4.5), (jpeft.nf4(double=True), 4.127), (jpeft.int4(), 4.5)),
