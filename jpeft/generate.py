@@ -92,65 +92,58 @@ def _generate(model, theta, backbone, tokens, mask, key, temperature, top_p, *, 
     args = (variables, tokens) if theta is None else (theta, variables, tokens)
     return model.apply(*args, mask=mask, **options)
 
-  begin, go_on = _cached(run, model, backbone, tokens, mask, new_tokens) if cache else (None, None)
-  if begin is None:
-    begin, go_on = _again(run, backbone, tokens, mask, new_tokens)
+  first, step, state = _cached(run, model, backbone, tokens, mask, new_tokens) if cache else (None,) * 3
+  if step is None:
+    step, state = _again(run, backbone, tokens, mask, new_tokens)
 
-  def choose(i, logits, done):
-    logits = logits.astype(jnp.float32)
-    token = jnp.argmax(logits, -1) if greedy else draw(jax.random.fold_in(key, i), logits, temperature, top_p)
-    token = jnp.where(done, pad, token)
-    return token, done | jnp.isin(token, jnp.array(stop, jnp.int32))
-
-  def body(carry):
+  def body(carry, step):
     i, written, lengths, done, token, state = carry
-    logits, state = go_on(token, i - 1, state)
-    lengths = lengths + ~done
-    token, done = choose(i, logits, done)
-    return i + 1, written.at[:, i].set(token), lengths, done, token, state
+    logits, state = step(token, i - 1, state)
+    logits, lengths = logits.astype(jnp.float32), lengths + ~done
+    token = jnp.argmax(logits, -1) if greedy else draw(jax.random.fold_in(key, i), logits, temperature, top_p)
+    token = jnp.where(done, pad, token).astype(jnp.int32)
+    return i + 1, written.at[:, i].set(token), lengths, done | jnp.isin(token, jnp.array(stop, jnp.int32)), token, state
 
-  logits, state = begin()
   batch = tokens.shape[0]
-  token, done = choose(0, logits, jnp.zeros(batch, bool))
-  written = jnp.full((batch, new_tokens), pad, token.dtype).at[:, 0].set(token)
-  carry = 1, written, jnp.ones(batch, jnp.int32), done, token, state
-  _, written, lengths, *_ = jax.lax.while_loop(lambda c: (c[0] < new_tokens) & ~c[3].all(), body, carry)
+  carry = (jnp.int32(0), jnp.full((batch, new_tokens), pad, jnp.int32), jnp.zeros(batch, jnp.int32),
+           jnp.zeros(batch, bool), tokens[:, -1], state)
+  carry = carry if first is None else body(carry, first)
+  step = functools.partial(body, step=step)
+  _, written, lengths, *_ = jax.lax.while_loop(lambda c: (c[0] < new_tokens) & ~c[3].all(), step, carry)
   return Generated(written, lengths)
 
 
 def _cached(run, model, backbone, tokens, mask, new_tokens):
-  """(begin, go on): the logits of the next token, by keys and values that are kept; Nones where a method
-  has more to keep."""
+  """(first, step, state): the logits of the next token from the prompts, then from one token more, by keys and
+  values that are kept; Nones where a method has more to keep."""
   if isinstance(model, Tuned) and any(isinstance(rule, Call) and rule.taps for rule, _ in model.rules):
-    return None, None
+    return None, None, None
   room = jnp.zeros((tokens.shape[0], tokens.shape[1] + new_tokens), jnp.int32)
   held = jax.eval_shape(lambda: run(backbone, room, room, mutable=['cache'])[1]['cache'])
   if any(leaf.shape[-1] != room.shape[1] for path, leaf in jax.tree.leaves_with_path(held)
          if path[-1].key == 'texts'):
-    return None, None
+    return None, None, None
 
-  def step(tokens, mask, held):
+  def go_on(tokens, mask, held):
     logits, held = run({**backbone, 'cache': held}, tokens, mask, mutable=['cache'])
     return logits[:, -1], held['cache']
 
-  begin = lambda: step(tokens, mask, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), held))
-  return begin, lambda token, i, held: step(token[:, None], jnp.ones_like(token)[:, None], held)
+  first = lambda token, i, held: go_on(tokens, mask, held)
+  step = lambda token, i, held: go_on(token[:, None], jnp.ones_like(token)[:, None], held)
+  return first, step, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), held)
 
 
 def _again(run, backbone, tokens, mask, new_tokens):
-  """The same, by running the whole text: its room is all there from the start, masked."""
-  length = tokens.shape[1]
+  """(step, state): the same, by running the whole text: its room is all there from the start, masked."""
   room = lambda x: jnp.pad(x, ((0, 0), (0, new_tokens)))
 
-  def step(end, tokens, mask):
-    logits = run(backbone, tokens, mask)
-    return jax.lax.dynamic_index_in_dim(logits, end, 1, keepdims=False), (tokens, mask)
+  def step(token, i, state):
+    end = tokens.shape[1] + i
+    written, seen = (x.at[:, end].set(new) for x, new in zip(state, (token, 1), strict=True))
+    logits = run(backbone, written, seen)
+    return jax.lax.dynamic_index_in_dim(logits, end, 1, keepdims=False), (written, seen)
 
-  def go_on(token, i, state):
-    tokens, mask = (x.at[:, length + i].set(new) for x, new in zip(state, (token, 1), strict=True))
-    return step(length + i, tokens, mask)
-
-  return lambda: step(length - 1, room(tokens), room(mask)), go_on
+  return step, (room(tokens), room(mask))
 
 
 def draw(key: jax.Array, logits: jax.Array, temperature=1.0, top_p=1.0) -> jax.Array:
