@@ -207,9 +207,9 @@ class Tuned:
       whole = {name: flat[join(site.path, name)] for name in site.leaves}
       t = jax.tree.map(site.place, self._theta(theta, rule, site))
       flat |= {join(site.path, n): Lazy(whole, t, _Applied(rule, site), n) for n in names}
-    riders = {path: self._rider(theta, rules, key) for path, rules in wrapped.items()}
-    wanted = frozenset((site.path, getattr(rule, 'method', '__call__'))
-                       for rules in wrapped.values() for rule, site in rules)
+    riders = {path: self._rider(theta, path, key) for path in wrapped}
+    wanted = frozenset((path, method) for path, rules in wrapped.items() for method in (
+      *(getattr(rule, 'method', '__call__') for rule, _ in rules), *(['__call__'] if path in self._held else [])))
     taps = any(isinstance(rule, Call) and rule.taps for rule, _ in self.rules)
     return backend.run(self.model, backbone, flat, riders, self._hooks[training], wanted, taps, args,
                        dict(kwargs))
@@ -311,7 +311,16 @@ class Tuned:
         kernels.add(site.path)
       if names:
         boxed.insert(0, (rule, site, names))
+    wrapped |= {path: [] for path in self._held if path not in wrapped}
     return boxed, wrapped
+
+  @functools.cached_property
+  def _held(self) -> dict[str, str]:
+    """{path: kernel} of the sites whose kernel is a box in the backbone, and can be computed again where it is used."""
+    backend = backend_of(self.model)
+    flat = backend.arrays(self.model, self.backbone)
+    return {path: site.matrices[0] for path, site in self.sites.items()
+            if field_of(site) and isinstance(flat[join(path, site.matrices[0])], Box)}
 
   @functools.cached_property
   def _hooks(self) -> dict:
@@ -326,12 +335,15 @@ class Tuned:
     here = here[: _beneath.get({}).get(path, len(here))]
     theta = {name: self._slim(t, name, path) for name, t in rider['theta'].items()}
     weights = [(r, theta.get(r.name, {})) for r, _ in here if isinstance(r, Weight)]
-    if weights:
+    box = backend.stored(module, self._held[path]) if path in self._held and method == '__call__' else None
+    if isinstance(box, Lazy):  # a rule has replaced the kernel
+      box = None
+    if weights or box is not None:
       random = [rule.name for rule, _ in weights if rule.needs_dot]
       if training and key is None and random:
         raise ValueError(f'{random[0]} dropout at {path!r} needs a random key: call '
                          "tuned.apply(..., rngs={'dropout': key})")
-      call = fused(weights, self.sites[path], module, call, key if training else None)
+      call = fused(weights, self.sites[path], module, call, key if training else None, box)
     for rank, (rule, site) in enumerate(here):
       if isinstance(rule, Call):
         sub = None if key is None else jax.random.fold_in(key, zlib.crc32(rule.name.encode()))
@@ -358,10 +370,10 @@ class Tuned:
                          'made by another method?') from None
       return {}
 
-  def _rider(self, theta, rules, key):
+  def _rider(self, theta, path: str, key):
     """What rides into the modules of one path: theta, a random key, and a mark of this Tuned, so
     that a jitted layer cached for another method is traced again."""
-    site = rules[0][1]
+    site, rules = self.sites[path], self._plan[1][path]
     rider = {'theta': {rule.name: self._theta(theta, rule, site) for rule, site in rules},
              f'id{id(self)}': jnp.zeros(site.lengths)}
     if key is not None:

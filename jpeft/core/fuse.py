@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .boxes import inject
+from .boxes import Box, inject
 from .rules import Weight
 from .sites import Leaf, Site
 
@@ -44,7 +44,7 @@ def field_of(site: Site) -> str | None:
   return fields[0]
 
 
-def fused(rules: Sequence[tuple[Weight, Any]], site: Site, module, call, key) -> Callable:
+def fused(rules: Sequence[tuple[Weight, Any]], site: Site, module, call, key, box: Box | None = None) -> Callable:
   """The call with `rules` applied to x @ w instead of w.
 
   Args:
@@ -53,6 +53,7 @@ def fused(rules: Sequence[tuple[Weight, Any]], site: Site, module, call, key) ->
     module: the bound module.
     call: its call.
     key: for dropout, or None.
+    box: the backbone's kernel, where that is a box: the backward pass computes it again.
   """
   field, (array,) = field_of(site), site.matrices
   leaf, base = site.leaves[array], getattr(module, field) or _DEFAULTS[field]
@@ -61,7 +62,7 @@ def fused(rules: Sequence[tuple[Weight, Any]], site: Site, module, call, key) ->
 
   def op(*args, **kwargs):
     x, kernel, to_rows, from_rows = split(base, leaf, *args, **kwargs)
-    out = base(*args, **kwargs)
+    out = base(*args, **kwargs) if box is None else _again(base, field, box, *args, **kwargs)
     used.append(field)
     y, arrays = to_rows(out), {n: jnp.zeros(l.shape, l.dtype) for n, l in site.leaves.items()}
     arrays[array] = kernel  # the others are boxed: what `w` makes of them here is not used
@@ -81,6 +82,23 @@ def fused(rules: Sequence[tuple[Weight, Any]], site: Site, module, call, key) ->
     return out
 
   return run
+
+
+def _again(base, field: str, box: Box, *args, **kwargs):
+  """base(*args), whose kernel is what the box holds: the backward pass keeps the box, not the kernel."""
+  i = 1 if field == 'einsum_op' else 0  # behind the text of the equation
+  dtype = args[i + 1].dtype
+  product = lambda x, box: base(*args[:i], x, box.unbox().astype(dtype), *args[i + 2:], **kwargs)
+  spec = jax.ShapeDtypeStruct(args[i].shape, args[i].dtype)
+
+  def backward(box, g):
+    # Tied to the cotangent, lest XLA keeps the kernel of the forward pass after all.
+    box, g = jax.lax.optimization_barrier((box, g))
+    return *jax.linear_transpose(lambda x: product(x, box), spec)(g), None
+
+  run = jax.custom_vjp(product)
+  run.defvjp(lambda x, box: (product(x, box), box), backward)
+  return run(args[i], box)
 
 
 class _after(dict):

@@ -56,6 +56,11 @@ def shapes_inside(module) -> dict[str, tuple[int, ...]]:
   return {'/'.join(k): tuple(meta.unbox(v).shape) for k, v in flat.items() if TAP not in k}
 
 
+def stored(module, name: str):
+  """An array that a module owns as it is held: a box stays one."""
+  return module.get_variable('params', name)
+
+
 def template(module):
   """An unbound copy of a module: its class and fields."""
   return module.clone(parent=None, name=None)

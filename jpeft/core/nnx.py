@@ -62,6 +62,11 @@ def shapes_inside(module) -> dict[str, tuple[int, ...]]:
   return {_name(k): tuple(v.get_raw_value().shape) for k, v in inside if _is_weight(type(v))}
 
 
+def stored(module, name: str):
+  """An array that a module owns as it is held: a box stays one."""
+  return getattr(module, name).get_raw_value()
+
+
 def template(module):
   """Nothing: an NNX module cannot be made again at another width."""
   return None

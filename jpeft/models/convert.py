@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,7 +16,8 @@ _SHOWN = 8  # problems named in one error
 
 def from_files(checkpoint: Checkpoint, table: Table, shapes: Mapping[str, tuple[int, ...]], *,
                edits: Mapping[str, Callable[[np.ndarray], np.ndarray]], fresh: set[str],
-               layers: int | None, param_dtype: Any) -> dict[str, Any]:
+               layers: int | None, param_dtype: Any,
+               coded: Mapping[str, Callable[[Iterable[np.ndarray]], Any]]) -> dict[str, Any]:
   """Reads our arrays from a folder.
 
   Args:
@@ -27,6 +28,7 @@ def from_files(checkpoint: Checkpoint, table: Table, shapes: Mapping[str, tuple[
     fresh: paths that are not read.
     layers: blocks from this number on are not missed by the model.
     param_dtype: number format of the result.
+    coded: {path: function} of the layers of an array, read one at a time, to what stands for it.
 
   Returns:
     {path: array} for all of shapes but the fresh.
@@ -48,10 +50,11 @@ def from_files(checkpoint: Checkpoint, table: Table, shapes: Mapping[str, tuple[
                      + '\n  '.join(problems[:_SHOWN] + rest))
 
   def load(place: Place):
-    arrays = [place.leaf.ours(checkpoint.read(names[key])) for key in place.keys]
-    if place.path in edits:
-      arrays = [edits[place.path](array) for array in arrays]
-    return jnp.asarray(np.stack(arrays) if place.stacked else arrays[0], param_dtype)
+    edit = edits.get(place.path, lambda x: x)
+    arrays = (edit(place.leaf.ours(checkpoint.read(names[key]))) for key in place.keys)
+    if place.path in coded:
+      return coded[place.path](arrays)
+    return jnp.asarray(np.stack(list(arrays)) if place.stacked else next(arrays), param_dtype)
 
   return {place.path: load(place) for place in wanted}
 
@@ -59,7 +62,7 @@ def from_files(checkpoint: Checkpoint, table: Table, shapes: Mapping[str, tuple[
 def to_tensors(params: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
   """{key on disk: array} of our arrays {path: array}; scanned stacks are taken apart."""
   found = list(places(table, {path: tuple(np.shape(x)) for path, x in params.items()}))
-  prefix = table.base if any(place.head for place in found) else ''
+  prefix = table.base if table.tied or any(place.head for place in found) else ''
   tensors = {}
   for place in found:
     array = np.asarray(params[place.path])

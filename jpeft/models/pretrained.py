@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,22 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from ..core.inspect import sites_of
+from ..quant.boxes import coded, kernels
+from ..quant.formats import Format
 from . import checkpoint as files
 from .checkpoint import Checkpoint
 from .convert import from_files, to_tensors
 from .families import Family, Request
+from .gguf import FILE as GGUF
+from .gguf import Gguf
 from .hf_bert import BERT_FAMILIES
+from .hf_llama import LLAMA_FAMILIES
 from .hf_t5 import T5_FAMILIES
 from .hf_vit import VIT_FAMILIES
 from .sources import find
 
-FAMILIES: dict[str, Family] = {**VIT_FAMILIES, **BERT_FAMILIES, **T5_FAMILIES}
+FAMILIES: dict[str, Family] = {**VIT_FAMILIES, **BERT_FAMILIES, **T5_FAMILIES, **LLAMA_FAMILIES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +38,9 @@ class Pretrained:
     model: the Linen module.
     variables: {'params': ...}.
     config: the Hugging Face config, brought up to date with what was asked for.
-    family: its model_type: vit, deit, dinov2, bert, roberta or t5.
+    family: its model_type: vit, deit, dinov2, bert, roberta, t5, llama, mistral, qwen2 or qwen3.
     preprocess: mean and std of pixels in [0, 1], and image_size; None for text.
-    tokenizer: path of tokenizer.json; None if there is none.
+    tokenizer: path of tokenizer.json, or of the GGUF file, see `load_tokenizer`; None if there is none.
     files: {file: sha256} of what the weights were read from.
   """
 
@@ -49,13 +56,14 @@ class Pretrained:
 def load(source: str | Path, *, num_classes: int | None = None, image_size: int | None = None,
          dtype: Any = 'float32', param_dtype: Any = 'float32', scan: bool = False,
          remat: bool = False, seed: int = 0, layers: int | None = None,
-         pool: str | None = None, dropout: float | None = None) -> Pretrained:
+         pool: str | None = None, dropout: float | None = None, quantize: Format | None = None,
+         targets: str = '{linear}') -> Pretrained:
   """Loads a backbone.
 
   Args:
-    source: a folder with config.json and safetensors files; the name of weights that a Python
-      package carries ('dinov2-s14', 'minilm-l6'); or the id of a model on the Hugging Face hub
-      ('org/name', needs huggingface_hub).
+    source: a folder with config.json and safetensors files (or model.gguf); a .gguf file; the name of weights
+      that a Python package carries ('dinov2-s14', 'minilm-l6', 'smollm2-135m'); or the id of a model
+      on the Hugging Face hub ('org/name', needs huggingface_hub).
     num_classes: None keeps the head of the checkpoint, if it has one; a number makes a fresh one.
     image_size: side of the images in pixels; position tables are resized to it. None as trained.
     dtype: of the computation.
@@ -68,6 +76,8 @@ def load(source: str | Path, *, num_classes: int | None = None, image_size: int 
       only) or 'tokens'. None as the family does: 'cls_mean' for DINOv2, 'mean' for sentence
       encoders such as MiniLM, else 'cls'.
     dropout: every dropout rate of the model; None as the checkpoint's config says.
+    quantize: store kernels in 4 bits, such as `jpeft.nf4()`; they are read and coded one at a time.
+    targets: pattern of the modules whose kernels are.
 
   Returns:
     A `Pretrained`. Its model returns logits if it has a head, else the pooled feature.
@@ -81,11 +91,8 @@ def load(source: str | Path, *, num_classes: int | None = None, image_size: int 
     >>> logits = loaded.model.apply(loaded.variables, images)  # doctest: +SKIP
   """
   folder, origin = find(source)
-  if not (folder / 'config.json').exists():
-    raise FileNotFoundError(f'{folder} holds no config.json, so what kind of model it is is unknown')
-  config = files.read_json(folder / 'config.json')
+  checkpoint, config = _opened(folder)
   family = family_of(config)
-  checkpoint = Checkpoint(folder)
   model = _build(config, checkpoint, num_classes=num_classes, image_size=image_size, dtype=dtype,
                  param_dtype=param_dtype, scan=scan, remat=remat, layers=layers, pool=pool, dropout=dropout)
   table = family.table(model)
@@ -93,13 +100,31 @@ def load(source: str | Path, *, num_classes: int | None = None, image_size: int 
   fresh = _fresh(shapes, checkpoint, num_classes)
   params = from_files(
     checkpoint, table, shapes, fresh=fresh, layers=layers, param_dtype=model.param_dtype,
-    edits=family.edits(config, model) if image_size is not None else {})
+    edits=family.edits(config, model) if image_size is not None else {},
+    coded={} if quantize is None else _coded(model, family, quantize, targets))
   params |= _new(fresh, shapes, seed, model.param_dtype)
   return Pretrained(
     model, {'params': traverse_util.unflatten_dict(params, sep='/')},
     family.describe(config, model), config['model_type'],
-    _preprocess(folder, family, model), _file(folder / 'tokenizer.json'),
+    _preprocess(folder, family, model), _file(folder if folder.is_file() else folder / 'tokenizer.json'),
     {**origin, **checkpoint.files})
+
+
+def _coded(model, family: Family, form: Format, targets: str) -> dict[str, Any]:
+  """{path: its layers -> a box} of the kernels that are quantized."""
+  held = jax.eval_shape(model.init, jax.random.key(0), *family.example(model))
+  found = kernels(sites_of(model, held, *family.example(model)), targets)
+  return {path: functools.partial(coded, form, *place) for path, place in found.items()}
+
+
+def _opened(folder: Path) -> tuple[Checkpoint | Gguf, dict[str, Any]]:
+  """The weights of a folder or GGUF file, and their config."""
+  if folder.is_file():
+    return (file := Gguf(folder)), file.config
+  if not (folder / 'config.json').exists():
+    raise FileNotFoundError(f'{folder} holds no config.json, so what kind of model it is is unknown')
+  config = files.read_json(folder / 'config.json')
+  return Gguf(folder / GGUF) if (folder / GGUF).exists() else Checkpoint(folder), config
 
 
 def from_config(config: Mapping, *, num_classes: int | None = None, image_size: int | None = None,
@@ -128,7 +153,7 @@ def save_pretrained(folder: str | Path, model: nn.Module, variables: Mapping,
   table = family.table(model)
   params = traverse_util.flatten_dict(nn.meta.unbox(dict(variables['params'])), sep='/')
   tensors = to_tensors(params, table)
-  headed = any(path.split('/')[0] == 'head' for path in params)
+  headed = table.tied or any(path.split('/')[0] == 'head' for path in params)
   name = table.architectures[headed or not table.base]
   files.write(Path(folder), tensors, family.describe(config, model) | {'architectures': [name]})
 

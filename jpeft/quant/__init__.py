@@ -1,0 +1,7 @@
+"""Few bits: 4-bit kernels of the backbone, decoded where they are read."""
+
+from .bitsandbytes import from_bitsandbytes, to_bitsandbytes
+from .boxes import Quantized, nbytes, quantize
+from .formats import Format, fp4, int4, nf4
+
+__all__ = ['Format', 'Quantized', 'fp4', 'from_bitsandbytes', 'int4', 'nbytes', 'nf4', 'quantize', 'to_bitsandbytes']

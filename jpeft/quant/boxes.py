@@ -1,0 +1,158 @@
+"""4-bit kernels in the backbone: boxes that are decoded where, and each time, the model reads them."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..core.boxes import Box
+from ..core.inspect import backend_of, sites_of
+from ..core.linen import join
+from ..core.sites import Leaf, Site, Sites
+from .formats import Format
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=['arrays'], meta_fields=['form', 'leaf', 'axes'])
+@dataclasses.dataclass(frozen=True, eq=False)
+class Quantized(Box):
+  """A kernel, or a stack of them, in 4 bits.
+
+  Attributes:
+    arrays: what `Format.encode` gives for the folded matrix; stacked layers and experts lead, or where the
+      stack of the kernel is not in front, it is where the kernel has it.
+    form: the format.
+    leaf: how one layer's kernel stands for a matrix.
+    axes: of the stored kernel that stack layers.
+  """
+
+  arrays: dict[str, jax.Array]
+  form: Format
+  leaf: Leaf
+  axes: tuple[int, ...]
+
+  def unbox(self) -> jax.Array:
+    decode = lambda arrays: self.leaf.unfold(self._matrix(arrays))
+    if not self._stacked:
+      own = self._own
+      return decode({n: x.reshape(own[n].shape) for n, x in self.arrays.items()}).astype(self.dtype)
+    for _ in self.axes:
+      decode = jax.vmap(decode)
+    lead = lambda x: jnp.moveaxis(x, self.axes, range(len(self.axes)))
+    own, count = self._own, len(self.axes)
+    arrays = {n: lead(x) for n, x in self.arrays.items()}
+    out = decode({n: x.reshape(*x.shape[:count], *own[n].shape) for n, x in arrays.items()})
+    return jnp.moveaxis(out, range(count), self.axes).astype(self.dtype)
+
+  def _matrix(self, arrays):
+    decode = lambda arrays: self.form.decode(arrays, (self.leaf.fan_in, self.leaf.fan_out))
+    for _ in self.leaf.batch:
+      decode = jax.vmap(decode)
+    return decode(arrays)
+
+  @functools.cached_property
+  def _own(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of one layer."""
+    kernel = jax.ShapeDtypeStruct(self.leaf.shape, self.dtype)
+    return jax.eval_shape(functools.partial(_encoded, self.form, self.leaf), kernel)
+
+  @property
+  def _stacked(self) -> bool:
+    """Whether all layers are here; inside a scan there is one."""
+    codes = self._own['codes'].shape
+    return bool(self.axes) and self.arrays['codes'].ndim == max(len(codes) + len(self.axes), max(self.axes) + 1)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    shape = list(self.leaf.shape)
+    for axis in sorted(self.axes) if self._stacked else ():
+      shape.insert(axis, self.arrays['codes'].shape[axis])
+    return tuple(shape)
+
+  @property
+  def dtype(self):
+    return self.leaf.dtype
+
+
+def quantize(model, form: Format, backbone, /, *args, targets: str = '{linear}', **kwargs):
+  """The backbone with its kernels in 4 bits, for `attach` and for the model itself.
+
+  Args:
+    model: a Linen or an NNX module; it is read, never changed.
+    form: such as `nf4()` or `nf4(double=True)`.
+    backbone: what the model holds; under jax.eval_shape nothing is computed.
+    *args: an example input; shapes will do.
+    targets: pattern of the modules whose kernels are quantized. Biases, norms and tables stay.
+    **kwargs: keyword arguments of the forward pass.
+
+  Raises:
+    ValueError: no kernel lies at `targets`.
+  """
+  backend = backend_of(model)
+  flat = dict(backend.arrays(model, backbone))
+  for path, (site, name) in kernels(sites_of(model, backbone, *args, **kwargs), targets).items():
+    if not isinstance(flat[path], Box):
+      flat[path] = _boxed(form, site, name, flat[path])
+  return backend.replace(model, backbone, flat)
+
+
+def kernels(sites: Sites, targets: str) -> dict[str, tuple[Site, str]]:
+  """{path of an array: (site, name)} of the kernels at a pattern.
+
+  Raises:
+    ValueError: there is none.
+  """
+  found = {join(site.path, name): (site, name) for site in sites.find(targets) for name in site.matrices}
+  if not found:
+    raise ValueError(f'no kernel lies at {targets!r}. Near it, of {len(sites)} sites: '
+                     f'{", ".join(sites.nearest(targets))}')
+  return found
+
+
+def _boxed(form: Format, site: Site, name: str, w) -> Quantized:
+  layers = site.lead(w).reshape(-1, *site.leaves[name].shape)
+  # One layer after the other: what encoding needs beside its result is that of one layer.
+  return _placed(form, site, name, jax.lax.map(functools.partial(_encoded_jit, form, site.leaves[name]), layers))
+
+
+def coded(form: Format, site: Site, name: str, layers: Iterable[Any]) -> Quantized:
+  """A kernel from its layers, which are read one at a time; what is held beside the result is one of them."""
+  whole = None
+  for i, w in enumerate(layers):
+    one = _encoded_jit(form, site.leaves[name], jnp.asarray(w, site.leaves[name].dtype))
+    if whole is None:
+      whole = {n: jnp.zeros((site.layers, *x.shape), x.dtype) for n, x in one.items()}
+    whole = _put(whole, one, i)
+  return _placed(form, site, name, whole)
+
+
+def _placed(form: Format, site: Site, name: str, arrays) -> Quantized:
+  """The box of encoded layers [layers, ...]."""
+  if any(axis < 0 for axis in site.axes):
+    raise ValueError(f'the layers at {site.path!r} are stacked on the axes {site.axes}, counted from the back, '
+                     'which 4-bit storage does not support')
+  arrays = {n: site.place(x.reshape(*site.lengths, *x.shape[1:])) for n, x in arrays.items()}
+  return Quantized(arrays, form, site.leaves[name], site.axes)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(whole, one, i):
+  return {n: jax.lax.dynamic_update_index_in_dim(x, one[n], i, 0) for n, x in whole.items()}
+
+
+def _encoded(form: Format, leaf: Leaf, w) -> dict[str, jax.Array]:
+  encode = form.encode
+  for _ in leaf.batch:
+    encode = jax.vmap(encode)
+  return encode(leaf.fold(w))
+
+
+_encoded_jit = jax.jit(_encoded, static_argnums=(0, 1))
+
+
+def nbytes(tree: Any) -> int:
+  """The bytes that the arrays of a tree take as they are stored: packed where they are quantized."""
+  return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -1,0 +1,160 @@
+"""Blocks of 4-bit codes: how a matrix is coded, how it lies in memory, and what it stands for.
+
+A weight [out, in] is cut along its rows into blocks that share a scale, as bitsandbytes does. In memory
+the matrix is [in, out]: the codes of its upper half are the low nibbles and those of its lower half the
+high ones, so that nothing is interleaved when they are taken apart; scales are [in / block, out]. Where
+blocks cross rows, codes and scales are flat, in the order of the rows.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import maps
+
+GROUP = 256  # absmax values that share a scale when they are quantized themselves
+MAP = maps.dynamic_map()
+_FP4_LEVELS = np.argsort(maps.FP4[:8])
+TABLES = {'nf4': maps.NF4, 'fp4': maps.FP4, 'int4': maps.INT4}
+
+
+class Format(NamedTuple):
+  """A 4-bit format.
+
+  Attributes:
+    name: 'nf4', 'fp4' or 'int4'.
+    block: weights that share a scale.
+    double: whether the scales are stored in 8 bits, in groups of 256 that share a float32.
+  """
+
+  name: str
+  block: int
+  double: bool
+
+  def encode(self, w: jax.Array) -> dict[str, jax.Array]:
+    """The arrays that stand for a matrix [in, out].
+
+    Returns:
+      {'codes': uint8, 'absmax': float32 (int4: float16)}; with `double`, absmax is uint8, and there are
+      'nested' (float32, one a group) and 'offset' (a float32).
+    """
+    rows = w.astype(jnp.float32).T.reshape(-1)
+    blocks = jnp.pad(rows, (0, -rows.size % self.block)).reshape(-1, self.block)
+    codes, scale = (_int4 if self.name == 'int4' else self._coded)(blocks)
+    codes = codes.reshape(-1)[:rows.size]
+    arrays = self._doubled(scale) if self.double else {'absmax': scale}
+    aligned = self.aligned(w.shape)
+    if aligned:
+      codes = codes.reshape(w.shape[::-1]).T
+      arrays['absmax'] = arrays['absmax'].reshape(w.shape[1], -1).T
+    return {'codes': pack(codes, self.zero), **arrays}
+
+  def decode(self, arrays: dict[str, jax.Array], shape: tuple[int, int]) -> jax.Array:
+    """The matrix [in, out], float32."""
+    values, scale = lookup(unpack(arrays['codes']), TABLES[self.name]), self.scales(arrays, shape)
+    if self.aligned(shape):
+      return (values.reshape(-1, self.block, shape[1]) * scale[:, None]).reshape(shape)
+    size = shape[0] * shape[1]
+    values = jnp.pad(values[:size], (0, -size % self.block)).reshape(-1, self.block)
+    return (values * scale[:, None]).reshape(-1)[:size].reshape(shape[::-1]).T
+
+  def scales(self, arrays: dict[str, jax.Array], shape: tuple[int, int]) -> jax.Array:
+    """The scale of every block, float32, laid out as absmax."""
+    absmax = arrays['absmax']
+    if not self.double:
+      return absmax.astype(jnp.float32)
+    order = absmax.T if self.aligned(shape) else absmax  # groups follow the rows of [out, in]
+    group = jnp.repeat(arrays['nested'], GROUP)[:absmax.size].reshape(order.shape)
+    group = group.T if self.aligned(shape) else group
+    product = jnp.asarray(MAP)[absmax.astype(jnp.int32)] * group
+    # A choice between product and sum, lest a compiler makes them one operation, which rounds once.
+    return jnp.where(product == product, product, 0) + arrays['offset']
+
+  def aligned(self, shape: tuple[int, int]) -> bool:
+    """Whether every block lies in one row of [out, in]."""
+    return shape[0] % self.block == 0
+
+  @property
+  def zero(self) -> int:
+    """The code of 0."""
+    return int(np.argmin(np.abs(TABLES[self.name])))
+
+  def _coded(self, blocks):
+    absmax = jnp.max(jnp.abs(blocks), 1)
+    # A block of zeros has the scale 0, and any code.
+    x = blocks * jnp.where(absmax == 0, 0, 1 / absmax)[:, None]
+    if self.name == 'nf4':
+      return _rank(x, maps.midpoints(maps.NF4)), absmax
+    level = _rank(jnp.abs(x), maps.midpoints(maps.FP4[_FP4_LEVELS]))
+    return lookup(level, np.resize(_FP4_LEVELS, 16).astype(np.uint8)) | jnp.where(x < 0, 8, 0).astype(jnp.uint8), absmax
+
+  def _doubled(self, absmax):
+    offset = jnp.mean(absmax)
+    centred = absmax - offset
+    groups = jnp.pad(centred, (0, -absmax.size % GROUP)).reshape(-1, GROUP)
+    nested = jnp.max(jnp.abs(groups), 1)
+    x = groups / jnp.where(nested == 0, 1, nested)[:, None]
+    codes = jnp.searchsorted(jnp.asarray(maps.midpoints(MAP)), x.reshape(-1)[:absmax.size])
+    return {'absmax': codes.astype(jnp.uint8), 'nested': nested, 'offset': offset}
+
+
+def nf4(block: int = 64, double: bool = False) -> Format:
+  """4-bit normal floats of QLoRA (arXiv:2305.14314): 4.5 bits a weight, 4.127 with `double`.
+
+  Args:
+    block: weights that share a scale.
+    double: quantize the scales too.
+  """
+  return _checked(Format('nf4', block, double))
+
+
+def fp4(block: int = 64, double: bool = False) -> Format:
+  """4-bit floats as bitsandbytes has them; for the arguments see `nf4`."""
+  return _checked(Format('fp4', block, double))
+
+
+def int4() -> Format:
+  """4-bit integers in blocks of 32 with a float16 scale: Q4_0 of GGUF, 4.5 bits a weight."""
+  return Format('int4', 32, False)
+
+
+def _checked(form: Format) -> Format:
+  if form.block < 32 or form.block & (form.block - 1):
+    raise ValueError(f'{form.name}: block={form.block} must be a power of two, at least 32')
+  return form
+
+
+def pack(codes: jax.Array, fill: int = 0) -> jax.Array:
+  """Two codes a byte: the first half of axis 0 in the low nibbles, the second in the high ones."""
+  if codes.shape[0] % 2:
+    codes = jnp.concatenate([codes, jnp.full((1, *codes.shape[1:]), fill, codes.dtype)])
+  low, high = jnp.split(codes.astype(jnp.uint8), 2)
+  return low | high << 4
+
+
+def unpack(packed: jax.Array) -> jax.Array:
+  """The inverse of `pack`; a code that filled up stays."""
+  return jnp.concatenate([packed & 15, packed >> 4])
+
+
+def lookup(codes: jax.Array, table: np.ndarray) -> jax.Array:
+  """table[codes] for 16 entries, by four levels of selections: no gather, which accelerators are slow at."""
+  values = [jnp.asarray(x) for x in table]
+  for bit in range(4):
+    one = (codes >> bit & 1).astype(bool)
+    values = [jnp.where(one, b, a) for a, b in zip(values[::2], values[1::2], strict=True)]
+  return values[0]
+
+
+def _rank(x, thresholds):
+  return sum((x > t).astype(jnp.uint8) for t in thresholds)
+
+
+def _int4(blocks):
+  """The number of largest magnitude becomes -8; halves round up."""
+  most = jnp.take_along_axis(blocks, jnp.argmax(jnp.abs(blocks), 1)[:, None], 1)[:, 0]
+  scale = most / -8
+  x = blocks * jnp.where(scale == 0, 0, 1 / scale)[:, None]
+  return jnp.clip(jnp.trunc(x + 8.5), 0, 15).astype(jnp.uint8), scale.astype(jnp.float16)
