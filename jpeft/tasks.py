@@ -55,6 +55,8 @@ def inputs(batch: dict) -> tuple[tuple, dict]:
   """(args, kwargs) of the model's call for a batch."""
   if 'image' in batch:
     return (batch['image'],), {}
+  if 'decoder_tokens' in batch:
+    return (batch['tokens'], batch['decoder_tokens']), {'mask': batch['token_mask']}
   return (batch['tokens'],), {'mask': batch['token_mask'], 'types': batch['types']}
 
 

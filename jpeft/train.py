@@ -74,9 +74,19 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     tx = optim.optimizer(tuned, tuned.shapes, rate, **choices)
     facts = summary(tuned)
 
-  # ---- Arrays on their devices.
+  # ---- Compilation, from shapes: what cannot fit is told before anything is put on a device.
   whole, rows = step.replicated(mesh), step.over_data(mesh)
   split = step.over_model(mesh, pretrained.variables) if config.mesh.backbone == 'sharded' else whole
+  blank = tasks.blank(config, pretrained)
+  fn = step.train_step(tuned, tx, config.seed, config.loss.label_smoothing, config.optimizer.accumulate)
+  shapes = step.laid(step.state_shapes(tuned, tx, pretrained.variables), whole)
+  held = step.laid(pretrained.variables, split)
+  with run.inputs_checked():
+    update, cost = step.fitting(fn, shapes, held, step.rows_of(blank, size, rows))
+  marked = step.rows_of(blank | {'mask': np.ones(1, np.float32)}, eval_size, rows)
+  mark, _ = step.compiled(step.eval_step(tuned), shapes['theta'], held, marked)
+
+  # ---- Arrays on their devices.
   backbone = jax.device_put(pretrained.variables, split)
   backbone_sha256 = fingerprint(backbone)
   state = jax.device_put(step.initial_state(tuned, tx, backbone, config.seed), whole)
@@ -98,13 +108,7 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
   progress.note(f'{config.method.name} on {config.model.source}, {config.data.name}: {facts.trainable:,} '
                 f'trainable numbers beside {facts.total:,}, {facts.memory}; {steps} updates of {size}'
                 + (f', going on after {start}' if start else ''))
-
-  # ---- Compilation, ahead of the loop: it also says what an update costs.
-  blank = tasks.blank(config, pretrained)
-  fn = step.train_step(tuned, tx, config.seed, config.loss.label_smoothing, config.optimizer.accumulate)
-  update, cost = step.compiled(fn, state, backbone, step.rows_of(blank, size, rows), donate=(0,))
-  shapes = step.rows_of(blank | {'mask': np.ones(1, np.float32)}, eval_size, rows)
-  mark, _ = step.compiled(step.eval_step(tuned), state['theta'], backbone, shapes)
+  progress.note(report.asks(cost))
 
   # ---- The loop. With `number` updates made: evaluate, save, and make one more.
   number, began = start, time.perf_counter()

@@ -32,7 +32,7 @@ _GATE_STARTS = {'learned': 0.0, 'linear': 0.1, 'hyperbolic': 0.9}
 def lst(reduction: int = 8, block: str = 'auto', heads: int = 1, downsample: str = 'linear',
         gate: str = 'learned', temperature: float = 0.1, gate_steps: int = 1000,
         layers: Sequence[int] | None = None, merge: str = 'replace', prune: Any = None,
-        dropout: float = 0.0, remat: bool = False, std: float = 0.01, blocks: str = '{block}',
+        dropout: float = 0.0, remat: bool = True, std: float = 0.01, blocks: str = '{block}',
         exit: str = '{exit}', name: str = 'lst') -> Method:
   """Ladder side-tuning (arXiv 2206.06522).
 
@@ -53,7 +53,7 @@ def lst(reduction: int = 8, block: str = 'auto', heads: int = 1, downsample: str
     prune: initial weights of own side blocks cut from the backbone: 'magnitude', or scores like the
       backbone's weights (`fisher`); None for a random start.
     dropout: on x_0.
-    remat: recompute the side blocks in the backward pass.
+    remat: recompute the side blocks in the backward pass: some percent more FLOPs for a fraction of the memory.
     std: of the initial projections.
     blocks: pattern of the backbone's blocks.
     exit: pattern of the module whose output is the last hidden state, one for each stack.

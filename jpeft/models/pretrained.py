@@ -80,9 +80,7 @@ def load(source: str | Path, *, num_classes: int | None = None, image_size: int 
     >>> logits = loaded.model.apply(loaded.variables, images)  # doctest: +SKIP
   """
   folder, origin = find(source)
-  if not (folder / 'config.json').exists():
-    raise FileNotFoundError(f'{folder} holds no config.json, so what kind of model it is is unknown')
-  config = files.read_json(folder / 'config.json')
+  config = _config(folder)
   family = family_of(config)
   checkpoint = Checkpoint(folder)
   model = _build(config, checkpoint, num_classes=num_classes, image_size=image_size, dtype=dtype,
@@ -99,6 +97,26 @@ def load(source: str | Path, *, num_classes: int | None = None, image_size: int 
     family.describe(config, model), config['model_type'],
     _preprocess(folder, family, model), _file(folder / 'tokenizer.json'),
     {**origin, **checkpoint.files})
+
+
+def describe(source: str | Path, **options) -> Pretrained:
+  """What `load` gives with the same arguments, as shapes: no weights are read, nor fetched from the hub.
+
+  A folder with config.json alone will do; what only tensors tell (a pooler, a head) is then left out.
+  """
+  folder, _ = find(source, weights=False)
+  config = _config(folder)
+  family = family_of(config)
+  try:
+    checkpoint = Checkpoint(folder)
+  except FileNotFoundError:
+    checkpoint = None
+  options.pop('seed', None)  # of what is fresh: values, which shapes have not
+  model = _build(config, checkpoint, **{'num_classes': None, 'image_size': None, 'layers': None, 'pool': None,
+                                        'dtype': 'float32', 'param_dtype': 'float32', **options})
+  params = {path: jax.ShapeDtypeStruct(shape, model.param_dtype) for path, shape in shapes_of(model, family).items()}
+  return Pretrained(model, {'params': traverse_util.unflatten_dict(params, sep='/')}, family.describe(config, model),
+                    config['model_type'], _preprocess(folder, family, model), _file(folder / 'tokenizer.json'), {})
 
 
 def from_config(config: Mapping, *, num_classes: int | None = None, image_size: int | None = None,
@@ -146,6 +164,12 @@ def shapes_of(model: nn.Module, family: Family) -> dict[str, tuple[int, ...]]:
   """{path: shape} of a model's parameters."""
   tree = jax.eval_shape(model.init, jax.random.key(0), *family.example(model))['params']
   return {path: x.shape for path, x in traverse_util.flatten_dict(tree, sep='/').items()}
+
+
+def _config(folder: Path) -> dict[str, Any]:
+  if not (folder / 'config.json').exists():
+    raise FileNotFoundError(f'{folder} holds no config.json, so what kind of model it is is unknown')
+  return files.read_json(folder / 'config.json')
 
 
 def _build(config, checkpoint, *, num_classes, image_size, layers, pool, **fields):
