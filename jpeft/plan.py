@@ -154,9 +154,10 @@ class Plans(tuple[Plan, ...]):
     head = ('method', 'trainable', 'optimizer', 'arguments', 'temp', 'total MiB', 'GFLOP', 'x forward', 'fits',
             'largest batch')
     size = lambda n: '-' if n is None else f'{n / 2**20:,.0f}'
+    giga = lambda n: f'{n / 1e9:,.0f}' if n > 1e11 else f'{n / 1e9:.3g}'
     answer = {None: '-', True: 'yes', False: 'no'}
     rows = [(p.method + (' + remat' if p.remat else ''), f'{p.trainable:,}', size(p.optimizer), size(p.argument),
-             size(p.temp), size(p.total) if p.exact else f'over {size(p.total)}', f'{p.flops / 1e9:,.4g}',
+             size(p.temp), size(p.total) if p.exact else f'over {size(p.total)}', giga(p.flops),
              f'{p.passes:.2f}', answer[p.fits], '-' if p.largest is None else str(p.largest)) for p in self]
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     pad = lambda i, cell: cell.rjust(widths[i]) if i else cell.ljust(widths[i])
