@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ..models import T5, PreNormBlock, ViT
+from ..models import T5, Llama, PreNormBlock, ViT
 from ..models.blocks import Encoder, block_of
 from ..models.layers import default_init, gelu_tanh, layer_norm
 
@@ -85,6 +85,15 @@ def _texts(size: int) -> dict[str, jax.ShapeDtypeStruct]:
           'label': words(8)}
 
 
+def _sentences(length: int):
+  words = lambda size: _shape(size, length, dtype=jnp.int32)
+  return lambda size: {'tokens': words(size), 'label': words(size)}
+
+
+def _llama(**sizes):
+  return lambda scan, remat: Llama(scan=scan, remat=remat, **BF16, **sizes)
+
+
 WORKS: dict[str, Work] = {
   'w1': Work('12 blocks of width 768 on ready tokens, batch 32, 196 tokens, 100 classes',
              lambda scan, remat: TokenEncoder(scan=scan, remat=remat, **BF16), _tokens, 32, ('unroll', 'scan')),
@@ -94,4 +103,9 @@ WORKS: dict[str, Work] = {
   'w3': Work('ViT-L/16, batch 64, 224 pixels, 1000 classes',
              lambda scan, remat: ViT(width=1024, depth=24, heads=16, mlp_dim=4096, patch_size=16, num_classes=1000,
                                      scan=scan, remat=remat, **BF16), _images, 64),
+  'w4_1b': Work('a decoder of the shape of Llama-3.2-1B, batch 4, 512 tokens',
+                _llama(width=2048, depth=16, heads=32, kv_heads=8, mlp_dim=8192, vocab=128256, tied=True),
+                _sentences(512), 4, head=False),
+  'w4_7b': Work('a decoder of the shape of Llama-2-7B, batch 1, 512 tokens',
+                _llama(width=4096, depth=32, heads=32, mlp_dim=11008, vocab=32000), _sentences(512), 1, head=False),
 }

@@ -93,6 +93,8 @@ ANATOMIES: dict[str, Anatomy] = {a.name: a for a in (
                  'decoder_norm': r'decoder/final_norm',
                  'position_bias': r'(?:en|de)coder/position_bias'},
           side={'bias': 'position_bias', 'context': 'context'}),
+  Anatomy('llama', {**_OWN, **_PRE_NORM, 'embed': r'embed', 'encoder': r'decoder', 'stack': r'decoder',
+                    'encoder_block': r'decoder/(?:block_\d+|blocks)', 'final_norm': r'final_norm'}, causal=True),
   Anatomy('vision_transformer', {
     'block': _VIT_BLOCK, 'attention': rf'{_VIT_BLOCK}/MultiHeadDotProductAttention_\d+',
     'q': rf'{_MHA}/query', 'k': rf'{_MHA}/key', 'v': rf'{_MHA}/value', 'o': rf'{_MHA}/out',

@@ -82,7 +82,7 @@ def run_blocks(block: Callable[..., nn.Module], depth: int, x, *, scan=False, re
       x = run(block(name=f'block_{i}'), x)
     return x
   scanned = nn.scan(lambda block, x, _: (run(block, x), None), length=depth,
-                    variable_axes={'params': 0, 'intermediates': 0},
+                    variable_axes={'params': 0, 'intermediates': 0, 'cache': 0},
                     split_rngs={'params': True, 'dropout': True})
   return scanned(block(name='blocks'), x, None)[0]
 

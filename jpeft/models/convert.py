@@ -59,7 +59,7 @@ def from_files(checkpoint: Checkpoint, table: Table, shapes: Mapping[str, tuple[
 def to_tensors(params: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
   """{key on disk: array} of our arrays {path: array}; scanned stacks are taken apart."""
   found = list(places(table, {path: tuple(np.shape(x)) for path, x in params.items()}))
-  prefix = table.base if any(place.head for place in found) else ''
+  prefix = table.base if table.tied or any(place.head for place in found) else ''
   tensors = {}
   for place in found:
     array = np.asarray(params[place.path])

@@ -187,6 +187,11 @@ def layer_norm(module, name):
                       use_fast_variance=False, name=name)
 
 
+def rms_norm(module, name):
+  """The RMSNorm that a module with fields eps, dtype and param_dtype uses."""
+  return nn.RMSNorm(module.eps, dtype=module.dtype, param_dtype=module.param_dtype, name=name)
+
+
 def check_pool(pool: str, known: tuple[str, ...], num_classes: int | None) -> None:
   """Raises ValueError for an unknown pool, or one that a head cannot read."""
   if pool not in known:

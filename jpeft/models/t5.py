@@ -12,14 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from .blocks import block_of, run_blocks
-from .layers import MLP, Attention, Block
+from .layers import MLP, Attention, Block, rms_norm
 from .positions import PositionBias
 
 _init = nn.initializers.lecun_normal()
-
-
-def _rms_norm(module, name):
-  return nn.RMSNorm(module.eps, dtype=module.dtype, param_dtype=module.param_dtype, name=name)
 
 
 class T5Block(Block):
@@ -42,15 +38,15 @@ class T5Block(Block):
       self.heads, self.head_dim, qkv_bias=False, out_bias=False, scaled=False,
       dropout=self.attention_dropout, attention_fn=self.attention_fn, name=name, **types)
 
-    y = _rms_norm(self, 'norm1')(x)
+    y = rms_norm(self, 'norm1')(x)
     x = x + drop(attention('attention')(y, mask=mask, bias=bias, deterministic=deterministic))
     if self.cross:
-      y = _rms_norm(self, 'norm_cross')(x)
+      y = rms_norm(self, 'norm_cross')(x)
       x = x + drop(attention('cross_attention')(y, context, mask=context_mask,
                                                 deterministic=deterministic))
     mlp = MLP(self.mlp_dim, self.activation, self.gated, use_bias=False, dropout=self.dropout,
               name='mlp', **types)
-    return x + drop(mlp(_rms_norm(self, 'norm2')(x), deterministic=deterministic))
+    return x + drop(mlp(rms_norm(self, 'norm2')(x), deterministic=deterministic))
 
 
 class T5Stack(nn.Module):
@@ -85,7 +81,7 @@ class T5Stack(nn.Module):
     x = run_blocks(self.block, self.depth, dropout(x, deterministic=deterministic), mask=mask,
                    bias=bias, deterministic=deterministic, scan=self.scan, remat=self.remat,
                    **context)
-    return dropout(_rms_norm(self, 'final_norm')(x), deterministic=deterministic)
+    return dropout(rms_norm(self, 'final_norm')(x), deterministic=deterministic)
 
 
 class T5(nn.Module):

@@ -43,6 +43,7 @@ class Table(NamedTuple):
     head: the same for what lies outside the base model.
     ignore: patterns of keys (without prefix) that a file may hold although the model does not read them.
     architectures: the names in transformers of the bare model and of the one with a head.
+    tied: whether the head is an array of the base model, so that a file has the prefix without it.
   """
 
   base: str
@@ -50,6 +51,7 @@ class Table(NamedTuple):
   head: tuple[tuple[str, str, str], ...]
   ignore: tuple[str, ...]
   architectures: tuple[str, str]
+  tied: bool = False
 
   def leaves(self) -> dict[str, tuple[str, Leaf, bool]]:
     """{path of an array: (key, how it lies, whether it belongs to the head)}."""

@@ -5,8 +5,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from jpeft import models
+
 GOLDEN = Path(__file__).parent / 'golden'
-NAMES = ('vit', 'deit', 'dinov2', 'bert', 'roberta', 't5', 't5_gated')
+CAUSAL = ('llama', 'mistral', 'qwen2', 'qwen3')
+NAMES = ('vit', 'deit', 'dinov2', 'bert', 'roberta', 't5', 't5_gated', *CAUSAL)
 INPUTS = ('images', 'tokens', 'decoder_tokens', 'mask', 'types')
 
 
@@ -17,7 +20,9 @@ def golden(name):
 
 
 def outputs(loaded, inputs, **kwargs):
-  return np.asarray(jax.jit(lambda v, x: loaded.model.apply(v, **x, **kwargs))(loaded.variables, inputs))
+  """What a model returns; zero at the padding of a decoder, where nothing is promised."""
+  out = np.asarray(jax.jit(lambda v, x: loaded.model.apply(v, **x, **kwargs))(loaded.variables, inputs))
+  return out * inputs['mask'][..., None] if isinstance(loaded.model, models.Llama) else out
 
 
 def close(got, want, tolerance=2e-6):

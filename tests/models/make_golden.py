@@ -1,10 +1,11 @@
 """Makes tests/models/golden: tiny random models of transformers, with inputs and their outputs.
 
-Run with torch and transformers installed: python tests/models/make_golden.py (written with
+Run with torch and transformers installed: python tests/models/make_golden.py [name ...] (written with
 transformers 5.23.0 and torch 2.13.0). Every parameter is moved away from its initial value, so that
 no forgotten bias or scale goes unseen. What a model computes is taken from the saved files.
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,10 @@ TEXT = {**SMALL, **LABELS, 'intermediate_size': 40, 'vocab_size': 60, 'max_posit
 T5 = {'d_model': 24, 'd_kv': 5, 'd_ff': 40, 'num_layers': 2, 'num_decoder_layers': 3, 'num_heads': 4,
       'vocab_size': 60, 'relative_attention_num_buckets': 8, 'relative_attention_max_distance': 12,
       'decoder_start_token_id': 0}
+CAUSAL = {**SMALL, 'intermediate_size': 40, 'vocab_size': 60, 'max_position_embeddings': 64,
+          'num_key_value_heads': 2, 'head_dim': 6}
+LLAMA3 = {'rope_type': 'llama3', 'rope_theta': 100.0, 'factor': 4.0, 'low_freq_factor': 1.0,
+          'high_freq_factor': 4.0, 'original_max_position_embeddings': 32}
 
 MODELS = {
   'vit': ('ViTForImageClassification', transformers.ViTConfig(**IMAGES)),
@@ -31,6 +36,12 @@ MODELS = {
   't5': ('T5ForConditionalGeneration', transformers.T5Config(**T5)),
   't5_gated': ('T5ForConditionalGeneration', transformers.T5Config(
     **T5, feed_forward_proj='gated-gelu', tie_word_embeddings=False)),
+  'llama': ('LlamaForCausalLM', transformers.LlamaConfig(
+    **CAUSAL, rope_parameters=LLAMA3, tie_word_embeddings=False, attention_bias=True, mlp_bias=True)),
+  'mistral': ('MistralForCausalLM', transformers.MistralConfig(**CAUSAL, sliding_window=5)),
+  'qwen2': ('Qwen2ForCausalLM', transformers.Qwen2Config(**CAUSAL, rope_parameters={
+    'rope_type': 'linear', 'rope_theta': 1000.0, 'factor': 2.0}, tie_word_embeddings=True)),
+  'qwen3': ('Qwen3ForCausalLM', transformers.Qwen3Config(**CAUSAL, tie_word_embeddings=True)),
 }
 
 
@@ -54,6 +65,8 @@ def inputs(config):
   tokens = np.where(mask, tokens, 1 if config.model_type == 'roberta' else 0)
   if config.model_type == 't5':
     return {'tokens': tokens, 'mask': mask, 'decoder_tokens': rng.integers(3, 60, (3, 16))}
+  if not hasattr(config, 'type_vocab_size'):
+    return {'tokens': tokens, 'mask': np.stack([mask[0], mask[1], mask[2, ::-1]])}  # padded on both sides
   types = rng.integers(0, config.type_vocab_size, (3, 18))
   return {'tokens': tokens, 'mask': mask, 'types': types}
 
@@ -67,8 +80,10 @@ def logits(model, given, **options):
     return model(**given, **options).logits.numpy()
 
 
-def main():
+def main(wanted: list[str]):
   for seed, (name, (kind, config)) in enumerate(MODELS.items()):
+    if wanted and name not in wanted:
+      continue
     torch.manual_seed(seed)
     folder = GOLDEN / name
     perturbed(kind, config).save_pretrained(folder)
@@ -76,6 +91,8 @@ def main():
     model = getattr(transformers, kind).from_pretrained(folder).eval()
     given = inputs(config)
     arrays = {**given, 'logits': logits(model, given)}
+    if kind.endswith('ForCausalLM'):
+      arrays['logits'] *= given['mask'][..., None]  # what follows padding is nobody's business
     if config.model_type in ('vit', 'dinov2'):
       large = np.random.default_rng(1).normal(size=(1, 42, 42, 3)).astype('float32')
       options = {'interpolate_pos_encoding': True} if name == 'vit' else {}
@@ -84,4 +101,4 @@ def main():
 
 
 if __name__ == '__main__':
-  main()
+  main(sys.argv[1:])
