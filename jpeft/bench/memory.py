@@ -184,10 +184,13 @@ def main(argv: list[str]) -> int:
 
 
 def _listed(text: str, known) -> list[str]:
-  chosen = [name for name in text.split(',') if name]
-  for name in chosen:
-    if name not in known:
+  """The names in a text; 'w4' stands for w4_1b and w4_7b."""
+  chosen = []
+  for name in text.split(','):
+    found = [name] if name in known else [k for k in known if k.startswith(f'{name}_') and known is WORKS]
+    if not found:
       raise argparse.ArgumentTypeError(f'{name!r} is none of {", ".join(known)}')
+    chosen += found
   return chosen
 
 

@@ -113,8 +113,10 @@ def describe(source: str | Path, **options) -> Pretrained:
   model = _build(config, checkpoint, **{'num_classes': None, 'image_size': None, 'layers': None, 'pool': None,
                                         'dtype': 'float32', 'param_dtype': 'float32', **options})
   params = {path: jax.ShapeDtypeStruct(shape, model.param_dtype) for path, shape in shapes_of(model, family).items()}
-  return Pretrained(model, {'params': traverse_util.unflatten_dict(params, sep='/')}, family.describe(config, model),
-                    config['model_type'], _preprocess(folder, family, model), _file(folder if folder.is_file() else folder / 'tokenizer.json'), {})
+  return Pretrained(
+    model, {'params': traverse_util.unflatten_dict(params, sep='/')},
+    family.describe(config, model), config['model_type'],
+    _preprocess(folder, family, model), _file(folder if folder.is_file() else folder / 'tokenizer.json'), {})
 
 
 def _opened(folder: Path, weights: bool = True) -> tuple[Checkpoint | Gguf | None, dict[str, Any]]:
