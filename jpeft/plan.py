@@ -306,8 +306,10 @@ def _planned(work: Work, name: str, tuned: Tuned, tx, where: targets.Target, sea
 
 def plan(model, methods: str | Method | Sequence[str] | Mapping[str, Method], batch: Mapping[str, Any], *,
          variables=None, target: str = 'tpu:v5e', optimizer: str = 'adamw', accumulate: int = 1,
-         mesh: tuple[int, int] = (1, 1), sharded: bool = False, search: bool = False) -> Plans:
+         mesh: tuple[int, int] = (1, 1), sharded: bool = False, search: bool = False, head: bool = True) -> Plans:
   """What a training step of each method on a model asks of a device: nothing is run.
+
+  Where none of them fits, what might is planned as well.
 
   Args:
     model: a Linen or an NNX module; an NNX one may be made by `nnx.eval_shape`.
@@ -321,6 +323,7 @@ def plan(model, methods: str | Method | Sequence[str] | Mapping[str, Method], ba
     mesh: (data, model) devices.
     sharded: spread the backbone over the model axis.
     search: also find the largest batch that fits.
+    head: named methods also train the model's head.
 
   Returns:
     A tuple of Plan that prints as a table.
@@ -338,22 +341,34 @@ def plan(model, methods: str | Method | Sequence[str] | Mapping[str, Method], ba
     init = functools.partial(model.init, **work.mode(False)) if isinstance(model, nn.Module) else None
     held = jax.eval_shape(init, jax.random.key(0), *args, **kwargs) if init else nnx.state(model)
     work = dataclasses.replace(work, variables=held)
-  found = []
-  for name, method in _named(methods).items():
+  where = targets.target(target)
+
+  def planned(name: str, method: Method) -> Plan:
     tuned = work.tuned(method)
     tx = optim.optimizer(tuned, tuned.shapes, optax.constant_schedule(1e-3), name=optimizer)
-    found.append(_planned(work, name, tuned, tx, targets.target(target), search))
-  return Plans(found)
+    return _planned(work, name, tuned, tx, where, search)
+
+  named = functools.partial(_made, head=head)
+  asked = {methods.names[0]: methods} if isinstance(methods, Method) else methods
+  if not isinstance(asked, Mapping):
+    asked = {name: named(name) for name in ([asked] if isinstance(asked, str) else asked)}
+  return _or_instead([planned(*pair) for pair in asked.items()], lambda name: planned(name, named(name)))
 
 
-def _named(asked) -> dict[str, Method]:
-  """{name: method} from names of the registry, a method, or both by name."""
-  if isinstance(asked, Method):
-    return {asked.names[0]: asked}
-  if isinstance(asked, Mapping):
-    return dict(asked)
-  chosen = {name: preset(name) for name in ([asked] if isinstance(asked, str) else asked)}
-  return {name: methods.make(method, **values) for name, (method, values) in chosen.items()}
+def _made(name: str, head: bool) -> Method:
+  """A method of the registry, or a preset."""
+  method, values = preset(name)
+  return methods.make(method, head=head, **values)
+
+
+def _or_instead(plans: list[Plan], planned: Callable[[str], Plan]) -> Plans:
+  """The plans and, where none fits, those of INSTEAD up to the first that does."""
+  for name in INSTEAD:
+    if any(p.fits is not False for p in plans):
+      break
+    if name not in [p.method for p in plans]:
+      plans.append(planned(name))
+  return Plans(plans)
 
 
 def of_configs(configs: Mapping[str, Any], where: targets.Target, search: bool = False) -> Plans:
@@ -368,15 +383,8 @@ def of_configs(configs: Mapping[str, Any], where: targets.Target, search: bool =
     ValueError, OSError, RuntimeError: whatever is wrong with a config.
   """
   plans = [_of_config(name, config, where, search) for name, config in configs.items()]
-  if any(p.fits is not False for p in plans):
-    return Plans(plans)
   last = list(configs.values())[-1]
-  for name in INSTEAD:
-    if name not in configs:
-      plans.append(_of_config(name, _with_method(last, name), where, search))
-      if plans[-1].fits:
-        break
-  return Plans(plans)
+  return _or_instead(plans, lambda name: _of_config(name, _with_method(last, name), where, search))
 
 
 def _with_method(config, name: str):
