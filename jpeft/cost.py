@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import re
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core as jex
@@ -107,14 +108,18 @@ class TooLarge(Exception):
     self.bytes = needed
 
 
-def compiled(traced: jax.stages.Traced) -> jax.stages.Compiled:
+def compiled(traced: jax.stages.Traced, options: Mapping[str, Any] | None = None) -> jax.stages.Compiled:
   """The compiled program.
+
+  Args:
+    traced: from `jax.jit(fn).trace(...)`.
+    options: of the compiler.
 
   Raises:
     TooLarge: the device that it is compiled for has too little memory, and the compiler says so.
   """
   try:
-    return traced.lower().compile()
+    return traced.lower().compile(dict(options or {}))
   except jax.errors.JaxRuntimeError as error:
     found = re.search(r'Used (\d+(?:\.\d+)?)([KMGT]?)i?B? of \d', str(error))
     if 'RESOURCE_EXHAUSTED' not in str(error) or found is None:

@@ -120,16 +120,16 @@ class Plan:
   def advice(self) -> str:
     """What to do about the part that dominates."""
     if self.dominant == 'weights':
-      return 'keep the backbone in bfloat16 (model.param_dtype), or spread it over chips (mesh.backbone=sharded)'
+      return 'hold the backbone in bfloat16 (model.param_dtype), or spread it over chips (mesh.backbone=sharded)'
     if self.dominant in ('trained weights', 'optimizer state'):
       return 'train fewer numbers (lora, lst), or take an optimizer with less state (lion, adafactor)'
     if self.dominant == 'batch':
-      return 'a smaller batch, or shorter inputs'
+      return 'take a smaller batch, or shorter inputs'
     if self.memory_class == MEMORY_CLASSES[0]:
-      return 'the backbone stores nothing: a smaller batch, or a leaner side network (downsample=pool, remat=true)'
+      return 'take a smaller batch, or a leaner side network (downsample=pool): the backbone stores nothing'
     if not self.remat:
       return 'recompute blocks in the backward pass (--remat), or a method without backbone backprop (lst)'
-    return 'a smaller batch (optimizer.accumulate keeps the update), or a method without backbone backprop (lst)'
+    return 'take a smaller batch (optimizer.accumulate keeps the update), or a method without backbone backprop (lst)'
 
   def row(self) -> dict[str, Any]:
     """As JSON: sizes in MiB (2**20 bytes), FLOPs in 1e9."""
@@ -166,7 +166,7 @@ class Plans(tuple[Plan, ...]):
     limit = (f'{cost.mib(first.limit)} each' if first.limit is not None
              else 'functional only: its bytes say nothing of an accelerator')
     title = f'{first.target}, {first.devices} device{"s" * (first.devices > 1)}, {limit}; batch {first.batch}'
-    notes = [f'{p.method}: {p.dominant} dominate; {p.advice}' for p in self]
+    notes = [f'{p.method}: most is {p.dominant}; to need less, {p.advice}' for p in self]
     return '\n'.join([title, line(head), *map(line, rows), *notes])
 
 
@@ -251,7 +251,7 @@ def measure(work: Work, name: str, tuned: Tuned, tx: optax.GradientTransformatio
   known = cost.nbytes((state, held, batch))
   found = {'argument': known, 'temp': None, 'total': known, 'exact': False}
   if where.memory is None or known <= where.memory:
-    found = _compiled(traced, known)
+    found = _compiled(traced, known, where.options)
   facts = summary(tuned)
   return Plan(
     method=name, target=where.name, batch=size, devices=mesh.size, remat=work.remat, trainable=facts.trainable,
@@ -260,10 +260,10 @@ def measure(work: Work, name: str, tuned: Tuned, tx: optax.GradientTransformatio
     forward=work.forward(size), seconds=time.perf_counter() - start, **found)
 
 
-def _compiled(traced, known: int) -> dict[str, Any]:
+def _compiled(traced, known: int, options: Mapping[str, Any]) -> dict[str, Any]:
   """The memory of a step; the compiler's own count where it refuses a step that does not fit."""
   try:
-    memory = cost.memory(cost.compiled(traced))
+    memory = cost.memory(cost.compiled(traced, options))
   except cost.TooLarge as refused:
     return {'argument': known, 'temp': max(0, refused.bytes - known), 'total': refused.bytes, 'exact': True}
   return {'argument': memory.argument, 'temp': memory.temp, 'total': memory.total, 'exact': True}

@@ -6,6 +6,7 @@ import difflib
 import importlib.util
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -66,11 +67,13 @@ class Target:
     name: such as 'tpu:v5e' or 'tpu:v5p:4x4x4'.
     devices: as the compiler describes them.
     memory: bytes of one device; None where there is no limit to speak of.
+    options: of the compiler.
   """
 
   name: str
   devices: tuple[Any, ...]
   memory: int | None
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def mesh(self, data: int = 1, model: int = 1) -> Mesh:
     """A mesh of data x model devices.
@@ -141,11 +144,10 @@ def _gpu(name: str, gpu: Gpu) -> Target:
   if not any(importlib.util.find_spec(f'jax_cuda{n}_plugin') for n in (12, 13)):
     raise ImportError(f'compiling for {name} needs the CUDA plugin (no GPU is needed): pip install --no-deps '
                       f'jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__}')
-  flags = os.environ.get('XLA_FLAGS', '')
-  if 'xla_gpu_autotune_level' not in flags:  # there is nothing here to time kernels on
-    os.environ['XLA_FLAGS'] = f'{flags} --xla_gpu_autotune_level=0'.strip()
   devices = topologies.get_topology_desc(platform='cuda', target_config=_description(gpu), topology='1x1x1').devices
-  return Target(name, (devices[0],), int(gpu.memory * GIB))
+  # There is no GPU here to time kernels on, and the tiles that are guessed instead do not fit all shapes.
+  untimed = {'xla_gpu_autotune_level': 0, 'xla_gpu_enable_triton_gemm': False}
+  return Target(name, (devices[0],), int(gpu.memory * GIB), untimed)
 
 
 def _description(gpu: Gpu) -> str:
