@@ -10,13 +10,14 @@ from .quant.boxes import nbytes, quantize
 from .quant.formats import fp4, int4, nf4
 from .version import __version__
 
-_LAZY = {'load': 'models', 'save_pretrained': 'models'}
+_LAZY = {'load': 'models', 'save_pretrained': 'models', 'plan': 'plan'}
 
 
 def __getattr__(name: str):
-  """Backbones are imported when they are first asked for."""
+  """Backbones, and what trains, are imported when they are first asked for."""
   if name in _LAZY:
-    return getattr(importlib.import_module(f'.{_LAZY[name]}', __name__), name)
+    module = importlib.import_module(f'.{_LAZY[name]}', __name__)
+    return module if name == _LAZY[name] else getattr(module, name)
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 

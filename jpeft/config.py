@@ -149,7 +149,7 @@ def complete(values) -> ConfigDict:
                      "config.data.cache_features it must be 'none'")
   if out['schedule.warmup_steps'] and out['schedule.warmup_fraction']:
     raise ValueError('the config sets both schedule.warmup_steps and schedule.warmup_fraction: give one')
-  return ConfigDict(_nest(out)).lock()
+  return ConfigDict(nest(out)).lock()
 
 
 def _checked(key: str, field: Field, value):
@@ -173,17 +173,7 @@ def load(reference: str, overrides: dict[str, str] | None = None) -> ConfigDict:
   Raises:
     ValueError, FileNotFoundError: with one sentence that says what to change.
   """
-  match = re.fullmatch(r'(.+?\.py)(?::(.*))?', reference)
-  if not match:
-    raise ValueError(f'--config={reference} is not a python file: give configs/NAME.py or '
-                     'configs/NAME.py:ARG')
-  path, arg = pathlib.Path(match[1]), match[2]
-  if not path.is_file():
-    there = [str(p) for p in sorted(path.parent.glob('*.py')) if p.stem != '__init__']
-    raise FileNotFoundError(f'there is no config file {path}{nearest(str(path), there)}')
-  get_config = _module(path).__dict__.get('get_config')
-  if not callable(get_config):
-    raise ValueError(f'{path} has no function get_config')
+  get_config, path, arg = _get_config(reference)
   if arg and not inspect.signature(get_config).parameters:
     raise ValueError(f'{path} takes no argument, but {arg!r} was given after the colon')
   try:
@@ -197,7 +187,23 @@ def load(reference: str, overrides: dict[str, str] | None = None) -> ConfigDict:
     if key not in FIELDS and key.split('.')[0] not in OPEN:
       raise ValueError(f'unknown config key {key!r}{nearest(key, [*FIELDS, *flat])}')
     flat[key] = _literal(text, FIELDS.get(key))
-  return complete(_nest(flat))
+  return complete(nest(flat))
+
+
+def _get_config(reference: str) -> tuple[Callable, pathlib.Path, str | None]:
+  """(get_config, path, argument) of FILE.py or FILE.py:ARG; raises as `load` does."""
+  match = re.fullmatch(r'(.+?\.py)(?::(.*))?', reference)
+  if not match:
+    raise ValueError(f'--config={reference} is not a python file: give configs/NAME.py or '
+                     'configs/NAME.py:ARG')
+  path, arg = pathlib.Path(match[1]), match[2]
+  if not path.is_file():
+    there = [str(p) for p in sorted(path.parent.glob('*.py')) if p.stem != '__init__']
+    raise FileNotFoundError(f'there is no config file {path}{nearest(str(path), there)}')
+  get_config = _module(path).__dict__.get('get_config')
+  if not callable(get_config):
+    raise ValueError(f'{path} has no function get_config')
+  return get_config, path, arg
 
 
 def _module(path: pathlib.Path):
@@ -239,6 +245,11 @@ class Command:
     kept = {k: v for k, v in self.overrides.items() if k.split('.')[0] not in ('method', 'optimizer')}
     path = re.fullmatch(r'(.+?\.py)(?::(.*))?', self.reference)[1]
     return Command(f'{path}:{arg}', kept, self.workdir)
+
+  @property
+  def takes_argument(self) -> bool:
+    """Whether the file's `get_config` takes what stands after the colon."""
+    return bool(inspect.signature(_get_config(self.reference)[0]).parameters)
 
   def folder(self) -> pathlib.Path:
     """--workdir, or runs/FILE-ARG."""
@@ -285,7 +296,8 @@ def flatten(values, prefix: str = '') -> dict[str, Any]:
   return out
 
 
-def _nest(flat: dict[str, Any]) -> dict:
+def nest(flat: dict[str, Any]) -> dict:
+  """The inverse of `flatten`."""
   out: dict = {}
   for key, value in flat.items():
     *sections, last = key.split('.')

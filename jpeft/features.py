@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from . import data
+from . import cost, data
 from .core import Tuned, cut
 
 
@@ -65,8 +65,8 @@ class Features:
     self.blank['label'] = part.blank['label']
     self._columns: dict[str, np.ndarray] = {}
     abstract = tuned.shapes, tuned.backbone
-    whole = _flops(part.forward, *abstract, inputs, jax.random.key(0))
-    late = _flops(self.forward, *abstract, self.blank, jax.random.key(0))
+    whole, late = (cost.flops(jax.jit(fn).trace(*abstract, batch, jax.random.key(0))).all
+                   for fn, batch in ((part.forward, inputs), (self.forward, self.blank)))
     if late > 0.9 * whole:
       raise ValueError(f'config.data.cache_features: {late / whole:.0%} of the FLOPs of a forward pass come after the '
                        'first trained number or the first dropout; leave it out, or set config.model.dropout=0')
@@ -105,8 +105,3 @@ class Features:
 
   def __getitem__(self, i: int) -> dict[str, Any]:
     return {name: column[i] for name, column in self._columns.items()}
-
-
-def _flops(fn: Callable, *args) -> float:
-  """Of one call, before XLA optimises."""
-  return jax.jit(fn).lower(*args).cost_analysis()['flops']

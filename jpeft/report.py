@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .checkpoint import write
+from .cost import mib
 
 
 class Progress:
@@ -144,6 +145,16 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
   rows.insert(1, tuple('-' * w for w in widths))
   padded = ([c.ljust(w) for c, w in zip(row, widths, strict=True)] for row in rows)
   return '\n'.join(f'| {" | ".join(row)} |' for row in padded)
+
+
+def asks(cost: dict[str, float]) -> str:
+  """What an update asks of a device, in a line, from `step.fitting`."""
+  parts = [f'{cost["flops"] / 1e9:,.1f} GFLOP'] if 'flops' in cost else []
+  if 'total_bytes' in cost:
+    names = {'weights': 'weights', 'state': 'trained with its optimizer', 'temp': 'temporary'}
+    sizes = ', '.join(f'{name} {mib(cost[f"{part}_bytes"])}' for part, name in names.items())
+    parts.insert(0, f'{mib(cost["total_bytes"])} ({sizes})')
+  return f'an update asks for {", ".join(parts) or "what its backend does not say"}'
 
 
 def _curves(path: pathlib.Path, rows: list[dict]) -> bool:

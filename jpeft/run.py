@@ -154,15 +154,20 @@ def method_of(config):
     raise ValueError(f'config.method: {name} does not take {values}: {error}') from error
 
 
-def build(config, num_classes: int) -> tuple[Any, Any]:
+def build(config, num_classes: int, load: Callable = models.load) -> tuple[Any, Any]:
   """(pretrained, tuned): the backbone, and the method attached to it.
+
+  Args:
+    config: of the run.
+    num_classes: outputs of the head.
+    load: `models.load`, or `models.describe` where shapes will do.
 
   Raises:
     ValueError, OSError, RuntimeError: whatever is wrong with weights, method or patterns.
   """
   method = method_of(config)
   fields = config.model.to_dict() | {'num_classes': num_classes, 'seed': config.seed}
-  pretrained = models.load(fields.pop('source'), **fields)
+  pretrained = load(fields.pop('source'), **fields)
   args, kwargs = tasks.inputs(tasks.blank(config, pretrained))
   return pretrained, attach(pretrained.model, method, pretrained.variables, *args, **kwargs,
                             deterministic=True)

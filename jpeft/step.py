@@ -1,8 +1,9 @@
 """The compiled parts of a run: one update of theta, one evaluation step, and where arrays are put."""
 
+import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from . import cost as costs
 from . import tasks
 from .core import Tuned
 
@@ -25,16 +27,28 @@ def initial_state(tuned: Tuned, tx: optax.GradientTransformation, backbone, seed
   return {'theta': theta, 'optimizer': tx.init(theta), 'step': jnp.zeros((), jnp.int32), 'sums': no_sums()}
 
 
+def state_shapes(tuned: Tuned, tx: optax.GradientTransformation, backbone) -> dict:
+  """The shapes of `initial_state`; nothing is computed."""
+  return jax.eval_shape(lambda held: initial_state(tuned, tx, held, 0), backbone)
+
+
 def no_sums() -> dict:
   return {'loss': jnp.zeros(()), 'correct': jnp.zeros(()), 'examples': jnp.zeros(())}
 
 
-def forward(tuned: Tuned, training: bool) -> Callable:
-  """(theta, backbone, batch, key) -> logits [B, C]; the key is of dropout, and is not read in evaluation."""
+def forward(tuned: Tuned, training: bool, mode: Mapping[str, bool] | None = None) -> Callable:
+  """(theta, backbone, batch, key) -> logits [B, C].
+
+  Args:
+    tuned: from `attach`.
+    training: whether the key is read, for dropout.
+    mode: the argument by which the model is told whether it trains; `deterministic` if left out.
+  """
+  mode = {'deterministic': not training} if mode is None else mode
   def run(theta, backbone, batch, key):
     args, kwargs = tasks.inputs(batch)
     rngs = {'rngs': {'dropout': key}} if training else {}
-    return tuned.apply(theta, backbone, *args, **kwargs, deterministic=not training, **rngs)
+    return tuned.apply(theta, backbone, *args, **kwargs, **mode, **rngs)
   return run
 
 
@@ -133,19 +147,71 @@ def rows_of(blank: dict[str, np.ndarray], size: int, sharding) -> dict[str, jax.
 def compiled(fn: Callable, *args, donate: tuple[int, ...] = ()) -> tuple[Callable, dict[str, float]]:
   """(fn compiled for these arguments, what XLA says it costs).
 
-  The costs: flops and bytes_accessed of one call, bytes of arguments, output and temporaries, and
-  seconds of compilation. A backend that does not say leaves them out. XLA counts the body of a loop once:
-  with a scanned stack of blocks the flops are those of one block.
+  The costs: flops (with every round of its loops) and bytes_accessed of one call on one device, bytes of
+  arguments, output, alias, temporaries and of all, and seconds of compilation. A backend that does not say leaves
+  them out. What the program does not read is an argument all the same: it is kept on the device.
+
+  Raises:
+    cost.TooLarge: it does not fit the device, and the compiler says so.
   """
   start = time.perf_counter()
-  program = jax.jit(fn, donate_argnums=donate).lower(*args).compile()
+  traced = jax.jit(fn, donate_argnums=donate, keep_unused=True).trace(*args)
+  program = costs.compiled(traced)
   cost: dict[str, float] = {'compile_seconds': round(time.perf_counter() - start, 2)}
-  analysis, memory = program.cost_analysis() or {}, program.memory_analysis()
-  cost |= {k.replace(' ', '_'): analysis[k] for k in ('flops', 'bytes accessed') if k in analysis}
+  analysis, memory = program.cost_analysis() or {}, costs.memory(program)
+  if 'flops' in analysis:
+    shardings = [x.sharding for x in jax.tree.leaves(args) if getattr(x, 'sharding', None)]
+    devices = max((len(s.device_set) for s in shardings), default=1)
+    cost['flops'] = analysis['flops'] + costs.uncounted(traced, devices)
+  if 'bytes accessed' in analysis:
+    cost['bytes_accessed'] = analysis['bytes accessed']
   if memory is not None:
-    cost |= {f'{part}_bytes': getattr(memory, f'{part}_size_in_bytes')
-             for part in ('argument', 'output', 'alias', 'temp')}
+    cost |= {f'{part}_bytes': size for part, size in dataclasses.asdict(memory).items()}
+    cost['total_bytes'] = memory.total
   return program, cost
+
+
+def limit_of(device) -> int | None:
+  """The bytes that a device lets a program have; None where it does not say."""
+  return (device.memory_stats() or {}).get('bytes_limit')
+
+
+def fitting(update: Callable, state, backbone, batch) -> tuple[Callable, dict[str, float]]:
+  """`compiled` for an update whose state is donated, and whose memory its devices have.
+
+  Args:
+    update: from `train_step`.
+    state, backbone, batch: shapes, as `laid`.
+
+  Returns:
+    (program, costs); the costs also say the bytes of weights, state and all, where the compiler does.
+
+  Raises:
+    ValueError: it needs more than a device has; says how much, and for what.
+  """
+  limit = limit_of(next(iter(jax.tree.leaves(batch)[0].sharding.device_set)))
+  parts = {'weights_bytes': costs.nbytes(backbone), 'state_bytes': costs.nbytes(state)}
+  try:
+    program, cost = compiled(update, state, backbone, batch, donate=(0,))
+    total = cost.get('total_bytes', 0)
+    if limit is None or total <= limit:
+      return program, cost | parts
+  except costs.TooLarge as refused:
+    total = refused.bytes
+  size, has = batch['label'].shape[0], costs.mib(limit) if limit else 'less'
+  raise ValueError(
+    f'an update of {size} examples needs {costs.mib(total)} on a device that has {has}: weights '
+    f'{costs.mib(parts["weights_bytes"])}, what is trained and its optimizer {costs.mib(parts["state_bytes"])}, the '
+    'rest activations; take a smaller data.batch_size, model.remat=true or a method that keeps less: python -m '
+    'jpeft.plan with the same --config says what fits')
+
+
+def laid(tree, sharding) -> Any:
+  """A tree as shapes that lie where a sharding, or a tree of shardings, says."""
+  shape = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+  if isinstance(sharding, NamedSharding):
+    return jax.tree.map(lambda x: shape(x, sharding), tree)
+  return jax.tree.map(shape, tree, sharding)
 
 
 def mesh(data: int, model: int) -> Mesh:

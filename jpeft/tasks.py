@@ -55,7 +55,8 @@ def inputs(batch: dict) -> tuple[tuple, dict]:
   """(args, kwargs) of the model's call for a batch."""
   if 'image' in batch:
     return (batch['image'],), {}
-  return (batch['tokens'],), {'mask': batch['token_mask'], 'types': batch['types']}
+  given = {name: batch[key] for name, key in (('mask', 'token_mask'), ('types', 'types')) if key in batch}
+  return (batch['tokens'], *([batch['decoder_tokens']] if 'decoder_tokens' in batch else [])), given
 
 
 def blank(config, pretrained) -> dict[str, np.ndarray]:

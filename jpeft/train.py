@@ -79,9 +79,19 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     tx = optim.optimizer(tuned, tuned.shapes, rate, **choices)
     facts = summary(tuned)
 
-  # ---- Arrays on their devices.
+  # ---- Compilation, from shapes: what cannot fit is told before anything is put on a device.
   whole, rows = step.replicated(mesh), step.over_data(mesh)
   split = step.over_model(mesh, pretrained.variables) if config.mesh.backbone == 'sharded' else whole
+  fn = step.train_step(tuned, learn.forward, tx, config.seed, config.loss.label_smoothing,
+                       config.optimizer.accumulate)
+  shapes = step.laid(step.state_shapes(tuned, tx, pretrained.variables), whole)
+  held = step.laid(pretrained.variables, split)
+  with run.inputs_checked():
+    update, cost = step.fitting(fn, shapes, held, step.rows_of(learn.blank, size, rows))
+  marked = step.rows_of(judge.blank | {'mask': np.ones(1, np.float32)}, eval_size, rows)
+  mark, _ = step.compiled(step.eval_step(judge.forward), shapes['theta'], held, marked)
+
+  # ---- Arrays on their devices.
   backbone = jax.device_put(pretrained.variables, split)
   backbone_sha256 = fingerprint(backbone)
   state = jax.device_put(step.initial_state(tuned, tx, backbone, config.seed), whole)
@@ -103,13 +113,7 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
   progress.note(f'{config.method.name} on {config.model.source}, {config.data.name}: {facts.trainable:,} '
                 f'trainable numbers beside {facts.total:,}, {facts.memory}; {steps} updates of {size}'
                 + (f', going on after {start}' if start else ''))
-
-  # ---- Compilation, ahead of the loop: it also says what an update costs.
-  fn = step.train_step(tuned, learn.forward, tx, config.seed, config.loss.label_smoothing,
-                       config.optimizer.accumulate)
-  update, cost = step.compiled(fn, state, backbone, step.rows_of(learn.blank, size, rows), donate=(0,))
-  shapes = step.rows_of(judge.blank | {'mask': np.ones(1, np.float32)}, eval_size, rows)
-  mark, _ = step.compiled(step.eval_step(judge.forward), state['theta'], backbone, shapes)
+  progress.note(report.asks(cost))
 
   # ---- The loop. With `number` updates made: evaluate, save, and make one more.
   number, began = start, time.perf_counter()

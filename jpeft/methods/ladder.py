@@ -280,21 +280,6 @@ class Ladder:
     rows = {n: self._unrolled(taps, n) for n in names}
     return {n: [rows[n][i] for i in self.layers] for n in names}
 
-  def run(self, step, s: jax.Array, layers: dict) -> jax.Array:
-    """s after step(s, layer) for each side layer: as a scan where the backbone is one.
-
-    Args:
-      step: (s, layer) -> s.
-      s: the stream.
-      layers: a tree of stacked arrays, or of lists by layer.
-    """
-    if self.scanned:
-      return jax.lax.scan(lambda s, layer: (step(s, layer), None), s, layers)[0]
-    is_list = lambda x: isinstance(x, list)
-    for j in range(len(self.layers)):
-      s = step(s, jax.tree.map(lambda x, j=j: x[j], layers, is_leaf=is_list))
-    return s
-
   def check(self, prune) -> None:
     """Raises a ValueError where the widths cannot be divided, or nothing can be pruned."""
     for block in self.stack:

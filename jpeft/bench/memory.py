@@ -1,0 +1,200 @@
+"""The memory that one training step of every method asks for: docs/memory.md and its plot.
+
+    python -m jpeft.bench.memory [--work=w1,w2] [--methods=lst,lora] [--remat=none,block] [--layers=scan,unroll]
+                                 [--target=tpu:v5e] [--json]
+
+Compiles whole steps (forward, backward, AdamW, state donated) ahead of time, from shapes: no accelerator runs.
+A row: MiB of arguments, temporaries and total = arguments + outputs + temporaries - aliased, and GFLOP as XLA
+counts them, with all rounds of loops. Frozen weights are bfloat16, what is trained float32.
+
+With --json the rows go to stdout. Without it they replace those of the same kind in docs/memory.json, from
+which docs/memory.md and docs/memory.png are drawn, so that the table can be made in parts.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+import optax
+
+from .. import cost, methods, optim, plan, run, step
+from .. import target as targets
+from ..methods.presets import names, preset
+from .peers import PEERS
+from .works import WORKS, Work
+
+DOCS = pathlib.Path(__file__).parents[2] / 'docs'
+INTRODUCTION = """
+One whole step (forward, backward, AdamW, state donated) compiled ahead of time for TPU v5e by libtpu, on a machine
+without a TPU; nothing was run. total = arguments + outputs + temporaries - aliased, in MiB (2**20 bytes); GFLOP as XLA
+counts them, with all rounds of loops. Activations and frozen weights are bfloat16; what is trained, and Adam's state,
+float32. Temporaries are those of device memory: what XLA keeps in on-chip memory does not count.
+
+Made by `python -m jpeft.bench.memory`; hyperparameters are those of `jpeft/methods/presets.py`, else the defaults.
+""".strip()
+PEER_NOTE = (f'Rows marked "peer" are constants measured with {PEERS[0]["source"]}: the same encoder, step, target and '
+             'convention.')
+KEY = ('work', 'method', 'remat', 'layers', 'target')
+
+
+def measure(work: str, method: str, remat: str, layers: str, where: targets.Target) -> dict[str, Any]:
+  """A row of the table.
+
+  Args:
+    work: of WORKS.
+    method: of the registry, or a preset.
+    remat: 'none' or 'block'.
+    layers: 'scan' or 'unroll'.
+    where: what to compile for.
+
+  Raises:
+    ValueError: the method does not act on the work's model.
+  """
+  chosen, start = WORKS[work], time.perf_counter()
+  name, hyperparameters = preset(method)
+  made = methods.make(name, head=chosen.head, **hyperparameters)
+  planned = _planned(chosen, layers == 'scan', remat == 'block')
+  tuned = planned.tuned(made)
+  tx = optim.optimizer(tuned, tuned.shapes, optax.constant_schedule(1e-3))
+  shapes = planned.placed(where.mesh(), step.state_shapes(tuned, tx, planned.variables), chosen.size)
+  fn = step.train_step(tuned, step.forward(tuned, True, planned.mode(True)), tx, 0)
+  traced = jax.jit(fn, donate_argnums=0).trace(*shapes)
+  facts = plan.summary(tuned)
+  row = {'work': work, 'method': method, 'remat': remat, 'layers': layers, 'target': where.name,
+         'trainable': facts.trainable, 'memory_class': facts.memory}
+  mib = lambda n: round(n / 2**20, 1)
+  try:
+    program = cost.compiled(traced, where.options)
+  except cost.TooLarge as refused:
+    known = cost.nbytes(shapes)
+    found = {'arguments_mib': mib(known), 'temp_mib': mib(refused.bytes - known), 'total_mib': mib(refused.bytes),
+             'gflop': cost.flops(traced).all}
+  else:
+    memory, counted = cost.memory(program), (program.cost_analysis() or {}).get('flops')
+    gflop = cost.flops(traced).all if counted is None else counted + cost.uncounted(traced)
+    found = {'arguments_mib': mib(memory.argument), 'temp_mib': mib(memory.temp), 'total_mib': mib(memory.total),
+             'gflop': gflop}
+  forward = planned.forward(chosen.size)
+  return {**row, **found, 'gflop': round(found['gflop'] / 1e9, 1), 'forward_gflop': round(forward / 1e9, 1),
+          'fits': where.memory is None or found['total_mib'] * 2**20 <= where.memory,
+          'compile_seconds': round(time.perf_counter() - start, 1)}
+
+
+def _planned(work: Work, scan: bool, remat: bool) -> plan.Work:
+  model, one = work.model(scan, remat), work.batch(1)
+  args, kwargs = plan.tasks.inputs(one)
+  held = jax.eval_shape(model.init, jax.random.key(0), *args, **kwargs)
+  return plan.Work(model, held, work.batch, work.size, remat)
+
+
+def rows(works, chosen, remats, layers, where: targets.Target, note=print):
+  """The rows asked for, one after the other; what a method cannot serve is told to `note`."""
+  for work in works:
+    for method in chosen:
+      for remat in remats:
+        for kind in (k for k in WORKS[work].layers if k in layers):
+          try:
+            row = measure(work, method, remat, kind, where)
+          except ValueError as error:
+            note(f'{work}: {method} is left out: {error}')
+            continue
+          note(f'{work} {method} {remat} {kind}: {row["total_mib"]:,} MiB, {row["gflop"]:,} GFLOP '
+               f'({row["compile_seconds"]} s)')
+          yield row
+
+
+def document(found: list[dict]) -> str:
+  """docs/memory.md."""
+  lines = ['# Memory of a training step', '', INTRODUCTION, '', '![memory against FLOPs](memory.png)']
+  for work in WORKS:
+    here = sorted((r for r in found if r['work'] == work), key=lambda r: r['total_mib'])
+    if not here:
+      continue
+    full = min((r['total_mib'] for r in here if r['method'] == 'full' and r['remat'] == 'none'), default=None)
+    lines += ['', f'## {work.upper()}: {WORKS[work].title}', '',
+              '| method | remat | layers | trainable | arguments | temporaries | total MiB | saved | GFLOP |',
+              '| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |']
+    for r in here:
+      saved = f'{100 * (1 - r["total_mib"] / full):.0f} %' if full else '-'
+      lines.append(f'| {r["method"]} | {r["remat"]} | {r["layers"]} | {r["trainable"]:,} | {r["arguments_mib"]:,.0f} | '
+                   f'{r["temp_mib"]:,.0f} | **{r["total_mib"]:,.0f}** | {saved} | {r["gflop"]:,.0f} |')
+    if any('source' in r for r in here):
+      lines += ['', PEER_NOTE]
+    lines += ['', '"saved" is against our full fine-tuning without remat.']
+  return '\n'.join(lines) + '\n'
+
+
+def draw(found: list[dict], path: pathlib.Path) -> None:
+  """Memory against FLOPs, a panel a work."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+  works = [w for w in WORKS if any(r['work'] == w for r in found)]
+  figure = Figure(figsize=(7.5, 5 * len(works)), layout='constrained')
+  FigureCanvasAgg(figure)
+  for axis, work in zip(figure.subplots(len(works), squeeze=False)[:, 0], works, strict=True):
+    for r in (r for r in found if r['work'] == work):
+      peer, point = 'source' in r, (r['total_mib'], r['gflop'])
+      axis.plot(*point, '^' if peer else 'o' if r['layers'] == 'unroll' else 's', color='C7' if peer else 'C0',
+                fillstyle='none' if r['remat'] == 'block' else 'full', markersize=5)
+      axis.annotate(r['method'], point, xytext=(4, 3), textcoords='offset points', fontsize=6)
+    axis.set(title=f'{work.upper()}: {WORKS[work].title}', xlabel='MiB in total', ylabel='GFLOP a step', xscale='log')
+    axis.set_ylim(0)
+    axis.grid(alpha=0.3)
+  figure.suptitle('hollow: blocks recomputed; square: scanned; triangle: peer')
+  figure.savefig(path, dpi=110)
+
+
+def write(new: list[dict]) -> None:
+  """Puts new rows in place of those of the same kind, and draws what is in docs/ again."""
+  file = DOCS / 'memory.json'
+  kept = json.loads(file.read_text()) if file.exists() else PEERS
+  table = {tuple(r[k] for k in KEY): r for r in [*kept, *new]}
+  found = sorted(table.values(), key=lambda r: [r[k] for k in KEY])
+  file.write_text(json.dumps(found, indent=1) + '\n')
+  (DOCS / 'memory.md').write_text(document(found))
+  draw(found, DOCS / 'memory.png')
+
+
+def main(argv: list[str]) -> int:
+  parser = argparse.ArgumentParser('python -m jpeft.bench.memory', description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  every = names(methods.REGISTRY)
+  listed = lambda known: lambda text: _listed(text, known)
+  parser.add_argument('--work', type=listed(WORKS), default=list(WORKS))
+  parser.add_argument('--methods', type=listed(every), default=every)
+  parser.add_argument('--remat', type=listed(('none', 'block')), default=['none', 'block'])
+  parser.add_argument('--layers', type=listed(('unroll', 'scan')), default=['unroll', 'scan'])
+  parser.add_argument('--target', default='tpu:v5e')
+  parser.add_argument('--json', action='store_true')
+  flags = parser.parse_args(argv)
+  with run.inputs_checked():
+    where = targets.target(flags.target)
+  note = lambda text: print(text, file=sys.stderr, flush=True)
+  found = rows(flags.work, flags.methods, flags.remat, flags.layers, where, note)
+  if flags.json:
+    print(json.dumps(list(found), indent=1))
+    return 0
+  for row in found:  # written at once: the table is there in part, should the rest be interrupted
+    write([row])
+  return 0
+
+
+def _listed(text: str, known) -> list[str]:
+  """The names in a text; 'w4' stands for w4_1b and w4_7b."""
+  chosen = []
+  for name in text.split(','):
+    found = [name] if name in known else [k for k in known if k.startswith(f'{name}_') and known is WORKS]
+    if not found:
+      raise argparse.ArgumentTypeError(f'{name!r} is none of {", ".join(known)}')
+    chosen += found
+  return chosen
+
+
+if __name__ == '__main__':
+  if jax.config.jax_platforms is None:
+    jax.config.update('jax_platforms', 'cpu')
+  sys.exit(run.command('jpeft.bench.memory', main))

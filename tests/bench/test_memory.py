@@ -1,0 +1,155 @@
+"""The memory benchmark: its rows and documents, and (marked aot) what it must find."""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jpeft import cost, optim, run, step
+from jpeft import target as targets
+from jpeft.bench import memory, works
+from jpeft.bench.peers import PEERS
+from jpeft.methods import REGISTRY, make
+from jpeft.methods.presets import PRESETS, names, preset
+
+KEYS = {'work', 'method', 'remat', 'layers', 'trainable', 'arguments_mib', 'temp_mib', 'total_mib', 'gflop'}
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+  """A work of seconds, 'tiny', in place of all others."""
+  def model(scan, remat):
+    return works.TokenEncoder(width=16, depth=2, heads=2, mlp_dim=32, num_classes=3, scan=scan, remat=remat)
+
+  def batch(size):
+    return {'image': jax.ShapeDtypeStruct((size, 4, 16), jnp.float32),
+            'label': jax.ShapeDtypeStruct((size,), jnp.int32)}
+
+  for module in (works, memory):
+    monkeypatch.setattr(module, 'WORKS', {'tiny': works.Work('a toy', model, batch, 4, ('unroll', 'scan'))})
+
+
+@pytest.fixture
+def command(tiny, monkeypatch, capsys, tmp_path):
+  """command(*flags) -> (exit code, stdout, stderr) of the benchmark; it writes into tmp_path."""
+  monkeypatch.setattr(memory, 'DOCS', tmp_path)
+
+  def called(*flags):
+    monkeypatch.setattr(sys, 'argv', ['jpeft.bench.memory', '--target=cpu', *flags])
+    try:
+      code = run.command('jpeft.bench.memory', memory.main)
+    except SystemExit as stopped:
+      code = stopped.code
+    return code, *capsys.readouterr()
+  return called
+
+
+def test_rows_as_json(command):
+  code, out, err = command('--methods=linear', '--json')
+  rows = json.loads(out)
+  assert code == 0 and [(r['remat'], r['layers']) for r in rows] == [
+    ('none', 'unroll'), ('none', 'scan'), ('block', 'unroll'), ('block', 'scan')]
+  for row in rows:
+    assert KEYS <= set(row) and row['work'] == 'tiny' and row['method'] == 'linear' and row['trainable'] == 16 * 3 + 3
+    assert row['total_mib'] >= row['arguments_mib']
+  assert len(err.splitlines()) == 4
+
+
+def test_documents_are_made_in_parts(command, tmp_path, monkeypatch):
+  pytest.importorskip('matplotlib')
+
+  def measured(work, method, remat, layers, where):
+    if method == 'vera':
+      raise ValueError('it does not act here')
+    total = {'full': 100.0, 'lora': 60.0}[method]
+    return {'work': work, 'method': method, 'remat': remat, 'layers': layers, 'target': 'cpu', 'trainable': 1234,
+            'arguments_mib': 1.0, 'temp_mib': 2.0, 'total_mib': total, 'gflop': 3.0, 'compile_seconds': 0}
+
+  monkeypatch.setattr(memory, 'measure', measured)
+  command('--methods=full', '--remat=none', '--layers=scan')
+  command('--methods=full,lora', '--remat=none', '--layers=scan')
+  code, _, err = command('--methods=vera', '--remat=none', '--layers=scan')
+  assert code == 0 and 'vera is left out: it does not act here' in err
+  rows = [r for r in json.loads((tmp_path / 'memory.json').read_text()) if r['work'] == 'tiny']
+  assert [r['method'] for r in rows] == ['full', 'lora']  # replaced, not repeated
+  text = (tmp_path / 'memory.md').read_text()
+  assert '| lora | none | scan | 1,234 | 1 | 2 | **60** | 40 % | 3 |' in text
+  assert (tmp_path / 'memory.png').read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.parametrize('flag, message', [('--work=w9', "'w9' is none of"), ('--methods=lts', "'lts' is none of"),
+                                           ('--remat=all', "'all' is none of none, block")])
+def test_unknown_names(command, flag, message):
+  code, _, err = command(flag)
+  assert code == 2 and message in err
+
+
+def test_presets_are_of_the_registry_and_each_has_its_turn():
+  listed = names(REGISTRY)
+  assert set(listed) == {*REGISTRY, *PRESETS} and len(listed) == len(set(listed))
+  for name in listed:
+    method, values = preset(name)
+    assert make(method, **values)
+
+
+def test_w1_holds_what_the_peers_step_holds():
+  # Arguments by the same convention: theta and two moments in float32, frozen weights in bfloat16, the batch.
+  where, shape = targets.target('cpu'), {}
+  for name in ('full', 'linear'):
+    planned = memory._planned(works.WORKS['w1'], True, False)
+    tuned = planned.tuned(make(name))
+    tx = optim.optimizer(tuned, tuned.shapes, lambda count: 1e-3)
+    shape[name] = planned.placed(where.mesh(), step.state_shapes(tuned, tx, planned.variables), 32)
+  peers = {(p['method'], p['remat']): p['arguments_mib'] for p in PEERS}
+  state, _, batch = shape['full']  # its step reads no frozen weight
+  assert cost.nbytes((state, batch)) / 2**20 == pytest.approx(peers['peer: full fine-tuning', 'none'], abs=0.2)
+  assert cost.nbytes(shape['linear']) / 2**20 == pytest.approx(peers['peer: linear probe', 'none'], abs=0.5)
+
+
+# ---- What must be found, on TPU v5e.
+
+
+@pytest.fixture(scope='module')
+def measured():
+  """measured(work, method, remat, layers) -> row, each compiled once."""
+  pytest.importorskip('libtpu')
+  where, known = targets.target('tpu:v5e'), {}
+
+  def row(*key):
+    if key not in known:
+      known[key] = memory.measure(*key, where)
+    return known[key]
+  return row
+
+
+@pytest.mark.aot
+def test_full_tuning_is_the_peers(measured):
+  row, peer = measured('w1', 'full', 'none', 'unroll'), PEERS[0]
+  assert row['trainable'] == peer['trainable']
+  assert row['total_mib'] == pytest.approx(peer['total_mib'], rel=0.02)
+  assert row['gflop'] == pytest.approx(peer['gflop'], rel=0.01)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize('layers', ['scan', 'unroll'])
+@pytest.mark.parametrize('method', ['lst', 'lst_mlp'])
+def test_lean_ladders(measured, method, layers):
+  row = measured('w1', method, 'none', layers)
+  assert row['total_mib'] <= 300 and row['gflop'] <= 1250
+  assert row['gflop'] <= 1.35 * row['forward_gflop']
+
+
+@pytest.mark.aot
+def test_t5_saves_what_the_paper_says(measured):
+  full, lst, lora = (measured('w2', method, 'none', 'scan')['total_mib'] for method in ('full', 'lst', 'lora'))
+  assert 1 - lst / full >= 0.69
+  assert lst < lora < full
+
+
+@pytest.mark.aot
+def test_rows_of_two_layouts_are_of_one_step(measured):
+  scan, unroll = (measured('w1', 'lst', 'none', layers) for layers in ('scan', 'unroll'))
+  assert scan['trainable'] == unroll['trainable']
+  assert scan['gflop'] == pytest.approx(unroll['gflop'], rel=0.03)
