@@ -126,8 +126,8 @@ def describe(source: str | Path, **options) -> Pretrained:
   checkpoint, config = _opened(folder, weights=False)
   family = family_of(config)
   options.pop('seed', None)  # of what is fresh: values, which shapes have not
-  model = _build(config, checkpoint, **{'num_classes': None, 'image_size': None, 'layers': None, 'pool': None,
-                                        'dtype': 'float32', 'param_dtype': 'float32', **options})
+  left_out = dict.fromkeys(('num_classes', 'image_size', 'layers', 'pool', 'dropout'))
+  model = _build(config, checkpoint, **{**left_out, 'dtype': 'float32', 'param_dtype': 'float32', **options})
   params = {path: jax.ShapeDtypeStruct(shape, model.param_dtype) for path, shape in shapes_of(model, family).items()}
   return Pretrained(
     model, {'params': traverse_util.unflatten_dict(params, sep='/')},
