@@ -83,8 +83,14 @@ def lst(reduction: int = 8, block: str = 'auto', heads: int = 1, downsample: str
 
   def record(t, call, *args, **kwargs):
     inputs = {n: _still(a) for n, a in call.inputs(*args, **kwargs).items()}
-    x = next(iter(inputs.values()))
-    call.tap(x=pool(x, reduction) if pooled else x, **ladder_of(call.site).recorded(inputs))
+    net, x = ladder_of(call.site), next(iter(inputs.values()))
+    if pooled:
+      x = pool(x, reduction)
+      if not net.scanned and args and isinstance(args[0], jax.Array):
+        # The block waits for it, lest XLA pools after the last block and keeps all wide taps until then.
+        x, first = jax.lax.optimization_barrier((x, args[0]))
+        args = (first, *args[1:])
+    call.tap(x=x, **net.recorded(inputs))
     return call(*args, **kwargs)
 
   def init(key, site, arrays):
