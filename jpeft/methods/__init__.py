@@ -9,11 +9,12 @@ from ..core import Method, chain
 from .adapters import adaptformer, houlsby, parallel, pfeiffer
 from .ia3 import ia3
 from .lora import dora, lora
-from .lst import lst
+from .lst import lst, side_tuning
 from .prefix import prefix
 from .prune import fisher
 from .ssf import ssf
 from .tune import FULL, NONE, bitfit, full, linear, norm, tune
+from .unipt import unipt
 from .vera import vera
 from .vpt import vpt_deep, vpt_shallow
 
@@ -57,6 +58,8 @@ REGISTRY: dict[str, Entry] = {
   'vpt_deep': Entry(vpt_deep, '2203.12119', FULL, False, 'VPT: fresh prompt tokens before every block'),
   'prefix': Entry(prefix, '2101.00190', FULL, False, 'prefix tuning: keys and values in every attention'),
   'lst': Entry(lst, '2206.06522', NONE, False, 'ladder side-tuning: a narrow network fed by the blocks'),
+  'side_tuning': Entry(side_tuning, '1912.13503', NONE, False, 'side-tuning: a small network beside the frozen one'),
+  'unipt': Entry(unipt, '2308.14316', NONE, False, 'UniPT: all states projected, aligned to the last, and weighed'),
 }
 
 
@@ -87,5 +90,5 @@ def make(name: str, head: bool = True, **hyperparameters) -> Method:
 
 
 __all__ = ['REGISTRY', 'Entry', 'adaptformer', 'bitfit', 'dora', 'fisher', 'full', 'houlsby', 'ia3', 'linear',
-           'lora', 'lst', 'make', 'norm', 'parallel', 'pfeiffer', 'prefix', 'ssf', 'tune', 'vera', 'vpt_deep',
-           'vpt_shallow']
+           'lora', 'lst', 'make', 'norm', 'parallel', 'pfeiffer', 'prefix', 'side_tuning', 'ssf', 'tune', 'unipt',
+           'vera', 'vpt_deep', 'vpt_shallow']

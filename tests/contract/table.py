@@ -45,6 +45,7 @@ DECODERS = ('linen_gemma', 'nnx_llama', 'nnx_raw')
 NO_BIAS = dict.fromkeys(DECODERS, 'bitfit: .* match, but none has what it adapts')
 KERNELS = {CONV: {'targets': '{conv}'}}
 TOKENS = r'prompts need tokens \[B, N, D\], and ConvBlock'
+STREAM = r'reads one stream of tokens \[B, N, d\]'
 INLINE = dict.fromkeys(('linen_bert', 'linen_gemma', 'linen_fused', 'nnx_raw'),
                        'calls no attention_fn of its own that could see more keys')
 
@@ -65,7 +66,9 @@ ROWS: dict[str, Row] = {
   'vpt_shallow': Row(start=None, cannot={CONV: TOKENS, 'linen_gemma': 'no sequence can grow or shrink'}),
   'vpt_deep': Row(start=None, cannot={CONV: TOKENS}),
   'prefix': Row(start=None, cannot={**INLINE, CONV: 'no role {attention}'}),
-  'lst': Row(start=None, cannot={CONV: 'lst'}),
+  'lst': Row(start=None, cannot={CONV: STREAM}),
+  'side_tuning': Row(start=None, cannot={CONV: STREAM}),
+  'unipt': Row(start=None, dead=('.*/gate/bias',), cannot={CONV: STREAM}),
 }
 
 
