@@ -113,6 +113,10 @@ class Stack:
     """What one layer recorded under a name."""
     return self._stacked(taps, name)[layer] if self.scanned else self._unrolled(taps, name)[layer]
 
+  def shared(self, taps, name: str) -> jax.Array | None:
+    """What the first layer recorded under a name that all have alike, or none."""
+    return self.recorded(taps, name, 0) if name in taps[self.stack[0].path] else None
+
   def embeddings(self, taps) -> jax.Array:
     """x_0, the input of the first block, [B, N, d]."""
     return self.recorded(taps, 'x', 0)
@@ -224,6 +228,12 @@ def layer_norm(t, x: jax.Array, eps: float = 1e-6) -> jax.Array:
   wide = wide - wide.mean(-1, keepdims=True)
   y = (wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)).astype(x.dtype)
   return y * t['scale'] + t['shift'] if t else y
+
+
+def rms_norm(t, x: jax.Array, eps: float = 1e-6) -> jax.Array:
+  """RMSNorm over the last axis. Statistics are float32."""
+  wide = x.astype(jnp.float32)
+  return (wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)).astype(x.dtype) * t['scale']
 
 
 def put_first(out, new: jax.Array):

@@ -91,7 +91,7 @@ def vpt_shallow(tokens: int = 5, dropout: float = 0.0, stack: str = '{stack}',
     if runs:
       args, kwargs = _enter(call, args, kwargs, tokens, _prompts(t, call, dropout) if first else None)
     elif last:
-      args, kwargs = _map(call, args, kwargs, remove)
+      args, kwargs = on_stream(call, args, kwargs, remove)
     out = call(*args, **kwargs)
     if first and not runs:
       out = on_first(out, lambda x: _insert(call.site, x, _prompts(t, call, dropout)(x)))
@@ -111,10 +111,15 @@ def _init(key, tokens: int, site: Site, sequence) -> dict:
   shape = None if sequence is None else sequence.shape
   if shape is None or len(shape) != 3:
     raise ValueError(f'prompts need tokens [B, N, D], and {site.kind} at {site.path!r} has {shape}')
-  patches = site.model.find('{patch}') if site.model.anatomy else []
-  fans = [leaf.fan_in for s in patches for leaf in s.leaves.values() if leaf.is_matrix] or [shape[-1]]
-  bound = math.sqrt(6 / (fans[-1] + shape[-1]))
+  bound = spread_of(site, shape[-1])
   return {'prompts': jax.random.uniform(key, (tokens, shape[-1]), minval=-bound, maxval=bound)}
+
+
+def spread_of(site: Site, width: int) -> float:
+  """a of the initial U(-a, a): sqrt(6 / (fan_in of a patch, else the width, + the width))."""
+  patches = site.model.find('{patch}') if site.model.anatomy else []
+  fans = [leaf.fan_in for s in patches for leaf in s.leaves.values() if leaf.is_matrix] or [width]
+  return math.sqrt(6 / (fans[-1] + width))
 
 
 def _prompts(t, call, rate: float):
@@ -130,10 +135,10 @@ def _enter(call, args, kwargs, tokens: int, prompts):
   x = next(iter(call.inputs(*args, **kwargs).values()))
   length = x.shape[1] - (0 if prompts else tokens)
   stream = (lambda x: _insert(call.site, x, prompts(x))) if prompts else lambda x: x
-  return _map(call, args, kwargs, stream, lambda name, a: _follow(call.site, name, a, len(x), length, tokens))
+  return on_stream(call, args, kwargs, stream, lambda name, a: _follow(call.site, name, a, len(x), length, tokens))
 
 
-def _map(call, args, kwargs, stream, other=lambda name, x: x):
+def on_stream(call, args, kwargs, stream, other=lambda name, x: x):
   """The arguments of a call: stream(x) for the first array, other(name, x) for those that go with it."""
   named = call.inputs(*args, **kwargs)
   names, x = {id(a): name for name, a in named.items()}, next(iter(named.values()))

@@ -28,7 +28,7 @@ def test_the_text_module_counts_as_published(scan):
 @pytest.mark.parametrize('width, numbers', [(768, 5_644_289), (512, 3_940_353)])
 def test_the_towers_of_clip_count_as_published(width, numbers):
   model = ViT(width=width, depth=12, heads=8, mlp_dim=4 * width, patch_size=32, image_size=64, num_classes=512)
-  tuned = shapes_of(model, jpeft.unipt(1, 'global'), jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32))
+  tuned = shapes_of(model, jpeft.unipt_global(1), jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32))
   assert count(tuned.shapes) == numbers
 
 
@@ -141,38 +141,39 @@ def test_a_decoder_sees_no_later_token_and_reads_the_encoder():
     assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(grads[path])), path
 
 
-@pytest.mark.parametrize('options', [{}, {'downsample': 'pool'}, {'form': 'global', 'reduction': 2}])
-def test_every_projection_learns_and_remat_changes_nothing(options):
+@pytest.mark.parametrize('make, options', [
+  (jpeft.unipt, {'reduction': 4}), (jpeft.unipt, {'reduction': 4, 'downsample': 'pool'}), (jpeft.unipt_global, {})])
+def test_every_projection_learns_and_remat_changes_nothing(make, options):
   model, held = vit()
-  options = {'reduction': 4, **options}
-  tuned, theta = attached(model, held, jpeft.unipt(**options), IMAGES)
-  again = jpeft.attach(model, jpeft.unipt(remat=True, **options), held, IMAGES)
+  tuned, theta = attached(model, held, make(**options), IMAGES)
+  again = jpeft.attach(model, make(remat=True, **options), held, IMAGES)
   loss = lambda tuned: jax.jit(jax.grad(lambda t: jnp.square(tuned.apply(t, held, IMAGES)).sum()))(theta)
   grads = loss(tuned)
-  for layer in jax.tree.leaves(grads['unipt'][next(iter(grads['unipt']))]['layers']):
+  (t,), = (sites.values() for sites in grads.values())
+  for layer in jax.tree.leaves(t['layers']):
     assert (np.abs(layer).reshape(len(layer), -1).max(1) > 0).all()
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), grads, loss(again))
 
 
 def test_a_zero_update_leaves_the_embedding():
   model, held = vit()
-  tuned, theta = attached(model, held, jpeft.unipt(1, 'global'), IMAGES)
-  theta['unipt']['head']['up'] = jax.tree.map(jnp.zeros_like, theta['unipt']['head']['up'])
+  tuned, theta = attached(model, held, jpeft.unipt_global(1), IMAGES)
+  theta['unipt_global']['head']['up'] = jax.tree.map(jnp.zeros_like, theta['unipt_global']['head']['up'])
   np.testing.assert_array_equal(tuned.apply(theta, held, IMAGES), model.apply(held, IMAGES))
 
 
-@pytest.mark.parametrize('options, message', [
-  ({'form': 'tokenz'}, "form='tokenz' is none of"), ({'reduction': 0}, 'must be at least 1'),
-  ({'form': 'global', 'downsample': 'pool'}, 'has no norm'),
-  ({'form': 'global', 'embedding': '{final_norm}'}, 'a pooled embedding'),
-  ({'downsample': 'pool', 'width': 5}, 'does not divide the width 32')])
-def test_bad_options_are_said_before_any_work(options, message):
+@pytest.mark.parametrize('make, message', [
+  (lambda: jpeft.unipt(form='tokenz'), "form='tokenz' is none of"),
+  (lambda: jpeft.unipt(0), 'must be at least 1'),
+  (lambda: jpeft.unipt_global(embedding='{embed}'), 'a pooled embedding'),
+  (lambda: jpeft.unipt(downsample='pool', width=5), 'does not divide the width 32')])
+def test_bad_options_are_said_before_any_work(make, message):
   model, held = vit()
   with pytest.raises(ValueError, match=message):
-    jpeft.attach(model, jpeft.unipt(**options), held, IMAGES)
+    jpeft.attach(model, make(), held, IMAGES)
 
 
 def test_a_t5_is_no_single_tower():
   model = T5(width=32, depth=1, heads=4, mlp_dim=64, vocab=50, head_dim=8, tied=False)
   with pytest.raises(ValueError, match='there are 2 exits'):
-    shapes_of(model, jpeft.unipt(1, 'global'), TOKENS, TOKENS)
+    shapes_of(model, jpeft.unipt_global(1), TOKENS, TOKENS)
