@@ -9,6 +9,7 @@ from ..core import Method, chain
 from .adapters import adaptformer, houlsby, parallel, pfeiffer
 from .features import group_lasso, select
 from .head2toe import head2toe
+from .hst import hst
 from .ia3 import ia3
 from .lora import dora, lora, lora_fa
 from .lst import lst, side_tuning
@@ -67,6 +68,7 @@ REGISTRY: dict[str, Entry] = {
   'head2toe': Entry(head2toe, '2201.03529', NONE, False, 'Head2Toe: a linear head over all activations', head=True),
   'vqt': Entry(vqt, '2212.03220', NONE, False, 'VQT: learned queries summarise each block for the head', head=True),
   'unipt': Entry(unipt, '2308.14316', NONE, False, 'UniPT: all states projected, aligned to the last, and weighed'),
+  'hst': Entry(hst, '2310.05393', FULL, False, 'HST: a pyramid beside a plain ViT', head=True),
   'sherl': Entry(sherl, '2407.07523', PARTIAL, False, 'SHERL: merged states go through the last frozen block'),
   'unipt_global': Entry(unipt_global, '2308.14316', NONE, False, 'UniPT of one pooled embedding, for retrieval'),
 }
@@ -99,6 +101,6 @@ def make(name: str, head: bool = True, **hyperparameters) -> Method:
 
 
 __all__ = ['REGISTRY', 'Entry', 'adaptformer', 'bitfit', 'dora', 'fisher', 'full', 'group_lasso', 'head2toe',
-           'houlsby', 'ia3', 'linear', 'lora', 'lora_fa', 'lst', 'make', 'norm', 'parallel', 'pfeiffer', 'prefix',
-           'select', 'sherl', 'side_tuning', 'ssf', 'tune', 'unipt', 'unipt_global', 'vera', 'vpt_deep',
+           'houlsby', 'hst', 'ia3', 'linear', 'lora', 'lora_fa', 'lst', 'make', 'norm', 'parallel', 'pfeiffer',
+           'prefix', 'select', 'sherl', 'side_tuning', 'ssf', 'tune', 'unipt', 'unipt_global', 'vera', 'vpt_deep',
            'vpt_shallow', 'vqt']

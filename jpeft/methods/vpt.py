@@ -46,8 +46,8 @@ def vpt_deep(tokens: int = 5, dropout: float = 0.0, blocks: str = '{block}',
   _check(tokens, dropout)
 
   def apply(t, call, *args, **kwargs):
-    args, kwargs = _enter(call, args, kwargs, tokens, _prompts(t, call, dropout))
-    return on_first(call(*args, **kwargs), lambda x: _remove(call.site, x, tokens))
+    args, kwargs = enter(call, args, kwargs, tokens, _prompts(t, call, dropout))
+    return on_first(call(*args, **kwargs), lambda x: remove_tokens(call.site, x, tokens))
 
   return at(blocks, Call(name, apply, lambda key, site, arrays: _init(key, tokens, site, site.input)))
 
@@ -87,9 +87,9 @@ def vpt_shallow(tokens: int = 5, dropout: float = 0.0, stack: str = '{stack}',
 
   def apply(t, call, *args, **kwargs):
     runs, first, last = place(call.site)
-    remove = lambda x: _remove(call.site, x, tokens)
+    remove = lambda x: remove_tokens(call.site, x, tokens)
     if runs:
-      args, kwargs = _enter(call, args, kwargs, tokens, _prompts(t, call, dropout) if first else None)
+      args, kwargs = enter(call, args, kwargs, tokens, _prompts(t, call, dropout) if first else None)
     elif last:
       args, kwargs = on_stream(call, args, kwargs, remove)
     out = call(*args, **kwargs)
@@ -130,7 +130,7 @@ def _prompts(t, call, rate: float):
   return make
 
 
-def _enter(call, args, kwargs, tokens: int, prompts):
+def enter(call, args, kwargs, tokens: int, prompts):
   """The arguments of a call on a sequence that has prompts; `prompts` is None where they are in already."""
   x = next(iter(call.inputs(*args, **kwargs).values()))
   length = x.shape[1] - (0 if prompts else tokens)
@@ -151,7 +151,7 @@ def _follow(site: Site, name: str, a, batch: int, length: int, tokens: int):
   goes_along = length in a.shape[1:] or a.shape[:1] == (length,) != (batch,)
   if not goes_along or any(word in name for word in _ELSEWHERE):
     return a
-  lead, rows = _lead(site), a.ndim > 2 or a.ndim == 2 and a.shape[0] != batch  # [B, N] has no axis of queries
+  lead, rows = lead_of(site), a.ndim > 2 or a.ndim == 2 and a.shape[0] != batch  # [B, N] has no axis of queries
   if 'position' in name and jnp.issubdtype(a.dtype, jnp.integer):
     new = jnp.broadcast_to(lead + jnp.arange(tokens, dtype=a.dtype), (*a.shape[:-1], tokens))
     return jnp.concatenate([a[..., :lead], new, a[..., lead:] + tokens], -1)
@@ -167,15 +167,17 @@ def _follow(site: Site, name: str, a, batch: int, length: int, tokens: int):
   return a
 
 
-def _lead(site: Site) -> int:
+def lead_of(site: Site) -> int:
+  """How many special tokens stand before the others."""
   return site.model.anatomy.lead if site.model.anatomy else 0
 
 
 def _insert(site: Site, x, prompts):
-  lead = _lead(site)
+  lead = lead_of(site)
   return jnp.concatenate([x[:, :lead], prompts, x[:, lead:]], 1)
 
 
-def _remove(site: Site, x, tokens: int):
-  lead = _lead(site)
+def remove_tokens(site: Site, x, tokens: int):
+  """The sequence without `tokens` tokens behind the leading special ones."""
+  lead = lead_of(site)
   return jnp.concatenate([x[:, :lead], x[:, lead + tokens:]], 1)

@@ -48,7 +48,7 @@ TOKENS = r'prompts need tokens \[B, N, D\], and ConvBlock'
 ONE = 'none has what it adapts|modules that are called|give one prediction|a pooled embedding'
 STREAM = r'reads one stream of tokens \[B, N, d\]'
 INLINE = dict.fromkeys(('linen_bert', 'linen_gemma', 'linen_fused', 'nnx_raw'),
-                       'calls no attention_fn of its own that could see more keys')
+                       'calls no attention_fn of its own that could')
 
 ROWS: dict[str, Row] = {
   'linear': Row(start=0),
@@ -74,6 +74,8 @@ ROWS: dict[str, Row] = {
                   cannot=dict.fromkeys(DECODERS, ONE)),
   'vqt': Row(start=None, cannot={**INLINE, **dict.fromkeys(DECODERS, f'{ONE}|no attention_fn'),
                                  CONV: 'no role {attention}'}),
+  'hst': Row(hp={'widths': (8, 8, 12, 12), 'heads': (2, 2, 4, 4)}, start=None, dead=('.*/k/bias',),
+             cannot={**dict.fromkeys(('linen_bert', *DECODERS), 'a pyramid is built on images'), CONV: STREAM}),
   'sherl': Row(start=None, cannot={CONV: STREAM}),
   'unipt': Row(start=None, dead=('.*/gate/bias',), cannot={CONV: STREAM}),
   'unipt_global': Row(start=None, dead=('.*/gate/bias',),
