@@ -38,10 +38,10 @@ class Bound:
     outer: the `local` of the nearest call around this one that the method wraps; None without one.
   """
 
-  def __init__(self, run, *, site: Site, module, backend, path: str, method: str, rank: int, taps, key,
-               training: bool):
-    self._run, self._backend, self._path, self._method, self._rank = run, backend, path, method, rank
-    self._taps, self._key = taps, key
+  def __init__(self, run, *, name: str, site: Site, module, backend, path: str, method: str, rank: int, taps, key,
+               training: bool, rank_at=None):
+    self._name, self._run, self._backend, self._path, self._method, self._rank = name, run, backend, path, method, rank
+    self._taps, self._key, self._rank_at = taps, key, rank_at
     self.site, self.module, self.training = site, module, training
     self.local, self.outer = {}, None
 
@@ -49,12 +49,18 @@ class Bound:
     return self._run(*args, **kwargs)
 
   def tap(self, **values: jax.Array) -> None:
-    """Records arrays under this site; of a scanned layer they come stacked."""
-    self._backend.tap(self.module, values)
+    """Records arrays under this site; of a scanned layer they come stacked. In `pure` nothing is recorded."""
+    if not _beneath.get({}):
+      self._backend.tap(self.module, self._name, values)
 
   def taps(self) -> dict[str, dict[str, jax.Array]]:
-    """{site path: {name: array}} recorded so far, in the order of the layers."""
-    return dict(sorted(self._taps().items(), key=lambda item: natural(item[0])))
+    """{site path: {name: array}} recorded so far, in the order of the layers.
+
+    A method sees what its own rules recorded; one whose rules recorded nothing sees everything.
+    """
+    taps = dict(sorted(self._taps().items(), key=lambda item: natural(item[0])))
+    own = {path: by_rule[self._name] for path, by_rule in taps.items() if self._name in by_rule}
+    return own or {path: {n: x for t in by_rule.values() for n, x in t.items()} for path, by_rule in taps.items()}
 
   def inputs(self, *args, **kwargs) -> dict[str, jax.Array]:
     """The array arguments of the call by parameter name, the first one first."""
@@ -93,15 +99,22 @@ class Bound:
     inside; what the module writes (caches, statistics, taps) is dropped.
     """
     fn, arrays = self._backend.pure(self.module, self._path)
+    return _under(fn, self._path, self._rank), arrays
 
-    def run(arrays, *args, **kwargs):
-      token = _beneath.set({**_beneath.get({}), self._path: self._rank})
-      try:
-        return fn(arrays, *args, **kwargs)
-      finally:
-        _beneath.reset(token)
+  def layer(self, site: Site, index: int = 0):
+    """(fn, arrays): a module elsewhere in the model, called as fn(arrays, *args, **kwargs), as in `pure`.
 
-    return run, arrays
+    Of its rules those before the method's own act inside. It is told whether the model trains by the flag
+    that its call takes.
+
+    Args:
+      site: where, outside of any other module's scan.
+      index: of a stack, which layer.
+    """
+    fn, arrays, signature = self._backend.layer(self.module, site, index)
+    flags = flags_of(signature, self.training)
+    rank = self._rank_at(site.path)
+    return _under(lambda arrays, *a, **kw: fn(arrays, *a, **{**flags, **kw}), site.path, rank), arrays
 
   def saving(self, pack, unpack):
     """The wrapped call, with what its backward pass keeps stored as pack(array).
@@ -347,10 +360,16 @@ class Tuned:
     for rank, (rule, site) in enumerate(here):
       if isinstance(rule, Call):
         sub = None if key is None else jax.random.fold_in(key, zlib.crc32(rule.name.encode()))
-        bound = Bound(call, site=site, module=module, backend=backend, path=path,
-                      method=method, rank=rank, taps=taps, key=sub, training=training)
+        bound = Bound(call, name=rule.name, site=site, module=module, backend=backend, path=path,
+                      method=method, rank=rank, taps=taps, key=sub, training=training,
+                      rank_at=functools.partial(self._rank_at, rule.name))
         call = functools.partial(_called, rule, theta.get(rule.name, {}), bound)
     return call
+
+  def _rank_at(self, name: str, path: str) -> int:
+    """How many of the rules that wrap the call at a path come before those of one name."""
+    there = [r.name for r, _ in self._plan[1].get(path, ()) if getattr(r, 'method', '__call__') == '__call__']
+    return there.index(name) if name in there else len(there)
 
   def _slim(self, t, name: str, path: str):
     """One layer's theta, without the axes of one that placing it added."""
@@ -468,6 +487,23 @@ def _fusible(rule: Weight, site: Site) -> bool:
   if rule.dot is None or field_of(site) is None:
     return False
   return set(site.matrices) <= set(_changes(rule, site))
+
+
+def flags_of(fn, training: bool) -> dict[str, bool]:
+  """What a module's call is told about training: {'deterministic': False}, say, by the parameters it has."""
+  parameters = python_inspect.signature(fn).parameters
+  return {name: training == trains for name, trains in _TRAINS.items() if name in parameters}
+
+
+def _under(fn, path: str, rank: int):
+  """fn(arrays, ...) with as many of the rules at a path as `rank` says, and nothing recorded."""
+  def run(arrays, *args, **kwargs):
+    token = _beneath.set({**_beneath.get({}), path: rank})
+    try:
+      return fn(arrays, *args, **kwargs)
+    finally:
+      _beneath.reset(token)
+  return run
 
 
 def _frozen(x):

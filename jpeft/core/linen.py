@@ -121,18 +121,19 @@ def _names(mutable, backbone) -> list[str]:
   return [mutable] if isinstance(mutable, str) else list(mutable)
 
 
-def tap(module, values: Mapping[str, jax.Array]) -> None:
-  if module.has_variable('params', TAP):
+def tap(module, name: str, values: Mapping[str, jax.Array]) -> None:
+  before = module.get_variable('params', TAP, {})
+  if name in before:
     raise ValueError(f'{"/".join(module.path)!r} is called more than once, so what a tap records '
                      'there is ambiguous')
   if not module.is_mutable_collection('params'):
     raise ValueError(f'nothing can be recorded at {"/".join(module.path)!r}: its params are '
                      'broadcast over a scan')
-  module.put_variable('params', TAP, dict(values))
+  module.put_variable('params', TAP, {**before, name: dict(values)})
 
 
 def _taps(root, module) -> dict[str, dict]:
-  """{path: {name: array}}, from the root and from the lifted region that the reader is in."""
+  """{path: {rule: {name: array}}}, from the root and from the lifted region that the reader is in."""
   found = {}
   for scope in (root.scope, module.scope.root):
     tree = scope.variables().get('params', {})
@@ -158,16 +159,39 @@ def outside():
     _outside.reset(token)
 
 
-def pure(module, path: str, rngs_of: tuple[str, ...] = ('dropout',)):
-  """(fn, arrays): what the module computes, as a pure function of all that it reads."""
-  unbound, variables = module.unbind()
-  rngs = {name: module.make_rng(name) for name in rngs_of if module.has_rng(name)}
-
+def _applied(unbound, path: str, rngs: dict):
   def fn(variables, *args, **kwargs):
     token = _prefix.set(path)
     try:
       return unbound.apply(variables, *args, rngs=rngs, **kwargs)
     finally:
       _prefix.reset(token)
+  return fn
 
-  return fn, variables
+
+def _rngs(module) -> dict:
+  return {name: module.make_rng(name) for name in ('dropout',) if module.has_rng(name)}
+
+
+def pure(module, path: str):
+  """(fn, arrays): what the module computes, as a pure function of all that it reads."""
+  unbound, variables = module.unbind()
+  return _applied(unbound, path, _rngs(module)), variables
+
+
+def layer(module, site, index: int):
+  """(fn, arrays, its call): another module of the model `module` is in, one layer of a stack."""
+  variables = {}
+  for name, tree in module.scope.root.variables().items():
+    for key in site.path.split('/'):
+      tree = tree.get(key, {})
+    variables[name] = tree
+  is_box = lambda x: isinstance(x, meta.AxisMetadata)
+  plain = lambda x: x if isinstance(x, Box) else meta.unbox(x)
+  params = jax.tree.map(plain, _without_taps(variables['params']), is_leaf=is_box)
+  variables['params'] = jax.tree.map(lambda x: site.take(x, index), params)
+  return _applied(site.module, site.path, _rngs(module)), variables, type(site.module).__call__
+
+
+def _without_taps(tree):
+  return {k: _without_taps(v) if isinstance(v, Mapping) else v for k, v in tree.items() if k != TAP}

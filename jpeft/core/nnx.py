@@ -150,11 +150,12 @@ def _hooked(cls, hook, path: str, methods: tuple[str, ...]):
   return type(cls.__name__, (cls,), {**body, '__module__': cls.__module__})
 
 
-def tap(module, values: Mapping[str, jax.Array]) -> None:
-  if hasattr(module, TAP):
+def tap(module, name: str, values: Mapping[str, jax.Array]) -> None:
+  before = getattr(module, TAP).get_value() if hasattr(module, TAP) else {}
+  if name in before:
     raise ValueError(f'a {type(module).__name__} is called more than once, so what a tap records '
                      'there is ambiguous')
-  setattr(module, TAP, _Tap(dict(values)))
+  setattr(module, TAP, _Tap({**before, name: dict(values)}))
 
 
 def _taps() -> dict[str, dict]:
@@ -172,3 +173,12 @@ def pure(module, path: str):
   """(fn, arrays): what the module computes, as a pure function of all that it reads."""
   graphdef, state = nnx.split(module)
   return (lambda state, *args, **kwargs: nnx.merge(graphdef, state, copy=True)(*args, **kwargs)), state
+
+
+def layer(module, site, index: int):
+  """(fn, arrays, its call): another module of the model `module` is in, one layer of a stack."""
+  found = next(m for path, m in nnx.iter_modules(_root.get()) if _name(path) == site.path)
+  graphdef, state = nnx.split(found)
+  state = jax.tree.map(lambda x: site.take(x, index), state)
+  fn = lambda state, *args, **kwargs: nnx.merge(graphdef, state, copy=True)(*args, **kwargs)
+  return fn, state, type(found).__call__

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 MATRIX_USES = ('dot_general', 'conv_general_dilated')
 
@@ -121,6 +122,12 @@ class Site:
       return x
     missing = max(0, *(a + 1 - x.ndim for a in self.axes))
     return jnp.moveaxis(x.reshape(x.shape + (1,) * missing), range(len(self.axes)), self.axes)
+
+  def take(self, x: jax.Array, index: int) -> jax.Array:
+    """One layer of an array stored at the site or in it; an array that is not stacked as it is."""
+    if not self.axes or x.ndim < len(self.axes):
+      return x
+    return self.lead(x)[np.unravel_index(index, self.lengths)]
 
   def per_layer(self, fn):
     """vmaps `fn` over the leading stack axes of all its arguments."""

@@ -7,15 +7,21 @@ from collections.abc import Callable
 
 from ..core import Method, chain
 from .adapters import adaptformer, houlsby, parallel, pfeiffer
+from .features import group_lasso, select
+from .head2toe import head2toe
+from .hst import hst
 from .ia3 import ia3
-from .lora import dora, lora
-from .lst import lst
+from .lora import dora, lora, lora_fa
+from .lst import lst, side_tuning
 from .prefix import prefix
 from .prune import fisher
+from .sherl import sherl
 from .ssf import ssf
-from .tune import FULL, NONE, bitfit, full, linear, norm, tune
+from .tune import FULL, NONE, PARTIAL, bitfit, full, linear, norm, tune
+from .unipt import unipt, unipt_global
 from .vera import vera
 from .vpt import vpt_deep, vpt_shallow
+from .vqt import vqt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +51,7 @@ REGISTRY: dict[str, Entry] = {
   'bitfit': Entry(bitfit, '2106.10199', FULL, True, 'BitFit: biases'),
   'norm': Entry(norm, '2302.07937', FULL, True, 'norm tuning: scales and shifts'),
   'lora': Entry(lora, '2106.09685', FULL, True, 'LoRA, rsLoRA, PiSSA, OLoRA: a low-rank product beside each matrix'),
+  'lora_fa': Entry(lora_fa, '2308.03303', FULL, True, 'LoRA-FA: LoRA whose first factor stays as drawn'),
   'dora': Entry(dora, '2402.09353', FULL, True, 'DoRA: LoRA for directions, a magnitude a column'),
   'vera': Entry(vera, '2310.11454', FULL, True, 'VeRA: two vectors around a shared random pair'),
   'ia3': Entry(ia3, '2205.05638', FULL, True, '(IA)^3: scales keys, values and inner activations'),
@@ -57,6 +64,13 @@ REGISTRY: dict[str, Entry] = {
   'vpt_deep': Entry(vpt_deep, '2203.12119', FULL, False, 'VPT: fresh prompt tokens before every block'),
   'prefix': Entry(prefix, '2101.00190', FULL, False, 'prefix tuning: keys and values in every attention'),
   'lst': Entry(lst, '2206.06522', NONE, False, 'ladder side-tuning: a narrow network fed by the blocks'),
+  'side_tuning': Entry(side_tuning, '1912.13503', NONE, False, 'side-tuning: a small network beside the frozen one'),
+  'head2toe': Entry(head2toe, '2201.03529', NONE, False, 'Head2Toe: a linear head over all activations', head=True),
+  'vqt': Entry(vqt, '2212.03220', NONE, False, 'VQT: learned queries summarise each block for the head', head=True),
+  'unipt': Entry(unipt, '2308.14316', NONE, False, 'UniPT: all states projected, aligned to the last, and weighed'),
+  'hst': Entry(hst, '2310.05393', FULL, False, 'HST: a pyramid beside a plain ViT', head=True),
+  'sherl': Entry(sherl, '2407.07523', PARTIAL, False, 'SHERL: merged states go through the last frozen block'),
+  'unipt_global': Entry(unipt_global, '2308.14316', NONE, False, 'UniPT of one pooled embedding, for retrieval'),
 }
 
 
@@ -86,6 +100,7 @@ def make(name: str, head: bool = True, **hyperparameters) -> Method:
   return method if entry.head or not head else chain(method, tune('{head}', name='head', memory=NONE))
 
 
-__all__ = ['REGISTRY', 'Entry', 'adaptformer', 'bitfit', 'dora', 'fisher', 'full', 'houlsby', 'ia3', 'linear',
-           'lora', 'lst', 'make', 'norm', 'parallel', 'pfeiffer', 'prefix', 'ssf', 'tune', 'vera', 'vpt_deep',
-           'vpt_shallow']
+__all__ = ['REGISTRY', 'Entry', 'adaptformer', 'bitfit', 'dora', 'fisher', 'full', 'group_lasso', 'head2toe',
+           'houlsby', 'hst', 'ia3', 'linear', 'lora', 'lora_fa', 'lst', 'make', 'norm', 'parallel', 'pfeiffer',
+           'prefix', 'select', 'sherl', 'side_tuning', 'ssf', 'tune', 'unipt', 'unipt_global', 'vera', 'vpt_deep',
+           'vpt_shallow', 'vqt']

@@ -1,4 +1,4 @@
-"""What the side methods share: which blocks feed a side network, and the network's own blocks."""
+"""A ladder: the side network's own blocks, one beside each of the backbone's."""
 
 import dataclasses
 import functools
@@ -11,72 +11,26 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from ..core import Site
-from ..core.sites import natural
 from . import side
 from .prune import keep_count, keep_rows, prune_block
+from .stack import Stack, linear
 
 
 @dataclasses.dataclass(frozen=True)
-class Ladder:
+class Ladder(Stack):
   """The side network at one exit: the stack of blocks that feeds it, and its shapes.
 
   Attributes:
-    site: the exit, whose output is the stack's last hidden state.
-    blocks: pattern of the backbone's blocks.
-    exit: pattern of the exits.
     reduction: r.
     kind: 'auto', 'own', 'attention' or 'mlp'.
     heads: of a lean block.
-    chosen: the layers with a side block; None for all.
+    only: the layers with a side block; None for all.
   """
 
-  site: Site
-  blocks: str
-  exit: str
   reduction: int
   kind: str
   heads: int
-  chosen: Sequence[int] | None
-
-  @functools.cached_property
-  def exits(self) -> list[Site]:
-    return [e for e in self.site.model.find(self.exit) if e.out is not None]
-
-  @property
-  def is_last(self) -> bool:
-    """Whether this exit makes the prediction; an encoder's feeds the decoder's."""
-    return self.exits[-1] is self.site
-
-  @functools.cached_property
-  def stack(self) -> list[Site]:
-    """The blocks before the exit, in order."""
-    blocks = sorted((b for b in self.site.model.find(self.blocks) if b.out is not None),
-                    key=lambda b: natural(b.path))
-    within = [b for b in blocks if b.path.startswith(f'{self.site.path}/')]
-    if within:
-      return within
-    parent = self.site.path.rpartition('/')[0]
-    found = [b for b in blocks if f'{b.path}/'.startswith(f'{parent}/'.lstrip('/'))]
-    if not found:
-      raise ValueError(f'no block that {self.blocks!r} names lies before the exit {self.site.path!r}')
-    return found
-
-  @property
-  def wraps_blocks(self) -> bool:
-    """Whether the exit runs the blocks itself (their last output is its output)."""
-    return self.stack[0].path.startswith(f'{self.site.path}/')
-
-  @property
-  def scanned(self) -> bool:
-    return len(self.stack) == 1 and bool(self.stack[0].axes)
-
-  @property
-  def depth(self) -> int:
-    return sum(block.layers for block in self.stack)
-
-  @property
-  def width(self) -> int:
-    return self.stack[0].input.shape[-1]
+  only: Sequence[int] | None
 
   @property
   def narrow(self) -> int:
@@ -85,11 +39,7 @@ class Ladder:
   @functools.cached_property
   def layers(self) -> tuple[int, ...]:
     """The backbone layers that have a side block, ascending."""
-    layers = tuple(range(self.depth)) if self.chosen is None else tuple(sorted(self.chosen))
-    if not layers or min(layers) < 0 or max(layers) >= self.depth:
-      raise ValueError(f'layers={list(layers)} must name some of the {self.depth} blocks 0 to {self.depth - 1} '
-                       f'before {self.site.path!r}')
-    return layers
+    return self.chosen(self.only)
 
   @functools.cached_property
   def specs(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -121,7 +71,7 @@ class Ladder:
     heads = 0 if self.kind == 'mlp' else self.heads
     return side.lean(self.stack[0], heads, self.narrow, bool(anatomy and anatomy.causal))
 
-  def recorded(self, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  def further(self, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Of the arrays that a backbone's block is called with, those that its side block needs too."""
     anatomy, takes = self.site.model.anatomy, self.block.takes
     own = dict(anatomy.side) if anatomy else {}
@@ -198,7 +148,7 @@ class Ladder:
     shapes = traverse_util.flatten_dict(jax.eval_shape(self._fresh, jax.random.key(0)), sep='/')
     kept, blocks = self._kept_before(arrays, scores), []
     for i in self.layers:
-      block, layer = self._layer(i)
+      block, layer = self.layer(i)
       inside = {s.path[len(block.path) + 1:]: s for s in self.site.model.values()
                 if s.leaves and s.path.startswith(f'{block.path}/')}
       of_layer = lambda flat, layer=layer, inside=inside: {
@@ -225,29 +175,6 @@ class Ladder:
     columns = jnp.sum(jnp.abs(scores[tables[0]]).reshape(-1, self.width), 0)
     return keep_rows(columns, keep_count(self.width, self.reduction))
 
-  def _layer(self, i: int) -> tuple[Site, int]:
-    """The site of layer i, and its index in that site's stack."""
-    for block in self.stack:
-      if i < block.layers:
-        return block, i
-      i -= block.layers
-    raise IndexError(i)
-
-  def _stacked(self, taps, name: str) -> jax.Array:
-    """What a scanned stack recorded: [layers, ...]."""
-    (block,) = self.stack
-    x = taps[block.path][name]
-    return x.reshape(block.layers, *x.shape[len(block.lengths):])
-
-  def _unrolled(self, taps, name: str) -> list[jax.Array]:
-    """What unrolled blocks (some of them stacks, perhaps) recorded, one array a layer."""
-    rows = [(b, taps[b.path][name]) for b in self.stack]
-    return [x for b, t in rows for x in (t.reshape(b.layers, *t.shape[len(b.lengths):]) if b.axes else [t])]
-
-  def embeddings(self, taps) -> jax.Array:
-    """x_0, the input of the first block, [B, N, d]."""
-    return self._stacked(taps, 'x')[0] if self.scanned else self._unrolled(taps, 'x')[0]
-
   def narrowed(self, taps, last: jax.Array, down) -> list[jax.Array] | jax.Array:
     """What each side layer reads: D_i h_i + c_i, or the pooled h_i, [B, N, d'] a layer.
 
@@ -259,18 +186,8 @@ class Ladder:
       last: the last hidden state, pooled if the taps are.
       down: {'kernel': [layers, d, d'], 'bias': [layers, d']} or None for pooled taps.
     """
-    after = [i + 1 for i in self.layers]
-    if not self.scanned:
-      wide = [*self._unrolled(taps, 'x'), last]
-      project = lambda j, h: h if down is None else h @ down['kernel'][j] + down['bias'][j]
-      return [project(j, wide[i]) for j, i in enumerate(after)]
-    inner = [i for i in after if i < self.depth]
-    stacked = self._stacked(taps, 'x')
-    wide = stacked[1:] if len(inner) == self.depth - 1 else stacked[jnp.array(inner, int)]
-    narrow = [(wide, slice(0, len(inner))), (last[None], slice(len(inner), len(after)))]
-    narrow = [x if down is None else jnp.einsum('l...d,ldk->l...k', x, down['kernel'][rows])
-              + down['bias'][rows][:, None, None] for x, rows in narrow[: 1 + (len(inner) < len(after))]]
-    return jnp.concatenate(narrow)
+    project = lambda h, layer: h if layer is None else linear(layer, h)
+    return self.each(project, taps, last, [i + 1 for i in self.layers], down)
 
   def inputs(self, taps) -> dict:
     """The further inputs of the side blocks, recorded beside the stream."""
@@ -282,10 +199,7 @@ class Ladder:
 
   def check(self, prune) -> None:
     """Raises a ValueError where the widths cannot be divided, or nothing can be pruned."""
-    for block in self.stack:
-      if len(block.input.shape) != 3 or block.input.shape[-1] != self.width:
-        raise ValueError(f'lst: a ladder reads one stream of tokens [B, N, d], and the block {block.path!r} is called '
-                         f'with {block.input.shape}')
+    self.check_tokens('lst')
     if self.width % self.reduction:
       raise ValueError(f'reduction={self.reduction} does not divide the width {self.width} of the blocks')
     reads = self.block.takes is None or 'context' in self.block.takes
@@ -301,8 +215,3 @@ def _float32(tree):
 
 def _flat(scores) -> dict:
   return traverse_util.flatten_dict(dict(scores.get('params', scores)), sep='/')
-
-
-def pool(x: jax.Array, reduction: int) -> jax.Array:
-  """Means over groups of `reduction` neighbouring features: [..., d] to [..., d / r]; no parameters."""
-  return x.reshape(*x.shape[:-1], -1, reduction).mean(-1)

@@ -1,11 +1,13 @@
 """LoRA and its kin: a low-rank product beside every frozen matrix.
 
 LoRA: Hu et al., 2022 (arXiv 2106.09685). rsLoRA: Kalajdzievski, 2023 (2312.03732). PiSSA: Meng et al., 2024
-(2404.02948). OLoRA: Buyukakyuz, 2024 (2406.01775). DoRA: Liu et al., 2024 (2402.09353).
+(2404.02948). OLoRA: Buyukakyuz, 2024 (2406.01775). DoRA: Liu et al., 2024 (2402.09353). LoRA-FA: Zhang et al.,
+2023 (2308.03303).
 
 For a kernel w [fan_in, fan_out] (the papers' W is its transpose), a [fan_in, r] and b [r, fan_out]:
 
   LoRA          w' = w + s a b                   s = alpha / r, or alpha / sqrt(r) for rsLoRA; b = 0 at first
+  LoRA-FA       the same; a stays as drawn
   PiSSA, OLoRA  w' = w + s (a b - a0 b0)         a0, b0: a and b as they started, from the SVD or QR of w
   DoRA          w' = (m / |v|) v, v = w + s a b  |v|: the norms of v's columns, a constant for gradients
 
@@ -52,6 +54,24 @@ def lora(rank: int = 8, alpha: float = 8, targets: str = '{q}|{v}', dropout: flo
     ValueError: a hyperparameter outside its range; at `attach`, a rank that 'pissa' or 'olora' cannot cut out
       of a matrix.
   """
+  return _lora(rank, alpha, targets, dropout, init, rslora, name, ())
+
+
+def lora_fa(rank: int = 8, alpha: float = 8, targets: str = '{q}|{v}', dropout: float = 0.0,
+            init: str = 'default', rslora: bool = False, name: str = 'lora_fa') -> Method:
+  """LoRA whose a stays as it was drawn: the backward pass keeps x a, r numbers a token, in the place of x.
+
+  Args: of `lora`; the authors train with `jpeft.optim.lora_fa` before Adam.
+
+  Raises:
+    ValueError: a hyperparameter outside its range, or a start that takes the matrix apart.
+  """
+  if init in ('pissa', 'olora'):
+    raise ValueError(f"{name}: init={init!r} needs both factors trained; use 'default' or 'gaussian'")
+  return _lora(rank, alpha, targets, dropout, init, rslora, name, ('a',))
+
+
+def _lora(rank, alpha, targets, dropout, init, rslora, name, fixed) -> Method:
   scale = _scale(rank, alpha, rslora, dropout)
   if init not in STARTS:
     near = difflib.get_close_matches(str(init), STARTS, 1)
@@ -75,7 +95,8 @@ def lora(rank: int = 8, alpha: float = 8, targets: str = '{q}|{v}', dropout: flo
     a, b = _factors(t)
     return y + scale * ((x.map(lambda v: drop(v, key, dropout)) @ a) @ b)
 
-  kernels = matrix(name, begin, weight, dot, needs_dot=dropout > 0, fixed=('a0', 'b0') if decomposes else ())
+  fixed = ('a0', 'b0') if decomposes else fixed
+  kernels = matrix(name, begin, weight, dot, needs_dot=dropout > 0, fixed=fixed)
   return at(targets, _with_tables(kernels, rank, weight))
 
 
@@ -185,8 +206,9 @@ def _with_tables(rule: Weight, rank: int, weight) -> Weight:
   def init(key, site, arrays):
     theta = rule.init(key, site, arrays)
     for i, (name, leaf) in enumerate(tables(site).items()):
-      b = jax.random.normal(jax.random.fold_in(key, i), (rank, leaf.fan_out))
-      theta[name] = {'a': jnp.zeros((leaf.fan_in, rank)), 'b': b}
+      a, b = jnp.zeros((leaf.fan_in, rank)), jnp.zeros((rank, leaf.fan_out))
+      drawn = lambda x, i=i: jax.random.normal(jax.random.fold_in(key, i), x.shape)
+      theta[name] = {'a': drawn(a), 'b': b} if 'a' in rule.fixed else {'a': a, 'b': drawn(b)}
     return theta
 
   def apply(theta, site, arrays):

@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from ..core import Call, Method, Site, at, chain
-from .ladder import Ladder, pool
+from .ladder import Ladder
+from .stack import dense, linear, pool, put_first, record
 from .tune import NONE
 
 BLOCKS = ('auto', 'own', 'attention', 'mlp')
@@ -81,35 +82,19 @@ def lst(reduction: int = 8, block: str = 'auto', heads: int = 1, downsample: str
     exits = [e for e in block_site.model.find(exit) if e.out is not None]
     return next(net for net in map(ladder, exits) if block_site in net.stack)
 
-  def record(t, call, *args, **kwargs):
-    inputs = {n: _still(a) for n, a in call.inputs(*args, **kwargs).items()}
-    net, x = ladder_of(call.site), next(iter(inputs.values()))
-    if pooled:
-      x = pool(x, reduction)
-      if not net.scanned and args and isinstance(args[0], jax.Array):
-        # The block waits for it, lest XLA pools after the last block and keeps all wide taps until then.
-        x, first = jax.lax.optimization_barrier((x, args[0]))
-        args = (first, *args[1:])
-    call.tap(x=x, **net.recorded(inputs))
-    return call(*args, **kwargs)
-
   def init(key, site, arrays):
     net = ladder(site)
     net.check(prune)
     keys = dict(zip(('in', 'down', 'up', 'net'), jax.random.split(key, 4), strict=True))
-
-    def project(name, fan_in, fan_out, *lead):
-      kernel = std * jax.random.normal(keys[name], (*lead, fan_in, fan_out))
-      return {'kernel': kernel, 'bias': jnp.zeros((*lead, fan_out))}
-
     t = net.init(keys['net'], arrays, prune)
     if not pooled:
-      t['in'] = project('in', net.width, net.narrow)
-      t['down'] = project('down', net.width, net.narrow, len(net.layers))
+      t['in'] = dense(keys['in'], net.width, net.narrow, std=std)
+      if gate != 'one':
+        t['down'] = dense(keys['down'], net.width, net.narrow, len(net.layers), std=std)
     if gate in _GATE_STARTS:
       t['gate'] = jnp.full((net.depth,), _GATE_STARTS[gate])
     if net.is_last:
-      t['up'] = project('up', net.narrow, net.width)
+      t['up'] = dense(keys['up'], net.narrow, net.width, std=std)
       if merge == 'add':
         t['up'] = jax.tree.map(jnp.zeros_like, t['up'])
       if merge == 'gate':
@@ -120,51 +105,44 @@ def lst(reduction: int = 8, block: str = 'auto', heads: int = 1, downsample: str
     net = ladder(call.site)
     y = call(x, *args, **kwargs)
     out = jax.tree.leaves(y)[0]
-    last = jax.lax.stop_gradient(out if net.wraps_blocks else x)
+    last = net.last(x, out)
     last = pool(last, reduction) if pooled else last
     key = call.rng('lst dropout') if dropout else call.key
     s = net.embeddings(call.taps())
     if dropout and key is not None:
       s = s * jax.random.bernoulli(jax.random.fold_in(key, 0), 1 - dropout, s.shape) / (1 - dropout)
-    s = s if pooled else _linear(t['in'], s)
+    s = s if pooled else linear(t['in'], s)
     with call.outside():
       context = net.context(t, call.taps(), s.shape[1])
 
     def step(s, layer):
-      h, g = layer['h'], layer.get('gate')
-      s = s + h if g is None else g * s + (1 - g) * h
+      h, g = layer.get('h'), layer.get('gate')
+      if h is not None:
+        s = s + h if g is None else g * s + (1 - g) * h
       with call.outside():
         out = net.block.apply(layer['block'], s, {**layer['inputs'], **context}, call.training, layer.get('key'))
-      return out.astype(s.dtype), None
+      return out.astype(s.dtype)
 
-    # The side network is scanned beside unrolled blocks too: its activations are then stored once and narrow,
-    # where XLA would hold those of many layers at a time, and it compiles once.
-    inputs = net.inputs(call.taps())
-    context |= {n: x[0] for n, x in inputs.items() if isinstance(x, list) and all(row is x[0] for row in x)}
-    layers = {
-      'h': net.narrowed(call.taps(), last, t.get('down')), 'block': t['blocks'],
-      'inputs': {n: x for n, x in inputs.items() if n not in context}, **gates_of(t, net, s.dtype),
-      **({} if key is None else {'key': jax.random.split(key, len(net.layers))})}
-    is_list = lambda x: isinstance(x, list)
-    layers = jax.tree.map(lambda x: jnp.stack(x) if is_list(x) else x, layers, is_leaf=is_list)
-    s, _ = jax.lax.scan(jax.checkpoint(step, prevent_cse=False) if remat else step, s, layers)
+    s = net.run(jax.checkpoint(step, prevent_cse=False) if remat else step, s, {
+      'block': t['blocks'], 'inputs': net.inputs(call.taps()), **gates_of(t, net, s.dtype),
+      **({} if gate == 'one' else {'h': net.narrowed(call.taps(), last, t.get('down'))}),
+      **({} if key is None else {'key': jax.random.split(key, len(net.layers))})})
     with call.outside():
       s = net.norm(t, s)
     if not net.is_last:
       call.tap(side=s)
       return y
-    o = _linear(t['up'], s)
+    o = linear(t['up'], s)
     if merge != 'replace':
       held = jax.lax.stop_gradient(out)
       g = jax.nn.sigmoid(t['merge'] / temperature) if merge == 'gate' else None
       o = held + o if g is None else g * o + (1 - g) * held
-    return jax.tree.map(lambda a: o.astype(a.dtype) if a is out else a, y)
+    return put_first(y, o)
 
   def gates_of(t, net, dtype):
-    if gate is None:
+    if 'gate' not in t:
       return {}
-    values = t['gate'] if gate != 'one' else jnp.ones(net.depth)
-    values = jax.nn.sigmoid(values / temperature) if gate == 'learned' else values
+    values = jax.nn.sigmoid(t['gate'] / temperature) if gate == 'learned' else t['gate']
     return {'gate': values[jnp.array(net.layers)].astype(dtype)}
 
   def update(t, site, step, key):
@@ -174,15 +152,25 @@ def lst(reduction: int = 8, block: str = 'auto', heads: int = 1, downsample: str
 
   scheduled = gate in ('linear', 'hyperbolic')
   return chain(
-    at(blocks, Call(name, record, taps=True, memory=NONE)),
+    record(name, blocks, lambda x: pool(x, reduction) if pooled else x,
+           lambda site, inputs: ladder_of(site).further(inputs)),
     at(exit, Call(name, apply, init, taps=True, memory=NONE, fixed=('gate',) if scheduled else (),
                   update=update if scheduled else None)))
 
 
-def _still(x: jax.Array) -> jax.Array:
-  """x without gradient; what has none, such as a mask that all blocks share, stays the very same array."""
-  return jax.lax.stop_gradient(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+def side_tuning(reduction: int = 8, block: str = 'auto', heads: int = 1, layers: Sequence[int] | None = None,
+                prune: Any = None, temperature: float = 1.0, remat: bool = False, blocks: str = '{block}',
+                exit: str = '{exit}', name: str = 'side_tuning') -> Method:
+  """Side-tuning: s(a) B(x) + (1 - s(a)) S(x) of a frozen backbone B and a small network S, s the sigmoid.
 
+  Zhang et al., 2020 (arXiv 1912.13503; jozhang97/side-tuning). S is a ladder whose rungs are cut, as the LST
+  paper compares with it: it reads the embeddings x_0 and no state of the backbone. theta holds -a as `merge`,
+  from 0 on; a scalar, it is not decayed. `prune` starts S as a shrunken copy of B.
 
-def _linear(t, x: jax.Array) -> jax.Array:
-  return x @ t['kernel'] + t['bias']
+  Args:
+    reduction, block, heads, layers, prune, remat, blocks, exit: see `lst`; a side block for each of `layers`.
+    temperature: T of s(a / T); 1 as published, 0.1 in the LST paper's comparison.
+    name: in theta.
+  """
+  return lst(reduction, block, heads, 'linear', 'one', temperature, layers=layers, merge='gate', prune=prune,
+             remat=remat, blocks=blocks, exit=exit, name=name)

@@ -26,7 +26,7 @@ from ..core import Call, Method, Site, at
 from .common import drop
 
 # The arguments of an attention function behind query, key and value, by position.
-_ARGUMENTS = ('bias', 'mask', 'broadcast_dropout', 'dropout_rng', 'dropout_rate', 'deterministic', 'dtype')
+ARGUMENTS = ('bias', 'mask', 'broadcast_dropout', 'dropout_rng', 'dropout_rate', 'deterministic', 'dtype')
 # What would silently mean something else with more keys.
 _REFUSED = ('key_value_seq_lengths', 'local_window_size')
 
@@ -87,7 +87,7 @@ def _prefixed(attention, rows, tokens: int):
 
   def run(query, key, value, *args, is_causal: bool = False, **kwargs):
     length, batch = key.shape[-3], key.shape[:-3]
-    kwargs |= dict(zip(_ARGUMENTS, args, strict=False))
+    kwargs |= dict(zip(ARGUMENTS, args, strict=False))
     if refused := [n for n in _REFUSED if kwargs.get(n) is not None]:
       raise ValueError(f'prefix: {refused[0]} counts keys, and there are {tokens} more: use a mask instead')
     if is_causal:

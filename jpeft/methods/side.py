@@ -4,7 +4,7 @@ A side block maps a narrow stream [B, N, d'] to itself. It runs beside the model
 """
 
 import dataclasses
-import inspect
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from ..core import Site
+from ..core.attach import flags_of
 
 _WIDTH = re.compile(r'(?!.*heads)(.*_)?(dim|width|features|size|hidden|inner|d_model|d_ff|d_kv)(_.*)?')
-_TRAINS = {'train': True, 'training': True, 'is_training': True, 'deterministic': False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,11 +131,7 @@ def own(site: Site, reduction: int) -> SideBlock:
   fields = {f.name: getattr(site.module, f.name) for f in dataclasses.fields(site.module)}
   widths = {n: v // reduction for n, v in fields.items() if type(v) is int and _WIDTH.fullmatch(n)}
   block = site.module.clone(**widths)
-  parameters = inspect.signature(type(block).__call__).parameters
-  flags = {n: trains for n, trains in _TRAINS.items() if n in parameters}
-
-  def call(training):
-    return {n: training == trains for n, trains in flags.items()}
+  call = functools.partial(flags_of, type(block).__call__)
 
   def init(key, s, inputs):
     keys = {'params': key, 'dropout': key}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ..core import Method, Weight, at
 
-FULL, NONE = 'full crossing', 'no backbone backprop'
+FULL, PARTIAL, NONE = 'full crossing', 'partial re-entry', 'no backbone backprop'
 
 
 def tune(targets: str, arrays: str = '.*', name: str = 'tune', memory: str = FULL) -> Method:

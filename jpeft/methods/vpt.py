@@ -46,8 +46,8 @@ def vpt_deep(tokens: int = 5, dropout: float = 0.0, blocks: str = '{block}',
   _check(tokens, dropout)
 
   def apply(t, call, *args, **kwargs):
-    args, kwargs = _enter(call, args, kwargs, tokens, _prompts(t, call, dropout))
-    return on_first(call(*args, **kwargs), lambda x: _remove(call.site, x, tokens))
+    args, kwargs = enter(call, args, kwargs, tokens, _prompts(t, call, dropout))
+    return on_first(call(*args, **kwargs), lambda x: remove_tokens(call.site, x, tokens))
 
   return at(blocks, Call(name, apply, lambda key, site, arrays: _init(key, tokens, site, site.input)))
 
@@ -87,11 +87,11 @@ def vpt_shallow(tokens: int = 5, dropout: float = 0.0, stack: str = '{stack}',
 
   def apply(t, call, *args, **kwargs):
     runs, first, last = place(call.site)
-    remove = lambda x: _remove(call.site, x, tokens)
+    remove = lambda x: remove_tokens(call.site, x, tokens)
     if runs:
-      args, kwargs = _enter(call, args, kwargs, tokens, _prompts(t, call, dropout) if first else None)
+      args, kwargs = enter(call, args, kwargs, tokens, _prompts(t, call, dropout) if first else None)
     elif last:
-      args, kwargs = _map(call, args, kwargs, remove)
+      args, kwargs = on_stream(call, args, kwargs, remove)
     out = call(*args, **kwargs)
     if first and not runs:
       out = on_first(out, lambda x: _insert(call.site, x, _prompts(t, call, dropout)(x)))
@@ -111,10 +111,15 @@ def _init(key, tokens: int, site: Site, sequence) -> dict:
   shape = None if sequence is None else sequence.shape
   if shape is None or len(shape) != 3:
     raise ValueError(f'prompts need tokens [B, N, D], and {site.kind} at {site.path!r} has {shape}')
-  patches = site.model.find('{patch}') if site.model.anatomy else []
-  fans = [leaf.fan_in for s in patches for leaf in s.leaves.values() if leaf.is_matrix] or [shape[-1]]
-  bound = math.sqrt(6 / (fans[-1] + shape[-1]))
+  bound = spread_of(site, shape[-1])
   return {'prompts': jax.random.uniform(key, (tokens, shape[-1]), minval=-bound, maxval=bound)}
+
+
+def spread_of(site: Site, width: int) -> float:
+  """a of the initial U(-a, a): sqrt(6 / (fan_in of a patch, else the width, + the width))."""
+  patches = site.model.find('{patch}') if site.model.anatomy else []
+  fans = [leaf.fan_in for s in patches for leaf in s.leaves.values() if leaf.is_matrix] or [width]
+  return math.sqrt(6 / (fans[-1] + width))
 
 
 def _prompts(t, call, rate: float):
@@ -125,15 +130,15 @@ def _prompts(t, call, rate: float):
   return make
 
 
-def _enter(call, args, kwargs, tokens: int, prompts):
+def enter(call, args, kwargs, tokens: int, prompts):
   """The arguments of a call on a sequence that has prompts; `prompts` is None where they are in already."""
   x = next(iter(call.inputs(*args, **kwargs).values()))
   length = x.shape[1] - (0 if prompts else tokens)
   stream = (lambda x: _insert(call.site, x, prompts(x))) if prompts else lambda x: x
-  return _map(call, args, kwargs, stream, lambda name, a: _follow(call.site, name, a, len(x), length, tokens))
+  return on_stream(call, args, kwargs, stream, lambda name, a: _follow(call.site, name, a, len(x), length, tokens))
 
 
-def _map(call, args, kwargs, stream, other=lambda name, x: x):
+def on_stream(call, args, kwargs, stream, other=lambda name, x: x):
   """The arguments of a call: stream(x) for the first array, other(name, x) for those that go with it."""
   named = call.inputs(*args, **kwargs)
   names, x = {id(a): name for name, a in named.items()}, next(iter(named.values()))
@@ -146,7 +151,7 @@ def _follow(site: Site, name: str, a, batch: int, length: int, tokens: int):
   goes_along = length in a.shape[1:] or a.shape[:1] == (length,) != (batch,)
   if not goes_along or any(word in name for word in _ELSEWHERE):
     return a
-  lead, rows = _lead(site), a.ndim > 2 or a.ndim == 2 and a.shape[0] != batch  # [B, N] has no axis of queries
+  lead, rows = lead_of(site), a.ndim > 2 or a.ndim == 2 and a.shape[0] != batch  # [B, N] has no axis of queries
   if 'position' in name and jnp.issubdtype(a.dtype, jnp.integer):
     new = jnp.broadcast_to(lead + jnp.arange(tokens, dtype=a.dtype), (*a.shape[:-1], tokens))
     return jnp.concatenate([a[..., :lead], new, a[..., lead:] + tokens], -1)
@@ -162,15 +167,17 @@ def _follow(site: Site, name: str, a, batch: int, length: int, tokens: int):
   return a
 
 
-def _lead(site: Site) -> int:
+def lead_of(site: Site) -> int:
+  """How many special tokens stand before the others."""
   return site.model.anatomy.lead if site.model.anatomy else 0
 
 
 def _insert(site: Site, x, prompts):
-  lead = _lead(site)
+  lead = lead_of(site)
   return jnp.concatenate([x[:, :lead], prompts, x[:, lead:]], 1)
 
 
-def _remove(site: Site, x, tokens: int):
-  lead = _lead(site)
+def remove_tokens(site: Site, x, tokens: int):
+  """The sequence without `tokens` tokens behind the leading special ones."""
+  lead = lead_of(site)
   return jnp.concatenate([x[:, :lead], x[:, lead + tokens:]], 1)

@@ -45,8 +45,10 @@ DECODERS = ('linen_gemma', 'nnx_llama', 'nnx_raw')
 NO_BIAS = dict.fromkeys(DECODERS, 'bitfit: .* match, but none has what it adapts')
 KERNELS = {CONV: {'targets': '{conv}'}}
 TOKENS = r'prompts need tokens \[B, N, D\], and ConvBlock'
+ONE = 'none has what it adapts|modules that are called|give one prediction|a pooled embedding'
+STREAM = r'reads one stream of tokens \[B, N, d\]'
 INLINE = dict.fromkeys(('linen_bert', 'linen_gemma', 'linen_fused', 'nnx_raw'),
-                       'calls no attention_fn of its own that could see more keys')
+                       'calls no attention_fn of its own that could')
 
 ROWS: dict[str, Row] = {
   'linear': Row(start=0),
@@ -54,6 +56,7 @@ ROWS: dict[str, Row] = {
   'bitfit': Row(start=0, cannot=NO_BIAS),
   'norm': Row(start=0),
   'lora': Row(start=0, on=KERNELS),
+  'lora_fa': Row(start=0, on=KERNELS),
   'dora': Row(on=KERNELS),
   'vera': Row(start=0, on=KERNELS),
   'ia3': Row(start=0, on={CONV: {'targets_out': '{depthwise}', 'targets_in': '{linear}'}}),
@@ -65,7 +68,18 @@ ROWS: dict[str, Row] = {
   'vpt_shallow': Row(start=None, cannot={CONV: TOKENS, 'linen_gemma': 'no sequence can grow or shrink'}),
   'vpt_deep': Row(start=None, cannot={CONV: TOKENS}),
   'prefix': Row(start=None, cannot={**INLINE, CONV: 'no role {attention}'}),
-  'lst': Row(start=None, cannot={CONV: 'lst'}),
+  'lst': Row(start=None, cannot={CONV: STREAM}),
+  'side_tuning': Row(start=None, cannot={CONV: STREAM}),
+  'head2toe': Row(hp={'target': 64}, start=None, on={CONV: {'taps': '{embed}|{conv}|{linear}'}},
+                  cannot=dict.fromkeys(DECODERS, ONE)),
+  'vqt': Row(start=None, cannot={**INLINE, **dict.fromkeys(DECODERS, f'{ONE}|no attention_fn'),
+                                 CONV: 'no role {attention}'}),
+  'hst': Row(hp={'widths': (8, 8, 12, 12), 'heads': (2, 2, 4, 4)}, start=None, dead=('.*/k/bias',),
+             cannot={**dict.fromkeys(('linen_bert', *DECODERS), 'a pyramid is built on images'), CONV: STREAM}),
+  'sherl': Row(start=None, cannot={CONV: STREAM}),
+  'unipt': Row(start=None, dead=('.*/gate/bias',), cannot={CONV: STREAM}),
+  'unipt_global': Row(start=None, dead=('.*/gate/bias',),
+                      cannot={**dict.fromkeys(DECODERS, ONE), CONV: f'{STREAM}|pooled embedding'}),
 }
 
 

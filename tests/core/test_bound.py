@@ -176,3 +176,24 @@ def test_every_layer_draws_its_own_key(name):
   assert len({*one.tolist(), *other.tolist()}) == 6
   np.testing.assert_array_equal(one, again)
   assert not np.any(tuned.apply({}, held, X))
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_a_second_run_as_a_pure_function_records_nothing_again(name):
+  def record(t, call, x, *args):
+    call.tap(x=x)
+    return call(x, *args)
+  def twice(t, call, x, *args):
+    fn, arrays = call.pure()
+    out = call(x, *args)
+    fn(arrays, 0 * x, *args)
+    return out
+  def read(t, call, x):
+    call(x)
+    return jnp.concatenate([t['x'].reshape(-1, *x.shape) for t in call.taps().values()])
+  model = MODELS[name]()
+  held = backbone(model)
+  reads = jpeft.at('', jpeft.Call('read', read, taps=True))
+  records = jpeft.at(BLOCKS, jpeft.Call('record', record, taps=True))
+  chains = [jpeft.chain(records, reads), jpeft.chain(records, wrapped(twice), reads)]
+  np.testing.assert_array_equal(*(jpeft.attach(model, m, held, X).apply({}, held, X) for m in chains))

@@ -120,3 +120,27 @@ def test_nothing_is_left_in_the_users_model():
   jpeft.attach(model, spy('blocks/0', spied.append), held, X).apply({}, held, X)
   assert [type(call.module).__name__ for call in spied] == ['NnxBlock']
   assert type(model.blocks[0]).__call__ is not type(spied[0].module).__call__
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_two_methods_may_record_at_one_site_and_read_their_own(name):
+  model = MODELS[name]()
+  held = backbone(model)
+  def method(name, factor):
+    def record(t, call, x):
+      call.tap(x=factor * x)
+      return call(x)
+    def read(t, call, *args):
+      seen = list(call.taps().values())
+      out = call(*args)
+      call.tap(total=sum(jnp.sum(t['x']) for t in (seen or call.taps().values())))
+      return out
+    return jpeft.chain(jpeft.at('blocks?[_/]?\\d*', jpeft.Call(name, record, taps=True)),
+                       jpeft.at('', jpeft.Call(name, read, taps=True)))
+  def totals(t, call, *args):
+    call(*args)
+    return call.taps()['']['total'], jnp.stack([t['total'] for p, t in call._taps()[''].items()])
+  last = jpeft.at('', jpeft.Call('totals', totals, taps=True))
+  tuned = jpeft.attach(model, jpeft.chain(method('one', 1), method('two', 2), last), held, X)
+  _, both = tuned.apply({}, held, X)
+  np.testing.assert_allclose(2 * both[0], both[1], rtol=1e-5)
