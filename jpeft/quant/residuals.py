@@ -363,7 +363,8 @@ def _stored(jaxpr, n_free: int, bits: int, operand_bits: int) -> Callable:
     inputs = {i: x if i < n_free or i not in plan.moved else choice.inputs[i].unpack(x)
               for i, x in zip(plan.inputs, inputs, strict=True)}
     filled = [inputs[i] if i in inputs else _nothing(v.aval) for i, v in enumerate(jaxpr.invars)]
-    grads = iter(_gradients(plan.moved, values, codes, filled, cotangents))
+    # All before any: a gradient of a weight that waits would keep what was computed again for it.
+    grads = iter(jax.lax.optimization_barrier(_gradients(plan.moved, values, codes, filled, cotangents)))
     return tuple(next(grads) if i in plan.moved else None for i in range(len(jaxpr.invars)))
 
   def _gradients(moved, values, codes, inputs, cotangents):
