@@ -12,6 +12,7 @@ from .lora import dora, lora
 from .lst import lst
 from .prefix import prefix
 from .prune import fisher
+from .s2a import packed, s2a
 from .ssf import ssf
 from .tune import FULL, NONE, bitfit, full, linear, norm, tune
 from .vera import vera
@@ -56,6 +57,7 @@ REGISTRY: dict[str, Entry] = {
   'vpt_shallow': Entry(vpt_shallow, '2203.12119', FULL, False, 'VPT: prompt tokens before the first block'),
   'vpt_deep': Entry(vpt_deep, '2203.12119', FULL, False, 'VPT: fresh prompt tokens before every block'),
   'prefix': Entry(prefix, '2101.00190', FULL, False, 'prefix tuning: keys and values in every attention'),
+  's2a': Entry(s2a, '2503.08154', FULL, False, 'S2A: biases, prompts, side modules; 4-bit storage for backprop'),
   'lst': Entry(lst, '2206.06522', NONE, False, 'ladder side-tuning: a narrow network fed by the blocks'),
 }
 
@@ -87,5 +89,5 @@ def make(name: str, head: bool = True, **hyperparameters) -> Method:
 
 
 __all__ = ['REGISTRY', 'Entry', 'adaptformer', 'bitfit', 'dora', 'fisher', 'full', 'houlsby', 'ia3', 'linear',
-           'lora', 'lst', 'make', 'norm', 'parallel', 'pfeiffer', 'prefix', 'ssf', 'tune', 'vera', 'vpt_deep',
-           'vpt_shallow']
+           'lora', 'lst', 'make', 'norm', 'packed', 'parallel', 'pfeiffer', 'prefix', 's2a', 'ssf', 'tune', 'vera',
+           'vpt_deep', 'vpt_shallow']

@@ -16,6 +16,8 @@ The 4-bit storage alone is `packed()`, for any method: chain(lora(8), packed()).
 chain, so it comes last. The forward pass is exact; gradients carry the rounding of what was kept.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -75,7 +77,7 @@ def s2a(rank: int = 8, side: int = 48, pool: int = 4, bits: int = 4, operand_bit
     shape = _stream(site, name) if rank or side else ()
     t, keys = {}, jax.random.split(key)
     if rank:
-      places = int(jnp.prod(jnp.array(shape[1:-1])))
+      places = math.prod(shape[1:-1])
       t['prompt'] = {'a': 0.02 * jax.random.normal(keys[0], (places, rank)), 'b': jnp.zeros((rank, shape[-1]))}
     if side:
       if shape[-1] % pool:

@@ -71,8 +71,8 @@ class Grouped(NamedTuple):
 def encode(x: jax.Array, bits: int = 4) -> Grouped:
   """Rounds to 2^bits levels a group of 64 neighbours along the last axis.
 
-  Axes are merged from the end until two groups lie side by side, so that no lane of an accelerator stays empty. Step and least value are bfloat16: 4.5 bits a value
-  at 4 bits.
+  Axes are merged from the end until two groups lie side by side, so that no lane of an accelerator stays empty. Step
+  and least value are bfloat16: 4.5 bits a value at 4 bits.
 
   Args:
     x: floats of any shape.

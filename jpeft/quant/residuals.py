@@ -102,18 +102,13 @@ def _evaluate(jaxpr, inputs, at: dict, consts=()) -> list:
       inner = eqn.params.get('jaxpr') or eqn.params['call_jaxpr']
       outs = _evaluate(inner.jaxpr, [read(v) for v in eqn.invars], {}, inner.consts)
     else:
-      outs = _one(eqn, variables)(*values)
+      alone = jaxpr.replace(constvars=[], invars=variables, outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects)
+      outs = jex.jaxpr_as_fun(jex.ClosedJaxpr(alone, ()))(*values)
     env |= zip(eqn.outvars, outs, strict=True)
     for v in eqn.outvars:
       if v in at:
         env[v] = at[v](env[v], read)
   return [read(v) for v in jaxpr.outvars]
-
-
-def _one(eqn, variables) -> Callable:
-  """One equation as a function of its variables."""
-  jaxpr = jex.Jaxpr((), variables, eqn.outvars, [eqn])
-  return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))
 
 
 # What to keep
@@ -375,9 +370,9 @@ def _stored(jaxpr, n_free: int, bits: int, operand_bits: int) -> Callable:
         kept = values.get(v)
         if v in choice.codes:
           source, t = choice.codes[v]
-          code = codes.get(v)
-          levels = jnp.zeros(v.aval.shape) if code is None else look_up(unpack(code, v.aval.shape, bits_of(t)), t.levels)
-          return _sloped(read(source), _nothing(v.aval) if kept is None else kept, levels)
+          code = codes[v] if v in codes else _nothing(_code_of(choice.codes[v]))
+          slope = look_up(unpack(code, v.aval.shape, bits_of(t)), t.levels)
+          return _sloped(read(source), _nothing(v.aval) if kept is None else kept, slope)
         return computed if kept is None else _given(computed, kept)
       return value
 
