@@ -344,9 +344,10 @@ def _stored(jaxpr, n_free: int, bits: int, operand_bits: int) -> Callable:
     outs = _evaluate(jaxpr, inputs, {v: catch(v) for v in (*plan.values, *plan.codes)})
     values = [choice.values[v].pack(seen[v]) for v in plan.values]
     codes = [seen[v, 'code'] for v in plan.codes]
-    kept = [x if i < n_free or i not in moved else choice.inputs[i].pack(x)
-            for i, x in enumerate(inputs) if i in plan.inputs]
-    return outs, (plan, values, codes, kept)
+    packed = {i: choice.inputs[i].pack(inputs[i]) for i in plan.inputs if i >= n_free and i in moved}
+    # Packed before anybody reads the output: later, what is packed would have to wait in full.
+    outs, values, codes, packed = jax.lax.optimization_barrier((outs, values, codes, packed))
+    return outs, (plan, values, codes, [packed.get(i, inputs[i]) for i in plan.inputs])
 
   def backward(residuals, cotangents):
     plan, *kept = residuals

@@ -65,7 +65,7 @@ ROWS: dict[str, Row] = {
   'vpt_shallow': Row(start=None, cannot={CONV: TOKENS, 'linen_gemma': 'no sequence can grow or shrink'}),
   'vpt_deep': Row(start=None, cannot={CONV: TOKENS}),
   'prefix': Row(start=None, cannot={**INLINE, CONV: 'no role {attention}'}),
-  's2a': Row(hp={'side': 4}, start=0, on=dict.fromkeys(DECODERS, {'biases': None})),
+  's2a': Row(hp={'side': 4}, start=0, on={**dict.fromkeys(DECODERS, {'biases': None}), CONV: {'rank': 0, 'side': 0}}),
   'lst': Row(start=None, cannot={CONV: 'lst'}),
 }
 
