@@ -15,6 +15,7 @@ from .prune import fisher
 from .s2a import packed, s2a
 from .ssf import ssf
 from .tune import FULL, NONE, bitfit, full, linear, norm, tune
+from .velora import directed, projected, velora
 from .vera import vera
 from .vpt import vpt_deep, vpt_shallow
 
@@ -57,6 +58,7 @@ REGISTRY: dict[str, Entry] = {
   'vpt_shallow': Entry(vpt_shallow, '2203.12119', FULL, False, 'VPT: prompt tokens before the first block'),
   'vpt_deep': Entry(vpt_deep, '2203.12119', FULL, False, 'VPT: fresh prompt tokens before every block'),
   'prefix': Entry(prefix, '2101.00190', FULL, False, 'prefix tuning: keys and values in every attention'),
+  'velora': Entry(velora, '2405.17991', FULL, True, 'VeLoRA: kernels trained from projections of their inputs'),
   's2a': Entry(s2a, '2503.08154', FULL, False, 'S2A: biases, prompts, side modules; 4-bit storage for backprop'),
   'lst': Entry(lst, '2206.06522', NONE, False, 'ladder side-tuning: a narrow network fed by the blocks'),
 }
@@ -88,6 +90,6 @@ def make(name: str, head: bool = True, **hyperparameters) -> Method:
   return method if entry.head or not head else chain(method, tune('{head}', name='head', memory=NONE))
 
 
-__all__ = ['REGISTRY', 'Entry', 'adaptformer', 'bitfit', 'dora', 'fisher', 'full', 'houlsby', 'ia3', 'linear',
-           'lora', 'lst', 'make', 'norm', 'packed', 'parallel', 'pfeiffer', 'prefix', 's2a', 'ssf', 'tune', 'vera',
-           'vpt_deep', 'vpt_shallow']
+__all__ = ['REGISTRY', 'Entry', 'adaptformer', 'bitfit', 'directed', 'dora', 'fisher', 'full', 'houlsby', 'ia3',
+           'linear', 'lora', 'lst', 'make', 'norm', 'packed', 'parallel', 'pfeiffer', 'prefix', 'projected', 's2a',
+           'ssf', 'tune', 'velora', 'vera', 'vpt_deep', 'vpt_shallow']

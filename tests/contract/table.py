@@ -43,6 +43,7 @@ class Row:
 CONV = 'linen_cnn'
 DECODERS = ('linen_gemma', 'nnx_llama', 'nnx_raw')
 NO_BIAS = dict.fromkeys(DECODERS, 'bitfit: .* match, but none has what it adapts')
+NO_DOOR = dict.fromkeys(('linen_gemma', 'nnx_raw'), 'acts on the input of a layer, and .* offers no injection point')
 KERNELS = {CONV: {'targets': '{conv}'}}
 TOKENS = r'prompts need tokens \[B, N, D\], and ConvBlock'
 INLINE = dict.fromkeys(('linen_bert', 'linen_gemma', 'linen_fused', 'nnx_raw'),
@@ -65,6 +66,7 @@ ROWS: dict[str, Row] = {
   'vpt_shallow': Row(start=None, cannot={CONV: TOKENS, 'linen_gemma': 'no sequence can grow or shrink'}),
   'vpt_deep': Row(start=None, cannot={CONV: TOKENS}),
   'prefix': Row(start=None, cannot={**INLINE, CONV: 'no role {attention}'}),
+  'velora': Row(hp={'groups': 4}, start=0, cannot={CONV: 'no role {v}', **NO_DOOR}),
   's2a': Row(hp={'side': 4}, start=0, on={**dict.fromkeys(DECODERS, {'biases': None}), CONV: {'rank': 0, 'side': 0}}),
   'lst': Row(start=None, cannot={CONV: 'lst'}),
 }
