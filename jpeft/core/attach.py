@@ -453,9 +453,10 @@ def attach(model, method: Method, backbone, /, *args, **kwargs) -> Tuned:
     seen.add(what)
   tuned = Tuned(model, tuple(rules), sites, Method(method), jax.eval_shape(lambda: backbone))
   for rule, site, _ in tuned._plan[0]:
-    if rule.needs_dot and (rule, site) not in tuned._plan[1].get(site.path, ()):
-      raise ValueError(f'{rule.name} at {site.path!r}: dropout acts on the input of a layer, and '
-                       f'{site.kind or "this module"} offers no injection point for it; use dropout=0')
+    if (rule.needs_dot or rule.needs_input) and (rule, site) not in tuned._plan[1].get(site.path, ()):
+      what, way_out = ('dropout acts', '; use dropout=0') if rule.needs_dot else ('the rule acts', '')
+      raise ValueError(f'{rule.name} at {site.path!r}: {what} on the input of a layer, and '
+                       f'{site.kind or "this module"} offers no injection point for it{way_out}')
   jax.tree.leaves(tuned.shapes)  # what a rule's `init` refuses is said here, not at the first step
   return tuned
 

@@ -31,7 +31,8 @@ class Weight:
       `key` is None outside training.
     fixed: names of entries of t that are not trained.
     exact: names of entries of t that `dot` gets as stored; the others come in the dtype of y.
-    needs_dot: the rule has no meaning without `dot` (dropout of the input, say).
+    needs_dot: the rule has no meaning without `dot`, and draws random numbers in it (dropout of the input).
+    needs_input: the rule has no meaning without `dot`.
     update: (t, site, step, key) -> t: a schedule or a periodic edit, after each training step.
     memory: what the backward pass must keep of the backbone, one of MEMORY_CLASSES.
   """
@@ -43,6 +44,7 @@ class Weight:
   fixed: tuple[str, ...] = ()
   exact: tuple[str, ...] = ()
   needs_dot: bool = False
+  needs_input: bool = False
   update: Callable[..., Any] | None = None
   memory: str = MEMORY_CLASSES[-1]
 

@@ -15,10 +15,12 @@ from .lora import dora, lora, lora_fa
 from .lst import lst, side_tuning
 from .prefix import prefix
 from .prune import fisher
+from .s2a import packed, s2a
 from .sherl import sherl
 from .ssf import ssf
 from .tune import FULL, NONE, PARTIAL, bitfit, full, linear, norm, tune
 from .unipt import unipt, unipt_global
+from .velora import directed, projected, velora
 from .vera import vera
 from .vpt import vpt_deep, vpt_shallow
 from .vqt import vqt
@@ -63,6 +65,8 @@ REGISTRY: dict[str, Entry] = {
   'vpt_shallow': Entry(vpt_shallow, '2203.12119', FULL, False, 'VPT: prompt tokens before the first block'),
   'vpt_deep': Entry(vpt_deep, '2203.12119', FULL, False, 'VPT: fresh prompt tokens before every block'),
   'prefix': Entry(prefix, '2101.00190', FULL, False, 'prefix tuning: keys and values in every attention'),
+  'velora': Entry(velora, '2405.17991', FULL, True, 'VeLoRA: kernels trained from projections of their inputs'),
+  's2a': Entry(s2a, '2503.08154', FULL, False, 'S2A: biases, prompts, side modules; 4-bit storage for backprop'),
   'lst': Entry(lst, '2206.06522', NONE, False, 'ladder side-tuning: a narrow network fed by the blocks'),
   'side_tuning': Entry(side_tuning, '1912.13503', NONE, False, 'side-tuning: a small network beside the frozen one'),
   'head2toe': Entry(head2toe, '2201.03529', NONE, False, 'Head2Toe: a linear head over all activations', head=True),
@@ -100,7 +104,7 @@ def make(name: str, head: bool = True, **hyperparameters) -> Method:
   return method if entry.head or not head else chain(method, tune('{head}', name='head', memory=NONE))
 
 
-__all__ = ['REGISTRY', 'Entry', 'adaptformer', 'bitfit', 'dora', 'fisher', 'full', 'group_lasso', 'head2toe',
-           'houlsby', 'hst', 'ia3', 'linear', 'lora', 'lora_fa', 'lst', 'make', 'norm', 'parallel', 'pfeiffer',
-           'prefix', 'select', 'sherl', 'side_tuning', 'ssf', 'tune', 'unipt', 'unipt_global', 'vera', 'vpt_deep',
-           'vpt_shallow', 'vqt']
+__all__ = ['Entry', 'REGISTRY', 'adaptformer', 'bitfit', 'directed', 'dora', 'fisher', 'full', 'group_lasso',
+           'head2toe', 'houlsby', 'hst', 'ia3', 'linear', 'lora', 'lora_fa', 'lst', 'make', 'norm', 'packed',
+           'parallel', 'pfeiffer', 'prefix', 'projected', 's2a', 'select', 'sherl', 'side_tuning', 'ssf', 'tune',
+           'unipt', 'unipt_global', 'velora', 'vera', 'vpt_deep', 'vpt_shallow', 'vqt']

@@ -43,6 +43,7 @@ class Row:
 CONV = 'linen_cnn'
 DECODERS = ('linen_gemma', 'nnx_llama', 'nnx_raw')
 NO_BIAS = dict.fromkeys(DECODERS, 'bitfit: .* match, but none has what it adapts')
+NO_DOOR = dict.fromkeys(('linen_gemma', 'nnx_raw'), 'acts on the input of a layer, and .* offers no injection point')
 KERNELS = {CONV: {'targets': '{conv}'}}
 TOKENS = r'prompts need tokens \[B, N, D\], and ConvBlock'
 ONE = 'none has what it adapts|modules that are called|give one prediction|a pooled embedding'
@@ -80,6 +81,8 @@ ROWS: dict[str, Row] = {
   'unipt': Row(start=None, dead=('.*/gate/bias',), cannot={CONV: STREAM}),
   'unipt_global': Row(start=None, dead=('.*/gate/bias',),
                       cannot={**dict.fromkeys(DECODERS, ONE), CONV: f'{STREAM}|pooled embedding'}),
+  'velora': Row(hp={'groups': 4}, start=0, cannot={CONV: 'no role {v}', **NO_DOOR}),
+  's2a': Row(hp={'side': 4}, start=0, on={**dict.fromkeys(DECODERS, {'biases': None}), CONV: {'rank': 0, 'side': 0}}),
 }
 
 

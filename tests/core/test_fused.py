@@ -114,6 +114,8 @@ def test_a_rule_that_needs_the_layers_input_is_refused_where_no_layer_hands_it_o
   assert jpeft.attach(Bare(), low_rank(''), held, x).sites[''].matrices == ['kernel']
   with pytest.raises(ValueError, match='Bare offers no injection point for it; use dropout=0'):
     jpeft.attach(Bare(), low_rank('', needs_dot=True), held, x)
+  with pytest.raises(ValueError, match="low at '': the rule acts on the input of a layer"):
+    jpeft.attach(Bare(), low_rank('', needs_input=True), held, x)
 
 
 def test_a_boxed_rule_behind_it_takes_the_input_away():
