@@ -97,7 +97,7 @@ def _llama(**sizes):
 WORKS: dict[str, Work] = {
   'w1': Work('12 blocks of width 768 on ready tokens, batch 32, 196 tokens, 100 classes',
              lambda scan, remat: TokenEncoder(scan=scan, remat=remat, **BF16), _tokens, 32, ('unroll', 'scan')),
-  'w2': Work("T5-base, batch 100, 128 tokens in and 8 out: the LST paper's setting",
+  'w2': Work('T5-base, batch 100, 128 tokens in (as in the LST paper) and 8 out (a label)',
              lambda scan, remat: T5(width=768, depth=12, heads=12, mlp_dim=3072, vocab=32128, scan=scan, remat=remat,
                                     **BF16), _texts, 100, head=False),
   'w3': Work('ViT-L/16, batch 64, 224 pixels, 1000 classes',
