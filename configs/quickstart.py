@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 # example and keeps its features (cache), so it affords many epochs.
 METHODS = {
   'linear': dict(lr=1e-2, epochs=40, cache=True),
-  'lst': dict(lr=5e-3, epochs=24, cache=True, reduction=8, block='own', prune='magnitude', merge='add', dropout=0.1),
+  'lst': dict(lr=5e-3, epochs=24, cache=True, reduction=8, block='attention', gate=None, merge='add', normalize=True,
+              remat=False),
   'full': dict(lr=1e-4, epochs=4),
   'bitfit': dict(lr=5e-3, epochs=4),
   'norm': dict(lr=5e-3, epochs=4),

@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 # example, without dropout, and keeps its features (cache).
 METHODS = {
   'linear': dict(lr=3e-3, epochs=10, cache=True),
-  'lst': dict(lr=3e-3, epochs=4, cache=True, reduction=8, block='own', prune='magnitude', merge='add', dropout=0.1),
+  'lst': dict(lr=3e-3, epochs=4, cache=True, reduction=8, block='own', prune='magnitude', merge='add', dropout=0.1,
+              remat=False),
   'full': dict(lr=1e-4, epochs=1),
   'bitfit': dict(lr=3e-3, epochs=1),
   'lora': dict(lr=2e-3, epochs=1, rank=8, alpha=16, targets='{linear}'),

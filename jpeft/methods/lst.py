@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from ..core import Call, Method, Site, at, chain
 from .ladder import Ladder
-from .stack import dense, linear, pool, put_first, record
+from .stack import dense, layer_norm, linear, pool, put_first, record
 from .tune import NONE
 
 BLOCKS = ('auto', 'own', 'attention', 'mlp')
@@ -33,8 +33,8 @@ _GATE_STARTS = {'learned': 0.0, 'linear': 0.1, 'hyperbolic': 0.9}
 def lst(reduction: int = 8, block: str = 'auto', heads: int = 1, downsample: str = 'linear',
         gate: str | None = 'learned', temperature: float = 0.1, gate_steps: int = 1000,
         layers: Sequence[int] | None = None, merge: str = 'replace', prune: Any = None,
-        dropout: float = 0.0, remat: bool = True, std: float = 0.01, blocks: str = '{block}',
-        exit: str = '{exit}', name: str = 'lst') -> Method:
+        dropout: float = 0.0, remat: bool = True, std: float = 0.01, normalize: bool = False,
+        blocks: str = '{block}', exit: str = '{exit}', name: str = 'lst') -> Method:
   """Ladder side-tuning (arXiv 2206.06522).
 
   Args:
@@ -56,6 +56,8 @@ def lst(reduction: int = 8, block: str = 'auto', heads: int = 1, downsample: str
     dropout: on x_0.
     remat: recompute the side blocks in the backward pass: some percent more FLOPs for a fraction of the memory.
     std: of the initial projections.
+    normalize: bring each state to mean 0 and variance 1 over its features before it is projected. The stream grows
+      from block to block, so that late states drown early ones; not in the paper.
     blocks: pattern of the backbone's blocks.
     exit: pattern of the module whose output is the last hidden state, one for each stack.
     name: in theta.
@@ -82,6 +84,10 @@ def lst(reduction: int = 8, block: str = 'auto', heads: int = 1, downsample: str
     exits = [e for e in block_site.model.find(exit) if e.out is not None]
     return next(net for net in map(ladder, exits) if block_site in net.stack)
 
+  def keep(x):
+    x = layer_norm({}, x) if normalize else x
+    return pool(x, reduction) if pooled else x
+
   def init(key, site, arrays):
     net = ladder(site)
     net.check(prune)
@@ -105,8 +111,7 @@ def lst(reduction: int = 8, block: str = 'auto', heads: int = 1, downsample: str
     net = ladder(call.site)
     y = call(x, *args, **kwargs)
     out = jax.tree.leaves(y)[0]
-    last = net.last(x, out)
-    last = pool(last, reduction) if pooled else last
+    last = keep(net.last(x, out))
     key = call.rng('lst dropout') if dropout else call.key
     s = net.embeddings(call.taps())
     if dropout and key is not None:
@@ -152,8 +157,7 @@ def lst(reduction: int = 8, block: str = 'auto', heads: int = 1, downsample: str
 
   scheduled = gate in ('linear', 'hyperbolic')
   return chain(
-    record(name, blocks, lambda x: pool(x, reduction) if pooled else x,
-           lambda site, inputs: ladder_of(site).further(inputs)),
+    record(name, blocks, keep, lambda site, inputs: ladder_of(site).further(inputs)),
     at(exit, Call(name, apply, init, taps=True, memory=NONE, fixed=('gate',) if scheduled else (),
                   update=update if scheduled else None)))
 

@@ -148,3 +148,16 @@ def test_a_side_decoder_needs_attention():
   model, held = t5()
   with pytest.raises(ValueError, match='never reads the side encoder'):
     jpeft.attach(model, jpeft.lst(4, block='mlp'), held, TOKENS, TOKENS)
+
+
+@pytest.mark.parametrize('downsample', ['linear', 'pool'])
+@pytest.mark.parametrize('scan', [False, True])
+def test_normalized_states_weigh_the_same(scan, downsample):
+  model, held = vit(scan=scan)
+  tuned = jpeft.attach(model, jpeft.lst(4, downsample=downsample, normalize=True), held, IMAGES)
+  run = lambda theta, held, images: tuned.apply(theta, held, images)
+  features = jpeft.cut(run, tuned.shapes, held, IMAGES).first(held, IMAGES)
+  states = jnp.concatenate([f.reshape(-1, f.shape[-1]) for f in features])  # 'replace' reads nothing else
+  np.testing.assert_allclose(states.mean(-1), 0, atol=1e-5)
+  if downsample == 'linear':
+    np.testing.assert_allclose(states.std(-1), 1, atol=1e-3)
