@@ -54,7 +54,8 @@ def main(argv: list[str]) -> int:
   if 'json' in flags:
     print(json.dumps(rows, indent=2))
   else:
-    text = page(rows, ' '.join(['python -m jpeft.bench.accuracy', *argv]))
+    shown = [a for a in argv if a.partition('=')[0] in ('--tasks', '--methods', '--seeds')]  # what decides the numbers
+    text = page(rows, ' '.join(['python -m jpeft.bench.accuracy', *shown]))
     write(pathlib.Path(flags['docs']), text)
     print(text)
   return 0
