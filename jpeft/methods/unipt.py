@@ -156,6 +156,8 @@ def unipt_global(reduction: int = 1, width: int | None = None, token: int = 0, r
   def init(key, site, arrays):
     net, e = stack_of(site), site.out.shape[-1]
     m, keys = width or e // reduction, jax.random.split(key, 4)
+    if not m:
+      raise ValueError(f'{name}: reduction={reduction} leaves nothing of an embedding of {e}; give width=')
     return {'layers': dense(keys[0], net.width, m, net.depth + 1), 'gate': dense(keys[1], m, 1),
             'anchor': dense(keys[2], e, m), 'up': dense(keys[3], m, e)}
 

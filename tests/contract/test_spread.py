@@ -13,11 +13,11 @@ def test_rows_name_what_there_is():
   assert all({*row.cannot, *row.on} <= set(BACKBONES) for row in ROWS.values())
 
 
-def test_every_method_meets_both_scans_a_decoder_and_two_more():
+def test_every_method_meets_a_scan_a_decoder_and_another():
   for method in REGISTRY:
     mine = {b for m, b in DEFAULT if m == method}
-    assert len(mine) >= min(4, sum(error_of(method, b) is None for b in BACKBONES))
-    for group in (LINEN_SCAN, NNX_SCAN, DECODERS):
+    assert len(mine) >= min(3, sum(error_of(method, b) is None for b in BACKBONES))
+    for group in (LINEN_SCAN + NNX_SCAN, DECODERS):
       assert mine & set(group) or all(error_of(method, b) for b in group), (method, group)
 
 
