@@ -93,7 +93,7 @@ def summed(task: str, method: str, reports: list[dict]) -> dict:
 def page(rows: list[dict], command: str) -> str:
   """The rows as a Markdown page, a table for each task."""
   lines = ['# Accuracy', '', f'`{command}`: accuracy on the test split at the end of training, mean and standard '
-           'error over seeds.']
+           'error over seeds; the test split is the same for all.']
   for task in dict.fromkeys(row['task'] for row in rows):
     told = [row for row in rows if row['task'] == task]
     lines += ['', f'## {task}', '', f'{TASKS.get(task, task)}.', '', report.markdown(
