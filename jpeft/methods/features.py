@@ -68,7 +68,8 @@ def head_method(name: str, head: str, std, bias: float = 0.0, norm: bool = True)
     x = jax.lax.stop_gradient(x)
     logits = vote(t, unit(x) if norm else x) + t['bias']
     votes = [v['vote'] for path, v in call.taps().items() if 'vote' in v]
-    return logits + sum(v.reshape(-1, *logits.shape).sum(0) for v in votes)
+    logits = logits + sum(v.reshape(-1, *logits.shape).sum(0) for v in votes)
+    return logits.astype(call.site.out.dtype)
 
   return at(head, Call(name, apply, init, fixed=FIXED, taps=True, memory=NONE))
 
