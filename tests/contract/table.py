@@ -43,7 +43,8 @@ class Row:
 CONV = 'linen_cnn'
 DECODERS = ('linen_gemma', 'nnx_llama', 'nnx_raw')
 NO_BIAS = dict.fromkeys(DECODERS, 'bitfit: .* match, but none has what it adapts')
-NO_DOOR = dict.fromkeys(('linen_gemma', 'nnx_raw'), 'acts on the input of a layer, and .* offers no injection point')
+NO_DOOR = {'linen_gemma': 'acts on the input of a layer, and .* offers no injection point',
+           'nnx_raw': 'must multiply one axis of its input'}
 KERNELS = {CONV: {'targets': '{conv}'}}
 TOKENS = r'prompts need tokens \[B, N, D\], and ConvBlock'
 ONE = 'none has what it adapts|modules that are called|give one prediction|a pooled embedding'
