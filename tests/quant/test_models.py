@@ -14,6 +14,7 @@ import jpeft
 from jpeft import checkpoint, models
 from jpeft.generate import generate
 from jpeft.quant import Quantized, from_bitsandbytes, to_bitsandbytes
+from tests.contract.anatomies import described
 from tests.fixtures import BACKBONES
 from tests.fixtures.backbone import noisy
 from tests.models.goldens import GOLDEN, golden
@@ -35,10 +36,11 @@ def decoded(tree):
 @pytest.mark.parametrize('name', FIXTURES)
 def test_a_tuned_model_computes_with_the_decoded_kernels(name):
   b = BACKBONES[name]
-  small = jpeft.quantize(b.model, jpeft.nf4(), b.backbone, *b.args, **b.kwargs)
+  with described(b):
+    small = jpeft.quantize(b.model, jpeft.nf4(), b.backbone, *b.args, **b.kwargs)
+    tuned, plain = (jpeft.attach(b.model, jpeft.lora(2, targets='{linear}'), held, *b.args, **b.kwargs)
+                    for held in (small, b.backbone))
   assert len(boxes(small)) >= 2 and jpeft.nbytes(small) < jpeft.nbytes(b.backbone)
-  tuned = jpeft.attach(b.model, jpeft.lora(2, targets='{linear}'), small, *b.args, **b.kwargs)
-  plain = jpeft.attach(b.model, jpeft.lora(2, targets='{linear}'), b.backbone, *b.args, **b.kwargs)
   assert {k: s.leaves for k, s in tuned.sites.items()} == {k: s.leaves for k, s in plain.sites.items()}
   theta = noisy(plain.init(jax.random.key(0), b.backbone))
 
