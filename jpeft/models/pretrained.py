@@ -142,6 +142,7 @@ def _opened(folder: Path, weights: bool = True) -> tuple[Checkpoint | Gguf | Non
   if not (folder / 'config.json').exists():
     raise FileNotFoundError(f'{folder} holds no config.json, so what kind of model it is is unknown')
   config = files.read_json(folder / 'config.json')
+  family_of(config)  # an unknown kind is told before its files are looked for
   if (folder / GGUF).exists():
     return Gguf(folder / GGUF), config
   there = weights or any((folder / name).exists() for name in (files.FILE, files.INDEX))

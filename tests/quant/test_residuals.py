@@ -78,7 +78,8 @@ def far(got, want) -> float:
 def test_the_output_is_the_same_and_the_gradient_near(name):
   (out, grads, _), (same, near, kept) = both(name)
   np.testing.assert_allclose(same, out, atol=1e-5)
-  assert far(near, grads) < 0.12
+  # Values in 4 bits of a normal block are off by 0.09 of their spread; a gate multiplies two of them.
+  assert far(near, grads) < 0.12 * (2 ** 0.5 if name == 'gated' else 1)
   assert not [x.shape for x in kept if x.dtype == jnp.float32 and x.size >= X.size]
 
 
