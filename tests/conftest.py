@@ -1,4 +1,4 @@
-"""JAX for the tests: CPU unless the environment says otherwise, 8 devices, compilations kept."""
+"""JAX for the tests: CPU unless the environment says otherwise, 8 devices, quick compilation, compilations kept."""
 
 import os
 
@@ -9,8 +9,16 @@ if 'JAX_PLATFORMS' not in os.environ:
   jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
 
+# Compiling is most of the time of these tests, and half of it is optimisation that tiny arrays do not need.
+# An XLA that does not know a flag ends the process, so they are given to versions that are known to have them.
+QUICK = '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
+
 
 def pytest_configure(config: pytest.Config) -> None:
+  # Compilers of accelerators would read the flags as well.
+  known = (0, 10) <= jax.__version_info__ < (0, 11)
+  if known and jax.config.jax_platforms == 'cpu' and 'not aot' in config.option.markexpr:
+    os.environ.setdefault('XLA_FLAGS', QUICK)
   # Tests that share a backbone stay in one process of `-n`, so that it is compiled once.
   config.addinivalue_line('markers', 'xdist_group: tests that one process should run')
   if getattr(config.option, 'dist', None) == 'load':

@@ -12,9 +12,6 @@ from tests.contract.anatomies import described
 from tests.contract.table import made, row
 from tests.fixtures import BACKBONES, leaf_paths, plain
 
-# Compiling is the whole cost of these tests: half of it is optimisation that tiny arrays do not need.
-QUICK = {'xla_backend_optimization_level': 0}
-
 
 class Pair:
   """A method attached to a backbone.
@@ -34,7 +31,7 @@ class Pair:
     with described(self.b):
       self.tuned = jpeft.attach(self.b.model, made(method, backbone, **hp), self.b.backbone, *self.b.args,
                                 **self.b.kwargs)
-    self.init = jax.jit(self.tuned.init, compiler_options=QUICK)
+    self.init = jax.jit(self.tuned.init)
     self.theta = self.init(jax.random.key(1), self.b.backbone)
     leaves, self._tree = jax.tree.flatten(self.b.backbone)
     self._is_float = [jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]
@@ -62,7 +59,7 @@ class Pair:
 
   @functools.cached_property
   def optimizer(self):
-    return jax.jit(self.tx.init, compiler_options=QUICK)(self.start)
+    return jax.jit(self.tx.init)(self.start)
 
   @functools.cached_property
   def step(self):
@@ -72,7 +69,7 @@ class Pair:
       (_, out), grads = jax.value_and_grad(self.loss, has_aux=True)(tree, args)
       updates, optimizer = self.tx.update(grads, optimizer, tree)
       return out, grads, optax.apply_updates(tree, updates), optimizer
-    return jax.jit(step, compiler_options=QUICK)
+    return jax.jit(step)
 
   @functools.cached_property
   def moved(self):

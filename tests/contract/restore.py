@@ -7,13 +7,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from tests.contract.pair import QUICK, Pair
+from tests.contract.pair import Pair
 
 
 def output(pair: Pair, theta) -> dict[str, np.ndarray]:
   """The leaves of the output, by number."""
   run = lambda theta, held: pair.tuned.apply(theta, held, *pair.b.args, **pair.b.kwargs)
-  out = jax.jit(run, compiler_options=QUICK)(theta, pair.b.backbone)
+  out = jax.jit(run)(theta, pair.b.backbone)
   return {str(i): np.asarray(y) for i, y in enumerate(jax.tree.leaves(out))}
 
 

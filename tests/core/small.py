@@ -1,6 +1,5 @@
 """Rules of a few lines, and models of a few units, for the tests of the mechanism."""
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +11,6 @@ from flax import nnx
 from jpeft import Call, Weight, at, matrix
 
 WIDTH = 6
-quick = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
 def low_rank(targets: str, name: str = 'low', dot: bool = True, **options):

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import jpeft
-from tests.core.small import WIDTH, Blocks, NnxBlocks, X, backbone, low_rank, noisy, plain, quick, spy
+from tests.core.small import WIDTH, Blocks, NnxBlocks, X, backbone, low_rank, noisy, plain, spy
 from tests.fixtures import leaves_equal
 
 MODELS = {'linen': Blocks, 'linen scan': lambda: Blocks(stack='scan'),
@@ -32,7 +32,7 @@ def run(model, *around):
     return out, vjp(jnp.ones_like(out))[0]
 
   _, vjp = jax.vjp(lambda theta: tuned.apply(theta, held, X), theta)
-  return *quick(fn)(theta, held), vjp
+  return *jax.jit(fn)(theta, held), vjp
 
 
 def saving(pack, unpack):
@@ -171,7 +171,7 @@ def test_every_layer_draws_its_own_key(name):
   tuned = jpeft.attach(model, jpeft.chain(
     jpeft.at(BLOCKS, jpeft.Call('noise', noise, taps=True)),
     jpeft.at('', jpeft.Call('read', read, taps=True))), held, X)
-  draw = quick(lambda key: tuned.apply({}, held, X, rngs={'dropout': key}))
+  draw = jax.jit(lambda key: tuned.apply({}, held, X, rngs={'dropout': key}))
   one, again, other = (np.asarray(draw(jax.random.key(i))) for i in (0, 0, 1))
   assert len({*one.tolist(), *other.tolist()}) == 6
   np.testing.assert_array_equal(one, again)

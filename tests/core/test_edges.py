@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jpeft
-from tests.core.small import adapter, low_rank, noisy, quick, train
+from tests.core.small import adapter, low_rank, noisy, train
 from tests.fixtures import EDGES, leaf_paths, plain
 
 RULES = {'fused': low_rank, 'boxed': lambda targets: low_rank(targets, dot=False), 'call': adapter,
@@ -37,7 +37,7 @@ def test_an_edge(rule, name):
     out = tuned.apply(theta, held, *b.args, **b.kwargs)
     return sum(jnp.sum(y ** 2) for y in jax.tree.leaves(out)), out
 
-  run = quick(jax.value_and_grad(fn, has_aux=True))
+  run = jax.jit(jax.value_and_grad(fn, has_aux=True))
   close(run(start, b.backbone)[0][1], plain(b), 1e-5)
   theta = noisy(start, 0.1)
   (_, out), grads = run(theta, b.backbone)
@@ -107,10 +107,10 @@ def test_stacked_layers_have_their_own_scalars_and_keys(name):
   rule = jpeft.Call('scalar', apply, lambda key, site, a: {'s': jnp.ones(()), 'm': jnp.zeros((1, 1))})
   tuned = jpeft.attach(b.model, jpeft.at(b.roles['block'], rule), b.backbone, *b.args)
   theta = tuned.init(jax.random.key(0), b.backbone)
-  run = quick(lambda theta, key: tuned.apply(theta, b.backbone, *b.args, rngs={'dropout': key}))
+  run = jax.jit(lambda theta, key: tuned.apply(theta, b.backbone, *b.args, rngs={'dropout': key}))
   close(run(theta, jax.random.key(0)), plain(b), 1e-5)
   loss = lambda theta, key: jnp.sum(run.__wrapped__(theta, key) ** 2)
-  grads = quick(jax.grad(loss))(theta, jax.random.key(0))['scalar']
+  grads = jax.jit(jax.grad(loss))(theta, jax.random.key(0))['scalar']
   noise = np.concatenate([np.ravel(g['m']) for g in grads.values()])  # goes with what each key drew
   assert len(set(noise.tolist())) == noise.size == b.depth * (3 if name == 'linen_vmap_ensemble' else 1)
   assert all(np.all(g['s'] != 0) for g in grads.values())

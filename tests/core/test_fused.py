@@ -9,7 +9,7 @@ from flax import nnx
 from jax.extend import core as jex
 
 import jpeft
-from tests.core.small import backbone, low_rank, noisy, quick
+from tests.core.small import backbone, low_rank, noisy
 
 RNGS = lambda: nnx.Rngs(0)
 # name: (model, shape of the input, elements of the kernel, which no activation has)
@@ -66,8 +66,8 @@ def sizes(jaxpr):
 def test_fused_equals_changed_weights(name):
   (a, theta, held, x), (b, same, _, _) = attached(name, True), attached(name, False)
   assert jax.tree.all(jax.tree.map(np.array_equal, theta, same))
-  (_, y), grads = quick(loss(a, held, x))(theta)
-  (_, want), wanted = quick(loss(b, held, x))(theta)
+  (_, y), grads = jax.jit(loss(a, held, x))(theta)
+  (_, want), wanted = jax.jit(loss(b, held, x))(theta)
   start = a.apply(a.init(jax.random.key(0), held), held, x)
   assert not np.allclose(y, start, atol=0.1)
   np.testing.assert_allclose(y, want, atol=1e-5)
@@ -90,7 +90,7 @@ def test_fused_forms_nothing_as_large_as_the_kernel(name):
 def test_fused_keeps_half_precision(name):
   tuned, theta, held, x = attached(name, True, jnp.bfloat16)
   assert {t.dtype for t in jax.tree.leaves(tuned.shapes)} == {jnp.dtype('float32')}
-  (_, y), grads = quick(loss(tuned, held, x))(theta)
+  (_, y), grads = jax.jit(loss(tuned, held, x))(theta)
   assert y.dtype == jnp.bfloat16 and {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype('float32')}
   exact, _, held, x = attached(name, True)
   want = exact.apply(theta, held, x)

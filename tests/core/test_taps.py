@@ -9,7 +9,7 @@ from flax import nnx
 
 import jpeft
 from jpeft.core.sites import natural
-from tests.core.small import WIDTH, Block, Blocks, NnxBlocks, X, backbone, gain, plain, quick, spy
+from tests.core.small import WIDTH, Block, Blocks, NnxBlocks, X, backbone, gain, plain, spy
 
 MODELS = {'linen': lambda: Blocks(12), 'linen scan': lambda: Blocks(12, 'scan'),
           'linen scan remat': lambda: Blocks(12, 'scan remat'), 'nnx': lambda: NnxBlocks(12),
@@ -49,7 +49,7 @@ def test_taps_come_in_the_order_of_twelve_layers(name):
     out, taps, names = tuned.apply({}, held, X)
     paths[:] = names
     return out, taps
-  out, taps = quick(run)(held)
+  out, taps = jax.jit(run)(held)
   np.testing.assert_allclose(out, plain(model, held, X), atol=1e-5)
   x, want = np.asarray(X), []
   for kernel, bias in zip(*kernels(model, held), strict=True):
@@ -68,7 +68,7 @@ def test_gradients_flow_through_taps(name):
   held = backbone(model)
   tuned = jpeft.attach(model, jpeft.chain(gain('.*/fc'), recorded()), held, X)
   loss = lambda theta: sum(jnp.sum(t['x'] ** 2) for t in tuned.apply(theta, held, X)[1])
-  grads = quick(jax.grad(loss))(tuned.init(jax.random.key(0), held))['gain']
+  grads = jax.jit(jax.grad(loss))(tuned.init(jax.random.key(0), held))['gain']
   grads = [g['kernel']['l'] for _, g in sorted(grads.items(), key=lambda item: natural(item[0]))]
   moved = np.any(np.reshape(grads, (12, WIDTH)), 1)
   assert moved.tolist() == 11 * [True] + [False]  # what leaves the last block enters no other

@@ -21,21 +21,17 @@ METHODS = {'deep': vpt_deep, 'shallow': vpt_shallow}
 both = pytest.mark.parametrize('method', METHODS.values(), ids=METHODS)
 
 
-# Half of what compiling costs is optimisation that tiny arrays do not need.
-jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
-
-
 @functools.cache
 def vit(**fields):
   model = ViT(**{'width': 8, 'depth': 2, 'heads': 2, 'mlp_dim': 16, 'patch_size': 4, 'image_size': 12,
                  'num_classes': 5, **fields})
-  return model, noisy(jit(model.init)(jax.random.key(0), IMAGES), 0.3)
+  return model, noisy(jax.jit(model.init)(jax.random.key(0), IMAGES), 0.3)
 
 
 def attach(model, method, variables, *args, **kwargs):
   """(tuned, theta off its start)."""
   tuned = jpeft.attach(model, method, variables, *args, **kwargs)
-  return tuned, noisy(jit(tuned.init)(jax.random.key(0), variables), 0.5)
+  return tuned, noisy(jax.jit(tuned.init)(jax.random.key(0), variables), 0.5)
 
 
 def inside(change) -> jpeft.Method:
@@ -84,19 +80,19 @@ def test_only_shallow_prompts_travel(method):
 
   tuned, theta = attach(model, method(4), variables, IMAGES)
   shaken = jpeft.attach(model, chain(inside(shake), method(4)), variables, IMAGES)
-  one, other = (jit(t.apply)(theta, variables, IMAGES) for t in (tuned, shaken))
+  one, other = (jax.jit(t.apply)(theta, variables, IMAGES) for t in (tuned, shaken))
   assert (np.abs(one - other).max() == 0) == (method is vpt_deep)
-  assert np.abs(one - jit(model.apply)(variables, IMAGES)).max() > 1e-3
+  assert np.abs(one - jax.jit(model.apply)(variables, IMAGES)).max() > 1e-3
 
 
 @both
 def test_no_prompts_are_the_backbone_and_their_order_is_nothing(method):
   model, variables = vit()
   tuned, theta = attach(model, method(0), variables, IMAGES)
-  np.testing.assert_array_equal(jit(tuned.apply)(theta, variables, IMAGES), jit(model.apply)(variables, IMAGES))
+  np.testing.assert_array_equal(jax.jit(tuned.apply)(theta, variables, IMAGES), jax.jit(model.apply)(variables, IMAGES))
   tuned, theta = attach(model, method(4), variables, IMAGES)
   turned = jax.tree.map(lambda p: p[jnp.array([2, 0, 3, 1])], theta)
-  run = jit(tuned.apply)
+  run = jax.jit(tuned.apply)
   one, other = (run(t, variables, IMAGES) for t in (theta, turned))
   np.testing.assert_allclose(one, other, atol=1e-5)
 
@@ -106,9 +102,9 @@ def test_every_prompt_has_a_gradient_and_training_without_dropout_is_evaluation(
   model, variables = vit()
   tuned, theta = attach(model, method(4), variables, IMAGES)
   run = lambda theta, **kw: tuned.apply(theta, variables, IMAGES, **kw)
-  grads = jit(jax.grad(lambda theta: jnp.sum(jnp.square(run(theta)))))(theta)
+  grads = jax.jit(jax.grad(lambda theta: jnp.sum(jnp.square(run(theta)))))(theta)
   assert all((np.abs(g).max(-1) > 1e-5).all() for g in jax.tree.leaves(grads))
-  train = jit(lambda key: run(theta, deterministic=False, rngs={'dropout': key}))
+  train = jax.jit(lambda key: run(theta, deterministic=False, rngs={'dropout': key}))
   np.testing.assert_array_equal(train(jax.random.key(0)), train(jax.random.key(1)))
 
 
@@ -141,8 +137,8 @@ def test_a_scanned_and_rematerialised_stack_is_an_unrolled_one(method):
     other = {'vpt_deep': {'encoder/blocks': {'prompts': jnp.stack(prompts)}}}
   else:
     other = theta
-  np.testing.assert_allclose(jit(scanned.apply)(other, {'params': params}, IMAGES),
-                             jit(tuned.apply)(theta, variables, IMAGES), atol=1e-5)
+  np.testing.assert_allclose(jax.jit(scanned.apply)(other, {'params': params}, IMAGES),
+                             jax.jit(tuned.apply)(theta, variables, IMAGES), atol=1e-5)
 
 
 @both
@@ -150,22 +146,22 @@ def test_a_mean_is_over_the_models_own_tokens(method):
   (tokens, variables), (mean, _) = vit(pool='tokens', num_classes=None), vit(pool='mean', num_classes=None)
   tuned, theta = attach(tokens, method(4), variables, IMAGES)
   pooled = jpeft.attach(mean, method(4), variables, IMAGES)
-  want = jit(tuned.apply)(theta, variables, IMAGES)[:, 1:].mean(1)
-  np.testing.assert_allclose(jit(pooled.apply)(theta, variables, IMAGES), want, atol=1e-6)
+  want = jax.jit(tuned.apply)(theta, variables, IMAGES)[:, 1:].mean(1)
+  np.testing.assert_allclose(jax.jit(pooled.apply)(theta, variables, IMAGES), want, atol=1e-6)
 
 
 @pytest.mark.parametrize('scan', [False, True], ids=['unrolled', 'scanned'])
 @both
 def test_padding_stays_hidden(method, scan):
   model = Bert(8, 2, 2, 16, vocab=20, num_classes=3, scan=scan)
-  variables = noisy(jit(model.init)(jax.random.key(0), TOKENS), 0.3)
+  variables = noisy(jax.jit(model.init)(jax.random.key(0), TOKENS), 0.3)
   mask = jnp.array([[1] * 7, [1] * 4 + [0] * 3])
   tuned, theta = attach(model, method(4), variables, TOKENS, mask=mask)
-  run = jit(lambda tokens: tuned.apply(theta, variables, tokens, mask=mask))
+  run = jax.jit(lambda tokens: tuned.apply(theta, variables, tokens, mask=mask))
   y = run(TOKENS)
   np.testing.assert_allclose(run(TOKENS.at[1, 4:].set(0))[1], y[1], atol=1e-6)
   assert np.abs(run(TOKENS.at[1, 3].add(1))[1] - y[1]).max() > 1e-3
-  bare = jit(lambda variables: model.apply(variables, TOKENS, mask=mask))(variables)
+  bare = jax.jit(lambda variables: model.apply(variables, TOKENS, mask=mask))(variables)
   assert np.abs(y - bare).max() > 1e-3
 
 
@@ -174,7 +170,7 @@ def test_padding_stays_hidden(method, scan):
 def test_decoders_see_prompts_and_no_later_token(name, method):
   b = BACKBONES[name]
   tuned, theta = attach(b.model, method(4), b.backbone, *b.args)
-  run = jit(lambda tokens: tuned.apply(theta, b.backbone, tokens))
+  run = jax.jit(lambda tokens: tuned.apply(theta, b.backbone, tokens))
   y, later = run(*b.args), run(b.args[0].at[:, 6].add(1))
   np.testing.assert_allclose(later[:, :6], y[:, :6], atol=1e-5)
   assert np.abs(later[:, 6:] - y[:, 6:]).max() > 1e-2
@@ -266,7 +262,7 @@ def test_counts_and_start_on_vit_b16(method, count):
   model, shapes = full_size.of(jpeft.models.from_config(config, num_classes=10), images)
   tuned = jpeft.attach(model, method, *shapes)
   assert jpeft.count(tuned.shapes) == count
-  theta = jit(lambda key: tuned.init(key, shapes[0]))(jax.random.key(0))
+  theta = jax.jit(lambda key: tuned.init(key, shapes[0]))(jax.random.key(0))
   values = np.concatenate([x.ravel() for x in jax.tree.leaves(theta)])
   assert np.abs(values).max() <= 0.0625
   if count > 10_000:
@@ -288,7 +284,7 @@ def test_a_stack_through_modules_before_and_after_it():
   linen, other = attach(scanned.model, vpt_shallow(4), scanned.backbone, *scanned.args, **scanned.kwargs)
   assert list(other['vpt_shallow']) == ['Transformer/posembed_input']
   for row, t, held in ((b, tuned, theta), (scanned, linen, other)):
-    y = jit(lambda held, t=t, row=row: t.apply(held, row.backbone, *row.args, **row.kwargs))(held)
+    y = jax.jit(lambda held, t=t, row=row: t.apply(held, row.backbone, *row.args, **row.kwargs))(held)
     assert y.shape == (2, 10)
     assert np.abs(y - plain(row)).max() > 1e-3
 
