@@ -38,3 +38,10 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node) -> None:
   node.workerinput['loadgroup'] = node.config.option.dist == 'loadgroup'
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+  # Compiled programs take gigabytes in all, and memory maps of which a process may have so many.
+  # The contract, whose tests go from pair to pair rather than from module to module, sees to that by itself.
+  if nextitem is not None and nextitem.path != item.path and 'contract' not in item.path.parts:
+    jax.clear_caches()
