@@ -173,8 +173,8 @@ def meft(bottleneck: int = 8, variant: int = 1, scales: tuple[float, float] | No
 
   inside = at(mlp, Call(name, functools.partial(part, 'mlp'), lambda key, site, a: make(key, site.input, site.out)))
   if variant == 3:
-    behind_attention = Call(name, functools.partial(part, 'attention'), lambda key, site, a: make(key, site.out, site.out))
-    inside = chain(inside, at(attention or '{attention}', behind_attention))
+    behind = Call(name, functools.partial(part, 'attention'), lambda key, site, a: make(key, site.out, site.out))
+    inside = chain(inside, at(attention or '{attention}', behind))
   return chain(inside, at(blocks, Call(name, stand, taps=True)), at(exit, Call(name, run, init, taps=True)))
 
 
