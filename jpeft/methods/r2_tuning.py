@@ -16,10 +16,11 @@ the other, and `tuned.apply` takes beside them
   query       [B, k, L, d_text], the last k states of the text encoder, the deepest last, frozen
   query_mask  [B, L], True for words (optional: all), and frame_mask [B, T] likewise
 
-and gives {'last': [B, T, D], 'query': [B, D], 'score': [B, T_s, 1] and 'boundary': [B, T_s, 2] a level}. Nothing enters
-the encoders' backward pass. Losses, targets and the choice of moments belong to the task: `points` gives the places
-and ranges that targets need. The words' mask acts in the decoder and in the pooled query alone, as published; the
-pooled query is of the last step's words, and a level's factor stands inside the exponential of its boundaries.
+and gives {'last': [B, T, D], 'cls': [B, k, T, D] the class tokens of V, 'query': [B, k, D] the words of Q pooled by
+weights that are trained, 'score': [B, T_s, 1] and 'boundary': [B, T_s, 2] a level}. Nothing enters the encoders'
+backward pass. Losses, targets and the choice of moments belong to the task: `points` gives the places and ranges that
+targets need; moments are compared with query[:, 0]. The words' mask acts in the decoder and in the pooled query alone,
+as published.
 """
 
 import math
@@ -114,7 +115,7 @@ def r2_tuning(frames: int, states: int = 4, width: int = 256, heads: int = 8, qu
     frame_mask = jnp.ones((batch, frames), bool) if frame_mask is None else frame_mask.astype(bool)
     key = call.rng('r2_tuning dropout') if dropout or drop_path else None
     keys = iter([None] * 7 * states if key is None else jax.random.split(key, 7 * states))
-    found = None
+    found, steps = None, []
     for i in reversed(range(states)):
       v = _mapped(t['video'], _timed(wide[i], frames) if times else wide[i], (next(keys), next(keys)), dropout)
       q = _mapped(t['query'], query[:, i], (next(keys), next(keys)), dropout)
@@ -123,17 +124,19 @@ def r2_tuning(frames: int, states: int = 4, width: int = 256, heads: int = 8, qu
       if found is not None:
         gate = jax.nn.sigmoid(t['g'][i])
         e = gate * e + (1 - gate) * found
+      weight = jax.nn.softmax(jnp.where(query_mask[..., None], q @ t['pool'], -1e9), 1)
+      steps.append((v[:, 0].reshape(e.shape), (weight * q).sum(1)))
       paths = [next(keys) for _ in range(3)]
       found = _decoded(t['decoder'], e, q, frame_mask, query_mask, heads, paths, drop_path)
-    weight = jnp.where(query_mask[..., None], q @ t['pool'], -1e9)
-    out = {'last': found, 'query': (jax.nn.softmax(weight, 1) * q).sum(1), 'score': [], 'boundary': []}
+    cls, pool = (jnp.stack(x[::-1], 1) for x in zip(*steps, strict=True))
+    out = {'last': found, 'cls': cls, 'query': pool, 'score': [], 'boundary': []}
     for n, stride in enumerate(strides):
       x = jax.nn.relu(found) if stride == 1 else found
       for i in range(halvings[n]):
         p = t['pyramid'][str(stride)][str(i)]
         x = jax.nn.relu(layer_norm(p['norm'], _conv(p['conv'], x, 2, 'VALID')))
       out['score'].append(_head(t['score'], x))
-      out['boundary'].append(jnp.exp(t['level'][n] * _head(t['boundary'], x)))
+      out['boundary'].append(t['level'][n] * jnp.exp(_head(t['boundary'], x)))
     return out
 
   return around(name, blocks, exit, init, apply, takes=('query', 'query_mask', 'frame_mask'))

@@ -48,7 +48,7 @@ def test_shapes_and_points(small):
   _, held, tuned, theta = small
   out = run(tuned, theta, held)
   shapes = jax.tree.map(lambda x: x.shape, out)
-  assert shapes == {'last': (2, T, 16), 'query': (2, 16), 'score': [(2, n, 1) for n in (4, 2, 1, 0)],
+  assert shapes == {'last': (2, T, 16), 'cls': (2, K, T, 16), 'query': (2, K, 16), 'score': [(2, n, 1) for n in (4, 2, 1, 0)],
                     'boundary': [(2, n, 2) for n in (4, 2, 1, 0)]}
   assert all(np.all(x > 0) for x in out['boundary'])
   levels = points(75)
