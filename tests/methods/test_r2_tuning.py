@@ -48,8 +48,9 @@ def test_shapes_and_points(small):
   _, held, tuned, theta = small
   out = run(tuned, theta, held)
   shapes = jax.tree.map(lambda x: x.shape, out)
-  assert shapes == {'last': (2, T, 16), 'cls': (2, K, T, 16), 'query': (2, K, 16), 'score': [(2, n, 1) for n in (4, 2, 1, 0)],
-                    'boundary': [(2, n, 2) for n in (4, 2, 1, 0)]}
+  levels = lambda width: [(2, n, width) for n in (4, 2, 1, 0)]
+  assert shapes == {'last': (2, T, 16), 'cls': (2, K, T, 16), 'query': (2, K, 16), 'score': levels(1),
+                    'boundary': levels(2)}
   assert all(np.all(x > 0) for x in out['boundary'])
   levels = points(75)
   assert [len(level['at']) for level in levels] == [75, 37, 18, 9]
