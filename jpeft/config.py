@@ -68,7 +68,7 @@ FIELDS: dict[str, Field] = {
   'model.remat': Field(_FLAG, False, 'recompute blocks in the backward pass: less memory'),
   'model.dropout': Field((float, type(None)), None, "every dropout rate of the backbone; the checkpoint's if left out",
                          'from 0 to 1', lambda v: v is None or 0 <= v <= 1),
-  'data.name': Field(_TEXT, REQUIRED, "mnist5k, movie_sentiment, folder:PATH, csv:PATH or jsonl:PATH"),
+  'data.name': Field(_TEXT, REQUIRED, "mnist5k, movie_sentiment, emoji_groups, folder:PATH, csv:PATH or jsonl:PATH"),
   'data.train': Field(_TEXT, 'train', "split to train on, such as 'train[:1000]'"),
   'data.test': Field(_TEXT, 'test', 'split to evaluate on'),
   'data.dir': Field(_OPTIONAL, None, 'where prepared data lie'),

@@ -1,4 +1,4 @@
-"""Archives fetched by pip: here from a folder, with no network."""
+"""Archives fetched by pip and npm: here from a folder, with no network."""
 
 import hashlib
 import zipfile
@@ -44,4 +44,33 @@ def test_a_wrong_archive_is_refused(shelf):
     archives.fetch(archive)
   (archives.cache() / archive.file).write_bytes(b'cut off')
   with pytest.raises(ValueError, match=f'{archive.file} has the sha256 .* expected 0000.*delete it'):
+    archives.fetch(archive)
+
+
+@pytest.fixture
+def npm(tmp_path, monkeypatch):
+  """Stands in for npm: packs what lies in a folder."""
+  monkeypatch.setenv('JPEFT_CACHE', str(tmp_path / 'cache'))
+  (tmp_path / 'bin').mkdir()
+  program = tmp_path / 'bin' / 'npm'
+  program.write_text('#!/bin/sh\n'
+                     'for last; do :; done\n'
+                     f'cp "{tmp_path}/$1 $2.tgz" "$last/tinydata-1.0.tgz" || {{ echo "no $2" >&2; exit 1; }}\n')
+  program.chmod(0o755)
+  monkeypatch.setenv('PATH', f'{tmp_path / "bin"}:/bin:/usr/bin')
+  return tmp_path
+
+
+def test_a_package_of_npm(npm, monkeypatch):
+  content = b'any file'
+  archive = archives.Archive('tinydata', '1.0', 'tinydata-1.0.tgz', hashlib.sha256(content).hexdigest())
+  with pytest.raises(RuntimeError, match='npm could not download tinydata@1.0: no tinydata@1.0; put tinydata-1.0.tgz'):
+    archives.fetch(archive)
+  (npm / 'pack tinydata@1.0.tgz').write_bytes(content)
+  path = archives.fetch(archive)
+  assert path == archives.cache() / 'tinydata-1.0.tgz' and path.read_bytes() == content
+  monkeypatch.setenv('PATH', '')
+  assert archives.fetch(archive) == path
+  path.unlink()
+  with pytest.raises(RuntimeError, match='there is no npm; put tinydata-1.0.tgz into'):
     archives.fetch(archive)

@@ -1,6 +1,6 @@
 """Methods x tasks x seeds: how well each method does what the others do.
 
-    python -m jpeft.bench.accuracy --tasks=quickstart,sentiment --methods=linear,lst,lora --seeds=0,1,2
+    python -m jpeft.bench.accuracy --tasks=quickstart,sentiment,emoji --methods=linear,lst,lora --seeds=0,1,2
     python -m jpeft.bench.accuracy --json
 
 A task is a file of configs/ and a method an argument of it, so a cell of the table is the run that
@@ -23,6 +23,7 @@ from ..checkpoint import write
 TASKS = {
   'quickstart': 'DINOv2-S/14-architecture weights on 1,000 MNIST digits at 56 pixels, 1,000 others to test',
   'sentiment': 'MiniLM-L6 on 7,030 sentences of movie reviews, 3,042 others to test',
+  'emoji': 'DINOv2-S/14-architecture weights on 1,324 emoji of 9 Unicode groups at 112 pixels, 582 others to test',
 }
 METHODS = ('linear', 'lst', 'bitfit', 'ssf', 'lora', 'adaptformer', 'vpt_deep', 'full')
 FLAGS = {'tasks': ','.join(TASKS), 'methods': ','.join(METHODS), 'seeds': '0,1,2', 'configs': 'configs',

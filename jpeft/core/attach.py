@@ -101,15 +101,15 @@ class Bound:
     fn, arrays = self._backend.pure(self.module, self._path)
     return _under(fn, self._path, self._rank), arrays
 
-  def layer(self, site: Site, index: int = 0):
+  def layer(self, site: Site, index: int | None = 0):
     """(fn, arrays): a module elsewhere in the model, called as fn(arrays, *args, **kwargs), as in `pure`.
 
     Of its rules those before the method's own act inside. It is told whether the model trains by the flag
-    that its call takes.
+    that its call takes. The arrays hold the random keys of its dropout too: what it computes is the same each time.
 
     Args:
       site: where, outside of any other module's scan.
-      index: of a stack, which layer.
+      index: of a stack, which layer; None for all: the arrays lead with the layers, and fn takes those of one.
     """
     fn, arrays, signature = self._backend.layer(self.module, site, index)
     flags = flags_of(signature, self.training)
@@ -214,7 +214,8 @@ class Tuned:
     backbone = jax.tree.map(_frozen, backbone)
     theta = self._fix(theta)
     flat = dict(backend.arrays(self.model, backbone))
-    training, key = _mode(self.model, args, kwargs)
+    taken = {name for rule, _ in self.rules for name in getattr(rule, 'takes', ())}
+    training, key = _mode(self.model, args, {n: x for n, x in kwargs.items() if n not in taken})
     boxed, wrapped = self._plan
     for rule, site, names in boxed:
       whole = {name: flat[join(site.path, name)] for name in site.leaves}

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
+from .programs import evaluated, inside, reader, variables
+
 _DATA, _THETA = 1, 2
-_TRANSPARENT = ('jit', 'pjit', 'closed_call', 'core_call')
 _CHEAP = ('broadcast_in_dim', 'convert_element_type')
 
 
@@ -114,11 +115,11 @@ class _Program:
     color |= {i: _THETA for i in jax.tree.leaves([self._inputs['theta'], self._inputs['rest']])}
     for step in self._steps:
       hue = 0
-      for i in _values(step.ins):
+      for i in variables(step.ins):
         hue |= color[i]
       color |= dict.fromkeys(step.outs, hue)
-    late = [i for step in self._steps if any(color[o] & _THETA for o in step.outs) for i in _values(step.ins)]
-    self.crossing = self._narrowed(dict.fromkeys(i for i in (*late, *_values(self.outs)) if color[i] == _DATA), color)
+    late = [i for step in self._steps if any(color[o] & _THETA for o in step.outs) for i in variables(step.ins)]
+    self.crossing = self._narrowed(dict.fromkeys(i for i in (*late, *variables(self.outs)) if color[i] == _DATA), color)
 
   def run(self, wanted: Iterable, known: dict | None = None, **given) -> list:
     """The values `wanted`, by no more steps than it takes, from inputs by section and from `known` values."""
@@ -126,15 +127,15 @@ class _Program:
     for section, tree in given.items():
       env |= zip(jax.tree.leaves(self._inputs[section]), jax.tree.leaves(tree), strict=True)
     wanted = list(wanted)
-    missing, steps = set(_values(wanted)) - set(env), []
+    missing, steps = set(variables(wanted)) - set(env), []
     for step in reversed(self._steps):
       if missing & set(step.outs):
         steps.append(step)
-        missing |= set(_values(step.ins)) - set(env)
-    read = lambda i: i.val if isinstance(i, jex.Literal) else env[i]
+        missing |= set(variables(step.ins)) - set(env)
+    read = reader(env)
     for step in reversed(steps):
-      args = [read(i) for i, v in zip(step.ins, step.eqn.invars, strict=True) if not isinstance(v, jex.Literal)]
-      env |= zip(step.outs, _function(step.eqn)(*args), strict=True)
+      known = {v: read(i) for i, v in zip(step.ins, step.eqn.invars, strict=True) if not isinstance(v, jex.Literal)}
+      env |= zip(step.outs, evaluated(step.eqn, known.__getitem__), strict=True)
     return [read(i) for i in wanted]
 
   def _new(self, aval) -> int:
@@ -152,8 +153,8 @@ class _Program:
     read = lambda v: v if isinstance(v, jex.Literal) else env[v]
     for eqn in jaxpr.eqns:
       args = [read(v) for v in eqn.invars]
-      if eqn.primitive.name in _TRANSPARENT:
-        outs = self._inline(eqn.params['jaxpr'], args)
+      if inner := inside(eqn):
+        outs = self._inline(inner, args)
       else:
         outs = [self._new(v.aval) for v in eqn.outvars]
         self._steps.append(_Step(eqn, args, outs))
@@ -167,20 +168,9 @@ class _Program:
     out, todo = {}, list(crossing)
     for i in todo:
       step = maker.get(i)
-      taken = [j for j in _values(step.ins) if color[j] == _DATA] if step else []
+      taken = [j for j in variables(step.ins) if color[j] == _DATA] if step else []
       if step and step.eqn.primitive.name in _CHEAP and bytes_of(taken) < bytes_of([i]):
         todo += taken
       else:
         out[i] = self._avals[i]
     return out
-
-
-def _function(eqn) -> Callable[..., list]:
-  """An equation as a function of its operands that are no literals."""
-  info = jex.DebugInfo('cut', eqn.primitive.name, None, None)
-  operands = [v for v in eqn.invars if not isinstance(v, jex.Literal)]
-  return jex.jaxpr_as_fun(jex.ClosedJaxpr(jex.Jaxpr((), operands, eqn.outvars, [eqn], eqn.effects, info), ()))
-
-
-def _values(names: Iterable) -> list[int]:
-  return [i for i in names if not isinstance(i, jex.Literal)]

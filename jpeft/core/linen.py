@@ -179,8 +179,8 @@ def pure(module, path: str):
   return _applied(unbound, path, _rngs(module)), variables
 
 
-def layer(module, site, index: int):
-  """(fn, arrays, its call): another module of the model `module` is in, one layer of a stack."""
+def layer(module, site, index: int | None):
+  """(fn, arrays, its call): another module of the model `module` is in, one layer of a stack or all."""
   variables = {}
   for name, tree in module.scope.root.variables().items():
     for key in site.path.split('/'):
@@ -189,8 +189,15 @@ def layer(module, site, index: int):
   is_box = lambda x: isinstance(x, meta.AxisMetadata)
   plain = lambda x: x if isinstance(x, Box) else meta.unbox(x)
   params = jax.tree.map(plain, _without_taps(variables['params']), is_leaf=is_box)
-  variables['params'] = jax.tree.map(lambda x: site.take(x, index), params)
-  return _applied(site.module, site.path, _rngs(module)), variables, type(site.module).__call__
+  variables['params'] = jax.tree.map(lambda x: site.each(x) if index is None else site.take(x, index), params)
+  rngs = {name: key if index is not None else jax.random.split(key, site.layers)
+          for name, key in _rngs(module).items()}
+
+  def fn(arrays, *args, **kwargs):
+    variables, rngs = arrays
+    return _applied(site.module, site.path, rngs)(variables, *args, **kwargs)
+
+  return fn, (variables, rngs), type(site.module).__call__
 
 
 def _without_taps(tree):

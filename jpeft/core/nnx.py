@@ -175,10 +175,10 @@ def pure(module, path: str):
   return (lambda state, *args, **kwargs: nnx.merge(graphdef, state, copy=True)(*args, **kwargs)), state
 
 
-def layer(module, site, index: int):
-  """(fn, arrays, its call): another module of the model `module` is in, one layer of a stack."""
+def layer(module, site, index: int | None):
+  """(fn, arrays, its call): another module of the model `module` is in, one layer of a stack or all."""
   found = next(m for path, m in nnx.iter_modules(_root.get()) if _name(path) == site.path)
   graphdef, state = nnx.split(found)
-  state = jax.tree.map(lambda x: site.take(x, index), state)
+  state = jax.tree.map(lambda x: site.each(x) if index is None else site.take(x, index), state)
   fn = lambda state, *args, **kwargs: nnx.merge(graphdef, state, copy=True)(*args, **kwargs)
   return fn, state, type(found).__call__

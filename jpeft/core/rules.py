@@ -61,6 +61,8 @@ class Call:
     merge: (t, site, arrays) -> {array name: new array}: the same function as plain weights, if any.
     fixed: names of entries of t that are not trained.
     taps: the rule records arrays with `call.tap`.
+    takes: names of keyword arguments that the rule takes for itself, at the model ('') alone: they are given to
+      `tuned.apply` beside those of the model, and the rule does not pass them on.
     update, memory: as for Weight.
     method: the method of the module that is wrapped.
   """
@@ -71,6 +73,7 @@ class Call:
   merge: Callable[..., dict] | None = None
   fixed: tuple[str, ...] = ()
   taps: bool = False
+  takes: tuple[str, ...] = ()
   update: Callable[..., Any] | None = None
   memory: str = MEMORY_CLASSES[-1]
   method: str = '__call__'

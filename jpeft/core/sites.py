@@ -129,6 +129,13 @@ class Site:
       return x
     return self.lead(x)[np.unravel_index(index, self.lengths)]
 
+  def each(self, x: jax.Array) -> jax.Array:
+    """All layers of an array stored at the site or in it, [layers, ...]; one that is not stacked is repeated."""
+    if x.ndim < len(self.axes):
+      return jnp.broadcast_to(x, (self.layers, *x.shape))
+    led = self.lead(x)
+    return led.reshape(self.layers, *led.shape[len(self.axes):])
+
   def per_layer(self, fn):
     """vmaps `fn` over the leading stack axes of all its arguments."""
     for _ in self.axes:

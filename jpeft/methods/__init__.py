@@ -7,14 +7,17 @@ from collections.abc import Callable
 
 from ..core import Method, chain
 from .adapters import adaptformer, houlsby, parallel, pfeiffer
+from .dist import dist
 from .features import group_lasso, select
 from .head2toe import head2toe
 from .hst import hst
 from .ia3 import ia3
 from .lora import dora, lora, lora_fa
 from .lst import lst, side_tuning
+from .meft import meft, reconstruction_error
 from .prefix import prefix
 from .prune import fisher
+from .r2_tuning import r2_tuning
 from .s2a import packed, s2a
 from .sherl import sherl
 from .ssf import ssf
@@ -66,6 +69,7 @@ REGISTRY: dict[str, Entry] = {
   'vpt_deep': Entry(vpt_deep, '2203.12119', FULL, False, 'VPT: fresh prompt tokens before every block'),
   'prefix': Entry(prefix, '2101.00190', FULL, False, 'prefix tuning: keys and values in every attention'),
   'velora': Entry(velora, '2405.17991', FULL, True, 'VeLoRA: kernels trained from projections of their inputs'),
+  'meft': Entry(meft, '2306.00477', FULL, False, 'MEFT: the backbone made reversible; nothing is kept of a layer'),
   's2a': Entry(s2a, '2503.08154', FULL, False, 'S2A: biases, prompts, side modules; 4-bit storage for backprop'),
   'lst': Entry(lst, '2206.06522', NONE, False, 'ladder side-tuning: a narrow network fed by the blocks'),
   'side_tuning': Entry(side_tuning, '1912.13503', NONE, False, 'side-tuning: a small network beside the frozen one'),
@@ -104,7 +108,8 @@ def make(name: str, head: bool = True, **hyperparameters) -> Method:
   return method if entry.head or not head else chain(method, tune('{head}', name='head', memory=NONE))
 
 
-__all__ = ['Entry', 'REGISTRY', 'adaptformer', 'bitfit', 'directed', 'dora', 'fisher', 'full', 'group_lasso',
-           'head2toe', 'houlsby', 'hst', 'ia3', 'linear', 'lora', 'lora_fa', 'lst', 'make', 'norm', 'packed',
-           'parallel', 'pfeiffer', 'prefix', 'projected', 's2a', 'select', 'sherl', 'side_tuning', 'ssf', 'tune',
-           'unipt', 'unipt_global', 'velora', 'vera', 'vpt_deep', 'vpt_shallow', 'vqt']
+__all__ = ['Entry', 'REGISTRY', 'adaptformer', 'bitfit', 'directed', 'dist', 'dora', 'fisher', 'full', 'group_lasso',
+           'head2toe', 'houlsby', 'hst', 'ia3', 'linear', 'lora', 'lora_fa', 'lst', 'make', 'meft', 'norm', 'packed',
+           'parallel', 'pfeiffer', 'prefix', 'projected', 'r2_tuning', 'reconstruction_error', 's2a', 'select',
+           'sherl', 'side_tuning', 'ssf', 'tune', 'unipt', 'unipt_global', 'velora', 'vera', 'vpt_deep', 'vpt_shallow',
+           'vqt']

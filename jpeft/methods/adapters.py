@@ -46,7 +46,7 @@ def houlsby(bottleneck: int = 64, targets: str = '{o}|{fc2}', activation: str = 
   Raises:
     ValueError: a hyperparameter outside its range.
   """
-  make, branch = _bottleneck(bottleneck, None, activation, init, 1.0, dropout, 'houlsby')
+  make, branch = maker(bottleneck, None, activation, init, 1.0, dropout, 'houlsby')
 
   def apply(t, call, *args, **kwargs):
     return on_first(call(*args, **kwargs), lambda h: h + branch(t, call, h))
@@ -69,7 +69,7 @@ def pfeiffer(reduction: float = 16, targets: str = '{block_end}', activation: st
   Raises:
     ValueError: a hyperparameter outside its range; at `attach`, no bottleneck is left.
   """
-  make, branch = _bottleneck(None, reduction, activation, init, 1.0, dropout, 'pfeiffer')
+  make, branch = maker(None, reduction, activation, init, 1.0, dropout, 'pfeiffer')
 
   def apply(t, call, x, *args, **kwargs):
     if not _is_norm(call.site):
@@ -98,7 +98,7 @@ def parallel(bottleneck: int = 512, scale: float | str = 4.0, targets: str = '{m
   Raises:
     ValueError: a hyperparameter outside its range.
   """
-  make, branch = _bottleneck(bottleneck, None, activation, init, scale, dropout, 'parallel')
+  make, branch = maker(bottleneck, None, activation, init, scale, dropout, 'parallel')
 
   def apply(t, call, *args, **kwargs):
     x = next(iter(call.inputs(*args, **kwargs).values()))
@@ -126,7 +126,7 @@ def adaptformer(bottleneck: int = 64, scale: float | str = 0.1, dropout: float =
     ValueError: a hyperparameter outside its range; at the call, a `stream` that lies in no block, or whose
       arrays cannot leave the block's own jit or remat.
   """
-  make, branch = _bottleneck(bottleneck, None, activation, init, scale, dropout, 'adaptformer')
+  make, branch = maker(bottleneck, None, activation, init, scale, dropout, 'adaptformer')
 
   def record(t, call, *args, **kwargs):
     if call.outer is None:
@@ -148,7 +148,7 @@ def adaptformer(bottleneck: int = 64, scale: float | str = 0.1, dropout: float =
                at(stream, Call(name, record)))
 
 
-def _bottleneck(size, reduction, activation, init, scale, dropout, method: str):
+def maker(size, reduction, activation, init, scale, dropout, method: str):
   """(make(key, input, output) -> t, branch(t, call, x) -> what is added)."""
   if size is not None and (int(size) != size or size < 1):
     raise ValueError(f'{method}: bottleneck={size!r} must be a whole number, at least 1')
@@ -172,11 +172,16 @@ def _bottleneck(size, reduction, activation, init, scale, dropout, method: str):
     return {**t, 'scale': jnp.ones(())} if scale == 'learned' else t
 
   def branch(t, call, x):
-    h = ACTIVATIONS[activation](x @ t['down']['kernel'] + t['down']['bias'])
-    h = drop(h, call.rng(f'{method} dropout') if dropout else None, dropout)
-    return t.get('scale', scale) * (h @ t['up']['kernel'] + t['up']['bias'])
+    key = call.rng(f'{method} dropout') if dropout else None
+    return t.get('scale', scale) * through(t, x, activation, key, dropout)
 
   return make, branch
+
+
+def through(t, x: jax.Array, activation: str, key: jax.Array | None = None, dropout: float = 0.0) -> jax.Array:
+  """f(x W_down + b) W_up + b', x [.., d]; dropout of the bottleneck where there is a key."""
+  h = drop(ACTIVATIONS[activation](x @ t['down']['kernel'] + t['down']['bias']), key, dropout)
+  return h @ t['up']['kernel'] + t['up']['bias']
 
 
 def _lora(key, down, up):

@@ -13,6 +13,7 @@ PRESETS: dict[str, tuple[str, dict]] = {
   'lst_mlp': ('lst', {**_LEAN, 'block': 'mlp'}),
   'lst_linear': ('lst', {**_LEAN, 'downsample': 'linear'}),
   'lst_paper': ('lst', {'block': 'own'}),
+  'meft_inverse': ('meft', {'every': None}),
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..core import Call, Method, Site, at
+from ..core import Call, Method, Site, at, chain
 from ..core.sites import natural
 from .tune import NONE
 
@@ -255,3 +255,48 @@ def put_first(out, new: jax.Array):
   """`out` with its first array replaced, in that array's dtype."""
   first, *rest = jax.tree.leaves(out)
   return jax.tree.unflatten(jax.tree.structure(out), [new.astype(first.dtype), *rest])
+
+
+def around(name: str, blocks: str, exit: str, init, apply, takes: tuple[str, ...] = ()) -> Method:
+  """A method of the whole model, whose output is its own: it reads what the frozen blocks gave.
+
+  Args:
+    name: the method's.
+    blocks: pattern of the blocks.
+    exit: pattern of the module that their output goes to, one in the model.
+    init: (net, key, site, arrays) -> t, site being the model itself.
+    apply: (t, net, run, call, *args, **kwargs) -> out; run(*args, **kwargs) runs the model, frozen, and gives
+      (what the blocks recorded, the last state) for `net`, the stack.
+    takes: keyword arguments of `apply` that the model does not have.
+
+  Raises:
+    ValueError: at `attach`, the model has another number of exits than one, or blocks without one stream of tokens.
+  """
+  @functools.lru_cache(maxsize=256)
+  def stack(model: Site) -> Stack:
+    exits = [e for e in model.model.find(exit) if e.out is not None]
+    if len(exits) != 1:
+      raise ValueError(f'{name}: {exit!r} names {len(exits)} modules that are called, and one ends the stack it reads: '
+                       f'{", ".join(e.path for e in exits) or "none"}')
+    net = Stack(exits[0], blocks, exit)
+    net.check_tokens(name)
+    return net
+
+  def leave(t, call, x, *args, **kwargs):
+    y = call(x, *args, **kwargs)
+    call.tap(last=Stack(call.site, blocks, exit).last(x, jax.tree.leaves(y)[0]))
+    return y
+
+  def whole(t, call, *args, **kwargs):
+    net = stack(call.site)
+
+    def run(*args, **kwargs):
+      call(*args, **kwargs)
+      taps = call.taps()
+      return taps, taps[net.site.path]['last']
+
+    return apply(t, net, run, call, *args, **kwargs)
+
+  return chain(record(name, blocks), at(exit, Call(name, leave, taps=True, memory=NONE)),
+               at('', Call(name, whole, lambda key, site, arrays: init(stack(site), key, site, arrays), taps=True,
+                           takes=takes, memory=NONE)))

@@ -30,11 +30,11 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import core as jex
 
+from ..core.programs import evaluated, hoisted, inside, reader, variables
 from .codes import bits_of, decode, derivative_codes, encode, look_up, pack, unpack
 from .ops import tied
 from .tables import FUNCTIONS, Table, table
 
-_CALLS = {'jit', 'pjit', 'closed_call', 'core_call'}
 _PRODUCTS = {'dot_general', 'conv_general_dilated', 'ragged_dot_general'}
 # Programs of their own, or dear to compute again: their outputs are kept.
 _OPAQUE = {'scan', 'while', 'cond', 'checkpoint', 'remat2', 'custom_vjp_call', 'pallas_call', 'shard_map', 'sort',
@@ -87,23 +87,19 @@ def _program(fn, arrays) -> tuple[Any, list]:
   closed = jax.make_jaxpr(fn)(*arrays)
   n = len(closed.consts)
   inlined = jax.make_jaxpr(lambda *xs: _evaluate(closed.jaxpr, xs[n:], {}, xs[:n]))(*closed.consts, *arrays)
-  jaxpr = inlined.jaxpr
-  return jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars]), [*inlined.consts, *closed.consts]
+  jaxpr, consts = hoisted(inlined)
+  return jaxpr, [*consts, *closed.consts]
 
 
 def _evaluate(jaxpr, inputs, at: dict, consts=()) -> list:
   """Runs a jaxpr; at[variable] (value, read) -> value stands in for what its equation gives."""
   env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
-  read = lambda v: v.val if isinstance(v, jex.Literal) else env[v]
+  read = reader(env)
   for eqn in jaxpr.eqns:
-    variables = list(dict.fromkeys(_variables(eqn)))
-    values = [env[v] for v in variables]
-    if eqn.primitive.name in _CALLS:
-      inner = eqn.params.get('jaxpr') or eqn.params['call_jaxpr']
+    if inner := inside(eqn):
       outs = _evaluate(inner.jaxpr, [read(v) for v in eqn.invars], {}, inner.consts)
     else:
-      alone = jaxpr.replace(constvars=[], invars=variables, outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects)
-      outs = jex.jaxpr_as_fun(jex.ClosedJaxpr(alone, ()))(*values)
+      outs = evaluated(eqn, read)
     env |= zip(eqn.outvars, outs, strict=True)
     for v in eqn.outvars:
       if v in at:
@@ -147,13 +143,13 @@ def _choose(jaxpr, n_free: int, bits: int, operand_bits: int) -> _Choice:
   """Everything that could be kept; what is, follows from the backward pass."""
   active, consumers = set(jaxpr.invars[n_free:]), {}
   for eqn in jaxpr.eqns:
-    if any(v in active for v in _variables(eqn)):
+    if any(v in active for v in variables(eqn.invars)):
       active.update(eqn.outvars)
-    for v in set(_variables(eqn)):
+    for v in set(variables(eqn.invars)):
       consumers.setdefault(v, []).append(eqn)
-  finished = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)}
-  again = [e for e in jaxpr.eqns if e.primitive.name in _PRODUCTS and set(_variables(e)) <= active
-           and len(_variables(e)) > 1]
+  finished = set(variables(jaxpr.outvars))
+  again = [e for e in jaxpr.eqns if e.primitive.name in _PRODUCTS and set(variables(e.invars)) <= active
+           and len(variables(e.invars)) > 1]
   activations = _activations(jaxpr, consumers, finished, active)
   anchors = dict.fromkeys(activations)
   for eqn in jaxpr.eqns:
@@ -169,10 +165,6 @@ def _choose(jaxpr, n_free: int, bits: int, operand_bits: int) -> _Choice:
 
   inputs = {i: how(v) for i, v in enumerate(jaxpr.invars) if i >= n_free}
   return _Choice({v: how(v) for v in anchors}, activations, inputs)
-
-
-def _variables(eqn) -> list:
-  return [v for v in eqn.invars if not isinstance(v, jex.Literal)]
 
 
 def _is_float(v) -> bool:
@@ -197,13 +189,13 @@ def _followed(v, consumers, finished):
 def _before(jaxpr, eqns, stops) -> set:
   """The members of `stops` that `eqns` read, through equations that are computed again."""
   made = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
-  found, seen, todo = set(), set(), [v for eqn in eqns for v in _variables(eqn)]
+  found, seen, todo = set(), set(), [v for eqn in eqns for v in variables(eqn.invars)]
   while todo:
     v = todo.pop()
     if v in stops:
       found.add(v)
     elif v not in seen and v in made:
-      todo += _variables(made[v])
+      todo += variables(made[v].invars)
     seen.add(v)
   return found
 
@@ -215,7 +207,7 @@ def _activations(jaxpr, consumers, finished, active) -> dict:
   """{output: (input, table)} of the elementwise functions of one variable that a table is known for."""
   root, sources = {}, {}
   for eqn in jaxpr.eqns:
-    ins, out = set(_variables(eqn)), eqn.outvars[0]
+    ins, out = set(variables(eqn.invars)), eqn.outvars[0]
     roots = {root.get(v, v) for v in ins}
     if not _elementwise(eqn) or len(roots) != 1 or not ins <= active:
       continue
@@ -236,7 +228,7 @@ def _activations(jaxpr, consumers, finished, active) -> dict:
 def _elementwise(eqn) -> bool:
   inner = eqn.params.get('call_jaxpr') or eqn.params.get('jaxpr')
   if inner is not None:
-    return eqn.primitive.name in {'custom_jvp_call', *_CALLS} and all(map(_elementwise, inner.jaxpr.eqns))
+    return (eqn.primitive.name == 'custom_jvp_call' or inside(eqn)) and all(map(_elementwise, inner.jaxpr.eqns))
   return eqn.primitive.name in _ELEMENTWISE and len(eqn.outvars) == 1
 
 
@@ -263,7 +255,7 @@ def _recognised(eqns, source, out) -> str | None:
 
 def _on_grid(eqns, env) -> dict:
   """Elementwise equations at other points than those they were traced for."""
-  read = lambda v: v.val if isinstance(v, jex.Literal) else env[v]
+  read = reader(env)
   for eqn in eqns:
     values = [read(v) for v in eqn.invars]
     inner = eqn.params.get('call_jaxpr') or eqn.params.get('jaxpr')
@@ -401,10 +393,10 @@ def _stored(jaxpr, n_free: int, bits: int, operand_bits: int) -> Callable:
     avals = ([v.aval for v in values], [_code_of(choice.codes[v]) for v in codes],
              [v.aval for v in jaxpr.invars], [jaxpr.outvars[i].aval for i in floats])
     found = jax.make_jaxpr(program)(*jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), avals)).jaxpr
-    live = {v for v in found.outvars if not isinstance(v, jex.Literal)}
+    live = set(variables(found.outvars))
     for eqn in reversed(found.eqns):
       if live & set(eqn.outvars):
-        live.update(_variables(eqn))
+        live.update(variables(eqn.invars))
     used = iter([v in live for v in found.invars])
     pick = lambda names: tuple(name for name in names if next(used))
     values, codes, inputs = pick(values), pick(codes), pick(range(len(jaxpr.invars)))

@@ -83,6 +83,7 @@ ROWS: dict[str, Row] = {
   'unipt': Row(start=None, dead=('.*/gate/bias',), cannot={CONV: STREAM}),
   'unipt_global': Row(hp={'width': 4}, start=None, dead=('.*/gate/bias',),
                       cannot={**dict.fromkeys(DECODERS, ONE), CONV: f'{STREAM}|pooled embedding'}),
+  'meft': Row(start=None, cannot={CONV: 'no role {mlp}'}),
   'velora': Row(hp={'groups': 4}, start=0, cannot={CONV: 'no role {v}', **NO_DOOR}),
   's2a': Row(hp={'side': 4}, start=0, on={**dict.fromkeys(DECODERS, {'biases': None}), CONV: {'rank': 0, 'side': 0}}),
 }

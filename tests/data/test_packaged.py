@@ -3,6 +3,7 @@
 import collections
 import gzip
 import io
+import json
 import subprocess
 import sys
 import tarfile
@@ -10,6 +11,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from jpeft import data
 
@@ -64,6 +66,43 @@ def test_movie_sentiment_of_a_stand_in(archive, tmp_path, monkeypatch):
   assert {e['text']: e['label'] for e in both} == expect and len(both) == 28
   assert 14 < len(data.load('movie_sentiment', 'train')) < 26
   assert both.classes == ['negative', 'positive']
+
+
+def test_emoji_groups_of_a_stand_in(archive, tmp_path):
+  groups = [('Flags', 20), ('Component', 5), ('Objects', 20)]
+  rows, files = [], {}
+  for group, count in groups:
+    for i in range(count):
+      name, drawing = f'{group}{i}', i // 2  # two emoji of each drawing
+      color = (100 + drawing, 30 * len(group), 0, 255)
+      image, file = Image.new('RGBA', (64, 64), color), io.BytesIO()
+      image.putpixel((0, 0), (0, 0, 0, 0))
+      (image.convert('LA') if drawing == 3 else image).save(file, 'png')
+      files[f'package/img/google/64/{name}.png'] = file.getvalue()
+      rows.append({'short_name': name, 'category': group, 'image': f'{name}.png'})
+  archive.write_bytes(tar(**files, **{'package/README.md': b'', 'package/emoji.json': json.dumps(rows).encode()}))
+  train, test = (data.load('emoji_groups', split, tmp_path / 'tfds') for split in ('train', 'test'))
+  assert len(train) + len(test) == 40 and 20 < len(train) < 36
+  seen = [(e['image'].tobytes(), train.classes[e['label']]) for e in [*train, *test]]
+  assert collections.Counter(label for _, label in seen) == {'Flags': 20, 'Objects': 20}
+  assert set(collections.Counter(seen).values()) == {2}
+  assert not {e['image'].tobytes() for e in train} & {e['image'].tobytes() for e in test}
+  for e in train:
+    assert e['image'].shape == (64, 64, 3) and (e['image'][0, 0] == 255).all()  # transparent parts on white
+  colored = [e for e in [*train, *test] if len(set(e['image'][1, 1])) > 1]
+  assert len(colored) == 36
+  assert all(e['image'][1, 1, 1] == 30 * len(train.classes[e['label']]) for e in colored)
+
+
+@pytest.mark.assets
+def test_emoji_groups():
+  train, test = (data.in_memory(data.load('emoji_groups', split)) for split in ('train', 'test'))
+  assert (len(train), len(test)) == (1324, 582)
+  count = collections.Counter(train.classes[e['label']] for e in [*train, *test])
+  assert count == {'Smileys & Emotion': 169, 'People & Body': 386, 'Animals & Nature': 159, 'Food & Drink': 131,
+                   'Travel & Places': 218, 'Activities': 85, 'Objects': 264, 'Symbols': 224, 'Flags': 270}
+  assert not {e['image'].tobytes() for e in train} & {e['image'].tobytes() for e in test}
+  assert {len({e['label'] for e in train}), len({e['label'] for e in test})} == {9}
 
 
 @pytest.mark.assets
