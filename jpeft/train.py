@@ -24,6 +24,7 @@ from . import config as config_lib
 from . import data, features, optim, report, run, step, tasks
 from .checkpoint import Checkpoints, fingerprint, save_theta
 from .core import summary
+from .quant import nbytes
 from .version import __version__
 
 
@@ -169,6 +170,7 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     'trainable': facts.trainable, 'total': facts.total, 'memory': facts.memory, 'mergeable': facts.mergeable,
     'eval': report.values(metrics.of('test')[-1]),
     'best': {'step': best['step'], 'metric': config.eval.metric, 'value': best[config.eval.metric]},
+    'storage': run.storage_of(config), 'backbone_bytes': nbytes(backbone),
     'steps': steps, 'batch_size': size, 'seconds': round(seconds(), 2), 'step_cost': cost,
     'device': f'{mesh.size} x {mesh.devices.flat[0].device_kind}',
     'backbone_sha256': backbone_sha256, 'theta_sha256': fingerprint(state['theta']),

@@ -15,7 +15,6 @@ from tests.methods.small import attached, noisy, shapes_of, vit
 T, STRIDE = 4, 2
 VIDEO = jax.random.normal(jax.random.key(5), (2 * T, 8, 8, 3))
 SMALL = {'frames': T, 'stride': STRIDE, 'width': 16, 'channels': 6, 'out': 7}
-QUICK = {'xla_backend_optimization_level': 0}
 
 
 def test_counts_as_published():
@@ -30,7 +29,7 @@ def test_counts_as_published():
 
 
 def run(tuned, theta, held, video=VIDEO):
-  return jax.jit(lambda theta, video: tuned.apply(theta, held, video), compiler_options=QUICK)(theta, video)
+  return jax.jit(lambda theta, video: tuned.apply(theta, held, video))(theta, video)
 
 
 @pytest.fixture(scope='module')
@@ -135,7 +134,7 @@ def test_the_class_token_counts_twice(small):
   _, held, tuned, theta = small
   t = theta['dist']['']
   without = {'residual': jax.tree.map(jnp.zeros_like, t['residual'])}
-  grads = jax.jit(jax.grad(lambda t: tuned.apply({'dist': {'': t}}, held, VIDEO).sum()), compiler_options=QUICK)
+  grads = jax.jit(jax.grad(lambda t: tuned.apply({'dist': {'': t}}, held, VIDEO).sum()))
   for off in ({}, without):
     assert np.abs(grads({**t, **off})['taps']['kernel'][-1]).max() > 0
   assert np.abs(run(tuned, {'dist': {'': {**t, **without}}}, held) - run(tuned, theta, held)).max() > 1e-3
@@ -154,7 +153,7 @@ def test_clips_do_not_mix_and_nothing_of_the_encoder_moves(small):
   _, held, tuned, theta = small
   other = VIDEO.at[T:].set(0.0)
   np.testing.assert_allclose(run(tuned, theta, held, other)[0], run(tuned, theta, held)[0], atol=1e-5)
-  grads = jax.jit(jax.grad(lambda held: tuned.apply(theta, held, VIDEO).sum()), compiler_options=QUICK)(held)
+  grads = jax.jit(jax.grad(lambda held: tuned.apply(theta, held, VIDEO).sum()))(held)
   assert all(not np.any(g) for g in jax.tree.leaves(grads))
 
 

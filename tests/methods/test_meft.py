@@ -99,7 +99,6 @@ def test_both_halves_of_a_block_have_an_adapter():
   assert jpeft.count(tuned.shapes) == 313_536
 
 
-QUICK = {'xla_backend_optimization_level': 0}
 
 
 def layer_norm(p, x):
@@ -149,7 +148,7 @@ def test_the_network_and_its_gradient_are_those_of_the_equations(variant, readou
   x = embeddings(model, held)
   fns = (lambda theta: tuned.apply(theta, held, IMAGES),
          lambda theta: reference(held, theta, x, variant, scales, readout))
-  run = lambda fn: jax.jit(jax.value_and_grad(lambda t: jnp.square(fn(t)).sum()), compiler_options=QUICK)
+  run = lambda fn: jax.jit(jax.value_and_grad(lambda t: jnp.square(fn(t)).sum()))
   (ours, got), (theirs, want) = (run(fn)(theta) for fn in fns)
   np.testing.assert_allclose(ours, theirs, rtol=1e-4)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3 * np.abs(b).max()), got, want)
@@ -189,7 +188,7 @@ def test_dropout_is_replayed(name, hp, monkeypatch):
   def grads(key):
     kwargs = {**b.kwargs, **b.train_kwargs, 'rngs': {'dropout': key}}
     fn = lambda theta: jnp.square(tuned.apply(theta, b.backbone, *b.args, **kwargs)).sum()
-    return jax.jit(jax.value_and_grad(fn), compiler_options=QUICK)(theta)
+    return jax.jit(jax.value_and_grad(fn))(theta)
 
   value, got = grads(jax.random.key(0))
   monkeypatch.setattr(Reversible, '__call__', by_plain_autodiff)
