@@ -159,16 +159,16 @@ def build(config, num_classes: int, load: Callable = models.load) -> tuple[Any, 
 
   Args:
     config: of the run.
-    num_classes: outputs of the head.
+    num_classes: outputs of a fresh head; 0 for a model that writes text with its own.
     load: `models.load`, or `models.describe` where shapes will do.
 
   Raises:
     ValueError, OSError, RuntimeError: whatever is wrong with weights, method or patterns.
   """
   method = method_of(config)
-  fields = config.model.to_dict() | {'num_classes': num_classes, 'seed': config.seed}
+  fields = config.model.to_dict() | {'num_classes': num_classes or None, 'seed': config.seed}
   pretrained = load(fields.pop('source'), **fields)
-  args, kwargs = tasks.inputs(tasks.blank(config, pretrained))
+  args, kwargs = tasks.inputs(tasks.of(config).blank(config, pretrained))
   return pretrained, attach(pretrained.model, method, pretrained.variables, *args, **kwargs,
                             deterministic=True)
 
