@@ -54,6 +54,7 @@ def _pairs(value) -> bool:
              and isinstance(p[1], (int, float)) and p[1] >= 0 for p in value)
 
 
+STORAGES = ('nf4', 'nf4_double', 'fp4', 'fp4_double', 'int4')
 _TEXT, _FLAG, _OPTIONAL = (str,), (bool,), (str, type(None))
 
 FIELDS: dict[str, Field] = {
@@ -67,6 +68,9 @@ FIELDS: dict[str, Field] = {
   'model.param_dtype': _choice('float32', 'of the backbone', 'float32', 'bfloat16', 'float16'),
   'model.scan': Field(_FLAG, False, 'one scanned stack of blocks: compiles faster'),
   'model.remat': Field(_FLAG, False, 'recompute blocks in the backward pass: less memory'),
+  'model.quantize': Field(_OPTIONAL, None, "4-bit format of the blocks' kernels; the method's own if left out: "
+                          f'{", ".join(STORAGES)}', f'one of {", ".join(STORAGES)}, or None',
+                          lambda v: v is None or v in STORAGES),
   'model.dropout': Field((float, type(None)), None, "every dropout rate of the backbone; the checkpoint's if left out",
                          'from 0 to 1', lambda v: v is None or 0 <= v <= 1),
   'data.name': Field(_TEXT, REQUIRED, "mnist5k, movie_sentiment, phonemes, folder:PATH, csv:PATH, jsonl:PATH or "

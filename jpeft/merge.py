@@ -1,5 +1,7 @@
 """Plain weights of a run, in the layout of Hugging Face: the untouched model computes what was trained.
 
+Of a backbone in 4 bits, the decoded kernels are written, in the number format of `model.param_dtype`.
+
     python -m jpeft.merge --run runs/a --out merged
 """
 

@@ -40,12 +40,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from . import config as config_lib
-from . import cost, methods, models, optim, run, step, tasks
+from . import cost, models, optim, run, step, tasks
+from . import methods as registry
 from . import target as targets
 from .core import Method, Tuned, attach, summary
 from .core.inspect import backend_of
 from .core.rules import MEMORY_CLASSES
 from .methods.presets import preset
+from .quant import formats, quantize
 
 # What is tried, in this order, where nothing that was asked for fits.
 INSTEAD = ('lst', 'linear')
@@ -120,7 +122,8 @@ class Plan:
   def advice(self) -> str:
     """What to do about the part that dominates."""
     if self.dominant == 'weights':
-      return 'hold the backbone in bfloat16 (model.param_dtype), or spread it over chips (mesh.backbone=sharded)'
+      return ('hold the backbone in bfloat16 (model.param_dtype) or in 4 bits (model.quantize=nf4), or spread it over '
+              'chips (mesh.backbone=sharded)')
     if self.dominant in ('trained weights', 'optimizer state'):
       return 'train fewer numbers (lora, lst), or take an optimizer with less state (lion, adafactor)'
     if self.dominant == 'batch':
@@ -199,6 +202,14 @@ class Work:
     """The argument by which the model is told whether it trains; none where it takes none."""
     takes = inspect.signature(type(self.model).__call__).parameters
     return next(({name: training == trains} for name, trains in _MODES.items() if name in takes), {})
+
+  def stored(self, storage: str | None) -> 'Work':
+    """The same work on a backbone whose kernels are in 4 bits, by the name of the format; None for as they are."""
+    if storage is None:
+      return self
+    args, kwargs = tasks.inputs(self.batch(1))
+    coded = lambda held: quantize(self.model, formats.named(storage), held, *args, **kwargs, **self.mode(False))
+    return dataclasses.replace(self, variables=jax.eval_shape(coded, self.variables))
 
   def tuned(self, method: Method) -> Tuned:
     args, kwargs = tasks.inputs(self.batch(1))
@@ -306,7 +317,8 @@ def _planned(work: Work, name: str, tuned: Tuned, tx, where: targets.Target, sea
 
 def plan(model, methods: str | Method | Sequence[str] | Mapping[str, Method], batch: Mapping[str, Any], *,
          variables=None, target: str = 'tpu:v5e', optimizer: str = 'adamw', accumulate: int = 1,
-         mesh: tuple[int, int] = (1, 1), sharded: bool = False, search: bool = False, head: bool = True) -> Plans:
+         mesh: tuple[int, int] = (1, 1), sharded: bool = False, search: bool = False, head: bool = True,
+         storage: str | None = None) -> Plans:
   """What a training step of each method on a model asks of a device: nothing is run.
 
   Where none of them fits, what might is planned as well.
@@ -324,6 +336,7 @@ def plan(model, methods: str | Method | Sequence[str] | Mapping[str, Method], ba
     sharded: spread the backbone over the model axis.
     search: also find the largest batch that fits.
     head: named methods also train the model's head.
+    storage: the 4-bit format of the kernels (`quant.formats.FORMATS`); if left out, that of each named method.
 
   Returns:
     A tuple of Plan that prints as a table.
@@ -343,22 +356,23 @@ def plan(model, methods: str | Method | Sequence[str] | Mapping[str, Method], ba
     work = dataclasses.replace(work, variables=held)
   where = targets.target(target)
 
-  def planned(name: str, method: Method) -> Plan:
-    tuned = work.tuned(method)
+  def planned(name: str, method: Method, storage: str | None) -> Plan:
+    held = work.stored(storage)
+    tuned = held.tuned(method)
     tx = optim.optimizer(tuned, tuned.shapes, optax.constant_schedule(1e-3), name=optimizer)
-    return _planned(work, name, tuned, tx, where, search)
+    return _planned(held, name, tuned, tx, where, search)
 
-  named = functools.partial(_made, head=head)
-  asked = {methods.names[0]: methods} if isinstance(methods, Method) else methods
-  if not isinstance(asked, Mapping):
-    asked = {name: named(name) for name in ([asked] if isinstance(asked, str) else asked)}
-  return _or_instead([planned(*pair) for pair in asked.items()], lambda name: planned(name, named(name)))
+  def named(name: str) -> Plan:
+    method, values = preset(name)
+    return planned(name, registry.make(method, head=head, **values), storage or registry.REGISTRY[method].storage)
 
-
-def _made(name: str, head: bool) -> Method:
-  """A method of the registry, or a preset."""
-  method, values = preset(name)
-  return methods.make(method, head=head, **values)
+  if isinstance(methods, Method):
+    methods = {methods.names[0]: methods}
+  if isinstance(methods, Mapping):
+    plans = [planned(*pair, storage) for pair in methods.items()]
+  else:
+    plans = [named(name) for name in ([methods] if isinstance(methods, str) else methods)]
+  return _or_instead(plans, named)
 
 
 def _or_instead(plans: list[Plan], planned: Callable[[str], Plan]) -> Plans:

@@ -122,6 +122,8 @@ def write_report(folder: pathlib.Path, report: dict[str, Any], rows: list[dict])
   cost = report['step_cost']
   facts = {
     'trainable numbers': f'{report["trainable"]:,} of {report["total"]:,} in the backbone',
+    'backbone as stored': f'{report["backbone_bytes"] / 2**20:,.1f} MiB'
+                          + (f', kernels as {report["storage"]}' if report['storage'] else ''),
     'memory class': report['memory'], 'mergeable': 'yes' if report['mergeable'] else 'no',
     'updates': f'{report["steps"]:,} of {report["batch_size"]} {"rows" if "untuned" in report else "examples"}',
     'seconds': f'{report["seconds"]:.1f} of training, {cost["compile_seconds"]:.1f} of compilation',

@@ -22,6 +22,7 @@ from . import config as config_lib
 from . import methods, models, tasks
 from .checkpoint import fingerprint, load_theta, write
 from .core import attach
+from .quant import formats
 
 
 class Mistake(Exception):
@@ -154,6 +155,11 @@ def method_of(config):
     raise ValueError(f'config.method: {name} does not take {values}: {error}') from error
 
 
+def storage_of(config) -> str | None:
+  """The name of the format of the backbone's kernels: what the config says, else the method's own; None for none."""
+  return config.model.quantize or methods.REGISTRY[config.method.name].storage
+
+
 def build(config, num_classes: int, load: Callable = models.load) -> tuple[Any, Any]:
   """(pretrained, tuned): the backbone, and the method attached to it.
 
@@ -166,7 +172,9 @@ def build(config, num_classes: int, load: Callable = models.load) -> tuple[Any, 
     ValueError, OSError, RuntimeError: whatever is wrong with weights, method or patterns.
   """
   method = method_of(config)
-  fields = config.model.to_dict() | {'num_classes': num_classes or None, 'seed': config.seed}
+  storage = storage_of(config)
+  fields = config.model.to_dict() | {'num_classes': num_classes or None, 'seed': config.seed,
+                                     'quantize': storage and formats.named(storage)}
   pretrained = load(fields.pop('source'), **fields)
   args, kwargs = tasks.inputs(tasks.of(config).blank(config, pretrained))
   return pretrained, attach(pretrained.model, method, pretrained.variables, *args, **kwargs,

@@ -26,6 +26,7 @@ from . import data, features, optim, report, run, step, tasks
 from .checkpoint import Checkpoints, fingerprint, save_theta
 from .core import summary
 from .generate import generate
+from .quant import nbytes
 from .version import __version__
 
 
@@ -195,6 +196,7 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     'eval': report.values(metrics.of('test')[-1]),
     **{row['split']: report.values(row) for row in metrics.of('untuned')},
     'best': {'step': best['step'], 'metric': config.eval.metric, 'value': best[config.eval.metric]},
+    'storage': run.storage_of(config), 'backbone_bytes': nbytes(backbone),
     'steps': steps, 'batch_size': size, 'seconds': round(seconds(), 2), 'step_cost': cost,
     'device': f'{mesh.size} x {mesh.devices.flat[0].device_kind}',
     'backbone_sha256': backbone_sha256, 'theta_sha256': fingerprint(state['theta']),

@@ -57,7 +57,7 @@ def measure(work: str, method: str, remat: str, layers: str, where: targets.Targ
   chosen, start = WORKS[work], time.perf_counter()
   name, hyperparameters = preset(method)
   made = methods.make(name, head=chosen.head, **hyperparameters)
-  planned = _planned(chosen, layers == 'scan', remat == 'block')
+  planned = _planned(chosen, layers == 'scan', remat == 'block').stored(methods.REGISTRY[name].storage)
   tuned = planned.tuned(made)
   tx = optim.optimizer(tuned, tuned.shapes, optax.constant_schedule(1e-3))
   shapes = planned.placed(where.mesh(), step.state_shapes(tuned, tx, planned.variables), chosen.size)

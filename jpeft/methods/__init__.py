@@ -11,7 +11,7 @@ from .features import group_lasso, select
 from .head2toe import head2toe
 from .hst import hst
 from .ia3 import ia3
-from .lora import dora, lora, lora_fa
+from .lora import dora, lora, lora_fa, qlora
 from .lst import lst, side_tuning
 from .prefix import prefix
 from .prune import fisher
@@ -37,6 +37,8 @@ class Entry:
     mergeable: whether `merge` gives plain weights.
     head: whether the method trains the head by itself.
     title: one line.
+    storage: the 4-bit format of the backbone's kernels (`quant.formats.FORMATS`) that the method is made for, used
+      where nothing else is asked for; None for the kernels as they are loaded.
   """
 
   make: Callable[..., Method]
@@ -45,6 +47,7 @@ class Entry:
   mergeable: bool
   title: str
   head: bool = False
+  storage: str | None = None
 
 
 REGISTRY: dict[str, Entry] = {
@@ -54,6 +57,8 @@ REGISTRY: dict[str, Entry] = {
   'norm': Entry(norm, '2302.07937', FULL, True, 'norm tuning: scales and shifts'),
   'lora': Entry(lora, '2106.09685', FULL, True, 'LoRA, rsLoRA, PiSSA, OLoRA: a low-rank product beside each matrix'),
   'lora_fa': Entry(lora_fa, '2308.03303', FULL, True, 'LoRA-FA: LoRA whose first factor stays as drawn'),
+  'qlora': Entry(qlora, '2305.14314', FULL, True, 'QLoRA: LoRA on every linear map of a 4-bit backbone',
+                 storage='nf4_double'),
   'dora': Entry(dora, '2402.09353', FULL, True, 'DoRA: LoRA for directions, a magnitude a column'),
   'vera': Entry(vera, '2310.11454', FULL, True, 'VeRA: two vectors around a shared random pair'),
   'ia3': Entry(ia3, '2205.05638', FULL, True, '(IA)^3: scales keys, values and inner activations'),
@@ -106,5 +111,5 @@ def make(name: str, head: bool = True, **hyperparameters) -> Method:
 
 __all__ = ['Entry', 'REGISTRY', 'adaptformer', 'bitfit', 'directed', 'dora', 'fisher', 'full', 'group_lasso',
            'head2toe', 'houlsby', 'hst', 'ia3', 'linear', 'lora', 'lora_fa', 'lst', 'make', 'norm', 'packed',
-           'parallel', 'pfeiffer', 'prefix', 'projected', 's2a', 'select', 'sherl', 'side_tuning', 'ssf', 'tune',
-           'unipt', 'unipt_global', 'velora', 'vera', 'vpt_deep', 'vpt_shallow', 'vqt']
+           'parallel', 'pfeiffer', 'prefix', 'projected', 'qlora', 's2a', 'select', 'sherl', 'side_tuning', 'ssf',
+           'tune', 'unipt', 'unipt_global', 'velora', 'vera', 'vpt_deep', 'vpt_shallow', 'vqt']

@@ -57,6 +57,22 @@ def lora(rank: int = 8, alpha: float = 8, targets: str = '{q}|{v}', dropout: flo
   return _lora(rank, alpha, targets, dropout, init, rslora, name, ())
 
 
+def qlora(rank: int = 64, alpha: float = 16, targets: str = '{linear}', dropout: float = 0.0,
+          init: str = 'default', rslora: bool = False, name: str = 'qlora') -> Method:
+  """QLoRA (arXiv 2305.14314): LoRA on every linear layer of a backbone whose kernels are in 4 bits.
+
+  The method is `lora`; what it adds is the backbone. `train` and `plan` store that as NF4 with double quantization
+  unless the config says otherwise; elsewhere `jpeft.quantize` does. It starts as the 4-bit model, not as the 16-bit
+  one. The authors train with dropout 0.1 (7B) or 0.05, Adam's b2 = 0.999, a constant rate and clip_norm 0.3.
+
+  Args: of `lora`.
+
+  Raises:
+    ValueError: a hyperparameter outside its range.
+  """
+  return lora(rank, alpha, targets, dropout, init, rslora, name)
+
+
 def lora_fa(rank: int = 8, alpha: float = 8, targets: str = '{q}|{v}', dropout: float = 0.0,
             init: str = 'default', rslora: bool = False, name: str = 'lora_fa') -> Method:
   """LoRA whose a stays as it was drawn: the backward pass keeps x a, r numbers a token, in the place of x.

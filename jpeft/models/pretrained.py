@@ -14,6 +14,7 @@ from flax import traverse_util
 
 from ..core.inspect import sites_of
 from ..quant.boxes import coded, kernels
+from ..quant.boxes import quantize as quantized
 from ..quant.formats import Format
 from . import checkpoint as files
 from .checkpoint import Checkpoint
@@ -126,11 +127,16 @@ def describe(source: str | Path, **options) -> Pretrained:
   checkpoint, config = _opened(folder, weights=False)
   family = family_of(config)
   options.pop('seed', None)  # of what is fresh: values, which shapes have not
+  form, targets = options.pop('quantize', None), options.pop('targets', '{linear}')
   left_out = dict.fromkeys(('num_classes', 'image_size', 'layers', 'pool', 'dropout'))
   model = _build(config, checkpoint, **{**left_out, 'dtype': 'float32', 'param_dtype': 'float32', **options})
   params = {path: jax.ShapeDtypeStruct(shape, model.param_dtype) for path, shape in shapes_of(model, family).items()}
+  variables = {'params': traverse_util.unflatten_dict(params, sep='/')}
+  if form is not None:
+    variables = jax.eval_shape(lambda held: quantized(model, form, held, *family.example(model), targets=targets),
+                               variables)
   return Pretrained(
-    model, {'params': traverse_util.unflatten_dict(params, sep='/')},
+    model, variables,
     family.describe(config, model), config['model_type'],
     _preprocess(folder, family, model), _file(folder if folder.is_file() else folder / 'tokenizer.json'), {})
 

@@ -6,6 +6,8 @@ high ones, so that nothing is interleaved when they are taken apart; scales are 
 blocks cross rows, codes and scales are flat, in the order of the rows.
 """
 
+import difflib
+import functools
 from typing import NamedTuple
 
 import jax
@@ -118,6 +120,24 @@ def fp4(block: int = 64, double: bool = False) -> Format:
 def int4() -> Format:
   """4-bit integers in blocks of 32 with a float16 scale: Q4_0 of GGUF, 4.5 bits a weight."""
   return Format('int4', 32, False)
+
+
+# By the names that configurations and the registry of methods use.
+FORMATS = {'nf4': nf4, 'nf4_double': functools.partial(nf4, double=True), 'fp4': fp4,
+           'fp4_double': functools.partial(fp4, double=True), 'int4': int4}
+
+
+def named(name: str) -> Format:
+  """A format by its name in FORMATS.
+
+  Raises:
+    ValueError: there is none.
+  """
+  if name not in FORMATS:
+    near = difflib.get_close_matches(str(name), FORMATS, 1)
+    raise ValueError(f'no 4-bit format is called {name!r}' + (f'; did you mean {near[0]!r}?' if near else '')
+                     + f' There are: {", ".join(FORMATS)}')
+  return FORMATS[name]()
 
 
 def _checked(form: Format) -> Format:

@@ -59,6 +59,7 @@ ROWS: dict[str, Row] = {
   'norm': Row(start=0),
   'lora': Row(start=0, on=KERNELS),
   'lora_fa': Row(start=0, on=KERNELS),
+  'qlora': Row(start=0, on=KERNELS),
   'dora': Row(on=KERNELS),
   'vera': Row(start=0, on=KERNELS),
   'ia3': Row(start=0, on={CONV: {'targets_out': '{depthwise}', 'targets_in': '{linear}'}}),

@@ -13,7 +13,7 @@ from tests.models.goldens import GOLDEN
 ONE, TWO = [5, 9, 3, 40, 22], [7, 8, 30]
 METHODS = {
   'lora': jpeft.lora(2, targets='{linear}'), 'prefix': jpeft.prefix(3),
-  'lst': jpeft.lst(2, block='own'), 'lean': jpeft.lst(2, block='attention', downsample='pool'),
+  'lst': jpeft.lst(3, block='own'), 'lean': jpeft.lst(2, block='attention', downsample='pool'),
   'unipt': jpeft.unipt(),
 }
 
