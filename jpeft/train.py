@@ -25,7 +25,7 @@ from . import config as config_lib
 from . import data, features, optim, report, run, step, tasks
 from .checkpoint import Checkpoints, fingerprint, save_theta
 from .core import summary
-from .generate import generate
+from .generate import completions
 from .quant import nbytes
 from .version import __version__
 
@@ -125,20 +125,20 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     progress.note(about)
   signals = stack.enter_context(run.Signals())
 
-  def scored(tuned, theta, mark, part, write):
+  def scored(tuned, theta, mark, part, writes):
     """What a model scores on the test split, with what it writes if that is asked for; None after a signal."""
     stop = lambda: signals.caught
     scores = step.evaluate(mark, task.scores, theta, backbone, part.once(eval_size), rows, stop)
-    if scores is None or not write:
+    if scores is None or not writes:
       return scores
-    texts = functools.partial(generate, tuned, backbone, theta=theta)
-    written = task.written(config, pretrained, test, texts, stop)
+    write = functools.partial(completions, tuned, backbone, theta=theta)
+    written = task.written(config, pretrained, test, write, stop)
     return None if written is None else scores | written
 
   if task.untuned and not metrics.has(0, 'untuned') and not start:
     bare = tuned.only()
     plain = raw._replace(forward=step.forward(bare, False))
-    if scores := scored(bare, {}, marker(plain, {}), plain, write=True):
+    if scores := scored(bare, {}, marker(plain, {}), plain, writes=True):
       metrics.add(0, 'untuned', **scores)
       progress.note(report.line('untuned', scores))
 
@@ -155,7 +155,7 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     if signals.caught or due(config.eval.every) or due(config.checkpoint.every):
       watch.catch_up()
     if due(config.eval.every) and not metrics.has(number, 'test'):
-      scores = scored(tuned, state['theta'], mark, judge, write=number == steps)
+      scores = scored(tuned, state['theta'], mark, judge, writes=number == steps)
       if scores is not None:
         if tasks.better(config.eval.metric, scores, metrics.of('test')):
           save_theta(folder / 'best.safetensors', state['theta'], step=number, **scores)

@@ -141,14 +141,14 @@ def _chat(messages: Sequence[dict[str, str]], tokenizer) -> list[Part]:
     answer = answer + end if end else answered[len(asked):]
     found += [(asked[len(written):], False), (answer, True)]
     written = asked + answer
-  _check(tokenizer, written)
+  _check(tokenizer, messages, written)
   return found
 
 
-def _check(tokenizer, text: str) -> None:
-  """Raises a ValueError if a marker such as <|user|> in a chat is no token."""
-  markers = [set(re.findall(r'<\|[^|<>\s]+\|>', held)) for held in (tokenizer.template, text)]
-  for marker in sorted(set.intersection(*markers)):
-    if len(tokenizer.encode(marker)) != 1:
-      raise ValueError(f'the chat template writes {marker!r}, which is no token of this tokenizer; add it to its '
-                       'special tokens')
+def _check(tokenizer, messages: Sequence[dict[str, str]], text: str) -> None:
+  """Raises a ValueError if a marker such as <|user|>, which the template writes, is no token."""
+  own, said = (set(re.findall(r'<\|[^|<>\s]+\|>', x)) for x in (text, ' '.join(m['content'] for m in messages)))
+  for marker in sorted(own - said):
+    if tokenizer.encoder.token_to_id(marker) is None:
+      raise ValueError(f'the chat template writes {marker!r}, which is no token of this tokenizer: it needs the special '
+                       'tokens that its template was made for')

@@ -8,10 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import data, models
-from ..generate import pad_left
 from .task import Task, loss
-
-AT_ONCE = 32  # prompts that are continued together
 
 
 def source(config, split: str) -> data.Source:
@@ -27,24 +24,10 @@ def source(config, split: str) -> data.Source:
   return data.in_memory(found) if config.data.in_memory else found
 
 
-def tokenizer_of(config, pretrained) -> models.Tokenizer:
-  """The tokenizer of a decoder.
-
-  Raises:
-    ValueError: the backbone is no decoder, or has no tokenizer.
-  """
-  if not isinstance(pretrained.model, models.Llama):
-    raise ValueError(f'{config.model.source} is a {pretrained.family} model, which writes no text: '
-                     "config.task='language' needs a decoder such as smollm2-135m")
-  if pretrained.tokenizer is None:
-    raise ValueError(f'{config.model.source} has no tokenizer.json, so texts cannot be read')
-  return models.load_tokenizer(pretrained.tokenizer)
-
-
 def rows(config, pretrained, source, training: bool) -> tuple[data.Packed, None]:
   """(rows of tokens, None)."""
-  return data.Packed(source, tokenizer_of(config, pretrained), config.data.max_length, config.data.chat,
-                     config.data.pack), None
+  tokenizer = models.decoder_tokenizer(pretrained)
+  return data.Packed(source, tokenizer, config.data.max_length, config.data.chat, config.data.pack), None
 
 
 def blank(config, pretrained) -> dict[str, np.ndarray]:
@@ -66,7 +49,7 @@ def scores(tally: dict[str, np.ndarray]) -> dict[str, float]:
   return {'perplexity': math.exp(min(mean, 700)), 'loss': mean, 'accuracy': float(tally['right'] / tally['tokens'])}
 
 
-def written(config, pretrained, source, run: Callable, stop: Callable) -> dict[str, float] | None:
+def written(config, pretrained, source, write: Callable, stop: Callable) -> dict[str, float] | None:
   """exact_match and the error rate of greedy completions of the first `eval.generate` examples.
 
   The error rate is the number of words to insert, delete or replace, over that of the words that were asked for;
@@ -76,19 +59,14 @@ def written(config, pretrained, source, run: Callable, stop: Callable) -> dict[s
   count = min(config.eval.generate, len(source))
   if not count:
     return {}
-  tokenizer = tokenizer_of(config, pretrained)
+  tokenizer = models.decoder_tokenizer(pretrained)
   prompts, wanted = zip(*(data.prompt(source[i], tokenizer, config.data.chat) for i in range(count)), strict=True)
-  tokens, mask = pad_left(prompts, tokenizer.pad)
   most = 1 + max(len(tokenizer.encode(text)) for text in wanted)
-  texts, size = [], min(AT_ONCE, count)
-  for start in range(0, count, size):
+  pairs = []
+  for ids, right in zip(write(prompts, new_tokens=most, stop=(tokenizer.eos,), pad=tokenizer.pad), wanted, strict=True):
     if stop():
       return None
-    some = np.minimum(np.arange(start, start + size), count - 1)  # always as many: compiled once
-    found = run(tokens[some], mask[some], new_tokens=most, stop=(tokenizer.eos,))
-    lengths = np.asarray(found.lengths)
-    texts += [tokenizer.decode(row[:n]) for row, n in zip(np.asarray(found.tokens), lengths, strict=True)]
-  pairs = [(text.split(), right.split()) for text, right in zip(texts, wanted, strict=False)]
+    pairs.append((tokenizer.decode(ids).split(), right.split()))
   return {'exact_match': sum(a == b for a, b in pairs) / count,
           f'{source.unit}_error_rate': sum(distance(*pair) for pair in pairs) / sum(len(b) for _, b in pairs)}
 

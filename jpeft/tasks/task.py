@@ -21,8 +21,8 @@ class Task(NamedTuple):
     tally: (logits, labels, mask) -> what `scores` needs of one batch, mask [B] being False for rows that only fill
       up the last one; tallies are added.
     scores: a summed tally -> {metric: value}.
-    written: (config, pretrained, source, run, stop) -> {metric: value} of texts that the model writes, {} where it
-      writes none, None if stop() came true; `run` is `generate` but for its first arguments.
+    written: (config, pretrained, source, write, stop) -> {metric: value} of texts that the model writes, {} where it
+      writes none, None if stop() came true; `write` is `generate.completions` of the model.
     untuned: whether the untouched model can be scored, so that a report may say what it was before.
   """
 
