@@ -7,7 +7,7 @@ from .core import __all__ as _core
 from .methods import *  # noqa: F403
 from .methods import __all__ as _methods
 from .quant.boxes import nbytes, quantize
-from .quant.formats import fp4, int4, nf4
+from .quant.formats import affine, fp4, int4, nf4
 from .version import __version__
 
 _LAZY = {'load': 'models', 'save_pretrained': 'models', 'plan': 'plan'}
@@ -21,4 +21,4 @@ def __getattr__(name: str):
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 
-__all__ = [*_core, *_methods, *_LAZY, '__version__', 'fp4', 'int4', 'nbytes', 'nf4', 'quantize']
+__all__ = [*_core, *_methods, *_LAZY, '__version__', 'affine', 'fp4', 'int4', 'nbytes', 'nf4', 'quantize']

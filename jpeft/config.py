@@ -54,7 +54,7 @@ def _pairs(value) -> bool:
              and isinstance(p[1], (int, float)) and p[1] >= 0 for p in value)
 
 
-STORAGES = ('nf4', 'nf4_double', 'fp4', 'fp4_double', 'int4')
+STORAGES = ('nf4', 'nf4_double', 'fp4', 'fp4_double', 'int4', 'affine')
 _TEXT, _FLAG, _OPTIONAL = (str,), (bool,), (str, type(None))
 
 FIELDS: dict[str, Field] = {

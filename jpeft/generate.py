@@ -20,9 +20,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from . import models, run
 from .core import Call, Tuned
+from .core.linen import RIDER
 
 AT_ONCE = 32  # prompts of a batch
 
@@ -72,8 +74,9 @@ def generate(model: Any, backbone: Any, tokens, mask=None, *, new_tokens: int, t
     stop: ids of tokens that end a text.
     pad: id that is written behind the end of a text.
     key: of the draws.
-    cache: keep keys and values. Where a method runs a side network or adds tokens to the sequence,
-      the whole text is run again for each token all the same: what it computes is in no cache.
+    cache: keep keys and values; a side network whose blocks are the decoder's own keeps its own beside them. Where
+      a method runs other blocks that mix tokens, or adds tokens to the sequence, the whole text is run again for
+      each token all the same: what it computes is in no cache.
 
   Raises:
     ValueError: an argument outside its range, no key to draw with, or prompts padded on the right.
@@ -153,12 +156,14 @@ def _generate(model, theta, backbone, tokens, mask, key, temperature, top_p, *, 
 def _cached(run, model, backbone, tokens, mask, new_tokens):
   """(first, step, state): the logits of the next token from the prompts, then from one token more, by keys and
   values that are kept; Nones where a method has more to keep."""
-  if isinstance(model, Tuned) and any(isinstance(rule, Call) and rule.taps for rule, _ in model.rules):
-    return None, None, None
   room = jnp.zeros((tokens.shape[0], tokens.shape[1] + new_tokens), jnp.int32)
   held = jax.eval_shape(lambda: run(backbone, room, room, mutable=['cache'])[1]['cache'])
   if any(leaf.shape[-1] != room.shape[1] for path, leaf in jax.tree.leaves_with_path(held)
          if path[-1].key == 'texts'):
+    return None, None, None
+  holders = {path[path.index(RIDER) + 1] for path in traverse_util.flatten_dict(held, keep_empty_nodes=True)
+             if RIDER in path}
+  if isinstance(model, Tuned) and any(isinstance(r, Call) and r.taps and r.name not in holders for r, _ in model.rules):
     return None, None, None
 
   def go_on(tokens, mask, held):

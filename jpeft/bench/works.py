@@ -108,4 +108,7 @@ WORKS: dict[str, Work] = {
                 _sentences(512), 4, head=False),
   'w4_7b': Work('a decoder of the shape of Llama-2-7B, batch 1, 512 tokens',
                 _llama(width=4096, depth=32, heads=32, mlp_dim=11008, vocab=32000), _sentences(512), 1, head=False),
+  'w4_7b_long': Work('the same, batch 4, 2048 tokens',
+                     _llama(width=4096, depth=32, heads=32, mlp_dim=11008, vocab=32000), _sentences(2048), 4,
+                     head=False),
 }

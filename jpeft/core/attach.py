@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .boxes import Box, Lazy, Reader, inject, read
+from .boxes import Box, Lazy, Reader, inject
 from .fuse import field_of, fused
 from .inspect import backend_of, named_arrays, sites_of
 from .linen import join
@@ -61,6 +61,17 @@ class Bound:
     taps = dict(sorted(self._taps().items(), key=lambda item: natural(item[0])))
     own = {path: by_rule[self._name] for path, by_rule in taps.items() if self._name in by_rule}
     return own or {path: {n: x for t in by_rule.values() for n, x in t.items()} for path, by_rule in taps.items()}
+
+  def held(self) -> dict | None:
+    """What this rule put into the model's collection 'cache' in the call before, {} at first.
+
+    None where that collection is not mutable, or the framework has none (NNX): nothing is to be kept.
+    """
+    return self._backend.held(self.module, self._name)
+
+  def hold(self, values) -> None:
+    """Puts a pytree of arrays into the collection 'cache', for `held` of the call that goes on from this one."""
+    self._backend.hold(self.module, self._name, values)
 
   def inputs(self, *args, **kwargs) -> dict[str, jax.Array]:
     """The array arguments of the call by parameter name, the first one first."""
@@ -193,7 +204,7 @@ class Tuned:
     whole = {name: flat[join(site.path, name)] for name in site.leaves}
     if not site.axes:
       return rule.init(key, site, Arrays(whole, flat))
-    arrays = {name: site.lead(read(x)) for name, x in whole.items()}
+    arrays = {name: jax.tree.map(site.lead, x) for name, x in whole.items()}
     keys = jax.random.split(key, site.lengths)
     return site.per_layer(lambda k, a: rule.init(k, site, Arrays(a, flat)))(keys, arrays)
 
@@ -228,7 +239,8 @@ class Tuned:
                        dict(kwargs))
 
   def merge(self, theta, backbone):
-    """Plain weights: a backbone that the untouched model runs as `apply` runs theta.
+    """Weights: a backbone that the untouched model runs as `apply` runs theta. Where the kernel was a box, what
+    replaces it is plain, unless the rule gives a box too.
 
     Raises:
       ValueError: some rule changes the computation in a way that no weights express.
@@ -238,11 +250,12 @@ class Tuned:
     flat = dict(backend.arrays(self.model, backbone))
     for rule, site in self.rules:
       change = rule.merge if isinstance(rule, Call) else rule.apply
-      arrays = {name: read(flat[join(site.path, name)]) for name in site.leaves}
-      fn = site.per_layer(lambda t, a, change=change, site=site: change(t, site, a))
+      arrays = {name: flat[join(site.path, name)] for name in site.leaves}
+      fn = site.per_layer(lambda t, a, change=change, site=site: change(t, site, Reader(a)))
       t = self._theta(theta, rule, site)
-      new = fn(t, {name: site.lead(a) for name, a in arrays.items()}) if arrays else {}
-      flat |= {join(site.path, n): site.place(w).astype(arrays[n].dtype) for n, w in new.items()}
+      new = fn(t, jax.tree.map(site.lead, arrays)) if arrays else {}
+      flat |= {join(site.path, n): jax.tree.map(site.place, w) if isinstance(w, Box)
+               else site.place(w).astype(arrays[n].dtype) for n, w in new.items()}
     return backend.replace(self.model, backbone, flat)
 
   @property
@@ -349,8 +362,6 @@ class Tuned:
     theta = {name: self._slim(t, name, path) for name, t in rider['theta'].items()}
     weights = [(r, theta.get(r.name, {})) for r, _ in here if isinstance(r, Weight)]
     box = backend.stored(module, self._held[path]) if path in self._held and method == '__call__' else None
-    if isinstance(box, Lazy):  # a rule has replaced the kernel
-      box = None
     if weights or box is not None:
       random = [rule.name for rule, _ in weights if rule.needs_dot]
       if training and key is None and random:
@@ -472,15 +483,16 @@ def _match(pattern: str, rule: Rule, sites: Sites) -> list[Site]:
   return good
 
 
-def _shapes(site: Site) -> dict[str, jax.ShapeDtypeStruct]:
-  return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in site.leaves.items()}
+def _shapes(site: Site) -> dict[str, Any]:
+  plain = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in site.leaves.items()}
+  return {**plain, **site.boxes}
 
 
 @functools.lru_cache(maxsize=65536)
 def _changes(rule: Weight, site: Site) -> tuple[str, ...]:
   """The names of the arrays that a Weight replaces at a site, from shapes."""
   def new(key, arrays):
-    return rule.apply(rule.init(key, site, Arrays(arrays, {})), site, arrays)
+    return rule.apply(rule.init(key, site, Arrays(arrays, {})), site, Reader(arrays))
   return tuple(jax.eval_shape(new, jax.random.key(0), _shapes(site)))
 
 

@@ -44,7 +44,7 @@ class Lazy(Box):
   name: str
 
   def unbox(self) -> jax.Array:
-    return self.fn(self.theta, Reader(self.arrays))[self.name].astype(self.dtype)
+    return read(self.fn(self.theta, Reader(self.arrays))[self.name]).astype(self.dtype)
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -75,6 +75,10 @@ class Reader(Mapping):
 
   def __getitem__(self, name: str):
     return self._transform(self._arrays[name])
+
+  def stored(self, name: str):
+    """The array as it is held: a box stays one."""
+    return self._arrays[name]
 
   def __iter__(self) -> Iterator[str]:
     return iter(self._arrays)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .boxes import Box, inject
+from .boxes import Box, Lazy, inject
 from .rules import Weight
 from .sites import Leaf, Site
 
@@ -85,10 +85,15 @@ def fused(rules: Sequence[tuple[Weight, Any]], site: Site, module, call, key, bo
 
 
 def _again(base, field: str, box: Box, *args, **kwargs):
-  """base(*args), whose kernel is what the box holds: the backward pass keeps the box, not the kernel."""
+  """base(*args), whose kernel is what the box holds: the backward pass keeps the box, not the kernel.
+
+  What a box of the backbone holds has no gradient; what theta brings into a Lazy has.
+  """
   i = 1 if field == 'einsum_op' else 0  # behind the text of the equation
   dtype = args[i + 1].dtype
   product = lambda x, box: base(*args[:i], x, box.unbox().astype(dtype), *args[i + 2:], **kwargs)
+  if isinstance(box, Lazy):
+    return jax.checkpoint(product)(args[i], box)
   spec = jax.ShapeDtypeStruct(args[i].shape, args[i].dtype)
 
   def backward(box, g):

@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx as flax_nnx
 
 from . import anatomy, linen, nnx
-from .boxes import inject
+from .boxes import Box, inject
 from .sites import Leaf, Site, Sites, stack_axes
 from .trace import Use, uses
 
@@ -36,8 +36,8 @@ def sites_of(model, backbone, /, *args, **kwargs) -> Sites:
   """
   backend = backend_of(model)
   seen: dict[str, dict] = {}
-  stored = {k: jax.ShapeDtypeStruct(v.shape, v.dtype)
-            for k, v in backend.arrays(model, backbone).items()}
+  held = backend.arrays(model, backbone)
+  stored = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in held.items()}
   given, tree = jax.tree.flatten((args, kwargs))
   traced = {i: x for i, x in enumerate(given) if _is_array(x)}
 
@@ -60,8 +60,12 @@ def sites_of(model, backbone, /, *args, **kwargs) -> Sites:
               for name, spec in own.items()}
     inside = next((v for k, v in stored.items() if f'{k}/'.startswith(f'{path}/'.lstrip('/'))), None)
     facts = {**_UNSEEN, **{k: v for k, v in seen.get(path, {}).items() if k != 'shapes'}}
-    sites[path] = Site(path=path, leaves=leaves, axes=axes, model=sites, **facts,
-                       lengths=tuple(inside.shape[a] for a in axes) if axes else ())
+    site = Site(path=path, leaves=leaves, axes=axes, model=sites, boxes={}, **facts,
+                lengths=tuple(inside.shape[a] for a in axes) if axes else ())
+    for name in own:
+      if isinstance(box := held[linen.join(path, name)], Box):
+        site.boxes[name] = jax.eval_shape(lambda box, site=site: jax.tree.map(lambda x: site.take(x, 0), box), box)
+    sites[path] = site
   sites.anatomy = anatomy.choose(sites)
   return sites
 

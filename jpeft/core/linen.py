@@ -132,6 +132,17 @@ def tap(module, name: str, values: Mapping[str, jax.Array]) -> None:
   module.put_variable('params', TAP, {**before, name: dict(values)})
 
 
+def held(module, name: str) -> dict | None:
+  """What a rule keeps in the collection 'cache'; None where that is not mutable."""
+  if not module.is_mutable_collection('cache'):
+    return None
+  return module.get_variable('cache', RIDER, {}).get(name, {})
+
+
+def hold(module, name: str, values) -> None:
+  module.put_variable('cache', RIDER, {**module.get_variable('cache', RIDER, {}), name: values})
+
+
 def _taps(root, module) -> dict[str, dict]:
   """{path: {rule: {name: array}}}, from the root and from the lifted region that the reader is in."""
   found = {}

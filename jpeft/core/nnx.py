@@ -158,6 +158,10 @@ def tap(module, name: str, values: Mapping[str, jax.Array]) -> None:
   setattr(module, TAP, _Tap({**before, name: dict(values)}))
 
 
+def held(module, name: str) -> None:
+  """What a rule keeps between calls: nothing, for NNX decoders have no one collection for it."""
+
+
 def _taps() -> dict[str, dict]:
   graph = nnx.iter_graph(_root.get())
   return {_name(path[:-1]): dict(v.get_value()) for path, v in graph if isinstance(v, _Tap)}

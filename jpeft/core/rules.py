@@ -23,7 +23,8 @@ class Weight:
   Attributes:
     name: the method's name: theta[name][site path].
     init: (key, site, arrays) -> t, for one layer.
-    apply: (t, site, arrays) -> {array name: new array}: computed each time the model reads it.
+    apply: (t, site, arrays) -> {array name: new array or box}: computed each time the model reads it. What
+      `arrays[name]` gives is plain; `arrays.stored(name)` is the box, where the backbone holds one.
     dot: (t, x, y, w, key) -> y', what `apply` does to y = x @ w for the site's only kernel, without
       the kernel: no gradient of its size is ever formed. What `apply` changes beside the kernel is
       computed as for a rule without `dot`. `x` multiplies matrices [fan_in, k] by `@`

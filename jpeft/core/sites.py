@@ -81,6 +81,7 @@ class Site:
     heads: (key/value heads, head size) where the module calls its own `attention_fn`.
     module: an unbound copy of a Linen module, for side networks that reuse its class.
     methods: the names of its methods that the forward pass calls.
+    boxes: what stands for one layer's arrays where the backbone holds boxes, as shapes.
     model: all sites.
   """
 
@@ -95,6 +96,7 @@ class Site:
   heads: tuple[int, int] | None
   module: Any
   methods: tuple[str, ...]
+  boxes: dict[str, Any]
   model: 'Sites' = dataclasses.field(repr=False)
 
   @property

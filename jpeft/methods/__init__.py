@@ -13,8 +13,10 @@ from .hst import hst
 from .ia3 import ia3
 from .lora import dora, lora, lora_fa, qlora
 from .lst import lst, side_tuning
+from .peqa import peqa
 from .prefix import prefix
 from .prune import fisher
+from .qst import qst
 from .s2a import packed, s2a
 from .sherl import sherl
 from .ssf import ssf
@@ -59,6 +61,7 @@ REGISTRY: dict[str, Entry] = {
   'lora_fa': Entry(lora_fa, '2308.03303', FULL, True, 'LoRA-FA: LoRA whose first factor stays as drawn'),
   'qlora': Entry(qlora, '2305.14314', FULL, True, 'QLoRA: LoRA on every linear map of a 4-bit backbone',
                  storage='nf4_double'),
+  'peqa': Entry(peqa, '2305.14152', FULL, True, 'PEQA: the scales of integer kernels', storage='affine'),
   'dora': Entry(dora, '2402.09353', FULL, True, 'DoRA: LoRA for directions, a magnitude a column'),
   'vera': Entry(vera, '2310.11454', FULL, True, 'VeRA: two vectors around a shared random pair'),
   'ia3': Entry(ia3, '2205.05638', FULL, True, '(IA)^3: scales keys, values and inner activations'),
@@ -73,6 +76,8 @@ REGISTRY: dict[str, Entry] = {
   'velora': Entry(velora, '2405.17991', FULL, True, 'VeLoRA: kernels trained from projections of their inputs'),
   's2a': Entry(s2a, '2503.08154', FULL, False, 'S2A: biases, prompts, side modules; 4-bit storage for backprop'),
   'lst': Entry(lst, '2206.06522', NONE, False, 'ladder side-tuning: a narrow network fed by the blocks'),
+  'qst': Entry(qst, '2401.07159', NONE, False, 'QST: a narrow decoder beside a 4-bit one, blended before the head',
+               storage='nf4_double'),
   'side_tuning': Entry(side_tuning, '1912.13503', NONE, False, 'side-tuning: a small network beside the frozen one'),
   'head2toe': Entry(head2toe, '2201.03529', NONE, False, 'Head2Toe: a linear head over all activations', head=True),
   'vqt': Entry(vqt, '2212.03220', NONE, False, 'VQT: learned queries summarise each block for the head', head=True),
@@ -111,5 +116,5 @@ def make(name: str, head: bool = True, **hyperparameters) -> Method:
 
 __all__ = ['Entry', 'REGISTRY', 'adaptformer', 'bitfit', 'directed', 'dora', 'fisher', 'full', 'group_lasso',
            'head2toe', 'houlsby', 'hst', 'ia3', 'linear', 'lora', 'lora_fa', 'lst', 'make', 'norm', 'packed',
-           'parallel', 'pfeiffer', 'prefix', 'projected', 'qlora', 's2a', 'select', 'sherl', 'side_tuning', 'ssf',
-           'tune', 'unipt', 'unipt_global', 'velora', 'vera', 'vpt_deep', 'vpt_shallow', 'vqt']
+           'parallel', 'peqa', 'pfeiffer', 'prefix', 'projected', 'qlora', 'qst', 's2a', 'select', 'sherl',
+           'side_tuning', 'ssf', 'tune', 'unipt', 'unipt_global', 'velora', 'vera', 'vpt_deep', 'vpt_shallow', 'vqt']

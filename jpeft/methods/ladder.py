@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from ..core import Site
+from ..core import Bound, Site
 from . import side
 from .prune import keep_count, keep_rows, prune_block
 from .stack import Stack, linear
@@ -189,6 +189,41 @@ class Ladder(Stack):
     project = lambda h, layer: h if layer is None else linear(layer, h)
     return self.each(project, taps, last, [i + 1 for i in self.layers], down)
 
+  def climb(self, call: Bound, t, s: jax.Array, mix: Callable[[jax.Array, dict], jax.Array], rows: dict, key,
+            remat: bool) -> jax.Array:
+    """The stream after all side blocks and the norm behind them, [B, N, d'].
+
+    Where the model's collection 'cache' is mutable, side blocks that keep keys and values keep them there too.
+
+    Args:
+      call: of the exit.
+      t: what `init` gave.
+      s: the initial stream [B, N, d'].
+      mix: (s, layer of rows) -> what the layer's side block reads.
+      rows: a tree of stacked arrays, or of lists by layer.
+      key: for dropout in the side blocks; None for none.
+      remat: recompute the side blocks in the backward pass.
+    """
+    held = call.held()
+    with call.outside():
+      context = self.context(t, call.taps(), s.shape[1])
+
+    def step(s, layer):
+      inputs = {**layer['inputs'], **context}
+      with call.outside():
+        out, cache = self.block.run(layer['block'], mix(s, layer), inputs, call.training, layer.get('key'),
+                                    layer.get('cache'))
+      return out.astype(s.dtype), cache
+
+    s, cache = self.scan(jax.checkpoint(step, prevent_cse=False) if remat else step, s, {
+      'block': t['blocks'], 'inputs': self.inputs(call.taps()), **rows,
+      **({} if held is None else {'cache': held}),
+      **({} if key is None else {'key': jax.random.split(key, len(self.layers))})})
+    if held is not None and (jax.tree.leaves(cache) or not self.block.mixes):  # else a text has to be run as a whole
+      call.hold(cache)
+    with call.outside():
+      return self.norm(t, s)
+
   def inputs(self, taps) -> dict:
     """The further inputs of the side blocks, recorded beside the stream."""
     names = [n for n in taps[self.stack[0].path] if n != 'x']
@@ -197,9 +232,9 @@ class Ladder(Stack):
     rows = {n: self._unrolled(taps, n) for n in names}
     return {n: [rows[n][i] for i in self.layers] for n in names}
 
-  def check(self, prune) -> None:
+  def check(self, name: str, prune) -> None:
     """Raises a ValueError where the widths cannot be divided, or nothing can be pruned."""
-    self.check_tokens('lst')
+    self.check_tokens(name)
     if self.width % self.reduction:
       raise ValueError(f'reduction={self.reduction} does not divide the width {self.width} of the blocks')
     reads = self.block.takes is None or 'context' in self.block.takes

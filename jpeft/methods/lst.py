@@ -90,7 +90,7 @@ def lst(reduction: int = 8, block: str = 'auto', heads: int = 1, downsample: str
 
   def init(key, site, arrays):
     net = ladder(site)
-    net.check(prune)
+    net.check(name, prune)
     keys = dict(zip(('in', 'down', 'up', 'net'), jax.random.split(key, 4), strict=True))
     t = net.init(keys['net'], arrays, prune)
     if not pooled:
@@ -117,23 +117,14 @@ def lst(reduction: int = 8, block: str = 'auto', heads: int = 1, downsample: str
     if dropout and key is not None:
       s = s * jax.random.bernoulli(jax.random.fold_in(key, 0), 1 - dropout, s.shape) / (1 - dropout)
     s = s if pooled else linear(t['in'], s)
-    with call.outside():
-      context = net.context(t, call.taps(), s.shape[1])
 
-    def step(s, layer):
+    def mix(s, layer):
       h, g = layer.get('h'), layer.get('gate')
-      if h is not None:
-        s = s + h if g is None else g * s + (1 - g) * h
-      with call.outside():
-        out = net.block.apply(layer['block'], s, {**layer['inputs'], **context}, call.training, layer.get('key'))
-      return out.astype(s.dtype)
+      return s if h is None else s + h if g is None else g * s + (1 - g) * h
 
-    s = net.run(jax.checkpoint(step, prevent_cse=False) if remat else step, s, {
-      'block': t['blocks'], 'inputs': net.inputs(call.taps()), **gates_of(t, net, s.dtype),
-      **({} if gate == 'one' else {'h': net.narrowed(call.taps(), last, t.get('down'))}),
-      **({} if key is None else {'key': jax.random.split(key, len(net.layers))})})
-    with call.outside():
-      s = net.norm(t, s)
+    s = net.climb(call, t, s, mix, {
+      **gates_of(t, net, s.dtype),
+      **({} if gate == 'one' else {'h': net.narrowed(call.taps(), last, t.get('down'))})}, key, remat)
     if not net.is_last:
       call.tap(side=s)
       return y

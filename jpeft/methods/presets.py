@@ -9,10 +9,14 @@ _LEAN = {'downsample': 'pool', 'block': 'attention'}
 # {name: (method, hyperparameters)}; a name that is a method's stands for its default preset.
 PRESETS: dict[str, tuple[str, dict]] = {
   'lora_all': ('lora', {'targets': '{linear}'}),
+  'qlora': ('qlora', {'rank': 8, 'alpha': 8}),
   'lst': ('lst', _LEAN),
   'lst_mlp': ('lst', {**_LEAN, 'block': 'mlp'}),
   'lst_linear': ('lst', {**_LEAN, 'downsample': 'linear'}),
   'lst_paper': ('lst', {'block': 'own'}),
+  'qst': ('qst', {'downsample': 'avg'}),
+  'qst_kept': ('qst', {'downsample': 'avg', 'remat': False}),
+  'qst_adapter': ('qst', {}),
 }
 
 

@@ -26,13 +26,16 @@ class SideBlock:
 
   Attributes:
     init: (key, s, inputs) -> params, for s [B, N, d'] and the block's further array inputs by name.
-    apply: (params, s, inputs, training, key) -> s.
+    run: (params, s, inputs, training, key, cache) -> (s, cache): keys and values of the tokens before, where the
+      block keeps them; with None for `cache` nothing is kept.
     takes: the names of the array inputs it uses; None for all.
+    mixes: whether tokens meet in it.
   """
 
   init: Callable[..., Any]
-  apply: Callable[..., jax.Array]
+  run: Callable[..., tuple[jax.Array, Any]]
   takes: tuple[str, ...] | None
+  mixes: bool
 
 
 class Lean(nn.Module):
@@ -111,10 +114,10 @@ def lean(site: Site, heads: int, width: int, causal: bool) -> SideBlock:
   def init(key, s, inputs):
     return block.init(key, s, **named(s, inputs))['params']
 
-  def apply(params, s, inputs, training, key):
-    return block.apply({'params': params}, s, **named(s, inputs))
+  def run(params, s, inputs, training, key, cache=None):
+    return block.apply({'params': params}, s, **named(s, inputs)), cache
 
-  return SideBlock(init, apply, takes)
+  return SideBlock(init, run, takes, bool(heads))
 
 
 def own(site: Site, reduction: int) -> SideBlock:
@@ -139,12 +142,17 @@ def own(site: Site, reduction: int) -> SideBlock:
     keys = {'params': key, 'dropout': key}
     return block.init(keys, s, **inputs, **call(False))['params']
 
-  def apply(params, s, inputs, training, key):
+  def run(params, s, inputs, training, key, cache=None):
     rngs = {} if key is None else {'dropout': key}
-    out = block.apply({'params': params}, s, **inputs, **call(training), rngs=rngs)
-    return jax.tree.leaves(out)[0]
+    if cache is None:
+      out = block.apply({'params': params}, s, **inputs, **call(training), rngs=rngs)
+    else:
+      variables = {'params': params, **({'cache': cache} if cache else {})}
+      out, state = block.apply(variables, s, **inputs, **call(training), rngs=rngs, mutable=['cache'])
+      cache = state.get('cache', {})
+    return jax.tree.leaves(out)[0], cache
 
-  return SideBlock(init, apply, None)
+  return SideBlock(init, run, None, True)
 
 
 def check(block: SideBlock, s: jax.ShapeDtypeStruct, inputs: dict, what: str) -> None:
@@ -154,7 +162,7 @@ def check(block: SideBlock, s: jax.ShapeDtypeStruct, inputs: dict, what: str) ->
     ValueError: it fails, or does not return the stream it was given.
   """
   def run(key, s, inputs):
-    return block.apply(block.init(key, s, inputs), s, inputs, False, None)
+    return block.run(block.init(key, s, inputs), s, inputs, False, None)[0]
   try:
     out = jax.eval_shape(run, jax.random.key(0), s, inputs)
     problem = None if out.shape == s.shape else f'it returns {out.shape} for {s.shape}'

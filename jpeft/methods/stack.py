@@ -146,11 +146,16 @@ class Stack:
     return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
 
   def run(self, step, s, layers: dict) -> Any:
-    """s after step(s, layer) for each layer, as one scan, beside unrolled blocks too: what it keeps is then stored
-    once and narrow, where XLA would hold that of many layers at a time, and it compiles once.
+    """s after step(s, layer) -> s for each layer; see `scan`."""
+    return self.scan(lambda s, layer: (step(s, layer), None), s, layers)[0]
+
+  def scan(self, step, s, layers: dict) -> tuple[Any, Any]:
+    """(s after all layers, what each gave beside it, stacked) of step(s, layer) -> (s, more), as one scan, beside
+    unrolled blocks too: what it keeps is then stored once and narrow, where XLA would hold that of many layers at a
+    time, and it compiles once.
 
     Args:
-      step: (s, layer) -> s.
+      step: (s, layer) -> (s, more).
       s: what is carried, such as the stream.
       layers: a tree of stacked arrays, or of lists by layer; a list of one and the same array is not stacked.
     """
@@ -160,9 +165,9 @@ class Stack:
     rows = [None if i in shared else jnp.stack(x) if is_list(x) else x for i, x in enumerate(rows)]
 
     def body(s, row):
-      return step(s, jax.tree.unflatten(tree, [shared.get(i, x) for i, x in enumerate(row)])), None
+      return step(s, jax.tree.unflatten(tree, [shared.get(i, x) for i, x in enumerate(row)]))
 
-    return jax.lax.scan(body, s, rows)[0]
+    return jax.lax.scan(body, s, rows)
 
   def last(self, call_input: jax.Array, out: jax.Array) -> jax.Array:
     """The last state, from what the exit is called with and what it returns; no gradient crosses it."""

@@ -53,6 +53,19 @@ class Quantized(Box):
       decode = jax.vmap(decode)
     return decode(arrays)
 
+  def scales(self) -> jax.Array:
+    """The scale of every block of one layer, float32, as its 'absmax' lies."""
+    decode = lambda arrays: self.form.scales(arrays, (self.leaf.fan_in, self.leaf.fan_out))
+    for _ in self.leaf.batch:
+      decode = jax.vmap(decode)
+    own = self._own
+    return decode({n: self.arrays[n].reshape(own[n].shape) for n in own})
+
+  def rescaled(self, scales: jax.Array) -> 'Quantized':
+    """The same codes with other scales, which are then stored as they are given."""
+    rest = {n: x for n, x in self.arrays.items() if n not in ('nested', 'offset')}
+    return dataclasses.replace(self, arrays={**rest, 'absmax': scales}, form=self.form._replace(double=False))
+
   @functools.cached_property
   def _own(self) -> dict[str, jax.ShapeDtypeStruct]:
     """The arrays of one layer."""

@@ -19,48 +19,52 @@ from . import maps
 GROUP = 256  # absmax values that share a scale when they are quantized themselves
 MAP = maps.dynamic_map()
 _FP4_LEVELS = np.argsort(maps.FP4[:8])
-TABLES = {'nf4': maps.NF4, 'fp4': maps.FP4, 'int4': maps.INT4}
+TABLES = {'nf4': maps.NF4, 'fp4': maps.FP4, 'int4': maps.INT4}  # 'affine' has none: (code - zero point) * scale
 
 
 class Format(NamedTuple):
   """A 4-bit format.
 
   Attributes:
-    name: 'nf4', 'fp4' or 'int4'.
-    block: weights that share a scale.
+    name: 'nf4', 'fp4', 'int4' or 'affine'.
+    block: weights that share a scale; None for all of a row of [out, in].
     double: whether the scales are stored in 8 bits, in groups of 256 that share a float32.
+    bits: of the codes; 'affine' may have fewer than 4, each stored in 4 all the same.
   """
 
   name: str
-  block: int
+  block: int | None
   double: bool
+  bits: int = 4
 
   def encode(self, w: jax.Array) -> dict[str, jax.Array]:
     """The arrays that stand for a matrix [in, out].
 
     Returns:
-      {'codes': uint8, 'absmax': float32 (int4: float16)}; with `double`, absmax is uint8, and there are
-      'nested' (float32, one a group) and 'offset' (a float32).
+      {'codes': uint8, 'absmax': float32 (int4: float16), the scales}; with `double`, absmax is uint8, and there are
+      'nested' (float32, one a group) and 'offset' (a float32); for 'affine' there is 'zero' (uint8, one a block).
     """
-    rows = w.astype(jnp.float32).T.reshape(-1)
-    blocks = jnp.pad(rows, (0, -rows.size % self.block)).reshape(-1, self.block)
-    codes, scale = (_int4 if self.name == 'int4' else self._coded)(blocks)
+    rows, block = w.astype(jnp.float32).T.reshape(-1), self.block or w.shape[0]
+    blocks = jnp.pad(rows, (0, -rows.size % block)).reshape(-1, block)
+    codes, *facts = {'int4': _int4, 'affine': self._affine}.get(self.name, self._coded)(blocks)
     codes = codes.reshape(-1)[:rows.size]
-    arrays = self._doubled(scale) if self.double else {'absmax': scale}
-    aligned = self.aligned(w.shape)
-    if aligned:
+    arrays = self._doubled(*facts) if self.double else dict(zip(('absmax', 'zero'), facts, strict=False))
+    if self.aligned(w.shape):
       codes = codes.reshape(w.shape[::-1]).T
-      arrays['absmax'] = arrays['absmax'].reshape(w.shape[1], -1).T
+      arrays |= {n: arrays[n].reshape(w.shape[1], -1).T for n in ('absmax', 'zero') if n in arrays}
     return {'codes': pack(codes, self.zero), **arrays}
 
   def decode(self, arrays: dict[str, jax.Array], shape: tuple[int, int]) -> jax.Array:
     """The matrix [in, out], float32."""
-    values, scale = lookup(unpack(arrays['codes']), TABLES[self.name]), self.scales(arrays, shape)
+    codes, scale, block = unpack(arrays['codes']), self.scales(arrays, shape), self.block or shape[0]
+    values = codes.astype(jnp.float32) if self.name == 'affine' else lookup(codes, TABLES[self.name])
+    zero = arrays['zero'][:, None].astype(jnp.float32) if self.name == 'affine' else 0
     if self.aligned(shape):
-      return (values.reshape(-1, self.block, shape[1]) * scale[:, None]).reshape(shape)
+      values = values[:shape[0]].reshape(-1, block, shape[1])
+      return ((values - zero) * scale[:, None]).reshape(shape)
     size = shape[0] * shape[1]
-    values = jnp.pad(values[:size], (0, -size % self.block)).reshape(-1, self.block)
-    return (values * scale[:, None]).reshape(-1)[:size].reshape(shape[::-1]).T
+    values = jnp.pad(values[:size], (0, -size % block)).reshape(-1, block)
+    return ((values - zero) * scale[:, None]).reshape(-1)[:size].reshape(shape[::-1]).T
 
   def scales(self, arrays: dict[str, jax.Array], shape: tuple[int, int]) -> jax.Array:
     """The scale of every block, float32, laid out as absmax."""
@@ -76,12 +80,21 @@ class Format(NamedTuple):
 
   def aligned(self, shape: tuple[int, int]) -> bool:
     """Whether every block lies in one row of [out, in]."""
-    return shape[0] % self.block == 0
+    return shape[0] % (self.block or shape[0]) == 0
 
   @property
   def zero(self) -> int:
-    """The code of 0."""
-    return int(np.argmin(np.abs(TABLES[self.name])))
+    """The code that fills up."""
+    return 0 if self.name == 'affine' else int(np.argmin(np.abs(TABLES[self.name])))
+
+  def _affine(self, blocks):
+    """Round to nearest between the least and the largest of a block, 0 among them: what is 0 stays so."""
+    low, high = jnp.minimum(blocks.min(1), 0), jnp.maximum(blocks.max(1), 0)
+    scale = (high - low) / (2**self.bits - 1)
+    wide = jnp.where(scale == 0, 1, scale)
+    zero = jnp.round(-low / wide)
+    codes = jnp.clip(jnp.round(blocks / wide[:, None]) + zero[:, None], 0, 2**self.bits - 1)
+    return codes.astype(jnp.uint8), scale, zero.astype(jnp.uint8)
 
   def _coded(self, blocks):
     absmax = jnp.max(jnp.abs(blocks), 1)
@@ -122,9 +135,22 @@ def int4() -> Format:
   return Format('int4', 32, False)
 
 
+def affine(block: int | None = None, bits: int = 4) -> Format:
+  """Integers with a scale and a zero point for every output channel, or block of it: (code - zero) * scale.
+
+  Args:
+    block: weights of a channel that share both; None for the whole channel.
+    bits: levels are 2^bits; each code takes 4 bits all the same.
+  """
+  if bits not in (2, 3, 4):
+    raise ValueError(f'affine: bits={bits} must be 2, 3 or 4')
+  return Format('affine', None, False, bits) if block is None else _checked(Format('affine', block, False, bits))
+
+
 # By the names that configurations and the registry of methods use.
 FORMATS = {'nf4': nf4, 'nf4_double': functools.partial(nf4, double=True), 'fp4': fp4,
-           'fp4_double': functools.partial(fp4, double=True), 'int4': int4}
+           'fp4_double': functools.partial(fp4, double=True), 'int4': int4,
+           'affine': affine}
 
 
 def named(name: str) -> Format:

@@ -9,7 +9,7 @@ import optax
 
 import jpeft
 from tests.contract.anatomies import described
-from tests.contract.table import made, row
+from tests.contract.table import made, row, stored
 from tests.fixtures import BACKBONES, leaf_paths, plain
 
 # Compiling is the whole cost of these tests: half of it is optimisation that tiny arrays do not need.
@@ -30,7 +30,8 @@ class Pair:
   """
 
   def __init__(self, method: str, backbone: str, **hp):
-    self.method, self.b, self.row, self.traces = method, BACKBONES[backbone], row(method), 0
+    self.method, self.row, self.traces = method, row(method), 0
+    self.b = stored(method, BACKBONES[backbone])
     with described(self.b):
       self.tuned = jpeft.attach(self.b.model, made(method, backbone, **hp), self.b.backbone, *self.b.args,
                                 **self.b.kwargs)

@@ -5,6 +5,7 @@ step 0 on every backbone. A row says where a method differs from that.
 """
 
 import dataclasses
+import functools
 import inspect
 from collections import Counter
 from collections.abc import Mapping
@@ -12,9 +13,12 @@ from typing import Any
 
 import pytest
 
-from jpeft import Method
+from jpeft import Method, quantize
 from jpeft.methods import REGISTRY
+from jpeft.quant import formats
+from tests.contract.anatomies import described
 from tests.fixtures import BACKBONES
+from tests.fixtures.backbone import Backbone
 
 SMALL = {'rank': 2, 'tokens': 3, 'reduction': 4, 'bottleneck': 4}
 
@@ -31,6 +35,7 @@ class Row:
     dead: regexes of theta paths that no gradient reaches: what is added to all keys alike moves all
       logits of a softmax alike.
     cannot: {backbone: regex of the error that says so}.
+    stored: the backbones' kernels are in the 4-bit format of the registry, without which the method has no meaning.
   """
 
   hp: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -38,6 +43,7 @@ class Row:
   start: float | None = 1e-5
   dead: tuple[str, ...] = ()
   cannot: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  stored: bool = False
 
 
 CONV = 'linen_cnn'
@@ -60,6 +66,7 @@ ROWS: dict[str, Row] = {
   'lora': Row(start=0, on=KERNELS),
   'lora_fa': Row(start=0, on=KERNELS),
   'qlora': Row(start=0, on=KERNELS),
+  'peqa': Row(stored=True),
   'dora': Row(on=KERNELS),
   'vera': Row(start=0, on=KERNELS),
   'ia3': Row(start=0, on={CONV: {'targets_out': '{depthwise}', 'targets_in': '{linear}'}}),
@@ -72,6 +79,7 @@ ROWS: dict[str, Row] = {
   'vpt_deep': Row(start=None, cannot={CONV: TOKENS}),
   'prefix': Row(start=None, cannot={**INLINE, CONV: 'no role {attention}'}),
   'lst': Row(start=None, cannot={CONV: STREAM}),
+  'qst': Row(start=0, cannot={CONV: STREAM}),
   'side_tuning': Row(start=None, cannot={CONV: STREAM}),
   'head2toe': Row(hp={'target': 64}, start=None, on={CONV: {'taps': '{embed}|{conv}|{linear}'}},
                   cannot=dict.fromkeys(DECODERS, ONE)),
@@ -104,6 +112,18 @@ def made(method: str, backbone: str, **hp) -> Method:
   small = {name: value for name, value in SMALL.items() if name in takes}
   there = row(method).on.get(backbone, {})
   return REGISTRY[method].make(**{**small, **row(method).hp, **there, **hp})
+
+
+def stored(method: str, b: Backbone) -> Backbone:
+  """The row of a backbone as the method takes it, its kernels in 4 bits if need be."""
+  return _stored(REGISTRY[method].storage, b) if row(method).stored else b
+
+
+@functools.cache
+def _stored(storage: str, b: Backbone) -> Backbone:
+  with described(b):
+    held = quantize(b.model, formats.named(storage), b.backbone, *b.args, **b.kwargs)
+  return dataclasses.replace(b, backbone=held)
 
 
 def patterns(method: str) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 import jpeft
 from tests.contract.anatomies import described
 from tests.contract.pair import QUICK, far, pair_of
-from tests.contract.table import DEFAULT, SERVED, made, one_each, over
+from tests.contract.table import DEFAULT, SERVED, made, one_each, over, stored
 from tests.fixtures import BACKBONES, plain
 
 HALF = jnp.bfloat16
@@ -27,6 +27,7 @@ def variant(name: str, param_dtype):
 
 
 def attached(method: str, b):
+  b = stored(method, b)
   with described(b):
     tuned = jpeft.attach(b.model, made(method, b.name), b.backbone, *b.args, **b.kwargs)
 

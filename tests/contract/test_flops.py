@@ -7,8 +7,9 @@ import pytest
 import jpeft
 from jpeft import cost
 from jpeft.methods import REGISTRY
+from jpeft.quant import formats
 from tests.contract.anatomies import described
-from tests.contract.table import made
+from tests.contract.table import made, row
 from tests.fixtures import BACKBONES
 from tests.fixtures.linen_models import VisionTransformer
 
@@ -16,7 +17,7 @@ from tests.fixtures.linen_models import VisionTransformer
 MODEL = VisionTransformer(num_layers=6, hidden_size=128)
 X = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
 HELD = jax.eval_shape(lambda x: MODEL.init(jax.random.key(0), x, train=False), X)
-SIZES = {'lst': {'reduction': 8}}
+SIZES = {'lst': {'reduction': 8}, 'qst': {'reduction': 8}}
 
 
 def lowered(fn, *args) -> float:
@@ -35,10 +36,14 @@ def passes(method: str, measure) -> float:
   """FLOPs of output and gradients over those of the untouched forward pass."""
   with described(BACKBONES['linen_vit']):
     rules = made(method, 'linen_vit', **SIZES.get(method, {}))
-    tuned = jpeft.attach(MODEL, rules, HELD, X, train=False)
+    held = HELD
+    if row(method).stored:
+      form = formats.named(REGISTRY[method].storage)
+      held = jax.eval_shape(lambda held: jpeft.quantize(MODEL, form, held, X, train=False), HELD)
+    tuned = jpeft.attach(MODEL, rules, held, X, train=False)
   loss = lambda theta, held, x: jnp.sum(tuned.apply(theta, held, x, train=False) ** 2)
-  forward = measure(lambda held, x: MODEL.apply(held, x, train=False), HELD, X)
-  return measure(jax.value_and_grad(loss), tuned.shapes, HELD, X) / forward
+  forward = measure(lambda held, x: MODEL.apply(held, x, train=False), held, X)
+  return measure(jax.value_and_grad(loss), tuned.shapes, held, X) / forward
 
 
 @pytest.mark.parametrize('measure', [lowered, pytest.param(compiled, marks=pytest.mark.slow)])

@@ -4,14 +4,14 @@ import pytest
 
 import jpeft
 from tests.contract.anatomies import described
-from tests.contract.table import REFUSED, error_of, made, one_each, over, patterns
+from tests.contract.table import REFUSED, error_of, made, one_each, over, patterns, stored
 from tests.fixtures import BACKBONES
 
 EACH = one_each()
 
 
-def attach(name: str, method):
-  b = BACKBONES[name]
+def attach(backbone: str, method, name: str):
+  b = stored(name, BACKBONES[backbone])
   with described(b):
     return jpeft.attach(b.model, method, b.backbone, *b.args, **b.kwargs)
 
@@ -20,7 +20,7 @@ def attach(name: str, method):
 def test_a_method_that_cannot_serve_a_backbone_says_so(names):
   method, backbone = names
   with pytest.raises(ValueError, match=error_of(method, backbone)):
-    attach(backbone, made(method, backbone))
+    attach(backbone, made(method, backbone), method)
 
 
 @over([p for p in EACH if patterns(p[0])], always=EACH, fixture='names')
@@ -28,20 +28,20 @@ def test_a_pattern_without_a_match_names_what_is_near(names):
   method, backbone = names
   for name in patterns(method):
     with pytest.raises(ValueError, match=r'no site matches.*Near it, of \d+ sites: \w+'):
-      attach(backbone, made(method, backbone, **{name: 'no/such/module'}))
+      attach(backbone, made(method, backbone, **{name: 'no/such/module'}), method)
 
 
 @over(EACH, always=EACH, fixture='names')
 def test_the_same_site_twice_under_one_name(names):
   method, backbone = names
   with pytest.raises(ValueError, match='two rules called .* meet at .*give one of the methods another name'):
-    attach(backbone, jpeft.chain(made(method, backbone), made(method, backbone)))
+    attach(backbone, jpeft.chain(made(method, backbone), made(method, backbone)), method)
 
 
 @over(EACH, always=EACH, fixture='names')
 def test_two_of_a_kind_under_two_names(names):
   method, backbone = names
-  both = attach(backbone, jpeft.chain(made(method, backbone), made(method, backbone, name='other')))
-  one = attach(backbone, made(method, backbone))
+  both = attach(backbone, jpeft.chain(made(method, backbone), made(method, backbone, name='other')), method)
+  one = attach(backbone, made(method, backbone), method)
   assert set(both.shapes) == {*one.shapes, 'other'}
   assert jpeft.count(both.shapes) == 2 * jpeft.count(one.shapes)
