@@ -150,5 +150,5 @@ def _check(tokenizer, messages: Sequence[dict[str, str]], text: str) -> None:
   own, said = (set(re.findall(r'<\|[^|<>\s]+\|>', x)) for x in (text, ' '.join(m['content'] for m in messages)))
   for marker in sorted(own - said):
     if tokenizer.encoder.token_to_id(marker) is None:
-      raise ValueError(f'the chat template writes {marker!r}, which is no token of this tokenizer: it needs the special '
-                       'tokens that its template was made for')
+      raise ValueError(f'the chat template writes {marker!r}, which is no token of this tokenizer: it needs the '
+                       'special tokens that its template was made for')

@@ -41,12 +41,12 @@ MESSAGE = lambda role, content='x': {'role': role, 'content': content}
 
 
 @pytest.mark.parametrize('row,message', (
-  ({'promt': 'a', 'completion': 'b'}, "line 2 of .*own.jsonl has neither 'messages' nor 'prompt'.*did you mean 'promt'"),
+  ({'promt': 'a', 'completion': 'b'}, "line 2 of .*own.jsonl has neither 'messages' nor 'prompt'.*mean 'promt'"),
   ({'prompt': 'a'}, "has neither 'messages' nor 'completion'"),
   ({'prompt': 'a', 'completion': 3}, "has 3 as its 'completion'; it must be a text"),
   ({'messages': 'hi'}, "a chat is a list of messages, each with the texts 'role' and 'content'"),
   ({'messages': [{'role': 'user'}]}, 'a chat is a list of messages'),
-  ({'messages': [MESSAGE('user'), MESSAGE('user')]}, "no message of 'assistant' answers another.*its roles: user, user"),
+  ({'messages': [MESSAGE('user'), MESSAGE('user')]}, "no message of 'assistant' answers another.*roles: user, user"),
   ({'messages': [MESSAGE('assistant')]}, 'there is nothing to learn'),
   ('{', 'is no JSON'),
 ), ids=('typo', 'half', 'number', 'text', 'message', 'unanswered', 'first', 'json'))
