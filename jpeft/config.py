@@ -58,6 +58,7 @@ STORAGES = ('nf4', 'nf4_double', 'fp4', 'fp4_double', 'int4', 'affine')
 _TEXT, _FLAG, _OPTIONAL = (str,), (bool,), (str, type(None))
 
 FIELDS: dict[str, Field] = {
+  'task': _choice('classification', 'what is learnt, labels or texts', 'classification', 'language'),
   'model.source': Field(_TEXT, REQUIRED, 'a folder with HF weights, a packaged name, or a hub id'),
   'model.num_classes': _positive(int, None, 'labels of the fresh head; the data say it if left out'),
   'model.image_size': _positive(int, None, 'pixels; the checkpoint says it if left out'),
@@ -72,20 +73,24 @@ FIELDS: dict[str, Field] = {
                           lambda v: v is None or v in STORAGES),
   'model.dropout': Field((float, type(None)), None, "every dropout rate of the backbone; the checkpoint's if left out",
                          'from 0 to 1', lambda v: v is None or 0 <= v <= 1),
-  'data.name': Field(_TEXT, REQUIRED, "mnist5k, movie_sentiment, emoji_groups, folder:PATH, csv:PATH or jsonl:PATH"),
+  'data.name': Field(_TEXT, REQUIRED, "mnist5k, movie_sentiment, emoji_groups, phonemes, folder:PATH, csv:PATH, "
+                     'jsonl:PATH or completions:PATH'),
   'data.train': Field(_TEXT, 'train', "split to train on, such as 'train[:1000]'"),
   'data.test': Field(_TEXT, 'test', 'split to evaluate on'),
   'data.dir': Field(_OPTIONAL, None, 'where prepared data lie'),
   'data.batch_size': _positive(int, 32, 'examples an update'),
   'data.eval_batch_size': _positive(int, None, 'examples an evaluation step; batch_size if left out'),
-  'data.max_length': _positive(int, 128, 'tokens kept of a text'),
+  'data.max_length': _positive(int, 128, 'tokens kept of a text; of a row of texts to write'),
+  'data.pack': Field(_FLAG, True, 'several texts to write a row, each seeing itself alone'),
+  'data.chat': Field(_FLAG, False, "give prompts and completions as a chat, by the tokenizer's template"),
   'data.augment': _choice('none', 'of training images', 'none', 'vtab', 'flip_crop', 'imagenet'),
   'data.resize': _choice('squash', 'how images get their size', 'squash', 'crop'),
   'data.in_memory': Field(_FLAG, False, 'read every example once, at the start'),
   'data.cache_features': Field(_FLAG, False, 'run what comes before the first trained number once an example and '
                                'keep what it gives, not once an epoch'),
   'method.name': Field(_TEXT, REQUIRED, 'of the registry, such as lora or lst'),
-  'method.head': Field(_FLAG, True, "train the model's head as well"),
+  'method.head': Field((bool, type(None)), None, "train the model's head as well; if left out, where it is fresh: not "
+                       'of a model that writes text'),
   'loss.label_smoothing': _within(0.0, 'share of the target given to all labels alike', 0.0, 1.0),
   'optimizer.name': _choice('adamw', 'update rule', 'adamw', 'adam', 'sgd', 'lion', 'adafactor'),
   'optimizer.lr': _positive(float, 1e-3, 'learning rate at its highest'),
@@ -110,7 +115,9 @@ FIELDS: dict[str, Field] = {
   'seed': Field((int,), 0, 'of the head, theta, the order of the data and dropout', 'at least 0',
                 lambda v: v >= 0),
   'eval.every': _positive(int, None, 'updates between evaluations; at the end alone if left out'),
-  'eval.metric': _choice('accuracy', 'that decides which theta is best', 'accuracy', 'macro_f1', 'loss'),
+  'eval.metric': _choice('accuracy', 'that decides which theta is best', 'accuracy', 'macro_f1', 'loss', 'perplexity'),
+  'eval.generate': Field((int,), 0, 'prompts of the test split that are continued greedily at the end, and before',
+                         'at least 0', lambda v: v >= 0),
   'checkpoint.every': _positive(int, 100, 'updates between checkpoints'),
   'checkpoint.keep': _positive(int, 2, 'checkpoints kept'),
   'log.every': _positive(int, 10, 'updates between lines of metrics.jsonl'),
@@ -141,6 +148,10 @@ def complete(values) -> ConfigDict:
       raise ValueError(f'the config does not set {key!r}: {field.doc}')
     out[key] = _checked(key, field, given.get(key, field.default))
   out |= {key: value for key, value in given.items() if key not in FIELDS}
+  if out['method.head'] is None:
+    out['method.head'] = out['task'] == 'classification'
+  if out['eval.metric'] == {'classification': 'perplexity', 'language': 'macro_f1'}[out['task']]:
+    raise ValueError(f"config.eval.metric={out['eval.metric']!r} is no metric of config.task={out['task']!r}")
   if (out['steps'] is None) == (out['epochs'] is None):
     raise ValueError('the config must set either steps or epochs, '
                      f'not {"both" if out["steps"] else "neither"}')

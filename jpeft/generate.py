@@ -1,7 +1,20 @@
-"""Writing text with a decoder: many prompts at once, greedy or sampled, in one compiled program."""
+"""Writing text with a decoder: many prompts at once, greedy or sampled, in one compiled program.
 
+    python -m jpeft.generate --run runs/llm --prompt 'abandon:' 'zebra:'
+    python -m jpeft.generate --model smollm2-135m --chat --prompt 'Name 3 colors.' --max_tokens 40
+    python -m jpeft.generate --run runs/llm --input prompts.txt --json    # a prompt a line; - reads stdin
+
+--run takes the folder of a complete run, --model what `jpeft.load` takes. --chat gives a prompt as a message of the
+user, by the tokenizer's template; a run that was trained on chats by data.chat=true does so by itself. The completions
+come in the order of the prompts.
+"""
+
+import argparse
 import functools
-from collections.abc import Sequence
+import json
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,8 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from . import models, run
 from .core import Call, Tuned
 from .core.linen import RIDER
+
+AT_ONCE = 32  # prompts of a batch
 
 
 class Generated(NamedTuple):
@@ -73,6 +89,27 @@ def generate(model: Any, backbone: Any, tokens, mask=None, *, new_tokens: int, t
                    greedy=temperature == 0, stop=tuple(stop), pad=pad, cache=cache)
 
 
+def completions(model: Any, backbone: Any, prompts: Sequence[Sequence[int]], *, pad: int = 0,
+                key: jax.Array | None = None, **options) -> Iterator[list[int]]:
+  """What `generate` writes after each of any number of prompts, in their order, AT_ONCE at a time.
+
+  Args:
+    model, backbone, pad, key, **options: see `generate`.
+    prompts: tokens of several lengths.
+
+  Yields:
+    New tokens, the stop token included.
+  """
+  tokens, mask = pad_left(prompts, pad)
+  size = min(AT_ONCE, len(tokens))
+  for start in range(0, len(tokens), size):
+    some = np.minimum(np.arange(start, start + size), len(tokens) - 1)  # always as many: compiled once
+    sub = None if key is None else jax.random.fold_in(key, start)
+    found = jax.device_get(generate(model, backbone, tokens[some], mask[some], pad=pad, key=sub, **options))
+    for row, length in zip(found.tokens[:len(tokens) - start], found.lengths, strict=False):
+      yield row[:length].tolist()
+
+
 def _check(model, theta, tokens, mask, new_tokens, temperature, top_p, key):
   if isinstance(model, Tuned) != (theta is not None):
     raise ValueError('theta goes with a Tuned, and a Tuned needs its theta')
@@ -121,8 +158,7 @@ def _cached(run, model, backbone, tokens, mask, new_tokens):
   values that are kept; Nones where a method has more to keep."""
   room = jnp.zeros((tokens.shape[0], tokens.shape[1] + new_tokens), jnp.int32)
   held = jax.eval_shape(lambda: run(backbone, room, room, mutable=['cache'])[1]['cache'])
-  if any(leaf.shape[-1] != room.shape[1] for path, leaf in jax.tree.leaves_with_path(held)
-         if path[-1].key == 'texts'):
+  if _grown(held, room.shape[1]):
     return None, None, None
   holders = {path[path.index(RIDER) + 1] for path in traverse_util.flatten_dict(held, keep_empty_nodes=True)
              if RIDER in path}
@@ -136,6 +172,18 @@ def _cached(run, model, backbone, tokens, mask, new_tokens):
   first = lambda token, i, held: go_on(tokens, mask, held)
   step = lambda token, i, held: go_on(token[:, None], jnp.ones_like(token)[:, None], held)
   return first, step, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), held)
+
+
+def _grown(held, length: int) -> bool:
+  """Whether a cache of `length` tokens holds others too, which a method has added."""
+  return any(leaf.shape[-1] != length for path, leaf in jax.tree.leaves_with_path(held) if path[-1].key == 'texts')
+
+
+def adds_tokens(tuned: Tuned) -> bool:
+  """Whether a method over a decoder adds tokens to the sequence."""
+  room = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+  run = lambda theta, backbone, x: tuned.apply(theta, backbone, x, mask=x, mutable=['cache'])[1]['cache']
+  return _grown(jax.eval_shape(run, tuned.shapes, tuned.backbone, room), 8)
 
 
 def _again(run, backbone, tokens, mask, new_tokens):
@@ -159,3 +207,65 @@ def draw(key: jax.Array, logits: jax.Array, temperature=1.0, top_p=1.0) -> jax.A
   before = jnp.cumsum(chance, -1) - chance
   place = jax.random.categorical(key, jnp.where(before < top_p, ranked, -jnp.inf))
   return jnp.take_along_axis(order, place[:, None], -1)[:, 0]
+
+
+def main(argv: list[str]) -> int:
+  parser = argparse.ArgumentParser('jpeft.generate', description=__doc__.splitlines()[0])
+  of = parser.add_mutually_exclusive_group(required=True)
+  of.add_argument('--run', type=pathlib.Path, help='folder of a complete run')
+  of.add_argument('--model', help='a folder, a packaged name or a hub id, without a run')
+  asked = parser.add_mutually_exclusive_group(required=True)
+  asked.add_argument('--prompt', nargs='+', help='texts to continue')
+  asked.add_argument('--input', help='file of prompts, one a line; - is stdin')
+  parser.add_argument('--max_tokens', type=int, default=64, help='tokens written at most')
+  parser.add_argument('--temperature', type=float, default=0.0, help='0 for the likeliest token, else draws')
+  parser.add_argument('--top_p', type=float, default=1.0, help='draw from the likeliest tokens of this probability')
+  parser.add_argument('--seed', type=int, default=0, help='of the draws')
+  parser.add_argument('--chat', action='store_true', help='prompts are messages of the user')
+  parser.add_argument('--best', action='store_true', help='theta of the best evaluation, not of the end')
+  parser.add_argument('--json', action='store_true', help='a JSON object a line')
+  flags = parser.parse_args(argv)
+
+  with run.inputs_checked():
+    prompts = flags.prompt or read(flags.input)
+    if flags.run:
+      chat = run.describe(flags.run)[0].data.chat or flags.chat
+      pretrained, model, theta = run.reopen(flags.run, flags.best)
+    else:
+      pretrained, theta, chat = models.load(flags.model, scan=True), None, flags.chat
+      model = pretrained.model
+    tokenizer = models.decoder_tokenizer(pretrained)
+    if chat:
+      prompts = [tokenizer.chat([{'role': 'user', 'content': text}]) for text in prompts]
+    ids = [tokenizer.encode(text, begin=not chat) for text in prompts]
+    longest, room = max(map(len, ids)), pretrained.config.get('max_position_embeddings', np.inf)
+    if longest + flags.max_tokens > room:
+      raise ValueError(f'the longest prompt has {longest} tokens and --max_tokens is {flags.max_tokens}: together '
+                       f'more than the {room} that the model was made for')
+    found = completions(model, pretrained.variables, ids, new_tokens=flags.max_tokens, theta=theta,
+                        temperature=flags.temperature, top_p=flags.top_p, stop=(tokenizer.eos,), pad=tokenizer.pad,
+                        key=jax.random.key(flags.seed))
+    for prompt, new in zip(prompts, found, strict=True):
+      text = tokenizer.decode(new)
+      told = {'prompt': prompt, 'completion': text, 'tokens': len(new)}
+      print(json.dumps(told) if flags.json else text, flush=True)
+  return 0
+
+
+def read(name: str) -> list[str]:
+  """The lines of a file that are not empty; '-' is stdin.
+
+  Raises:
+    FileNotFoundError, ValueError: there is no such file, or no line in it.
+  """
+  if name != '-' and not pathlib.Path(name).is_file():
+    raise FileNotFoundError(f'there is no file {name}')
+  lines = sys.stdin if name == '-' else pathlib.Path(name).read_text().splitlines()
+  found = [line.rstrip('\n') for line in lines if line.strip()]
+  if not found:
+    raise ValueError(f'there is no prompt in {name}')
+  return found
+
+
+if __name__ == '__main__':
+  sys.exit(run.command('jpeft.generate', main))

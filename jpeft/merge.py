@@ -16,6 +16,8 @@ import jax.numpy as jnp
 
 from . import models, run, tasks
 from .core import Call
+from .models.tokenizer import FILES as TOKENIZER_FILES
+from .models.tokenizer import save_tokenizer
 
 
 def main(argv: list[str]) -> int:
@@ -36,16 +38,21 @@ def main(argv: list[str]) -> int:
     pretrained, tuned, theta = run.reopen(flags.run, flags.best)
 
   merged = jax.jit(tuned.merge)(theta, pretrained.variables)
-  args, kwargs = tasks.inputs(tasks.blank(config, pretrained))
+  args, kwargs = tasks.inputs(tasks.of(config).blank(config, pretrained))
   tuned_logits = tuned.apply(theta, pretrained.variables, *args, **kwargs, deterministic=True)
   plain_logits = pretrained.model.apply(merged, *args, **kwargs, deterministic=True)
   apart = float(jnp.abs(tuned_logits - plain_logits).max())
 
-  labels = dict(enumerate(about['labels']))
-  described = pretrained.config | {'id2label': labels, 'label2id': {name: i for i, name in labels.items()}}
+  described = dict(pretrained.config)
+  if labels := dict(enumerate(about['labels'])):
+    described |= {'id2label': labels, 'label2id': {name: i for i, name in labels.items()}}
   models.save_pretrained(flags.out, pretrained.model, merged, described)
-  if pretrained.tokenizer:
-    shutil.copy(pretrained.tokenizer, flags.out)
+  if pretrained.tokenizer and pathlib.Path(pretrained.tokenizer).suffix == '.gguf':
+    save_tokenizer(models.load_tokenizer(pretrained.tokenizer), flags.out)
+  elif pretrained.tokenizer:
+    beside = [pathlib.Path(pretrained.tokenizer).with_name(name) for name in TOKENIZER_FILES]
+    for file in filter(pathlib.Path.exists, beside):
+      shutil.copy(file, flags.out)
   if pretrained.preprocess:
     told = {'image_mean': pretrained.preprocess['mean'], 'image_std': pretrained.preprocess['std'],
             'size': {side: pretrained.preprocess['image_size'] for side in ('height', 'width')}}

@@ -410,9 +410,9 @@ def _with_method(config, name: str):
 
 
 def _of_config(name: str, config, where: targets.Target, search: bool) -> Plan:
-  classes = config.model.num_classes or CLASSES
+  classes = 0 if config.task == 'language' else config.model.num_classes or CLASSES
   pretrained, tuned = run.build(config, classes, models.describe)
-  blank = tasks.blank(config, pretrained)
+  blank = tasks.of(config).blank(config, pretrained)
   rate = optim.schedule(lr=config.optimizer.lr, steps=1000, **config.schedule)
   choices = {k: v for k, v in config.optimizer.items() if k not in ('lr', 'accumulate')}
   tx = optim.optimizer(tuned, tuned.shapes, rate, **choices)

@@ -15,6 +15,7 @@ import numpy as np
 
 from . import data, run, tasks
 from .data.decode import decode
+from .tasks.classification import transform as transform_of
 
 ROWS = 32
 
@@ -29,9 +30,11 @@ def main(argv: list[str]) -> int:
 
   with run.inputs_checked():
     config, about = run.describe(flags.run)
+    if config.task == 'language':
+      raise ValueError(f'{flags.run} writes texts: python -m jpeft.generate --run {flags.run}')
     names, examples = read(flags.input, about['reads'])
     pretrained, tuned, theta = run.reopen(flags.run, flags.best)
-    transform = tasks.transform(config, pretrained, False)
+    transform = transform_of(config, pretrained, False)
 
   @jax.jit
   def probabilities(theta, backbone, batch):

@@ -11,6 +11,8 @@ from typing import Any
 from .checkpoint import write
 from .cost import mib
 
+_SHOWN = ('accuracy', 'perplexity', 'exact_match', 'word_error_rate', 'phoneme_error_rate')  # in tables
+
 
 class Progress:
   """One line that is rewritten on a terminal; elsewhere a plain line every `every` seconds."""
@@ -94,6 +96,11 @@ class Metrics:
       self._writer.close()
 
 
+def line(what, scores: dict[str, float]) -> str:
+  """Scores on one line."""
+  return f'{what}: ' + ', '.join(f'{name} {value:.4f}' for name, value in scores.items())
+
+
 def values(row: dict) -> dict[str, float]:
   """What was measured, of a line of metrics.jsonl."""
   return {name: value for name, value in row.items() if name not in ('step', 'split', 'time')}
@@ -118,7 +125,7 @@ def write_report(folder: pathlib.Path, report: dict[str, Any], rows: list[dict])
     'backbone as stored': f'{report["backbone_bytes"] / 2**20:,.1f} MiB'
                           + (f', kernels as {report["storage"]}' if report['storage'] else ''),
     'memory class': report['memory'], 'mergeable': 'yes' if report['mergeable'] else 'no',
-    'updates': f'{report["steps"]:,} of {report["batch_size"]} examples',
+    'updates': f'{report["steps"]:,} of {report["batch_size"]} {"rows" if "untuned" in report else "examples"}',
     'seconds': f'{report["seconds"]:.1f} of training, {cost["compile_seconds"]:.1f} of compilation',
     'best': f'{report["best"]["metric"]} {report["best"]["value"]:.4f} at step {report["best"]["step"]}',
     'FLOPs of an update': f'{cost["flops"] / 1e9:.2f} G, as XLA counts' if 'flops' in cost else 'not known',
@@ -127,17 +134,29 @@ def write_report(folder: pathlib.Path, report: dict[str, Any], rows: list[dict])
   }
   if 'temp_bytes' in cost and 'cpu' not in report['device']:  # XLA's CPU buffers say nothing of an accelerator's
     facts['temporary bytes'] = f'{cost["temp_bytes"] / 2**20:.1f} MiB'
+  facts |= {what: line(what, report[key]).partition(': ')[2]
+            for what, key in (('untuned', 'untuned'), ('at the end', 'eval')) if 'untuned' in report}
   lines += [f'- {name}: {value}' for name, value in facts.items()]
   write(folder / 'report.md', '\n'.join([*lines, *(['', '![curves](curves.png)'] if drawn else []), '']))
 
 
 def table(reports: list[dict]) -> str:
   """Runs side by side, as a Markdown table."""
+  shown = [name for name in _SHOWN if name in reports[0]['eval']]
+  if 'perplexity' in shown:
+    shown.remove('accuracy')  # of single tokens
+
+  def score(r, name):
+    new, old = r['eval'].get(name, math.nan), r.get('untuned', {}).get(name)
+    number = lambda x: f'{x:,.1f}' if name == 'perplexity' else f'{100 * x:.1f} %'
+    return number(new) if old is None else f'{number(old)} -> {number(new)}'
+
   def row(r):
     flops = r['step_cost'].get('flops')
-    return (r['method'], f'{100 * r["eval"]["accuracy"]:.1f} %', f'{r["trainable"]:,}',
+    return (r['method'], *(score(r, name) for name in shown), f'{r["trainable"]:,}',
             f'{100 * r["trainable"] / r["total"]:.2f} %', f'{flops / 1e9:.1f}' if flops else '-', f'{r["seconds"]:.0f}')
-  return markdown(('method', 'accuracy', 'trainable', 'of backbone', 'GFLOP a step', 'seconds'), map(row, reports))
+  names = [name.replace('_', ' ') for name in shown]
+  return markdown(('method', *names, 'trainable', 'of backbone', 'GFLOP a step', 'seconds'), map(row, reports))
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

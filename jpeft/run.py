@@ -165,7 +165,7 @@ def build(config, num_classes: int, load: Callable = models.load) -> tuple[Any, 
 
   Args:
     config: of the run.
-    num_classes: outputs of the head.
+    num_classes: outputs of a fresh head; 0 for a model that writes text with its own.
     load: `models.load`, or `models.describe` where shapes will do.
 
   Raises:
@@ -173,10 +173,10 @@ def build(config, num_classes: int, load: Callable = models.load) -> tuple[Any, 
   """
   method = method_of(config)
   storage = storage_of(config)
-  fields = config.model.to_dict() | {'num_classes': num_classes, 'seed': config.seed,
+  fields = config.model.to_dict() | {'num_classes': num_classes or None, 'seed': config.seed,
                                      'quantize': storage and formats.named(storage)}
   pretrained = load(fields.pop('source'), **fields)
-  args, kwargs = tasks.inputs(tasks.blank(config, pretrained))
+  args, kwargs = tasks.inputs(tasks.of(config).blank(config, pretrained))
   return pretrained, attach(pretrained.model, method, pretrained.variables, *args, **kwargs,
                             deterministic=True)
 

@@ -33,11 +33,11 @@ def state_shapes(tuned: Tuned, tx: optax.GradientTransformation, backbone) -> di
 
 
 def no_sums() -> dict:
-  return {'loss': jnp.zeros(()), 'correct': jnp.zeros(()), 'examples': jnp.zeros(())}
+  return {'loss': jnp.zeros(()), 'correct': jnp.zeros(()), 'labels': jnp.zeros(())}
 
 
 def forward(tuned: Tuned, training: bool, mode: Mapping[str, bool] | None = None) -> Callable:
-  """(theta, backbone, batch, key) -> logits [B, C].
+  """(theta, backbone, batch, key) -> logits [B, C], or [B, N, V] of texts.
 
   Args:
     tuned: from `attach`.
@@ -64,36 +64,34 @@ def train_step(tuned: Tuned, forward: Callable, tx: optax.GradientTransformation
     smoothing: of the labels.
     accumulate: micro-batches that a batch is cut into, one after the other.
   """
-  def objective(theta, backbone, batch, key):
+  def objective(theta, backbone, batch, key, count):
     logits = forward(theta, backbone, batch, key)
-    loss = tasks.loss(logits, batch['label'], smoothing).mean()
+    loss = tasks.loss(logits, batch['label'], smoothing).sum() / count
     return loss, (logits.argmax(-1) == batch['label']).sum()
 
   gradient = jax.value_and_grad(objective, has_aux=True)
 
-  def accumulated(theta, backbone, batch, key):
+  def accumulated(theta, backbone, batch, key, count):
     cut = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
     def add(total, micro):
       i, part = micro
-      new = gradient(theta, backbone, part, jax.random.fold_in(key, i))
+      new = gradient(theta, backbone, part, jax.random.fold_in(key, i), count)
       return jax.tree.map(jnp.add, total, new), None
-    shapes = jax.eval_shape(gradient, theta, backbone, jax.tree.map(lambda x: x[0], cut), key)
+    shapes = jax.eval_shape(gradient, theta, backbone, jax.tree.map(lambda x: x[0], cut), key, count)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    ((loss, correct), grads), _ = jax.lax.scan(add, zeros, (jnp.arange(accumulate), cut))
-    mean = lambda x: x / accumulate
-    return (mean(loss), correct), jax.tree.map(mean, grads)
+    return jax.lax.scan(add, zeros, (jnp.arange(accumulate), cut))[0]
 
   def step(state, backbone, batch):
     number, theta = state['step'], state['theta']
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STREAM_STEP), number)
     run = gradient if accumulate == 1 else accumulated
-    (loss, correct), grads = run(theta, backbone, batch, key)
+    count = (batch['label'] >= 0).sum()
+    (loss, correct), grads = run(theta, backbone, batch, key, count)
     updates, optimizer = tx.update(grads, state['optimizer'], theta)
     theta = optax.apply_updates(theta, updates)
     if tuned.updates:
       theta = tuned.update(theta, number + 1, jax.random.fold_in(key, STREAM_UPDATE))
-    size = len(batch['label'])
-    new = {'loss': loss * size, 'correct': correct, 'examples': size}
+    new = {'loss': loss * count, 'correct': correct, 'labels': count}
     sums = jax.tree.map(lambda total, x: total + x, state['sums'], new)
     # Entries that the method holds fixed have a gradient of zero.
     norm = jnp.sqrt(sum(jnp.square(g).sum() for g in jax.tree.leaves(grads)))
@@ -103,20 +101,21 @@ def train_step(tuned: Tuned, forward: Callable, tx: optax.GradientTransformation
   return step
 
 
-def eval_step(forward: Callable) -> Callable:
-  """(theta, backbone, batch) -> the tally of one batch, by a `forward` of evaluation."""
+def eval_step(forward: Callable, tally: Callable) -> Callable:
+  """(theta, backbone, batch) -> the tally of one batch, by a `forward` of evaluation and the `tally` of a task."""
   def step(theta, backbone, batch):
     logits = forward(theta, backbone, batch, jax.random.key(0))
-    return tasks.tally(logits, batch['label'], batch['mask'])
+    return tally(logits, batch['label'], batch['mask'])
   return step
 
 
-def evaluate(mark: Callable, theta, backbone, batches, rows: NamedSharding,
+def evaluate(mark: Callable, scores: Callable, theta, backbone, batches, rows: NamedSharding,
              stop: Callable[[], Any]) -> dict[str, float] | None:
   """The scores over all batches.
 
   Args:
     mark: a compiled `eval_step`.
+    scores: of its task.
     theta: what is evaluated.
     backbone: beside it.
     batches: one pass, filled up.
@@ -130,13 +129,13 @@ def evaluate(mark: Callable, theta, backbone, batches, rows: NamedSharding,
     batch.pop('index')
     found = jax.device_get(mark(theta, backbone, jax.device_put(batch, rows)))
     total = found if total is None else jax.tree.map(np.add, total, found)
-  return tasks.scores(total)
+  return scores(total)
 
 
 def means(sums: dict) -> dict[str, float]:
-  """loss and accuracy over the examples that were summed."""
+  """loss and accuracy over the labels that were summed."""
   held = {name: float(x) for name, x in sums.items()}
-  return {'loss': held['loss'] / held['examples'], 'accuracy': held['correct'] / held['examples']}
+  return {'loss': held['loss'] / held['labels'], 'accuracy': held['correct'] / held['labels']}
 
 
 def rows_of(blank: dict[str, np.ndarray], size: int, sharding) -> dict[str, jax.ShapeDtypeStruct]:

@@ -12,6 +12,7 @@ Exit codes: 0 complete; 1 a loss is not finite; 2 a mistake in config, data or f
 """
 
 import contextlib
+import functools
 import json
 import pathlib
 import sys
@@ -24,6 +25,7 @@ from . import config as config_lib
 from . import data, features, optim, report, run, step, tasks
 from .checkpoint import Checkpoints, fingerprint, save_theta
 from .core import summary
+from .generate import adds_tokens, completions
 from .quant import nbytes
 from .version import __version__
 
@@ -62,18 +64,21 @@ def train(config, folder: pathlib.Path) -> dict:
 def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
   # ---- Data, backbone, method, optimizer.
   with run.inputs_checked():
-    mesh = step.mesh(config.mesh.data, config.mesh.model)
-    source, test = (tasks.source(config, split) for split in (config.data.train, config.data.test))
+    mesh, task = step.mesh(config.mesh.data, config.mesh.model), tasks.of(config)
+    source, test = (task.source(config, split) for split in (config.data.train, config.data.test))
     size, eval_size = config.data.batch_size, config.data.eval_batch_size or config.data.batch_size
     pretrained, tuned = run.build(config, len(source.classes))
-    blank = tasks.blank(config, pretrained)
-    learn, judge = (features.Part(examples, tasks.transform(config, pretrained, training),
+    if config.task == 'language' and config.data.pack and adds_tokens(tuned):
+      raise ValueError(f'{config.method.name} adds tokens to the sequence, which only the first of several texts in a '
+                       'row would see: set config.data.pack=false')
+    blank = task.blank(config, pretrained)
+    learn, judge = (features.Part(*task.rows(config, pretrained, examples, training),
                                   step.forward(tuned, training), blank)
                     for examples, training in ((source, True), (test, False)))
+    raw, about = judge, getattr(learn.source, 'about', None)
     if config.data.cache_features:
       learn, judge = (features.cached(part, tuned, eval_size) for part in (learn, judge))
     batches = data.Batches(learn.source, size, learn.transform, config.seed)
-    exam = lambda: judge.once(eval_size)
     steps = config.steps or max(1, round(config.epochs * batches.steps_per_epoch))
     rate = optim.schedule(lr=config.optimizer.lr, steps=steps, **config.schedule)
     choices = {k: v for k, v in config.optimizer.items() if k not in ('lr', 'accumulate')}
@@ -89,8 +94,12 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
   held = step.laid(pretrained.variables, split)
   with run.inputs_checked():
     update, cost = step.fitting(fn, shapes, held, step.rows_of(learn.blank, size, rows))
-  marked = step.rows_of(judge.blank | {'mask': np.ones(1, np.float32)}, eval_size, rows)
-  mark, _ = step.compiled(step.eval_step(judge.forward), shapes['theta'], held, marked)
+
+  def marker(part, theta):
+    marked = step.rows_of(part.blank | {'mask': np.ones(1, np.float32)}, eval_size, rows)
+    return step.compiled(step.eval_step(part.forward, task.tally), theta, held, marked)[0]
+
+  mark = marker(judge, shapes['theta'])
 
   # ---- Arrays on their devices.
   backbone = jax.device_put(pretrained.variables, split)
@@ -115,12 +124,31 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
                 f'trainable numbers beside {facts.total:,}, {facts.memory}; {steps} updates of {size}'
                 + (f', going on after {start}' if start else ''))
   progress.note(report.asks(cost))
+  if about:
+    progress.note(about)
+  signals = stack.enter_context(run.Signals())
+
+  def scored(tuned, theta, mark, part, writes):
+    """What a model scores on the test split, with what it writes if that is asked for; None after a signal."""
+    stop = lambda: signals.caught
+    scores = step.evaluate(mark, task.scores, theta, backbone, part.once(eval_size), rows, stop)
+    if scores is None or not writes:
+      return scores
+    write = functools.partial(completions, tuned, backbone, theta=theta)
+    written = task.written(config, pretrained, test, write, stop)
+    return None if written is None else scores | written
+
+  if task.untuned and not metrics.has(0, 'untuned') and not start:
+    bare = tuned.only()
+    plain = raw._replace(forward=step.forward(bare, False))
+    if scores := scored(bare, {}, marker(plain, {}), plain, writes=True):
+      metrics.add(0, 'untuned', **scores)
+      progress.note(report.line('untuned', scores))
 
   # ---- The loop. With `number` updates made: evaluate, save, and make one more.
   number, began = start, time.perf_counter()
   seconds = lambda: before + time.perf_counter() - began
   watch = run.Watch(config.data.train, checkpoints)
-  signals = stack.enter_context(run.Signals())
   for part in (learn, judge):
     if isinstance(part.source, features.Features) and not signals.caught:
       progress.note(f'features of {len(part.source)} examples: {part.source.nbytes / 2**20:.0f} MiB')
@@ -130,12 +158,12 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     if signals.caught or due(config.eval.every) or due(config.checkpoint.every):
       watch.catch_up()
     if due(config.eval.every) and not metrics.has(number, 'test'):
-      scores = step.evaluate(mark, state['theta'], backbone, exam(), rows, stop=lambda: signals.caught)
+      scores = scored(tuned, state['theta'], mark, judge, writes=number == steps)
       if scores is not None:
         if tasks.better(config.eval.metric, scores, metrics.of('test')):
           save_theta(folder / 'best.safetensors', state['theta'], step=number, **scores)
         metrics.add(number, 'test', **scores)
-        progress.note(f'step {number}: ' + ', '.join(f'{k} {v:.4f}' for k, v in scores.items()))
+        progress.note(report.line(f'step {number}', scores))
     if signals.caught or number == steps:
       break
     if due(config.checkpoint.every) and number > start:
@@ -169,6 +197,7 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     'method': config.method.name, 'model': config.model.source, 'data': config.data.name,
     'trainable': facts.trainable, 'total': facts.total, 'memory': facts.memory, 'mergeable': facts.mergeable,
     'eval': report.values(metrics.of('test')[-1]),
+    **{row['split']: report.values(row) for row in metrics.of('untuned')},
     'best': {'step': best['step'], 'metric': config.eval.metric, 'value': best[config.eval.metric]},
     'storage': run.storage_of(config), 'backbone_bytes': nbytes(backbone),
     'steps': steps, 'batch_size': size, 'seconds': round(seconds(), 2), 'step_cost': cost,
@@ -176,7 +205,7 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     'backbone_sha256': backbone_sha256, 'theta_sha256': fingerprint(state['theta']),
   }
   report.write_report(folder, told, metrics.rows)
-  progress.note(f'{folder}: ' + ', '.join(f'{k} {v:.4f}' for k, v in told['eval'].items()))
+  progress.note(report.line(folder, told['eval']))
   return told
 
 

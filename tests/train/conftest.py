@@ -1,5 +1,6 @@
 """A backbone and data so small that a whole run takes a few seconds."""
 
+import json
 import pathlib
 
 import jax
@@ -74,3 +75,39 @@ def load(config_file):
     return config.load(f'{config_file}:{method}', {k: str(v) for k, v in overrides.items()})
 
   return loaded
+
+
+LLAMA = {
+  'model_type': 'llama', 'hidden_size': 32, 'num_hidden_layers': 2, 'num_attention_heads': 4, 'num_key_value_heads': 2,
+  'intermediate_size': 64, 'vocab_size': 24, 'max_position_embeddings': 64, 'rms_norm_eps': 1e-5, 'hidden_act': 'silu',
+  'tie_word_embeddings': True,
+}
+WORDS = ['<|end|>', '<|user|>', '<|assistant|>', '[UNK]', *'abcdefghij', *'ABCDEFGHIJ']
+TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} {{ eos_token }} {% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|> {% endif %}")
+
+
+@pytest.fixture(scope='session')
+def decoder(tmp_path_factory) -> pathlib.Path:
+  """A folder with a random decoder and its tokenizer, which knows words and a chat template."""
+  from tokenizers import Tokenizer, pre_tokenizers
+  from tokenizers import models as parts
+  folder = tmp_path_factory.mktemp('decoder')
+  model = models.from_config(LLAMA)
+  models.save_pretrained(folder, model, model.init(jax.random.key(0), np.zeros((1, 4), np.int32)), LLAMA)
+  tokenizer = Tokenizer(parts.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token='[UNK]'))
+  tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+  tokenizer.add_special_tokens(WORDS[:3])
+  tokenizer.save(str(folder / 'tokenizer.json'))
+  (folder / 'tokenizer_config.json').write_text(json.dumps({'eos_token': '<|end|>', 'chat_template': TEMPLATE}))
+  return folder
+
+
+@pytest.fixture(scope='session')
+def capitals(tmp_path_factory) -> pathlib.Path:
+  """A file of prompts, one to three letters and a j, whose completions are the same in capitals, the j left out."""
+  path, rng = tmp_path_factory.mktemp('capitals') / 'capitals.jsonl', np.random.default_rng(0)
+  letters = [rng.choice(list('abcdefghi'), rng.integers(1, 4)) for _ in range(300)]
+  path.write_text(''.join(json.dumps({'prompt': ' '.join([*some, 'j']), 'completion': ' '.join(some).upper()}) + '\n'
+                          for some in letters))
+  return path

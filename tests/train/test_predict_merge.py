@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from jpeft import config, merge, models, predict, run, tasks, train
+from jpeft import config, merge, models, predict, run, train
 from jpeft.data.decode import decode
+from jpeft.tasks import classification
 
 
 @pytest.fixture(scope='module')
@@ -40,7 +41,7 @@ def test_merge_writes_weights_that_the_plain_model_reads(lora, images, tmp_path,
   plain = models.load(tmp_path / 'out')
   pretrained, tuned, theta = run.reopen(lora)
   image = next((images / 'test/red').iterdir())
-  transform = tasks.transform(run.describe(lora)[0], pretrained, False)
+  transform = classification.transform(run.describe(lora)[0], pretrained, False)
   x = transform({'image': decode(image, '')}, None)['image'][None]
   expected = tuned.apply(theta, pretrained.variables, x, deterministic=True)
   np.testing.assert_allclose(plain.model.apply(plain.variables, x), expected, atol=1e-5)

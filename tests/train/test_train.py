@@ -13,6 +13,7 @@ import pytest
 from jpeft import data, features, run, train
 from jpeft.checkpoint import fingerprint, load_theta
 from jpeft.report import read_metrics
+from jpeft.tasks import classification
 
 
 def loss_of(folder):
@@ -103,7 +104,8 @@ def test_what_is_not_finite_stops_with_the_batch_named(load, tmp_path):
   assert number > 1 and len(set(examples)) == 4 and all(0 <= i < 24 for i in examples)
   assert found[3] == f'the checkpoint of update {number - 1} is intact'
   # The batch is the one that this update of a seed of 0 saw.
-  order = data.Batches(train.tasks.source(load('full'), 'train'), 4, lambda example, rng: {'i': example['index']})
+  examples = classification.Numbered(classification.source(load('full'), 'train'))
+  order = data.Batches(examples, 4, lambda example, rng: {'i': example['index']})
   batches = [next(order)['i'].tolist() for _ in range(number)]
   assert batches[-1] == examples
   assert not (tmp_path / 'theta.safetensors').exists()

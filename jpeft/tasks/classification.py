@@ -1,13 +1,13 @@
-"""Classification of images or texts: what goes into the model, what is learnt, how it is scored."""
+"""Labels of images or texts."""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from . import data
+from .. import data
+from .task import Task, loss
 
 
 class Numbered:
@@ -23,7 +23,7 @@ class Numbered:
     return self._source[i] | {'index': i}
 
 
-def source(config, split: str) -> Numbered:
+def source(config, split: str) -> data.Source:
   """The examples of a split.
 
   Raises:
@@ -31,10 +31,17 @@ def source(config, split: str) -> Numbered:
   """
   found = data.load(config.data.name, split, config.data.dir)
   classes = found.classes
+  if not classes:
+    raise ValueError(f"{config.data.name} has no labels, but texts to write: set config.task='language'")
   if config.model.num_classes not in (None, len(classes)):
     raise ValueError(f'config.model.num_classes is {config.model.num_classes}, but {config.data.name} has '
                      f'{len(classes)} labels: {", ".join(classes[:10])}')
-  return Numbered(data.in_memory(found) if config.data.in_memory else found)
+  return data.in_memory(found) if config.data.in_memory else found
+
+
+def rows(config, pretrained, source, training: bool) -> tuple[Numbered, Callable]:
+  """(numbered examples, their `transform`)."""
+  return Numbered(source), transform(config, pretrained, training)
 
 
 def transform(config, pretrained, training: bool) -> Callable:
@@ -51,16 +58,8 @@ def transform(config, pretrained, training: bool) -> Callable:
   return data.text_transform(pretrained.tokenizer, config.data.max_length)
 
 
-def inputs(batch: dict) -> tuple[tuple, dict]:
-  """(args, kwargs) of the model's call for a batch."""
-  if 'image' in batch:
-    return (batch['image'],), {}
-  given = {name: batch[key] for name, key in (('mask', 'token_mask'), ('types', 'types')) if key in batch}
-  return (batch['tokens'], *([batch['decoder_tokens']] if 'decoder_tokens' in batch else [])), given
-
-
 def blank(config, pretrained) -> dict[str, np.ndarray]:
-  """A batch of one empty example: the shapes to attach a method and to compile with."""
+  """A batch of one empty example."""
   label = np.zeros(1, np.int32)
   if pretrained.preprocess is not None:
     size = pretrained.preprocess['image_size']
@@ -69,32 +68,8 @@ def blank(config, pretrained) -> dict[str, np.ndarray]:
   return {'tokens': tokens, 'token_mask': np.ones(tokens.shape, bool), 'types': tokens, 'label': label}
 
 
-def loss(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
-  """Softmax cross-entropy of each example, in float32.
-
-  Args:
-    logits: [B, C].
-    labels: [B] integers.
-    smoothing: the share of the target that all labels get alike.
-
-  Returns:
-    [B], in nats.
-  """
-  target = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
-  return optax.softmax_cross_entropy(logits.astype(jnp.float32), target)
-
-
 def tally(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-  """What `scores` needs of one batch; tallies of batches are added.
-
-  Args:
-    logits: [B, C].
-    labels: [B] integers.
-    mask: [B], False for rows that only fill up the last batch.
-
-  Returns:
-    loss: the sum over examples; confusion: [C, C] counts, by label and prediction.
-  """
+  """Of logits [B, C] and labels [B], loss: the sum over examples; confusion: [C, C] counts, by label and prediction."""
   classes, keep = logits.shape[-1], mask.astype(jnp.float32)
   true, guess = (jax.nn.one_hot(i, classes) for i in (labels, logits.argmax(-1)))
   confusion = jnp.einsum('bt,bg,b->tg', true, guess, keep)
@@ -111,11 +86,4 @@ def scores(tally: dict[str, np.ndarray]) -> dict[str, float]:
   return {name: float(value) for name, value in found.items()}
 
 
-def best(metric: str, rows: list[dict]) -> dict:
-  """The evaluation that is best by a metric, the first of equals; a loss is better when it is lower."""
-  return min(rows, key=lambda row: row[metric] if metric == 'loss' else -row[metric])
-
-
-def better(metric: str, new: dict, rows: list[dict]) -> bool:
-  """Whether an evaluation is better than all before it."""
-  return best(metric, [*rows, new]) is new
+CLASSIFICATION = Task(source, rows, blank, tally, scores)

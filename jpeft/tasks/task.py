@@ -1,0 +1,68 @@
+"""What tasks have in common: how a batch goes into a model, the loss, which evaluation is best."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+LOWER = ('loss', 'perplexity')  # metrics that are better when they are lower
+
+
+class Task(NamedTuple):
+  """One kind of thing to learn. Its batches hold 'label', whose negative entries are not learnt.
+
+  Attributes:
+    source: (config, split) -> the examples of a split.
+    rows: (config, pretrained, source, training) -> (rows, transform), what `Batches` makes batches of. Rows have
+      'index', and may say `about` themselves.
+    blank: (config, pretrained) -> a batch of one empty row: the shapes to attach a method and to compile with.
+    tally: (logits, labels, mask) -> what `scores` needs of one batch, mask [B] being False for rows that only fill
+      up the last one; tallies are added.
+    scores: a summed tally -> {metric: value}.
+    written: (config, pretrained, source, write, stop) -> {metric: value} of texts that the model writes, {} where it
+      writes none, None if stop() came true; `write` is `generate.completions` of the model.
+    untuned: whether the untouched model can be scored, so that a report may say what it was before.
+  """
+
+  source: Callable[..., Any]
+  rows: Callable[..., tuple[Any, Callable | None]]
+  blank: Callable[..., dict[str, Any]]
+  tally: Callable[..., dict[str, jax.Array]]
+  scores: Callable[[dict], dict[str, float]]
+  written: Callable[..., dict[str, float] | None] = lambda *_: {}
+  untuned: bool = False
+
+
+def inputs(batch: dict) -> tuple[tuple, dict]:
+  """(args, kwargs) of the model's call for a batch."""
+  if 'image' in batch:
+    return (batch['image'],), {}
+  given = {name: batch[key] for name, key in (('mask', 'token_mask'), ('types', 'types')) if key in batch}
+  return (batch['tokens'], *([batch['decoder_tokens']] if 'decoder_tokens' in batch else [])), given
+
+
+def loss(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
+  """Softmax cross-entropy of each label, in float32; 0 where a label is negative.
+
+  Args:
+    logits: [..., C].
+    labels: [...] integers.
+    smoothing: the share of the target that all labels get alike.
+
+  Returns:
+    [...], in nats.
+  """
+  target = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
+  return jnp.where(labels < 0, 0.0, optax.softmax_cross_entropy(logits.astype(jnp.float32), target))
+
+
+def best(metric: str, rows: list[dict]) -> dict:
+  """The evaluation that is best by a metric, the first of equals; see LOWER."""
+  return min(rows, key=lambda row: row[metric] if metric in LOWER else -row[metric])
+
+
+def better(metric: str, new: dict, rows: list[dict]) -> bool:
+  """Whether an evaluation is better than all before it."""
+  return best(metric, [*rows, new]) is new
