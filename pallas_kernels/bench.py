@@ -28,7 +28,6 @@ from jpeft.target import target
 from . import choice, nf4_matmul, quantize_nf4, reference
 
 Case = tuple[str, str, Callable, tuple[Any, ...]]  # group, name, function, arguments (shapes)
-GROUPS = ('product', 'quantize', 'lora', 'gelu')
 F32, BF16 = jnp.float32, jnp.bfloat16
 S = jax.ShapeDtypeStruct
 
@@ -60,22 +59,18 @@ def quantizing(shape: tuple[int, int] = (4096, 4096)) -> Iterator[Case]:
 
 
 def lora(rows: int = 2048, width: int = 4096, rank: int = 16) -> Iterator[Case]:
-  """Three products of one input, forwards and backwards, with LoRA and without: a fused kernel could win the rest."""
-  x, w, a, b = S((rows, width), BF16), S((width, width), BF16), S((width, rank), BF16), S((rank, width), BF16)
-  plain = lambda x, ws, ab: [x @ w for w in ws]
-  each = lambda x, ws, ab: [x @ w + x @ a @ b for w, (a, b) in zip(ws, ab, strict=True)]
+  """Products of one input with three W, forwards and backwards: what LoRA adds is all that a fused kernel could win."""
+  x, w, ab = S((rows, width), BF16), S((width, width), BF16), (S((width, rank), BF16), S((rank, width), BF16))
+  plain = lambda x, ws, abs_: [x @ w for w in ws]
+  added = lambda x, ws, abs_: [x @ w + x @ a @ b for w, (a, b) in zip(ws, abs_, strict=True)]
 
-  def stacked(x, ws, ab):
-    inner = jnp.split(x @ jnp.concatenate([a for a, _ in ab], 1), len(ab), 1)
-    return [x @ w + h @ b for w, h, (_, b) in zip(ws, inner, ab, strict=True)]
-
-  def both(fn, x, ws, ab, gs):
-    ys, vjp = jax.vjp(lambda x, ab: fn(x, ws, ab), x, ab)
+  def both(fn, x, ws, abs_, gs):
+    ys, vjp = jax.vjp(lambda x, abs_: fn(x, ws, abs_), x, abs_)
     return ys, vjp(gs)
 
-  for name, fn in (('no LoRA', plain), ('LoRA', each), ('LoRA, A stacked', stacked)):
-    yield (f'LoRA r={rank}, 3 x {width} x {width}, {rows} rows, forward and backward', name,
-           functools.partial(both, fn), (x, [w] * 3, [(a, b)] * 3, [x] * 3))
+  for name, fn in (('no LoRA', plain), ('LoRA', added)):
+    yield (f'3 x {width} x {width}, {rows} rows, LoRA r={rank}', name,
+           functools.partial(both, fn), (x, [w] * 3, [ab] * 3, [x] * 3))
 
 
 def gelu(rows: int = 6304, width: int = 768, hidden: int = 3072) -> Iterator[Case]:
@@ -93,34 +88,25 @@ def gelu(rows: int = 6304, width: int = 768, hidden: int = 3072) -> Iterator[Cas
     yield group + 'backward', name, backward, (kept, x, up, down)
 
 
-def ahead(cases: Iterator[Case], device, folder: Path) -> Iterator[tuple[str, str, int, float, float]]:
-  """(group, name, cycles, temp MiB, moved MiB) of programs compiled for a TPU."""
-  sharding = jax.sharding.SingleDeviceSharding(device)
-  for group, name, fn, args in cases:
-    for file in folder.glob('*'):
-      file.unlink()
-    args = jax.tree.map(lambda a: S(a.shape, a.dtype, sharding=sharding), args)
-    program = jax.jit(fn).lower(*args).compile()
-    found = {}
-    for file in folder.glob('*profile.textproto'):
-      for op, cycles, times in re.findall(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)\s+num_equivalent_hlos: '
-                                          r'(\d+)', file.read_text()):
-        found[op] = int(cycles) * int(times)
-    moved = program.cost_analysis().get('bytes accessed', 0)
-    yield group, name, sum(found.values()), program.memory_analysis().temp_size_in_bytes / 2**20, moved / 2**20
+_PROFILE = re.compile(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)\s+num_equivalent_hlos: (\d+)')
+GROUPS = {'product': products, 'quantize': quantizing, 'lora': lora, 'gelu': gelu}
 
 
 def compiled(name: str, groups: list[str]) -> None:
   """Prints the table of a TPU that need not be there."""
-  cases = {'product': products, 'quantize': quantizing, 'lora': lora, 'gelu': gelu}
   with tempfile.TemporaryDirectory() as folder:
     # The profile is an option of the whole process, read when libtpu is loaded.
     os.environ['LIBTPU_INIT_ARGS'] = f'--xla_jf_dump_static_llo_profile_to={folder}'
-    device = target(name).devices[0]
+    sharding = jax.sharding.SingleDeviceSharding(target(name).devices[0])
     print('| program | form | kcycles | temp MiB | moved MiB |\n| --- | --- | ---: | ---: | ---: |')
-    for group in groups:
-      for case, form, cycles, temp, moved in ahead(cases[group](), device, Path(folder)):
-        print(f'| {case} | {form} | {cycles / 1000:,.0f} | {temp:,.1f} | {moved:,.1f} |', flush=True)
+    for case, form, fn, args in (case for group in groups for case in GROUPS[group]()):
+      for file in Path(folder).glob('*'):
+        file.unlink()
+      program = jax.jit(fn).lower(*jax.tree.map(lambda a: S(a.shape, a.dtype, sharding=sharding), args)).compile()
+      text = '\n'.join(file.read_text() for file in Path(folder).glob('*profile.textproto'))
+      cycles = sum({op: int(each) * int(times) for op, each, times in _PROFILE.findall(text)}.values())
+      temp, moved = program.memory_analysis().temp_size_in_bytes, program.cost_analysis().get('bytes accessed', 0)
+      print(f'| {case} | {form} | {cycles / 1000:,.0f} | {temp / 2**20:,.1f} | {moved / 2**20:,.1f} |', flush=True)
 
 
 def seconds(fn: Callable, *args, runs: int = 5) -> float:

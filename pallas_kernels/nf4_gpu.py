@@ -14,18 +14,11 @@ from jax.experimental.pallas import triton as plt
 
 
 def matmul(x, codes, scales, *, values, block, tiles, transposed=False, interpret=False):
-  """x @ W, or x @ W^T if `transposed`, in the dtype of x.
+  """As `nf4_tpu.matmul`, for any number of rows.
 
   Args:
-    x: [M, K]; transposed [M, N].
-    codes: uint8 [K / 2, N].
-    scales: float32 [K / block, N].
-    values: what the 16 codes stand for.
-    block: rows of W that share a scale; a power of two from 16.
-    tiles: (rows of x, columns, splits) of a program, and its warps and stages; powers of two, the rows and columns at
-      least 16. Columns divide N; splits need not divide anything.
-    transposed: contract N rather than K.
-    interpret: run on any platform, slowly.
+    tiles: (rows of x, columns, splits) of a program, then its warps and stages. Rows and columns are powers of two from
+      16, and the columns divide N; of what is summed over, as many splits are made as divide it.
   """
   m, (half, n) = x.shape[0], codes.shape
   bm, bn, splits, warps, stages = tiles

@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jpeft.quant.formats import lookup
 
 LANES = 128
+VMEM = 48 * 2**20  # of the 64 MiB or more that a core has
 
 
 def matmul(x, codes, scales, *, values, block, tiles, transposed=False, interpret=False):
@@ -66,34 +67,22 @@ def matmul(x, codes, scales, *, values, block, tiles, transposed=False, interpre
     interpret=interpret, name='nf4_matmul_transposed' if transposed else 'nf4_matmul')(*args)
 
 
-VMEM = 48 * 2**20
-
-
-MODE = 'A'
 def _forward(low_x, high_x, codes, low_s, high_s, table, out, total, *, values):
   _start(2, total)
   c = codes[...].astype(jnp.int32)
-  if MODE == 'A':
-    w1 = _scaled(_gather(c & 15, table), low_s[0], low_x.dtype)
-    w2 = _scaled(_tree(c >> 4, table, values), high_s[0], low_x.dtype)
-    total[...] += _dot(low_x[...], w1, 0) + _dot(high_x[...], w2, 0)
-  if MODE == 'B':
-    w1 = _scaled(_gather(c & 15, table), low_s[0], jnp.float32)
-    w2 = _scaled(_tree(c >> 4, table, values), high_s[0], jnp.float32)
-    w = jnp.concatenate([w1, w2], 0).astype(low_x.dtype)
-    x = jnp.concatenate([low_x[...], high_x[...]], 1)
-    total[...] += _dot(x, w, 0)
+  # Half by lanes, half by selections: they use different units of the chip, at the same time.
+  low = _scaled(_gather(c & 15, table), low_s[0], low_x.dtype)
+  high = _scaled(_select(c >> 4, values), high_s[0], low_x.dtype)
+  total[...] += _dot(low_x[...], low, 0) + _dot(high_x[...], high, 0)
   _end(2, total, out)
 
 
 def _backward(g, codes, scales, table, out, total, *, values):
   _start(3, total)
   c = codes[...].astype(jnp.int32) >> 4 * pl.program_id(1) & 15
-  h = c.shape[0] // 2
-  if MODE == 'A': w = jnp.concatenate([_gather(c[:h], table), _tree(c[h:], table, values)], 0)
-  else: w = _gather(c, table)
-  w = _scaled(w, scales[0], g.dtype)
-  total[...] += _dot(g[...], w, 1)
+  half = c.shape[0] // 2
+  w = jnp.concatenate([_gather(c[:half], table), _select(c[half:], values)], 0)
+  total[...] += _dot(g[...], _scaled(w, scales[0], g.dtype), 1)
   _end(3, total, out)
 
 
@@ -116,9 +105,9 @@ def _gather(codes, table):
   found = [jnp.take_along_axis(jnp.broadcast_to(row, p.shape), p, 1) for p in parts]
   return found[0] if len(found) == 1 else jnp.concatenate(found, 1)
 
-LOOK = None
-def _tree(c, t, v): return lookup(c, np.array(v, np.float32))
-def _gat(c, t, v): return _gather(c, t)
+def _select(codes, values):
+  return lookup(codes, np.array(values, np.float32))
+
 
 def _scaled(values, scales, dtype):
   k, n = values.shape

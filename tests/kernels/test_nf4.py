@@ -180,11 +180,11 @@ def test_the_platform_decides_when_the_program_is_lowered(platform, call, dtype)
 @pytest.mark.parametrize('kind', TPUS)
 def test_tpu_compiles(kind, dtype):
   sharding = jax.sharding.SingleDeviceSharding(target(f'tpu:{kind}').devices[0])
-  for rows, shape in ((1, (4096, 4096)), (512, (11008, 4096)), (2048, (4096, 11008)), (3000, (768, 3072))):
+  for rows, shape in ((1, (11008, 4096)), (3000, (768, 3072))):
     program = jax.jit(step).lower(*shaped(rows, shape, dtype, sharding)).compile()
     assert program.as_text().count('tpu_custom_call') == 2
     assert program.memory_analysis().temp_size_in_bytes < math.prod(shape) * jnp.dtype(dtype).itemsize
-  w = jax.ShapeDtypeStruct((4096, 11008), dtype, sharding=sharding)
+  w = jax.ShapeDtypeStruct((4096, 4096), dtype, sharding=sharding)
   assert 'tpu_custom_call' in jax.jit(quantize_nf4).lower(w).compile().as_text()
 
 
