@@ -56,9 +56,9 @@ def matmul(x, codes, scales, *, values, block, tiles, transposed=False, interpre
              pl.BlockSpec((1, bk // block, bn), lambda i, j, k: (steps + k, 0, j)), fixed]
     out, spec = (m, n), pl.BlockSpec((bm, bn), lambda i, j, k: (i, j))
     kernel, args = _forward, (x, x, codes, scales, scales, jnp.asarray(table))
-  size, decode = x.dtype.itemsize, functools.partial(_decoded, values=values, block=block)
+  size = x.dtype.itemsize
   return pl.pallas_call(
-    functools.partial(kernel, decode=decode), grid=grid, in_specs=specs, out_specs=spec,
+    functools.partial(kernel, values=values), grid=grid, in_specs=specs, out_specs=spec,
     out_shape=jax.ShapeDtypeStruct(out, x.dtype), scratch_shapes=[pltpu.VMEM(spec.block_shape, jnp.float32)],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel',) * (len(grid) - 1) + ('arbitrary',), vmem_limit_bytes=VMEM),
@@ -67,40 +67,37 @@ def matmul(x, codes, scales, *, values, block, tiles, transposed=False, interpre
     interpret=interpret, name='nf4_matmul_transposed' if transposed else 'nf4_matmul')(*args)
 
 
-def _forward(low_x, high_x, codes, low_scales, high_scales, table, out, total, *, decode):
+def _forward(low_x, high_x, codes, low_scales, high_scales, table, out, total, *, values):
   _start(2, total)
-  w = decode(codes, table, (0, 4), (low_scales, high_scales))
+  c = codes[...].astype(jnp.int32)
+  # Half by lanes, half by selections: different units of the chip do these, at the same time.
+  low = _scaled(_gather(c & 15, table), low_scales[0])
+  high = _scaled(_select(c >> 4, values), high_scales[0])
   x = jnp.concatenate([low_x[...], high_x[...]], 1)
-  total[...] += _dot(x, w.astype(x.dtype), 0)
+  total[...] += _dot(x, jnp.concatenate([low, high], 0).astype(x.dtype), 0)
   _end(2, total, out)
 
 
-def _backward(g, codes, scales, table, out, total, *, decode):
+def _backward(g, codes, scales, table, out, total, *, values):
   _start(3, total)
-  w = decode(codes, table, (4 * pl.program_id(1),), (scales,))
-  total[...] += _dot(g[...], w.astype(g.dtype), 1)
+  c = codes[...].astype(jnp.int32) >> 4 * pl.program_id(1)
+  half = c.shape[0] // 2
+  w = jnp.concatenate([_gather(c[:half] & 15, table), _select(c[half:], values)], 0)
+  total[...] += _dot(g[...], _scaled(w, scales[0]).astype(g.dtype), 1)
   _end(3, total, out)
 
 
-def _decoded(codes, table, shifts, scales, *, values, block):
-  """The rows of W that the nibbles at `shifts` stand for, one nibble's below the other's, float32.
+def _gather(codes, table):
+  parts = [codes[:, at:at + LANES] for at in range(0, codes.shape[1], LANES)]
+  return jnp.concatenate([jnp.take_along_axis(jnp.broadcast_to(table[0:1, :], c.shape), c, 1) for c in parts], 1)
 
-  What shares scales is decoded 128 columns after the other, to stay in registers. Every other piece is looked up by
-  lanes, and every other by selections: different units of the chip do these, at the same time.
-  """
-  looks = (lambda c: jnp.take_along_axis(jnp.broadcast_to(table[0:1, :], c.shape), c, 1),
-           lambda c: lookup(c, np.array(values, np.float32)))
-  rows = [[] for _ in shifts]
-  for b in range(codes.shape[0] // block):
-    pieces = [[] for _ in shifts]
-    for i, start in enumerate(range(0, codes.shape[1], LANES)):
-      at = slice(start, start + LANES)
-      c = codes[b * block:(b + 1) * block, at].astype(jnp.int32)
-      for j, (shift, scale) in enumerate(zip(shifts, scales, strict=True)):
-        pieces[j].append(looks[(i + j) % 2](c >> shift & 15) * scale[0, b:b + 1, at])
-    for row, piece in zip(rows, pieces, strict=True):
-      row.append(jnp.concatenate(piece, 1))
-  return jnp.concatenate([part for row in rows for part in row], 0)
+
+def _select(codes, values):
+  return lookup(codes, np.array(values, np.float32))
+
+
+def _scaled(values, scales):
+  return (values.reshape(scales.shape[0], -1, values.shape[1]) * scales[:, None]).reshape(values.shape)
 
 
 def _start(axis, total):
