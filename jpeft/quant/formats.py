@@ -189,7 +189,7 @@ def lookup(codes: jax.Array, table: np.ndarray) -> jax.Array:
   """table[codes] for 16 entries, by four levels of selections: no gather, which accelerators are slow at."""
   values = [jnp.asarray(x) for x in table]
   for bit in range(4):
-    one = (codes >> bit & 1).astype(bool)
+    one = (codes & (1 << bit)) != 0
     values = [jnp.where(one, b, a) for a, b in zip(values[::2], values[1::2], strict=True)]
   return values[0]
 
