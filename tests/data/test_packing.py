@@ -98,7 +98,7 @@ def test_rows_hold_whole_texts_and_labels_are_the_next_tokens():
       ('tokens', 'token_mask', 'label'), 'int32')
   np.testing.assert_array_equal(rows[0]['label'], [ID['b'], ID['c'], 0, IGNORED, ID['d'], 0, *[IGNORED] * 4])
   np.testing.assert_array_equal(rows[1]['label'], [*[IGNORED] * 3, ID['h'], ID['a'], ID['b'], 0, *[IGNORED] * 3])
-  assert packed.about == ('5 texts in 3 rows of 10 tokens, 17% padding; 1 cut off, 1 left out: their completions '
+  assert packed.about == ('5 texts in 3 rows of 10 tokens, 20% padding; 1 cut off, 1 left out: their completions '
                           'begin later')
   alone = data.Packed(EXAMPLES, tokenizer(), 12, pack=False)
   assert texts(alone[i] for i in range(6)) == [[f'{e["prompt"]} {e["completion"]} <|end|>'] for e in EXAMPLES]

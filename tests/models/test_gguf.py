@@ -180,6 +180,30 @@ def test_tokenizers_that_cannot_serve_are_refused(tmp_path):
     load_tokenizer(written(**{'tokenizer.chat_template': None})).chat([{'role': 'user', 'content': 'hi'}])
 
 
+def test_a_text_begins_as_the_model_is_used_to(tmp_path):
+  pytest.importorskip('tokenizers')
+  file = tmp_path / 'tiny.gguf'
+  for begins in (True, False):
+    told = TOKENIZER | {'tokenizer.ggml.bos_token_id': 1, 'tokenizer.ggml.add_bos_token': begins}
+    file.write_bytes(gguf_file({'general.architecture': 'llama', **told}, {'w': np.zeros((2, 32))}))
+    tokenizer = load_tokenizer(file)
+    for reader in (tokenizer, save_tokenizer(tokenizer, tmp_path) or load_tokenizer(tmp_path)):
+      assert reader.encode('hi') == [6] and reader.encode('hi', begin=True) == [*([1] if begins else []), 6]
+
+
+@pytest.mark.parametrize('told,found', (('{}', False), ('{"eos_token": "</s>"}', False), ('{"eos_token": "<e>"}', True),
+                                        ('{"eos_token": {"content": "<e>"}}', True)))
+def test_a_tokenizer_json_without_an_end_is_refused(told, found, tmp_path):
+  tokenizers = pytest.importorskip('tokenizers')
+  tokenizers.Tokenizer(tokenizers.models.WordLevel({'<e>': 0, 'a': 1}, '<e>')).save(str(tmp_path / 'tokenizer.json'))
+  (tmp_path / 'tokenizer_config.json').write_text(told)
+  if found:
+    assert load_tokenizer(tmp_path).eos == 0
+    return
+  with pytest.raises(ValueError, match='tokenizer_config.json names no end-of-text token'):
+    load_tokenizer(tmp_path)
+
+
 @pytest.mark.assets
 def test_smollm2_reads_and_writes_as_in_transformers():
   golden = json.loads((GOLDEN / 'smollm2.json').read_text())

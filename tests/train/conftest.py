@@ -78,8 +78,8 @@ def load(config_file):
 
 
 LLAMA = {
-  'model_type': 'llama', 'hidden_size': 32, 'num_hidden_layers': 2, 'num_attention_heads': 4, 'num_key_value_heads': 2,
-  'intermediate_size': 64, 'vocab_size': 24, 'max_position_embeddings': 64, 'rms_norm_eps': 1e-5, 'hidden_act': 'silu',
+  'model_type': 'llama', 'hidden_size': 32, 'num_hidden_layers': 1, 'num_attention_heads': 4, 'num_key_value_heads': 2,
+  'intermediate_size': 64, 'vocab_size': 24, 'max_position_embeddings': 128, 'rms_norm_eps': 1e-5, 'hidden_act': 'silu',
   'tie_word_embeddings': True,
 }
 WORDS = ['<|end|>', '<|user|>', '<|assistant|>', '[UNK]', *'abcdefghij', *'ABCDEFGHIJ']
@@ -104,10 +104,9 @@ def decoder(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope='session')
-def capitals(tmp_path_factory) -> pathlib.Path:
-  """A file of prompts, one to three letters and a j, whose completions are the same in capitals, the j left out."""
-  path, rng = tmp_path_factory.mktemp('capitals') / 'capitals.jsonl', np.random.default_rng(0)
-  letters = [rng.choice(list('abcdefghi'), rng.integers(1, 4)) for _ in range(300)]
-  path.write_text(''.join(json.dumps({'prompt': ' '.join([*some, 'j']), 'completion': ' '.join(some).upper()}) + '\n'
-                          for some in letters))
+def backwards(tmp_path_factory) -> pathlib.Path:
+  """A file of all prompts 'x y j' of two letters, whose completions are 'Y X'."""
+  path = tmp_path_factory.mktemp('backwards') / 'backwards.jsonl'
+  path.write_text(''.join(json.dumps({'prompt': f'{x} {y} j', 'completion': f'{y} {x}'.upper()}) + '\n'
+                          for x in 'abcdefghi' for y in 'abcdefghi'))
   return path

@@ -1,11 +1,13 @@
 """Learning to write: scores, runs, and what is told of both."""
 
 import json
+import shutil
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jpeft import config, generate, merge, models, predict, run, step, tasks, train
@@ -16,10 +18,10 @@ TASK = tasks.TASKS['language']
 
 
 @pytest.fixture(scope='module')
-def settings(decoder, capitals):
+def settings(decoder, backwards):
   """settings(**{dotted key: value}) -> a checked config."""
   def made(**overrides):
-    values = {'task': 'language', 'model.source': str(decoder), 'data.name': f'completions:{capitals}',
+    values = {'task': 'language', 'model.source': str(decoder), 'data.name': f'completions:{backwards}',
               'data.batch_size': 8, 'data.max_length': 24, 'method.name': 'full', 'optimizer.lr': 1e-2, 'steps': 4,
               'log.every': 1, 'eval.metric': 'perplexity'} | overrides
     return config.complete(config.nest(values))
@@ -28,9 +30,9 @@ def settings(decoder, capitals):
 
 @pytest.fixture(scope='module')
 def learned(settings, tmp_path_factory):
-  """A run that learnt to write capitals."""
+  """A run that learnt to write letters backwards."""
   folder = tmp_path_factory.mktemp('learned') / 'run'
-  changes = {'steps': 150, 'eval.generate': 40, 'log.every': 50, 'eval.every': 75}
+  changes = {'steps': 60, 'eval.generate': 12, 'log.every': 20, 'eval.every': 30}
   train.train(settings(**changes), folder)
   return folder
 
@@ -62,10 +64,10 @@ def test_a_run_says_what_was_before_and_what_is_after(learned):
   assert before['word_error_rate'] > 0.8 and after['word_error_rate'] < 0.15
   rows = read_metrics(learned / 'metrics.jsonl')
   assert [(r['step'], r['split'], 'exact_match' in r) for r in rows if r['split'] != 'train'] == [
-    (0, 'untuned', True), (75, 'test', False), (150, 'test', True)]
+    (0, 'untuned', True), (30, 'test', False), (60, 'test', True)]
   page = (learned / 'report.md').read_text()
   assert '| perplexity ' in page and f'{before["perplexity"]:,.1f} -> {after["perplexity"]:,.1f}' in page
-  assert '- untuned: perplexity' in page and '- updates: 150 of 8 rows' in page
+  assert '- untuned: perplexity' in page and '- updates: 60 of 8 rows' in page
   about = json.loads((learned / 'run.json').read_text())
   assert about['labels'] == [] and about['reads'] == 'text'
 
@@ -95,7 +97,6 @@ def test_micro_batches_give_the_update_of_the_whole_batch(settings):
   batch = {'tokens': tokens, 'token_mask': np.ones((4, 6), np.int32), 'label': labels}
   found = []
   for parts in (1, 2):
-    import optax
     tx = optax.sgd(1.0)
     update = step.train_step(tuned, step.forward(tuned, True), tx, 0, accumulate=parts)
     state = {'theta': theta, 'optimizer': tx.init(theta), 'step': jnp.zeros((), jnp.int32), 'sums': step.no_sums()}
@@ -113,7 +114,7 @@ def test_a_stopped_run_goes_on_with_the_same_rows(settings, learned, tmp_path):
   train.train(settings(**{'steps': 6, 'checkpoint.every': 3}), half)
   for name in ('report.json', 'theta.safetensors', 'checkpoints/6'):
     path = half / name
-    __import__('shutil').rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
   again = train.train(settings(**{'steps': 6, 'checkpoint.every': 3}), half)
   assert again['theta_sha256'] == whole['theta_sha256'] and again['untuned'] == whole['untuned']
 
@@ -127,14 +128,14 @@ def lines(capsys, main, *argv):
 
 
 def test_generate_continues_prompts_of_a_run(learned, tmp_path, capsys, monkeypatch):
-  got = lines(capsys, generate.main, '--run', learned, '--prompt', 'a b j', 'c j', 'd e f j')
-  assert got == ['A B', 'C', 'D E F']
-  (tmp_path / 'prompts.txt').write_text('c j\n\nd e f j\n')
+  got = lines(capsys, generate.main, '--run', learned, '--prompt', 'a b j', 'c c j', 'e a d j')
+  assert got == ['B A', 'C C', 'D A']  # the third is longer, and padded by nothing
+  (tmp_path / 'prompts.txt').write_text('g c j\n\nd e j\n')
   rows = [json.loads(x) for x in lines(capsys, generate.main, '--run', learned, '--input', tmp_path / 'prompts.txt',
                                        '--json', '--best')]
-  assert rows == [{'prompt': 'c j', 'completion': 'C', 'tokens': 2}, {'prompt': 'd e f j', 'completion': 'D E F',
-                                                                      'tokens': 4}]
-  monkeypatch.setattr(sys, 'stdin', ['h j\n'])
+  assert rows == [{'prompt': 'g c j', 'completion': 'C G', 'tokens': 3}, {'prompt': 'd e j', 'completion': 'E D',
+                                                                          'tokens': 3}]
+  monkeypatch.setattr(sys, 'stdin', ['b h j\n'])
   assert lines(capsys, generate.main, '--run', learned, '--input', '-', '--max_tokens', '1') == ['H']
 
 
@@ -151,7 +152,7 @@ def test_merged_weights_write_the_same(settings, tmp_path, capsys):
   train.train(settings(**changes), tmp_path / 'run')
   merge.main(['--run', str(tmp_path / 'run'), '--out', str(tmp_path / 'out')])
   assert 'id2label' not in models.load(tmp_path / 'out').config
-  asked = ('--json', '--prompt', 'a b j', 'c j', '--max_tokens', '8')
+  asked = ('--json', '--prompt', 'a b j', 'c', '--max_tokens', '8')
   assert lines(capsys, generate.main, '--model', tmp_path / 'out', *asked) == lines(
     capsys, generate.main, '--run', tmp_path / 'run', *asked)
 
@@ -170,7 +171,7 @@ def told(monkeypatch, capsys):
 
 def test_what_cannot_write_is_told(told, learned, backbone, decoder, tmp_path):
   assert 'there is no run folder' in told(generate.main, '--run', tmp_path / 'none', '--prompt', 'a')
-  half = __import__('shutil').copytree(learned, tmp_path / 'half')
+  half = shutil.copytree(learned, tmp_path / 'half')
   (half / 'theta.safetensors').unlink()
   assert 'has no theta.safetensors: the run is not complete' in told(generate.main, '--run', half, '--prompt', 'a')
   assert 'a vit model writes no text; decoders are llama' in told(generate.main, '--model', backbone, '--prompt', 'a')
@@ -178,9 +179,9 @@ def test_what_cannot_write_is_told(told, learned, backbone, decoder, tmp_path):
   assert 'there is no file' in told(generate.main, '--model', decoder, '--input', tmp_path / 'none.txt')
   assert 'temperature=-1.0 must not be negative' in told(
     generate.main, '--model', decoder, '--prompt', 'a', '--temperature', '-1')
-  assert 'together more than the 64 that the model was made for' in told(
-    generate.main, '--model', decoder, '--prompt', 'a', '--max_tokens', '64')
-  bare = __import__('shutil').copytree(decoder, tmp_path / 'bare')
+  assert 'together more than the 128 that the model was made for' in told(
+    generate.main, '--model', decoder, '--prompt', 'a', '--max_tokens', '128')
+  bare = shutil.copytree(decoder, tmp_path / 'bare')
   (bare / 'tokenizer_config.json').write_text('{}')
   assert 'names no end-of-text token' in told(generate.main, '--model', bare, '--prompt', 'a')
   (bare / 'tokenizer.json').unlink()
