@@ -5,7 +5,8 @@
 
 Ahead of time, a row is one compiled program: cycles are libtpu's own estimate of its schedule, the sum over what it
 runs (a model of the chip: to be compared within a group, not to be read as a speed), temp what it allocates beside
-arguments and results, and moved the bytes that XLA's cost analysis says it reads and writes.
+arguments and results, and moved the bytes that XLA's cost analysis says it reads and writes (it does not see into
+kernels).
 """
 
 import argparse
@@ -107,8 +108,9 @@ def compiled(name: str, only: str) -> None:
       program = jax.jit(fn).lower(*jax.tree.map(lambda a: S(a.shape, a.dtype, sharding=sharding), args)).compile()
       text = '\n'.join(file.read_text() for file in Path(folder).glob('*profile.textproto'))
       cycles = sum({op: int(each) * int(times) for op, each, times in _PROFILE.findall(text)}.values())
-      temp, moved = program.memory_analysis().temp_size_in_bytes, program.cost_analysis().get('bytes accessed', 0)
-      print(f'| {case} | {form} | {cycles / 1000:,.0f} | {temp / 2**20:,.1f} | {moved / 2**20:,.1f} |', flush=True)
+      temp, moved = program.memory_analysis().temp_size_in_bytes, program.cost_analysis().get('bytes accessed')
+      known = f'{moved / 2**20:,.1f}' if moved else '-'
+      print(f'| {case} | {form} | {cycles / 1000:,.0f} | {temp / 2**20:,.1f} | {known} |', flush=True)
 
 
 def seconds(fn: Callable, *args, runs: int = 5) -> float:
