@@ -10,12 +10,11 @@ from jpeft.methods.dist import dist, logits, stem, temporal
 from jpeft.models import ViT
 from tests.contract.anatomies import described
 from tests.fixtures import BACKBONES
-from tests.methods.small import attached, noisy, shapes_of, vit
+from tests.methods.small import attached, noisy, quick, shapes_of, vit
 
 T, STRIDE = 4, 2
 VIDEO = jax.random.normal(jax.random.key(5), (2 * T, 8, 8, 3))
 SMALL = {'frames': T, 'stride': STRIDE, 'width': 16, 'channels': 6, 'out': 7}
-QUICK = {'xla_backend_optimization_level': 0}
 
 
 def test_counts_as_published():
@@ -30,7 +29,7 @@ def test_counts_as_published():
 
 
 def run(tuned, theta, held, video=VIDEO):
-  return jax.jit(lambda theta, video: tuned.apply(theta, held, video), compiler_options=QUICK)(theta, video)
+  return quick(lambda theta, video: tuned.apply(theta, held, video))(theta, video)
 
 
 @pytest.fixture(scope='module')
@@ -102,7 +101,7 @@ def by_numpy(t, video, taps):
 def states(model, held, images):
   """Outputs of the blocks of `vit`."""
   keep = lambda module, _: module.name is not None and module.name.startswith('block_')
-  _, state = model.apply(held, images, capture_intermediates=keep, mutable=['intermediates'])
+  _, state = quick(lambda held: model.apply(held, images, capture_intermediates=keep, mutable=['intermediates']))(held)
   return [np.asarray(state['intermediates']['encoder'][f'block_{i}']['__call__'][0]) for i in range(3)]
 
 
@@ -135,7 +134,7 @@ def test_the_class_token_counts_twice(small):
   _, held, tuned, theta = small
   t = theta['dist']['']
   without = {'residual': jax.tree.map(jnp.zeros_like, t['residual'])}
-  grads = jax.jit(jax.grad(lambda t: tuned.apply({'dist': {'': t}}, held, VIDEO).sum()), compiler_options=QUICK)
+  grads = quick(jax.grad(lambda t: tuned.apply({'dist': {'': t}}, held, VIDEO).sum()))
   for off in ({}, without):
     assert np.abs(grads({**t, **off})['taps']['kernel'][-1]).max() > 0
   assert np.abs(run(tuned, {'dist': {'': {**t, **without}}}, held) - run(tuned, theta, held)).max() > 1e-3
@@ -154,7 +153,7 @@ def test_clips_do_not_mix_and_nothing_of_the_encoder_moves(small):
   _, held, tuned, theta = small
   other = VIDEO.at[T:].set(0.0)
   np.testing.assert_allclose(run(tuned, theta, held, other)[0], run(tuned, theta, held)[0], atol=1e-5)
-  grads = jax.jit(jax.grad(lambda held: tuned.apply(theta, held, VIDEO).sum()), compiler_options=QUICK)(held)
+  grads = quick(jax.grad(lambda held: tuned.apply(theta, held, VIDEO).sum()))(held)
   assert all(not np.any(g) for g in jax.tree.leaves(grads))
 
 
@@ -167,8 +166,8 @@ def test_a_model_in_nnx():
   b = BACKBONES['nnx_vit_scan']
   with described(b):
     tuned = jpeft.attach(b.model, dist(**{**SMALL, 'frames': 2}), b.backbone, *b.args)
-  theta = noisy(tuned.init(jax.random.key(0), b.backbone))
-  assert tuned.apply(theta, b.backbone, *b.args).shape == (len(b.args[0]) // 2, 7)
+  theta = noisy(quick(tuned.init)(jax.random.key(0), b.backbone))
+  assert quick(tuned.apply)(theta, b.backbone, *b.args).shape == (len(b.args[0]) // 2, 7)
 
 
 @pytest.mark.parametrize('make, message', [

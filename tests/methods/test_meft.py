@@ -14,7 +14,7 @@ from jpeft.models import Bert, ViT
 from jpeft.models.layers import MLP, Attention
 from tests.contract.anatomies import described
 from tests.fixtures import BACKBONES
-from tests.methods.small import IMAGES, MASK, TOKENS, attached, noisy, shapes_of, t5, vit
+from tests.methods.small import IMAGES, MASK, TOKENS, attached, noisy, quick, shapes_of, t5, vit
 
 
 def test_one_layer_and_its_inverse_by_hand():
@@ -99,9 +99,6 @@ def test_both_halves_of_a_block_have_an_adapter():
   assert jpeft.count(tuned.shapes) == 313_536
 
 
-QUICK = {'xla_backend_optimization_level': 0}
-
-
 def layer_norm(p, x):
   x = x - x.mean(-1, keepdims=True)
   return x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * p['scale'] + p['bias']
@@ -149,7 +146,7 @@ def test_the_network_and_its_gradient_are_those_of_the_equations(variant, readou
   x = embeddings(model, held)
   fns = (lambda theta: tuned.apply(theta, held, IMAGES),
          lambda theta: reference(held, theta, x, variant, scales, readout))
-  run = lambda fn: jax.jit(jax.value_and_grad(lambda t: jnp.square(fn(t)).sum()), compiler_options=QUICK)
+  run = lambda fn: quick(jax.value_and_grad(lambda t: jnp.square(fn(t)).sum()))
   (ours, got), (theirs, want) = (run(fn)(theta) for fn in fns)
   np.testing.assert_allclose(ours, theirs, rtol=1e-4)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3 * np.abs(b).max()), got, want)
@@ -161,7 +158,8 @@ def test_without_a_second_stream_and_adapters_it_is_the_backbone(variant, scales
   model, held = vit(**fields)
   tuned = jpeft.attach(model, meft(4, variant, scales, readout='last'), held, IMAGES)
   theta = jax.tree.map(jnp.zeros_like, tuned.init(jax.random.key(0), held))
-  np.testing.assert_allclose(tuned.apply(theta, held, IMAGES), model.apply(held, IMAGES), atol=1e-4)
+  run = quick(lambda theta, held: (tuned.apply(theta, held, IMAGES), model.apply(held, IMAGES)))
+  np.testing.assert_allclose(*run(theta, held), atol=1e-4)
 
 
 def test_it_is_t5_too_context_and_masks_and_all():
@@ -169,7 +167,8 @@ def test_it_is_t5_too_context_and_masks_and_all():
   tuned = jpeft.attach(model, meft(4, scales=(1e-6, 1), readout='last'), held, TOKENS, TOKENS, mask=MASK)
   theta = jax.tree.map(jnp.zeros_like, tuned.init(jax.random.key(0), held))
   run = lambda run, *a: run(*a, TOKENS, TOKENS, mask=MASK)
-  np.testing.assert_allclose(run(tuned.apply, theta, held), run(model.apply, held), rtol=1e-3, atol=1e-3)
+  ours, plain = quick(lambda theta, held: (run(tuned.apply, theta, held), run(model.apply, held)))(theta, held)
+  np.testing.assert_allclose(ours, plain, rtol=1e-3, atol=1e-3)
 
 
 def by_plain_autodiff(self, x):
@@ -189,7 +188,7 @@ def test_dropout_is_replayed(name, hp, monkeypatch):
   def grads(key):
     kwargs = {**b.kwargs, **b.train_kwargs, 'rngs': {'dropout': key}}
     fn = lambda theta: jnp.square(tuned.apply(theta, b.backbone, *b.args, **kwargs)).sum()
-    return jax.jit(jax.value_and_grad(fn), compiler_options=QUICK)(theta)
+    return quick(jax.value_and_grad(fn))(theta)
 
   value, got = grads(jax.random.key(0))
   monkeypatch.setattr(Reversible, '__call__', by_plain_autodiff)
@@ -205,12 +204,12 @@ B, WIDTH = 2, 32
 
 def kept(depth: int, every: int | None, **fields) -> int:
   """How many arrays of the size of a stream the backward pass keeps."""
-  model, held = vit(depth=depth, **fields)
-  tuned, theta = attached(model, held, meft(4, every=every), IMAGES)
-  _, vjp = jax.vjp(lambda theta: tuned.apply(theta, held, IMAGES), theta)
-  size = B * 5 * WIDTH
-  wide = {id(x): x for x in jax.tree.leaves(vjp) if x.ndim > 2 and x.shape[-3:] == (B, 5, WIDTH)}
-  return sum(x.size for x in wide.values()) // size
+  model = ViT(width=WIDTH, depth=depth, heads=4, mlp_dim=64, patch_size=4, image_size=8, num_classes=5, **fields)
+  held = jax.eval_shape(model.init, jax.random.key(0), IMAGES)
+  tuned = jpeft.attach(model, meft(4, every=every), held, IMAGES)
+  back = lambda theta, held: jax.vjp(lambda theta: tuned.apply(theta, held, IMAGES), theta)[1]
+  found = [x.size for x in jax.tree.leaves(jax.eval_shape(back, tuned.shapes, held)) if x.shape[-3:] == (B, 5, WIDTH)]
+  return sum(found) // (B * 5 * WIDTH)
 
 
 @pytest.mark.parametrize('fields', [{}, {'scan': True}])
@@ -223,7 +222,8 @@ def test_what_is_kept_does_not_hang_on_the_depth(fields):
 def test_the_reconstruction_error_is_told():
   model, held = vit(depth=12, scan=True)
   def error(**hp):
-    return jpeft.reconstruction_error(*attached(model, held, meft(4, **hp), IMAGES), held, IMAGES)['final_norm']
+    tuned, theta = attached(model, held, meft(4, **hp), IMAGES)
+    return quick(lambda theta: jpeft.reconstruction_error(tuned, theta, held, IMAGES))(theta)['final_norm']
   far, near, kept = error(every=None), error(every=None, scales=(1.0, 1.0)), error(every=2)
   assert far.shape == (12,) and far.max() > 100 * near.max() and near.max() < 1e-4
   assert kept.max() < 1e-3 < far.max()

@@ -10,14 +10,13 @@ import pytest
 import jpeft
 from jpeft.methods.r2_tuning import points, pooled, r2_tuning
 from jpeft.models import ViT
-from tests.methods.small import attached, shapes_of, vit
+from tests.methods.small import attached, quick, shapes_of, vit
 
 module = importlib.import_module('jpeft.methods.r2_tuning')
 T, K, L = 4, 3, 6
 VIDEO = jax.random.normal(jax.random.key(5), (2 * T, 8, 8, 3))
 QUERY = jax.random.normal(jax.random.key(6), (2, K, L, 10))
 SMALL = {'frames': T, 'states': K, 'width': 16, 'heads': 2, 'query_width': 10}
-QUICK = {'xla_backend_optimization_level': 0}
 
 
 def test_counts_as_published():
@@ -40,8 +39,8 @@ def small():
 
 
 def run(tuned, theta, held, video=VIDEO, query=QUERY, **kwargs):
-  return jax.jit(lambda theta, video, query, kwargs: tuned.apply(theta, held, video, query=query, **kwargs),
-                 compiler_options=QUICK)(theta, video, query, kwargs)
+  return quick(lambda theta, video, query, kwargs: tuned.apply(theta, held, video, query=query, **kwargs))(
+    theta, video, query, kwargs)
 
 
 def test_shapes_and_points(small):
@@ -64,10 +63,7 @@ def test_steps_go_from_the_deepest_state_up(small, monkeypatch):
   steps = []
   decoded = module._decoded
   monkeypatch.setattr(module, '_decoded', lambda *a: (steps.append(decoded(*a)), steps[-1])[1])
-  def record(query):
-    steps.clear()
-    tuned.apply(theta, held, VIDEO, query=query)
-    return [np.asarray(x) for x in steps]
+  record = quick(lambda query: (tuned.apply(theta, held, VIDEO, query=query), list(steps))[1])
   plain = record(QUERY)
   assert len(plain) == K
   for state in range(K):
@@ -78,7 +74,7 @@ def test_steps_go_from_the_deepest_state_up(small, monkeypatch):
 def states(model, held, images):
   """The embeddings and the outputs of the blocks of `vit`."""
   keep = lambda module, _: module.name == 'embed' or (module.name or '').startswith('block_')
-  _, state = model.apply(held, images, capture_intermediates=keep, mutable=['intermediates'])
+  _, state = quick(lambda held: model.apply(held, images, capture_intermediates=keep, mutable=['intermediates']))(held)
   found = state['intermediates']
   return [found['embed']['__call__'][0], *(found['encoder'][f'block_{i}']['__call__'][0] for i in range(3))]
 
@@ -104,15 +100,15 @@ def test_at_the_start_layers_mix_in_equal_parts_and_no_word_counts(fields, monke
   monkeypatch.setattr(module, '_decoded', lambda p, e, *rest: e)
   model, held = vit(**fields)
   tuned = jpeft.attach(model, r2_tuning(**{**SMALL, 'states': 2}), held, VIDEO)
-  theta = tuned.init(jax.random.key(0), held)
+  theta = quick(tuned.init)(jax.random.key(0), held)
   assert 'g' in theta['r2_tuning']['']
   query = QUERY[:, :2]
-  out = tuned.apply(theta, held, VIDEO, query=query)['last']
+  out = run(tuned, theta, held, query=query)['last']
   if not fields:
     t = theta['r2_tuning']['']
     shallow, deep = (mapped(t['video'], timed(x))[:, 0].reshape(2, T, -1) for x in states(model, held, VIDEO)[-2:])
     np.testing.assert_allclose(out, (shallow + deep) / 2, rtol=1e-3, atol=1e-4)
-  np.testing.assert_array_equal(out, tuned.apply(theta, held, VIDEO, query=query + 1)['last'])
+  np.testing.assert_array_equal(out, run(tuned, theta, held, query=query + 1)['last'])
 
 
 def test_the_gate_of_a_state_weighs_what_its_words_find(small, monkeypatch):
@@ -123,7 +119,7 @@ def test_the_gate_of_a_state_weighs_what_its_words_find(small, monkeypatch):
   t = theta['r2_tuning']['']
   assert 'g' not in t
   at = lambda s: tuned.apply({'r2_tuning': {'': {**t, 's': s}}}, held, VIDEO, query=QUERY[:, :1])['last']
-  _, slope = jax.jvp(at, (jnp.zeros(1),), (jnp.ones(1),))
+  _, slope = quick(lambda s: jax.jvp(at, (s,), (jnp.ones(1),)))(jnp.zeros(1))
   v = mapped(t['video'], timed(states(model, held, VIDEO)[-1]))
   q = np.repeat(mapped(t['query'], QUERY[:, 0]), T, 0)
   words, patches = (x @ t[n]['kernel'] + t[n]['bias'] for x, n in ((q, 'w_q'), (v, 'w_v')))
@@ -154,7 +150,7 @@ def test_nothing_of_the_encoders_moves(small):
   _, held, tuned, theta = small
   loss = lambda theta, held, query: sum(jnp.square(x).sum() for x in jax.tree.leaves(
     tuned.apply(theta, held, VIDEO, query=query)))
-  grads = jax.jit(jax.grad(loss, (0, 1, 2)), compiler_options=QUICK)(theta, held, QUERY)
+  grads = quick(jax.grad(loss, (0, 1, 2)))(theta, held, QUERY)
   assert all(not np.any(g) for g in jax.tree.leaves(grads[1:]))
   still = [path for path, g in jax.tree_util.tree_leaves_with_path(grads[0]) if not np.any(g)]
   assert all("'8'" in str(path) or "['k']['bias']" in str(path) for path in still), still  # no point, no slope
@@ -162,7 +158,8 @@ def test_nothing_of_the_encoders_moves(small):
 
 def test_dropout_asks_for_a_key(small):
   model, held, tuned, theta = small
-  train = lambda key: tuned.apply(theta, held, VIDEO, query=QUERY, deterministic=False, rngs={'dropout': key})['last']
+  train = quick(lambda key: tuned.apply(theta, held, VIDEO, query=QUERY, deterministic=False, rngs={'dropout': key})[
+    'last'])
   one, other = train(jax.random.key(0)), train(jax.random.key(1))
   assert np.abs(one - other).max() > 1e-3
   with pytest.raises(ValueError, match='r2_tuning dropout at .* needs a random key'):
