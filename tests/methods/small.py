@@ -13,25 +13,26 @@ IMAGES = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
 
 def noisy(tree, size: float = 0.1):
   """Every leaf moved by normal noise, always the same."""
-  return jax.tree.map(lambda x: x + size * jax.random.normal(jax.random.key(x.size), x.shape), tree)
+  move = lambda x: x + size * jax.random.normal(jax.random.key(x.size), x.shape)
+  return jax.jit(lambda tree: jax.tree.map(move, tree))(tree)
 
 
 def vit(**fields):
   """(a ViT of three blocks, width 32, five tokens; its weights)."""
   model = ViT(**{**dict(width=32, depth=3, heads=4, mlp_dim=64, patch_size=4, image_size=8, num_classes=5), **fields})
-  return model, noisy(model.init(jax.random.key(1), IMAGES), 0.05)
+  return model, noisy(jax.jit(model.init)(jax.random.key(1), IMAGES), 0.05)
 
 
 def t5(**fields):
   """(a T5 of two and two blocks, width 32; its weights)."""
   model = T5(**{**dict(width=32, depth=2, heads=4, mlp_dim=64, vocab=50, head_dim=8), **fields})
-  return model, model.init(jax.random.key(0), TOKENS, TOKENS)
+  return model, jax.jit(model.init)(jax.random.key(0), TOKENS, TOKENS)
 
 
 def attached(model, held, method, *args, **kwargs):
   """(tuned, a theta off its start)."""
   tuned = jpeft.attach(model, method, held, *args, **kwargs)
-  return tuned, noisy(tuned.init(jax.random.key(0), held))
+  return tuned, noisy(jax.jit(tuned.init)(jax.random.key(0), held))
 
 
 def shapes_of(model, method, *args, **kwargs):

@@ -101,7 +101,7 @@ def by_numpy(t, video, taps):
 def states(model, held, images):
   """Outputs of the blocks of `vit`."""
   keep = lambda module, _: module.name is not None and module.name.startswith('block_')
-  _, state = model.apply(held, images, capture_intermediates=keep, mutable=['intermediates'])
+  _, state = jax.jit(lambda held: model.apply(held, images, capture_intermediates=keep, mutable=['intermediates']))(held)
   return [np.asarray(state['intermediates']['encoder'][f'block_{i}']['__call__'][0]) for i in range(3)]
 
 
@@ -166,8 +166,8 @@ def test_a_model_in_nnx():
   b = BACKBONES['nnx_vit_scan']
   with described(b):
     tuned = jpeft.attach(b.model, dist(**{**SMALL, 'frames': 2}), b.backbone, *b.args)
-  theta = noisy(tuned.init(jax.random.key(0), b.backbone))
-  assert tuned.apply(theta, b.backbone, *b.args).shape == (len(b.args[0]) // 2, 7)
+  theta = noisy(jax.jit(tuned.init)(jax.random.key(0), b.backbone))
+  assert jax.jit(tuned.apply)(theta, b.backbone, *b.args).shape == (len(b.args[0]) // 2, 7)
 
 
 @pytest.mark.parametrize('make, message', [

@@ -160,7 +160,8 @@ def test_without_a_second_stream_and_adapters_it_is_the_backbone(variant, scales
   model, held = vit(**fields)
   tuned = jpeft.attach(model, meft(4, variant, scales, readout='last'), held, IMAGES)
   theta = jax.tree.map(jnp.zeros_like, tuned.init(jax.random.key(0), held))
-  np.testing.assert_allclose(tuned.apply(theta, held, IMAGES), model.apply(held, IMAGES), atol=1e-4)
+  run = jax.jit(lambda theta, held: (tuned.apply(theta, held, IMAGES), model.apply(held, IMAGES)))
+  np.testing.assert_allclose(*run(theta, held), atol=1e-4)
 
 
 def test_it_is_t5_too_context_and_masks_and_all():
@@ -168,7 +169,8 @@ def test_it_is_t5_too_context_and_masks_and_all():
   tuned = jpeft.attach(model, meft(4, scales=(1e-6, 1), readout='last'), held, TOKENS, TOKENS, mask=MASK)
   theta = jax.tree.map(jnp.zeros_like, tuned.init(jax.random.key(0), held))
   run = lambda run, *a: run(*a, TOKENS, TOKENS, mask=MASK)
-  np.testing.assert_allclose(run(tuned.apply, theta, held), run(model.apply, held), rtol=1e-3, atol=1e-3)
+  ours, plain = jax.jit(lambda theta, held: (run(tuned.apply, theta, held), run(model.apply, held)))(theta, held)
+  np.testing.assert_allclose(ours, plain, rtol=1e-3, atol=1e-3)
 
 
 def by_plain_autodiff(self, x):
@@ -204,12 +206,12 @@ B, WIDTH = 2, 32
 
 def kept(depth: int, every: int | None, **fields) -> int:
   """How many arrays of the size of a stream the backward pass keeps."""
-  model, held = vit(depth=depth, **fields)
-  tuned, theta = attached(model, held, meft(4, every=every), IMAGES)
-  _, vjp = jax.vjp(lambda theta: tuned.apply(theta, held, IMAGES), theta)
-  size = B * 5 * WIDTH
-  wide = {id(x): x for x in jax.tree.leaves(vjp) if x.ndim > 2 and x.shape[-3:] == (B, 5, WIDTH)}
-  return sum(x.size for x in wide.values()) // size
+  model = ViT(width=WIDTH, depth=depth, heads=4, mlp_dim=64, patch_size=4, image_size=8, num_classes=5, **fields)
+  held = jax.eval_shape(model.init, jax.random.key(0), IMAGES)
+  tuned = jpeft.attach(model, meft(4, every=every), held, IMAGES)
+  back = lambda theta, held: jax.vjp(lambda theta: tuned.apply(theta, held, IMAGES), theta)[1]
+  found = [x.size for x in jax.tree.leaves(jax.eval_shape(back, tuned.shapes, held)) if x.shape[-3:] == (B, 5, WIDTH)]
+  return sum(found) // (B * 5 * WIDTH)
 
 
 @pytest.mark.parametrize('fields', [{}, {'scan': True}])
@@ -222,7 +224,8 @@ def test_what_is_kept_does_not_hang_on_the_depth(fields):
 def test_the_reconstruction_error_is_told():
   model, held = vit(depth=12, scan=True)
   def error(**hp):
-    return jpeft.reconstruction_error(*attached(model, held, meft(4, **hp), IMAGES), held, IMAGES)['final_norm']
+    tuned, theta = attached(model, held, meft(4, **hp), IMAGES)
+    return jax.jit(lambda theta: jpeft.reconstruction_error(tuned, theta, held, IMAGES))(theta)['final_norm']
   far, near, kept = error(every=None), error(every=None, scales=(1.0, 1.0)), error(every=2)
   assert far.shape == (12,) and far.max() > 100 * near.max() and near.max() < 1e-4
   assert kept.max() < 1e-3 < far.max()

@@ -63,10 +63,7 @@ def test_steps_go_from_the_deepest_state_up(small, monkeypatch):
   steps = []
   decoded = module._decoded
   monkeypatch.setattr(module, '_decoded', lambda *a: (steps.append(decoded(*a)), steps[-1])[1])
-  def record(query):
-    steps.clear()
-    tuned.apply(theta, held, VIDEO, query=query)
-    return [np.asarray(x) for x in steps]
+  record = jax.jit(lambda query: (tuned.apply(theta, held, VIDEO, query=query), list(steps))[1])
   plain = record(QUERY)
   assert len(plain) == K
   for state in range(K):
@@ -77,7 +74,7 @@ def test_steps_go_from_the_deepest_state_up(small, monkeypatch):
 def states(model, held, images):
   """The embeddings and the outputs of the blocks of `vit`."""
   keep = lambda module, _: module.name == 'embed' or (module.name or '').startswith('block_')
-  _, state = model.apply(held, images, capture_intermediates=keep, mutable=['intermediates'])
+  _, state = jax.jit(lambda held: model.apply(held, images, capture_intermediates=keep, mutable=['intermediates']))(held)
   found = state['intermediates']
   return [found['embed']['__call__'][0], *(found['encoder'][f'block_{i}']['__call__'][0] for i in range(3))]
 
@@ -103,15 +100,15 @@ def test_at_the_start_layers_mix_in_equal_parts_and_no_word_counts(fields, monke
   monkeypatch.setattr(module, '_decoded', lambda p, e, *rest: e)
   model, held = vit(**fields)
   tuned = jpeft.attach(model, r2_tuning(**{**SMALL, 'states': 2}), held, VIDEO)
-  theta = tuned.init(jax.random.key(0), held)
+  theta = jax.jit(tuned.init)(jax.random.key(0), held)
   assert 'g' in theta['r2_tuning']['']
   query = QUERY[:, :2]
-  out = tuned.apply(theta, held, VIDEO, query=query)['last']
+  out = run(tuned, theta, held, query=query)['last']
   if not fields:
     t = theta['r2_tuning']['']
     shallow, deep = (mapped(t['video'], timed(x))[:, 0].reshape(2, T, -1) for x in states(model, held, VIDEO)[-2:])
     np.testing.assert_allclose(out, (shallow + deep) / 2, rtol=1e-3, atol=1e-4)
-  np.testing.assert_array_equal(out, tuned.apply(theta, held, VIDEO, query=query + 1)['last'])
+  np.testing.assert_array_equal(out, run(tuned, theta, held, query=query + 1)['last'])
 
 
 def test_the_gate_of_a_state_weighs_what_its_words_find(small, monkeypatch):
@@ -122,7 +119,7 @@ def test_the_gate_of_a_state_weighs_what_its_words_find(small, monkeypatch):
   t = theta['r2_tuning']['']
   assert 'g' not in t
   at = lambda s: tuned.apply({'r2_tuning': {'': {**t, 's': s}}}, held, VIDEO, query=QUERY[:, :1])['last']
-  _, slope = jax.jvp(at, (jnp.zeros(1),), (jnp.ones(1),))
+  _, slope = jax.jit(lambda s: jax.jvp(at, (s,), (jnp.ones(1),)))(jnp.zeros(1))
   v = mapped(t['video'], timed(states(model, held, VIDEO)[-1]))
   q = np.repeat(mapped(t['query'], QUERY[:, 0]), T, 0)
   words, patches = (x @ t[n]['kernel'] + t[n]['bias'] for x, n in ((q, 'w_q'), (v, 'w_v')))
@@ -161,7 +158,8 @@ def test_nothing_of_the_encoders_moves(small):
 
 def test_dropout_asks_for_a_key(small):
   model, held, tuned, theta = small
-  train = lambda key: tuned.apply(theta, held, VIDEO, query=QUERY, deterministic=False, rngs={'dropout': key})['last']
+  train = jax.jit(lambda key: tuned.apply(theta, held, VIDEO, query=QUERY, deterministic=False, rngs={'dropout': key})[
+    'last'])
   one, other = train(jax.random.key(0)), train(jax.random.key(1))
   assert np.abs(one - other).max() > 1e-3
   with pytest.raises(ValueError, match='r2_tuning dropout at .* needs a random key'):
