@@ -1,5 +1,7 @@
 """DiST: counts, the layout of frames, what flows between the two encoders, numbers beside numpy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,7 +103,8 @@ def by_numpy(t, video, taps):
 def states(model, held, images):
   """Outputs of the blocks of `vit`."""
   keep = lambda module, _: module.name is not None and module.name.startswith('block_')
-  _, state = jax.jit(lambda held: model.apply(held, images, capture_intermediates=keep, mutable=['intermediates']))(held)
+  run = functools.partial(model.apply, capture_intermediates=keep, mutable=['intermediates'])
+  _, state = jax.jit(run)(held, images)
   return [np.asarray(state['intermediates']['encoder'][f'block_{i}']['__call__'][0]) for i in range(3)]
 
 

@@ -1,5 +1,6 @@
 """R2-Tuning: counts, the order of its steps, its start, masks, points."""
 
+import functools
 import importlib
 
 import jax
@@ -74,7 +75,8 @@ def test_steps_go_from_the_deepest_state_up(small, monkeypatch):
 def states(model, held, images):
   """The embeddings and the outputs of the blocks of `vit`."""
   keep = lambda module, _: module.name == 'embed' or (module.name or '').startswith('block_')
-  _, state = jax.jit(lambda held: model.apply(held, images, capture_intermediates=keep, mutable=['intermediates']))(held)
+  run = functools.partial(model.apply, capture_intermediates=keep, mutable=['intermediates'])
+  _, state = jax.jit(run)(held, images)
   found = state['intermediates']
   return [found['embed']['__call__'][0], *(found['encoder'][f'block_{i}']['__call__'][0] for i in range(3))]
 
