@@ -31,8 +31,8 @@ def check(config, tuned: Tuned) -> None:
   room = jax.ShapeDtypeStruct((1, config.data.max_length), jnp.int32)
   run = lambda theta, backbone, x: tuned.apply(theta, backbone, x, mask=x, mutable=['cache'])[1]['cache']
   if config.data.pack and grown(jax.eval_shape(run, tuned.shapes, tuned.backbone, room), room.shape[1]):
-    raise ValueError(f'{config.method.name} adds tokens to the sequence, which only the first of several texts in a row '
-                     'would see: set config.data.pack=false')
+    raise ValueError(f'{config.method.name} adds tokens to the sequence, which only the first of several texts in a '
+                     'row would see: set config.data.pack=false')
 
 
 def rows(config, pretrained, source, training: bool) -> tuple[data.Packed, None]:
