@@ -153,3 +153,20 @@ def test_rows_of_two_layouts_are_of_one_step(measured):
   scan, unroll = (measured('w1', 'lst', 'none', layers) for layers in ('scan', 'unroll'))
   assert scan['trainable'] == unroll['trainable']
   assert scan['gflop'] == pytest.approx(unroll['gflop'], rel=0.03)
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+def test_a_decoder_of_7b_beside_a_side_network(measured):
+  """QST on Llama-2-7B shapes, 512 tokens: with the side blocks recomputed, and kept."""
+  recomputed, kept = (measured('w4_7b', name, 'none', 'scan') for name in ('qst', 'qst_kept'))
+  assert recomputed['total_mib'] <= 4150 and kept['total_mib'] <= 4500
+  assert recomputed['gflop'] <= 1.35 * recomputed['forward_gflop']
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+@pytest.mark.parametrize('layers', ['scan', 'unroll'])
+def test_4_bit_kernels_cost_no_memory(measured, layers):
+  qlora, lora = (measured('w1', name, 'none', layers) for name in ('qlora', 'lora_all'))
+  assert qlora['trainable'] == lora['trainable'] and qlora['total_mib'] <= lora['total_mib']

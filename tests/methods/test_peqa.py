@@ -32,7 +32,7 @@ def plain(tree):
 
 @functools.cache
 def attached(form, scan=True):
-  model = Llama(width=64, depth=2, heads=4, mlp_dim=96, vocab=13, scan=scan)
+  model = Llama(width=64, depth=2, heads=4, mlp_dim=128, vocab=13, scan=scan)
   held = noisy(jax.jit(model.init)(jax.random.key(0), TOKENS), 0.1)
   held = jpeft.quantize(model, form, held, TOKENS)
   tuned = jpeft.attach(model, jpeft.peqa(), held, TOKENS)
@@ -50,7 +50,8 @@ def test_the_vector_of_the_card():
   np.testing.assert_array_equal(box.unbox()[:, 0], [-1, 0, 0, 2])
   tuned = jpeft.attach(model, jpeft.peqa(targets=''), small, x)
   theta = tuned.init(jax.random.key(0), small)
-  assert jax.tree.map(float, jax.grad(lambda t: tuned.apply(t, small, x).sum())(theta)) == {'peqa': {'': {'kernel': 7}}}
+  slope = jax.grad(lambda t: tuned.apply(t, small, x).sum())(theta)
+  np.testing.assert_array_equal(slope['peqa']['']['kernel'], [[7]])
 
 
 @pytest.mark.parametrize(('sizes', 'block', 'numbers'), (
@@ -76,7 +77,8 @@ def test_rounding_is_to_the_nearest_and_keeps_zero(form, shape):
     arrays['absmax'], shape[0] // arrays['absmax'].shape[0], 0)
   assert (np.abs(back - w) <= scale / 2 * 1.0001).all()
   assert back[0, 0] == 0 and not back[:, 1].any()
-  assert len(np.unique(back[:, 0])) <= 2 ** form.bits or not form.aligned(shape)
+  block = form.block or shape[0]
+  assert len(np.unique(back[:block, 0])) <= 2 ** form.bits or not form.aligned(shape)
 
 
 @pytest.mark.parametrize('scan', (True, False))

@@ -103,7 +103,7 @@ def test_llama_2_7b_has_the_published_sizes(form, gigabytes):
   small = jax.eval_shape(lambda held: jpeft.quantize(model, form, held, TOKENS), held)
   norms = 2 * 32 * 4096 * 2
   assert abs((jpeft.nbytes(small['params']['decoder']) - norms) / 1e9 - gigabytes) < 1e-3
-  tuned = jpeft.attach(model, jpeft.lora(64, targets='{linear}'), small, TOKENS)
+  tuned = jpeft.attach(model, jpeft.qlora(), small, TOKENS)
   assert sum(math.prod(x.shape) for x in jax.tree.leaves(tuned.shapes)) == 159_907_840
 
 
