@@ -25,6 +25,7 @@ from flax import traverse_util
 from . import models, run
 from .core import Call, Tuned
 from .core.linen import RIDER
+from .models.llama import grown
 
 AT_ONCE = 32  # prompts of a batch
 
@@ -158,7 +159,7 @@ def _cached(run, model, backbone, tokens, mask, new_tokens):
   values that are kept; Nones where a method has more to keep."""
   room = jnp.zeros((tokens.shape[0], tokens.shape[1] + new_tokens), jnp.int32)
   held = jax.eval_shape(lambda: run(backbone, room, room, mutable=['cache'])[1]['cache'])
-  if _grown(held, room.shape[1]):
+  if grown(held, room.shape[1]):
     return None, None, None
   holders = {path[path.index(RIDER) + 1] for path in traverse_util.flatten_dict(held, keep_empty_nodes=True)
              if RIDER in path}
@@ -172,18 +173,6 @@ def _cached(run, model, backbone, tokens, mask, new_tokens):
   first = lambda token, i, held: go_on(tokens, mask, held)
   step = lambda token, i, held: go_on(token[:, None], jnp.ones_like(token)[:, None], held)
   return first, step, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), held)
-
-
-def _grown(held, length: int) -> bool:
-  """Whether a cache of `length` tokens holds others too, which a method has added."""
-  return any(leaf.shape[-1] != length for path, leaf in jax.tree.leaves_with_path(held) if path[-1].key == 'texts')
-
-
-def adds_tokens(tuned: Tuned) -> bool:
-  """Whether a method over a decoder adds tokens to the sequence."""
-  room = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-  run = lambda theta, backbone, x: tuned.apply(theta, backbone, x, mask=x, mutable=['cache'])[1]['cache']
-  return _grown(jax.eval_shape(run, tuned.shapes, tuned.backbone, room), 8)
 
 
 def _again(run, backbone, tokens, mask, new_tokens):

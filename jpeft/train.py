@@ -25,7 +25,7 @@ from . import config as config_lib
 from . import data, features, optim, report, run, step, tasks
 from .checkpoint import Checkpoints, fingerprint, save_theta
 from .core import summary
-from .generate import adds_tokens, completions
+from .generate import completions
 from .quant import nbytes
 from .version import __version__
 
@@ -68,9 +68,7 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     source, test = (task.source(config, split) for split in (config.data.train, config.data.test))
     size, eval_size = config.data.batch_size, config.data.eval_batch_size or config.data.batch_size
     pretrained, tuned = run.build(config, len(source.classes))
-    if config.task == 'language' and config.data.pack and adds_tokens(tuned):
-      raise ValueError(f'{config.method.name} adds tokens to the sequence, which only the first of several texts in a '
-                       'row would see: set config.data.pack=false')
+    task.check(config, tuned)
     blank = task.blank(config, pretrained)
     learn, judge = (features.Part(*task.rows(config, pretrained, examples, training),
                                   step.forward(tuned, training), blank)

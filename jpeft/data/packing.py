@@ -38,6 +38,7 @@ class Packed:
     """
     self.classes, self._length, self._pad = [], length, tokenizer.pad
     self._rows: list[list[tuple[np.ndarray, np.ndarray]]] = []
+    self._first: list[int] = []
     open_, cut, left_out, size = [], 0, 0, 0  # open_: (row, its room)
     for i in range(len(source)):
       tokens, learnt = encode(source[i], tokenizer, chat)
@@ -51,6 +52,7 @@ class Packed:
       row, room = ([], length) if place is None else open_.pop(place)
       if place is None:
         self._rows.append(row)
+        self._first.append(i)
       row.append((tokens, learnt))
       open_ = [*open_, (row, room - len(tokens))][-OPEN:]
     if not self._rows:
@@ -69,10 +71,10 @@ class Packed:
 
     Returns:
       tokens: int32 [length]; token_mask: int32 [length], 1, 2, ... for the texts of the row and 0 for padding; label:
-      int32 [length], the token after each where that is learnt, else IGNORED; index: i.
+      int32 [length], the token after each where that is learnt, else IGNORED; index: the number of its first example.
     """
     out = {'tokens': np.full(self._length, self._pad, np.int32), 'token_mask': np.zeros(self._length, np.int32),
-           'label': np.full(self._length, IGNORED, np.int32), 'index': i}
+           'label': np.full(self._length, IGNORED, np.int32), 'index': self._first[i]}
     start = 0
     for number, (tokens, learnt) in enumerate(self._rows[i], 1):
       end = start + len(tokens)

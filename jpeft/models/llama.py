@@ -126,6 +126,11 @@ class CausalAttention(nn.Module):
     return held
 
 
+def grown(cache, length: int) -> bool:
+  """Whether a cache made for `length` tokens holds others too, which a method has added to the sequence."""
+  return any(leaf.shape[-1] != length for path, leaf in jax.tree.leaves_with_path(cache) if path[-1].key == 'texts')
+
+
 class LlamaBlock(Block):
   """Pre-norm attention and gated MLP; norms are RMSNorm. For the fields see `CausalAttention`.
 

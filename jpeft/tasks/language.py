@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import data, models
+from ..core import Tuned
+from ..models.llama import grown
 from .task import Task, loss
 
 
@@ -22,6 +24,15 @@ def source(config, split: str) -> data.Source:
     raise ValueError(f"{config.data.name} has labels, and no texts to write: set config.task='classification', or "
                      'give phonemes or completions:PATH')
   return data.in_memory(found) if config.data.in_memory else found
+
+
+def check(config, tuned: Tuned) -> None:
+  """Raises a ValueError if a method adds tokens where several texts share a row: only the first would see them."""
+  room = jax.ShapeDtypeStruct((1, config.data.max_length), jnp.int32)
+  run = lambda theta, backbone, x: tuned.apply(theta, backbone, x, mask=x, mutable=['cache'])[1]['cache']
+  if config.data.pack and grown(jax.eval_shape(run, tuned.shapes, tuned.backbone, room), room.shape[1]):
+    raise ValueError(f'{config.method.name} adds tokens to the sequence, which only the first of several texts in a '
+                     'row would see: set config.data.pack=false')
 
 
 def rows(config, pretrained, source, training: bool) -> tuple[data.Packed, None]:
@@ -81,4 +92,4 @@ def distance(a: Sequence, b: Sequence) -> int:
   return row[-1]
 
 
-LANGUAGE = Task(source, rows, blank, tally, scores, written, untuned=True)
+LANGUAGE = Task(source, rows, blank, tally, scores, check, written, untuned=True)

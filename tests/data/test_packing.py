@@ -93,6 +93,7 @@ def test_rows_hold_whole_texts_and_labels_are_the_next_tokens():
   rows = [packed[i] for i in range(len(packed))]
   assert texts(rows) == [['a b c <|end|>', 'c d <|end|>'], ['d e f g h a b <|end|>'],
                          ['e f g h <|end|>', 'h g f <|end|>']]
+  assert [row['index'] for row in rows] == [0, 1, 3]
   for row in rows:
     assert {name: x.dtype.name for name, x in row.items() if name != 'index'} == dict.fromkeys(
       ('tokens', 'token_mask', 'label'), 'int32')
