@@ -166,15 +166,20 @@ def from_config(config: Mapping, *, num_classes: int | None = None, image_size: 
                 param_dtype=param_dtype, scan=scan, remat=remat, layers=layers, pool=pool, dropout=dropout)
 
 
+def check_decoder(pretrained: Pretrained) -> None:
+  """Raises a ValueError if a backbone writes no text."""
+  if not isinstance(pretrained.model, Llama):
+    raise ValueError(f'a {pretrained.family} model writes no text; decoders are {", ".join(LLAMA_FAMILIES)}, such as '
+                     "'smollm2-135m'")
+
+
 def decoder_tokenizer(pretrained: Pretrained) -> Tokenizer:
   """The tokenizer of a backbone that writes text.
 
   Raises:
     ValueError: it is no decoder, or has no tokenizer that could serve.
   """
-  if not isinstance(pretrained.model, Llama):
-    raise ValueError(f'a {pretrained.family} model writes no text; decoders are {", ".join(LLAMA_FAMILIES)}, such as '
-                     "'smollm2-135m'")
+  check_decoder(pretrained)
   if pretrained.tokenizer is None:
     raise ValueError('there is no tokenizer.json beside the weights, so texts cannot be read')
   return load_tokenizer(pretrained.tokenizer)

@@ -23,6 +23,8 @@ def source(config, split: str) -> data.Source:
   if found.classes:
     raise ValueError(f"{config.data.name} has labels, and no texts to write: set config.task='classification', or "
                      'give phonemes or completions:PATH')
+  if config.model.num_classes is not None:
+    raise ValueError(f'config.model.num_classes is {config.model.num_classes}, but {config.data.name} has no labels')
   return data.in_memory(found) if config.data.in_memory else found
 
 
@@ -42,7 +44,12 @@ def rows(config, pretrained, source, training: bool) -> tuple[data.Packed, None]
 
 
 def blank(config, pretrained) -> dict[str, np.ndarray]:
-  """A batch of one empty row."""
+  """A batch of one empty row.
+
+  Raises:
+    ValueError: the backbone is no decoder.
+  """
+  models.check_decoder(pretrained)
   tokens = np.zeros((1, config.data.max_length), np.int32)
   return {'tokens': tokens, 'token_mask': np.ones_like(tokens), 'label': tokens}
 

@@ -108,7 +108,7 @@ def test_micro_batches_give_the_update_of_the_whole_batch(settings):
   assert mean['loss'] == pytest.approx(float(out['loss']), rel=1e-5) == mean2['loss']
 
 
-def test_a_stopped_run_goes_on_with_the_same_rows(settings, learned, tmp_path):
+def test_a_stopped_run_goes_on_with_the_same_rows(settings, tmp_path):
   whole = train.train(settings(**{'steps': 6, 'checkpoint.every': 3}), tmp_path / 'whole')
   half = tmp_path / 'half'
   train.train(settings(**{'steps': 6, 'checkpoint.every': 3}), half)
