@@ -105,7 +105,7 @@ def test_missing_files_and_options(reviews):
   ('movie-sentiment', "did you mean 'movie_sentiment'"),
   ('csvs:a.csv', "unknown data set 'csvs:a.csv'; did you mean 'csv:PATH'"),
   ('csv:', "unknown data set 'csv:'; did you mean 'csv:PATH'"),
-  ('qqq', "there is 'mnist5k', 'movie_sentiment', 'folder:PATH', 'csv:PATH', 'jsonl:PATH'"),
+  ('qqq', "there is 'mnist5k', 'movie_sentiment', 'emoji_groups', 'phonemes', 'folder:PATH', 'csv:PATH', 'jsonl:PATH'"),
 ])
 def test_unknown_data_sets(name, text):
   with pytest.raises(ValueError, match=text):

@@ -91,7 +91,7 @@ def test_sums_count_what_was_seen():
     state, out = update(state, backbone, BATCH)
     losses.append(float(out['loss']))
   found = step.means(state['sums'])
-  assert float(state['sums']['examples']) == 12
+  assert float(state['sums']['labels']) == 12
   np.testing.assert_allclose(found['loss'], np.mean(losses), rtol=1e-6)
   assert found['accuracy'] * 12 == round(found['accuracy'] * 12)
 

@@ -104,8 +104,8 @@ def test_what_is_not_finite_stops_with_the_batch_named(load, tmp_path):
   assert number > 1 and len(set(examples)) == 4 and all(0 <= i < 24 for i in examples)
   assert found[3] == f'the checkpoint of update {number - 1} is intact'
   # The batch is the one that this update of a seed of 0 saw.
-  examples = classification.Numbered(classification.source(load('full'), 'train'))
-  order = data.Batches(examples, 4, lambda example, rng: {'i': example['index']})
+  source = classification.Numbered(classification.source(load('full'), 'train'))
+  order = data.Batches(source, 4, lambda example, rng: {'i': example['index']})
   batches = [next(order)['i'].tolist() for _ in range(number)]
   assert batches[-1] == examples
   assert not (tmp_path / 'theta.safetensors').exists()
