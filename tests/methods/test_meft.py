@@ -227,7 +227,7 @@ def test_the_reconstruction_error_is_told():
     tuned, theta = attached(model, held, meft(4, **hp), IMAGES)
     return jax.jit(lambda theta: jpeft.reconstruction_error(tuned, theta, held, IMAGES))(theta)['final_norm']
   far, near, kept = error(every=None), error(every=None, scales=(1.0, 1.0)), error(every=2)
-  assert far.shape == (12,) and far.max() > 100 * near.max() and near.max() < 1e-4
+  assert far.shape == (12,) and far.max() > 1e6 * near.max() and near.max() < 1e-2
   assert kept.max() < 1e-3 < far.max()
   tuned, theta = attached(model, held, jpeft.lora(2), IMAGES)
   with pytest.raises(ValueError, match='none of the methods lora makes layers reversible'):

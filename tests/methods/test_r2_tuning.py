@@ -68,7 +68,7 @@ def test_steps_go_from_the_deepest_state_up(small, monkeypatch):
   plain = record(QUERY)
   assert len(plain) == K
   for state in range(K):
-    moved = [np.abs(a - b).max() > 1e-4 for a, b in zip(plain, record(QUERY.at[:, state].add(1.0)), strict=True)]
+    moved = [np.abs(a - b).max() > 1e-4 for a, b in zip(plain, record(QUERY.at[:, state].multiply(-1)), strict=True)]
     assert moved == [step >= K - 1 - state for step in range(K)]
 
 
@@ -137,7 +137,7 @@ def test_masks(small):
   t = theta['r2_tuning']['']
   mute = {'r2_tuning': {'': {**t, 's': jnp.zeros(K)}}}  # the max over words knows no mask, as published
   mask = jnp.arange(L)[None] < jnp.array([[4], [L]])
-  other = QUERY.at[0, :, 4:].add(3.0)
+  other = QUERY.at[0, :, 4:].multiply(-1)
   one, two = (run(tuned, mute, held, query=q, query_mask=mask) for q in (QUERY, other))
   np.testing.assert_allclose(one['last'], two['last'], atol=1e-5)
   np.testing.assert_allclose(one['query'], two['query'], atol=1e-5)
