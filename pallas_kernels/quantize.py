@@ -8,19 +8,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jpeft.quant import maps
-from jpeft.quant.formats import Format, nf4
+from jpeft.quant.formats import nf4
 
 _TILES = (256, 512)  # rows of codes, columns
 
 
-def quantize_nf4(w: jax.Array, *, block: int = 64, implementation: str | None = None,
+def quantize_nf4(w: jax.Array, *, block: int = 64, implementation: str = 'xla',
                  interpret: bool = False) -> tuple[jax.Array, jax.Array]:
   """(codes, absmax) of a matrix, bit for bit those of `jpeft.quant.nf4(block).encode`, which is the plain form.
 
   Args:
     w: [in, out], float32 or bfloat16; `block` divides in.
     block: weights of a column that share a scale.
-    implementation: 'mosaic' or 'xla'; by default the kernel where the program is compiled for a TPU and the shape fits.
+    implementation: 'xla', or 'mosaic' for the kernel, which has not been shown to be any better.
     interpret: run the kernel on any platform, slowly.
 
   Returns:
@@ -31,17 +31,15 @@ def quantize_nf4(w: jax.Array, *, block: int = 64, implementation: str | None = 
   """
   if w.shape[0] % block:
     raise ValueError(f'blocks of {block} do not divide {w.shape[0]} rows')
-  if implementation not in (None, 'mosaic', 'xla'):
+  if implementation not in ('mosaic', 'xla'):
     raise ValueError(f'no implementation is called {implementation!r}; there are mosaic and xla')
-  plain, tiles = functools.partial(_plain, form=nf4(block)), tiles_of(w.shape, block)
-  kernel = functools.partial(_mosaic, block=block, tiles=tiles, interpret=interpret)
-  if implementation == 'xla' or implementation is None and tiles is None:
-    return plain(w)
-  if implementation is None:
-    return jax.lax.platform_dependent(w, tpu=kernel, default=plain)
+  if implementation == 'xla':
+    arrays = nf4(block).encode(w)
+    return arrays['codes'], arrays['absmax']
+  tiles = tiles_of(w.shape, block)
   if tiles is None:
     raise ValueError(f'mosaic cannot quantize {list(w.shape)}: 256 rows and 128 columns do not both divide it')
-  return kernel(w)
+  return _mosaic(w, block=block, tiles=tiles, interpret=interpret)
 
 
 def tiles_of(shape: tuple[int, int], block: int) -> tuple[int, int] | None:
@@ -49,11 +47,6 @@ def tiles_of(shape: tuple[int, int], block: int) -> tuple[int, int] | None:
   divisors = [next((s for s in (512, 256, 128) if s <= most and size % s == 0), None)
               for size, most in zip((shape[0] // 2, shape[1]), _TILES, strict=True)]
   return None if None in divisors or divisors[0] % block else tuple(divisors)
-
-
-def _plain(w, form: Format):
-  arrays = form.encode(w)
-  return arrays['codes'], arrays['absmax']
 
 
 def _mosaic(w, *, block, tiles, interpret):
