@@ -18,5 +18,6 @@ from .vit import ViT
 
 __all__ = [
   'T5', 'Bert', 'Llama', 'LlamaBlock', 'PostNormBlock', 'PreNormBlock', 'Pretrained', 'T5Block', 'Tokenizer',
-  'ViT', 'check_decoder', 'decoder_tokenizer', 'describe', 'from_config', 'load', 'load_tokenizer', 'save_pretrained', 'shift_right',
+  'ViT', 'check_decoder', 'decoder_tokenizer', 'describe', 'from_config', 'load', 'load_tokenizer',
+  'save_pretrained', 'shift_right',
 ]
