@@ -94,7 +94,10 @@ def decoder(tmp_path_factory) -> pathlib.Path:
   from tokenizers import models as parts
   folder = tmp_path_factory.mktemp('decoder')
   model = models.from_config(LLAMA)
-  models.save_pretrained(folder, model, model.init(jax.random.key(0), np.zeros((1, 4), np.int32)), LLAMA)
+  variables = model.init(jax.random.key(0), np.zeros((1, 4), np.int32))
+  # As wide as those of trained models are: a side network is read by this frozen head.
+  variables['params']['embed']['embedding'] *= 5
+  models.save_pretrained(folder, model, variables, LLAMA)
   tokenizer = Tokenizer(parts.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token='[UNK]'))
   tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
   tokenizer.add_special_tokens(WORDS[:3])
