@@ -6,7 +6,7 @@ import nbclient
 import nbformat
 import pytest
 
-from tests.train.conftest import backwards, decoder  # noqa: F401
+from tests.train.conftest import backwards, decoder, wide_decoder  # noqa: F401
 
 COLABS = pathlib.Path(__file__).parent.parent / 'colabs'
 NOTEBOOKS = sorted(path.name for path in COLABS.glob('*.ipynb'))
@@ -55,9 +55,10 @@ def before_and_after(printed):
 
 
 @quiet
-def test_qst_runs_on_a_tiny_decoder(executed, decoder, backwards):  # noqa: F811
+def test_qst_runs_on_a_tiny_decoder(executed, wide_decoder, backwards):  # noqa: F811
   """Random weights and a made-up task: two letters, to be written backwards in capitals."""
-  printed = executed('qst_llm.ipynb', MODEL=decoder, DATA=f'completions:{backwards}', STEPS=200, BATCH=3, TARGET='cpu')
+  printed = executed('qst_llm.ipynb', MODEL=wide_decoder, DATA=f'completions:{backwards}', STEPS=200, BATCH=3,
+                     TARGET='cpu')
   assert 'weights in' in printed and 'texts in' in printed and 'qlora' in printed
   before, after = before_and_after(printed)
   assert before > 15 and after < 0.8 * before

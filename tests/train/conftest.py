@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -94,15 +95,23 @@ def decoder(tmp_path_factory) -> pathlib.Path:
   from tokenizers import models as parts
   folder = tmp_path_factory.mktemp('decoder')
   model = models.from_config(LLAMA)
-  variables = model.init(jax.random.key(0), np.zeros((1, 4), np.int32))
-  # As wide as those of trained models are: a side network is read by this frozen head.
-  variables['params']['embed']['embedding'] *= 5
-  models.save_pretrained(folder, model, variables, LLAMA)
+  models.save_pretrained(folder, model, model.init(jax.random.key(0), np.zeros((1, 4), np.int32)), LLAMA)
   tokenizer = Tokenizer(parts.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token='[UNK]'))
   tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
   tokenizer.add_special_tokens(WORDS[:3])
   tokenizer.save(str(folder / 'tokenizer.json'))
   (folder / 'tokenizer_config.json').write_text(json.dumps({'eos_token': '<|end|>', 'chat_template': TEMPLATE}))
+  return folder
+
+
+@pytest.fixture(scope='session')
+def wide_decoder(decoder, tmp_path_factory) -> pathlib.Path:
+  """The same with words as wide as those of trained models: a side network is read by this frozen head."""
+  folder = tmp_path_factory.mktemp('wide') / 'decoder'
+  shutil.copytree(decoder, folder)
+  held = models.load(decoder)
+  held.variables['params']['embed']['embedding'] *= 5
+  models.save_pretrained(folder, held.model, held.variables, LLAMA)
   return folder
 
 
