@@ -1,6 +1,7 @@
 """JAX for the tests: CPU unless the environment says otherwise, 8 devices, quick compilation, compilations kept."""
 
 import os
+import re
 
 import jax
 import pytest
@@ -19,12 +20,6 @@ def pytest_configure(config: pytest.Config) -> None:
   known = (0, 10) <= jax.__version_info__ < (0, 11)
   if known and jax.config.jax_platforms == 'cpu' and 'not aot' in config.option.markexpr:
     os.environ.setdefault('XLA_FLAGS', QUICK)
-  # Tests that share a backbone stay in one process of `-n`, so that it is compiled once.
-  config.addinivalue_line('markers', 'xdist_group: tests that one process should run')
-  if getattr(config.option, 'dist', None) == 'load':
-    config.option.dist = 'loadgroup'
-  if getattr(config, 'workerinput', {}).get('loadgroup'):
-    config.option.loadgroup = True
   # Two runs may share the folder: an entry read while another run writes it is only compiled again.
   config.addinivalue_line('filterwarnings', 'ignore:Error (reading|writing) persistent compilation')
   cache = getattr(config, 'cache', None)
@@ -36,8 +31,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_configure_node(node) -> None:
-  node.workerinput['loadgroup'] = node.config.option.dist == 'loadgroup'
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+  """With `-n`: the tests of a backbone, else those of a module, in one process, so that each thing is compiled once."""
+  from xdist.scheduler import LoadScopeScheduling
+
+  class Scheduler(LoadScopeScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+      backbone = re.search(r'\[.*?((linen|nnx)_[a-z0-9]+)', nodeid)  # linen_vit and linen_vit_scan together
+      return backbone[1] if backbone else nodeid.split('::')[0]
+
+  return Scheduler(config, log) if config.option.dist == 'load' else None
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:

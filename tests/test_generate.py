@@ -10,7 +10,7 @@ import pytest
 import jpeft
 from jpeft import models
 from jpeft.generate import draw, generate, pad_left
-from tests.fixtures.backbone import noisy
+from tests.fixtures import noisy
 from tests.models.goldens import GOLDEN
 
 PROMPTS = ([5, 9, 3, 40, 22, 7, 8], [11, 30], [6])

@@ -10,7 +10,7 @@ import optax
 import jpeft
 from tests.contract.anatomies import described
 from tests.contract.table import made, row, stored
-from tests.fixtures import BACKBONES, leaf_paths, plain
+from tests.fixtures import BACKBONES, leaf_paths, noisy, plain
 
 
 class Pair:
@@ -97,12 +97,6 @@ class Pair:
 @functools.lru_cache(maxsize=24)
 def pair_of(method: str, backbone: str) -> Pair:
   return Pair(method, backbone)
-
-
-def noisy(tree, size: float = 0.1):
-  """A tree with normal noise on every leaf, always the same; in numpy, which compiles nothing."""
-  rng = np.random.default_rng(9)
-  return jax.tree.map(lambda x: x + jnp.asarray(size * rng.standard_normal(x.shape), x.dtype), tree)
 
 
 def far(got, want) -> float:

@@ -166,8 +166,7 @@ def over(pairs, always=DEFAULT, fixture='pair'):
   `pair` receives the Pair, any other name the names of method and backbone.
   """
   def param(method, backbone):
-    marks = [pytest.mark.xdist_group(backbone.removesuffix('_scan'))]
-    marks += [] if (method, backbone) in always else [pytest.mark.slow]
+    marks = [] if (method, backbone) in always else [pytest.mark.slow]
     return pytest.param((method, backbone), id=f'{method}-{backbone}', marks=marks)
   params = [param(*p) for p in sorted(pairs, key=lambda p: p[1])]
   return pytest.mark.parametrize(fixture, params, indirect=fixture == 'pair')

@@ -5,9 +5,9 @@ import jax
 import jpeft
 from jpeft.methods import REGISTRY
 from tests.contract.anatomies import described
-from tests.contract.pair import far, noisy
+from tests.contract.pair import far
 from tests.contract.table import error_of, made, over, takes_dropout
-from tests.fixtures import BACKBONES, leaves_equal
+from tests.fixtures import BACKBONES, leaves_equal, noisy
 
 # Scans that a flag or a mode tells, and a model without dropout of its own, where a key alone says it.
 TOLD, KEYED = ('linen_vit_scan', 'nnx_vit_scan'), 'nnx_llama'

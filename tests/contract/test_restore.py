@@ -8,16 +8,14 @@ import sys
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import pytest
 
-from tests.contract.pair import Pair, noisy
+from tests.contract.pair import Pair
 from tests.contract.restore import output
-from tests.fixtures import leaf_paths
+from tests.fixtures import leaf_paths, noisy
 
 NAMES = ['lora:linen_vit_scan', 'houlsby:nnx_vit_scan']
 
 
-@pytest.mark.xdist_group('nnx_vit')
 def test_theta_in_another_process(tmp_path):
   thetas, outs = {}, {}
   for name in NAMES:

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from jpeft import Call, Weight, at, matrix
+from tests import fixtures
 
 WIDTH = 6
 
@@ -144,9 +145,4 @@ def plain(model, held, *args, **kwargs):
 
 def noisy(tree, size: float = 0.3):
   """A tree with normal noise on every float, always the same."""
-  rng = np.random.default_rng(7)
-  def move(x):
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-      return x
-    return x + jnp.asarray(size * rng.standard_normal(x.shape), x.dtype)
-  return jax.tree.map(move, tree)
+  return fixtures.noisy(tree, size)

@@ -27,8 +27,7 @@ def close(got, want, atol):
   jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=atol), got, want)
 
 
-@pytest.mark.parametrize(('rule', 'name'), [
-  pytest.param(rule, name, marks=pytest.mark.xdist_group(name), id=f'{rule}-{name}') for rule, name in PAIRS])
+@pytest.mark.parametrize(('rule', 'name'), PAIRS)
 def test_an_edge(rule, name):
   b, tuned = attached(rule, name)
   start = tuned.init(jax.random.key(0), b.backbone)
@@ -52,8 +51,7 @@ def test_an_edge(rule, name):
     assert rule == 'call'
 
 
-@pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.xdist_group(n))
-                                  for n in ('linen_methods', 'nnx_methods')])
+@pytest.mark.parametrize('name', ['linen_methods', 'nnx_methods'])
 def test_a_rule_wraps_the_method_it_names(name):
   b = EDGES[name]
   rule = lambda method, k: jpeft.at('coder', jpeft.Call(
@@ -70,15 +68,13 @@ def test_a_rule_wraps_the_method_it_names(name):
   close(moved[-1], jax.tree.leaves(down)[-1] + 10, 1e-5)
 
 
-@pytest.mark.xdist_group('nnx_methods')
 def test_a_call_that_the_module_does_not_have():
   b = EDGES['nnx_methods']
   with pytest.raises(ValueError, match='1 sites match, but none has what it adapts'):
     jpeft.attach(b.model, adapter('coder'), b.backbone, *b.args, **b.kwargs)
 
 
-@pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.xdist_group(n))
-                                  for n in ('linen_jit_block', 'nnx_jit')])
+@pytest.mark.parametrize('name', ['linen_jit_block', 'nnx_jit'])
 def test_a_jitted_layer_is_traced_again_for_another_method(name):
   b = EDGES[name]
   init = lambda key, site, arrays: {'s': jnp.ones(())}
@@ -96,8 +92,7 @@ def test_a_jitted_layer_is_traced_again_for_another_method(name):
   assert not np.allclose(outs[0], outs[1], atol=1e-2) and not np.allclose(outs[0], outs[2], atol=1e-2)
 
 
-@pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in (
-  'linen_nested_scan', 'linen_scan_axis1', 'linen_vmap_ensemble', 'linen_partitioned')])
+@pytest.mark.parametrize('name', ['linen_nested_scan', 'linen_scan_axis1', 'linen_vmap_ensemble', 'linen_partitioned'])
 def test_stacked_layers_have_their_own_scalars_and_keys(name):
   b = EDGES[name]
   def apply(t, call, x):

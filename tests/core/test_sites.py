@@ -16,11 +16,6 @@ def sites(name):
   return jpeft.sites_of(b.model, b.backbone, *b.args, **b.kwargs)
 
 
-def shared(name):
-  """Tests of one backbone run in one process."""
-  return pytest.param(name, marks=pytest.mark.xdist_group(name))
-
-
 # edge: {site: (axes, lengths, {array: (shape of one layer, use, ins, batch, outs)})}
 DENSE_0 = {'kernel': ((16, 32), 'dot_general', (0,), (), (1,)), 'bias': ((32,), 'add', (), (), (0,))}
 DENSE_1 = {'kernel': ((32, 16), 'dot_general', (0,), (), (1,)), 'bias': ((16,), 'add', (), (), (0,))}
@@ -52,7 +47,7 @@ WANT = {
 }
 
 
-@pytest.mark.parametrize('name', [shared(n) for n in WANT])
+@pytest.mark.parametrize('name', WANT)
 def test_sites_and_their_arrays(name):
   found = sites(name)
   for path, (axes, lengths, leaves) in WANT[name].items():

@@ -5,16 +5,11 @@ import jax.numpy as jnp
 
 import jpeft
 from jpeft.models import T5, ViT
+from tests.fixtures import noisy
 
 TOKENS = jnp.arange(12).reshape(2, 6)
 MASK = jnp.array([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
 IMAGES = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
-
-
-def noisy(tree, size: float = 0.1):
-  """Every leaf moved by normal noise, always the same."""
-  move = lambda x: x + size * jax.random.normal(jax.random.key(x.size), x.shape)
-  return jax.jit(lambda tree: jax.tree.map(move, tree))(tree)
 
 
 def vit(**fields):

@@ -11,8 +11,8 @@ import jpeft
 from jpeft.methods.dist import dist, logits, stem, temporal
 from jpeft.models import ViT
 from tests.contract.anatomies import described
-from tests.fixtures import BACKBONES
-from tests.methods.small import attached, noisy, shapes_of, vit
+from tests.fixtures import BACKBONES, noisy
+from tests.methods.small import attached, shapes_of, vit
 
 T, STRIDE = 4, 2
 VIDEO = jax.random.normal(jax.random.key(5), (2 * T, 8, 8, 3))

@@ -13,8 +13,8 @@ from jpeft.methods.reversible import Layers, Reversible
 from jpeft.models import Bert, ViT
 from jpeft.models.layers import MLP, Attention
 from tests.contract.anatomies import described
-from tests.fixtures import BACKBONES
-from tests.methods.small import IMAGES, MASK, TOKENS, attached, noisy, shapes_of, t5, vit
+from tests.fixtures import BACKBONES, noisy
+from tests.methods.small import IMAGES, MASK, TOKENS, attached, shapes_of, t5, vit
 
 
 def test_one_layer_and_its_inverse_by_hand():

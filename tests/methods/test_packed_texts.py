@@ -7,7 +7,7 @@ import pytest
 
 import jpeft
 from jpeft import models
-from tests.fixtures.backbone import noisy
+from tests.fixtures import noisy
 from tests.models.goldens import GOLDEN
 
 ONE, TWO = [5, 9, 3, 40, 22], [7, 8, 30]

@@ -14,7 +14,7 @@ from jpeft import models
 from jpeft.core import count
 from jpeft.models import Llama
 from jpeft.quant import Quantized
-from tests.fixtures.backbone import noisy
+from tests.fixtures import noisy
 from tests.models.test_llama import LLAMA_2_7B
 
 TOKENS = jnp.array([[3, 9, 4, 1], [8, 2, 2, 5]])

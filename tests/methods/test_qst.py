@@ -13,7 +13,7 @@ from jpeft import models
 from jpeft.core import count
 from jpeft.generate import generate, pad_left
 from jpeft.models import Llama
-from tests.fixtures.backbone import noisy
+from tests.fixtures import noisy
 from tests.models.test_llama import LLAMA_2_7B
 
 TOKENS = jnp.array([[3, 9, 4, 1, 7, 7, 2], [8, 2, 2, 5, 0, 11, 6]])

@@ -9,7 +9,8 @@ import jpeft
 from jpeft.core import count
 from jpeft.methods.sherl import merged
 from jpeft.models import T5, Bert, ViT
-from tests.methods.small import IMAGES, MASK, TOKENS, attached, noisy, shapes_of, t5, vit
+from tests.fixtures import noisy
+from tests.methods.small import IMAGES, MASK, TOKENS, attached, shapes_of, t5, vit
 
 CLOSED = 10.0  # tanh(gamma / T) is one
 

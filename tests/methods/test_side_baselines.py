@@ -11,7 +11,8 @@ from jpeft.methods.features import select
 from jpeft.methods.head2toe import averaged
 from jpeft.models import Bert
 from jpeft.optim import lora_fa as correction
-from tests.methods.small import IMAGES, TOKENS, attached, noisy, vit
+from tests.fixtures import noisy
+from tests.methods.small import IMAGES, TOKENS, attached, vit
 
 
 def test_side_tuning_mixes_two_networks():

@@ -10,7 +10,8 @@ import pytest
 import jpeft
 from jpeft.methods.features import group_lasso, select
 from jpeft.models import Bert, ViT
-from tests.methods.small import IMAGES, MASK, TOKENS, attached, noisy, shapes_of, vit
+from tests.fixtures import noisy
+from tests.methods.small import IMAGES, MASK, TOKENS, attached, shapes_of, vit
 
 BIG = dict(width=768, depth=12, heads=12, mlp_dim=3072, patch_size=16, image_size=224)
 PIXELS = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)

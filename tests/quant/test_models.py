@@ -15,8 +15,7 @@ from jpeft import checkpoint, models
 from jpeft.generate import generate
 from jpeft.quant import Quantized, from_bitsandbytes, to_bitsandbytes
 from tests.contract.anatomies import described
-from tests.fixtures import BACKBONES
-from tests.fixtures.backbone import noisy
+from tests.fixtures import BACKBONES, noisy
 from tests.models.goldens import GOLDEN, golden
 from tests.models.test_llama import LLAMA_2_7B, TOKENS
 
