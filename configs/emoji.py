@@ -18,6 +18,7 @@ METHODS = {
   'bitfit': dict(lr=5e-3),
   'norm': dict(lr=5e-3),
   'lora': dict(lr=3e-3, rank=8, alpha=16),
+  'lora_packed': dict(name='lora', lr=3e-3, rank=8, alpha=16, saved_bits=4),
   'pissa': dict(name='lora', lr=3e-4, rank=8, alpha=8, init='pissa'),
   'dora': dict(lr=3e-3, rank=8, alpha=16),
   'ssf': dict(lr=5e-3),

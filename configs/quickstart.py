@@ -20,6 +20,7 @@ METHODS = {
   'bitfit': dict(lr=5e-3, epochs=4),
   'norm': dict(lr=5e-3, epochs=4),
   'lora': dict(lr=3e-3, epochs=4, rank=8, alpha=16),
+  'lora_packed': dict(name='lora', lr=3e-3, epochs=4, rank=8, alpha=16, saved_bits=4),
   'pissa': dict(name='lora', lr=3e-4, epochs=4, rank=8, alpha=8, init='pissa'),
   'dora': dict(lr=3e-3, epochs=4, rank=8, alpha=16),
   'ssf': dict(lr=5e-3, epochs=4),

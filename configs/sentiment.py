@@ -16,6 +16,7 @@ METHODS = {
   'full': dict(lr=1e-4, epochs=1),
   'bitfit': dict(lr=3e-3, epochs=1),
   'lora': dict(lr=2e-3, epochs=1, rank=8, alpha=16, targets='{linear}'),
+  'lora_packed': dict(name='lora', lr=2e-3, epochs=1, rank=8, alpha=16, targets='{linear}', saved_bits=4),
   'pissa': dict(name='lora', lr=3e-4, epochs=1, rank=8, alpha=8, init='pissa', targets='{linear}'),
   'houlsby': dict(lr=1e-3, epochs=1),
 }

@@ -91,6 +91,8 @@ FIELDS: dict[str, Field] = {
   'method.name': Field(_TEXT, REQUIRED, 'of the registry, such as lora or lst'),
   'method.head': Field((bool, type(None)), None, "train the model's head as well; if left out, where it is fresh: not "
                        'of a model that writes text'),
+  'method.saved_bits': Field((int, type(None)), None, 'of a value that the backward pass keeps of a block; whole '
+                             'values if left out', '4, 8 or None', lambda v: v in (4, 8, None)),
   'loss.label_smoothing': _within(0.0, 'share of the target given to all labels alike', 0.0, 1.0),
   'optimizer.name': _choice('adamw', 'update rule', 'adamw', 'adam', 'sgd', 'lion', 'adafactor'),
   'optimizer.lr': _positive(float, 1e-3, 'learning rate at its highest'),
@@ -106,6 +108,7 @@ FIELDS: dict[str, Field] = {
                             'pairs (regex, factor of at least 0)', _pairs),
   'optimizer.lora_plus': _positive(float, None, 'LoRA+: lr factor of the b matrices'),
   'optimizer.accumulate': _positive(int, 1, 'micro-batches that a batch is cut into'),
+  'optimizer.offload': Field(_FLAG, False, 'keep its state in host memory between updates; a CPU has no other'),
   'schedule.name': _choice('cosine', 'of the learning rate', 'cosine', 'linear', 'constant'),
   'schedule.warmup_steps': Field((int,), 0, 'updates of linear warm-up', 'at least 0', lambda v: v >= 0),
   'schedule.warmup_fraction': _within(0.0, 'the same as a share of all updates', 0.0, 1.0),

@@ -92,12 +92,13 @@ REGISTRY: dict[str, Entry] = {
 }
 
 
-def make(name: str, head: bool = True, **hyperparameters) -> Method:
+def make(name: str, head: bool = True, saved_bits: int | None = None, **hyperparameters) -> Method:
   """A method of the registry by name.
 
   Args:
     name: a key of REGISTRY.
     head: also train the model's head, for methods that do not by themselves.
+    saved_bits: of a value that the backward pass keeps of a block (`packed`), 4 or 8; None for whole values.
     **hyperparameters: of the method's factory.
 
   Raises:
@@ -115,6 +116,8 @@ def make(name: str, head: bool = True, **hyperparameters) -> Method:
       hint = f'; did you mean {near[0]!r}?' if near else ''
       raise ValueError(f'{name} has no hyperparameter {key!r}{hint} It has: {", ".join(known)}')
   method = entry.make(**hyperparameters)
+  if saved_bits is not None:
+    method = chain(method, packed(bits=saved_bits))
   return method if entry.head or not head else chain(method, tune('{head}', name='head', memory=NONE))
 
 

@@ -4,11 +4,15 @@ The lean side networks were chosen by what XLA for TPU v5e keeps of them (docs/m
 they are stored, and side blocks recomputed in the backward pass.
 """
 
+_PACKED = {'saved_bits': 4}
 _LEAN = {'downsample': 'pool', 'block': 'attention'}
 
 # {name: (method, hyperparameters)}; a name that is a method's stands for its default preset.
 PRESETS: dict[str, tuple[str, dict]] = {
+  'bitfit_packed': ('bitfit', _PACKED),
+  'lora_packed': ('lora', _PACKED),
   'lora_all': ('lora', {'targets': '{linear}'}),
+  'lora_all_packed': ('lora', {'targets': '{linear}', **_PACKED}),
   'qlora': ('qlora', {'rank': 8, 'alpha': 8}),
   'lst': ('lst', _LEAN),
   'lst_mlp': ('lst', {**_LEAN, 'block': 'mlp'}),

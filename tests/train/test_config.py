@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jpeft import config
+from jpeft import config, run
 
 SMALL = {'model': {'source': 's'}, 'data': {'name': 'd'}, 'method': {'name': 'lora', 'rank': 4}, 'steps': 3}
 
@@ -31,6 +31,13 @@ def test_integers_serve_as_floats_but_not_the_reverse():
   assert config.complete({**SMALL, 'optimizer': {'lr': 1}}).optimizer.lr == 1.0
   with pytest.raises(ValueError, match='config.steps must be of type int'):
     config.complete({**SMALL, 'steps': 2.5})
+
+
+def test_what_the_backward_pass_keeps():
+  kept = lambda bits: run.method_of(config.complete({**SMALL, 'method': {'name': 'lora', 'saved_bits': bits}})).names
+  assert kept(4) == ('lora', 'packed', 'head') and kept(None) == ('lora', 'head')
+  with pytest.raises(ValueError, match='config.method.saved_bits must be 4, 8 or None, not 3'):
+    kept(3)
 
 
 def test_json_round_trip_and_differences(tmp_path):
