@@ -139,9 +139,11 @@ def memory(program: jax.stages.Compiled) -> Memory | None:
 
 
 def nbytes(tree) -> int:
-  """The bytes of a tree of arrays or shapes; of what is sharded, those on one device."""
+  """The bytes of a tree of arrays or shapes; of what is sharded, those on one device; none of what hosts hold."""
   def leaf(x):
     sharding = getattr(x, 'sharding', None)
+    if getattr(sharding, 'memory_kind', None) == 'pinned_host':
+      return 0
     shape = sharding.shard_shape(x.shape) if sharding is not None else x.shape
     size = 4 if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x.dtype.itemsize
     return math.prod(shape) * size

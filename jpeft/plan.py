@@ -125,7 +125,8 @@ class Plan:
       return ('hold the backbone in bfloat16 (model.param_dtype) or in 4 bits (model.quantize=nf4), or spread it over '
               'chips (mesh.backbone=sharded)')
     if self.dominant in ('trained weights', 'optimizer state'):
-      return 'train fewer numbers (lora, lst), or take an optimizer with less state (lion, adafactor)'
+      return ('train fewer numbers (lora, lst), take an optimizer with less state (lion, adafactor), or hold its state '
+              'in host memory (optimizer.offload)')
     if self.dominant == 'batch':
       return 'take a smaller batch, or shorter inputs'
     if self.memory_class == MEMORY_CLASSES[0]:
@@ -186,6 +187,7 @@ class Work:
     mesh: (data, model) devices.
     sharded: whether the backbone is spread over the model axis.
     accumulate, smoothing: see `step.train_step`.
+    offload: whether the optimizer's state lies in host memory.
   """
 
   model: Any
@@ -197,6 +199,7 @@ class Work:
   sharded: bool = False
   accumulate: int = 1
   smoothing: float = 0.0
+  offload: bool = False
 
   def mode(self, training: bool) -> dict[str, bool]:
     """The argument by which the model is told whether it trains; none where it takes none."""
@@ -219,8 +222,8 @@ class Work:
     """(state, variables, batch) as shapes that lie where the trainer puts the arrays."""
     whole = step.replicated(mesh)
     backbone = step.over_model(mesh, self.variables) if self.sharded else whole
-    return (step.laid(state, whole), step.laid(self.variables, backbone),
-            step.laid(self.batch(size), step.over_data(mesh)))
+    state = step.laid(state, step.of_state(mesh, state, step.offloads(mesh, self.offload)))
+    return state, step.laid(self.variables, backbone), step.laid(self.batch(size), step.over_data(mesh))
 
   def forward(self, size: int) -> float:
     """FLOPs of the untouched model's forward pass."""
@@ -257,7 +260,8 @@ def measure(work: Work, name: str, tuned: Tuned, tx: optax.GradientTransformatio
     raise ValueError(f'a batch of {size} does not divide over {work.mesh[0]} devices and {work.accumulate} '
                      'micro-batches')
   state, held, batch = work.placed(mesh, step.state_shapes(tuned, tx, work.variables), size)
-  fn = step.train_step(tuned, step.forward(tuned, True, work.mode(True)), tx, 0, work.smoothing, work.accumulate)
+  fn = step.train_step(tuned, step.forward(tuned, True, work.mode(True)), tx, 0, work.smoothing, work.accumulate,
+                       step.offloads(mesh, work.offload))
   traced = jax.jit(fn, donate_argnums=0, keep_unused=True).trace(state, held, batch)
   known = cost.nbytes((state, held, batch))
   found = {'argument': known, 'temp': None, 'total': known, 'exact': False}
@@ -318,7 +322,7 @@ def _planned(work: Work, name: str, tuned: Tuned, tx, where: targets.Target, sea
 def plan(model, methods: str | Method | Sequence[str] | Mapping[str, Method], batch: Mapping[str, Any], *,
          variables=None, target: str = 'tpu:v5e', optimizer: str = 'adamw', accumulate: int = 1,
          mesh: tuple[int, int] = (1, 1), sharded: bool = False, search: bool = False, head: bool = True,
-         storage: str | None = None) -> Plans:
+         storage: str | None = None, offload: bool = False) -> Plans:
   """What a training step of each method on a model asks of a device: nothing is run.
 
   Where none of them fits, what might is planned as well.
@@ -337,6 +341,7 @@ def plan(model, methods: str | Method | Sequence[str] | Mapping[str, Method], ba
     search: also find the largest batch that fits.
     head: named methods also train the model's head.
     storage: the 4-bit format of the kernels (`quant.formats.FORMATS`); if left out, that of each named method.
+    offload: the optimizer's state lies in host memory between updates.
 
   Returns:
     A tuple of Plan that prints as a table.
@@ -348,7 +353,8 @@ def plan(model, methods: str | Method | Sequence[str] | Mapping[str, Method], ba
   shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
   resized = lambda size: {name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for name, x in shapes.items()}
   remat = bool(getattr(model, 'remat', False))
-  work = Work(model, variables, resized, shapes['label'].shape[0], remat, mesh, sharded, accumulate)
+  work = Work(model, variables, resized, shapes['label'].shape[0], remat, mesh, sharded, accumulate,
+              offload=offload)
   if variables is None:
     args, kwargs = tasks.inputs(shapes)
     init = functools.partial(model.init, **work.mode(False)) if isinstance(model, nn.Module) else None
@@ -413,13 +419,11 @@ def _of_config(name: str, config, where: targets.Target, search: bool) -> Plan:
   classes = 0 if config.task == 'language' else config.model.num_classes or CLASSES
   pretrained, tuned = run.build(config, classes, models.describe)
   blank = tasks.of(config).blank(config, pretrained)
-  rate = optim.schedule(lr=config.optimizer.lr, steps=1000, **config.schedule)
-  choices = {k: v for k, v in config.optimizer.items() if k not in ('lr', 'accumulate')}
-  tx = optim.optimizer(tuned, tuned.shapes, rate, **choices)
+  _, tx = run.optimizer_of(config, tuned, steps=1000)
   work = Work(
     pretrained.model, pretrained.variables, lambda size: step.rows_of(blank, size, None), config.data.batch_size,
     config.model.remat, (config.mesh.data, config.mesh.model), config.mesh.backbone == 'sharded',
-    config.optimizer.accumulate, config.loss.label_smoothing)
+    config.optimizer.accumulate, config.loss.label_smoothing, config.optimizer.offload)
   return _planned(work, name, tuned, tx, where, search)
 
 

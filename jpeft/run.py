@@ -18,10 +18,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import optax
+
 from . import config as config_lib
-from . import methods, models, tasks
+from . import methods, models, optim, tasks
 from .checkpoint import fingerprint, load_theta, write
-from .core import attach
+from .core import Tuned, attach
 from .quant import formats
 
 
@@ -153,6 +155,13 @@ def method_of(config):
     return methods.make(name, head=head, **values)
   except TypeError as error:
     raise ValueError(f'config.method: {name} does not take {values}: {error}') from error
+
+
+def optimizer_of(config, tuned: Tuned, steps: int) -> tuple[optax.Schedule, optax.GradientTransformation]:
+  """(the learning rate of each of `steps` updates, the update rule) that the config names."""
+  rate = optim.schedule(lr=config.optimizer.lr, steps=steps, **config.schedule)
+  choices = {k: v for k, v in config.optimizer.items() if k not in ('lr', 'accumulate', 'offload')}
+  return rate, optim.optimizer(tuned, tuned.shapes, rate, **choices)
 
 
 def storage_of(config) -> str | None:

@@ -53,7 +53,7 @@ def forward(tuned: Tuned, training: bool, mode: Mapping[str, bool] | None = None
 
 
 def train_step(tuned: Tuned, forward: Callable, tx: optax.GradientTransformation, seed: int,
-               smoothing: float = 0.0, accumulate: int = 1) -> Callable:
+               smoothing: float = 0.0, accumulate: int = 1, offload: bool = False) -> Callable:
   """(state, backbone, batch) -> (state, {'loss', 'grad_norm'}): one update; differentiates theta alone.
 
   Args:
@@ -63,6 +63,7 @@ def train_step(tuned: Tuned, forward: Callable, tx: optax.GradientTransformation
     seed: of dropout and of the method's own edits; the step is folded in.
     smoothing: of the labels.
     accumulate: micro-batches that a batch is cut into, one after the other.
+    offload: the optimizer's state lies in host memory, and is on the device only while it is read and written.
   """
   def objective(theta, backbone, batch, key, count):
     logits = forward(theta, backbone, batch, key)
@@ -87,7 +88,10 @@ def train_step(tuned: Tuned, forward: Callable, tx: optax.GradientTransformation
     run = gradient if accumulate == 1 else accumulated
     count = (batch['label'] >= 0).sum()
     (loss, correct), grads = run(theta, backbone, batch, key, count)
-    updates, optimizer = tx.update(grads, state['optimizer'], theta)
+    optimizer = jax.device_put(state['optimizer'], jax.memory.Space.Device) if offload else state['optimizer']
+    updates, optimizer = tx.update(grads, optimizer, theta)
+    if offload:
+      optimizer = jax.device_put(optimizer, jax.memory.Space.Host)
     theta = optax.apply_updates(theta, updates)
     if tuned.updates:
       theta = tuned.update(theta, number + 1, jax.random.fold_in(key, STREAM_UPDATE))
@@ -228,6 +232,18 @@ def mesh(data: int, model: int) -> Mesh:
 
 def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
+
+
+def offloads(mesh: Mesh, asked: bool) -> bool:
+  """Whether the optimizer's state goes to host memory: where that is asked for, and the devices are no CPUs."""
+  return asked and mesh.devices.flat[0].platform != 'cpu'
+
+
+def of_state(mesh: Mesh, state: Mapping[str, Any], offload: bool = False) -> dict:
+  """Shardings of a training state, whole on each device; the optimizer's part in pinned host memory if `offload`."""
+  whole = replicated(mesh)
+  places = {'optimizer': whole.with_memory_kind('pinned_host')} if offload else {}
+  return {name: jax.tree.map(lambda _: places.get(name, whole), tree) for name, tree in state.items()}
 
 
 def over_data(mesh: Mesh) -> NamedSharding:

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from . import config as config_lib
-from . import data, features, optim, report, run, step, tasks
+from . import data, features, report, run, step, tasks
 from .checkpoint import Checkpoints, fingerprint, save_theta
 from .core import summary
 from .generate import completions
@@ -78,17 +78,18 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
       learn, judge = (features.cached(part, tuned, eval_size) for part in (learn, judge))
     batches = data.Batches(learn.source, size, learn.transform, config.seed)
     steps = config.steps or max(1, round(config.epochs * batches.steps_per_epoch))
-    rate = optim.schedule(lr=config.optimizer.lr, steps=steps, **config.schedule)
-    choices = {k: v for k, v in config.optimizer.items() if k not in ('lr', 'accumulate')}
-    tx = optim.optimizer(tuned, tuned.shapes, rate, **choices)
+    rate, tx = run.optimizer_of(config, tuned, steps)
     facts = summary(tuned)
 
   # ---- Compilation, from shapes: what cannot fit is told before anything is put on a device.
   whole, rows = step.replicated(mesh), step.over_data(mesh)
   split = step.over_model(mesh, pretrained.variables) if config.mesh.backbone == 'sharded' else whole
+  offload = step.offloads(mesh, config.optimizer.offload)
   fn = step.train_step(tuned, learn.forward, tx, config.seed, config.loss.label_smoothing,
-                       config.optimizer.accumulate)
-  shapes = step.laid(step.state_shapes(tuned, tx, pretrained.variables), whole)
+                       config.optimizer.accumulate, offload)
+  shapes = step.state_shapes(tuned, tx, pretrained.variables)
+  placed = step.of_state(mesh, shapes, offload)
+  shapes = step.laid(shapes, placed)
   held = step.laid(pretrained.variables, split)
   with run.inputs_checked():
     update, cost = step.fitting(fn, shapes, held, step.rows_of(learn.blank, size, rows))
@@ -102,7 +103,7 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
   # ---- Arrays on their devices.
   backbone = jax.device_put(pretrained.variables, split)
   backbone_sha256 = fingerprint(backbone)
-  state = jax.device_put(step.initial_state(tuned, tx, backbone, config.seed), whole)
+  state = jax.device_put(step.initial_state(tuned, tx, backbone, config.seed), placed)
 
   # ---- Where the run stands.
   with run.inputs_checked():

@@ -301,3 +301,10 @@ def test_the_compiler_refuses_and_its_count_is_told():
            'label': jax.ShapeDtypeStruct((1024,), jnp.int32)}
   found, *instead = jpeft.plan(model, 'full', batch, target='tpu:v5e')
   assert instead and found.fits is False and found.exact and found.total > 15.75 * 2**30
+
+
+@pytest.mark.aot
+def test_state_on_the_host_takes_no_device_memory():
+  pytest.importorskip('libtpu')
+  here, there = (jpeft.plan(vit(), 'full', IMAGES, target='tpu:v5e', offload=offload)[0] for offload in (False, True))
+  assert there.optimizer == 0 and here.argument - there.argument > 0.9 * here.optimizer > 0

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 
 import jpeft
-from jpeft import step
+from jpeft import cost, step
 
 
 class Net(nn.Module):
@@ -101,3 +101,22 @@ def test_a_mesh_shards_the_largest_axis_that_divides():
   tree = {'a': jnp.zeros((8, 12)), 'b': jnp.zeros((6,)), 'c': jnp.zeros(())}
   specs = {name: sharding.spec for name, sharding in step.over_model(mesh, tree).items()}
   assert tuple(specs['a']) == (None, 'model') and tuple(specs['b']) in ((None,), ()) and tuple(specs['c']) == ()
+
+
+def test_the_optimizers_state_alone_goes_to_the_host():
+  mesh = step.mesh(1, 1)
+  _, _, _, state = prepared(jpeft.tune('head'), optax.adam(0.1))
+  for offload in (False, True):
+    kinds = jax.tree.map(lambda place: place.memory_kind == 'pinned_host', step.of_state(mesh, state, offload))
+    assert {name: set(jax.tree.leaves(part)) for name, part in kinds.items()} == {
+      name: {offload and name == 'optimizer'} for name in ('theta', 'optimizer', 'step', 'sums')}
+  held = step.laid(state, step.of_state(mesh, state, True))
+  assert cost.nbytes(held) == cost.nbytes({**state, 'optimizer': ()})
+  assert not step.offloads(mesh, True)  # a CPU's memory is the host's
+
+
+def test_state_that_comes_from_the_host_is_updated_as_if_it_had_stayed():
+  tuned, tx, backbone, state = prepared(jpeft.tune('head'), optax.adam(0.1))
+  here, there = (jax.jit(step.train_step(tuned, step.forward(tuned, True), tx, 0, offload=offload))(
+    state, backbone, BATCH)[0] for offload in (False, True))
+  jax.tree.map(np.testing.assert_array_equal, here, there)
