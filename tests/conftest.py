@@ -1,5 +1,6 @@
 """JAX for the tests: CPU unless the environment says otherwise, 8 devices, quick compilation, compilations kept."""
 
+import gc
 import os
 import re
 
@@ -10,9 +11,11 @@ if 'JAX_PLATFORMS' not in os.environ:
   jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
 
-# Compiling is most of the time of these tests, and half of it is optimisation that tiny arrays do not need.
-# An XLA that does not know a flag ends the process, so they are given to versions that are known to have them.
-QUICK = '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
+# Tracing and compiling are most of the time of these tests; half of compiling is optimisation that tiny arrays do not
+# need. An XLA that does not know a flag ends the process, so they are given to versions that are known to have them.
+QUICK = ('--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false '
+         '--xla_cpu_parallel_codegen_split_count=1')
+gc.set_threshold(100_000, 50, 100)  # programs are many small objects, all alive
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -142,13 +142,13 @@ OTHERS = tuple(n for n in BACKBONES if n not in (*LINEN_SCAN, *NNX_SCAN, *DECODE
 
 
 def spread() -> list[tuple[str, str]]:
-  """Pairs for every run: each method on three backbones, a scan, a decoder and another, all backbones alike."""
+  """Pairs for every run: each method on a scan and a decoder, or on as many others; each other one with two methods."""
   chosen, load = [], Counter()
   for method in sorted(REGISTRY, key=lambda m: -len(row(m).cannot)):  # the choosiest first
     mine = []
     for group, upto in ((LINEN_SCAN + NNX_SCAN, 1), (DECODERS, 2), (OTHERS, 3)):
-      fit = [b for b in group if error_of(method, b) is None]
-      mine += sorted(fit, key=lambda b: load[b])[:upto - len(mine)]
+      fit = sorted((b for b in group if error_of(method, b) is None), key=lambda b: load[b])
+      mine += [b for i, b in enumerate(fit[:upto - len(mine)]) if len(mine) + i < 2 or load[b] < 2]
     chosen += [(method, backbone) for backbone in mine]
     load.update(mine)
   return chosen

@@ -14,7 +14,7 @@ from tests.fixtures import BACKBONES
 from tests.fixtures.linen_models import VisionTransformer
 
 # Wide and deep enough that adapters, heads and the block that nothing crosses weigh little.
-MODEL = VisionTransformer(num_layers=6, hidden_size=128)
+MODEL = VisionTransformer(num_layers=5, hidden_size=128)
 X = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
 HELD = jax.eval_shape(lambda x: MODEL.init(jax.random.key(0), x, train=False), X)
 SIZES = {'lst': {'reduction': 8}, 'qst': {'reduction': 8}}

@@ -13,17 +13,17 @@ def test_rows_name_what_there_is():
   assert all({*row.cannot, *row.on} <= set(BACKBONES) for row in ROWS.values())
 
 
-def test_every_method_meets_a_scan_a_decoder_and_another():
+def test_every_method_meets_a_scan_and_a_decoder():
   for method in REGISTRY:
     mine = {b for m, b in DEFAULT if m == method}
-    assert len(mine) >= min(3, sum(error_of(method, b) is None for b in BACKBONES))
+    assert len(mine) >= min(2, sum(error_of(method, b) is None for b in BACKBONES))
     for group in (LINEN_SCAN + NNX_SCAN, DECODERS):
       assert mine & set(group) or all(error_of(method, b) for b in group), (method, group)
 
 
-def test_every_backbone_meets_four_methods():
+def test_every_backbone_meets_two_methods():
   load = Counter(backbone for _, backbone in DEFAULT)
-  assert set(load) == set(BACKBONES) and min(load.values()) >= 4
+  assert set(load) == set(BACKBONES) and min(load.values()) >= 2
 
 
 def test_no_anatomy_of_a_fixture_is_left_behind():

@@ -59,7 +59,7 @@ def test_theta_of_another_method(make, method):
   model = make()
   held = backbone(model)
   tuned, other = (jpeft.attach(model, m, held, X) for m in (method, adapter('.*/fc')))
-  theta = other.init(jax.random.key(0), held)
+  theta = jax.jit(other.init)(jax.random.key(0), held)
   name = tuned.method.names[0]
   with pytest.raises(ValueError, match=f"no entry '{name}' for .*it holds adapter.*another method"):
     tuned.apply(theta, held, X)

@@ -150,7 +150,7 @@ def test_modules_of_a_rules_own_are_no_part_of_the_model():
   around = jpeft.at('block_0', jpeft.Call('beside', beside, init))
   held = backbone(model)
   tuned = jpeft.attach(model, jpeft.chain(around, spy('.*fc', seen.append)), held, X)
-  theta = tuned.init(jax.random.key(0), held)
+  theta = jax.jit(tuned.init)(jax.random.key(0), held)
   out = tuned.apply(theta, held, X)
   np.testing.assert_allclose(out, plain(model, held, X) + X @ theta['beside']['block_0']['kernel'], atol=1e-6)
   assert [call.site.path for call in seen] == ['block_0/fc']

@@ -19,7 +19,7 @@ def halves(model, method, held, args, kwargs=None):
   """(fn(theta, held, batch), theta, the halves of fn, batch): batch holds the arrays of the call."""
   kwargs = kwargs or {}
   tuned = jpeft.attach(model, method, held, *args, **kwargs)
-  theta = jax.tree.map(lambda a: a + 0.1, tuned.init(jax.random.key(0), held))
+  theta = jax.tree.map(lambda a: a + 0.1, jax.jit(tuned.init)(jax.random.key(0), held))
   arrays = {k: v for k, v in kwargs.items() if hasattr(v, 'shape')}
   fn = lambda theta, held, batch: tuned.apply(theta, held, *batch[0], **{**kwargs, **batch[1]})
   return fn, theta, jpeft.cut(fn, theta, held, (args, arrays)), (args, arrays)

@@ -30,7 +30,7 @@ def close(got, want, atol):
 @pytest.mark.parametrize(('rule', 'name'), PAIRS)
 def test_an_edge(rule, name):
   b, tuned = attached(rule, name)
-  start = tuned.init(jax.random.key(0), b.backbone)
+  start = jax.jit(tuned.init)(jax.random.key(0), b.backbone)
 
   def fn(theta, held):
     out = tuned.apply(theta, held, *b.args, **b.kwargs)
@@ -58,7 +58,7 @@ def test_a_rule_wraps_the_method_it_names(name):
     method, lambda t, call, x: t['s'] * call(x) + k, lambda key, site, a: {'s': jnp.ones(())}, method=method))
   both = jpeft.chain(rule('encode', 1.0), rule('decode', 10.0))
   tuned = jpeft.attach(b.model, both, b.backbone, *b.args, **b.kwargs)
-  theta = tuned.init(jax.random.key(0), b.backbone)
+  theta = jax.jit(tuned.init)(jax.random.key(0), b.backbone)
   assert set(theta) == {'encode', 'decode'}
   zero = jax.tree.map(jnp.zeros_like, theta)
   out = jax.tree.leaves(tuned.apply({**theta, 'decode': zero['decode']}, b.backbone, *b.args, **b.kwargs))
@@ -85,7 +85,7 @@ def test_a_jitted_layer_is_traced_again_for_another_method(name):
     rule = jpeft.at(b.roles['block'], jpeft.Call('same', apply, init))
     return jpeft.attach(b.model, rule, b.backbone, *b.args, **b.kwargs)
   plus, minus, zero = (attached(sign) for sign in (1, -1, 0))
-  theta = plus.init(jax.random.key(0), b.backbone)
+  theta = jax.jit(plus.init)(jax.random.key(0), b.backbone)
   outs = [tuned.apply(theta, b.backbone, *b.args) for tuned in (plus, minus, zero, plus)]
   np.testing.assert_array_equal(outs[0], outs[3])
   close(outs[2], plain(b), 1e-5)
@@ -101,7 +101,7 @@ def test_stacked_layers_have_their_own_scalars_and_keys(name):
     return t['s'] * y + (0 if key is None else t['m'][0, 0] * jax.random.normal(key)), rest
   rule = jpeft.Call('scalar', apply, lambda key, site, a: {'s': jnp.ones(()), 'm': jnp.zeros((1, 1))})
   tuned = jpeft.attach(b.model, jpeft.at(b.roles['block'], rule), b.backbone, *b.args)
-  theta = tuned.init(jax.random.key(0), b.backbone)
+  theta = jax.jit(tuned.init)(jax.random.key(0), b.backbone)
   run = jax.jit(lambda theta, key: tuned.apply(theta, b.backbone, *b.args, rngs={'dropout': key}))
   close(run(theta, jax.random.key(0)), plain(b), 1e-5)
   loss = lambda theta, key: jnp.sum(run.__wrapped__(theta, key) ** 2)

@@ -96,7 +96,7 @@ def test_updates_between_steps(stack):
   assert not jpeft.attach(model, gain('.*/fc'), held, X).updates
   tuned = jpeft.attach(model, jpeft.chain(gain('.*/fc'), scheduled('.*/fc')), held, X)
   assert tuned.updates
-  theta = tuned.init(jax.random.key(0), held)
+  theta = jax.jit(tuned.init)(jax.random.key(0), held)
   after = jax.jit(tuned.update)(jax.jit(tuned.update)(theta, 2, jax.random.key(1)), 3, jax.random.key(2))
   assert jax.eval_shape(lambda: after) == jax.eval_shape(lambda: theta)
   flat = leaf_paths(after)
@@ -104,4 +104,4 @@ def test_updates_between_steps(stack):
   random = np.concatenate([np.ravel(x) for p, x in flat.items() if p.endswith('/r')])
   assert len(set(random.tolist())) == 3
   assert all(leaves_equal(x, leaf_paths(theta)[p]) for p, x in flat.items() if p[-2:] not in ('/n', '/r'))
-  assert leaves_equal(theta, tuned.init(jax.random.key(0), held))
+  assert leaves_equal(theta, jax.jit(tuned.init)(jax.random.key(0), held))

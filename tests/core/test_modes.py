@@ -98,7 +98,7 @@ def test_who_decides_about_training(case):
   spy('fc', lambda call: call.rng('noise')), low_rank('fc', needs_dot=True)], ids=['call', 'weight'])
 def test_training_without_a_key(method):
   tuned, held = attached(in_mode(True), method)
-  theta = tuned.init(jax.random.key(0), held)
+  theta = jax.jit(tuned.init)(jax.random.key(0), held)
   tuned.apply(theta, held, X, rngs=KEY)
   with pytest.raises(ValueError, match=r"at 'fc' needs a random key: call tuned.apply\(..., rngs="):
     tuned.apply(theta, held, X)
@@ -108,7 +108,7 @@ def test_training_without_a_key(method):
 def test_nnx_keys_seed_the_models_streams_and_leave_the_model_alone():
   model = in_mode(True)
   tuned, held = attached(model, gain('fc'))
-  theta, before = tuned.init(jax.random.key(0), held), jax.tree.map(jnp.copy, nnx.state(model))
+  theta, before = jax.jit(tuned.init)(jax.random.key(0), held), jax.tree.map(jnp.copy, nnx.state(model))
   one, again, other = (tuned.apply(theta, held, X, rngs={'dropout': jax.random.key(i)}) for i in (0, 0, 1))
   assert leaves_equal(one, again) and not leaves_equal(one, other)
   own = [tuned.apply(theta, held, X) for _ in range(2)]
@@ -149,10 +149,10 @@ class Normed(nn.Module):
 @pytest.mark.parametrize('taps', [False, True])
 def test_linen_statistics_come_back(taps):
   model = Normed()
-  held = {k: v for k, v in model.init(jax.random.key(0), X).items() if k != 'intermediates'}
+  held = {k: v for k, v in jax.jit(model.init)(jax.random.key(0), X).items() if k != 'intermediates'}
   recorded = spy('fc', lambda call: call.tap(a=jnp.ones(())), taps=True)
   tuned = jpeft.attach(model, jpeft.chain(low_rank('fc'), *([recorded] if taps else [])), held, X)
-  theta = tuned.init(jax.random.key(0), held)
+  theta = jax.jit(tuned.init)(jax.random.key(0), held)
   want, stats = model.apply(held, X, train=True, mutable=['batch_stats'])
   out, state = tuned.apply(theta, held, X, train=True, mutable=['batch_stats'])
   assert set(state) == {'batch_stats'} and leaves_equal((out, state), (want, stats))

@@ -43,7 +43,7 @@ def test_taps_come_in_the_order_of_twelve_layers(name):
   model = MODELS[name]()
   held = backbone(model)
   tuned = jpeft.attach(model, recorded(), held, X)
-  assert tuned.init(jax.random.key(0), held) == {}
+  assert jax.jit(tuned.init)(jax.random.key(0), held) == {}
   paths = []
   def run(held):
     out, taps, names = tuned.apply({}, held, X)

@@ -118,7 +118,7 @@ def test_quantize_gives_the_bytes_of_the_plain_form(rng, dtype):
 def test_the_arrays_of_a_box_are_taken_as_they_are(rng):
   import flax.linen as nn
   model, x = nn.Dense(128, use_bias=False), drawn(rng, (3, 256))
-  variables = quantize(model, nf4(double=True), model.init(jax.random.key(0), x), x, targets='.*')
+  variables = quantize(model, nf4(double=True), jax.jit(model.init)(jax.random.key(0), x), x, targets='.*')
   box = variables['params']['kernel']
   absmax = box.form.scales(box.arrays, box.shape)
   y = nf4_matmul(x, box.arrays['codes'], absmax, form=box.form, implementation='mosaic', interpret=True)

@@ -15,13 +15,23 @@ IMAGES = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
 def vit(**fields):
   """(a ViT of three blocks, width 32, five tokens; its weights)."""
   model = ViT(**{**dict(width=32, depth=3, heads=4, mlp_dim=64, patch_size=4, image_size=8, num_classes=5), **fields})
-  return model, noisy(jax.jit(model.init)(jax.random.key(1), IMAGES), 0.05)
+  return model, noisy(_held(model, 1, IMAGES), 0.05)
 
 
 def t5(**fields):
   """(a T5 of two and two blocks, width 32; its weights)."""
   model = T5(**{**dict(width=32, depth=2, heads=4, mlp_dim=64, vocab=50, head_dim=8), **fields})
-  return model, jax.jit(model.init)(jax.random.key(0), TOKENS, TOKENS)
+  return model, _held(model, 0, TOKENS, TOKENS)
+
+
+_KNOWN = {}
+
+
+def _held(model, seed: int, *args):
+  """What the model holds at first, made once a process."""
+  if (model, seed) not in _KNOWN:
+    _KNOWN[model, seed] = jax.jit(model.init)(jax.random.key(seed), *args)
+  return jax.tree.map(lambda x: x, _KNOWN[model, seed])
 
 
 def attached(model, held, method, *args, **kwargs):

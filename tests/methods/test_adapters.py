@@ -111,7 +111,7 @@ def test_the_worked_example_of_adaptformer():
 
 
 def _init(model, x):
-  return model.init(jax.random.key(0), x), x
+  return jax.jit(model.init)(jax.random.key(0), x), x
 
 
 @pytest.mark.parametrize('post', [False, True], ids=['norms first', 'norms last'])
@@ -182,7 +182,7 @@ STARTS = {
 @pytest.mark.parametrize('init', STARTS)
 def test_starts(init):
   tuned, _, _, variables, _ = setup(houlsby(5000, OUT, init=init))
-  t = tuned.init(jax.random.key(0), variables)['houlsby'][OUT]
+  t = jax.jit(tuned.init)(jax.random.key(0), variables)['houlsby'][OUT]
   widest = {'lora': 6**-0.5, 'bert': 0.2, 'houlsby': 2e-3}[init]
   assert np.abs(t['down']['kernel']).max() <= widest
   assert not any(t[n]['bias'].any() for n in t)
@@ -235,7 +235,7 @@ def test_a_block_with_a_jit_of_its_own_is_refused():
   b = EDGES['nnx_jit']
   tuned = jpeft.attach(b.model, adaptformer(3, blocks=b.roles['block'], stream=r'blocks/\d+/fc1'), b.backbone,
                        *b.args)
-  theta = tuned.init(jax.random.key(0), b.backbone)
+  theta = jax.jit(tuned.init)(jax.random.key(0), b.backbone)
   with pytest.raises(ValueError, match="'blocks/0' runs its inside under a jit or remat of its own"):
     tuned.apply(theta, b.backbone, *b.args)
 

@@ -10,6 +10,7 @@ import jpeft
 from jpeft.methods.hst import attend, resize
 from jpeft.models import ViT
 from tests.methods.small import IMAGES, attached, shapes_of, vit
+from tests.params import fast_if
 
 BIG = dict(width=768, depth=12, heads=12, mlp_dim=3072, patch_size=16, image_size=224, num_classes=100)
 PIXELS = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
@@ -53,7 +54,7 @@ def test_bilinear_is_that_of_pixel_centres():
   np.testing.assert_allclose(resize(x, (1, 4))[0, 0, :, 0], [0, 0.25, 0.75, 1], atol=1e-6)
 
 
-@pytest.mark.parametrize('fields', [{}, {'scan': True}])
+@pytest.mark.parametrize('fields', fast_if(bool, [{}, {'scan': True}]))
 def test_the_tokens_change_the_stream_and_learn_through_later_blocks(fields):
   model, held = vit(**fields)
   tuned, theta = attached(model, held, jpeft.hst(**SMALL), IMAGES)
@@ -90,10 +91,10 @@ def test_a_segmentation_head_learns_to_tell_the_sides_of_an_image():
   images = jax.random.normal(jax.random.key(0), (4, 16, 16, 3)) * 0.1
   images = images.at[:2, :, :8].add(1).at[2:, :, 8:].add(1)
   model = ViT(width=16, depth=4, heads=2, mlp_dim=32, patch_size=4, image_size=16, num_classes=5)
-  held = model.init(jax.random.key(1), images)
+  held = jax.jit(model.init)(jax.random.key(1), images)
   labels = (images[:, 1::4, 1::4].mean(-1) > 0.5).astype(jnp.int32)
   tuned = jpeft.attach(model, jpeft.hst(**SMALL, output='segmentation', classes=2, fpn_width=8), held, images)
-  theta = tuned.init(jax.random.key(0), held)
+  theta = jax.jit(tuned.init)(jax.random.key(0), held)
   tx = optax.adam(1e-2)
 
   def loss(theta):

@@ -46,7 +46,7 @@ def test_the_function_starts_unchanged_bit_for_bit(method):
 def test_the_gradient_is_that_of_the_unscaled_output():
   x, g = jax.random.normal(jax.random.key(0), (5, 3)), jax.random.normal(jax.random.key(1), (5, 2))
   tuned = attach(LAYER, OUT, VARIABLES, x)
-  theta = tuned.init(jax.random.key(2), VARIABLES)
+  theta = jax.jit(tuned.init)(jax.random.key(2), VARIABLES)
   grad = jax.grad(lambda t: (tuned.apply(t, VARIABLES, x) * g).sum())(theta)['ia3']['']['kernel']
   np.testing.assert_allclose(grad, (g * LAYER.apply(VARIABLES, x)).sum(0), rtol=1e-5)
 
@@ -91,11 +91,11 @@ def test_models_equal_peft(case, tmp_path):
 @pytest.mark.parametrize('method', [OUT, IN])
 def test_no_gradient_of_the_kernel_is_formed(method):
   model, x = nn.Dense(9), jnp.ones((4, 12))
-  variables = model.init(jax.random.key(0), x)
+  variables = jax.jit(model.init)(jax.random.key(0), x)
 
   def products(method):
     tuned = attach(model, method, variables, x)
-    theta = tuned.init(jax.random.key(0), variables)
+    theta = jax.jit(tuned.init)(jax.random.key(0), variables)
     text = str(jax.make_jaxpr(jax.grad(lambda t: (tuned.apply(t, variables, x) ** 2).sum()))(theta))
     return re.findall(r'f32\[(?:12,9|9,12)\] = dot_general', text)
 
@@ -117,7 +117,7 @@ class Heads(nn.Module):
 
 def test_heads_and_bare_weights():
   model, x = Heads(), jax.random.normal(jax.random.key(0), (2, 4, 6))
-  variables = jax.tree.map(lambda w: w + 0.1, model.init(jax.random.key(1), x))
+  variables = jax.tree.map(lambda w: w + 0.1, jax.jit(model.init)(jax.random.key(1), x))
   method = chain(ia3('query', 'out'), ia3('', None, arrays='kv'))
   tuned = attach(model, method, variables, x)
   assert jax.tree.map(jnp.shape, tuned.shapes) == {'ia3': {
@@ -138,7 +138,7 @@ def test_heads_and_bare_weights():
 def test_it_chains_with_rules_that_read_the_kernel():
   x = jax.random.normal(jax.random.key(0), (5, 3))
   tuned = attach(LAYER, chain(lora(2, 4, ''), OUT, dora(2, 4, '')), VARIABLES, x)
-  theta = jax.tree.map(lambda a: a + 0.3, tuned.init(jax.random.key(1), VARIABLES))
+  theta = jax.tree.map(lambda a: a + 0.3, jax.jit(tuned.init)(jax.random.key(1), VARIABLES))
   found = tuned.apply(theta, VARIABLES, x)
   assert jnp.abs(found - LAYER.apply(VARIABLES, x)).max() > 1
   np.testing.assert_allclose(LAYER.apply(tuned.merge(theta, VARIABLES), x), found, rtol=1e-5, atol=1e-5)

@@ -170,7 +170,7 @@ METHODS = {
 def test_the_function_starts_unchanged_and_merges(name):
   model, variables, x = random_layer()
   tuned = attach(model, METHODS[name], variables, x)
-  theta, y = tuned.init(jax.random.key(0), variables), model.apply(variables, x)
+  theta, y = jax.jit(tuned.init)(jax.random.key(0), variables), model.apply(variables, x)
   found = tuned.apply(theta, variables, x)
   np.testing.assert_allclose(found, y, atol=2e-6)
   if name in ('lora', 'gaussian'):
@@ -187,7 +187,7 @@ def test_pissa_takes_the_top_of_the_spectrum():
   model, variables, x = random_layer()
   w = np.asarray(variables['params']['kernel'])
   tuned = attach(model, lora(4, 8, '', init='pissa'), variables, x)
-  theta = tuned.init(jax.random.key(0), variables)
+  theta = jax.jit(tuned.init)(jax.random.key(0), variables)
   t, spectrum = theta['lora']['']['kernel'], np.linalg.svd(w, compute_uv=False)
   np.testing.assert_allclose((t['a'] ** 2).sum(0), spectrum[:4] / 2, rtol=1e-5)  # s = 8 / 4
   np.testing.assert_allclose((t['b'] ** 2).sum(1), spectrum[:4] / 2, rtol=1e-5)
@@ -201,7 +201,7 @@ def test_pissa_takes_the_top_of_the_spectrum():
 def test_olora_starts_orthogonal():
   model, variables, x = random_layer()
   tuned = attach(model, lora(4, 8, '', init='olora'), variables, x)
-  t = tuned.init(jax.random.key(0), variables)['lora']['']['kernel']
+  t = jax.jit(tuned.init)(jax.random.key(0), variables)['lora']['']['kernel']
   np.testing.assert_allclose(t['b'] @ t['b'].T, np.eye(4), atol=1e-5)
   w = np.asarray(variables['params']['kernel'])
   np.testing.assert_allclose(t['b'] @ w.T, t['a'].T, atol=1e-5)  # what b spans of w is a b
@@ -228,9 +228,9 @@ class Tied(nn.Module):
 
 def test_a_tied_table_is_adapted_in_both_places():
   model, tokens = Tied(), jnp.array([[0, 3, 6]])
-  variables = model.init(jax.random.key(0), tokens)
+  variables = jax.jit(model.init)(jax.random.key(0), tokens)
   tuned = attach(model, lora(2, 4, 'table'), variables, tokens)
-  theta = tuned.init(jax.random.key(1), variables)
+  theta = jax.jit(tuned.init)(jax.random.key(1), variables)
   t = theta['lora']['table']['embedding']
   assert t['a'].shape == (7, 2) and not t['a'].any()
   assert t['b'].shape == (2, 6) and t['b'].std() > 0.5
@@ -277,7 +277,7 @@ def test_gradients_are_finite_when_all_is_dropped():
 def test_dropout_needs_an_injection_point():
   model, tokens = Tied(), jnp.array([[0, 3, 6]])
   with pytest.raises(ValueError, match="lora at 'table'.*use dropout=0"):
-    attach(model, lora(2, 4, 'table', dropout=0.1), model.init(jax.random.key(0), tokens), tokens)
+    attach(model, lora(2, 4, 'table', dropout=0.1), jax.jit(model.init)(jax.random.key(0), tokens), tokens)
 
 
 class Switched(nn.Module):
@@ -290,9 +290,9 @@ class Switched(nn.Module):
 
 def test_dropout_in_training_needs_a_key():
   model, x = Switched(), jnp.ones((2, 12))
-  variables = model.init(jax.random.key(0), x)
+  variables = jax.jit(model.init)(jax.random.key(0), x)
   tuned = attach(model, lora(4, 6, 'layer', dropout=0.5), variables, x)
-  theta = tuned.init(jax.random.key(1), variables)
+  theta = jax.jit(tuned.init)(jax.random.key(1), variables)
   tuned.apply(theta, variables, x, deterministic=True)
   with pytest.raises(ValueError, match="lora dropout at 'layer' needs a random key"):
     tuned.apply(theta, variables, x, deterministic=False)
@@ -302,7 +302,7 @@ def test_dora_keeps_columns_of_zeros():
   model, variables, x = random_layer()
   variables['params']['kernel'] = variables['params']['kernel'].at[:, 2].set(0)
   tuned = attach(model, dora(4, 6, ''), variables, x)
-  theta = tuned.init(jax.random.key(0), variables)
+  theta = jax.jit(tuned.init)(jax.random.key(0), variables)
   value, grads = jax.value_and_grad(lambda t: (tuned.apply(t, variables, x) ** 2).sum())(theta)
   assert all(jnp.isfinite(g).all() for g in jax.tree.leaves((value, grads)))
   np.testing.assert_allclose(tuned.apply(theta, variables, x), model.apply(variables, x), atol=2e-6)
@@ -314,7 +314,7 @@ def test_nothing_of_the_size_of_the_kernel_is_formed(method):
 
   def products(method):
     tuned = attach(model, method, variables, x)
-    theta = tuned.init(jax.random.key(0), variables)
+    theta = jax.jit(tuned.init)(jax.random.key(0), variables)
     text = str(jax.make_jaxpr(jax.grad(lambda t: (tuned.apply(t, variables, x) ** 2).sum()))(theta))
     return re.findall(r'f32\[(?:12,9|9,12)\] = dot_general', text)
 

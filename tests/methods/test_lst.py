@@ -16,13 +16,13 @@ IMAGES = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
 
 def vit(**fields):
   model = ViT(width=32, depth=3, heads=4, mlp_dim=64, patch_size=4, image_size=8, num_classes=5, **fields)
-  held = model.init(jax.random.key(1), IMAGES)
+  held = jax.jit(model.init)(jax.random.key(1), IMAGES)
   return model, jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape), held)
 
 
 def t5(**fields):
   model = T5(width=32, depth=2, heads=4, mlp_dim=64, vocab=50, head_dim=8, **fields)
-  return model, model.init(jax.random.key(0), TOKENS, TOKENS)
+  return model, jax.jit(model.init)(jax.random.key(0), TOKENS, TOKENS)
 
 
 @pytest.mark.parametrize('scan', [False, True])
@@ -60,7 +60,7 @@ def test_a_full_width_copy_is_the_backbone(make):
   model, held = make()
   method = jpeft.lst(1, gate='one', prune='magnitude', block='own')
   tuned = jpeft.attach(model, method, held, IMAGES)
-  theta = tuned.init(jax.random.key(0), held)
+  theta = jax.jit(tuned.init)(jax.random.key(0), held)
   t = theta['lst']['final_norm']
   for name in ('in', 'up'):
     t[name] = {'kernel': jnp.eye(32), 'bias': jnp.zeros(32)}
@@ -71,7 +71,7 @@ def test_a_full_width_copy_is_the_backbone(make):
 def test_dropped_layers_are_not_read(scan):
   model, held = vit(scan=scan)
   tuned = jpeft.attach(model, jpeft.lst(4, layers=[2]), held, IMAGES)
-  theta = tuned.init(jax.random.key(0), held)
+  theta = jax.jit(tuned.init)(jax.random.key(0), held)
   jaxpr = jax.make_jaxpr(lambda theta: tuned.apply(theta, held, IMAGES))(theta)
   assert theta['lst']['final_norm']['gate'].shape == (3,)  # one a backbone layer, unused ones too
   assert jax.tree.leaves(theta['lst']['final_norm']['blocks'])[0].shape[0] == 1
@@ -104,7 +104,7 @@ def test_pruned_blocks_are_cut_from_the_backbone(prune):
 def test_the_side_decoder_attends_to_the_side_encoder():
   model, held = t5()
   tuned = jpeft.attach(model, jpeft.lst(4), held, TOKENS, TOKENS)
-  theta = tuned.init(jax.random.key(0), held)
+  theta = jax.jit(tuned.init)(jax.random.key(0), held)
   grads = jax.grad(lambda theta: jnp.square(tuned.apply(theta, held, TOKENS, TOKENS)).sum())(theta)
   for path in ('encoder/final_norm', 'decoder/final_norm'):
     assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(grads['lst'][path])), path
@@ -116,7 +116,7 @@ def test_the_side_decoder_attends_to_the_side_encoder():
 def test_scheduled_gates_follow_the_step_and_are_not_trained(gate, start, end):
   model, held = vit()
   tuned = jpeft.attach(model, jpeft.lst(4, gate=gate, gate_steps=10), held, IMAGES)
-  theta = tuned.init(jax.random.key(0), held)
+  theta = jax.jit(tuned.init)(jax.random.key(0), held)
   gates = lambda theta: theta['lst']['final_norm']['gate']
   np.testing.assert_allclose(gates(theta), start)
   np.testing.assert_allclose(gates(tuned.update(theta, 10, jax.random.key(0))), end, rtol=1e-6)
@@ -127,7 +127,7 @@ def test_scheduled_gates_follow_the_step_and_are_not_trained(gate, start, end):
 def test_adding_starts_as_the_backbone():
   model, held = vit()
   tuned = jpeft.attach(model, jpeft.lst(4, merge='add'), held, IMAGES)
-  theta = tuned.init(jax.random.key(0), held)
+  theta = jax.jit(tuned.init)(jax.random.key(0), held)
   np.testing.assert_array_equal(tuned.apply(theta, held, IMAGES), model.apply(held, IMAGES))
 
 

@@ -1,6 +1,7 @@
 """S2A: counts, what is kept, gradients beside those of plain backprop, in the company of other methods."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jpeft.models.blocks import Encoder, PreNormBlock
 from jpeft.models.vit import ViT
 from tests.contract.anatomies import described
 from tests.fixtures import BACKBONES, noisy
+from tests.params import fast_if
 
 VIT_B = ViT(image_size=224, patch_size=16, width=768, depth=12, heads=12, mlp_dim=3072, num_classes=None)
 IMAGES = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
@@ -73,8 +75,11 @@ def far(got, want) -> float:
   return float(np.linalg.norm(flat(got) - flat(want)) / np.linalg.norm(flat(want)))
 
 
-@pytest.mark.parametrize('stack', ['', 'scan', 'scan remat'])
-@pytest.mark.parametrize('method', ['bitfit', 'lora', 'lora+adapter'])
+DIAGONAL = ('bitfit', ''), ('lora', 'scan'), ('lora+adapter', ''), ('lora+adapter', 'scan remat')
+
+
+@pytest.mark.parametrize('method, stack', fast_if(
+  lambda *pair: pair in DIAGONAL, itertools.product(['bitfit', 'lora', 'lora+adapter'], ['', 'scan', 'scan remat'])))
 def test_the_output_is_exact_and_the_gradient_near(method, stack):
   out, grads, _ = run(method, stack)
   same, near, _ = run(f'{method} packed', stack)
@@ -121,7 +126,7 @@ def test_dropout_and_foreign_models(name):
   plain = jpeft.chain(base, jpeft.at('{block}', jpeft.Call('packed', pure)))
   (value, want), (same, near) = grads(plain), grads(jpeft.chain(base, packed(bits=8)))
   np.testing.assert_allclose(same, value, rtol=1e-5)
-  assert 0 < far(near, want) < 0.05
+  assert 0 < far(near, want) < 0.08  # over draws of theta: 0.008 to 0.02, of nnx_vit 0.03 to 0.07
 
 
 def test_bad_hyperparameters_and_places():
@@ -130,11 +135,11 @@ def test_bad_hyperparameters_and_places():
   with pytest.raises(ValueError, match='4 or 8 bits, not 3'):
     packed(bits=3)
   model = Encoder(functools.partial(PreNormBlock, 2, D // 2, 4 * D), 1)
-  held = model.init(jax.random.key(1), X)
+  held = jax.jit(model.init)(jax.random.key(1), X)
   with pytest.raises(ValueError, match="pool=5 does not divide the width 128 of 'block_0'"):
     jpeft.attach(model, s2a(pool=5), held, X)
   tuned = jpeft.attach(model, s2a(side=4), held, X)
-  theta = tuned.init(jax.random.key(0), held)
+  theta = jax.jit(tuned.init)(jax.random.key(0), held)
   assert tuned.apply(theta, held, X[:, :9]).shape == (B, 9, D)
   with pytest.raises(ValueError, match="prompts of 'block_0' are for 24 places, and its input has 48"):
     tuned.apply(theta, held, jnp.concatenate([X, X], 1))

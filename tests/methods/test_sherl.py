@@ -90,7 +90,7 @@ def test_the_side_memory_reaches_the_last_cross_attention_alone():
 def test_at_the_start_the_last_block_reads_the_merged_state_alone():
   model, held = vit()
   tuned = jpeft.attach(model, jpeft.sherl(4), held, IMAGES)
-  theta = tuned.init(jax.random.key(0), held)
+  theta = jax.jit(tuned.init)(jax.random.key(0), held)
   blind = jax.tree.map(lambda x: x, theta)
   blind['sherl']['final_norm']['up'] = jax.tree.map(jnp.zeros_like, blind['sherl']['final_norm']['up'])
   one, two = (tuned.apply(blind, held, x) for x in (IMAGES, 2 * IMAGES))

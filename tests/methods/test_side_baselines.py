@@ -87,7 +87,7 @@ def test_all_features_without_penalty_are_a_linear_probe_of_many_layers():
 def test_selection_keeps_a_share_whatever_the_order():
   model, held = vit()
   tuned, theta = attached(model, held, jpeft.head2toe(64), IMAGES)
-  fresh = tuned.init(jax.random.key(5), held)['head2toe']
+  fresh = jax.jit(tuned.init)(jax.random.key(5), held)['head2toe']
   t, n = theta['head2toe'], sum(s['keep'].size for s in theta['head2toe'].values())
   chosen = select(t, 0.1, fresh)
   assert sum(float(s['keep'].sum()) for s in chosen.values()) == int(0.1 * n)
@@ -104,7 +104,7 @@ def test_a_frozen_factor_stays_and_tokens_keep_r_numbers():
   model = Bert(width=32, depth=1, heads=4, mlp_dim=64, vocab=50, pool='tokens')
   held = noisy(model.init(jax.random.key(0), TOKENS), 0.05)
   tuned = jpeft.attach(model, jpeft.lora_fa(3, targets='.*/fc2|embed/word'), held, TOKENS)
-  theta = tuned.init(jax.random.key(0), held)
+  theta = jax.jit(tuned.init)(jax.random.key(0), held)
   np.testing.assert_array_equal(tuned.apply(theta, held, TOKENS), model.apply(held, TOKENS))
   assert jpeft.summary(tuned).trainable == 3 * 32 * 2
   grads = jax.grad(lambda t: jnp.square(tuned.apply(t, held, TOKENS)).sum())(theta)
@@ -114,7 +114,7 @@ def test_a_frozen_factor_stays_and_tokens_keep_r_numbers():
 
   def shapes(method):
     tuned = jpeft.attach(model, method, held, TOKENS)
-    _, vjp = jax.vjp(lambda t: tuned.apply(t, held, TOKENS), tuned.init(jax.random.key(0), held))
+    _, vjp = jax.vjp(lambda t: tuned.apply(t, held, TOKENS), jax.jit(tuned.init)(jax.random.key(0), held))
     return [x.shape for x in jax.tree.leaves(vjp)]
 
   hidden = (2, 6, 64)  # what fc2 reads

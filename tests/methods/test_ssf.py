@@ -90,7 +90,7 @@ def test_every_kind_of_layer_is_followed_by_the_affine_map_and_merges(name):
 def test_scale_one_and_shift_zero_change_no_bit(name):
   model, x, _ = (SHIFTED | SCALED)[name]
   tuned, variables = tune(model, x)
-  theta = tuned.init(jax.random.key(0), variables)
+  theta = jax.jit(tuned.init)(jax.random.key(0), variables)
   np.testing.assert_array_equal(tuned.apply(theta, variables, x), model.apply(variables, x))
 
 
@@ -111,7 +111,7 @@ def test_no_gradient_of_a_kernel_is_formed():
   x = jnp.ones((64, 256))
   model = nn.Dense(256)
   tuned, variables = tune(model, x)
-  theta = tuned.init(jax.random.key(0), variables)
+  theta = jax.jit(tuned.init)(jax.random.key(0), variables)
   loss = lambda theta, x: jnp.sum(jnp.square(tuned.apply(theta, variables, x)))
   one = flops(model.apply, variables, x)
   assert one > 2 * 64 * 256 * 256 - 1

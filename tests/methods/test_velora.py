@@ -19,7 +19,7 @@ def dense(groups, width=4, out=2, **hp):
   model = nn.Dense(out)
   held = {'params': {'kernel': draw(width, out), 'bias': draw(out)}}
   tuned = jpeft.attach(model, velora(groups, targets='', **hp), held, jnp.zeros((1, width)))
-  return tuned, held, tuned.init(jax.random.key(0), held)
+  return tuned, held, jax.jit(tuned.init)(jax.random.key(0), held)
 
 
 def at_direction(theta, v):
@@ -89,7 +89,7 @@ def test_the_direction_is_the_mean_of_the_first_batch_and_is_not_trained(name, m
   finally:
     jpeft.ANATOMIES.clear()
     jpeft.ANATOMIES.update(before)
-  start = tuned.init(jax.random.key(0), b.backbone)
+  start = jax.jit(tuned.init)(jax.random.key(0), b.backbone)
   theta = directed(tuned, start, b.backbone, *b.args, **b.kwargs)
   def see(t, call, *args):
     x = next(iter(call.inputs(*args).values()))
@@ -114,7 +114,7 @@ def test_the_direction_is_the_mean_of_the_first_batch_and_is_not_trained(name, m
 def test_it_composes_with_lora():
   """At one group a channel LoRA's own gradients; at fewer, another one for a alone."""
   model, x, g = nn.Dense(8), draw(3, 5, 64), draw(3, 5, 8)
-  held = model.init(jax.random.key(0), x)
+  held = jax.jit(model.init)(jax.random.key(0), x)
   alone = jpeft.attach(model, jpeft.lora(2, targets=''), held, x)
   factors = noisy(alone.init(jax.random.key(1), held))['lora']['']
   def grads(tuned, **more):

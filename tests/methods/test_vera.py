@@ -31,7 +31,7 @@ def test_a_model_equals_peft(bert):
 def test_it_starts_unchanged_merges_and_shares_its_pair(bert):
   model, variables, tokens = bert
   tuned, y = attach(model, vera(4), variables, *tokens), model.apply(variables, *tokens)
-  theta = tuned.init(jax.random.key(0), variables)
+  theta = jax.jit(tuned.init)(jax.random.key(0), variables)
   np.testing.assert_array_equal(tuned.apply(theta, variables, *tokens), y)
   assert all((t['kernel']['d'] == 0.1).all() and not t['kernel']['e'].any() for t in theta['vera'].values())
 
@@ -55,7 +55,7 @@ def test_another_seed_draws_another_pair(bert):
 
   def output(seed):
     tuned = attach(model, vera(4, seed=seed), variables, *tokens)
-    theta = jax.tree.map(lambda x: x + 0.3, tuned.init(jax.random.key(0), variables))
+    theta = jax.tree.map(lambda x: x + 0.3, jax.jit(tuned.init)(jax.random.key(0), variables))
     return tuned.apply(theta, variables, *tokens)
 
   assert jnp.abs(output(0) - output(1)).max() > 0.05
@@ -65,7 +65,7 @@ def test_dropout_thins_the_adapters_input_alone(bert):
   model, variables, tokens = bert
   model = model.clone(dropout=0.0, attention_dropout=0.0)
   tuned = attach(model, vera(4, dropout=1.0), variables, *tokens)
-  theta = jax.tree.map(lambda x: x + 0.3, tuned.init(jax.random.key(0), variables))
+  theta = jax.tree.map(lambda x: x + 0.3, jax.jit(tuned.init)(jax.random.key(0), variables))
   y = model.apply(variables, *tokens)
   assert jnp.abs(tuned.apply(theta, variables, *tokens) - y).max() > 0.05
   dropped = tuned.apply(theta, variables, *tokens, deterministic=False, rngs={'dropout': jax.random.key(0)})

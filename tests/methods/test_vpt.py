@@ -199,7 +199,7 @@ def inside_of_block(x, **given):
   """(x, further arguments) as a block gets them behind two prompts, `lead` being 0."""
   seen = []
   model = Model(seen.append)
-  variables = model.init(jax.random.key(0), x, **given)
+  variables = jax.jit(model.init)(jax.random.key(0), x, **given)
   jpeft.register_anatomy(jpeft.Anatomy('bare', {'block': 'block_0'}))
   try:
     tuned, theta = attach(model, vpt_deep(2), variables, x, **given)

@@ -27,7 +27,7 @@ def test_counts_are_the_papers(tokens, classes, numbers, scan):
 def test_the_start():
   model = ViT(width=768, depth=1, heads=12, mlp_dim=64, patch_size=16, image_size=16, num_classes=100)
   x = jnp.zeros((1, 16, 16, 3))
-  held = model.init(jax.random.key(0), x)
+  held = jax.jit(model.init)(jax.random.key(0), x)
   t = jpeft.attach(model, jpeft.vqt(10), held, x).init(jax.random.key(0), held)['vqt']
   queries = np.abs(t['encoder/block_0']['queries'])
   assert queries.max() <= 0.0625 and queries.max() > 0.062
@@ -131,7 +131,7 @@ def test_group_lasso_and_selection():
 def test_what_is_not_selected_is_not_read():
   model, held = vit(scan=True)
   tuned, theta = attached(model, held, jpeft.vqt(2), IMAGES)
-  fresh = tuned.init(jax.random.key(3), held)
+  fresh = jax.jit(tuned.init)(jax.random.key(3), held)
   t = select(theta['vqt'], 0.3, fresh['vqt'])
   assert jax.tree.map(jnp.shape, t) == jax.tree.map(jnp.shape, theta['vqt'])
   assert sum(float(s['keep'].sum()) for s in t.values()) == int(0.3 * (32 + 3 * 64))

@@ -24,7 +24,7 @@ def backbone(tmp_path_factory) -> pathlib.Path:
   """A folder with a random ViT in the layout of Hugging Face."""
   folder = tmp_path_factory.mktemp('backbone')
   model = models.from_config(VIT)
-  variables = model.init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))
+  variables = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))
   models.save_pretrained(folder, model, variables, VIT)
   return folder
 
@@ -95,7 +95,7 @@ def decoder(tmp_path_factory) -> pathlib.Path:
   from tokenizers import models as parts
   folder = tmp_path_factory.mktemp('decoder')
   model = models.from_config(LLAMA)
-  models.save_pretrained(folder, model, model.init(jax.random.key(0), np.zeros((1, 4), np.int32)), LLAMA)
+  models.save_pretrained(folder, model, jax.jit(model.init)(jax.random.key(0), np.zeros((1, 4), np.int32)), LLAMA)
   tokenizer = Tokenizer(parts.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token='[UNK]'))
   tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
   tokenizer.add_special_tokens(WORDS[:3])

@@ -35,9 +35,9 @@ class Net(nn.Module):
 
 def tuned_of(method, scan=False):
   model, x = Net(scan), jnp.ones((2, 4))
-  variables = model.init(jax.random.key(0), x)
+  variables = jax.jit(model.init)(jax.random.key(0), x)
   tuned = jpeft.attach(model, method, variables, x)
-  return tuned, tuned.init(jax.random.key(1), variables)
+  return tuned, jax.jit(tuned.init)(jax.random.key(1), variables)
 
 
 def test_schedules():

@@ -65,7 +65,7 @@ def reviews(tmp_path_factory):
   from tokenizers import models as parts
   folder = tmp_path_factory.mktemp('bert')
   model = models.from_config(BERT)
-  variables = model.init(jax.random.key(0), np.zeros((1, 4), np.int32))
+  variables = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 4), np.int32))
   models.save_pretrained(folder, model, variables, BERT)
   words = ['[PAD]', '[UNK]', 'good', 'bad', 'fine', 'poor', 'a', 'film', 'plot', 'very', 'great', 'awful']
   tokenizer = Tokenizer(parts.WordLevel({w: i for i, w in enumerate(words)}, unk_token='[UNK]'))

@@ -24,7 +24,7 @@ BATCH = {'image': np.random.default_rng(0).normal(size=(4, 2, 2, 3)).astype(np.f
 
 def prepared(method, tx=None):
   model = Net()
-  backbone = model.init(jax.random.key(0), BATCH['image'])
+  backbone = jax.jit(model.init)(jax.random.key(0), BATCH['image'])
   tuned = jpeft.attach(model, method, backbone, BATCH['image'])
   tx = tx or optax.sgd(0.1)
   return tuned, tx, backbone, step.initial_state(tuned, tx, backbone, 0)
