@@ -20,7 +20,7 @@ PRESETS: dict[str, tuple[str, dict]] = {
   'lst_paper': ('lst', {'block': 'own'}),
   'meft_inverse': ('meft', {'every': None}),
   'qst': ('qst', {'downsample': 'avg'}),
-  'qst_kept': ('qst', {'downsample': 'avg', 'remat': False}),
+  'qst_kept': ('qst', {'downsample': 'avg', 'block': 'attention', 'remat': False}),
   'qst_adapter': ('qst', {}),
 }
 

@@ -56,15 +56,23 @@ class Format(NamedTuple):
 
   def decode(self, arrays: dict[str, jax.Array], shape: tuple[int, int]) -> jax.Array:
     """The matrix [in, out], float32."""
-    codes, scale, block = unpack(arrays['codes']), self.scales(arrays, shape), self.block or shape[0]
-    values = codes.astype(jnp.float32) if self.name == 'affine' else lookup(codes, TABLES[self.name])
-    zero = arrays['zero'][:, None].astype(jnp.float32) if self.name == 'affine' else 0
+    packed, block, size = arrays['codes'], self.block or shape[0], shape[0] * shape[1]
+    scale = self.scales(arrays, shape)
+    zero = arrays['zero'].astype(jnp.float32) if self.name == 'affine' else scale
+
+    def values(codes, scale, zero):
+      if self.name == 'affine':
+        return (codes.astype(jnp.float32) - zero) * scale
+      return lookup(codes, TABLES[self.name]) * scale
+
     if self.aligned(shape):
-      values = values[:shape[0]].reshape(-1, block, shape[1])
-      return ((values - zero) * scale[:, None]).reshape(shape)
-    size = shape[0] * shape[1]
-    values = jnp.pad(values[:size], (0, -size % block)).reshape(-1, block)
-    return ((values - zero) * scale[:, None]).reshape(-1)[:size].reshape(shape[::-1]).T
+      # In halves, where no block lies in both: XLA for TPU would else store the float32 values beside the product.
+      parts = (packed & 15, packed >> 4) if shape[0] % (2 * block) == 0 else (unpack(packed)[:shape[0]],)
+      facts = zip(parts, jnp.split(scale, len(parts)), jnp.split(zero, len(parts)), strict=True)
+      found = [values(part.reshape(-1, block, shape[1]), s[:, None], z[:, None]) for part, s, z in facts]
+      return jnp.concatenate(found).reshape(shape)
+    codes = jnp.pad(unpack(packed)[:size], (0, -size % block)).reshape(-1, block)
+    return values(codes, scale[:, None], zero[:, None]).reshape(-1)[:size].reshape(shape[::-1]).T
 
   def scales(self, arrays: dict[str, jax.Array], shape: tuple[int, int]) -> jax.Array:
     """The scale of every block, float32, laid out as absmax."""
