@@ -94,7 +94,7 @@ def test_fused_keeps_half_precision(name):
   assert y.dtype == jnp.bfloat16 and {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype('float32')}
   exact, _, held, x = attached(name, True)
   want = exact.apply(theta, held, x)
-  np.testing.assert_allclose(y.astype(jnp.float32), want, atol=0.05 * float(jnp.abs(want).max()))
+  np.testing.assert_allclose(y.astype(jnp.float32), want, atol=0.05 * float(np.abs(want).max()))
 
 
 def test_linen_einsum_offers_no_door():
