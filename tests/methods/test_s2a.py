@@ -75,7 +75,7 @@ def far(got, want) -> float:
   return float(np.linalg.norm(flat(got) - flat(want)) / np.linalg.norm(flat(want)))
 
 
-DIAGONAL = ('bitfit', ''), ('lora', 'scan'), ('lora+adapter', ''), ('lora+adapter', 'scan remat')
+DIAGONAL = ('bitfit', ''), ('lora', 'scan'), ('lora+adapter', 'scan remat')
 
 
 @pytest.mark.parametrize('method, stack', fast_if(
