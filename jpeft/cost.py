@@ -108,12 +108,14 @@ class TooLarge(Exception):
     self.bytes = needed
 
 
-def compiled(traced: jax.stages.Traced, options: Mapping[str, Any] | None = None) -> jax.stages.Compiled:
+def compiled(traced: jax.stages.Traced, options: Mapping[str, Any] | None = None,
+             arguments: int = 0) -> jax.stages.Compiled:
   """The compiled program.
 
   Args:
     traced: from `jax.jit(fn).trace(...)`.
     options: of the compiler.
+    arguments: bytes that it is called with, for a compiler whose refusal counts temporaries alone.
 
   Raises:
     TooLarge: the device that it is compiled for has too little memory, and the compiler says so.
@@ -121,10 +123,12 @@ def compiled(traced: jax.stages.Traced, options: Mapping[str, Any] | None = None
   try:
     return traced.lower().compile(dict(options or {}))
   except jax.errors.JaxRuntimeError as error:
-    found = re.search(r'Used (\d+(?:\.\d+)?)([KMGT]?)i?B? of \d', str(error))
+    all_, temporaries = (re.search(pattern.replace('SIZE', r'(\d+(?:\.\d+)?)([KMGT]?)i?B?'), str(error))
+                         for pattern in ('Used SIZE of ', r'for HLO temporaries \(SIZE\)'))
+    found = all_ or temporaries
     if 'RESOURCE_EXHAUSTED' not in str(error) or found is None:
       raise
-    raise TooLarge(int(float(found[1]) * _UNITS[found[2]])) from error
+    raise TooLarge(int(float(found[1]) * _UNITS[found[2]]) + (0 if all_ else arguments)) from error
 
 
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}

@@ -278,7 +278,7 @@ def measure(work: Work, name: str, tuned: Tuned, tx: optax.GradientTransformatio
 def _compiled(traced, known: int, options: Mapping[str, Any]) -> dict[str, Any]:
   """The memory of a step; the compiler's own count where it refuses a step that does not fit."""
   try:
-    memory = cost.memory(cost.compiled(traced, options))
+    memory = cost.memory(cost.compiled(traced, options, known))
   except cost.TooLarge as refused:
     return {'argument': known, 'temp': max(0, refused.bytes - known), 'total': refused.bytes, 'exact': True}
   return {'argument': memory.argument, 'temp': memory.temp, 'total': memory.total, 'exact': True}

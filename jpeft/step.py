@@ -159,7 +159,7 @@ def compiled(fn: Callable, *args, donate: tuple[int, ...] = ()) -> tuple[Callabl
   """
   start = time.perf_counter()
   traced = jax.jit(fn, donate_argnums=donate, keep_unused=True).trace(*args)
-  program = costs.compiled(traced)
+  program = costs.compiled(traced, arguments=costs.nbytes(args))
   cost: dict[str, float] = {'compile_seconds': round(time.perf_counter() - start, 2)}
   analysis, memory = program.cost_analysis() or {}, costs.memory(program)
   if 'flops' in analysis:

@@ -68,7 +68,7 @@ def measure(work: str, method: str, remat: str, layers: str, where: targets.Targ
          'trainable': facts.trainable, 'memory_class': facts.memory}
   mib = lambda n: round(n / 2**20, 1)
   try:
-    program = cost.compiled(traced, where.options)
+    program = cost.compiled(traced, where.options, cost.nbytes(shapes))
   except cost.TooLarge as refused:
     known = cost.nbytes(shapes)
     found = {'arguments_mib': mib(known), 'temp_mib': mib(refused.bytes - known), 'total_mib': mib(refused.bytes),

@@ -13,6 +13,7 @@ from jpeft.bench import memory, works
 from jpeft.bench.peers import PEERS
 from jpeft.methods import REGISTRY, make
 from jpeft.methods.presets import PRESETS, names, preset
+from tests.params import fast_if
 
 KEYS = {'work', 'method', 'remat', 'layers', 'trainable', 'arguments_mib', 'temp_mib', 'total_mib', 'gflop'}
 
@@ -155,13 +156,25 @@ def test_rows_of_two_layouts_are_of_one_step(measured):
   assert scan['gflop'] == pytest.approx(unroll['gflop'], rel=0.03)
 
 
+STORED = [('bitfit_packed', 900), ('lora_packed', 1050), ('lora_all_packed', 1300)]
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(('layers', 'method', 'mib'), fast_if(
+  lambda layers, *_: layers == 'scan', [(layers, *bound) for layers in ('scan', 'unroll') for bound in STORED]))
+def test_4_bits_of_what_is_kept(measured, layers, method, mib):
+  row = measured('w1', method, 'none', layers)
+  assert row['total_mib'] <= mib and row['gflop'] <= 2450
+
+
 @pytest.mark.aot
 @pytest.mark.slow
 def test_a_decoder_of_7b_beside_a_side_network(measured):
-  """QST on Llama-2-7B shapes, 512 tokens: with the side blocks recomputed, and kept."""
+  """QST on Llama-2-7B shapes: 512 tokens with the side blocks recomputed, and kept; 4 x 2048 tokens."""
   recomputed, kept = (measured('w4_7b', name, 'none', 'scan') for name in ('qst', 'qst_kept'))
   assert recomputed['total_mib'] <= 4150 and kept['total_mib'] <= 4500
   assert recomputed['gflop'] <= 1.35 * recomputed['forward_gflop']
+  assert measured('w4_7b_long', 'qst', 'none', 'scan')['total_mib'] <= 8700
 
 
 @pytest.mark.aot

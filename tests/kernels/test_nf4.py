@@ -183,7 +183,8 @@ def test_tpu_compiles(kind, dtype):
   for rows, shape in ((1, (11008, 4096)), (3000, (768, 3072))):
     program = jax.jit(step).lower(*shaped(rows, shape, dtype, sharding)).compile()
     assert program.as_text().count('tpu_custom_call') == 2
-    assert program.memory_analysis().temp_size_in_bytes < math.prod(shape) * jnp.dtype(dtype).itemsize
+    matrix, outputs = (n * jnp.dtype(dtype).itemsize for n in (math.prod(shape), rows * shape[1]))
+    assert program.memory_analysis().temp_size_in_bytes < matrix + outputs  # of which a v5p keeps the outputs
   w = jax.ShapeDtypeStruct((4096, 4096), dtype, sharding=sharding)
   quantize = functools.partial(quantize_nf4, implementation='mosaic')
   assert 'tpu_custom_call' in jax.jit(quantize).lower(w).compile().as_text()
