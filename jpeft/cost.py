@@ -123,12 +123,11 @@ def compiled(traced: jax.stages.Traced, options: Mapping[str, Any] | None = None
   try:
     return traced.lower().compile(dict(options or {}))
   except jax.errors.JaxRuntimeError as error:
-    all_, temporaries = (re.search(pattern.replace('SIZE', r'(\d+(?:\.\d+)?)([KMGT]?)i?B?'), str(error))
-                         for pattern in ('Used SIZE of ', r'for HLO temporaries \(SIZE\)'))
-    found = all_ or temporaries
+    found = re.search(r'(Used |for HLO temporaries \()(\d+(?:\.\d+)?)([KMGT]?)i?B?(?: of \d|\))', str(error))
     if 'RESOURCE_EXHAUSTED' not in str(error) or found is None:
       raise
-    raise TooLarge(int(float(found[1]) * _UNITS[found[2]]) + (0 if all_ else arguments)) from error
+    rest = 0 if found[1] == 'Used ' else arguments
+    raise TooLarge(int(float(found[2]) * _UNITS[found[3]]) + rest) from error
 
 
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}

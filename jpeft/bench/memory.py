@@ -67,10 +67,10 @@ def measure(work: str, method: str, remat: str, layers: str, where: targets.Targ
   row = {'work': work, 'method': method, 'remat': remat, 'layers': layers, 'target': where.name,
          'trainable': facts.trainable, 'memory_class': facts.memory}
   mib = lambda n: round(n / 2**20, 1)
+  known = cost.nbytes(shapes)
   try:
-    program = cost.compiled(traced, where.options, cost.nbytes(shapes))
+    program = cost.compiled(traced, where.options, known)
   except cost.TooLarge as refused:
-    known = cost.nbytes(shapes)
     found = {'arguments_mib': mib(known), 'temp_mib': mib(refused.bytes - known), 'total_mib': mib(refused.bytes),
              'gflop': cost.flops(traced).all}
   else:

@@ -184,7 +184,8 @@ def test_tpu_compiles(kind, dtype):
     program = jax.jit(step).lower(*shaped(rows, shape, dtype, sharding)).compile()
     assert program.as_text().count('tpu_custom_call') == 2
     matrix, outputs = (n * jnp.dtype(dtype).itemsize for n in (math.prod(shape), rows * shape[1]))
-    assert program.memory_analysis().temp_size_in_bytes < matrix + outputs  # of which a v5p keeps the outputs
+    kept = outputs if kind == 'v5p' else 0  # between the forward and the backward pass
+    assert program.memory_analysis().temp_size_in_bytes < matrix + kept
   w = jax.ShapeDtypeStruct((4096, 4096), dtype, sharding=sharding)
   quantize = functools.partial(quantize_nf4, implementation='mosaic')
   assert 'tpu_custom_call' in jax.jit(quantize).lower(w).compile().as_text()
