@@ -5,14 +5,14 @@ import pytest
 
 from jpeft.methods import REGISTRY
 from tests.contract.pair import far
-from tests.contract.table import SERVED, over
+from tests.contract.table import SERVED, one_each, over
 from tests.fixtures import plain
 
 MERGEABLE = [p for p in SERVED if REGISTRY[p[0]].mergeable]
 OTHERS = [p for p in SERVED if not REGISTRY[p[0]].mergeable]
 
 
-@over(MERGEABLE)
+@over(MERGEABLE, always=one_each())
 def test_the_untouched_model_runs_merged_weights_as_apply_runs_theta(pair):
   theta, out, _ = pair.moved
   merged = jax.jit(pair.tuned.merge)(theta, pair.b.backbone)

@@ -10,9 +10,11 @@ import jpeft
 from tests.contract.anatomies import described
 from tests.core.small import WIDTH, Blocks, NnxBlocks, X, backbone, low_rank, train
 from tests.fixtures import BACKBONES, flops
+from tests.params import fast_if
 
 LAST = {'linen': (lambda: Blocks(6), 'block_5/fc'), 'nnx': (lambda: NnxBlocks(6), 'blocks/5/fc')}
-SIDE = ['linen_vit', 'linen_vit_scan', 'linen_bert', 'nnx_vit_scan', 'nnx_llama', 'nnx_raw']
+SIDE = fast_if(lambda name: name in ('linen_vit_scan', 'linen_bert', 'nnx_raw'), [
+  'linen_vit', 'linen_vit_scan', 'linen_bert', 'nnx_vit_scan', 'nnx_llama', 'nnx_raw'])
 
 
 def halves(model, method, held, args, kwargs=None):

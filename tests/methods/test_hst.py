@@ -87,6 +87,7 @@ def test_scanned_blocks_are_unrolled_blocks_and_remat_changes_nothing():
   np.testing.assert_allclose(again.apply(other, stacked, IMAGES), out, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_segmentation_head_learns_to_tell_the_sides_of_an_image():
   images = jax.random.normal(jax.random.key(0), (4, 16, 16, 3)) * 0.1
   images = images.at[:2, :, :8].add(1).at[2:, :, 8:].add(1)

@@ -1,5 +1,7 @@
 """SHERL: counts, redundancy, what the last block reads, and what crosses the backbone."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,11 +118,12 @@ def test_unrolled_and_scanned_agree(options):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), grads, same)
 
 
+@functools.cache
 def kept(depth: int) -> int:
   """Bytes that the backward pass keeps beside weights."""
   model = ViT(width=64, depth=depth, heads=4, mlp_dim=256, patch_size=4, image_size=32, num_classes=10)
   images = jnp.zeros((4, 32, 32, 3))
-  held = noisy(model.init(jax.random.key(0), images))
+  held = noisy(jax.jit(model.init)(jax.random.key(0), images))
   tuned, theta = attached(model, held, jpeft.sherl(8), images)
   _, vjp = jax.vjp(lambda theta: tuned.apply(theta, held, images), theta)
   weights = {x.shape for x in jax.tree.leaves((held, theta))}

@@ -100,7 +100,7 @@ def kept(method, **fields) -> int:
   sizes = dict(width=128, depth=6, heads=4, mlp_dim=512, patch_size=4, image_size=32, num_classes=10)
   model = ViT(**{**sizes, **fields})
   images = jnp.zeros((4, 32, 32, 3))
-  held = noisy(model.init(jax.random.key(0), images))
+  held = noisy(jax.jit(model.init)(jax.random.key(0), images))
   tuned, theta = attached(model, held, method, images)
   _, vjp = jax.vjp(lambda theta: tuned.apply(theta, held, images), theta)
   return sum({id(x): x.nbytes for x in jax.tree.leaves(vjp) if hasattr(x, 'nbytes')}.values())
