@@ -19,14 +19,17 @@ from . import maps
 GROUP = 256  # absmax values that share a scale when they are quantized themselves
 MAP = maps.dynamic_map()
 _FP4_LEVELS = np.argsort(maps.FP4[:8])
-TABLES = {'nf4': maps.NF4, 'fp4': maps.FP4, 'int4': maps.INT4}  # 'affine' has none: (code - zero point) * scale
+TABLES = {'nf4': maps.NF4, 'fp4': maps.FP4, 'int4': maps.INT4}
+# Without a table, of a code, a scale and what is stored as `zero`: a zero point, or the least weight of the block.
+_LINEAR = {'affine': lambda code, scale, zero: (code - zero) * scale,
+           'int4_1': lambda code, scale, zero: _rounded(code * scale) + zero}
 
 
 class Format(NamedTuple):
   """A 4-bit format.
 
   Attributes:
-    name: 'nf4', 'fp4', 'int4' or 'affine'.
+    name: 'nf4', 'fp4', 'int4', 'int4_1' or 'affine'.
     block: weights that share a scale; None for all of a row of [out, in].
     double: whether the scales are stored in 8 bits, in groups of 256 that share a float32.
     bits: of the codes; 'affine' may have fewer than 4, each stored in 4 all the same.
@@ -41,12 +44,13 @@ class Format(NamedTuple):
     """The arrays that stand for a matrix [in, out].
 
     Returns:
-      {'codes': uint8, 'absmax': float32 (int4: float16), the scales}; with `double`, absmax is uint8, and there are
-      'nested' (float32, one a group) and 'offset' (a float32); for 'affine' there is 'zero' (uint8, one a block).
+      {'codes': uint8, 'absmax': float32 (int4, int4_1: float16), the scales}; with `double`, absmax is uint8, and
+      there are 'nested' (float32, one a group) and 'offset' (a float32). 'affine' and 'int4_1' have 'zero', one a
+      block: uint8, the code of 0; float16, the least weight.
     """
     rows, block = w.astype(jnp.float32).T.reshape(-1), self.block or w.shape[0]
     blocks = jnp.pad(rows, (0, -rows.size % block)).reshape(-1, block)
-    codes, *facts = {'int4': _int4, 'affine': self._affine}.get(self.name, self._coded)(blocks)
+    codes, *facts = {'int4': _int4, 'int4_1': _int4_1, 'affine': self._affine}.get(self.name, self._coded)(blocks)
     codes = codes.reshape(-1)[:rows.size]
     arrays = self._doubled(*facts) if self.double else dict(zip(('absmax', 'zero'), facts, strict=False))
     if self.aligned(w.shape):
@@ -58,11 +62,12 @@ class Format(NamedTuple):
     """The matrix [in, out], float32."""
     packed, block, size = arrays['codes'], self.block or shape[0], shape[0] * shape[1]
     scale = self.scales(arrays, shape)
-    zero = arrays['zero'].astype(jnp.float32) if self.name == 'affine' else scale
+    linear = _LINEAR.get(self.name)
+    zero = arrays['zero'].astype(jnp.float32) if linear else scale
 
     def values(codes, scale, zero):
-      if self.name == 'affine':
-        return (codes.astype(jnp.float32) - zero) * scale
+      if linear:
+        return linear(codes.astype(jnp.float32), scale, zero)
       return lookup(codes, TABLES[self.name]) * scale
 
     if self.aligned(shape):
@@ -83,8 +88,7 @@ class Format(NamedTuple):
     group = jnp.repeat(arrays['nested'], GROUP)[:absmax.size].reshape(order.shape)
     group = group.T if self.aligned(shape) else group
     product = jnp.asarray(MAP)[absmax.astype(jnp.int32)] * group
-    # A choice between product and sum, lest a compiler makes them one operation, which rounds once.
-    return jnp.where(product == product, product, 0) + arrays['offset']
+    return _rounded(product) + arrays['offset']
 
   def aligned(self, shape: tuple[int, int]) -> bool:
     """Whether every block lies in one row of [out, in]."""
@@ -93,7 +97,7 @@ class Format(NamedTuple):
   @property
   def zero(self) -> int:
     """The code that fills up."""
-    return 0 if self.name == 'affine' else int(np.argmin(np.abs(TABLES[self.name])))
+    return 0 if self.name in _LINEAR else int(np.argmin(np.abs(TABLES[self.name])))
 
   def _affine(self, blocks):
     """Round to nearest between the least and the largest of a block, 0 among them: what is 0 stays so."""
@@ -138,9 +142,13 @@ def fp4(block: int = 64, double: bool = False) -> Format:
   return _checked(Format('fp4', block, double))
 
 
-def int4() -> Format:
-  """4-bit integers in blocks of 32 with a float16 scale: Q4_0 of GGUF, 4.5 bits a weight."""
-  return Format('int4', 32, False)
+def int4(minimum: bool = False) -> Format:
+  """4-bit integers in blocks of 32 with a float16 scale: Q4_0 of GGUF, 4.5 bits a weight.
+
+  Args:
+    minimum: also store the least weight of a block in float16, from which its codes count: Q4_1, 5 bits a weight.
+  """
+  return Format('int4_1' if minimum else 'int4', 32, False)
 
 
 def affine(block: int | None = None, bits: int = 4) -> Format:
@@ -158,7 +166,7 @@ def affine(block: int | None = None, bits: int = 4) -> Format:
 # By the names that configurations and the registry of methods use.
 FORMATS = {'nf4': nf4, 'nf4_double': functools.partial(nf4, double=True), 'fp4': fp4,
            'fp4_double': functools.partial(fp4, double=True), 'int4': int4,
-           'affine': affine}
+           'int4_1': functools.partial(int4, minimum=True), 'affine': affine}
 
 
 def named(name: str) -> Format:
@@ -202,6 +210,11 @@ def lookup(codes: jax.Array, table: np.ndarray) -> jax.Array:
   return values[0]
 
 
+def _rounded(product):
+  """A product to which something is added: a choice between them, lest a compiler makes one operation of both."""
+  return jnp.where(product == product, product, 0)
+
+
 def _rank(x, thresholds):
   return sum((x > t).astype(jnp.uint8) for t in thresholds)
 
@@ -212,3 +225,11 @@ def _int4(blocks):
   scale = most / -8
   x = blocks * jnp.where(scale == 0, 0, 1 / scale)[:, None]
   return jnp.clip(jnp.trunc(x + 8.5), 0, 15).astype(jnp.uint8), scale.astype(jnp.float16)
+
+
+def _int4_1(blocks):
+  """The least number becomes 0 and the largest 15; halves round up."""
+  low, high = blocks.min(1), blocks.max(1)
+  scale = (high - low) / 15
+  x = (blocks - low[:, None]) * jnp.where(scale == 0, 0, 1 / scale)[:, None]
+  return jnp.clip(jnp.trunc(x + 0.5), 0, 15).astype(jnp.uint8), scale.astype(jnp.float16), low.astype(jnp.float16)

@@ -108,7 +108,7 @@ def test_weights_are_quantized_as_bitsandbytes_does(shape, name):
     np.testing.assert_array_equal(mine['weight.absmax'], tensors['weight.absmax'])
 
 
-@pytest.mark.parametrize('form', (nf4(), nf4(128), fp4(), int4()), ids=str)
+@pytest.mark.parametrize('form', (nf4(), nf4(128), fp4(), int4(), int4(minimum=True)), ids=str)
 @pytest.mark.parametrize('shape', ((8, 128), (7, 33)))
 def test_what_was_decoded_encodes_to_itself(form, shape):
   box = encoded(form, np.random.default_rng(0).normal(size=shape).astype('float32'))
@@ -126,11 +126,12 @@ def test_the_error_of_a_block_is_bounded_by_its_widest_gap():
   assert abs(np.sqrt(np.mean((np.asarray(encoded(nf4(), w).unbox()).T - w) ** 2)) - 0.0922) < 0.003
 
 
-def test_int4_is_q4_0_of_gguf():
-  golden = np.load(Path(__file__).parents[1] / 'models' / 'golden' / 'formats.npz')['Q4_0']
-  w = (np.random.default_rng(3).normal(size=(5, 96)) * 10.0 ** np.arange(-3, 2)[:, None]).astype('float32')
+@pytest.mark.parametrize(('form', 'name', 'seed'), ((int4(), 'Q4_0', 3), (int4(minimum=True), 'Q4_1', 4)), ids=str)
+def test_int4_is_that_of_gguf(form, name, seed):
+  golden = np.load(Path(__file__).parents[1] / 'models' / 'golden' / 'formats.npz')[name]
+  w = (np.random.default_rng(seed).normal(size=(5, 96)) * 10.0 ** np.arange(-3, 2)[:, None]).astype('float32')
   w[1, 32:64] = 0
-  np.testing.assert_array_equal(np.asarray(encoded(int4(), w).unbox()).T, golden)
+  np.testing.assert_array_equal(np.asarray(encoded(form, w).unbox()).T, golden)
 
 
 @pytest.mark.parametrize(('change', 'message'), (

@@ -107,8 +107,8 @@ def test_llama_2_7b_has_the_published_sizes(form, gigabytes):
   assert sum(math.prod(x.shape) for x in jax.tree.leaves(tuned.shapes)) == 159_907_840
 
 
-@pytest.mark.parametrize(('form', 'bits'), ((jpeft.nf4(), 4.5), (jpeft.nf4(double=True), 4.127), (jpeft.int4(), 4.5)),
-                         ids=str)
+@pytest.mark.parametrize(('form', 'bits'), (
+  (jpeft.nf4(), 4.5), (jpeft.nf4(double=True), 4.127), (jpeft.int4(), 4.5), (jpeft.int4(minimum=True), 5)), ids=str)
 def test_bits_a_weight_are_those_on_disk(form, bits, tmp_path):
   module = nn.Dense(512, use_bias=False)
   x = jnp.zeros((1, 1024))
