@@ -7,9 +7,10 @@ A task is a file of configs/ and a method an argument of it, so a cell of the ta
 `python -m jpeft.train --config=configs/TASK.py:METHOD --config.seed=SEED` makes. Runs are kept below --out:
 those that are complete are not trained again, and one that was stopped goes on, so the same command may be
 given until the table is whole. --json prints a list of rows on stdout; without it docs/accuracy.md is
-written. --only-table trains nothing and shows what there is.
+written, and beside it a plot of accuracy against memory. --only-table trains nothing and shows what there is.
 """
 
+import functools
 import json
 import math
 import pathlib
@@ -19,6 +20,7 @@ import sys
 from .. import config as config_lib
 from .. import report, run, train
 from ..checkpoint import write
+from . import memory
 
 TASKS = {
   'quickstart': 'DINOv2-S/14-architecture weights on 1,000 MNIST digits at 56 pixels, 1,000 others to test',
@@ -56,8 +58,10 @@ def main(argv: list[str]) -> int:
     print(json.dumps(rows, indent=2))
   else:
     shown = [a for a in argv if a.partition('=')[0] in ('--tasks', '--methods', '--seeds')]  # what decides the numbers
-    text = page(rows, ' '.join(['python -m jpeft.bench.accuracy', *shown]))
-    write(pathlib.Path(flags['docs']), text)
+    file = pathlib.Path(flags['docs'])
+    text = page(rows, ' '.join(['python -m jpeft.bench.accuracy', *shown]), file.with_suffix('.png').name)
+    write(file, text)
+    draw(rows, file.with_suffix('.png'))
     print(text)
   return 0
 
@@ -87,21 +91,51 @@ def summed(task: str, method: str, reports: list[dict]) -> dict:
   error = statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else None
   return {'task': task, 'method': method, 'accuracy': statistics.mean(scores), 'standard_error': error,
           'seeds': len(scores), 'accuracies': scores, 'trainable': reports[0]['trainable'],
-          'total': reports[0]['total'], 'memory': reports[0]['memory'], 'steps': reports[0]['steps'],
+          'total': reports[0]['total'], 'memory': reports[0]['memory'], 'w1_mib': w1_mib(method),
+          'steps': reports[0]['steps'], 'step_gflop': reports[0]['step_cost']['flops'] / 1e9,
           'seconds': statistics.mean(r['seconds'] for r in reports)}
 
 
-def page(rows: list[dict], command: str) -> str:
-  """The rows as a Markdown page, a table for each task."""
+@functools.cache
+def w1_mib(method: str) -> float | None:
+  """The least total that docs/memory.json has of a method on W1 without remat, if any; else None."""
+  found = [r['total_mib'] for r in memory.recorded() if (r['work'], r['method'], r['remat']) == ('w1', method, 'none')]
+  return min(found, default=None)
+
+
+def page(rows: list[dict], command: str, plot: str) -> str:
+  """The rows as a Markdown page, a table for each task, and the name of the plot."""
   lines = ['# Accuracy', '', f'`{command}`: accuracy on the test split at the end of training, mean and standard '
-           'error over seeds; the test split is the same for all.']
+           'error over seeds; the test split is the same for all. GFLOP are of one update, as compiled: where no '
+           'backbone backprop happens, features of the backbone are made once an example and kept. W1 is the training '
+           "step of [memory.md](memory.md), there with the method's defaults, scanned or unrolled, whichever takes "
+           'less memory.', '', f'![accuracy against memory]({plot})']
   for task in dict.fromkeys(row['task'] for row in rows):
     told = [row for row in rows if row['task'] == task]
     lines += ['', f'## {task}', '', f'{TASKS.get(task, task)}.', '', report.markdown(
-      ('method', 'accuracy', 'seeds', 'trainable', 'of backbone', 'updates', 'memory class'),
+      ('method', 'accuracy', 'seeds', 'trainable', 'of backbone', 'updates', 'GFLOP', 'W1 MiB', 'memory class'),
       [(row['method'], percent(row), str(row['seeds']), f'{row["trainable"]:,}',
-        f'{100 * row["trainable"] / row["total"]:.2f} %', f'{row["steps"]:,}', row['memory']) for row in told])]
+        f'{100 * row["trainable"] / row["total"]:.2f} %', f'{row["steps"]:,}', f'{row["step_gflop"]:.3g}',
+        '-' if row['w1_mib'] is None else f'{row["w1_mib"]:,.0f}', row['memory']) for row in told])]
   return '\n'.join([*lines, ''])
+
+
+def draw(rows: list[dict], path: pathlib.Path) -> None:
+  """Accuracy against the memory of W1, a panel a task."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+  rows = [row for row in rows if row['w1_mib'] is not None]
+  tasks = list(dict.fromkeys(row['task'] for row in rows)) or ['']
+  figure = Figure(figsize=(5.5 * len(tasks), 4.2), layout='constrained')
+  FigureCanvasAgg(figure)
+  for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+    for row in (row for row in rows if row['task'] == task):
+      point = row['w1_mib'], 100 * row['accuracy']
+      axis.errorbar(*point, yerr=100 * (row['standard_error'] or 0), fmt='o', color='C0', markersize=5, capsize=2)
+      axis.annotate(row['method'], point, xytext=(5, 4), textcoords='offset points', fontsize=8)
+    axis.set(title=task, xlabel='MiB of a training step on W1', ylabel='% right', xscale='log')
+    axis.grid(alpha=0.3)
+  figure.savefig(path, dpi=110)
 
 
 def percent(row: dict) -> str:

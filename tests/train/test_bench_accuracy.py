@@ -6,7 +6,7 @@ import math
 import pytest
 
 from jpeft import run
-from jpeft.bench import accuracy
+from jpeft.bench import accuracy, memory
 
 
 @pytest.fixture
@@ -20,12 +20,16 @@ def test_rows_are_means_over_runs_and_complete_runs_are_kept(arguments, tmp_path
   assert accuracy.main(flags) == 0
   page = (tmp_path / 'a.md').read_text()
   assert page.count('| linear') == 1 and page.count('| bitfit') == 1 and '## tiny' in page
+  assert '![accuracy against memory](a.png)' in page and (tmp_path / 'a.png').stat().st_size > 1000
   reports = [json.loads((tmp_path / f'runs/tiny/linear-{seed}/report.json').read_text()) for seed in (0, 1)]
   stamps = [p.stat().st_mtime_ns for p in sorted(tmp_path.glob('runs/*/*/report.json'))]
   capsys.readouterr()
   assert accuracy.main([*flags, '--json', '--only-table']) == 0
   row = json.loads(capsys.readouterr().out)[0]
   a, b = (r['eval']['accuracy'] for r in reports)
+  known = [r['total_mib'] for r in memory.recorded() if
+           r['work'] == 'w1' and r['method'] == 'linear']
+  assert row['w1_mib'] in known and f'{row["w1_mib"]:,.0f}' in page and row['step_gflop'] > 0
   assert row['accuracy'] == pytest.approx((a + b) / 2) and row['seeds'] == 2
   # The standard deviation of two numbers is |a - b| / sqrt(2), that of their mean |a - b| / 2.
   assert row['standard_error'] == pytest.approx(abs(a - b) / 2)

@@ -1,0 +1,100 @@
+"""The time of one update by each method, as a ratio to that of the first, measured in one process.
+
+    python -m jpeft.bench.speed --config=configs/quickstart.py --methods=full,linear,lst,lora [--rounds=7] [--json]
+                                [--config.KEY=VALUE]
+
+Methods are arguments of the config file; the work is its model and batch size. Every update runs the backbone, even
+where the config would keep features (`data.cache_features`). All updates are compiled first, then run in turn, so that
+what slows the machine slows all of them; the ratio is the median over rounds of those within a round. GFLOP are
+those of the compiled program. Batches are noise and the labels zeros: time does not hang on them.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from .. import config as config_lib
+from .. import report, run, step, tasks
+
+ROUNDS = 7
+
+
+@dataclasses.dataclass
+class Update:
+  """A compiled update and its state, which each call replaces."""
+
+  fn: Callable
+  state: dict
+  backbone: dict
+  batch: dict
+  gflop: float
+
+  def seconds(self) -> float:
+    """Of one call, to the end of all that it computes."""
+    start = time.perf_counter()
+    self.state, _ = jax.block_until_ready(self.fn(self.state, self.backbone, self.batch))
+    return time.perf_counter() - start
+
+
+def update_of(config) -> Update:
+  """The compiled update of a configuration, on one device."""
+  with run.inputs_checked():
+    pretrained, tuned = run.build(config, config.model.num_classes or 10)
+    blank = tasks.of(config).blank(config, pretrained)
+    _, tx = run.optimizer_of(config, tuned, steps=1000)
+  size, rng = config.data.batch_size, np.random.default_rng(0)
+  noise = lambda x: rng.normal(size=(size, *x.shape[1:])).astype(x.dtype)
+  batch = {k: noise(x) if np.issubdtype(x.dtype, np.floating) else np.repeat(x, size, 0) for k, x in blank.items()}
+  fn = step.train_step(tuned, step.forward(tuned, True), tx, config.seed, config.loss.label_smoothing,
+                       config.optimizer.accumulate)
+  state = step.initial_state(tuned, tx, pretrained.variables, config.seed)
+  compiled, cost = step.compiled(fn, state, pretrained.variables, batch, donate=(0,))
+  return Update(compiled, state, pretrained.variables, jax.device_put(batch), cost['flops'] / 1e9)
+
+
+def compare(updates: dict[str, Update], rounds: int) -> list[dict]:
+  """Rows of method, median seconds, GFLOP, and both as ratios to the first method."""
+  for update in updates.values():
+    update.seconds()  # the first call also allocates
+  times = [{name: update.seconds() for name, update in updates.items()} for _ in range(rounds)]
+  first = next(iter(updates))
+  return [{'method': name, 'seconds': statistics.median(t[name] for t in times),
+           'ratio': statistics.median(t[name] / t[first] for t in times),
+           'gflop': update.gflop, 'gflop_ratio': update.gflop / updates[first].gflop}
+          for name, update in updates.items()]
+
+
+def main(argv: list[str]) -> int:
+  parser = argparse.ArgumentParser('python -m jpeft.bench.speed', description=__doc__, allow_abbrev=False,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--methods', required=True, type=lambda text: text.split(','))
+  parser.add_argument('--rounds', type=int, default=ROUNDS)
+  parser.add_argument('--json', action='store_true')
+  flags, rest = parser.parse_known_args(argv)
+  with run.inputs_checked():
+    if flags.rounds < 1:
+      raise ValueError(f'--rounds={flags.rounds} must be at least 1')
+    command = config_lib.parse(rest)
+    configs = {name: config_lib.load(f'{command.reference}:{name}', command.overrides) for name in flags.methods}
+    for config in configs.values():
+      run.method_of(config)
+  rows = compare({name: update_of(config) for name, config in configs.items()}, flags.rounds)
+  if flags.json:
+    print(json.dumps(rows, indent=1))
+    return 0
+  print(report.markdown(
+    ('method', 'seconds', f'time / {flags.methods[0]}', 'GFLOP', f'GFLOP / {flags.methods[0]}'),
+    [(r['method'], f'{r["seconds"]:.3g}', f'{r["ratio"]:.2f}', f'{r["gflop"]:.4g}', f'{r["gflop_ratio"]:.2f}')
+     for r in rows]))
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(run.command('jpeft.bench.speed', main))
