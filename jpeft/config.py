@@ -54,7 +54,7 @@ def _pairs(value) -> bool:
              and isinstance(p[1], (int, float)) and p[1] >= 0 for p in value)
 
 
-STORAGES = ('nf4', 'nf4_double', 'fp4', 'fp4_double', 'int4', 'affine')
+STORAGES = ('nf4', 'nf4_double', 'fp4', 'fp4_double', 'int4', 'int4_1', 'affine')
 _TEXT, _FLAG, _OPTIONAL = (str,), (bool,), (str, type(None))
 
 FIELDS: dict[str, Field] = {
@@ -67,7 +67,8 @@ FIELDS: dict[str, Field] = {
   'model.dtype': _choice('float32', 'of the computation', 'float32', 'bfloat16', 'float16'),
   'model.param_dtype': _choice('float32', 'of the backbone', 'float32', 'bfloat16', 'float16'),
   'model.scan': Field(_FLAG, False, 'one scanned stack of blocks: compiles faster'),
-  'model.remat': Field(_FLAG, False, 'recompute blocks in the backward pass: less memory'),
+  'model.remat': Field((bool, str), False, 'recompute blocks in the backward pass: less memory; dots: all of them but '
+                       'their products with weights', "true, false or 'dots'", lambda v: v in (True, False, 'dots')),
   'model.quantize': Field(_OPTIONAL, None, "4-bit format of the blocks' kernels; the method's own if left out: "
                           f'{", ".join(STORAGES)}', f'one of {", ".join(STORAGES)}, or None',
                           lambda v: v is None or v in STORAGES),

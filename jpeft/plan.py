@@ -10,7 +10,7 @@ and optimizer, its state donated.
     --methods=A,B     arguments of the config file, where it takes one, else methods of the registry or presets
                       of them (lora_all, lst_mlp); the config's own if left out
     --target=T        what to compile for (tpu:v5e)
-    --batch=N --seq=N --remat     in place of data.batch_size, data.max_length and model.remat of the config
+    --batch=N --seq=N --remat[=dots]  in place of data.batch_size, data.max_length and model.remat of the config
     --search-batch    also find the largest batch that fits, to an eighth, by bisection
     --json            rows as JSON on stdout
     --plot=FILE.png   memory against FLOPs
@@ -47,6 +47,7 @@ from .core import Method, Tuned, attach, summary
 from .core.inspect import backend_of
 from .core.rules import MEMORY_CLASSES
 from .methods.presets import preset
+from .models.blocks import Remat
 from .quant import formats, quantize
 
 # What is tried, in this order, where nothing that was asked for fits.
@@ -63,7 +64,7 @@ class Plan:
     target: see `target.target`.
     batch: examples an update, over all devices.
     devices: of the mesh.
-    remat: whether blocks are recomputed in the backward pass.
+    remat: what is recomputed in the backward pass, see `models.blocks.run_blocks`.
     trainable: numbers that the optimizer sees.
     memory_class: what the backward pass must keep of the backbone.
     weights: bytes of the backbone, which is kept whether or not the step reads it.
@@ -84,7 +85,7 @@ class Plan:
   target: str
   batch: int
   devices: int
-  remat: bool
+  remat: Remat
   trainable: int
   memory_class: str
   weights: int
@@ -132,7 +133,7 @@ class Plan:
     if self.memory_class == MEMORY_CLASSES[0]:
       return 'take a smaller batch, or a leaner side network (downsample=pool): the backbone stores nothing'
     if not self.remat:
-      return 'recompute blocks in the backward pass (--remat), or a method without backbone backprop (lst)'
+      return 'recompute blocks in the backward pass (--remat[=dots]), or a method without backbone backprop (lst)'
     return 'take a smaller batch (optimizer.accumulate keeps the update), or a method without backbone backprop (lst)'
 
   def row(self) -> dict[str, Any]:
@@ -160,8 +161,9 @@ class Plans(tuple[Plan, ...]):
     size = lambda n: '-' if n is None else f'{n / 2**20:,.0f}'
     giga = lambda n: f'{n / 1e9:,.0f}' if n > 1e11 else f'{n / 1e9:.3g}'
     answer = {None: '-', True: 'yes', False: 'no'}
-    rows = [(p.method + (' + remat' if p.remat else ''), f'{p.trainable:,}', size(p.optimizer), size(p.argument),
-             size(p.temp), size(p.total) if p.exact else f'over {size(p.total)}', giga(p.flops),
+    remat = {False: '', True: ' + remat'}
+    rows = [(p.method + remat.get(p.remat, f' + remat {p.remat}'), f'{p.trainable:,}', size(p.optimizer),
+             size(p.argument), size(p.temp), size(p.total) if p.exact else f'over {size(p.total)}', giga(p.flops),
              f'{p.passes:.2f}', answer[p.fits], '-' if p.largest is None else str(p.largest)) for p in self]
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     pad = lambda i, cell: cell.rjust(widths[i]) if i else cell.ljust(widths[i])
@@ -194,7 +196,7 @@ class Work:
   variables: Any
   batch: Callable[[int], dict[str, jax.ShapeDtypeStruct]]
   size: int
-  remat: bool = False
+  remat: Remat = False
   mesh: tuple[int, int] = (1, 1)
   sharded: bool = False
   accumulate: int = 1
@@ -352,7 +354,7 @@ def plan(model, methods: str | Method | Sequence[str] | Mapping[str, Method], ba
   """
   shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
   resized = lambda size: {name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for name, x in shapes.items()}
-  remat = bool(getattr(model, 'remat', False))
+  remat = getattr(model, 'remat', False)
   work = Work(model, variables, resized, shapes['label'].shape[0], remat, mesh, sharded, accumulate,
               offload=offload)
   if variables is None:
@@ -474,7 +476,8 @@ def _flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
   parser.add_argument('--target', default='tpu:v5e')
   for name in ('--batch', '--seq'):
     parser.add_argument(name, type=int)
-  for name in ('--remat', '--search-batch', '--json'):
+  parser.add_argument('--remat', nargs='?', const='true')
+  for name in ('--search-batch', '--json'):
     parser.add_argument(name, action='store_true')
   known = [a for action in parser._actions for a in action.option_strings]
   for word in argv:
@@ -490,7 +493,7 @@ def _flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _configs(command: config_lib.Command, flags) -> dict[str, Any]:
   """{name: configuration} of what the command line asks for."""
-  asked = {'data.batch_size': flags.batch, 'data.max_length': flags.seq, 'model.remat': flags.remat or None}
+  asked = {'data.batch_size': flags.batch, 'data.max_length': flags.seq, 'model.remat': flags.remat}
   overrides = {key: str(value) for key, value in asked.items() if value is not None}
   command = dataclasses.replace(command, overrides={**command.overrides, **overrides})
   if not flags.methods:

@@ -1,6 +1,6 @@
 """The memory that one training step of every method asks for: docs/memory.md and its plot.
 
-    python -m jpeft.bench.memory [--work=w1,w2] [--methods=lst,lora] [--remat=none,block] [--layers=scan,unroll]
+    python -m jpeft.bench.memory [--work=w1,w2] [--methods=lst,lora] [--remat=none,block,dots] [--layers=scan,unroll]
                                  [--target=tpu:v5e] [--json]
 
 Compiles whole steps (forward, backward, AdamW, state donated) ahead of time, from shapes: no accelerator runs.
@@ -24,6 +24,7 @@ import optax
 from .. import cost, methods, optim, plan, run, step
 from .. import target as targets
 from ..methods.presets import names, preset
+from ..models.blocks import Remat
 from .peers import PEERS
 from .works import WORKS, Work
 
@@ -38,6 +39,8 @@ Made by `python -m jpeft.bench.memory`; hyperparameters are those of `jpeft/meth
 """.strip()
 PEER_NOTE = (f'Rows marked "peer" are constants measured with {PEERS[0]["source"]}: the same encoder, step, target and '
              'convention.')
+REMATS: dict[str, Remat] = {'none': False, 'block': True, 'dots': 'dots'}
+FILL = {'none': 'full', 'block': 'none', 'dots': 'bottom'}
 KEY = ('work', 'method', 'remat', 'layers', 'target')
 
 
@@ -47,7 +50,7 @@ def measure(work: str, method: str, remat: str, layers: str, where: targets.Targ
   Args:
     work: of WORKS.
     method: of the registry, or a preset.
-    remat: 'none' or 'block'.
+    remat: of REMATS.
     layers: 'scan' or 'unroll'.
     where: what to compile for.
 
@@ -57,7 +60,7 @@ def measure(work: str, method: str, remat: str, layers: str, where: targets.Targ
   chosen, start = WORKS[work], time.perf_counter()
   name, hyperparameters = preset(method)
   made = methods.make(name, head=chosen.head, **hyperparameters)
-  planned = _planned(chosen, layers == 'scan', remat == 'block').stored(methods.REGISTRY[name].storage)
+  planned = _planned(chosen, layers == 'scan', REMATS[remat]).stored(methods.REGISTRY[name].storage)
   tuned = planned.tuned(made)
   tx = optim.optimizer(tuned, tuned.shapes, optax.constant_schedule(1e-3))
   shapes = planned.placed(where.mesh(), step.state_shapes(tuned, tx, planned.variables), chosen.size)
@@ -84,7 +87,7 @@ def measure(work: str, method: str, remat: str, layers: str, where: targets.Targ
           'compile_seconds': round(time.perf_counter() - start, 1)}
 
 
-def _planned(work: Work, scan: bool, remat: bool) -> plan.Work:
+def _planned(work: Work, scan: bool, remat: Remat) -> plan.Work:
   model, one = work.model(scan, remat), work.batch(1)
   args, kwargs = plan.tasks.inputs(one)
   held = jax.eval_shape(model.init, jax.random.key(0), *args, **kwargs)
@@ -139,22 +142,26 @@ def draw(found: list[dict], path: pathlib.Path) -> None:
     for r in (r for r in found if r['work'] == work):
       peer, point = 'source' in r, (r['total_mib'], r['gflop'])
       axis.plot(*point, '^' if peer else 'o' if r['layers'] == 'unroll' else 's', color='C7' if peer else 'C0',
-                fillstyle='none' if r['remat'] == 'block' else 'full', markersize=5)
+                fillstyle=FILL[r['remat']], markersize=5)
       axis.annotate(r['method'], point, xytext=(4, 3), textcoords='offset points', fontsize=6)
     axis.set(title=f'{work.upper()}: {WORKS[work].title}', xlabel='MiB in total', ylabel='GFLOP a step', xscale='log')
     axis.set_ylim(0)
     axis.grid(alpha=0.3)
-  figure.suptitle('hollow: blocks recomputed; square: scanned; triangle: peer')
+  figure.suptitle('hollow: blocks recomputed; half: all but products with weights; square: scanned; triangle: peer')
   figure.savefig(path, dpi=110)
+
+
+def recorded() -> list[dict]:
+  """The rows of docs/memory.json, or those of the peers alone where there is none."""
+  file = DOCS / 'memory.json'
+  return json.loads(file.read_text()) if file.exists() else PEERS
 
 
 def write(new: list[dict]) -> None:
   """Puts new rows in place of those of the same kind, and draws what is in docs/ again."""
-  file = DOCS / 'memory.json'
-  kept = json.loads(file.read_text()) if file.exists() else PEERS
-  table = {tuple(r[k] for k in KEY): r for r in [*kept, *new]}
+  table = {tuple(r[k] for k in KEY): r for r in [*recorded(), *new]}
   found = sorted(table.values(), key=lambda r: [r[k] for k in KEY])
-  file.write_text(json.dumps(found, indent=1) + '\n')
+  (DOCS / 'memory.json').write_text(json.dumps(found, indent=1) + '\n')
   (DOCS / 'memory.md').write_text(document(found))
   draw(found, DOCS / 'memory.png')
 
@@ -166,7 +173,7 @@ def main(argv: list[str]) -> int:
   listed = lambda known: lambda text: _listed(text, known)
   parser.add_argument('--work', type=listed(WORKS), default=list(WORKS))
   parser.add_argument('--methods', type=listed(every), default=every)
-  parser.add_argument('--remat', type=listed(('none', 'block')), default=['none', 'block'])
+  parser.add_argument('--remat', type=listed(REMATS), default=list(REMATS))
   parser.add_argument('--layers', type=listed(('unroll', 'scan')), default=['unroll', 'scan'])
   parser.add_argument('--target', default='tpu:v5e')
   parser.add_argument('--json', action='store_true')

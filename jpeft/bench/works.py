@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ..models import T5, Llama, PreNormBlock, ViT
-from ..models.blocks import Encoder, block_of
+from ..models.blocks import Encoder, Remat, block_of
 from ..models.layers import default_init, gelu_tanh, layer_norm
 
 BF16 = {'dtype': jnp.bfloat16, 'param_dtype': jnp.bfloat16}
@@ -34,7 +34,7 @@ class TokenEncoder(nn.Module):
   attention_dropout: float = 0.0
   attention_fn: Callable[..., jax.Array] = exact_softmax
   scan: bool = False
-  remat: bool = False
+  remat: Remat = False
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
 

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .blocks import Encoder, PostNormBlock, block_of
+from .blocks import Encoder, PostNormBlock, Remat, block_of
 from .layers import check_pool, default_init, gelu, layer_norm
 
 POOLS = ('cls', 'mean', 'tokens')
@@ -84,7 +84,7 @@ class Bert(nn.Module):
     attention_dropout: rate on the attention probabilities.
     attention_fn: see `layers.Attention`.
     scan: run the blocks by nn.scan.
-    remat: recompute blocks in the backward pass.
+    remat: recompute blocks in the backward pass; see `run_blocks`.
     dtype: of the computation.
     param_dtype: of the parameters.
   """
@@ -106,7 +106,7 @@ class Bert(nn.Module):
   attention_dropout: float = 0.0
   attention_fn: Callable[..., jax.Array] = nn.dot_product_attention
   scan: bool = False
-  remat: bool = False
+  remat: Remat = False
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
 

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .blocks import Encoder, block_of
+from .blocks import Encoder, Remat, block_of
 from .layers import MLP, Block, default_init, rms_norm
 from .rope import Rope
 
@@ -187,7 +187,7 @@ class Llama(nn.Module):
     attention_dropout: rate on the attention probabilities.
     attention_fn: see `CausalAttention`.
     scan: run the blocks by nn.scan.
-    remat: recompute blocks in the backward pass.
+    remat: recompute blocks in the backward pass; see `run_blocks`.
     dtype: of the computation.
     param_dtype: of the parameters.
   """
@@ -212,7 +212,7 @@ class Llama(nn.Module):
   attention_dropout: float = 0.0
   attention_fn: Callable[..., jax.Array] = grouped_attention
   scan: bool = False
-  remat: bool = False
+  remat: Remat = False
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
 

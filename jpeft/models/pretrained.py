@@ -17,6 +17,7 @@ from ..quant.boxes import coded, kernels
 from ..quant.boxes import quantize as quantized
 from ..quant.formats import Format
 from . import checkpoint as files
+from .blocks import Remat
 from .checkpoint import Checkpoint
 from .convert import from_files, to_tensors
 from .families import Family, Request
@@ -58,7 +59,7 @@ class Pretrained:
 
 def load(source: str | Path, *, num_classes: int | None = None, image_size: int | None = None,
          dtype: Any = 'float32', param_dtype: Any = 'float32', scan: bool = False,
-         remat: bool = False, seed: int = 0, layers: int | None = None,
+         remat: Remat = False, seed: int = 0, layers: int | None = None,
          pool: str | None = None, dropout: float | None = None, quantize: Format | None = None,
          targets: str = '{linear}') -> Pretrained:
   """Loads a backbone.
@@ -72,7 +73,7 @@ def load(source: str | Path, *, num_classes: int | None = None, image_size: int 
     dtype: of the computation.
     param_dtype: of the weights.
     scan: stack the blocks and run them by nn.scan.
-    remat: recompute each block in the backward pass.
+    remat: recompute each block in the backward pass; with 'dots' all of it but its products with weights.
     seed: of what is fresh.
     layers: keep the first so many blocks (T5: of each stack).
     pool: what the head reads, or what comes out without one: 'cls', 'mean', 'cls_mean' (images
@@ -159,7 +160,7 @@ def _opened(folder: Path, weights: bool = True) -> tuple[Checkpoint | Gguf | Non
 
 def from_config(config: Mapping, *, num_classes: int | None = None, image_size: int | None = None,
                 dtype: Any = 'float32', param_dtype: Any = 'float32', scan: bool = False,
-                remat: bool = False, layers: int | None = None,
+                remat: Remat = False, layers: int | None = None,
                 pool: str | None = None, dropout: float | None = None) -> nn.Module:
   """The model that a Hugging Face config describes, without weights; for arguments see `load`."""
   return _build(config, None, num_classes=num_classes, image_size=image_size, dtype=dtype,

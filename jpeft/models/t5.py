@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .blocks import block_of, run_blocks
+from .blocks import Remat, block_of, run_blocks
 from .layers import MLP, Attention, Block, rms_norm
 from .positions import PositionBias
 
@@ -59,7 +59,7 @@ class T5Stack(nn.Module):
     dropout: rate on the input and on the output.
     eps: of the final norm.
     scan: run the blocks by nn.scan.
-    remat: recompute blocks in the backward pass.
+    remat: recompute blocks in the backward pass; see `run_blocks`.
     dtype: of the computation.
     param_dtype: of the parameters.
   """
@@ -70,7 +70,7 @@ class T5Stack(nn.Module):
   dropout: float = 0.0
   eps: float = 1e-6
   scan: bool = False
-  remat: bool = False
+  remat: Remat = False
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
 
@@ -106,7 +106,7 @@ class T5(nn.Module):
     attention_dropout: rate there.
     attention_fn: see `layers.Attention`.
     scan: run the blocks by nn.scan.
-    remat: recompute blocks in the backward pass.
+    remat: recompute blocks in the backward pass; see `run_blocks`.
     dtype: of the computation.
     param_dtype: of the parameters.
   """
@@ -129,7 +129,7 @@ class T5(nn.Module):
   attention_dropout: float = 0.0
   attention_fn: Callable[..., jax.Array] = nn.dot_product_attention
   scan: bool = False
-  remat: bool = False
+  remat: Remat = False
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
 

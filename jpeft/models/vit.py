@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .blocks import Encoder, PreNormBlock, block_of
+from .blocks import Encoder, PreNormBlock, Remat, block_of
 from .layers import check_pool, default_init, gelu, layer_norm
 
 POOLS = ('cls', 'mean', 'cls_mean', 'tokens')
@@ -102,7 +102,7 @@ class ViT(nn.Module):
     attention_dropout: rate on the attention probabilities.
     attention_fn: see `layers.Attention`.
     scan: run the blocks by nn.scan.
-    remat: recompute blocks in the backward pass.
+    remat: recompute blocks in the backward pass; see `run_blocks`.
     dtype: of the computation.
     param_dtype: of the parameters.
   """
@@ -127,7 +127,7 @@ class ViT(nn.Module):
   attention_dropout: float = 0.0
   attention_fn: Callable[..., jax.Array] = nn.dot_product_attention
   scan: bool = False
-  remat: bool = False
+  remat: Remat = False
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
 

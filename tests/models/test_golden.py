@@ -1,6 +1,7 @@
 """Our models give the numbers that transformers gave on the same files (make_golden.py)."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -47,7 +48,29 @@ def test_gradients_of_scan_and_remat_equal_those_of_the_plain_stack():
     return np.asarray(kernel[0] if options.get('scan') else kernel)
 
   plain = gradient()
-  close(gradient(scan=True, remat=True), plain, 1e-5)
+  for remat in (True, 'dots'):
+    close(gradient(scan=True, remat=remat), plain, 1e-5)
+
+
+def test_remat_dots_keeps_products_with_weights():
+  def kept(**options):
+    """(arrays as large as the scores, as the stream, as the hidden layer) kept of the scanned blocks."""
+    model = models.ViT(width=32, depth=5, heads=4, mlp_dim=128, patch_size=4, image_size=32, num_classes=3, scan=True,
+                       **options)
+    images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    held = jax.eval_shape(model.init, jax.random.key(0), images)
+    back = jax.eval_shape(lambda v, x: jax.vjp(lambda v: model.apply(v, x), v)[1], held, images)
+    sizes = [x.size for x in jax.tree.leaves(back)]
+    return [sizes.count(5 * 2 * n) for n in (4 * 65 * 65, 65 * 32, 65 * 128)]
+
+  assert kept(remat=True) == [0, 1, 0]  # a block's input
+  assert kept(remat='dots') == [0, 5, 1]  # query, key, value and out besides; fc1
+  assert all(plain > dots for plain, dots in zip(kept(), kept(remat='dots'), strict=True))
+
+
+def test_another_remat_is_an_error():
+  with pytest.raises(ValueError, match="remat='all' is none of False, True, 'dots'"):
+    models.load(GOLDEN / 'vit', remat='all')
 
 
 @pytest.mark.parametrize('name', ('dinov2', 't5'))
