@@ -22,6 +22,9 @@ PRESETS: dict[str, tuple[str, dict]] = {
   'qst': ('qst', {'downsample': 'avg'}),
   'qst_kept': ('qst', {'downsample': 'avg', 'block': 'attention', 'remat': False}),
   'qst_adapter': ('qst', {}),
+  'sherl_lean': ('sherl', {'remat': True}),
+  'unipt_lean': ('unipt', {'remat': True}),
+  'vqt_lean': ('vqt', {'remat': True}),
 }
 
 
