@@ -10,7 +10,8 @@ from .quant.boxes import nbytes, quantize
 from .quant.formats import affine, fp4, int4, nf4
 from .version import __version__
 
-_LAZY = {'load': 'models', 'save_pretrained': 'models', 'plan': 'plan'}
+_LAZY = {'load': 'models', 'save_pretrained': 'models', 'load_adapter': 'adapter', 'save_adapter': 'adapter',
+         'plan': 'plan'}
 
 
 def __getattr__(name: str):

@@ -33,8 +33,7 @@ def main(argv: list[str]) -> int:
       if isinstance(rule, Call) and rule.merge is None:
         raise ValueError(f'{config.method.name} cannot be merged: {rule.name} changes the computation, not '
                          'the weights; jpeft.predict runs it as it is')
-    if flags.out.exists() and (not flags.out.is_dir() or any(flags.out.iterdir())):
-      raise ValueError(f'--out {flags.out} is there already; give a new or empty folder')
+    run.check_new(flags.out)
     pretrained, tuned, theta = run.reopen(flags.run, flags.best)
 
   merged = jax.jit(tuned.merge)(theta, pretrained.variables)

@@ -213,6 +213,12 @@ def reopen(folder: pathlib.Path, best: bool = False) -> tuple[Any, Any, Any]:
   return pretrained, tuned, theta
 
 
+def check_new(folder: pathlib.Path) -> None:
+  """Raises ValueError where a command would write into a folder that holds something."""
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise ValueError(f'--out {folder} is there already; give a new or empty folder')
+
+
 def begin(folder: pathlib.Path, config, **facts) -> None:
   """Writes config.json and run.json, or checks that the run is still of the same backbone and labels.
 

@@ -88,11 +88,29 @@ def _open(file: Path):
 def write(folder: Path, tensors: Mapping[str, np.ndarray], config: Mapping) -> None:
   """Writes model.safetensors and config.json; a file is either whole or absent."""
   folder.mkdir(parents=True, exist_ok=True)
-  tensors = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
-  part = folder / f'{FILE}.part'
-  safetensors.numpy.save_file(tensors, part, metadata={'format': 'pt'})  # transformers asks for it
-  part.replace(folder / FILE)
+  write_tensors(folder / FILE, tensors)
   (folder / 'config.json').write_text(json.dumps(config, indent=2, sort_keys=True) + '\n')
+
+
+def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
+  """Writes a safetensors file, which is then either whole or absent."""
+  part = file.with_name(f'{file.name}.part')
+  tensors = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
+  safetensors.numpy.save_file(tensors, part, metadata={'format': 'pt'})  # transformers asks for it
+  part.replace(file)
+
+
+def read_tensors(file: Path) -> dict[str, np.ndarray]:
+  """All of a safetensors file.
+
+  Raises:
+    FileNotFoundError: there is none.
+    ValueError: it is damaged.
+  """
+  if not file.exists():
+    raise FileNotFoundError(f'there is no file {file}')
+  with _open(file) as f:
+    return {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
 
 
 def read_json(path: Path) -> dict:

@@ -61,14 +61,19 @@ def from_files(checkpoint: Checkpoint, table: Table, shapes: Mapping[str, tuple[
 
 def to_tensors(params: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
   """{key on disk: array} of our arrays {path: array}; scanned stacks are taken apart."""
-  found = list(places(table, {path: tuple(np.shape(x)) for path, x in params.items()}))
-  prefix = table.base if table.tied or any(place.head for place in found) else ''
   tensors = {}
-  for place in found:
+  for place, keys in keyed(table, {path: tuple(np.shape(x)) for path, x in params.items()}):
     array = np.asarray(params[place.path])
-    for key, one in zip(place.keys, array if place.stacked else [array], strict=True):
-      tensors[key if place.head else prefix + key] = place.leaf.theirs(one)
+    for key, one in zip(keys, array if place.stacked else [array], strict=True):
+      tensors[key] = place.leaf.theirs(one)
   return tensors
+
+
+def keyed(table: Table, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[Place, list[str]]]:
+  """The place of each array of a whole model, and its keys on disk, with the prefix that a file with a head has."""
+  found = list(places(table, shapes))
+  prefix = table.base if table.tied or any(place.head for place in found) else ''
+  return [(place, [key if place.head else prefix + key for key in place.keys]) for place in found]
 
 
 def _names(checkpoint: Checkpoint, table: Table) -> dict[str, str]:

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+import jpeft
 from jpeft import models
 from jpeft.models.positions import relative_buckets
 from tests.models.goldens import CAUSAL, GOLDEN, NAMES, close, golden, outputs
@@ -72,3 +73,29 @@ def test_relative_buckets_equal_transformers(bidirectional, buckets, distance):
   got = relative_buckets(300, 300, buckets=buckets, max_distance=distance, bidirectional=bidirectional)
   np.testing.assert_array_equal(got, want)
   assert got.min() == 0 and got.max() == buckets - 1
+
+
+@pytest.mark.filterwarnings('ignore::FutureWarning')  # of peft, which calls what transformers will rename
+@pytest.mark.parametrize('name', ('bert', 'llama'))
+@pytest.mark.parametrize('head', (False, True))
+@pytest.mark.parametrize('make', (jpeft.lora, jpeft.dora), ids=('lora', 'dora'))
+def test_peft_opens_the_adapters_we_save(name, head, make, tmp_path):
+  peft = pytest.importorskip('peft')
+  inputs, _ = golden(name)
+  loaded = models.load(GOLDEN / name, scan=True)
+  method = jpeft.chain(make(3, 5, '{linear}'), *([jpeft.tune('{head}')] if head else []))
+  tuned = jpeft.attach(loaded.model, method, loaded.variables, **inputs)
+  theta = jax.tree.map(lambda x: x + 0.02, jax.jit(tuned.init)(jax.random.key(0), loaded.variables))
+  jpeft.save_adapter(tmp_path / 'adapter', loaded, theta, 5, base=str(tmp_path / 'base'))
+  models.save_pretrained(tmp_path / 'base', loaded.model, loaded.variables, loaded.config)
+  kind = models.load(tmp_path / 'base').config['architectures'][0]
+  base = getattr(transformers, kind).from_pretrained(tmp_path / 'base')
+  model = peft.PeftModel.from_pretrained(base, tmp_path / 'adapter').eval()
+  tensor = lambda x: torch.tensor(x.transpose(0, 3, 1, 2) if x.ndim == 4 else x.astype('int64'))
+  with torch.no_grad():
+    want = model(**{THEIRS[k]: tensor(v) for k, v in inputs.items()}).logits.numpy()
+  mask = inputs['mask'][..., None] if name in CAUSAL else 1
+  got = jax.jit(tuned.apply)(theta, loaded.variables, **inputs)
+  close(got * mask, want * mask, 2e-5)
+  _, again = jpeft.load_adapter(tmp_path / 'adapter', loaded)
+  jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(again), jax.tree.leaves(theta))

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jpeft import config, merge, models, predict, run, train
+from jpeft import adapter, attach, config, merge, models, predict, run, train
 from jpeft.data.decode import decode
 from jpeft.tasks import classification
 
@@ -51,6 +51,23 @@ def test_merge_writes_weights_that_the_plain_model_reads(lora, images, tmp_path,
   assert sum(not np.array_equal(a, b) for a, b in zip(merged, before, strict=True)) >= 6  # q, v of two blocks, head
   with pytest.raises(run.Mistake, match='is there already'):
     merge.main(['--run', str(lora), '--out', str(tmp_path / 'out')])
+
+
+def test_an_adapter_of_a_run_goes_on_the_base_model(lora, config_file, tmp_path, capsys):
+  assert adapter.main(['--run', str(lora), '--out', str(tmp_path / 'out')]) == 0
+  assert str(tmp_path / 'out') in capsys.readouterr().out
+  pretrained, tuned, theta = run.reopen(lora)
+  method, kept = adapter.load_adapter(tmp_path / 'out', pretrained)
+  assert method.names == ('lora', 'modules')
+  x = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype('float32')
+  again = attach(pretrained.model, method, pretrained.variables, x)
+  np.testing.assert_allclose(again.apply(kept, pretrained.variables, x), tuned.apply(theta, pretrained.variables, x),
+                             atol=1e-6)
+  with pytest.raises(run.Mistake, match='is there already'):
+    adapter.main(['--run', str(lora), '--out', str(tmp_path / 'out')])
+  train.train(config.load(f'{config_file}:linear', {'steps': '2', 'eval.every': '2'}), tmp_path / 'probe')
+  with pytest.raises(run.Mistake, match='linear is neither LoRA nor DoRA'):
+    adapter.main(['--run', str(tmp_path / 'probe'), '--out', str(tmp_path / 'other')])
 
 
 BERT = {'model_type': 'bert', 'vocab_size': 12, 'hidden_size': 16, 'num_hidden_layers': 1, 'num_attention_heads': 2,
