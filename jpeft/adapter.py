@@ -161,6 +161,7 @@ def load_adapter(folder: str | pathlib.Path, pretrained: Pretrained) -> tuple[Me
       raise ValueError(f'{folder / FILE}: {path!r} is of rank {arrays["a"].shape[-1]}, and {CONFIG} says {rank}')
     alpha = _of(config.get('alpha_pattern'), module, config['lora_alpha'])
     theta.setdefault((rank, alpha), {}).setdefault(site, {})[array] = arrays
+  theta = dict(sorted(theta.items(), key=lambda pair: pair[0] == 'modules'))  # what adapts, then what stands in
   return _method(theta, config), {_name(key, theta): sites for key, sites in theta.items()}
 
 
