@@ -67,6 +67,7 @@ def finished(config_file, tmp_path_factory):
   (['--config.optimizer.lrr=1'], "unknown config key 'optimizer.lrr'; did you mean 'optimizer.lr'?"),
   (['--config.steps=many'], "config.steps must be of type int or None, not str 'many'"),
   (['--config.model.scan=1'], 'config.model.scan must be of type bool, not int 1'),
+  (['--config.model.remat=all'], "config.model.remat must be true, false or 'dots', not 'all'"),
   (['--config.optimizer.lr=-0.1'], 'config.optimizer.lr must be above 0, not -0.1'),
   (['--config.optimizer.lr=inf'], "not str 'inf'"),
   (['--config.optimizer.name=adamm'], 'config.optimizer.name must be one of adamw, adam'),

@@ -52,7 +52,8 @@ def test_json_round_trip_and_differences(tmp_path):
 
 
 @pytest.mark.parametrize(('text', 'key', 'value'), [
-  ('3', 'steps', 3), ('1e-2', 'optimizer.lr', 0.01), ('true', 'model.scan', True), ('none', 'model.layers', None),
+  ('3', 'steps', 3), ('1e-2', 'optimizer.lr', 0.01), ('true', 'model.scan', True), ('dots', 'model.remat', 'dots'),
+  ('none', 'model.layers', None),
   ('12', 'data.name', '12'), ("[('.*/b', 2)]", 'optimizer.groups', [('.*/b', 2)]),
   ('{q}|{v}', 'method.targets', '{q}|{v}'), ('0.5', 'method.dropout', 0.5), ('[1, 2]', 'method.layers', [1, 2]),
 ])

@@ -213,10 +213,11 @@ def test_rows_as_json(command):
     assert {'trainable', 'optimizer_mib', 'temp_mib', 'passes', 'largest_batch', 'dominant', 'advice'} <= set(row)
 
 
-def test_the_table_and_the_plot(command, tmp_path):
+@pytest.mark.parametrize(('flag', 'told'), [('--remat', 'linear + remat '), ('--remat=dots', 'linear + remat dots')])
+def test_the_table_and_the_plot(command, tmp_path, flag, told):
   pytest.importorskip('matplotlib')
-  code, out, _ = command('--remat', f'--plot={tmp_path / "plan.png"}')
-  assert code == 0 and 'functional only' in out and 'linear + remat' in out and 'most is' in out
+  code, out, _ = command(flag, f'--plot={tmp_path / "plan.png"}')
+  assert code == 0 and 'functional only' in out and told in out and 'most is' in out
   assert (tmp_path / 'plan.png').read_bytes().startswith(b'\x89PNG')
 
 
