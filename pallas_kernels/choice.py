@@ -11,7 +11,7 @@ KERNELS = {'tpu': 'mosaic', 'cuda': 'triton'}
 
 # The most rows for which a kernel is chosen. Beyond them its decoding, which is repeated for each tile of rows, or its
 # products, which are slower than those of a library, cost more than XLA's writing the matrix out once.
-ROWS = {'mosaic': 4096, 'triton': 64}
+ROWS = {'mosaic': 8192, 'triton': 64}
 
 # (from so many rows: tiles) of bfloat16. mosaic: rows, rows of codes, columns. triton: rows, columns, splits, warps,
 # stages.

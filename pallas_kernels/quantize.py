@@ -13,15 +13,16 @@ from jpeft.quant.formats import nf4
 _TILES = (256, 512)  # rows of codes, columns
 
 
-def quantize_nf4(w: jax.Array, *, block: int = 64, implementation: str = 'xla',
+def quantize_nf4(w: jax.Array, *, block: int = 64, implementation: str | None = None,
                  interpret: bool = False) -> tuple[jax.Array, jax.Array]:
   """(codes, absmax) of a matrix, bit for bit those of `jpeft.quant.nf4(block).encode`, which is the plain form.
 
   Args:
     w: [in, out], float32 or bfloat16; `block` divides in.
     block: weights of a column that share a scale.
-    implementation: 'xla', or 'mosaic' for the kernel, which has not been shown to be any better.
-    interpret: run the kernel on any platform, slowly.
+    implementation: 'xla' or 'mosaic'; by default the kernel on a TPU, where the shape fits it: a fifth of the
+      cycles, and nothing in memory but the result (docs/kernels.md).
+    interpret: run the named kernel on any platform, slowly.
 
   Returns:
     (codes uint8 [in / 2, out], absmax float32 [in / block, out]), as `nf4_matmul` takes them.
@@ -31,15 +32,22 @@ def quantize_nf4(w: jax.Array, *, block: int = 64, implementation: str = 'xla',
   """
   if w.shape[0] % block:
     raise ValueError(f'blocks of {block} do not divide {w.shape[0]} rows')
-  if implementation not in ('mosaic', 'xla'):
+  if implementation not in (None, 'mosaic', 'xla'):
     raise ValueError(f'no implementation is called {implementation!r}; there are mosaic and xla')
-  if implementation == 'xla':
-    arrays = nf4(block).encode(w)
-    return arrays['codes'], arrays['absmax']
   tiles = tiles_of(w.shape, block)
-  if tiles is None:
+  if implementation == 'mosaic' and tiles is None:
     raise ValueError(f'mosaic cannot quantize {list(w.shape)}: 256 rows and 128 columns do not both divide it')
-  return _mosaic(w, block=block, tiles=tiles, interpret=interpret)
+  kernel = functools.partial(_mosaic, block=block, tiles=tiles, interpret=interpret)
+  if implementation == 'mosaic':
+    return kernel(w)
+  if implementation == 'xla' or tiles is None:
+    return _plain(w, block)
+  return jax.lax.platform_dependent(w, tpu=kernel, default=functools.partial(_plain, block=block))
+
+
+def _plain(w, block):
+  arrays = nf4(block).encode(w)
+  return arrays['codes'], arrays['absmax']
 
 
 def tiles_of(shape: tuple[int, int], block: int) -> tuple[int, int] | None:

@@ -187,8 +187,7 @@ def test_tpu_compiles(kind, dtype):
     kept = outputs if kind == 'v5p' else 0  # between the forward and the backward pass
     assert program.memory_analysis().temp_size_in_bytes < matrix + kept
   w = jax.ShapeDtypeStruct((4096, 4096), dtype, sharding=sharding)
-  quantize = functools.partial(quantize_nf4, implementation='mosaic')
-  assert 'tpu_custom_call' in jax.jit(quantize).lower(w).compile().as_text()
+  assert 'tpu_custom_call' in jax.jit(quantize_nf4).lower(w).compile().as_text()
 
 
 @pytest.mark.aot
