@@ -37,7 +37,8 @@ def main(argv: list[str]) -> int:
     flags = parse(argv)
     tasks, methods = flags['tasks'].split(','), flags['methods'].split(',')
     seeds = [int(s) for s in flags['seeds'].split(',')]
-    folder, configs = pathlib.Path(flags['out']), pathlib.Path(flags['configs'])
+    folder, configs, file = (pathlib.Path(flags[name]) for name in ('out', 'configs', 'docs'))
+    file.parent.mkdir(parents=True, exist_ok=True)
     for task in tasks:
       for method in methods:  # all of them before the first is trained
         run.method_of(config_lib.load(f'{configs / task}.py:{method}'))
@@ -58,7 +59,6 @@ def main(argv: list[str]) -> int:
     print(json.dumps(rows, indent=2))
   else:
     shown = [a for a in argv if a.partition('=')[0] in ('--tasks', '--methods', '--seeds')]  # what decides the numbers
-    file = pathlib.Path(flags['docs'])
     text = page(rows, ' '.join(['python -m jpeft.bench.accuracy', *shown]), file.with_suffix('.png').name)
     write(file, text)
     draw(rows, file.with_suffix('.png'))
@@ -125,16 +125,18 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
   rows = [row for row in rows if row['w1_mib'] is not None]
-  tasks = list(dict.fromkeys(row['task'] for row in rows)) or ['']
+  tasks = list(dict.fromkeys(row['task'] for row in rows)) or ['none of these methods has a row of W1']
   figure = Figure(figsize=(5.5 * len(tasks), 4.2), layout='constrained')
-  FigureCanvasAgg(figure)
-  for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+  canvas, axes = FigureCanvasAgg(figure), figure.subplot_mosaic([tasks])
+  for task, axis in axes.items():
     for row in (row for row in rows if row['task'] == task):
       point = row['w1_mib'], 100 * row['accuracy']
       axis.errorbar(*point, yerr=100 * (row['standard_error'] or 0), fmt='o', color='C0', markersize=5, capsize=2)
-      axis.annotate(row['method'], point, xytext=(5, 4), textcoords='offset points', fontsize=8)
     axis.set(title=task, xlabel='MiB of a training step on W1', ylabel='% right', xscale='log')
     axis.grid(alpha=0.3)
+  canvas.draw()  # places the axes
+  for task, axis in axes.items():
+    memory.label(axis, [(row['method'], (row['w1_mib'], 100 * row['accuracy'])) for row in rows if row['task'] == task])
   figure.savefig(path, dpi=110)
 
 

@@ -132,23 +132,43 @@ def document(found: list[dict]) -> str:
 
 
 def draw(found: list[dict], path: pathlib.Path) -> None:
-  """Memory against FLOPs, a panel a work."""
+  """Memory against FLOPs, a panel a work, the first one wide."""
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
   works = [w for w in WORKS if any(r['work'] == w for r in found)]
-  figure = Figure(figsize=(7.5, 5 * len(works)), layout='constrained')
-  FigureCanvasAgg(figure)
-  for axis, work in zip(figure.subplots(len(works), squeeze=False)[:, 0], works, strict=True):
+  rest = [*works[1:], *['.'] * (len(works) % 2 == 0)]
+  panels = [works[:1] * 2, *(rest[i:i + 2] for i in range(0, len(rest), 2))]
+  figure = Figure(figsize=(12, 6 + 4 * (len(panels) - 1)), layout='constrained')
+  canvas = FigureCanvasAgg(figure)
+  axes = figure.subplot_mosaic(panels, height_ratios=[1.5, *[1] * (len(panels) - 1)])
+  for work, axis in axes.items():
     for r in (r for r in found if r['work'] == work):
-      peer, point = 'source' in r, (r['total_mib'], r['gflop'])
-      axis.plot(*point, '^' if peer else 'o' if r['layers'] == 'unroll' else 's', color='C7' if peer else 'C0',
-                fillstyle=FILL[r['remat']], markersize=5)
-      axis.annotate(r['method'], point, xytext=(4, 3), textcoords='offset points', fontsize=6)
-    axis.set(title=f'{work.upper()}: {WORKS[work].title}', xlabel='MiB in total', ylabel='GFLOP a step', xscale='log')
+      peer = 'source' in r
+      axis.plot(r['total_mib'], r['gflop'], '^' if peer else 'o' if r['layers'] == 'unroll' else 's',
+                color='C7' if peer else 'C0', fillstyle=FILL[r['remat']], markersize=5)
+    axis.set_title(f'{work.upper()}: {WORKS[work].title}', fontsize=9)
+    axis.set(xlabel='MiB in total', ylabel='GFLOP a step', xscale='log')
+    axis.margins(x=0.12)
     axis.set_ylim(0)
     axis.grid(alpha=0.3)
   figure.suptitle('hollow: blocks recomputed; half: all but products with weights; square: scanned; triangle: peer')
+  canvas.draw()  # places the axes, without which no label knows its neighbours
+  for work, axis in axes.items():
+    label(axis, [(r['method'], (r['total_mib'], r['gflop'])) for r in found if r['work'] == work])
   figure.savefig(path, dpi=110)
+
+
+def label(axis, points: list[tuple[str, tuple[float, float]]], height: int = 10, width: int = 75) -> None:
+  """Names beside points; one that would lie on another moves up, with a line to its point."""
+  taken: list[tuple[float, float]] = []
+  for name, point in sorted(points, key=lambda p: p[1][::-1]):
+    x, start = axis.transData.transform(point)
+    y = start
+    while any(abs(x - a) < width and abs(y - b) < height for a, b in taken):
+      y += 2
+    taken.append((x, y))
+    line = {'arrowstyle': '-', 'lw': 0.4, 'color': '0.6'} if y > start + height else None
+    axis.annotate(name, point, xytext=(5, y - start + 1), textcoords='offset pixels', fontsize=6, arrowprops=line)
 
 
 def recorded() -> list[dict]:

@@ -12,15 +12,15 @@ from jpeft.bench import accuracy, memory
 @pytest.fixture
 def arguments(config_file, tmp_path):
   return [f'--configs={config_file.parent}', '--tasks=tiny', f'--out={tmp_path / "runs"}',
-          f'--docs={tmp_path / "a.md"}']
+          f'--docs={tmp_path / "docs" / "a.md"}']
 
 
 def test_rows_are_means_over_runs_and_complete_runs_are_kept(arguments, tmp_path, capsys):
   flags = [*arguments, '--methods=linear,bitfit', '--seeds=0,1']
   assert accuracy.main(flags) == 0
-  page = (tmp_path / 'a.md').read_text()
+  page = (tmp_path / 'docs/a.md').read_text()
   assert page.count('| linear') == 1 and page.count('| bitfit') == 1 and '## tiny' in page
-  assert '![accuracy against memory](a.png)' in page and (tmp_path / 'a.png').stat().st_size > 1000
+  assert '![accuracy against memory](a.png)' in page and (tmp_path / 'docs/a.png').stat().st_size > 1000
   reports = [json.loads((tmp_path / f'runs/tiny/linear-{seed}/report.json').read_text()) for seed in (0, 1)]
   stamps = [p.stat().st_mtime_ns for p in sorted(tmp_path.glob('runs/*/*/report.json'))]
   capsys.readouterr()
