@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+import jpeft
 from jpeft import archives, models
 from jpeft.models import onnx, sources
 
@@ -111,3 +112,16 @@ def test_dinov2_features_equal_transformers(size):
   got = np.asarray(loaded.model.apply(loaded.variables, images))
   assert got.shape == want.shape and np.abs(want).max() > 5
   np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@pytest.mark.assets
+def test_the_4_bit_kernels_of_smollm2_are_kept_as_they_are():
+  """SmolLM2's package holds Q4_1: storing its kernels so loses nothing, and takes a third of float32."""
+  box = lambda x: isinstance(x, jpeft.Box)
+  plain, small = (jpeft.load('smollm2-135m', scan=True, **options).variables
+                  for options in ({}, {'quantize': jpeft.int4(minimum=True)}))
+  pairs = [(x, y) for x, y in zip(jax.tree.leaves(plain), jax.tree.leaves(small, is_leaf=box), strict=True) if box(y)]
+  assert sum(x.size for x, _ in pairs) == 106_168_320
+  for x, y in pairs:
+    np.testing.assert_array_equal(x, y.unbox())
+  assert jpeft.nbytes(small) < jpeft.nbytes(plain) / 2.9
