@@ -126,6 +126,8 @@ def load_adapter(folder: str | pathlib.Path, pretrained: Pretrained) -> tuple[Me
   for key, held in (('peft_type', 'LORA'), ('bias', 'none'), ('fan_in_fan_out', False), ('lora_bias', False)):
     if config.get(key, held) != held:
       raise ValueError(f'{folder / CONFIG}: {key}={config[key]!r} is not supported, only {held!r}')
+  if missing := {'r', 'lora_alpha'} - config.keys():
+    raise ValueError(f'{folder / CONFIG} lacks {" and ".join(sorted(missing))}')
   tensors = {key.removeprefix(_BASE): x for key, x in read_tensors(folder / FILE).items()}
   where, base = _where(pretrained), family_of(pretrained.config).table(pretrained.model).base
   # Of a model with a head or without: the prefix tells them apart, and the layers are the same.

@@ -31,7 +31,8 @@ def folder(tmp_path):
   def made(case, tensors=None, **config):
     save_file({k: np.ascontiguousarray(x) for k, x in (tensors or of_peft(case)).items()},
               tmp_path / 'adapter_model.safetensors')
-    (tmp_path / 'adapter_config.json').write_text(json.dumps({'peft_type': 'LORA', **CASES[case], **config}))
+    told = {'peft_type': 'LORA', **CASES[case], **config}
+    (tmp_path / 'adapter_config.json').write_text(json.dumps({k: x for k, x in told.items() if x is not None}))
     return tmp_path
   return made
 
@@ -112,6 +113,7 @@ KEY = 'base_model.model.bert.encoder.layer.0.attention.self.query.lora_B.weight'
 @pytest.mark.parametrize(('change', 'config', 'message'), [
   ({}, {'peft_type': 'IA3'}, "peft_type='IA3' is not supported, only 'LORA'"),
   ({}, {'bias': 'all'}, "bias='all' is not supported"),
+  ({}, {'r': None}, 'adapter_config.json lacks r'),
   ({KEY: None}, {}, "'encoder/block_0/attention/query/kernel' lacks b"),
   ({KEY: None, KEY.replace('query', 'qwery'): np.zeros((16, 4), 'f')}, {}, r"has no place .* the nearest is '.*query"),
   ({}, {'r': 5}, 'is of rank 4, and adapter_config.json says 5')])
