@@ -34,6 +34,7 @@ CONFIG, FILE = 'adapter_config.json', 'adapter_model.safetensors'
 _BASE = 'base_model.model.'
 _PARTS = {'a': 'lora_A.weight', 'b': 'lora_B.weight', 'm': 'lora_magnitude_vector'}
 _TABLE_PARTS = {'a': 'lora_embedding_A', 'b': 'lora_embedding_B'}
+_CHANGES_BASE = ('pissa', 'olora', 'loftq', 'corda')  # starts that change the matrix they adapt
 _ARRAY = re.compile(r'(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector|lora_embedding_[AB])')
 
 
@@ -126,6 +127,9 @@ def load_adapter(folder: str | pathlib.Path, pretrained: Pretrained) -> tuple[Me
   for key, held in (('peft_type', 'LORA'), ('bias', 'none'), ('fan_in_fan_out', False), ('lora_bias', False)):
     if config.get(key, held) != held:
       raise ValueError(f'{folder / CONFIG}: {key}={config[key]!r} is not supported, only {held!r}')
+  if str(start := config.get('init_lora_weights')).startswith(_CHANGES_BASE):
+    raise ValueError(f'{folder / CONFIG}: init_lora_weights={start!r} adapts what is left of matrices once peft has '
+                     'taken them apart; have peft convert it to plain LoRA (path_initial_model_for_weight_conversion)')
   if missing := {'r', 'lora_alpha'} - config.keys():
     raise ValueError(f'{folder / CONFIG} lacks {" and ".join(sorted(missing))}')
   tensors = {key.removeprefix(_BASE): x for key, x in read_tensors(folder / FILE).items()}

@@ -113,6 +113,7 @@ KEY = 'base_model.model.bert.encoder.layer.0.attention.self.query.lora_B.weight'
 @pytest.mark.parametrize(('change', 'config', 'message'), [
   ({}, {'peft_type': 'IA3'}, "peft_type='IA3' is not supported, only 'LORA'"),
   ({}, {'bias': 'all'}, "bias='all' is not supported"),
+  ({}, {'init_lora_weights': 'pissa_niter_4'}, 'have peft convert it to plain LoRA'),
   ({}, {'r': None}, 'adapter_config.json lacks r'),
   ({KEY: None}, {}, "'encoder/block_0/attention/query/kernel' lacks b"),
   ({KEY: None, KEY.replace('query', 'qwery'): np.zeros((16, 4), 'f')}, {}, r"has no place .* the nearest is '.*query"),
