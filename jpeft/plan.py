@@ -47,7 +47,7 @@ from .core import Method, Tuned, attach, summary
 from .core.inspect import backend_of
 from .core.rules import MEMORY_CLASSES
 from .methods.presets import preset
-from .models.blocks import Remat
+from .models.blocks import REMATS, Remat
 from .quant import formats, quantize
 
 # What is tried, in this order, where nothing that was asked for fits.
@@ -354,7 +354,8 @@ def plan(model, methods: str | Method | Sequence[str] | Mapping[str, Method], ba
   """
   shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
   resized = lambda size: {name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for name, x in shapes.items()}
-  remat = getattr(model, 'remat', False)
+  told = getattr(model, 'remat', False)
+  remat = told if told in REMATS else bool(told)
   work = Work(model, variables, resized, shapes['label'].shape[0], remat, mesh, sharded, accumulate,
               offload=offload)
   if variables is None:
