@@ -138,7 +138,8 @@ def coded(form: Format, site: Site, name: str, layers: Iterable[Any]) -> Quantiz
     one = _encoded_jit(form, site.leaves[name], jnp.asarray(w, site.leaves[name].dtype))
     if whole is None:
       whole = {n: jnp.zeros((site.layers, *x.shape), x.dtype) for n, x in one.items()}
-    whole = _put(whole, one, i)
+    # Waited for: reading is faster than coding, and what is read ahead would be all there is.
+    whole = jax.block_until_ready(_put(whole, one, i))
   return _placed(form, site, name, whole)
 
 
