@@ -43,6 +43,7 @@ print(json.dumps({'stored': jpeft.nbytes(held), 'grown': peak[0] - before}))
 '''
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not pathlib.Path('/proc/self/status').exists(), reason='memory is read from /proc')
 def test_a_folder_loads_in_its_4_bit_size_and_the_work_on_one_tensor(tmp_path):
   model = models.from_config(LLAMA)
