@@ -7,7 +7,6 @@ writes that of a run, for transformers and others to put on the same base model.
 kernels may be plain or in 4 bits, its blocks unrolled or scanned.
 """
 
-import argparse
 import difflib
 import inspect
 import json
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import run
+from .checkpoint import write
 from .core import Method, chain
 from .methods import REGISTRY, dora, lora, tune
 from .models import Pretrained
@@ -34,6 +34,7 @@ CONFIG, FILE = 'adapter_config.json', 'adapter_model.safetensors'
 _BASE = 'base_model.model.'
 _PARTS = {'a': 'lora_A.weight', 'b': 'lora_B.weight', 'm': 'lora_magnitude_vector'}
 _TABLE_PARTS = {'a': 'lora_embedding_A', 'b': 'lora_embedding_B'}
+_PART_OF = {name: part for table in (_PARTS, _TABLE_PARTS) for part, name in table.items()}
 _CHANGES_BASE = ('pissa', 'olora', 'loftq', 'corda')  # starts that change the matrix they adapt
 _ARRAY = re.compile(r'(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector|lora_embedding_[AB])')
 
@@ -59,11 +60,12 @@ def save_adapter(folder: str | pathlib.Path, pretrained: Pretrained, theta: Mapp
   Raises:
     ValueError: theta holds what such folders cannot.
   """
-  where, tensors, found, whole, kinds = _where(pretrained), {}, {}, set(), set()
+  where, tensors, found, trained, whole, kinds = _where(pretrained), {}, {}, set(), set(), set()
   for path, array, t in _entries(theta):
     place, keys = where[f'{path}/{array}']
     modules = [key.rpartition('.')[0] for key in keys]
     if not isinstance(t, Mapping):
+      trained.add(f'{path}/{array}')
       whole |= set(modules)
       tensors |= dict(zip(keys, (place.leaf.theirs(x) for x in _layers(t, place)), strict=True))
       continue
@@ -74,15 +76,14 @@ def save_adapter(folder: str | pathlib.Path, pretrained: Pretrained, theta: Mapp
     if 'a0' in t:
       t = {'a': np.concatenate([t['a'], t['a0']], -1), 'b': np.concatenate([t['b'], -np.asarray(t['b0'])], -2)}
       factor = (t['a'].shape[-1] / old) ** (0.5 if rslora else 1)
+    found |= dict.fromkeys(modules, (t['a'].shape[-1], alpha * factor))
     names = _TABLE_PARTS if array == 'embedding' else _PARTS
     for part, x in t.items():
       for module, layer in zip(modules, _layers(x, place), strict=True):
         tensors[f'{module}.{names[part]}'] = _theirs(part, layer, place)
-        found[module] = t['a'].shape[-1], alpha * factor
   if not found or len(kinds) > 1:
     raise ValueError(f'theta holds {"both LoRA and DoRA" if found else "neither LoRA nor DoRA"}: an adapter folder is '
                      'of one of them')
-  trained = {f'{path}/{array}' for path, array, t in _entries(theta) if not isinstance(t, Mapping)}
   for name, (_, keys) in where.items():
     if name not in trained and whole & {key.rpartition('.')[0] for key in keys}:
       raise ValueError(f'theta trains only a part of {name.rpartition("/")[0]!r}, without {name!r}: an adapter folder '
@@ -103,7 +104,7 @@ def save_adapter(folder: str | pathlib.Path, pretrained: Pretrained, theta: Mapp
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   write_tensors(folder / FILE, {_BASE + key: np.asarray(x, np.float32) for key, x in tensors.items()})
-  (folder / CONFIG).write_text(json.dumps(config, indent=2) + '\n')
+  write(folder / CONFIG, json.dumps(config, indent=2) + '\n')
 
 
 def load_adapter(folder: str | pathlib.Path, pretrained: Pretrained) -> tuple[Method, dict]:
@@ -147,10 +148,8 @@ def load_adapter(folder: str | pathlib.Path, pretrained: Pretrained) -> tuple[Me
       raise ValueError(f'{folder / FILE}: {key!r} has no place in this backbone'
                        + (f'; the nearest is {near[0]!r}' if near else ''))
     place, layer = homes[wanted]
-    names = {name: part for table in (_PARTS, _TABLE_PARTS) for part, name in table.items()}
-    part = names[match[2]] if match else 'whole'
-    ours = _ours(part, x, place)
-    parts.setdefault(place.path, {}).setdefault(part, {})[layer] = ours
+    part = _PART_OF[match[2]] if match else 'whole'
+    parts.setdefault(place.path, {}).setdefault(part, {})[layer] = _ours(part, x, place)
   theta: dict[str, dict] = {}
   for path, found in parts.items():
     site, _, array = path.rpartition('/')
@@ -159,7 +158,7 @@ def load_adapter(folder: str | pathlib.Path, pretrained: Pretrained) -> tuple[Me
     if 'whole' in arrays:
       theta.setdefault('modules', {}).setdefault(site, {})[array] = arrays['whole']
       continue
-    if missing := {'a', 'b', *('m' for _ in range(bool(config.get('use_dora'))))} - arrays.keys():
+    if missing := set('abm' if config.get('use_dora') else 'ab') - arrays.keys():
       raise ValueError(f'{folder / FILE}: {path!r} lacks {", ".join(sorted(missing))}')
     module = keys[0].rpartition('.')[0]
     rank = _of(config.get('rank_pattern'), module, config['r'])
@@ -232,11 +231,7 @@ def _of(pattern: Mapping | None, module: str, default):
 
 
 def main(argv: list[str]) -> int:
-  parser = argparse.ArgumentParser('jpeft.adapter', description=__doc__.splitlines()[0])
-  parser.add_argument('--run', type=pathlib.Path, required=True, help='folder of a complete run')
-  parser.add_argument('--out', type=pathlib.Path, required=True, help='folder to write, new or empty')
-  parser.add_argument('--best', action='store_true', help='theta of the best evaluation, not of the end')
-  flags = parser.parse_args(argv)
+  flags = run.parser('jpeft.adapter', __doc__, out=True).parse_args(argv)
   with run.inputs_checked():
     config, _ = run.describe(flags.run)
     takes = inspect.signature(REGISTRY[config.method.name].make).parameters.values()

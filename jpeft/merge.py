@@ -5,7 +5,6 @@ Of a backbone in 4 bits, the decoded kernels are written, in the number format o
     python -m jpeft.merge --run runs/a --out merged
 """
 
-import argparse
 import json
 import pathlib
 import shutil
@@ -21,11 +20,7 @@ from .models.tokenizer import save_tokenizer
 
 
 def main(argv: list[str]) -> int:
-  parser = argparse.ArgumentParser('jpeft.merge', description=__doc__.splitlines()[0])
-  parser.add_argument('--run', type=pathlib.Path, required=True, help='folder of a complete run')
-  parser.add_argument('--out', type=pathlib.Path, required=True, help='folder to write, new or empty')
-  parser.add_argument('--best', action='store_true', help='theta of the best evaluation, not of the end')
-  flags = parser.parse_args(argv)
+  flags = run.parser('jpeft.merge', __doc__, out=True).parse_args(argv)
 
   with run.inputs_checked():
     config, about = run.describe(flags.run)

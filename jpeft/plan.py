@@ -418,9 +418,13 @@ def _with_method(config, name: str):
   return config_lib.complete(config_lib.nest({**values, **chosen}))
 
 
+def classes_of(config) -> int:
+  """Outputs of the head of a configuration whose data are not read; 0 for a model that writes text."""
+  return 0 if config.task == 'language' else config.model.num_classes or CLASSES
+
+
 def _of_config(name: str, config, where: targets.Target, search: bool) -> Plan:
-  classes = 0 if config.task == 'language' else config.model.num_classes or CLASSES
-  pretrained, tuned = run.build(config, classes, models.describe)
+  pretrained, tuned = run.build(config, classes_of(config), models.describe)
   blank = tasks.of(config).blank(config, pretrained)
   _, tx = run.optimizer_of(config, tuned, steps=1000)
   work = Work(

@@ -4,7 +4,6 @@
     python -m jpeft.predict --run runs/b --input reviews.txt --json     # a text a line; - reads stdin
 """
 
-import argparse
 import json
 import pathlib
 import sys
@@ -21,11 +20,9 @@ ROWS = 32
 
 
 def main(argv: list[str]) -> int:
-  parser = argparse.ArgumentParser('jpeft.predict', description=__doc__.splitlines()[0])
-  parser.add_argument('--run', type=pathlib.Path, required=True, help='folder of a complete run')
+  parser = run.parser('jpeft.predict', __doc__)
   parser.add_argument('--input', nargs='+', required=True, help='images, or files of texts; - is stdin')
   parser.add_argument('--json', action='store_true', help='a JSON object a line, with all probabilities')
-  parser.add_argument('--best', action='store_true', help='theta of the best evaluation, not of the end')
   flags = parser.parse_args(argv)
 
   with run.inputs_checked():

@@ -8,6 +8,7 @@
     report.json, report.md, curves.png      written when the run is complete
 """
 
+import argparse
 import contextlib
 import fcntl
 import json
@@ -211,6 +212,16 @@ def reopen(folder: pathlib.Path, best: bool = False) -> tuple[Any, Any, Any]:
     raise ValueError(f'the backbone {config.model.source} is not the one that {folder} was trained on: '
                      'its SHA-256 has changed')
   return pretrained, tuned, theta
+
+
+def parser(name: str, doc: str, out: bool = False) -> argparse.ArgumentParser:
+  """The flags of a command that opens a run: --run, --best and, where it writes a folder, --out."""
+  found = argparse.ArgumentParser(name, description=doc.splitlines()[0])
+  found.add_argument('--run', type=pathlib.Path, required=True, help='folder of a complete run')
+  if out:
+    found.add_argument('--out', type=pathlib.Path, required=True, help='folder to write, new or empty')
+  found.add_argument('--best', action='store_true', help='theta of the best evaluation, not of the end')
+  return found
 
 
 def check_new(folder: pathlib.Path) -> None:

@@ -22,6 +22,7 @@ import numpy as np
 
 from .. import config as config_lib
 from .. import report, run, step, tasks
+from ..plan import classes_of
 
 ROUNDS = 7
 
@@ -46,7 +47,7 @@ class Update:
 def update_of(config) -> Update:
   """The compiled update of a configuration, on one device."""
   with run.inputs_checked():
-    pretrained, tuned = run.build(config, config.model.num_classes or 10)
+    pretrained, tuned = run.build(config, classes_of(config))
     blank = tasks.of(config).blank(config, pretrained)
     _, tx = run.optimizer_of(config, tuned, steps=1000)
   size, rng = config.data.batch_size, np.random.default_rng(0)
