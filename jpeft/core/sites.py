@@ -54,7 +54,7 @@ class Leaf:
   def fold(self, w: jax.Array) -> jax.Array:
     """The kernel as the matrix [*batch, fan_in, fan_out] that it stands for."""
     batch = [self.shape[i] for i in self.batch]
-    return jnp.transpose(w, self.batch + self.ins + self.outs).reshape(*batch, self.fan_in, -1)
+    return w.transpose(self.batch + self.ins + self.outs).reshape(*batch, self.fan_in, -1)
 
   def unfold(self, m: jax.Array, outs: tuple[int, ...] | None = None) -> jax.Array:
     """The inverse of `fold`; `outs` replaces the sizes of the output axes (for a narrower matrix)."""

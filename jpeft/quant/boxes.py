@@ -8,12 +8,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..core.boxes import Box
 from ..core.inspect import backend_of, sites_of
 from ..core.linen import join
 from ..core.sites import Leaf, Site, Sites
 from .formats import Format
+
+_SLICE = 2**18  # weights of a kernel that are coded at once
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=['arrays'], meta_fields=['form', 'leaf', 'axes'])
@@ -49,17 +52,12 @@ class Quantized(Box):
 
   def _matrix(self, arrays):
     decode = lambda arrays: self.form.decode(arrays, (self.leaf.fan_in, self.leaf.fan_out))
-    for _ in self.leaf.batch:
-      decode = jax.vmap(decode)
-    return decode(arrays)
+    return _each(decode, self.leaf)(arrays)
 
   def scales(self) -> jax.Array:
     """The scale of every block of one layer, float32, as its 'absmax' lies."""
-    decode = lambda arrays: self.form.scales(arrays, (self.leaf.fan_in, self.leaf.fan_out))
-    for _ in self.leaf.batch:
-      decode = jax.vmap(decode)
-    own = self._own
-    return decode({n: self.arrays[n].reshape(own[n].shape) for n in own})
+    decode, own = lambda arrays: self.form.scales(arrays, (self.leaf.fan_in, self.leaf.fan_out)), self._own
+    return _each(decode, self.leaf)({n: self.arrays[n].reshape(own[n].shape) for n in own})
 
   def rescaled(self, scales: jax.Array) -> 'Quantized':
     """The same codes with other scales, which are then stored as they are given."""
@@ -131,15 +129,26 @@ def _boxed(form: Format, site: Site, name: str, w) -> Quantized:
   return _placed(form, site, name, jax.lax.map(functools.partial(_encoded_jit, form, site.leaves[name]), layers))
 
 
-def coded(form: Format, site: Site, name: str, layers: Iterable[Any]) -> Quantized:
-  """A kernel from its layers, which are read one at a time; what is held beside the result is one of them."""
-  whole = None
-  for i, w in enumerate(layers):
-    one = _encoded_jit(form, site.leaves[name], jnp.asarray(w, site.leaves[name].dtype))
-    if whole is None:
-      whole = {n: jnp.zeros((site.layers, *x.shape), x.dtype) for n, x in one.items()}
-    # Waited for: reading is faster than coding, and what is read ahead would be all there is.
-    whole = jax.block_until_ready(_put(whole, one, i))
+def coded(form: Format, site: Site, name: str, layers: Iterable[np.ndarray]) -> Quantized:
+  """A kernel from its layers, which are read one at a time.
+
+  Beside the result one layer is held, in the number format that it is read in, and what coding some columns of it needs.
+  """
+  leaf, plain = site.leaves[name], form._replace(double=False)
+  like = jax.eval_shape(functools.partial(_encoded, plain, leaf), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+  whole = {n: jnp.zeros((site.layers, *x.shape), x.dtype) for n, x in like.items()}
+  cut = form.aligned((leaf.fan_in, leaf.fan_out))
+  columns = 2**int(math.log2(max(1, _SLICE // leaf.fan_in))) if cut else leaf.fan_out
+  layer = 0
+  for w in layers:
+    w = leaf.fold(w)
+    for start in range(0, leaf.fan_out, columns):
+      # Waited for: reading is faster than coding, and what is read ahead would be all there is.
+      whole = jax.block_until_ready(_put(plain, leaf, whole, w[..., start:start + columns], layer, start))
+    del w  # or it would be there still while the next one is read
+    layer += 1
+  if form.double:
+    whole |= _nested(form, leaf, whole.pop('absmax'))
   return _placed(form, site, name, whole)
 
 
@@ -152,16 +161,29 @@ def _placed(form: Format, site: Site, name: str, arrays) -> Quantized:
   return Quantized(arrays, form, site.leaves[name], site.axes)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _put(whole, one, i):
-  return {n: jax.lax.dynamic_update_index_in_dim(x, one[n], i, 0) for n, x in whole.items()}
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _put(form: Format, leaf: Leaf, whole, w, layer, start):
+  """The codes of columns `w` of a layer, put where they belong."""
+  part = _each(form.encode, leaf)(w.astype(leaf.dtype))
+  at = lambda x: (layer, *[0] * (x.ndim - 1), start)
+  return {n: jax.lax.dynamic_update_slice(x, part[n][None], at(part[n])) for n, x in whole.items()}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _nested(form: Format, leaf: Leaf, absmax):
+  nest = functools.partial(form.nest, shape=(leaf.fan_in, leaf.fan_out))
+  return jax.lax.map(_each(nest, leaf), absmax)
 
 
 def _encoded(form: Format, leaf: Leaf, w) -> dict[str, jax.Array]:
-  encode = form.encode
+  return _each(form.encode, leaf)(leaf.fold(w))
+
+
+def _each(fn, leaf: Leaf):
+  """A function of a matrix, for every matrix of a kernel."""
   for _ in leaf.batch:
-    encode = jax.vmap(encode)
-  return encode(leaf.fold(w))
+    fn = jax.vmap(fn)
+  return fn
 
 
 _encoded_jit = jax.jit(_encoded, static_argnums=(0, 1))

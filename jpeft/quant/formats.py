@@ -46,17 +46,31 @@ class Format(NamedTuple):
     Returns:
       {'codes': uint8, 'absmax': float32 (int4, int4_1: float16), the scales}; with `double`, absmax is uint8, and
       there are 'nested' (float32, one a group) and 'offset' (a float32). 'affine' and 'int4_1' have 'zero', one a
-      block: uint8, the code of 0; float16, the least weight.
+      block: uint8, the code of 0; float16, the least weight. Where blocks lie in rows of [out, in] and without
+      `double`, columns of the arrays are those of the matrix, and may be encoded alone.
     """
     rows, block = w.astype(jnp.float32).T.reshape(-1), self.block or w.shape[0]
     blocks = jnp.pad(rows, (0, -rows.size % block)).reshape(-1, block)
     codes, *facts = {'int4': _int4, 'int4_1': _int4_1, 'affine': self._affine}.get(self.name, self._coded)(blocks)
-    codes = codes.reshape(-1)[:rows.size]
-    arrays = self._doubled(*facts) if self.double else dict(zip(('absmax', 'zero'), facts, strict=False))
+    codes, arrays = codes.reshape(-1)[:rows.size], dict(zip(('absmax', 'zero'), facts, strict=False))
     if self.aligned(w.shape):
       codes = codes.reshape(w.shape[::-1]).T
-      arrays |= {n: arrays[n].reshape(w.shape[1], -1).T for n in ('absmax', 'zero') if n in arrays}
+      arrays = {n: x.reshape(w.shape[1], -1).T for n, x in arrays.items()}
+    if self.double:
+      arrays = self.nest(arrays['absmax'], w.shape)
     return {'codes': pack(codes, self.zero), **arrays}
+
+  def nest(self, absmax: jax.Array, shape: tuple[int, int]) -> dict[str, jax.Array]:
+    """Scales that were encoded without `double`, in 8 bits: the absmax, nested and offset of `encode`."""
+    absmax = absmax.T if self.aligned(shape) else absmax  # groups follow the rows of [out, in]
+    offset = jnp.mean(absmax)
+    centred = absmax.reshape(-1) - offset
+    groups = jnp.pad(centred, (0, -absmax.size % GROUP)).reshape(-1, GROUP)
+    nested = jnp.max(jnp.abs(groups), 1)
+    x = groups / jnp.where(nested == 0, 1, nested)[:, None]
+    codes = jnp.searchsorted(jnp.asarray(maps.midpoints(MAP)), x.reshape(-1)[:absmax.size])
+    codes = codes.astype(jnp.uint8).reshape(absmax.shape)
+    return {'absmax': codes.T if self.aligned(shape) else codes, 'nested': nested, 'offset': offset}
 
   def decode(self, arrays: dict[str, jax.Array], shape: tuple[int, int]) -> jax.Array:
     """The matrix [in, out], float32."""
@@ -84,7 +98,7 @@ class Format(NamedTuple):
     absmax = arrays['absmax']
     if not self.double:
       return absmax.astype(jnp.float32)
-    order = absmax.T if self.aligned(shape) else absmax  # groups follow the rows of [out, in]
+    order = absmax.T if self.aligned(shape) else absmax
     group = jnp.repeat(arrays['nested'], GROUP)[:absmax.size].reshape(order.shape)
     group = group.T if self.aligned(shape) else group
     product = jnp.asarray(MAP)[absmax.astype(jnp.int32)] * group
@@ -116,15 +130,6 @@ class Format(NamedTuple):
       return _rank(x, maps.midpoints(maps.NF4)), absmax
     level = _rank(jnp.abs(x), maps.midpoints(maps.FP4[_FP4_LEVELS]))
     return lookup(level, np.resize(_FP4_LEVELS, 16).astype(np.uint8)) | jnp.where(x < 0, 8, 0).astype(jnp.uint8), absmax
-
-  def _doubled(self, absmax):
-    offset = jnp.mean(absmax)
-    centred = absmax - offset
-    groups = jnp.pad(centred, (0, -absmax.size % GROUP)).reshape(-1, GROUP)
-    nested = jnp.max(jnp.abs(groups), 1)
-    x = groups / jnp.where(nested == 0, 1, nested)[:, None]
-    codes = jnp.searchsorted(jnp.asarray(maps.midpoints(MAP)), x.reshape(-1)[:absmax.size])
-    return {'absmax': codes.astype(jnp.uint8), 'nested': nested, 'offset': offset}
 
 
 def nf4(block: int = 64, double: bool = False) -> Format:
