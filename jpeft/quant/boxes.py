@@ -132,7 +132,7 @@ def _boxed(form: Format, site: Site, name: str, w) -> Quantized:
 def coded(form: Format, site: Site, name: str, layers: Iterable[np.ndarray]) -> Quantized:
   """A kernel from its layers, which are read one at a time.
 
-  Beside the result one layer is held, in the number format that it is read in, and what coding some of its columns needs.
+  Beside the result a layer is held, in the number format that it is read in, and what coding some of its columns needs.
   """
   leaf, plain = site.leaves[name], form._replace(double=False)
   like = jax.eval_shape(functools.partial(_encoded, plain, leaf), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
