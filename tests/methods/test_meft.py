@@ -16,6 +16,7 @@ from tests.contract.anatomies import described
 from tests.fixtures import BACKBONES, noisy
 from tests.methods.small import IMAGES, MASK, TOKENS, attached, shapes_of, t5, vit
 from tests.params import fast_if
+from tests.residuals import residuals
 
 
 def test_one_layer_and_its_inverse_by_hand():
@@ -211,8 +212,8 @@ def kept(depth: int, every: int | None, **fields) -> int:
   model = ViT(width=WIDTH, depth=depth, heads=4, mlp_dim=64, patch_size=4, image_size=8, num_classes=5, **fields)
   held = jax.eval_shape(model.init, jax.random.key(0), IMAGES)
   tuned = jpeft.attach(model, meft(4, every=every), held, IMAGES)
-  back = lambda theta, held: jax.vjp(lambda theta: tuned.apply(theta, held, IMAGES), theta)[1]
-  found = [x.size for x in jax.tree.leaves(jax.eval_shape(back, tuned.shapes, held)) if x.shape[-3:] == (B, 5, WIDTH)]
+  kept = residuals(tuned.apply, tuned.shapes, held, IMAGES)
+  found = [x.size for x in kept if x.shape[-3:] == (B, 5, WIDTH)]
   return sum(found) // (B * 5 * WIDTH)
 
 

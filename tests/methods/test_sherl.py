@@ -11,8 +11,8 @@ import jpeft
 from jpeft.core import count
 from jpeft.methods.sherl import merged
 from jpeft.models import T5, Bert, ViT
-from tests.fixtures import noisy
 from tests.methods.small import IMAGES, MASK, TOKENS, attached, shapes_of, t5, vit
+from tests.residuals import nbytes, residuals
 
 CLOSED = 10.0  # tanh(gamma / T) is one
 
@@ -122,12 +122,11 @@ def test_unrolled_and_scanned_agree(options):
 def kept(depth: int) -> int:
   """Bytes that the backward pass keeps beside weights."""
   model = ViT(width=64, depth=depth, heads=4, mlp_dim=256, patch_size=4, image_size=32, num_classes=10)
-  images = jnp.zeros((4, 32, 32, 3))
-  held = noisy(jax.jit(model.init)(jax.random.key(0), images))
-  tuned, theta = attached(model, held, jpeft.sherl(8), images)
-  _, vjp = jax.vjp(lambda theta: tuned.apply(theta, held, images), theta)
-  weights = {x.shape for x in jax.tree.leaves((held, theta))}
-  return sum({id(x): x.nbytes for x in jax.tree.leaves(vjp) if x.shape not in weights}.values())
+  images = jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.float32)
+  held = jax.eval_shape(model.init, jax.random.key(0), images)
+  tuned = jpeft.attach(model, jpeft.sherl(8), held, images)
+  weights = {x.shape for x in jax.tree.leaves((held, tuned.shapes))}
+  return nbytes([x for x in residuals(tuned.apply, tuned.shapes, held, images) if x.shape not in weights])
 
 
 def test_a_further_block_costs_its_state():
