@@ -1,5 +1,7 @@
 """What a training step costs, in forward passes: the memory class of the registry is no mere word."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -32,18 +34,28 @@ def compiled(fn, *args) -> float:
   return traced.lower().compile().cost_analysis()['flops'] + cost.uncounted(traced)
 
 
+@functools.cache
+def backbone(storage: str | None):
+  """The shapes of what the model holds."""
+  if storage is None:
+    return HELD
+  return jax.eval_shape(lambda held: jpeft.quantize(MODEL, formats.named(storage), held, X, train=False), HELD)
+
+
+@functools.cache
+def forward(storage: str | None, measure) -> float:
+  """FLOPs of the untouched forward pass."""
+  return measure(lambda held, x: MODEL.apply(held, x, train=False), backbone(storage), X)
+
+
 def passes(method: str, measure) -> float:
   """FLOPs of output and gradients over those of the untouched forward pass."""
+  storage = REGISTRY[method].storage if row(method).stored else None
+  held = backbone(storage)
   with described(BACKBONES['linen_vit']):
-    rules = made(method, 'linen_vit', **SIZES.get(method, {}))
-    held = HELD
-    if row(method).stored:
-      form = formats.named(REGISTRY[method].storage)
-      held = jax.eval_shape(lambda held: jpeft.quantize(MODEL, form, held, X, train=False), HELD)
-    tuned = jpeft.attach(MODEL, rules, held, X, train=False)
+    tuned = jpeft.attach(MODEL, made(method, 'linen_vit', **SIZES.get(method, {})), held, X, train=False)
   loss = lambda theta, held, x: jnp.sum(tuned.apply(theta, held, x, train=False) ** 2)
-  forward = measure(lambda held, x: MODEL.apply(held, x, train=False), held, X)
-  return measure(jax.value_and_grad(loss), tuned.shapes, held, X) / forward
+  return measure(jax.value_and_grad(loss), tuned.shapes, held, X) / forward(storage, measure)
 
 
 @pytest.mark.parametrize('measure', [lowered, pytest.param(compiled, marks=pytest.mark.slow)])
