@@ -8,18 +8,22 @@ import jax
 from jax.extend.core import Literal
 
 
-def residuals(fn: Callable[..., Any], theta: Any, *rest: Any, given: bool = True) -> list[jax.core.ShapedArray]:
+def residuals(fn: Callable[..., Any], theta: Any, *rest: Any, weights: Any = (),
+              given: bool = True) -> list[jax.core.ShapedArray]:
   """The arrays that the vjp of a function in its first argument keeps, each once.
 
   Args:
     fn: of theta and the rest.
     theta: trees of arrays, or of shapes, as the rest are.
     *rest: its other arguments.
-    given: those among them that are arguments of the function, too.
+    weights: arrays of their shapes are not counted.
+    given: whether an argument that is kept as it is counts.
   """
   program = jax.make_jaxpr(lambda theta, *rest: jax.vjp(lambda theta: fn(theta, *rest), theta)[1])(theta, *rest).jaxpr
-  inputs = {id(x) for x in (*program.invars, *program.constvars)}
-  kept = {id(x): x.aval for x in program.outvars if not isinstance(x, Literal) and (given or id(x) not in inputs)}
+  own = {x.shape for x in jax.tree.leaves(weights)}
+  kept = {id(x): x.aval for x in program.outvars if not isinstance(x, Literal) and x.aval.shape not in own}
+  for x in () if given else (*program.invars, *program.constvars):
+    kept.pop(id(x), None)
   return list(kept.values())
 
 

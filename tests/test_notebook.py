@@ -57,11 +57,11 @@ def before_and_after(printed):
 @quiet
 def test_qst_runs_on_a_tiny_decoder(executed, wide_decoder, backwards):  # noqa: F811
   """Random weights and a made-up task: two letters, to be written backwards in capitals."""
-  printed = executed('qst_llm.ipynb', MODEL=wide_decoder, DATA=f'completions:{backwards}', STEPS=200, BATCH=3,
+  printed = executed('qst_llm.ipynb', MODEL=wide_decoder, DATA=f'completions:{backwards}', STEPS=100, BATCH=3,
                      TARGET='cpu')
   assert 'weights in' in printed and 'texts in' in printed and 'qlora' in printed
   before, after = before_and_after(printed)
-  assert before > 15 and after < 0.8 * before
+  assert before > 15 and after < before / 3
 
 
 @pytest.mark.assets

@@ -16,7 +16,7 @@ PAIRS = [(m, (*TOLD, KEYED)[i % 3]) for i, m in enumerate(METHODS)]
 PAIRS = [(m, b if error_of(m, b) is None else TOLD[0]) for m, b in PAIRS]
 
 
-@over(PAIRS, always=PAIRS[::3], fixture='names')
+@over(PAIRS, always=PAIRS[::4], fixture='names')
 def test_dropout(names):
   method, name = names
   b = BACKBONES[name]

@@ -61,7 +61,7 @@ def run(method: str, stack: str = ''):
   def both(theta, held):
     out, vjp = jax.vjp(lambda theta: tuned.apply(theta, held, X), theta)
     return out, vjp(g)[0]
-  return *jax.jit(both)(theta, held), residuals(tuned.apply, theta, held, X, given=False)
+  return *jax.jit(both)(theta, held), residuals(tuned.apply, theta, held, X, weights=(held, theta), given=False)
 
 
 METHODS = {
