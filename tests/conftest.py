@@ -15,6 +15,7 @@ jax.config.update('jax_num_cpu_devices', 8)
 # need. An XLA that does not know a flag ends the process, so they are given to versions that are known to have them.
 QUICK = ('--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false '
          '--xla_cpu_parallel_codegen_split_count=1')
+LONG = ('test_notebook.py', 'test_resume.py', 'test_train.py', 'test_storage.py', 'test_qst.py', 'test_meft.py')
 gc.set_threshold(100_000, 50, 100)  # programs are many small objects, all alive
 
 
@@ -43,7 +44,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
       backbone = re.search(r'\[.*?((linen|nnx)_[a-z0-9]+)', nodeid)  # linen_vit and linen_vit_scan together
       return backbone[1] if backbone else nodeid.split('::')[0]
 
+  config.option.loadscopereorder = False  # by the number of tests, which says little of their time
   return Scheduler(config, log) if config.option.dist == 'load' else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  # What takes a minute comes first: at the end one process would wait for the other.
+  items.sort(key=lambda item: item.path.name not in LONG)
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:

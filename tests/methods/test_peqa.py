@@ -84,7 +84,7 @@ def test_rounding_is_to_the_nearest_and_keeps_zero(form, shape):
 
 
 @pytest.mark.parametrize(('form', 'scan'), fast_if(
-  lambda *case: case in ((FORMS[1], True), (FORMS[2], False)), itertools.product(FORMS, (True, False)), '{}-{}'.format))
+  lambda *case: case == (FORMS[1], True), itertools.product(FORMS, (True, False)), '{}-{}'.format))
 def test_it_starts_as_the_quantized_model_and_its_gradient_is_the_dense_ones(form, scan):
   tuned, theta, held = attached(form, scan)
   loss = lambda out: jnp.sum(jnp.sin(out))

@@ -33,7 +33,7 @@ def decoded(tree):
   return jax.tree.map(plain, tree, is_leaf=lambda x: isinstance(x, Quantized))
 
 
-@pytest.mark.parametrize('name', fast_if(lambda name: name in ('linen_gemma', 'nnx_vit_scan'), FIXTURES))
+@pytest.mark.parametrize('name', fast_if(lambda name: name == 'nnx_vit_scan', FIXTURES))
 def test_a_tuned_model_computes_with_the_decoded_kernels(name):
   b = BACKBONES[name]
   with described(b):
