@@ -133,6 +133,9 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
       point = row['w1_mib'], 100 * row['accuracy']
       axis.errorbar(*point, yerr=100 * (row['standard_error'] or 0), fmt='o', color='C0', markersize=5, capsize=2)
     axis.set(title=task, xlabel='MiB of a training step on W1', ylabel='% right', xscale='log')
+    axis.margins(x=0.25)  # names stand to the right of their points
+    axis.set_xticks([200, 500, 1000, 2000], ['200', '500', '1,000', '2,000'])
+    axis.minorticks_off()
     axis.grid(alpha=0.3)
   canvas.draw()  # places the axes
   for task, axis in axes.items():
