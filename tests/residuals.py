@@ -1,6 +1,5 @@
 """What a backward pass keeps, read from the traced program: nothing is compiled or computed."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,16 +15,13 @@ def residuals(fn: Callable[..., Any], theta: Any, *rest: Any, weights: Any = (),
     fn: of theta and the rest.
     theta: trees of arrays, or of shapes, as the rest are.
     *rest: its other arguments.
-    weights: arrays of their shapes are not counted.
+    weights: arrays of their shapes and dtypes are not counted.
     given: whether an argument that is kept as it is counts.
   """
   program = jax.make_jaxpr(lambda theta, *rest: jax.vjp(lambda theta: fn(theta, *rest), theta)[1])(theta, *rest).jaxpr
-  own = {x.shape for x in jax.tree.leaves(weights)}
-  kept = {id(x): x.aval for x in program.outvars if not isinstance(x, Literal) and x.aval.shape not in own}
+  own = {(x.shape, x.dtype) for x in jax.tree.leaves(weights)}
+  kept = {id(x): x.aval for x in program.outvars
+          if not isinstance(x, Literal) and (x.aval.shape, x.aval.dtype) not in own}
   for x in () if given else (*program.invars, *program.constvars):
     kept.pop(id(x), None)
   return list(kept.values())
-
-
-def nbytes(kept: list[jax.core.ShapedArray]) -> int:
-  return sum(math.prod(x.shape) * x.dtype.itemsize for x in kept)

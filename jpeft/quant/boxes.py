@@ -67,8 +67,7 @@ class Quantized(Box):
   @functools.cached_property
   def _own(self) -> dict[str, jax.ShapeDtypeStruct]:
     """The arrays of one layer."""
-    kernel = jax.ShapeDtypeStruct(self.leaf.shape, self.dtype)
-    return jax.eval_shape(functools.partial(_encoded, self.form, self.leaf), kernel)
+    return _shapes(self.form, self.leaf)
 
   @property
   def _stacked(self) -> bool:
@@ -135,8 +134,7 @@ def coded(form: Format, site: Site, name: str, layers: Iterable[np.ndarray]) -> 
   Beside the result a layer is held, in the number format that it is read in, and what coding some of its columns needs.
   """
   leaf, plain = site.leaves[name], form._replace(double=False)
-  like = jax.eval_shape(functools.partial(_encoded, plain, leaf), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-  whole = {n: jnp.zeros((site.layers, *x.shape), x.dtype) for n, x in like.items()}
+  whole = {n: jnp.zeros((site.layers, *x.shape), x.dtype) for n, x in _shapes(plain, leaf).items()}
   cut = form.aligned((leaf.fan_in, leaf.fan_out))
   columns = 2**int(math.log2(max(1, _SLICE // leaf.fan_in))) if cut else leaf.fan_out
   layer = 0
@@ -177,6 +175,11 @@ def _nested(form: Format, leaf: Leaf, absmax):
 
 def _encoded(form: Format, leaf: Leaf, w) -> dict[str, jax.Array]:
   return _each(form.encode, leaf)(leaf.fold(w))
+
+
+def _shapes(form: Format, leaf: Leaf) -> dict[str, jax.ShapeDtypeStruct]:
+  """What `_encoded` gives of a layer."""
+  return jax.eval_shape(functools.partial(_encoded, form, leaf), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
 
 
 def _each(fn, leaf: Leaf):

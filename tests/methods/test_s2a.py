@@ -15,7 +15,7 @@ from jpeft.models.vit import ViT
 from tests.contract.anatomies import described
 from tests.fixtures import BACKBONES, noisy
 from tests.params import fast_if
-from tests.residuals import nbytes, residuals
+from tests.residuals import residuals
 
 VIT_B = ViT(image_size=224, patch_size=16, width=768, depth=12, heads=12, mlp_dim=3072, num_classes=None)
 IMAGES = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
@@ -96,12 +96,12 @@ def test_no_wide_float_is_kept(method, stack):
   """Biases, prompts and side modules: no [B, N, D] of floats; 3 values of 8 bits, 6 of 4, scales, a block."""
   *_, kept = run(method, stack)
   assert not [x.shape for x in kept if jnp.issubdtype(x.dtype, jnp.floating) and x.size >= X.size]
-  codes = nbytes([x for x in kept if x.dtype == jnp.uint8])
+  codes = jpeft.nbytes([x for x in kept if x.dtype == jnp.uint8])
   assert codes <= 2 * X.size * (3 + 6 / 2) + (2 * B * N * 8 if method == 's2a' else 0)
 
 
 def test_a_plain_step_keeps_ten_times_as_much():
-  plain, less = (nbytes(run(name)[2]) for name in ('bitfit', 'bitfit packed'))
+  plain, less = (jpeft.nbytes(run(name)[2]) for name in ('bitfit', 'bitfit packed'))
   assert less < plain / 8
 
 

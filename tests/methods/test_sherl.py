@@ -13,7 +13,7 @@ from jpeft.methods.sherl import merged
 from jpeft.models import T5, Bert, ViT
 from tests.methods.small import IMAGES, MASK, TOKENS, attached, shapes_of, t5, vit
 from tests.params import fast_if
-from tests.residuals import nbytes, residuals
+from tests.residuals import residuals
 
 CLOSED = 10.0  # tanh(gamma / T) is one
 
@@ -128,7 +128,7 @@ def kept(depth: int) -> int:
   images = jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.float32)
   held = jax.eval_shape(model.init, jax.random.key(0), images)
   tuned = jpeft.attach(model, jpeft.sherl(8), held, images)
-  return nbytes(residuals(tuned.apply, tuned.shapes, held, images, weights=(held, tuned.shapes)))
+  return jpeft.nbytes(residuals(tuned.apply, tuned.shapes, held, images, weights=(held, tuned.shapes)))
 
 
 def test_a_further_block_costs_its_state():

@@ -12,7 +12,7 @@ from jpeft.methods.features import group_lasso, select
 from jpeft.models import Bert, ViT
 from tests.fixtures import noisy
 from tests.methods.small import IMAGES, MASK, TOKENS, attached, shapes_of, vit
-from tests.residuals import nbytes, residuals
+from tests.residuals import residuals
 
 BIG = dict(width=768, depth=12, heads=12, mlp_dim=3072, patch_size=16, image_size=224)
 PIXELS = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
@@ -103,7 +103,7 @@ def kept(method, **fields) -> int:
   images = jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.float32)
   held = jax.eval_shape(model.init, jax.random.key(0), images)
   tuned = jpeft.attach(model, method, held, images)
-  return nbytes(residuals(tuned.apply, tuned.shapes, held, images))
+  return jpeft.nbytes(residuals(tuned.apply, tuned.shapes, held, images))
 
 
 def test_no_residual_of_full_width_is_kept():
