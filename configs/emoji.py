@@ -14,7 +14,7 @@ METHODS = {
   'linear': dict(lr=1e-2, epochs=40, cache=True),
   'lst': dict(lr=5e-3, epochs=24, cache=True, reduction=8, block='attention', gate=None, merge='add', normalize=True,
               remat=False),
-  'full': dict(lr=1e-4),
+  'full': dict(lr=3e-5),
   'bitfit': dict(lr=5e-3),
   'norm': dict(lr=5e-3),
   'lora': dict(lr=3e-3, rank=8, alpha=16),

@@ -16,6 +16,9 @@ METHODS = {
   'linear': dict(lr=1e-2, epochs=40, cache=True),
   'lst': dict(lr=5e-3, epochs=24, cache=True, reduction=8, block='attention', gate=None, merge='add', normalize=True,
               remat=False),
+  'unipt': dict(lr=3e-3, epochs=24, cache=True),
+  'vqt': dict(lr=1e-2, epochs=24, cache=True),
+  'sherl': dict(lr=3e-3, epochs=24, cache=True),
   'full': dict(lr=1e-4, epochs=4),
   'bitfit': dict(lr=5e-3, epochs=4),
   'norm': dict(lr=5e-3, epochs=4),
@@ -26,6 +29,7 @@ METHODS = {
   'ssf': dict(lr=5e-3, epochs=4),
   'adaptformer': dict(lr=3e-3, epochs=4, bottleneck=16, scale=1.0),
   'vpt_deep': dict(lr=1e-2, epochs=4, tokens=10),
+  'ia3': dict(lr=3e-2, epochs=4),
 }
 
 
