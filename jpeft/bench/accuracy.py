@@ -6,8 +6,15 @@
 A task is a file of configs/ and a method an argument of it, so a cell of the table is the run that
 `python -m jpeft.train --config=configs/TASK.py:METHOD --config.seed=SEED` makes. Runs are kept below --out:
 those that are complete are not trained again, and one that was stopped goes on, so the same command may be
-given until the table is whole. --json prints a list of rows on stdout; without it docs/accuracy.md is
-written, and beside it a plot of accuracy against memory. --only-table trains nothing and shows what there is.
+given until the table is whole.
+
+What a run came to replaces the run of the same task, method and seed in docs/accuracy.json, from which
+docs/accuracy.md and a plot of accuracy against memory are drawn, so that the table can be made in parts; runs of a
+method under settings that its config no longer has leave it. With --json the rows of the runs asked for go to stdout
+and no document is touched. --only-table trains nothing and shows what there is.
+
+Step times are those of docs/speed/TASK.json, which is what
+`python -m jpeft.bench.speed --config=configs/TASK.py --methods=full,... --json` prints.
 """
 
 import functools
@@ -20,7 +27,7 @@ import sys
 from .. import config as config_lib
 from .. import report, run, train
 from ..checkpoint import write
-from . import memory
+from . import memory, records
 
 TASKS = {
   'quickstart': 'DINOv2-S/14-architecture weights on 1,000 MNIST digits at 56 pixels, 1,000 others to test',
@@ -28,6 +35,7 @@ TASKS = {
   'emoji': 'DINOv2-S/14-architecture weights on 1,324 emoji of 9 Unicode groups at 112 pixels, 582 others to test',
 }
 METHODS = ('linear', 'lst', 'bitfit', 'ssf', 'lora', 'adaptformer', 'vpt_deep', 'full')
+KEY = ('task', 'method', 'seed')
 FLAGS = {'tasks': ','.join(TASKS), 'methods': ','.join(METHODS), 'seeds': '0,1,2', 'configs': 'configs',
          'out': 'runs/accuracy', 'docs': 'docs/accuracy.md', 'json': None, 'only-table': None}
 
@@ -35,34 +43,30 @@ FLAGS = {'tasks': ','.join(TASKS), 'methods': ','.join(METHODS), 'seeds': '0,1,2
 def main(argv: list[str]) -> int:
   with run.inputs_checked():
     flags = parse(argv)
-    tasks, methods = flags['tasks'].split(','), flags['methods'].split(',')
-    seeds = [int(s) for s in flags['seeds'].split(',')]
+    tasks, methods, seeds = (flags[name].split(',') for name in ('tasks', 'methods', 'seeds'))
     folder, configs, file = (pathlib.Path(flags[name]) for name in ('out', 'configs', 'docs'))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    for task in tasks:
-      for method in methods:  # all of them before the first is trained
-        run.method_of(config_lib.load(f'{configs / task}.py:{method}'))
-  cells = {}
-  for seed in seeds:  # whole tables of fewer seeds first
-    for task in tasks:
-      for method in methods:
-        there = folder / task / f'{method}-{seed}'
-        if 'only-table' not in flags:
-          with run.inputs_checked():
-            config = config_lib.load(f'{configs / task}.py:{method}', {'seed': str(seed), 'baseline': 'none'})
-          cells[task, method, seed] = train.train(config, there)
-        elif (there / 'report.json').exists():
-          cells[task, method, seed] = json.loads((there / 'report.json').read_text())
-  rows = [summed(task, method, [r for (t, m, _), r in cells.items() if (t, m) == (task, method)])
-          for task in tasks for method in methods if any(k[:2] == (task, method) for k in cells)]
+    # All of them before the first is trained, and whole tables of fewer seeds first.
+    wanted = {(task, method, seed): config_lib.load(f'{configs / task}.py:{method}', {'seed': seed, 'baseline': 'none'})
+              for seed in seeds for task in tasks for method in methods}
+    for config in wanted.values():
+      run.method_of(config)
+  file.parent.mkdir(parents=True, exist_ok=True)
+  cells = []
+  for (task, method, seed), config in wanted.items():
+    there = folder / task / f'{method}-{seed}'
+    if 'only-table' not in flags:
+      told = train.train(config, there)
+    elif (there / 'report.json').exists():
+      told = json.loads((there / 'report.json').read_text())
+    else:
+      continue
+    cells.append(cell(task, method, config, told))
+    if 'json' not in flags:
+      publish(file, cells)  # at once: the table is there in part, should the rest be interrupted
   if 'json' in flags:
-    print(json.dumps(rows, indent=2))
+    print(json.dumps(rows(cells), indent=2))
   else:
-    shown = [a for a in argv if a.partition('=')[0] in ('--tasks', '--methods', '--seeds')]  # what decides the numbers
-    text = page(rows, ' '.join(['python -m jpeft.bench.accuracy', *shown]), file.with_suffix('.png').name)
-    write(file, text)
-    draw(rows, file.with_suffix('.png'))
-    print(text)
+    print(publish(file, cells))
   return 0
 
 
@@ -85,15 +89,50 @@ def parse(argv: list[str]) -> dict[str, str | None]:
   return flags
 
 
-def summed(task: str, method: str, reports: list[dict]) -> dict:
-  """One row: the mean accuracy at the end of training, and its standard error over seeds."""
-  scores = [r['eval']['accuracy'] for r in reports]
+def cell(task: str, method: str, config, told: dict) -> dict:
+  """What docs/accuracy.json keeps of a run, from its config and its report.json."""
+  return {'task': task, 'method': method, 'seed': config.seed, 'accuracy': told['eval']['accuracy'],
+          'trainable': told['trainable'], 'total': told['total'], 'memory': told['memory'], 'steps': told['steps'],
+          'step_gflop': told['step_cost']['flops'] / 1e9, 'settings': settings(config)}
+
+
+def settings(config) -> str:
+  """What a config sets for each method: hyperparameters, learning rate, length of training."""
+  given = {**config.method, 'lr': config.optimizer.lr, 'epochs': config.epochs, 'steps': config.steps}
+  return ', '.join(f'{k}={v}' for k, v in given.items() if v is not None)
+
+
+def rows(cells: list[dict]) -> list[dict]:
+  """Runs summed over seeds, task by task, the most accurate first."""
+  groups: dict[tuple, list[dict]] = {}
+  for one in cells:
+    groups.setdefault((one['task'], one['method']), []).append(one)
+  found = [summed(group) for group in groups.values()]
+  tasks = list(TASKS)
+  return sorted(found, key=lambda r: (tasks.index(r['task']) if r['task'] in tasks else len(tasks), -r['accuracy']))
+
+
+def summed(cells: list[dict]) -> dict:
+  """One row, of the runs of a method: the mean accuracy at the end of training, its standard error over seeds."""
+  scores, one = [c['accuracy'] for c in cells], cells[0]
   error = statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else None
-  return {'task': task, 'method': method, 'accuracy': statistics.mean(scores), 'standard_error': error,
-          'seeds': len(scores), 'accuracies': scores, 'trainable': reports[0]['trainable'],
-          'total': reports[0]['total'], 'memory': reports[0]['memory'], 'w1_mib': w1_mib(method),
-          'steps': reports[0]['steps'], 'step_gflop': reports[0]['step_cost']['flops'] / 1e9,
-          'seconds': statistics.mean(r['seconds'] for r in reports)}
+  return {**{k: v for k, v in one.items() if k != 'seed'}, 'accuracy': statistics.mean(scores),
+          'standard_error': error, 'seeds': len(scores), 'accuracies': scores, 'w1_mib': w1_mib(one['method'])}
+
+
+def publish(file: pathlib.Path, cells: list[dict]) -> str:
+  """Records runs beside `file`, a Markdown page, and draws it again; returns its text."""
+  kept = file.with_suffix('.json')
+  now = {(c['task'], c['method']): c['settings'] for c in cells}
+  stale = [c for c in records.recorded(kept) if now.get((c['task'], c['method']), c['settings']) != c['settings']]
+  found = rows(records.record(kept, cells, KEY, drop=stale))
+  times = {task: records.recorded(file.parent / 'speed' / f'{task}.json') for task in {r['task'] for r in found}}
+  for row in found:
+    row['time'] = next((t['ratio'] for t in times[row['task']] if t['method'] == row['method']), None)
+  draw(found, file.with_suffix('.png'))
+  text = page(found, file.with_suffix('.png').name)
+  write(file, text)
+  return text
 
 
 @functools.cache
@@ -103,33 +142,39 @@ def w1_mib(method: str) -> float | None:
   return min(found, default=None)
 
 
-def page(rows: list[dict], command: str, plot: str) -> str:
+def page(found: list[dict], plot: str) -> str:
   """The rows as a Markdown page, a table for each task, and the name of the plot."""
-  lines = ['# Accuracy', '', f'`{command}`: accuracy on the test split at the end of training, mean and standard '
-           'error over seeds; the test split is the same for all. GFLOP are of one update, as compiled: where no '
-           'backbone backprop happens, features of the backbone are made once an example and kept. W1 is the training '
-           "step of [memory.md](memory.md), there with the method's defaults, scanned or unrolled, whichever takes "
-           'less memory.', '', f'![accuracy against memory]({plot})']
-  for task in dict.fromkeys(row['task'] for row in rows):
-    told = [row for row in rows if row['task'] == task]
+  lines = ['# Accuracy', '', 'Accuracy on the test split at the end of training, mean and standard error over seeds; '
+           'the test split is the same for all. GFLOP are of one update, as compiled: where no backbone backprop '
+           'happens, features of the backbone are made once an example and kept. Time is that of an update that runs '
+           'the backbone, as a ratio to full fine-tuning in one process on two CPU cores. W1 is the training step of '
+           "[memory.md](memory.md), there with the method's defaults, scanned or unrolled, whichever takes less "
+           'memory.', '', 'Made by `python -m jpeft.bench.accuracy`, in parts; [accuracy.json](accuracy.json) has each '
+           'run with its settings.', '', f'![accuracy against memory]({plot})']
+  for task in dict.fromkeys(row['task'] for row in found):
+    told = [row for row in found if row['task'] == task]
     lines += ['', f'## {task}', '', f'{TASKS.get(task, task)}.', '', report.markdown(
-      ('method', 'accuracy', 'seeds', 'trainable', 'of backbone', 'updates', 'GFLOP', 'W1 MiB', 'memory class'),
+      ('method', 'accuracy', 'seeds', 'trainable', 'of backbone', 'updates', 'GFLOP', 'time', 'W1 MiB', 'memory class'),
       [(row['method'], percent(row), str(row['seeds']), f'{row["trainable"]:,}',
         f'{100 * row["trainable"] / row["total"]:.2f} %', f'{row["steps"]:,}', f'{row["step_gflop"]:.3g}',
-        '-' if row['w1_mib'] is None else f'{row["w1_mib"]:,.0f}', row['memory']) for row in told])]
+        shown(row['time'], '.2f'), shown(row['w1_mib'], ',.0f'), row['memory']) for row in told])]
   return '\n'.join([*lines, ''])
 
 
-def draw(rows: list[dict], path: pathlib.Path) -> None:
+def shown(value: float | None, form: str) -> str:
+  return '-' if value is None else format(value, form)
+
+
+def draw(found: list[dict], path: pathlib.Path) -> None:
   """Accuracy against the memory of W1, a panel a task."""
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
-  rows = [row for row in rows if row['w1_mib'] is not None]
-  tasks = list(dict.fromkeys(row['task'] for row in rows)) or ['none of these methods has a row of W1']
+  found = [row for row in found if row['w1_mib'] is not None]
+  tasks = list(dict.fromkeys(row['task'] for row in found)) or ['none of these methods has a row of W1']
   figure = Figure(figsize=(5.5 * len(tasks), 4.2), layout='constrained')
   canvas, axes = FigureCanvasAgg(figure), figure.subplot_mosaic([tasks])
   for task, axis in axes.items():
-    for row in (row for row in rows if row['task'] == task):
+    for row in (row for row in found if row['task'] == task):
       point = row['w1_mib'], 100 * row['accuracy']
       axis.errorbar(*point, yerr=100 * (row['standard_error'] or 0), fmt='o', color='C0', markersize=5, capsize=2)
     axis.set(title=task, xlabel='MiB of a training step on W1', ylabel='% right', xscale='log')
@@ -139,7 +184,8 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
     axis.grid(alpha=0.3)
   canvas.draw()  # places the axes
   for task, axis in axes.items():
-    memory.label(axis, [(row['method'], (row['w1_mib'], 100 * row['accuracy'])) for row in rows if row['task'] == task])
+    told = (row for row in found if row['task'] == task)
+    memory.label(axis, [(row['method'], (row['w1_mib'], 100 * row['accuracy'])) for row in told])
   figure.savefig(path, dpi=110)
 
 

@@ -25,6 +25,7 @@ from .. import cost, methods, optim, plan, run, step
 from .. import target as targets
 from ..methods.presets import names, preset
 from ..models.blocks import Remat
+from . import records
 from .peers import PEERS
 from .works import WORKS, Work
 
@@ -173,15 +174,12 @@ def label(axis, points: list[tuple[str, tuple[float, float]]], height: int = 10,
 
 def recorded() -> list[dict]:
   """The rows of docs/memory.json, or those of the peers alone where there is none."""
-  file = DOCS / 'memory.json'
-  return json.loads(file.read_text()) if file.exists() else PEERS
+  return records.recorded(DOCS / 'memory.json', PEERS)
 
 
 def write(new: list[dict]) -> None:
   """Puts new rows in place of those of the same kind, and draws what is in docs/ again."""
-  table = {tuple(r[k] for k in KEY): r for r in [*recorded(), *new]}
-  found = sorted(table.values(), key=lambda r: [r[k] for k in KEY])
-  (DOCS / 'memory.json').write_text(json.dumps(found, indent=1) + '\n')
+  found = records.record(DOCS / 'memory.json', new, KEY, PEERS)
   (DOCS / 'memory.md').write_text(document(found))
   draw(found, DOCS / 'memory.png')
 

@@ -34,8 +34,27 @@ def test_rows_are_means_over_runs_and_complete_runs_are_kept(arguments, tmp_path
   # The standard deviation of two numbers is |a - b| / sqrt(2), that of their mean |a - b| / 2.
   assert row['standard_error'] == pytest.approx(abs(a - b) / 2)
   assert math.isclose(row['trainable'], 34) and reports[0]['theta_sha256'] != reports[1]['theta_sha256']
+  assert len(json.loads((tmp_path / 'docs/a.json').read_text())) == 4
   assert accuracy.main(flags) == 0
   assert stamps == [p.stat().st_mtime_ns for p in sorted(tmp_path.glob('runs/*/*/report.json'))]
+
+
+def test_the_table_grows_in_parts_and_forgets_settings_that_changed(tmp_path):
+  file, kept = tmp_path / 'a.md', tmp_path / 'a.json'
+  (tmp_path / 'speed').mkdir()
+  (tmp_path / 'speed/quickstart.json').write_text(json.dumps([{'method': 'lst', 'ratio': 0.27}]))
+
+  def cell(method, seed, right, settings='lr=1'):
+    return {'task': 'quickstart', 'method': method, 'seed': seed, 'accuracy': right, 'trainable': 5, 'total': 1000,
+            'memory': 'full crossing', 'steps': 7, 'step_gflop': 1.5, 'settings': settings}
+
+  accuracy.publish(file, [cell('lst', 0, 0.5), cell('vera', 0, 0.75)])
+  page = accuracy.publish(file, [cell('lst', 1, 0.75), cell('vera', 0, 0.875)])
+  assert '| lst    | 62.5 ± 12.5 % | 2     | 5         | 0.50 %      | 7       | 1.5   | 0.27 | ' in page
+  assert '| vera   | 87.5 %        | 1 ' in page and page.index('| vera') < page.index('| lst')  # the best first
+  assert file.read_text() == page and '| 1.5   | -    | -' in page  # nobody timed vera
+  accuracy.publish(file, [cell('lst', 2, 0.25, 'lr=2')])
+  assert [(c['method'], c['seed']) for c in json.loads(kept.read_text())] == [('lst', 2), ('vera', 0)]
 
 
 @pytest.mark.parametrize(('flag', 'message'), [
