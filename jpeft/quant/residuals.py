@@ -4,7 +4,8 @@
 
 - what a weight matrix or a convolution gives, followed through sums to where a nonlinear operation reads it, and the
   inputs of fn: codes of 4 bits in groups of 64;
-- the derivative of a known activation (`tables`): 4-bit codes; and its output, where something needs it;
+- the derivative of a known activation (`tables`): 4-bit codes, of ReLU one bit; and its output, where something needs
+  it. With 8 bits a value a table of 4 would be the coarsest part: then its input is kept, from which both follow;
 - operands of products between activations (query, key, value): 8 bits. The products themselves, attention's logits and
   probabilities, are computed again: they are wide, they cost few FLOPs, and a code of theirs would be no smaller than
   their operands. An error of the operands is magnified by the softmax, hence the 8 bits;
@@ -150,7 +151,7 @@ def _choose(jaxpr, n_free: int, bits: int, operand_bits: int) -> _Choice:
   finished = set(variables(jaxpr.outvars))
   again = [e for e in jaxpr.eqns if e.primitive.name in _PRODUCTS and set(variables(e.invars)) <= active
            and len(variables(e.invars)) > 1]
-  activations = _activations(jaxpr, consumers, finished, active)
+  activations = _activations(jaxpr, consumers, finished, active, bits)
   anchors = dict.fromkeys(activations)
   for eqn in jaxpr.eqns:
     if eqn.primitive.name in _PRODUCTS | _OPAQUE and eqn not in again:
@@ -203,8 +204,8 @@ def _before(jaxpr, eqns, stops) -> set:
 # Activations
 
 
-def _activations(jaxpr, consumers, finished, active) -> dict:
-  """{output: (input, table)} of the elementwise functions of one variable that a table is known for."""
+def _activations(jaxpr, consumers, finished, active, bits: int) -> dict:
+  """{output: (input, table)} of the elementwise functions of one variable that have an exact table or one of `bits`."""
   root, sources = {}, {}
   for eqn in jaxpr.eqns:
     ins, out = set(variables(eqn.invars)), eqn.outvars[0]
@@ -220,7 +221,7 @@ def _activations(jaxpr, consumers, finished, active) -> dict:
     leaves = out in finished or any(root.get(e.outvars[0]) is not r for e in consumers.get(out, ()))
     if leaves and out.aval.dtype == r.aval.dtype and len(sources[out]) > 0:
       name = _recognised(_ordered(jaxpr, sources[out]), r, out)
-      if name:
+      if name and bits_of(table(name)) in (1, bits):
         found[out] = (r, table(name))
   return found
 

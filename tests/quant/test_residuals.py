@@ -86,8 +86,7 @@ def test_the_output_is_the_same_and_the_gradient_near(name):
 @pytest.mark.parametrize('name', CASES)
 def test_eight_bits_are_nearer(name):
   (_, grads, _), (_, near, _) = both(name, bits=8)
-  codes = 0.045 if name in ('gelu', 'gelu_tanh', 'silu', 'own operation', 'gated') else 0
-  assert far(near, grads) < 0.01 + codes
+  assert far(near, grads) < (0.055 if name == 'own operation' else 0.01)  # whose own codes have 4 bits
 
 
 def test_what_a_frozen_mlp_keeps():
@@ -96,6 +95,13 @@ def test_what_a_frozen_mlp_keeps():
   n = B * N * D
   assert sum(x.nbytes for x in kept) == 4 * n // 2 + n // 2 + 4 * n // 64
   assert {x.dtype for x in kept} == {jnp.dtype(t) for t in ('uint8', 'bfloat16')}
+
+
+def test_eight_bits_keep_what_an_activation_reads():
+  """Of a frozen MLP its 4 D values and the D of the input, in 8 bits; scale and least value of each group of 64."""
+  _, (_, _, kept) = both('gelu', wrt=(1,), bits=8)
+  n = B * N * D
+  assert sum(x.nbytes for x in kept) == 5 * n + 4 * (5 * n // 64)
 
 
 def test_a_relu_keeps_bits_and_a_linear_function_nothing():
