@@ -30,6 +30,8 @@ METHODS = {
   'adaptformer': dict(lr=3e-3, epochs=4, bottleneck=16, scale=1.0),
   'vpt_deep': dict(lr=1e-2, epochs=4, tokens=10),
   'ia3': dict(lr=3e-2, epochs=4),
+  'prefix': dict(lr=1e-2, epochs=4),
+  'velora': dict(lr=3e-4, epochs=4),
 }
 
 

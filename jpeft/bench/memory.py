@@ -34,7 +34,8 @@ INTRODUCTION = """
 One whole step (forward, backward, AdamW, state donated) compiled ahead of time for TPU v5e by libtpu, on a machine
 without a TPU; nothing was run. total = arguments + outputs + temporaries - aliased, in MiB (2**20 bytes); GFLOP as XLA
 counts them, with all rounds of loops. Activations and frozen weights are bfloat16; what is trained, and Adam's state,
-float32. Temporaries are those of device memory: what XLA keeps in on-chip memory does not count.
+float32. Temporaries are those of device memory: what XLA keeps in on-chip memory does not count. What a table lacks
+does not act on that work (HST reads images, BitFit biases, which T5 has none of) or was not compiled for it.
 
 Made by `python -m jpeft.bench.memory`; hyperparameters are those of `jpeft/methods/presets.py`, else the defaults.
 """.strip()
