@@ -125,6 +125,9 @@ def publish(file: pathlib.Path, cells: list[dict]) -> str:
   kept = file.with_suffix('.json')
   now = {(c['task'], c['method']): c['settings'] for c in cells}
   stale = [c for c in records.recorded(kept) if now.get((c['task'], c['method']), c['settings']) != c['settings']]
+  for one in stale:
+    print(f'{one["task"]} {one["method"]}, seed {one["seed"]}, leaves the table: it was trained with '
+          f'{one["settings"]}', file=sys.stderr)
   found = rows(records.record(kept, cells, KEY, drop=stale))
   times = {task: records.recorded(file.parent / 'speed' / f'{task}.json') for task in {r['task'] for r in found}}
   for row in found:

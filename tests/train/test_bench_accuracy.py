@@ -39,7 +39,7 @@ def test_rows_are_means_over_runs_and_complete_runs_are_kept(arguments, tmp_path
   assert stamps == [p.stat().st_mtime_ns for p in sorted(tmp_path.glob('runs/*/*/report.json'))]
 
 
-def test_the_table_grows_in_parts_and_forgets_settings_that_changed(tmp_path):
+def test_the_table_grows_in_parts_and_forgets_settings_that_changed(tmp_path, capsys):
   file, kept = tmp_path / 'a.md', tmp_path / 'a.json'
   (tmp_path / 'speed').mkdir()
   (tmp_path / 'speed/quickstart.json').write_text(json.dumps([{'method': 'lst', 'ratio': 0.27}]))
@@ -53,7 +53,9 @@ def test_the_table_grows_in_parts_and_forgets_settings_that_changed(tmp_path):
   assert '| lst    | 62.5 ± 12.5 % | 2     | 5         | 0.50 %      | 7       | 1.5   | 0.27 | ' in page
   assert '| vera   | 87.5 %        | 1 ' in page and page.index('| vera') < page.index('| lst')  # the best first
   assert file.read_text() == page and '| 1.5   | -    | -' in page  # nobody timed vera
+  assert 'leaves' not in capsys.readouterr().err
   accuracy.publish(file, [cell('lst', 2, 0.25, 'lr=2')])
+  assert 'quickstart lst, seed 1, leaves the table: it was trained with lr=1' in capsys.readouterr().err
   assert [(c['method'], c['seed']) for c in json.loads(kept.read_text())] == [('lst', 2), ('vera', 0)]
 
 
