@@ -61,8 +61,8 @@ def main(argv: list[str]) -> int:
     else:
       continue
     cells.append(cell(task, method, config, told))
-    if 'json' not in flags:
-      publish(file, cells)  # at once: the table is there in part, should the rest be interrupted
+    if not {'json', 'only-table'} & set(flags):
+      publish(file, cells[-1:])  # at once: the table is there in part, should the rest be interrupted
   if 'json' in flags:
     print(json.dumps(rows(cells), indent=2))
   else:

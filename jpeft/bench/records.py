@@ -6,16 +6,14 @@ from collections.abc import Sequence
 
 from ..checkpoint import write
 
-Rows = list[dict]
 
-
-def recorded(file: pathlib.Path, default: Sequence[dict] = ()) -> Rows:
+def recorded(file: pathlib.Path, default: Sequence[dict] = ()) -> list[dict]:
   """The rows of a file, or the default where there is no file."""
   return json.loads(file.read_text()) if file.exists() else list(default)
 
 
 def record(file: pathlib.Path, new: Sequence[dict], key: Sequence[str], default: Sequence[dict] = (),
-           drop: Sequence[dict] = ()) -> Rows:
+           drop: Sequence[dict] = ()) -> list[dict]:
   """Puts new rows in place of those of the same kind, and the others beside them.
 
   Args:
