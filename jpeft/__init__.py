@@ -6,8 +6,8 @@ from .core import *  # noqa: F403
 from .core import __all__ as _core
 from .methods import *  # noqa: F403
 from .methods import __all__ as _methods
-from .quant.boxes import nbytes, quantize
-from .quant.formats import affine, fp4, int4, nf4
+from .programs import Halves, cut
+from .quant import affine, fp4, int4, nbytes, nf4, quantize
 from .version import __version__
 
 _LAZY = {'load': 'models', 'save_pretrained': 'models', 'load_adapter': 'adapter', 'save_adapter': 'adapter',
@@ -22,4 +22,4 @@ def __getattr__(name: str):
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 
-__all__ = [*_core, *_methods, *_LAZY, '__version__', 'affine', 'fp4', 'int4', 'nbytes', 'nf4', 'quantize']
+__all__ = [*_core, *_methods, *_LAZY, 'Halves', '__version__', 'affine', 'cut', 'fp4', 'int4', 'nbytes', 'nf4', 'quantize']

@@ -20,15 +20,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from . import run
-from .checkpoint import write
-from .core import Method, chain
-from .methods import REGISTRY, dora, lora, tune
-from .models import Pretrained
-from .models.checkpoint import read_json, read_tensors, write_tensors
-from .models.convert import keyed
-from .models.pretrained import family_of, shapes_of
-from .models.tables import Place
+from jpeft import run
+from jpeft.core import Method, chain
+from jpeft.methods import REGISTRY, dora, lora, tune
+from jpeft.models import Place, Pretrained, family_of, keyed, read_json, read_tensors, shapes_of, write_tensors
+from jpeft.training import write
 
 CONFIG, FILE = 'adapter_config.json', 'adapter_model.safetensors'
 _BASE = 'base_model.model.'

@@ -22,10 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from . import models, run
-from .core import Call, Tuned
-from .core.linen import RIDER
-from .models.llama import grown
+from jpeft import models, run
+from jpeft.core import RIDER, Call, Tuned
+from jpeft.models import grown
 
 AT_ONCE = 32  # prompts of a batch
 

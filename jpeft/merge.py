@@ -13,10 +13,10 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from . import models, run, tasks
-from .core import Call
-from .models.tokenizer import FILES as TOKENIZER_FILES
-from .models.tokenizer import save_tokenizer
+from jpeft import models, run, tasks
+from jpeft.core import Call
+from jpeft.models import FILES as TOKENIZER_FILES
+from jpeft.models import save_tokenizer
 
 
 def main(argv: list[str]) -> int:

@@ -40,15 +40,16 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from . import config as config_lib
-from . import cost, models, optim, run, step, tasks
 from . import methods as registry
-from . import target as targets
-from .core import Method, Tuned, attach, summary
-from .core.inspect import backend_of
-from .core.rules import MEMORY_CLASSES
+from . import models, run, tasks
+from .core import MEMORY_CLASSES, Method, Tuned, attach, backend_of, summary
 from .methods.presets import preset
-from .models.blocks import REMATS, Remat
-from .quant import formats, quantize
+from .models.nn.blocks import REMATS, Remat
+from .planning import devices as targets
+from .programs import cost
+from .quant import quantize
+from .quant.formats import base as formats
+from .training import optim, step
 
 # What is tried, in this order, where nothing that was asked for fits.
 INSTEAD = ('lst', 'linear')

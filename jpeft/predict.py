@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from . import data, run, tasks
-from .data.decode import decode
-from .tasks.classification import transform as transform_of
+from jpeft import data, run, tasks
+from jpeft.data import decode
+from jpeft.tasks import transform as transform_of
 
 ROWS = 32
 

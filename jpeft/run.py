@@ -21,11 +21,10 @@ from typing import Any
 
 import optax
 
-from . import config as config_lib
-from . import methods, models, optim, tasks
-from .checkpoint import fingerprint, load_theta, write
-from .core import Tuned, attach
-from .quant import formats
+from jpeft import config as config_lib
+from jpeft import methods, models, quant, tasks, training
+from jpeft.core import Tuned, attach
+from jpeft.training import fingerprint, load_theta, write
 
 
 class Mistake(Exception):
@@ -160,9 +159,9 @@ def method_of(config):
 
 def optimizer_of(config, tuned: Tuned, steps: int) -> tuple[optax.Schedule, optax.GradientTransformation]:
   """(the learning rate of each of `steps` updates, the update rule) that the config names."""
-  rate = optim.schedule(lr=config.optimizer.lr, steps=steps, **config.schedule)
+  rate = training.schedule(lr=config.optimizer.lr, steps=steps, **config.schedule)
   choices = {k: v for k, v in config.optimizer.items() if k not in ('lr', 'accumulate', 'offload')}
-  return rate, optim.optimizer(tuned, tuned.shapes, rate, **choices)
+  return rate, training.optimizer(tuned, tuned.shapes, rate, **choices)
 
 
 def storage_of(config) -> str | None:
@@ -184,7 +183,7 @@ def build(config, num_classes: int, load: Callable = models.load) -> tuple[Any, 
   method = method_of(config)
   storage = storage_of(config)
   fields = config.model.to_dict() | {'num_classes': num_classes or None, 'seed': config.seed,
-                                     'quantize': storage and formats.named(storage)}
+                                     'quantize': storage and quant.named(storage)}
   pretrained = load(fields.pop('source'), **fields)
   args, kwargs = tasks.inputs(tasks.of(config).blank(config, pretrained))
   return pretrained, attach(pretrained.model, method, pretrained.variables, *args, **kwargs,

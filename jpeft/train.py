@@ -22,11 +22,13 @@ import jax
 import numpy as np
 
 from . import config as config_lib
-from . import data, features, report, run, step, tasks
-from .checkpoint import Checkpoints, fingerprint, save_theta
+from . import data, run, tasks
 from .core import summary
 from .generate import completions
 from .quant import nbytes
+from .training import feature_cache as features
+from .training import report, step
+from .training.checkpoints import Checkpoints, fingerprint, save_theta
 from .version import __version__
 
 

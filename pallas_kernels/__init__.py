@@ -4,4 +4,10 @@ from .choice import Choice, choice
 from .nf4 import nf4_matmul, reference
 from .quantize import quantize_nf4
 
-__all__ = ['Choice', 'choice', 'nf4_matmul', 'quantize_nf4', 'reference']
+__all__ = [
+  'Choice',
+  'choice',
+  'nf4_matmul',
+  'quantize_nf4',
+  'reference',
+]

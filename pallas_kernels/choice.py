@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from jpeft.quant.formats import Format, nf4
+from jpeft.quant import Format, nf4
 
 NF4 = nf4()
 KERNELS = {'tpu': 'mosaic', 'cuda': 'triton'}

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jpeft.quant.formats import TABLES, Format
+from jpeft.quant import TABLES, Format
 
 from . import nf4_gpu, nf4_tpu
 from .choice import KERNELS, NF4, choice, fit

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jpeft.quant import maps
-from jpeft.quant.formats import nf4
+from jpeft import quant
+from jpeft.quant import nf4
 
 _TILES = (256, 512)  # rows of codes, columns
 
@@ -79,5 +79,5 @@ def _kernel(low, high, codes, low_absmax, high_absmax, *, block):
     most = jnp.max(jnp.abs(blocks), 1)
     x = (blocks * jnp.where(most == 0, 0, 1 / most)[:, None]).reshape(w.shape)
     absmax[0] = most
-    parts.append(sum((x > float(t)).astype(jnp.int32) for t in maps.midpoints(maps.NF4)))
+    parts.append(sum((x > float(t)).astype(jnp.int32) for t in quant.midpoints(quant.NF4)))
   codes[...] = (parts[0] | parts[1] << 4).astype(jnp.uint8)

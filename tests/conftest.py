@@ -24,6 +24,8 @@ def pytest_configure(config: pytest.Config) -> None:
   known = (0, 10) <= jax.__version_info__ < (0, 11)
   if known and jax.config.jax_platforms == 'cpu' and 'not aot' in config.option.markexpr:
     os.environ.setdefault('XLA_FLAGS', QUICK)
+  # Imported here and not above: fixtures of runs import JAX programs, which the flags must precede.
+  config.pluginmanager.import_plugin('tests.runs')
   # Two runs may share the folder: an entry read while another run writes it is only compiled again.
   config.addinivalue_line('filterwarnings', 'ignore:Error (reading|writing) persistent compilation')
   cache = getattr(config, 'cache', None)

@@ -6,7 +6,7 @@ import nbclient
 import nbformat
 import pytest
 
-from tests.train.conftest import backwards, decoder, wide_decoder  # noqa: F401
+from tests.runs import backwards, decoder, wide_decoder  # noqa: F401
 
 COLABS = pathlib.Path(__file__).parent.parent / 'colabs'
 NOTEBOOKS = sorted(path.name for path in COLABS.glob('*.ipynb'))

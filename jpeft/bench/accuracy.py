@@ -24,9 +24,10 @@ import pathlib
 import statistics
 import sys
 
-from .. import config as config_lib
-from .. import report, run, train
-from ..checkpoint import write
+from jpeft import config as config_lib
+from jpeft import run, train, training
+from jpeft.training import write
+
 from . import memory, records
 
 TASKS = {
@@ -156,7 +157,7 @@ def page(found: list[dict], plot: str) -> str:
            'run with its settings.', '', f'![accuracy against memory]({plot})']
   for task in dict.fromkeys(row['task'] for row in found):
     told = [row for row in found if row['task'] == task]
-    lines += ['', f'## {task}', '', f'{TASKS.get(task, task)}.', '', report.markdown(
+    lines += ['', f'## {task}', '', f'{TASKS.get(task, task)}.', '', training.markdown(
       ('method', 'accuracy', 'seeds', 'trainable', 'of backbone', 'updates', 'GFLOP', 'time', 'W1 MiB', 'memory class'),
       [(row['method'], percent(row), str(row['seeds']), f'{row["trainable"]:,}',
         f'{100 * row["trainable"] / row["total"]:.2f} %', f'{row["steps"]:,}', f'{row["step_gflop"]:.3g}',

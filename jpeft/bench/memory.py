@@ -21,10 +21,11 @@ from typing import Any
 import jax
 import optax
 
-from .. import cost, methods, optim, plan, run, step
-from .. import target as targets
-from ..methods.presets import names, preset
-from ..models.blocks import Remat
+from jpeft import methods, plan, programs, run, training
+from jpeft import planning as targets
+from jpeft.methods import names, preset
+from jpeft.models import Remat
+
 from . import records
 from .peers import PEERS
 from .works import WORKS, Work
@@ -64,23 +65,23 @@ def measure(work: str, method: str, remat: str, layers: str, where: targets.Targ
   made = methods.make(name, head=chosen.head, **hyperparameters)
   planned = _planned(chosen, layers == 'scan', REMATS[remat]).stored(methods.REGISTRY[name].storage)
   tuned = planned.tuned(made)
-  tx = optim.optimizer(tuned, tuned.shapes, optax.constant_schedule(1e-3))
-  shapes = planned.placed(where.mesh(), step.state_shapes(tuned, tx, planned.variables), chosen.size)
-  fn = step.train_step(tuned, step.forward(tuned, True, planned.mode(True)), tx, 0)
+  tx = training.optimizer(tuned, tuned.shapes, optax.constant_schedule(1e-3))
+  shapes = planned.placed(where.mesh(), training.state_shapes(tuned, tx, planned.variables), chosen.size)
+  fn = training.train_step(tuned, training.forward(tuned, True, planned.mode(True)), tx, 0)
   traced = jax.jit(fn, donate_argnums=0).trace(*shapes)
   facts = plan.summary(tuned)
   row = {'work': work, 'method': method, 'remat': remat, 'layers': layers, 'target': where.name,
          'trainable': facts.trainable, 'memory_class': facts.memory}
   mib = lambda n: round(n / 2**20, 1)
-  known = cost.nbytes(shapes)
+  known = programs.nbytes(shapes)
   try:
-    program = cost.compiled(traced, where.options, known)
-  except cost.TooLarge as refused:
+    program = programs.compiled(traced, where.options, known)
+  except programs.TooLarge as refused:
     found = {'arguments_mib': mib(known), 'temp_mib': mib(refused.bytes - known), 'total_mib': mib(refused.bytes),
-             'gflop': cost.flops(traced).all}
+             'gflop': programs.flops(traced).all}
   else:
-    memory, counted = cost.memory(program), (program.cost_analysis() or {}).get('flops')
-    gflop = cost.flops(traced).all if counted is None else counted + cost.uncounted(traced)
+    memory, counted = programs.memory(program), (program.cost_analysis() or {}).get('flops')
+    gflop = programs.flops(traced).all if counted is None else counted + programs.uncounted(traced)
     found = {'arguments_mib': mib(memory.argument), 'temp_mib': mib(memory.temp), 'total_mib': mib(memory.total),
              'gflop': gflop}
   forward = planned.forward(chosen.size)

@@ -20,9 +20,9 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from .. import config as config_lib
-from .. import report, run, step, tasks
-from ..plan import classes_of
+from jpeft import config as config_lib
+from jpeft import run, tasks, training
+from jpeft.plan import classes_of
 
 ROUNDS = 7
 
@@ -53,10 +53,10 @@ def update_of(config) -> Update:
   size, rng = config.data.batch_size, np.random.default_rng(0)
   noise = lambda x: rng.normal(size=(size, *x.shape[1:])).astype(x.dtype)
   batch = {k: noise(x) if np.issubdtype(x.dtype, np.floating) else np.repeat(x, size, 0) for k, x in blank.items()}
-  fn = step.train_step(tuned, step.forward(tuned, True), tx, config.seed, config.loss.label_smoothing,
+  fn = training.train_step(tuned, training.forward(tuned, True), tx, config.seed, config.loss.label_smoothing,
                        config.optimizer.accumulate)
-  state = step.initial_state(tuned, tx, pretrained.variables, config.seed)
-  compiled, cost = step.compiled(fn, state, pretrained.variables, batch, donate=(0,))
+  state = training.initial_state(tuned, tx, pretrained.variables, config.seed)
+  compiled, cost = training.compiled(fn, state, pretrained.variables, batch, donate=(0,))
   return Update(compiled, state, pretrained.variables, jax.device_put(batch), cost['flops'] / 1e9)
 
 
@@ -90,7 +90,7 @@ def main(argv: list[str]) -> int:
   if flags.json:
     print(json.dumps(rows, indent=1))
     return 0
-  print(report.markdown(
+  print(training.markdown(
     ('method', 'seconds', f'time / {flags.methods[0]}', 'GFLOP', f'GFLOP / {flags.methods[0]}'),
     [(r['method'], f'{r["seconds"]:.3g}', f'{r["ratio"]:.2f}', f'{r["gflop"]:.4g}', f'{r["gflop_ratio"]:.2f}')
      for r in rows]))

@@ -8,9 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ..models import T5, Llama, PreNormBlock, ViT
-from ..models.blocks import Encoder, Remat, block_of
-from ..models.layers import default_init, gelu_tanh, layer_norm
+from jpeft.models import T5, Encoder, Llama, PreNormBlock, Remat, ViT, block_of, default_init, gelu_tanh, layer_norm
 
 BF16 = {'dtype': jnp.bfloat16, 'param_dtype': jnp.bfloat16}
 

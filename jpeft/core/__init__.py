@@ -1,17 +1,44 @@
 """The mechanism: sites, rules, and `attach`."""
 
 from .anatomy import ANATOMIES, Anatomy, register_anatomy
-from .attach import Bound, Tuned, attach
+from .attach import Bound, Tuned, attach, flags_of
+from .backends.linen import RIDER
 from .boxes import Box
-from .cut import Halves, cut
-from .inspect import sites_of
-from .masks import freeze, join, mask, split
-from .rules import Call, Method, Weight, at, chain, matrix
-from .sites import Leaf, Site, Sites
+from .discover import backend_of, sites_of
+from .freeze import freeze, join, mask, split
+from .fused import Operand
+from .rules import MEMORY_CLASSES, Call, Method, Weight, at, chain, matrix
+from .sites import Leaf, Site, Sites, natural
 from .summary import count, summary
 
 __all__ = [
-  'ANATOMIES', 'Anatomy', 'Bound', 'Box', 'Call', 'Halves', 'Leaf', 'Method', 'Site', 'Sites', 'Tuned', 'Weight',
-  'at', 'attach', 'chain', 'count', 'cut', 'freeze', 'join', 'mask', 'matrix', 'register_anatomy', 'sites_of',
-  'split', 'summary',
+  'ANATOMIES',
+  'Anatomy',
+  'Bound',
+  'Box',
+  'Call',
+  'Leaf',
+  'MEMORY_CLASSES',
+  'Method',
+  'Operand',
+  'RIDER',
+  'Site',
+  'Sites',
+  'Tuned',
+  'Weight',
+  'at',
+  'attach',
+  'backend_of',
+  'chain',
+  'count',
+  'flags_of',
+  'freeze',
+  'join',
+  'mask',
+  'matrix',
+  'natural',
+  'register_anatomy',
+  'sites_of',
+  'split',
+  'summary',
 ]

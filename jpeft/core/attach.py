@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .backends.linen import join
 from .boxes import Box, Lazy, Reader, inject
-from .fuse import field_of, fused
-from .inspect import backend_of, named_arrays, sites_of
-from .linen import join
+from .discover import backend_of, named_arrays, sites_of
+from .fused import field_of, fused
 from .rules import Call, Method, Rule, Weight
 from .sites import Site, Sites, natural
 

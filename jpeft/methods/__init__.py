@@ -5,30 +5,32 @@ import difflib
 import inspect
 from collections.abc import Callable
 
-from ..core import Method, chain
-from .adapters import adaptformer, houlsby, parallel, pfeiffer
-from .dist import dist
-from .features import group_lasso, select
-from .head2toe import head2toe
-from .hst import hst
-from .ia3 import ia3
-from .lora import dora, lora, lora_fa, qlora
-from .lst import lst, side_tuning
-from .meft import meft, reconstruction_error
-from .peqa import peqa
-from .prefix import prefix
-from .prune import fisher
-from .qst import qst
-from .r2_tuning import r2_tuning
-from .s2a import packed, s2a
-from .sherl import sherl
-from .ssf import ssf
-from .tune import FULL, NONE, PARTIAL, bitfit, full, linear, norm, tune
-from .unipt import unipt, unipt_global
-from .velora import directed, projected, velora
-from .vera import vera
-from .vpt import vpt_deep, vpt_shallow
-from .vqt import vqt
+from jpeft.core import Method, chain
+
+from .adapter.bottleneck import adaptformer, houlsby, parallel, pfeiffer
+from .memory.meft import meft, reconstruction_error
+from .memory.s2a import packed, s2a
+from .memory.velora import directed, projected, velora
+from .presets import names, preset
+from .prompt.prefix import prefix
+from .prompt.vpt import vpt_deep, vpt_shallow
+from .side.dist import dist
+from .side.features import group_lasso, select
+from .side.head2toe import head2toe
+from .side.hst import hst
+from .side.lst import lst, side_tuning
+from .side.prune import fisher
+from .side.qst import qst
+from .side.r2_tuning import r2_tuning
+from .side.sherl import sherl
+from .side.unipt import unipt, unipt_global
+from .side.vqt import vqt
+from .subset.tune import FULL, NONE, PARTIAL, bitfit, full, linear, norm, tune
+from .weight.ia3 import ia3
+from .weight.lora import dora, lora, lora_fa, qlora
+from .weight.peqa import peqa
+from .weight.ssf import ssf
+from .weight.vera import vera
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +124,7 @@ def make(name: str, head: bool = True, saved_bits: int | None = None, **hyperpar
 
 
 __all__ = ['Entry', 'REGISTRY', 'adaptformer', 'bitfit', 'directed', 'dist', 'dora', 'fisher', 'full', 'group_lasso',
-           'head2toe', 'houlsby', 'hst', 'ia3', 'linear', 'lora', 'lora_fa', 'lst', 'make', 'meft', 'norm', 'packed',
-           'parallel', 'peqa', 'pfeiffer', 'prefix', 'projected', 'qlora', 'qst', 'r2_tuning', 'reconstruction_error',
+           'head2toe', 'houlsby', 'hst', 'ia3', 'linear', 'lora', 'lora_fa', 'lst', 'make', 'meft', 'names', 'norm', 'packed',
+           'parallel', 'peqa', 'pfeiffer', 'prefix', 'preset', 'projected', 'qlora', 'qst', 'r2_tuning', 'reconstruction_error',
            's2a', 'select', 'sherl', 'side_tuning', 'ssf', 'tune', 'unipt', 'unipt_global', 'velora', 'vera',
            'vpt_deep', 'vpt_shallow', 'vqt']

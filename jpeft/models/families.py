@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 
-from .checkpoint import Checkpoint
-from .tables import Table
+from .io.layout import Table
+from .io.safetensors import Checkpoint
 
 IMAGENET = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
 HALF = {'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5, 0.5)}

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..core.sites import Leaf
+from jpeft.core import Leaf
+
 from .boxes import Quantized
-from .formats import GROUP, MAP, TABLES, Format, pack, unpack
+from .formats.base import GROUP, MAP, TABLES, Format, pack, unpack
 
 _STATE = 'quant_state.bitsandbytes__'
 

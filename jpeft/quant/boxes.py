@@ -10,11 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..core.boxes import Box
-from ..core.inspect import backend_of, sites_of
-from ..core.linen import join
-from ..core.sites import Leaf, Site, Sites
-from .formats import Format
+from jpeft.core import Box, Leaf, Site, Sites, backend_of, join, sites_of
+
+from .formats.base import Format
 
 _SLICE = 2**18  # weights of a kernel that are coded at once
 

@@ -10,6 +10,16 @@ TASKS: dict[str, Task] = {'classification': CLASSIFICATION, 'language': LANGUAGE
 def of(config) -> Task:
   """The task of a configuration."""
   return TASKS[config.task]
+from .classification import transform
 
-
-__all__ = ['TASKS', 'Task', 'best', 'better', 'inputs', 'loss', 'of']
+__all__ = [
+  'CLASSIFICATION',
+  'LANGUAGE',
+  'Task',
+  'best',
+  'better',
+  'inputs',
+  'loss',
+  'of',
+  'transform',
+]

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import data
+from jpeft import data
+
 from .task import Task, loss
 
 

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import data, models
-from ..core import Tuned
-from ..models.llama import grown
+from jpeft import data, models
+from jpeft.core import Tuned
+from jpeft.models import grown
+
 from .task import Task, loss
 
 

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jpeft import cost, optim, run, step
-from jpeft import target as targets
+from jpeft import run
 from jpeft.bench import memory, works
 from jpeft.bench.peers import PEERS
 from jpeft.methods import REGISTRY, make
 from jpeft.methods.presets import PRESETS, names, preset
+from jpeft.planning import devices as targets
+from jpeft.programs import cost
+from jpeft.training import optim, step
 from tests.params import fast_if
 
 KEYS = {'work', 'method', 'remat', 'layers', 'trainable', 'arguments_mib', 'temp_mib', 'total_mib', 'gflop'}

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 import jpeft
-from jpeft import cost
 from jpeft.methods import REGISTRY
-from jpeft.quant import formats
+from jpeft.programs import cost
+from jpeft.quant.formats import base
 from tests.contract.anatomies import described
 from tests.contract.table import made, row
 from tests.fixtures import BACKBONES
@@ -39,7 +39,7 @@ def backbone(storage: str | None):
   """The shapes of what the model holds."""
   if storage is None:
     return HELD
-  return jax.eval_shape(lambda held: jpeft.quantize(MODEL, formats.named(storage), held, X, train=False), HELD)
+  return jax.eval_shape(lambda held: jpeft.quantize(MODEL, base.named(storage), held, X, train=False), HELD)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from flax import nnx
 import jpeft
 from tests.core.small import WIDTH, Blocks, NnxBlocks, X, backbone, low_rank, noisy, plain, spy
 from tests.fixtures import leaves_equal
-from tests.residuals import residuals
+from tests.kept import residuals
 
 MODELS = {'linen': Blocks, 'linen scan': lambda: Blocks(stack='scan'),
           'linen scan remat': lambda: Blocks(stack='scan remat'), 'nnx': NnxBlocks,

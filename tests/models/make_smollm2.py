@@ -11,7 +11,7 @@ import gguf
 import torch
 import transformers
 
-from jpeft.models import sources
+from jpeft.models.io import sources
 
 PARAGRAPH = (
   'The lighthouse keeper climbed the stairs slowly that evening, counting each step as he had done for '

@@ -9,7 +9,7 @@ import pytest
 
 import jpeft
 from jpeft import models
-from jpeft.models.rope import Rope
+from jpeft.models.nn.rope import Rope
 from tests.models.goldens import GOLDEN, golden, outputs
 
 TOKENS = jax.ShapeDtypeStruct((1, 8), jnp.int32)

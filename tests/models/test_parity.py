@@ -8,7 +8,7 @@ import pytest
 
 import jpeft
 from jpeft import models
-from jpeft.models.positions import relative_buckets
+from jpeft.models.nn.positions import relative_buckets
 from tests.models.goldens import CAUSAL, GOLDEN, NAMES, close, golden, outputs
 
 torch = pytest.importorskip('torch')

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jpeft import models
-from jpeft.models.layers import Attention
+from jpeft.models.nn.layers import Attention
 from tests.models.goldens import GOLDEN, outputs
 
 T5 = {'base': (768, 12, 12, 3072, 64), 'large': (1024, 24, 16, 4096, 64), '3b': (1024, 24, 32, 16384, 128)}

@@ -11,9 +11,10 @@ import pytest
 from flax import nnx
 
 import jpeft
-from jpeft import checkpoint, models
+from jpeft import models
 from jpeft.generate import generate
 from jpeft.quant import Quantized, from_bitsandbytes, to_bitsandbytes
+from jpeft.training import checkpoints
 from tests.contract.anatomies import described
 from tests.fixtures import BACKBONES, noisy
 from tests.models.goldens import GOLDEN, golden
@@ -117,7 +118,7 @@ def test_bits_a_weight_are_those_on_disk(form, bits, tmp_path):
   assert abs(8 * jpeft.nbytes(small) / 2 ** 19 - bits) < 1e-3
   assert jpeft.nbytes(small) == jpeft.nbytes(jax.eval_shape(lambda h: jpeft.quantize(module, form, h, x, targets=''),
                                                             held))
-  checkpoint.save_theta(tmp_path / 'small.safetensors', small)
+  checkpoints.save_theta(tmp_path / 'small.safetensors', small)
   assert abs(8 * (tmp_path / 'small.safetensors').stat().st_size / 2 ** 19 - bits) < 0.02
 
 
@@ -130,8 +131,8 @@ def test_a_quantized_backbone_survives_safetensors_and_orbax(tmp_path):
   model, variables, tokens = llama(scan=True)
   small = jpeft.quantize(model, jpeft.nf4(double=True), variables, tokens)
   like = jax.eval_shape(lambda: jpeft.quantize(model, jpeft.nf4(double=True), variables, tokens))
-  checkpoint.save_theta(tmp_path / 'small.safetensors', small)
-  same(checkpoint.load_theta(tmp_path / 'small.safetensors', like)[0], small)
+  checkpoints.save_theta(tmp_path / 'small.safetensors', small)
+  same(checkpoints.load_theta(tmp_path / 'small.safetensors', like)[0], small)
   with ocp.StandardCheckpointer() as saver:
     saver.save(tmp_path / 'orbax', small)
     saver.wait_until_finished()

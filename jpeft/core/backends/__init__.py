@@ -1,0 +1,1 @@
+"""The two frameworks behind one set of functions: Linen and NNX."""

@@ -1,0 +1,1 @@
+"""Methods that shrink what the backward pass keeps."""

@@ -1,0 +1,1 @@
+"""Side networks, behind stop_gradient."""

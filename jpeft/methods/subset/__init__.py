@@ -1,0 +1,1 @@
+"""Methods that train a subset of the backbone itself."""

@@ -1,0 +1,56 @@
+"""Trains arrays that the model already has: a head, biases, norms, whole blocks, everything.
+
+BitFit: Ben Zaken et al., 2022 (arXiv 2106.10199). Norm tuning: Giannou et al., 2023 (arXiv 2302.07937).
+"""
+
+import re
+
+import jax.numpy as jnp
+
+from jpeft.core import Method, Weight, at
+
+FULL, PARTIAL, NONE = 'full crossing', 'partial re-entry', 'no backbone backprop'
+
+
+def tune(targets: str, arrays: str = '.*', name: str = 'tune', memory: str = FULL) -> Method:
+  """Trains a site's own arrays: theta is a float32 copy that stands in for them.
+
+  Args:
+    targets: pattern of sites, such as '{head}' or '{block}/.*'.
+    arrays: regex of the names of the arrays to train, such as 'bias'.
+    name: in theta.
+    memory: the memory class; 'no backbone backprop' where nothing before the sites is trained.
+  """
+  pattern = re.compile(arrays)
+
+  def init(key, site, p):
+    chosen = [n for n, leaf in site.leaves.items()
+              if pattern.fullmatch(n) and jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return {n: p[n].astype(jnp.promote_types(p[n].dtype, jnp.float32)) for n in chosen}
+
+  return at(targets, Weight(name, init, lambda t, site, p: t, memory=memory))
+
+
+def linear(name: str = 'head') -> Method:
+  """A linear probe: trains the head alone."""
+  return tune('{head}', name=name, memory=NONE)
+
+
+def full(name: str = 'full') -> Method:
+  """Full fine-tuning: trains every array of the model."""
+  return tune('.*', name=name)
+
+
+def bitfit(targets: str = '{block}(?:/.*)?', name: str = 'bitfit') -> Method:
+  """BitFit (arXiv 2106.10199): trains the biases.
+
+  Args:
+    targets: where; by default in all blocks, '.*' for the whole model.
+    name: in theta.
+  """
+  return tune(targets, 'bias', name)
+
+
+def norm(targets: str = '{norm}|{final_norm}', name: str = 'norm') -> Method:
+  """Norm tuning (arXiv 2302.07937): trains the scales and shifts of the normalisation layers."""
+  return tune(targets, name=name)

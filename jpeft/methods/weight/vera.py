@@ -1,0 +1,70 @@
+"""VeRA: two trained vectors per layer around a random pair of projections that no layer trains.
+
+Kopiczko et al., 2023 (arXiv 2310.11454). For a kernel w [fan_in, fan_out], a [fan_in, r] and b [r, fan_out]
+as the layers share them, d [r] and e [fan_out]:
+
+  w' = w + a diag(d) b diag(e)         y' = x w + (((x a) * d) b) * e
+
+e = 0 at first, so the function starts unchanged; there is no scale alpha / r. In the files of Hugging Face
+peft d is vera_lambda_d and e is vera_lambda_b.
+
+Deviations. a and b are drawn again, from a seed, wherever they are used: theta holds d and e alone. They are
+shared by the layers of one shape, where peft cuts those of all shapes out of one pair of matrices;
+`projections` takes such a pair.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jpeft.core import Method, at, matrix
+
+from ..nn import drop
+from .lora import check
+
+
+def vera(rank: int = 256, targets: str = '{q}|{v}', d_initial: float = 0.1, dropout: float = 0.0,
+         seed: int = 0, projections: tuple[jax.Array, jax.Array] | None = None, name: str = 'vera') -> Method:
+  """Vector-based random matrix adaptation.
+
+  Args:
+    rank: r.
+    targets: pattern of sites; every kernel they own is adapted.
+    d_initial: what d starts at; e starts at 0.
+    dropout: rate on what enters a.
+    seed: of the random pair.
+    projections: a given pair instead, a [largest fan_in, r] and b [r, largest fan_out], of which every layer
+      takes its first rows and columns; in the files of peft these are vera_A.T and vera_B.T.
+    name: in theta.
+
+  Raises:
+    ValueError: a hyperparameter outside its range; at `attach`, a layer larger than `projections`.
+  """
+  check(rank, dropout)
+  if projections is not None and (projections[0].shape[1], projections[1].shape[0]) != (rank, rank):
+    shapes = ' and '.join(str(list(p.shape)) for p in projections)
+    raise ValueError(f'projections must be [fan_in, {rank}] and [{rank}, fan_out], not {shapes}')
+
+  def pair(w):
+    if projections is not None:
+      a, b = projections
+      if a.shape[0] < w.shape[0] or b.shape[1] < w.shape[1]:
+        raise ValueError(f'{name}: projections for {a.shape[0]} inputs and {b.shape[1]} outputs do not reach '
+                         f'for a matrix {list(w.shape)}')
+      return a[:w.shape[0]], b[:, :w.shape[1]]
+    keys = jax.random.split(jax.random.key(seed))
+    draw = lambda key, shape: jax.random.uniform(key, shape, minval=-1) * (6 / shape[0]) ** 0.5
+    return draw(keys[0], (w.shape[0], rank)), draw(keys[1], (rank, w.shape[1]))
+
+  def begin(key, w):
+    return {'d': jnp.full(rank, d_initial, jnp.float32), 'e': jnp.zeros(w.shape[1])}
+
+  def weight(t, w):
+    a, b = pair(w)
+    return w + (a * t['d']) @ b * t['e']
+
+  def dot(t, x, y, w, key):
+    a, b = pair(w())
+    h = x.map(lambda v: drop(v, key, dropout)) @ a
+    return y + (h * t['d']) @ b.astype(h.dtype) * t['e']
+
+  return at(targets, matrix(name, begin, weight, dot, needs_dot=dropout > 0))

@@ -1,0 +1,89 @@
+"""BERT, RoBERTa and MiniLM as Hugging Face stores them."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from ..families import Family, Request, depth_of, shape_of, with_labels
+from ..io.layout import Table
+from ..io.safetensors import Checkpoint, read_json
+from ..nn.layers import activation
+from .model import Bert
+
+_ROWS = (
+  ('embed/word', 'embed', 'embeddings.word_embeddings'),
+  ('embed/position', 'embed', 'embeddings.position_embeddings'),
+  ('embed/type', 'embed', 'embeddings.token_type_embeddings'),
+  ('embed/norm', 'norm', 'embeddings.LayerNorm'),
+  ('encoder/block/attention/query', 'dense', 'encoder.layer.{i}.attention.self.query'),
+  ('encoder/block/attention/key', 'dense', 'encoder.layer.{i}.attention.self.key'),
+  ('encoder/block/attention/value', 'dense', 'encoder.layer.{i}.attention.self.value'),
+  ('encoder/block/attention/out', 'dense', 'encoder.layer.{i}.attention.output.dense'),
+  ('encoder/block/norm1', 'norm', 'encoder.layer.{i}.attention.output.LayerNorm'),
+  ('encoder/block/mlp/fc1', 'dense', 'encoder.layer.{i}.intermediate.dense'),
+  ('encoder/block/mlp/fc2', 'dense', 'encoder.layer.{i}.output.dense'),
+  ('encoder/block/norm2', 'norm', 'encoder.layer.{i}.output.LayerNorm'),
+)
+_POOLER = (('pooler', 'dense', 'pooler.dense'),)
+# Buffers, and heads that the model was not asked to have.
+_IGNORE = (r'embeddings\.(position|token_type)_ids', r'pooler\..*', r'classifier\..*', r'cls\..*',
+           r'lm_head\..*')
+
+BERT = Table('bert.', _ROWS + _POOLER, (('head', 'dense', 'classifier'),), _IGNORE,
+             ('BertModel', 'BertForSequenceClassification'))
+ROBERTA = BERT._replace(base='roberta.', head=(),
+                        architectures=('RobertaModel', 'RobertaForSequenceClassification'))
+# The classifier of RoBERTa is a pooler and a head under other names.
+ROBERTA_CLASSIFIER = ROBERTA._replace(rows=_ROWS, head=(
+  ('pooler', 'dense', 'classifier.dense'), ('head', 'dense', 'classifier.out_proj')))
+
+
+def _pool(config: Mapping, checkpoint: Checkpoint | None) -> str:
+  """As the config says, or the description that sentence encoders carry in 1_Pooling."""
+  if 'jpeft_pool' in config:
+    return config['jpeft_pool']
+  file = checkpoint and checkpoint.folder / '1_Pooling' / 'config.json'
+  if file and file.exists():
+    return 'mean' if read_json(file).get('pooling_mode_mean_tokens') else 'cls'
+  return 'cls'
+
+
+def _build(config: Mapping, checkpoint: Checkpoint | None, request: Request) -> Bert:
+  roberta, width = config['model_type'] == 'roberta', config['hidden_size']
+  if config.get('position_embedding_type', 'absolute') != 'absolute':
+    raise ValueError(f'position_embedding_type {config["position_embedding_type"]!r} is not '
+                     "supported, only 'absolute'")
+  head = shape_of(checkpoint, 'classifier.out_proj.weight' if roberta else 'classifier.weight')
+  pool = request.pool or _pool(config, checkpoint)
+  classes = request.num_classes
+  if classes is None and head and pool != 'tokens':
+    classes = head[0]
+  pooled = shape_of(checkpoint, 'pooler.dense.weight') or shape_of(checkpoint, 'classifier.dense.weight')
+  return Bert(
+    width, depth_of(config, 'num_hidden_layers', request), config['num_attention_heads'],
+    config['intermediate_size'], config['vocab_size'], config['max_position_embeddings'],
+    config.get('type_vocab_size', 2), pad_id=config.get('pad_token_id', 1) if roberta else None,
+    num_classes=classes, pool=pool,
+    pooler=pool == 'cls' and (bool(pooled) or (roberta and classes is not None)),
+    eps=config.get('layer_norm_eps', 1e-12), activation=activation(config.get('hidden_act', 'gelu')),
+    dropout=config.get('hidden_dropout_prob', 0.1),
+    attention_dropout=config.get('attention_probs_dropout_prob', 0.1), **request.fields)
+
+
+def _table(model: Bert) -> Table:
+  if model.pad_id is None:
+    return BERT
+  return ROBERTA if model.num_classes is None else ROBERTA_CLASSIFIER
+
+
+def _describe(config: Mapping, model: Bert) -> dict:
+  return with_labels(config, model.num_classes) | {
+    'num_hidden_layers': model.depth, 'jpeft_pool': model.pool}
+
+
+def _example(model: Bert) -> tuple:
+  return (jax.ShapeDtypeStruct((1, 8), jnp.int32),)
+
+
+BERT_FAMILIES = {name: Family(_build, _table, _example, _describe) for name in ('bert', 'roberta')}

@@ -1,0 +1,1 @@
+"""Weight files, tokenizers and where they come from."""

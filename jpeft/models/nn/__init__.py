@@ -1,0 +1,1 @@
+"""What the backbones share: layers, blocks, positions."""

@@ -1,0 +1,186 @@
+"""T5 v1.0 (arXiv:1910.10683) and v1.1 (gated MLP, own head): encoder-decoder with relative positions.
+
+No layer has a bias, norms are RMSNorm, and attention logits are not divided by sqrt(head_dim).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ..nn.blocks import Remat, block_of, run_blocks
+from ..nn.layers import MLP, Attention, Block, rms_norm
+from ..nn.positions import PositionBias
+
+_init = nn.initializers.lecun_normal()
+
+
+class T5Block(Block):
+  """Pre-norm self-attention, cross-attention in a decoder, and MLP.
+
+  Attributes:
+    gated: whether the MLP has a gate (v1.1).
+    cross: whether the block attends to a context.
+  """
+
+  gated: bool = False
+  cross: bool = False
+
+  @nn.compact
+  def __call__(self, x, mask=None, bias=None, context=None, context_mask=None, deterministic=True):
+    types = {'kernel_init': _init, 'dtype': self.dtype, 'param_dtype': self.param_dtype}
+    dropout = nn.Dropout(self.dropout, name='dropout')
+    drop = lambda y: dropout(y, deterministic=deterministic)
+    attention = lambda name: Attention(
+      self.heads, self.head_dim, qkv_bias=False, out_bias=False, scaled=False,
+      dropout=self.attention_dropout, attention_fn=self.attention_fn, name=name, **types)
+
+    y = rms_norm(self, 'norm1')(x)
+    x = x + drop(attention('attention')(y, mask=mask, bias=bias, deterministic=deterministic))
+    if self.cross:
+      y = rms_norm(self, 'norm_cross')(x)
+      x = x + drop(attention('cross_attention')(y, context, mask=context_mask,
+                                                deterministic=deterministic))
+    mlp = MLP(self.mlp_dim, self.activation, self.gated, use_bias=False, dropout=self.dropout,
+              name='mlp', **types)
+    return x + drop(mlp(rms_norm(self, 'norm2')(x), deterministic=deterministic))
+
+
+class T5Stack(nn.Module):
+  """Position bias, blocks and final norm of the encoder or the decoder.
+
+  Attributes:
+    block: makes a block: block(name=...).
+    depth: number of blocks.
+    position_bias: makes the position bias: position_bias(name=...).
+    dropout: rate on the input and on the output.
+    eps: of the final norm.
+    scan: run the blocks by nn.scan.
+    remat: recompute blocks in the backward pass; see `run_blocks`.
+    dtype: of the computation.
+    param_dtype: of the parameters.
+  """
+
+  block: Callable[..., nn.Module]
+  depth: int
+  position_bias: Callable[..., nn.Module]
+  dropout: float = 0.0
+  eps: float = 1e-6
+  scan: bool = False
+  remat: Remat = False
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, mask=None, deterministic=True, **context):
+    dropout = nn.Dropout(self.dropout, name='dropout')
+    bias = self.position_bias(name='position_bias')(x.shape[1], x.shape[1])
+    x = run_blocks(self.block, self.depth, dropout(x, deterministic=deterministic), mask=mask,
+                   bias=bias, deterministic=deterministic, scan=self.scan, remat=self.remat,
+                   **context)
+    return dropout(rms_norm(self, 'final_norm')(x), deterministic=deterministic)
+
+
+class T5(nn.Module):
+  """An encoder-decoder of text; called with tokens and decoder tokens, it returns logits.
+
+  Attributes:
+    width: D of the residual stream.
+    depth: number of encoder blocks.
+    heads: attention heads.
+    mlp_dim: hidden width of the MLPs.
+    vocab: number of words.
+    head_dim: size of a head; heads * head_dim may differ from width.
+    decoder_depth: number of decoder blocks; None for as many as in the encoder.
+    gated: whether the MLPs have a gate (v1.1).
+    tied: whether the logits come from the word table; else from a Dense `head`.
+    scale_output: whether the decoder's output is divided by sqrt(width) before the head.
+    buckets: rows of the tables of relative positions.
+    max_distance: from here on distances share a row.
+    eps: of the norms.
+    activation: of the MLPs.
+    dropout: rate everywhere but on attention probabilities.
+    attention_dropout: rate there.
+    attention_fn: see `layers.Attention`.
+    scan: run the blocks by nn.scan.
+    remat: recompute blocks in the backward pass; see `run_blocks`.
+    dtype: of the computation.
+    param_dtype: of the parameters.
+  """
+
+  width: int
+  depth: int
+  heads: int
+  mlp_dim: int
+  vocab: int
+  head_dim: int = 64
+  decoder_depth: int | None = None
+  gated: bool = False
+  tied: bool = True
+  scale_output: bool = True
+  buckets: int = 32
+  max_distance: int = 128
+  eps: float = 1e-6
+  activation: Callable[[jax.Array], jax.Array] = nn.relu
+  dropout: float = 0.0
+  attention_dropout: float = 0.0
+  attention_fn: Callable[..., jax.Array] = nn.dot_product_attention
+  scan: bool = False
+  remat: Remat = False
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, tokens, decoder_tokens, mask=None, decoder_mask=None, deterministic=True):
+    """Runs the model.
+
+    Args:
+      tokens: word ids [B, N].
+      decoder_tokens: what the decoder has written before each position [B, M]: the target shifted
+        right, see `shift_right`.
+      mask: [B, N], nonzero where a token is real; None when all are.
+      decoder_mask: the same for decoder_tokens [B, M].
+      deterministic: no dropout.
+
+    Returns:
+      Logits [B, M, vocab].
+    """
+    types = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
+    embed = nn.Embed(self.vocab, self.width, embedding_init=nn.initializers.normal(1.0),
+                     name='embed', **types)
+    seen = _keys(mask)
+    context = _stack(self, 'encoder', self.depth)(embed(tokens), mask=seen,
+                                                  deterministic=deterministic)
+    causal = nn.make_causal_mask(decoder_tokens, dtype=bool)
+    if decoder_mask is not None:
+      causal = causal & _keys(decoder_mask)
+    x = _stack(self, 'decoder', self.decoder_depth or self.depth)(
+      embed(decoder_tokens), mask=causal, context=context, context_mask=seen,
+      deterministic=deterministic)
+    if self.scale_output:
+      x = x * self.width ** -0.5
+    if self.tied:
+      return embed.attend(x)
+    return nn.Dense(self.vocab, use_bias=False, kernel_init=_init, name='head', **types)(x)
+
+
+def _stack(model: T5, name: str, depth: int) -> T5Stack:
+  types = {'dtype': model.dtype, 'param_dtype': model.param_dtype}
+  decoder = name == 'decoder'
+  block = block_of(model, T5Block, head_dim=model.head_dim, gated=model.gated, cross=decoder)
+  bias = functools.partial(PositionBias, model.heads, model.buckets, model.max_distance,
+                           bidirectional=not decoder, **types)
+  return T5Stack(block, depth, bias, model.dropout, model.eps, model.scan, model.remat, name=name,
+                 **types)
+
+
+def _keys(mask):
+  return None if mask is None else mask.astype(bool)[:, None, None, :]
+
+
+def shift_right(tokens, start: int = 0):
+  """Decoder inputs for a target [B, M]: `start` (T5: the pad id) before it, its last token gone."""
+  return jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=start)[:, :-1]

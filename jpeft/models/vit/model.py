@@ -1,0 +1,175 @@
+"""ViT (arXiv:2010.11929), DeiT (arXiv:2012.12877) and DINOv2 (arXiv:2304.07193) in one module."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ..nn.blocks import Encoder, PreNormBlock, Remat, block_of
+from ..nn.layers import check_pool, default_init, gelu, layer_norm
+
+POOLS = ('cls', 'mean', 'cls_mean', 'tokens')
+
+
+def grid(image_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
+  """Rows and columns of patches.
+
+  Raises:
+    ValueError: the image does not split into whole patches.
+  """
+  height, width = (image_size,) * 2 if isinstance(image_size, int) else image_size
+  if height % patch_size or width % patch_size:
+    near = max(1, round(height / patch_size)) * patch_size
+    raise ValueError(f'image_size {image_size} is no multiple of the patch size {patch_size}; '
+                     f'the nearest that is: {near}')
+  return height // patch_size, width // patch_size
+
+
+class PatchEmbed(nn.Module):
+  """Images to tokens [class, (distillation,) patches], with learned positions.
+
+  Attributes:
+    width: D of the tokens.
+    patch_size: side of a patch in pixels.
+    grid: rows and columns of patches.
+    distill: whether a distillation token follows the class token.
+    mask_token: whether there is a token that stands for hidden patches.
+    dropout: rate on the tokens.
+    dtype: of the computation.
+    param_dtype: of the parameters.
+  """
+
+  width: int
+  patch_size: int
+  grid: tuple[int, int]
+  distill: bool = False
+  mask_token: bool = False
+  dropout: float = 0.0
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, images, masked=None, deterministic=True):
+    param = lambda name, *shape: self.param(name, default_init, shape, self.param_dtype)
+    patch = (self.patch_size, self.patch_size)
+    x = nn.Conv(self.width, patch, patch, 'VALID', kernel_init=default_init, dtype=self.dtype,
+                param_dtype=self.param_dtype, name='patch')(images)
+    if x.shape[1:3] != self.grid:
+      size = tuple(n * self.patch_size for n in self.grid)
+      raise ValueError(f'images of {images.shape[1]}x{images.shape[2]} pixels do not fit a model '
+                       f'made for {size[0]}x{size[1]}; load it with image_size='
+                       f'{images.shape[1]}')
+    x = x.reshape(x.shape[0], -1, self.width)
+    if self.mask_token:
+      mask = param('mask', 1, self.width)
+      if masked is not None:
+        x = jnp.where(masked[..., None], mask.astype(x.dtype), x)
+    lead = ['cls', 'distill'] if self.distill else ['cls']
+    lead = [jnp.broadcast_to(param(name, 1, 1, self.width), (x.shape[0], 1, self.width))
+            for name in lead]
+    x = jnp.concatenate([token.astype(x.dtype) for token in lead] + [x], 1)
+    x = x + param('position', 1, x.shape[1], self.width).astype(x.dtype)
+    return nn.Dropout(self.dropout, name='dropout')(x, deterministic=deterministic)
+
+
+class ViT(nn.Module):
+  """A vision transformer.
+
+  Called with images [B, height, width, 3], normalised floats, it returns logits
+  [B, num_classes], or the feature that a head would read when num_classes is None.
+
+  Attributes:
+    width: D of the residual stream.
+    depth: number of blocks.
+    heads: attention heads.
+    mlp_dim: hidden width of the MLPs.
+    patch_size: side of a patch in pixels.
+    image_size: side of the images, or (height, width).
+    num_classes: outputs of the head; None for no head.
+    pool: what the head reads: 'cls', 'mean' (of the patches), 'cls_mean' (both, concatenated: 2D),
+      or 'tokens' (all normalised tokens [B, N, D], no head).
+    pooler: whether tanh(Dense) follows the pooling, as in a bare ViTModel.
+    distill: whether there is a distillation token (DeiT).
+    distill_head: whether a second head reads it; the logits are then the mean of both.
+    mask_token: whether the embedding holds a token for hidden patches.
+    layer_scale: initial value of the LayerScale of each branch, None for none.
+    qkv_bias: whether query, key and value have a bias.
+    eps: of the norms.
+    activation: of the MLPs.
+    dropout: rate on the embedding and on each branch.
+    attention_dropout: rate on the attention probabilities.
+    attention_fn: see `layers.Attention`.
+    scan: run the blocks by nn.scan.
+    remat: recompute blocks in the backward pass; see `run_blocks`.
+    dtype: of the computation.
+    param_dtype: of the parameters.
+  """
+
+  width: int
+  depth: int
+  heads: int
+  mlp_dim: int
+  patch_size: int
+  image_size: int | tuple[int, int] = 224
+  num_classes: int | None = None
+  pool: str = 'cls'
+  pooler: bool = False
+  distill: bool = False
+  distill_head: bool = False
+  mask_token: bool = False
+  layer_scale: float | None = None
+  qkv_bias: bool = True
+  eps: float = 1e-6
+  activation: Callable[[jax.Array], jax.Array] = gelu
+  dropout: float = 0.0
+  attention_dropout: float = 0.0
+  attention_fn: Callable[..., jax.Array] = nn.dot_product_attention
+  scan: bool = False
+  remat: Remat = False
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, images, deterministic=True, masked=None):
+    """Runs the model.
+
+    Args:
+      images: [B, height, width, 3], normalised.
+      deterministic: no dropout.
+      masked: boolean [B, patches], True where the mask token replaces a patch.
+
+    Returns:
+      Logits [B, num_classes], or the pooled feature.
+    """
+    check_pool(self.pool, POOLS, self.num_classes)
+    types = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
+    x = PatchEmbed(self.width, self.patch_size, grid(self.image_size, self.patch_size),
+                   self.distill, self.mask_token, self.dropout, name='embed',
+                   **types)(images, masked=masked, deterministic=deterministic)
+    block = block_of(self, PreNormBlock, qkv_bias=self.qkv_bias, layer_scale=self.layer_scale)
+    x = Encoder(block, self.depth, self.scan, self.remat, name='encoder')(
+      x, deterministic=deterministic)
+    x = layer_norm(self, 'final_norm')(x)
+    feature = _pooled(x, self.pool, lead=2 if self.distill else 1)
+    dense = lambda name, size: nn.Dense(size, kernel_init=default_init, name=name, **types)
+    if self.pooler:
+      feature = jnp.tanh(dense('pooler', self.width)(feature))
+    if self.num_classes is None:
+      return feature
+    logits = dense('head', self.num_classes)(feature)
+    if self.distill_head:
+      logits = (logits + dense('head_distill', self.num_classes)(x[:, 1])) / 2
+    return logits
+
+
+def _pooled(x, pool: str, lead: int):
+  match pool:
+    case 'cls':
+      return x[:, 0]
+    case 'mean':
+      return x[:, lead:].mean(1)
+    case 'cls_mean':
+      return jnp.concatenate([x[:, 0], x[:, lead:].mean(1)], -1)
+  return x

@@ -1,0 +1,21 @@
+"""Programs as JAX traces and compiles them: equations, cuts, costs."""
+from .cost import TooLarge, compiled, flops, memory, mib, nbytes, uncounted
+from .cut import Halves, cut
+from .equations import evaluated, hoisted, inside, reader, variables
+
+__all__ = [
+  'Halves',
+  'TooLarge',
+  'compiled',
+  'cut',
+  'evaluated',
+  'flops',
+  'hoisted',
+  'inside',
+  'memory',
+  'mib',
+  'nbytes',
+  'reader',
+  'uncounted',
+  'variables',
+]

@@ -1,0 +1,1 @@
+"""4-bit formats: how a matrix is coded, how it lies in memory, and what it stands for."""

@@ -1,0 +1,32 @@
+"""The configs of the repository: each loads, for every method, with hyperparameters the method takes."""
+
+import pathlib
+import re
+
+import pytest
+
+from jpeft import run
+from jpeft.config import schema
+from jpeft.methods import REGISTRY
+
+FILES = sorted((pathlib.Path(__file__).parents[2] / 'configs').glob('*.py'))
+
+
+@pytest.mark.parametrize('file', FILES, ids=lambda file: file.stem)
+def test_every_method_by_name(file):
+  for name in [*REGISTRY, 'pissa']:
+    loaded = schema.load(f'{file}:{name}')
+    assert len(run.method_of(loaded)) >= 1
+    assert loaded.method.name == ('lora' if name == 'pissa' else name)
+
+
+@pytest.mark.parametrize('file', FILES, ids=lambda file: file.stem)
+def test_the_docstring_holds_the_command(file):
+  whole = schema.load(str(file))
+  command = re.search(r'python -m jpeft.train (--config=\S+)(?: --\S+)*', file.read_text().split('"""')[1])
+  assert command[1].startswith(f'--config=configs/{file.name}')
+  assert whole.baseline is None or schema.load(f'{file}:{whole.baseline}').baseline is None
+
+
+def test_there_are_configs():
+  assert {'emoji', 'llm', 'quickstart', 'sentiment'} <= {file.stem for file in FILES}

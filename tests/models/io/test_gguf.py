@@ -1,0 +1,226 @@
+"""GGUF: formats, whole models, tokenizers, files that are wrong, and the packaged SmolLM2."""
+
+import json
+import struct
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jpeft import models
+from jpeft.generate import generate
+from jpeft.models.io.gguf import Gguf
+from jpeft.models.io.tokenizer import load_tokenizer, save_tokenizer
+from tests.models.goldens import GOLDEN
+from tests.models.io.test_files import same, tensors
+
+TEXT = lambda s: struct.pack('<Q', len(s.encode())) + s.encode()
+KIND = {bool: 7, int: 4, float: 6, str: 8}
+CODE = {bool: '<?', int: '<I', float: '<f'}
+NAMES = {'model.embed_tokens': 'token_embd', 'model.norm': 'output_norm', 'lm_head': 'output',
+         'input_layernorm': 'attn_norm', 'post_attention_layernorm': 'ffn_norm', 'self_attn.q_proj': 'attn_q',
+         'self_attn.k_proj': 'attn_k', 'self_attn.v_proj': 'attn_v', 'self_attn.o_proj': 'attn_output',
+         'self_attn.q_norm': 'attn_q_norm', 'self_attn.k_norm': 'attn_k_norm', 'mlp.gate_proj': 'ffn_gate',
+         'mlp.up_proj': 'ffn_up', 'mlp.down_proj': 'ffn_down'}
+
+
+def value(x):
+  """(type, bytes) of a metadata value."""
+  if isinstance(x, list):
+    parts = [value(y) for y in x]
+    return 9, struct.pack('<IQ', parts[0][0], len(x)) + b''.join(data for _, data in parts)
+  return KIND[type(x)], TEXT(x) if isinstance(x, str) else struct.pack(CODE[type(x)], x)
+
+
+def gguf_file(metadata, arrays, kind=0):
+  """The bytes of a GGUF file with float32 tensors."""
+  head, data = [], b''
+  for name, array in arrays.items():
+    head += [TEXT(name), struct.pack(f'<I{array.ndim}QIQ', array.ndim, *array.shape[::-1], kind, len(data))]
+    data += array.astype('<f4').tobytes() + bytes(-array.nbytes % 32)
+  pairs = [TEXT(k) + struct.pack('<I', value(v)[0]) + value(v)[1] for k, v in metadata.items()]
+  whole = b'GGUF' + struct.pack('<IQQ', 3, len(arrays), len(pairs)) + b''.join([*pairs, *head])
+  return whole + bytes(-len(whole) % 32) + data
+
+
+def metadata(kind, config, **more):
+  told = {'block_count': 'num_hidden_layers', 'context_length': 'max_position_embeddings',
+          'embedding_length': 'hidden_size', 'feed_forward_length': 'intermediate_size',
+          'attention.head_count': 'num_attention_heads', 'attention.head_count_kv': 'num_key_value_heads',
+          'attention.key_length': 'head_dim', 'attention.layer_norm_rms_epsilon': 'rms_norm_eps'}
+  return {'general.architecture': kind, **{f'{kind}.{k}': config[v] for k, v in told.items()},
+          f'{kind}.rope.freq_base': float(config['rope_parameters']['rope_theta']), **more}
+
+
+def convert(name, kind, permute=lambda part, x: x, **more):
+  """A golden folder as a GGUF file."""
+  config = json.loads((GOLDEN / name / 'config.json').read_text())
+  arrays = {}
+  for key, array in tensors(GOLDEN / name).items():
+    stem, _, leaf = key.rpartition('.')
+    if stem.startswith('model.layers.'):
+      number, part = stem.removeprefix('model.layers.').split('.', 1)
+      arrays[f'blk.{number}.{NAMES[part]}.{leaf}'] = permute(part, array)
+    else:
+      arrays[f'{NAMES[stem]}.{leaf}'] = array
+  return gguf_file(metadata(kind, config, **more), arrays)
+
+
+def test_formats_are_read_bit_by_bit():
+  file, want = Gguf(GOLDEN / 'formats.gguf'), np.load(GOLDEN / 'formats.npz')
+  assert set(file.shapes) == set(want) == {'F32', 'F16', 'BF16', 'Q4_0', 'Q4_1', 'Q8_0'}
+  for name in want:
+    got = file.tensor(name)
+    assert got.dtype == np.float32 and got.shape == file.shapes[name] == (5, 96) and np.abs(got).max() > 5
+    np.testing.assert_array_equal(got.view(np.uint32), want[name].astype('float32').view(np.uint32))
+  assert (file.metadata['some.numbers'], file.metadata['some.float'], file.metadata['some.flag']) == ([3, 1, 2], 0.25,
+                                                                                                    True)
+
+
+def test_a_model_is_the_one_of_the_safetensors_folder(tmp_path):
+  (tmp_path / 'tiny.gguf').write_bytes(convert('qwen3', 'qwen3'))
+  loaded = models.load(tmp_path / 'tiny.gguf', scan=True)
+  want = models.load(GOLDEN / 'qwen3', scan=True)
+  same(loaded.variables, want.variables)
+  assert loaded.model == want.model
+  assert loaded.tokenizer == str(tmp_path / 'tiny.gguf') and set(loaded.files) == {'tiny.gguf'}
+  models.save_pretrained(tmp_path / 'saved', loaded.model, loaded.variables, loaded.config)
+  same(tensors(tmp_path / 'saved'), tensors(GOLDEN / 'qwen3'))
+
+
+def test_the_row_order_of_llama_files_is_undone(tmp_path):
+  """Written feature by feature: row 2 i + j of a head on disk is row i + j * size / 2 of ours."""
+  def permute(part, x):
+    if part not in ('self_attn.q_proj', 'self_attn.k_proj'):
+      return x
+    out = np.empty_like(x)
+    for head in range(len(x) // 6):
+      for i in range(3):
+        for j in range(2):
+          out[6 * head + 2 * i + j] = x[6 * head + i + 3 * j]
+    return out
+  (tmp_path / 'tiny.gguf').write_bytes(convert('mistral', 'llama', permute))
+  loaded = models.load(tmp_path / 'tiny.gguf')
+  same(loaded.variables, models.load(GOLDEN / 'mistral').variables)
+
+
+DATA = convert('qwen3', 'qwen3')
+
+
+@pytest.mark.parametrize('change,message', (
+  (lambda d: d[:-40], r'ends at byte \d+ of \d+'),
+  (lambda d: d[:200], 'is no readable GGUF file'),
+  (lambda d: b'', 'is no readable GGUF file'),
+  (lambda d: b'GGML' + d[4:], r"begins with b'GGML'"),
+  (lambda d: d[:4] + struct.pack('<I', 1) + d[8:], r'version 1 is none of \(2, 3\)'),
+  (lambda d: d[:8] + struct.pack('<Q', 2 ** 60) + d[16:], 'is no readable GGUF file'),
+  (lambda d: d.replace(TEXT('general.architecture'), struct.pack('<Q', 2 ** 62) + b'general.architecture'),
+   r'a text of 4611686018427387904 bytes'),
+  (lambda d: d.replace(struct.pack('<2Q', 24, 60), struct.pack('<2Q', 24, 2 ** 40), 1), r'ends at byte \d+ of'),
+), ids=('short', 'header', 'empty', 'magic', 'version', 'count', 'text', 'shape'))
+def test_damaged_files_are_named(change, message, tmp_path):
+  file = tmp_path / 'tiny.gguf'
+  file.write_bytes(change(DATA))
+  assert file.read_bytes() != DATA
+  with pytest.raises(ValueError, match=f'tiny.gguf is no readable GGUF file.*{message}' if 'no read' not in message
+                     else f'tiny.gguf {message}'):
+    models.load(file)
+
+
+@pytest.mark.parametrize('data,message', (
+  (gguf_file({'general.architecture': 'llama'}, {'w': np.zeros((2, 32))}, kind=14),
+   r"tiny.gguf: 'w' has the type 14, which is not supported; supported are F32 \(0\)"),
+  (gguf_file({'general.architecture': 'mamba'}, {'w': np.zeros((2, 32))}), "architecture 'mamba' is none of llama"),
+  (gguf_file({'general.architecture': 'llama'}, {'w': np.zeros((2, 32))}), "has no 'llama.attention.head_count'"),
+  (gguf_file({'general.architecture': 'llama'}, {'w': np.zeros((2, 30))}, kind=2), 'cannot be cut into Q4_0 blocks'),
+))
+def test_what_is_not_supported_is_named(data, message, tmp_path):
+  (tmp_path / 'tiny.gguf').write_bytes(data)
+  with pytest.raises(ValueError, match=message):
+    models.load(tmp_path / 'tiny.gguf')
+
+
+TOKENS = ['<|end|>', '<|start|>', 'h', 'i', '1', 'Ġ', 'hi', 'Ġhi', 'Ċ']
+TOKENIZER = {'tokenizer.ggml.model': 'gpt2', 'tokenizer.ggml.pre': 'smollm', 'tokenizer.ggml.tokens': TOKENS,
+             'tokenizer.ggml.token_type': [3, 3, 1, 1, 1, 1, 1, 1, 1], 'tokenizer.ggml.merges': ['h i', 'Ġ hi'],
+             'tokenizer.ggml.eos_token_id': 0,
+             'tokenizer.chat_template': "{% for m in messages %}<|start|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+                                        "{% if add_generation_prompt %}<|start|>{% endif %}"
+                                        "{% if not messages %}{{ raise_exception('nothing said') }}{% endif %}"}
+
+
+def test_a_tokenizer_is_read_from_metadata(tmp_path):
+  pytest.importorskip('tokenizers')
+  file = tmp_path / 'tiny.gguf'
+  file.write_bytes(gguf_file({'general.architecture': 'llama', **TOKENIZER}, {'w': np.zeros((2, 32))}))
+  tokenizer = load_tokenizer(file)
+  for reader in (tokenizer, save_tokenizer(tokenizer, tmp_path) or load_tokenizer(tmp_path)):
+    assert reader.encode('hi hi 11') == [6, 7, 5, 4, 4]
+    assert (reader.eos, reader.bos, reader.pad) == (0, None, 0)
+    chat = reader.chat([{'role': 'user', 'content': 'hi'}])
+    assert chat == '<|start|>hi<|end|><|start|>' and reader.encode(chat) == [1, 6, 0, 1]
+    assert reader.decode([1, 6, 7, 0]) == 'hi hi'
+    with pytest.raises(ValueError, match='the chat template refuses the messages: nothing said'):
+      reader.chat([])
+
+
+def test_tokenizers_that_cannot_serve_are_refused(tmp_path):
+  pytest.importorskip('tokenizers')
+  file = tmp_path / 'tiny.gguf'
+  def written(**change):
+    held = {k: v for k, v in (TOKENIZER | change).items() if v is not None}
+    file.write_bytes(gguf_file({'general.architecture': 'llama', **held}, {'w': np.zeros((2, 32))}))
+    return file
+  with pytest.raises(ValueError, match='tiny.gguf names no end-of-text token'):
+    load_tokenizer(written(**{'tokenizer.ggml.eos_token_id': None}))
+  with pytest.raises(ValueError, match="'llama' with the splitting 'smollm' is not supported, only 'gpt2' with"):
+    load_tokenizer(written(**{'tokenizer.ggml.model': 'llama'}))
+  with pytest.raises(ValueError, match='has no chat template'):
+    load_tokenizer(written(**{'tokenizer.chat_template': None})).chat([{'role': 'user', 'content': 'hi'}])
+
+
+def test_a_text_begins_as_the_model_is_used_to(tmp_path):
+  pytest.importorskip('tokenizers')
+  file = tmp_path / 'tiny.gguf'
+  for begins in (True, False):
+    told = TOKENIZER | {'tokenizer.ggml.bos_token_id': 1, 'tokenizer.ggml.add_bos_token': begins}
+    file.write_bytes(gguf_file({'general.architecture': 'llama', **told}, {'w': np.zeros((2, 32))}))
+    tokenizer = load_tokenizer(file)
+    for reader in (tokenizer, save_tokenizer(tokenizer, tmp_path) or load_tokenizer(tmp_path)):
+      assert reader.encode('hi') == [6] and reader.encode('hi', begin=True) == [*([1] if begins else []), 6]
+
+
+@pytest.mark.parametrize('told,found', (('{}', False), ('{"eos_token": "</s>"}', False), ('{"eos_token": "<e>"}', True),
+                                        ('{"eos_token": {"content": "<e>"}}', True)))
+def test_a_tokenizer_json_without_an_end_is_refused(told, found, tmp_path):
+  tokenizers = pytest.importorskip('tokenizers')
+  tokenizers.Tokenizer(tokenizers.models.WordLevel({'<e>': 0, 'a': 1}, '<e>')).save(str(tmp_path / 'tokenizer.json'))
+  (tmp_path / 'tokenizer_config.json').write_text(told)
+  if found:
+    assert load_tokenizer(tmp_path).eos == 0
+    return
+  with pytest.raises(ValueError, match='tokenizer_config.json names no end-of-text token'):
+    load_tokenizer(tmp_path)
+
+
+@pytest.mark.assets
+def test_smollm2_reads_and_writes_as_in_transformers():
+  golden = json.loads((GOLDEN / 'smollm2.json').read_text())
+  loaded = models.load('smollm2-135m', scan=True)
+  assert sum(x.size for x in jax.tree.leaves(loaded.variables)) == 134_515_008
+  tokenizer = load_tokenizer(loaded.tokenizer)
+  assert tokenizer.encode(golden['paragraph']) == golden['ids']
+  assert tokenizer.encode(golden['text']) == golden['text_ids']
+  assert tokenizer.chat(golden['messages']) == golden['chat']
+
+  ids = jnp.array([golden['ids']])
+  logits = jax.jit(loaded.model.apply)(loaded.variables, ids)[0, :-1]
+  loss = -jnp.take_along_axis(jax.nn.log_softmax(logits), ids[0, 1:, None], -1).mean()
+  perplexity = float(jnp.exp(loss))
+  assert abs(perplexity / golden['perplexity'] - 1) < 1e-3, perplexity
+
+  written = generate(loaded.model, loaded.variables, [tokenizer.encode(golden['prompt'])],
+                     new_tokens=len(golden['completion']), stop=(tokenizer.eos,))
+  assert written.tokens[0].tolist()[:int(written.lengths[0])] == golden['completion']
+  assert tokenizer.decode(written.tokens[0]).startswith(' Paris.')

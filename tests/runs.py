@@ -1,0 +1,124 @@
+"""A backbone and data so small that a whole run takes a few seconds."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from jpeft import models
+
+VIT = {
+  'model_type': 'vit', 'hidden_size': 16, 'num_hidden_layers': 2, 'num_attention_heads': 2,
+  'intermediate_size': 32, 'image_size': 8, 'patch_size': 4, 'num_channels': 3,
+  'hidden_act': 'gelu', 'layer_norm_eps': 1e-6, 'hidden_dropout_prob': 0.1,
+  'attention_probs_dropout_prob': 0.0, 'qkv_bias': True,
+}
+
+
+@pytest.fixture(scope='session')
+def backbone(tmp_path_factory) -> pathlib.Path:
+  """A folder with a random ViT in the layout of Hugging Face."""
+  folder = tmp_path_factory.mktemp('backbone')
+  model = models.from_config(VIT)
+  variables = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))
+  models.save_pretrained(folder, model, variables, VIT)
+  return folder
+
+
+@pytest.fixture(scope='session')
+def images(tmp_path_factory) -> pathlib.Path:
+  """Two classes of 8x8 images, one reddish and one bluish: 24 to train on, 10 to test."""
+  root, rng = tmp_path_factory.mktemp('images'), np.random.default_rng(0)
+  for split, count in (('train', 12), ('test', 5)):
+    for channel, label in ((0, 'red'), (2, 'blue')):
+      (root / split / label).mkdir(parents=True)
+      for i in range(count):
+        pixels = rng.integers(0, 200, (8, 8, 3), dtype=np.uint8)
+        pixels[..., channel] += 55
+        Image.fromarray(pixels).save(root / split / label / f'{i}.png')
+  return root
+
+
+CONFIG = '''"""A run of seconds."""
+
+
+def get_config(method='linear'):
+  return {{
+    'model': {{'source': {backbone!r}}},
+    'data': {{'name': 'folder:{images}', 'batch_size': 4}},
+    'method': {{'name': method}},
+    'optimizer': {{'lr': 1e-2}},
+    'steps': 12,
+    'eval': {{'every': 6}},
+    'checkpoint': {{'every': 3}},
+    'log': {{'every': 2}},
+  }}
+'''
+
+
+@pytest.fixture(scope='session')
+def config_file(backbone, images, tmp_path_factory) -> pathlib.Path:
+  path = tmp_path_factory.mktemp('configs') / 'tiny.py'
+  path.write_text(CONFIG.format(backbone=str(backbone), images=images))
+  return path
+
+
+@pytest.fixture
+def load(config_file):
+  """load(method, **{dotted key: text}) -> a checked config."""
+  from jpeft.config import schema
+
+  def loaded(method='linear', **overrides):
+    return schema.load(f'{config_file}:{method}', {k: str(v) for k, v in overrides.items()})
+
+  return loaded
+
+
+LLAMA = {
+  'model_type': 'llama', 'hidden_size': 32, 'num_hidden_layers': 1, 'num_attention_heads': 4, 'num_key_value_heads': 2,
+  'intermediate_size': 64, 'vocab_size': 24, 'max_position_embeddings': 128, 'rms_norm_eps': 1e-5, 'hidden_act': 'silu',
+  'tie_word_embeddings': True,
+}
+WORDS = ['<|end|>', '<|user|>', '<|assistant|>', '[UNK]', *'abcdefghij', *'ABCDEFGHIJ']
+TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} {{ eos_token }} {% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|> {% endif %}")
+
+
+@pytest.fixture(scope='session')
+def decoder(tmp_path_factory) -> pathlib.Path:
+  """A folder with a random decoder and its tokenizer, which knows words and a chat template."""
+  from tokenizers import Tokenizer, pre_tokenizers
+  from tokenizers import models as parts
+  folder = tmp_path_factory.mktemp('decoder')
+  model = models.from_config(LLAMA)
+  models.save_pretrained(folder, model, jax.jit(model.init)(jax.random.key(0), np.zeros((1, 4), np.int32)), LLAMA)
+  tokenizer = Tokenizer(parts.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token='[UNK]'))
+  tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+  tokenizer.add_special_tokens(WORDS[:3])
+  tokenizer.save(str(folder / 'tokenizer.json'))
+  (folder / 'tokenizer_config.json').write_text(json.dumps({'eos_token': '<|end|>', 'chat_template': TEMPLATE}))
+  return folder
+
+
+@pytest.fixture(scope='session')
+def wide_decoder(decoder, tmp_path_factory) -> pathlib.Path:
+  """The same with words as wide as those of trained models: a side network is read by this frozen head."""
+  folder = tmp_path_factory.mktemp('wide') / 'decoder'
+  shutil.copytree(decoder, folder)
+  held = models.load(decoder)
+  held.variables['params']['embed']['embedding'] *= 5
+  models.save_pretrained(folder, held.model, held.variables, LLAMA)
+  return folder
+
+
+@pytest.fixture(scope='session')
+def backwards(tmp_path_factory) -> pathlib.Path:
+  """A file of all prompts 'x y j' of two letters, whose completions are 'Y X'."""
+  path = tmp_path_factory.mktemp('backwards') / 'backwards.jsonl'
+  path.write_text(''.join(json.dumps({'prompt': f'{x} {y} j', 'completion': f'{y} {x}'.upper()}) + '\n'
+                          for x in 'abcdefghi' for y in 'abcdefghi'))
+  return path

@@ -1,0 +1,123 @@
+"""One update: what it differentiates, what it calls, what it counts."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jpeft
+from jpeft.programs import cost
+from jpeft.training import step
+
+
+class Net(nn.Module):
+  @nn.compact
+  def __call__(self, images, deterministic=True):
+    x = nn.Dense(8, name='body')(images.reshape(len(images), -1))
+    x = nn.Dropout(0.5, deterministic=deterministic)(x)
+    return nn.Dense(3, name='head')(nn.relu(x))
+
+
+BATCH = {'image': np.random.default_rng(0).normal(size=(4, 2, 2, 3)).astype(np.float32),
+         'label': np.array([0, 1, 2, 1], np.int32)}
+
+
+def prepared(method, tx=None):
+  model = Net()
+  backbone = jax.jit(model.init)(jax.random.key(0), BATCH['image'])
+  tuned = jpeft.attach(model, method, backbone, BATCH['image'])
+  tx = tx or optax.sgd(0.1)
+  return tuned, tx, backbone, step.initial_state(tuned, tx, backbone, 0)
+
+
+def test_update_against_plain_jax():
+  tuned, tx, backbone, state = prepared(jpeft.tune('.*'))
+  new, out = jax.jit(step.train_step(tuned, step.forward(tuned, True), tx, 0))(state, backbone, BATCH)
+  key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), step.STREAM_STEP), 0)
+
+  def loss(params):
+    logits = Net().apply({'params': params}, BATCH['image'], deterministic=False, rngs={'dropout': key})
+    return optax.softmax_cross_entropy_with_integer_labels(logits, BATCH['label']).mean()
+
+  value, grads = jax.value_and_grad(loss)(backbone['params'])
+  np.testing.assert_allclose(out['loss'], value, rtol=1e-6)
+  np.testing.assert_allclose(out['grad_norm'], optax.tree.norm(grads), rtol=1e-5)
+  for site in ('body', 'head'):
+    for array, grad in grads[site].items():
+      expected = backbone['params'][site][array] - 0.1 * grad
+      np.testing.assert_allclose(new['theta']['tune'][site][array], expected, atol=1e-6)
+
+
+def test_donating_the_state_leaves_the_backbone_alone():
+  # A theta of `tune` starts as the backbone's own arrays.
+  tuned, tx, backbone, state = prepared(jpeft.tune('.*'))
+  before = jax.tree.map(np.array, backbone)
+  fn = step.train_step(tuned, step.forward(tuned, True), tx, 0)
+  update, cost = step.compiled(fn, state, backbone, BATCH, donate=(0,))
+  for _ in range(2):
+    state, _ = update(state, backbone, BATCH)
+  jax.tree.map(np.testing.assert_array_equal, backbone, before)
+  assert cost['flops'] > 0 and cost['argument_bytes'] > 0
+
+
+def test_schedules_of_a_method_are_called_with_the_number_of_updates():
+  seen = jpeft.Weight('count', lambda key, site, arrays: {'n': jnp.zeros(()), 'w': jnp.zeros(3)},
+                      lambda t, site, arrays: {'bias': arrays['bias'] + t['w']}, fixed=('n',),
+                      update=lambda t, site, number, key: {**t, 'n': t['n'] + 10 * number})
+  tuned, tx, backbone, state = prepared(jpeft.at('head', seen))
+  tx = jpeft.freeze(tx, tuned.trainable(state['theta']))
+  update = jax.jit(step.train_step(tuned, step.forward(tuned, True), tx, 0))
+  state['optimizer'] = tx.init(state['theta'])
+  for _ in range(3):
+    state, _ = update(state, backbone, BATCH)
+  assert float(state['theta']['count']['head']['n']) == 10 + 20 + 30
+  assert np.abs(state['theta']['count']['head']['w']).min() > 0
+
+
+def test_dropout_changes_with_the_step_and_not_between_runs():
+  tuned, _, backbone, state = prepared(jpeft.tune('head'))
+  update = jax.jit(step.train_step(tuned, step.forward(tuned, True), optax.sgd(0.0), 0))
+  one, first = update(state, backbone, BATCH)
+  _, second = update(one, backbone, BATCH)
+  _, again = update(state, backbone, BATCH)
+  assert float(first['loss']) == float(again['loss']) != float(second['loss'])
+
+
+def test_sums_count_what_was_seen():
+  tuned, tx, backbone, state = prepared(jpeft.tune('head'))
+  update = jax.jit(step.train_step(tuned, step.forward(tuned, True), tx, 0, accumulate=2))
+  losses = []
+  for _ in range(3):
+    state, out = update(state, backbone, BATCH)
+    losses.append(float(out['loss']))
+  found = step.means(state['sums'])
+  assert float(state['sums']['labels']) == 12
+  np.testing.assert_allclose(found['loss'], np.mean(losses), rtol=1e-6)
+  assert found['accuracy'] * 12 == round(found['accuracy'] * 12)
+
+
+def test_a_mesh_shards_the_largest_axis_that_divides():
+  mesh = step.mesh(2, 4)
+  tree = {'a': jnp.zeros((8, 12)), 'b': jnp.zeros((6,)), 'c': jnp.zeros(())}
+  specs = {name: sharding.spec for name, sharding in step.over_model(mesh, tree).items()}
+  assert tuple(specs['a']) == (None, 'model') and tuple(specs['b']) in ((None,), ()) and tuple(specs['c']) == ()
+
+
+def test_the_optimizers_state_alone_goes_to_the_host():
+  mesh = step.mesh(1, 1)
+  _, _, _, state = prepared(jpeft.tune('head'), optax.adam(0.1))
+  for offload in (False, True):
+    kinds = jax.tree.map(lambda place: place.memory_kind == 'pinned_host', step.of_state(mesh, state, offload))
+    assert {name: set(jax.tree.leaves(part)) for name, part in kinds.items()} == {
+      name: {offload and name == 'optimizer'} for name in ('theta', 'optimizer', 'step', 'sums')}
+  held = step.laid(state, step.of_state(mesh, state, True))
+  assert cost.nbytes(held) == cost.nbytes({**state, 'optimizer': ()})
+  assert not step.offloads(mesh, True)  # a CPU's memory is the host's
+
+
+def test_state_that_comes_from_the_host_is_updated_as_if_it_had_stayed():
+  tuned, tx, backbone, state = prepared(jpeft.tune('head'), optax.adam(0.1))
+  here, there = (jax.jit(step.train_step(tuned, step.forward(tuned, True), tx, 0, offload=offload))(
+    state, backbone, BATCH)[0] for offload in (False, True))
+  jax.tree.map(np.testing.assert_array_equal, here, there)
