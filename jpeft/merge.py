@@ -13,23 +13,23 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from jpeft import models, run, tasks
+from jpeft import cli, models, tasks, training
 from jpeft.core import Call
 from jpeft.models import FILES as TOKENIZER_FILES
 from jpeft.models import save_tokenizer
 
 
 def main(argv: list[str]) -> int:
-  flags = run.parser('jpeft.merge', __doc__, out=True).parse_args(argv)
+  flags = cli.parser('jpeft.merge', __doc__, out=True).parse_args(argv)
 
-  with run.inputs_checked():
-    config, about = run.describe(flags.run)
-    for _, rule in run.method_of(config):  # before a backbone is loaded
+  with cli.inputs_checked():
+    config, about = training.describe(flags.run)
+    for _, rule in training.method_of(config):  # before a backbone is loaded
       if isinstance(rule, Call) and rule.merge is None:
         raise ValueError(f'{config.method.name} cannot be merged: {rule.name} changes the computation, not '
                          'the weights; jpeft.predict runs it as it is')
-    run.check_new(flags.out)
-    pretrained, tuned, theta = run.reopen(flags.run, flags.best)
+    cli.check_new(flags.out)
+    pretrained, tuned, theta = training.reopen(flags.run, flags.best)
 
   merged = jax.jit(tuned.merge)(theta, pretrained.variables)
   args, kwargs = tasks.inputs(tasks.of(config).blank(config, pretrained))
@@ -56,4 +56,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
-  sys.exit(run.command('jpeft.merge', main))
+  sys.exit(cli.command('jpeft.merge', main))

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jpeft import data, run, tasks
+from jpeft import cli, data, tasks, training
 from jpeft.data import decode
 from jpeft.tasks import transform as transform_of
 
@@ -20,17 +20,17 @@ ROWS = 32
 
 
 def main(argv: list[str]) -> int:
-  parser = run.parser('jpeft.predict', __doc__)
+  parser = cli.parser('jpeft.predict', __doc__)
   parser.add_argument('--input', nargs='+', required=True, help='images, or files of texts; - is stdin')
   parser.add_argument('--json', action='store_true', help='a JSON object a line, with all probabilities')
   flags = parser.parse_args(argv)
 
-  with run.inputs_checked():
-    config, about = run.describe(flags.run)
+  with cli.inputs_checked():
+    config, about = training.describe(flags.run)
     if config.task == 'language':
       raise ValueError(f'{flags.run} writes texts: python -m jpeft.generate --run {flags.run}')
     names, examples = read(flags.input, about['reads'])
-    pretrained, tuned, theta = run.reopen(flags.run, flags.best)
+    pretrained, tuned, theta = training.reopen(flags.run, flags.best)
     transform = transform_of(config, pretrained, False)
 
   @jax.jit
@@ -71,4 +71,4 @@ def read(inputs: list[str], kind: str) -> tuple[list[str], list[dict[str, Any]]]
 
 
 if __name__ == '__main__':
-  sys.exit(run.command('jpeft.predict', main))
+  sys.exit(cli.command('jpeft.predict', main))

@@ -70,10 +70,10 @@ def config_file(backbone, images, tmp_path_factory) -> pathlib.Path:
 @pytest.fixture
 def load(config_file):
   """load(method, **{dotted key: text}) -> a checked config."""
-  from jpeft.config import schema
+  from jpeft import config
 
   def loaded(method='linear', **overrides):
-    return schema.load(f'{config_file}:{method}', {k: str(v) for k, v in overrides.items()})
+    return config.load(f'{config_file}:{method}', {k: str(v) for k, v in overrides.items()})
 
   return loaded
 

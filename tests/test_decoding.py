@@ -9,7 +9,7 @@ import pytest
 
 import jpeft
 from jpeft import models
-from jpeft.generate import draw, generate, pad_left
+from jpeft.decoding import draw, generate, pad_left
 from tests.fixtures import noisy
 from tests.models.goldens import GOLDEN
 

@@ -24,8 +24,8 @@ import pathlib
 import statistics
 import sys
 
+from jpeft import cli, training
 from jpeft import config as config_lib
-from jpeft import run, train, training
 from jpeft.training import write
 
 from . import memory, records
@@ -42,7 +42,7 @@ FLAGS = {'tasks': ','.join(TASKS), 'methods': ','.join(METHODS), 'seeds': '0,1,2
 
 
 def main(argv: list[str]) -> int:
-  with run.inputs_checked():
+  with cli.inputs_checked():
     flags = parse(argv)
     tasks, methods, seeds = (flags[name].split(',') for name in ('tasks', 'methods', 'seeds'))
     folder, configs, file = (pathlib.Path(flags[name]) for name in ('out', 'configs', 'docs'))
@@ -50,13 +50,13 @@ def main(argv: list[str]) -> int:
     wanted = {(task, method, seed): config_lib.load(f'{configs / task}.py:{method}', {'seed': seed, 'baseline': 'none'})
               for seed in seeds for task in tasks for method in methods}
     for config in wanted.values():
-      run.method_of(config)
+      training.method_of(config)
   file.parent.mkdir(parents=True, exist_ok=True)
   cells = []
   for (task, method, seed), config in wanted.items():
     there = folder / task / f'{method}-{seed}'
     if 'only-table' not in flags:
-      told = train.train(config, there)
+      told = training.train(config, there)
     elif (there / 'report.json').exists():
       told = json.loads((there / 'report.json').read_text())
     else:
@@ -199,4 +199,4 @@ def percent(row: dict) -> str:
 
 
 if __name__ == '__main__':
-  sys.exit(run.command('jpeft.bench.accuracy', main))
+  sys.exit(cli.command('jpeft.bench.accuracy', main))

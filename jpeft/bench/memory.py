@@ -21,8 +21,9 @@ from typing import Any
 import jax
 import optax
 
-from jpeft import methods, plan, programs, run, training
+from jpeft import cli, methods, planning, programs, tasks, training
 from jpeft import planning as targets
+from jpeft.core import summary
 from jpeft.methods import names, preset
 from jpeft.models import Remat
 
@@ -69,7 +70,7 @@ def measure(work: str, method: str, remat: str, layers: str, where: targets.Targ
   shapes = planned.placed(where.mesh(), training.state_shapes(tuned, tx, planned.variables), chosen.size)
   fn = training.train_step(tuned, training.forward(tuned, True, planned.mode(True)), tx, 0)
   traced = jax.jit(fn, donate_argnums=0).trace(*shapes)
-  facts = plan.summary(tuned)
+  facts = summary(tuned)
   row = {'work': work, 'method': method, 'remat': remat, 'layers': layers, 'target': where.name,
          'trainable': facts.trainable, 'memory_class': facts.memory}
   mib = lambda n: round(n / 2**20, 1)
@@ -90,11 +91,11 @@ def measure(work: str, method: str, remat: str, layers: str, where: targets.Targ
           'compile_seconds': round(time.perf_counter() - start, 1)}
 
 
-def _planned(work: Work, scan: bool, remat: Remat) -> plan.Work:
+def _planned(work: Work, scan: bool, remat: Remat) -> planning.Work:
   model, one = work.model(scan, remat), work.batch(1)
-  args, kwargs = plan.tasks.inputs(one)
+  args, kwargs = tasks.inputs(one)
   held = jax.eval_shape(model.init, jax.random.key(0), *args, **kwargs)
-  return plan.Work(model, held, work.batch, work.size, remat)
+  return planning.Work(model, held, work.batch, work.size, remat)
 
 
 def rows(works, chosen, remats, layers, where: targets.Target, note=print):
@@ -198,7 +199,7 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--target', default='tpu:v5e')
   parser.add_argument('--json', action='store_true')
   flags = parser.parse_args(argv)
-  with run.inputs_checked():
+  with cli.inputs_checked():
     where = targets.target(flags.target)
   note = lambda text: print(text, file=sys.stderr, flush=True)
   found = rows(flags.work, flags.methods, flags.remat, flags.layers, where, note)
@@ -224,4 +225,4 @@ def _listed(text: str, known) -> list[str]:
 if __name__ == '__main__':
   if jax.config.jax_platforms is None:
     jax.config.update('jax_platforms', 'cpu')
-  sys.exit(run.command('jpeft.bench.memory', main))
+  sys.exit(cli.command('jpeft.bench.memory', main))

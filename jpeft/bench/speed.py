@@ -20,9 +20,9 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from jpeft import cli, tasks, training
 from jpeft import config as config_lib
-from jpeft import run, tasks, training
-from jpeft.plan import classes_of
+from jpeft.planning import classes_of
 
 ROUNDS = 7
 
@@ -46,10 +46,10 @@ class Update:
 
 def update_of(config) -> Update:
   """The compiled update of a configuration, on one device."""
-  with run.inputs_checked():
-    pretrained, tuned = run.build(config, classes_of(config))
+  with cli.inputs_checked():
+    pretrained, tuned = training.build(config, classes_of(config))
     blank = tasks.of(config).blank(config, pretrained)
-    _, tx = run.optimizer_of(config, tuned, steps=1000)
+    _, tx = training.optimizer_of(config, tuned, steps=1000)
   size, rng = config.data.batch_size, np.random.default_rng(0)
   noise = lambda x: rng.normal(size=(size, *x.shape[1:])).astype(x.dtype)
   batch = {k: noise(x) if np.issubdtype(x.dtype, np.floating) else np.repeat(x, size, 0) for k, x in blank.items()}
@@ -79,13 +79,13 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--rounds', type=int, default=ROUNDS)
   parser.add_argument('--json', action='store_true')
   flags, rest = parser.parse_known_args(argv)
-  with run.inputs_checked():
+  with cli.inputs_checked():
     if flags.rounds < 1:
       raise ValueError(f'--rounds={flags.rounds} must be at least 1')
     command = config_lib.parse(rest)
     configs = {name: config_lib.load(f'{command.reference}:{name}', command.overrides) for name in flags.methods}
     for config in configs.values():
-      run.method_of(config)
+      training.method_of(config)
   rows = compare({name: update_of(config) for name, config in configs.items()}, flags.rounds)
   if flags.json:
     print(json.dumps(rows, indent=1))
@@ -98,4 +98,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
-  sys.exit(run.command('jpeft.bench.speed', main))
+  sys.exit(cli.command('jpeft.bench.speed', main))

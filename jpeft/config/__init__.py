@@ -1,5 +1,6 @@
 """Configurations: Python files that read top to bottom, checked before anything heavy is imported."""
-from .schema import Command, complete, differences, flatten, from_json, load, nearest, nest, parse, reference, to_json
+from .load import Command, differences, from_json, load, parse, to_json
+from .schema import complete, flatten, nearest, nest, reference
 
 __all__ = [
   'Command',

@@ -1,15 +1,19 @@
 """The mechanism: sites, rules, and `attach`."""
 
 from .anatomy import ANATOMIES, Anatomy, register_anatomy
-from .attach import Bound, Tuned, attach, flags_of
-from .backends.linen import RIDER
+from .attach import attach
+from .backends.choice import backend_of
 from .boxes import Box
-from .discover import backend_of, sites_of
+from .context import Bound
+from .discover import sites_of
 from .freeze import freeze, join, mask, split
 from .fused import Operand
+from .mode import flags_of
+from .paths import RIDER, join_path, natural
 from .rules import MEMORY_CLASSES, Call, Method, Weight, at, chain, matrix
-from .sites import Leaf, Site, Sites, natural
+from .sites import Leaf, Site, Sites
 from .summary import count, summary
+from .tuned import Tuned
 
 __all__ = [
   'ANATOMIES',
@@ -34,6 +38,7 @@ __all__ = [
   'flags_of',
   'freeze',
   'join',
+  'join_path',
   'mask',
   'matrix',
   'natural',

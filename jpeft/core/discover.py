@@ -4,10 +4,9 @@ import inspect
 
 import jax
 import numpy as np
-from flax import nnx as flax_nnx
 
-from . import anatomy
-from .backends import linen, nnx
+from . import anatomy, paths
+from .backends.choice import backend_of
 from .boxes import Box, inject
 from .sites import Leaf, Site, Sites, stack_axes
 from .trace import Use, uses
@@ -15,15 +14,6 @@ from .trace import Use, uses
 _UNSEEN = {'kind': '', 'inputs': {}, 'out': None, 'fields': (), 'heads': None, 'module': None,
            'methods': ()}
 FIELDS = ('dot_general', 'einsum_op', 'conv_general_dilated', 'attention_fn')
-
-
-def backend_of(model):
-  """The module of jpeft that knows the framework a model is written in."""
-  if isinstance(model, flax_nnx.Module):
-    return nnx
-  if isinstance(model, linen.nn.Module):
-    return linen
-  raise TypeError(f'jpeft adapts Flax modules, Linen or NNX; got {type(model).__name__}')
 
 
 def sites_of(model, backbone, /, *args, **kwargs) -> Sites:
@@ -57,14 +47,14 @@ def sites_of(model, backbone, /, *args, **kwargs) -> Sites:
   sites = Sites()
   for path in dict.fromkeys([*seen, *owned]):
     axes, own = _stack(path, stored, seen, found), owned.get(path, {})
-    leaves = {name: _leaf(spec, found.get(linen.join(path, name), Use()), axes)
+    leaves = {name: _leaf(spec, found.get(paths.join_path(path, name), Use()), axes)
               for name, spec in own.items()}
     inside = next((v for k, v in stored.items() if f'{k}/'.startswith(f'{path}/'.lstrip('/'))), None)
     facts = {**_UNSEEN, **{k: v for k, v in seen.get(path, {}).items() if k != 'shapes'}}
     site = Site(path=path, leaves=leaves, axes=axes, model=sites, boxes={}, **facts,
                 lengths=tuple(inside.shape[a] for a in axes) if axes else ())
     for name in own:
-      if isinstance(box := held[linen.join(path, name)], Box):
+      if isinstance(box := held[paths.join_path(path, name)], Box):
         site.boxes[name] = jax.eval_shape(lambda box, site=site: jax.tree.map(lambda x: site.take(x, 0), box), box)
     sites[path] = site
   sites.anatomy = anatomy.choose(sites)
@@ -145,7 +135,7 @@ def _stack(path: str, stored: dict, seen: dict, found: dict) -> tuple[int, ...]:
   """
   shapes = seen.get(path, {}).get('shapes', {})
   if shapes:
-    return stack_axes([stored[linen.join(path, n)].shape for n in shapes], list(shapes.values()))
+    return stack_axes([stored[paths.join_path(path, n)].shape for n in shapes], list(shapes.values()))
   own = [use for key, use in found.items() if key.rpartition('/')[0] == path]
   return min((use.scanned for use in own), key=len, default=())
 

@@ -173,11 +173,6 @@ class Sites(dict[str, Site]):
     return difflib.get_close_matches(words, paths, n, 0.2) or paths[:n]
 
 
-def natural(path: str) -> list[tuple[int, str]]:
-  """A sort key that puts block_10 after block_9."""
-  return [(int(t), '') if t.isdigit() else (-1, t) for t in re.split(r'(\d+)', path)]
-
-
 def stack_axes(outer: Sequence[tuple[int, ...]], inner: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
   """The axes that lifting added, from the stored shapes and those that one call of the layer sees.
 

@@ -5,9 +5,9 @@ import math
 
 import jax
 
-from .attach import Tuned
 from .boxes import Box
 from .rules import MEMORY_CLASSES
+from .tuned import Tuned
 
 
 def count(tree) -> int:

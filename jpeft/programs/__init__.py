@@ -1,5 +1,6 @@
 """Programs as JAX traces and compiles them: equations, cuts, costs."""
-from .cost import TooLarge, compiled, flops, memory, mib, nbytes, uncounted
+from .compile import TooLarge, compiled, memory, mib, nbytes
+from .cost import flops, uncounted
 from .cut import Halves, cut
 from .equations import evaluated, hoisted, inside, reader, variables
 

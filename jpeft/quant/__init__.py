@@ -1,9 +1,10 @@
 """Few bits: 4-bit kernels of the backbone, decoded where they are read, and residuals that keep less than JAX would."""
 
 from .bitsandbytes import from_bitsandbytes, to_bitsandbytes
-from .boxes import Quantized, coded, kernels, nbytes, quantize
+from .boxes import Quantized, nbytes
 from .formats.base import TABLES, Format, affine, fp4, int4, lookup, named, nf4
 from .formats.maps import NF4, midpoints
+from .kernels import coded, kernels, quantize
 
 __all__ = [
   'Format',

@@ -1,8 +1,5 @@
 """The compiled parts of a run: one update of theta, one evaluation step, and where arrays are put."""
 
-import dataclasses
-import math
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
-from jpeft import programs as costs
 from jpeft import tasks
 from jpeft.core import Tuned
 
@@ -145,118 +141,3 @@ def means(sums: dict) -> dict[str, float]:
 def rows_of(blank: dict[str, np.ndarray], size: int, sharding) -> dict[str, jax.ShapeDtypeStruct]:
   """The shapes of a batch of `size`, from one of one example."""
   return {k: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype, sharding=sharding) for k, x in blank.items()}
-
-
-def compiled(fn: Callable, *args, donate: tuple[int, ...] = ()) -> tuple[Callable, dict[str, float]]:
-  """(fn compiled for these arguments, what XLA says it costs).
-
-  The costs: flops (with every round of its loops) and bytes_accessed of one call on one device, bytes of
-  arguments, output, alias, temporaries and of all, and seconds of compilation. A backend that does not say leaves
-  them out. What the program does not read is an argument all the same: it is kept on the device.
-
-  Raises:
-    cost.TooLarge: it does not fit the device, and the compiler says so.
-  """
-  start = time.perf_counter()
-  traced = jax.jit(fn, donate_argnums=donate, keep_unused=True).trace(*args)
-  program = costs.compiled(traced, arguments=costs.nbytes(args))
-  cost: dict[str, float] = {'compile_seconds': round(time.perf_counter() - start, 2)}
-  analysis, memory = program.cost_analysis() or {}, costs.memory(program)
-  if 'flops' in analysis:
-    shardings = [x.sharding for x in jax.tree.leaves(args) if getattr(x, 'sharding', None)]
-    devices = max((len(s.device_set) for s in shardings), default=1)
-    cost['flops'] = analysis['flops'] + costs.uncounted(traced, devices)
-  if 'bytes accessed' in analysis:
-    cost['bytes_accessed'] = analysis['bytes accessed']
-  if memory is not None:
-    cost |= {f'{part}_bytes': size for part, size in dataclasses.asdict(memory).items()}
-    cost['total_bytes'] = memory.total
-  return program, cost
-
-
-def limit_of(device) -> int | None:
-  """The bytes that a device lets a program have; None where it does not say."""
-  return (device.memory_stats() or {}).get('bytes_limit')
-
-
-def fitting(update: Callable, state, backbone, batch) -> tuple[Callable, dict[str, float]]:
-  """`compiled` for an update whose state is donated, and whose memory its devices have.
-
-  Args:
-    update: from `train_step`.
-    state, backbone, batch: shapes, as `laid`.
-
-  Returns:
-    (program, costs); the costs also say the bytes of weights, state and all, where the compiler does.
-
-  Raises:
-    ValueError: it needs more than a device has; says how much, and for what.
-  """
-  limit = limit_of(next(iter(jax.tree.leaves(batch)[0].sharding.device_set)))
-  parts = {'weights_bytes': costs.nbytes(backbone), 'state_bytes': costs.nbytes(state)}
-  try:
-    program, cost = compiled(update, state, backbone, batch, donate=(0,))
-    total = cost.get('total_bytes', 0)
-    if limit is None or total <= limit:
-      return program, cost | parts
-  except costs.TooLarge as refused:
-    total = refused.bytes
-  size, has = batch['label'].shape[0], costs.mib(limit) if limit else 'less'
-  raise ValueError(
-    f'an update of {size} examples needs {costs.mib(total)} on a device that has {has}: weights '
-    f'{costs.mib(parts["weights_bytes"])}, what is trained and its optimizer {costs.mib(parts["state_bytes"])}, the '
-    'rest activations; take a smaller data.batch_size, model.remat=true or a method that keeps less: python -m '
-    'jpeft.plan with the same --config says what fits')
-
-
-def laid(tree, sharding) -> Any:
-  """A tree as shapes that lie where a sharding, or a tree of shardings, says."""
-  shape = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-  if isinstance(sharding, NamedSharding):
-    return jax.tree.map(lambda x: shape(x, sharding), tree)
-  return jax.tree.map(shape, tree, sharding)
-
-
-def mesh(data: int, model: int) -> Mesh:
-  """A mesh of data x model devices.
-
-  Raises:
-    ValueError: there are not that many devices.
-  """
-  devices = jax.devices()
-  if data * model > len(devices):
-    raise ValueError(f'mesh.data={data} x mesh.model={model} needs {data * model} devices, there '
-                     f'{"is" if len(devices) == 1 else "are"} {len(devices)}')
-  return Mesh(np.array(devices[:data * model]).reshape(data, model), ('data', 'model'))
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-  return NamedSharding(mesh, PartitionSpec())
-
-
-def offloads(mesh: Mesh, asked: bool) -> bool:
-  """Whether the optimizer's state goes to host memory: where that is asked for, and the devices are no CPUs."""
-  return asked and mesh.devices.flat[0].platform != 'cpu'
-
-
-def of_state(mesh: Mesh, state: Mapping[str, Any], offload: bool = False) -> dict:
-  """Shardings of a training state, whole on each device; the optimizer's part in pinned host memory if `offload`."""
-  whole = replicated(mesh)
-  places = {'optimizer': whole.with_memory_kind('pinned_host')} if offload else {}
-  return {name: jax.tree.map(lambda _: places.get(name, whole), tree) for name, tree in state.items()}
-
-
-def over_data(mesh: Mesh) -> NamedSharding:
-  return NamedSharding(mesh, PartitionSpec('data'))
-
-
-def over_model(mesh: Mesh, tree) -> Any:
-  """Shardings of a backbone: of each array the largest axis that the model axis divides."""
-  parts = mesh.shape['model']
-  def leaf(x):
-    axes = [i for i, n in enumerate(x.shape) if n % parts == 0] if math.prod(x.shape) > 1 else []
-    spec = [None] * len(x.shape)
-    if axes:
-      spec[max(axes, key=lambda i: x.shape[i])] = 'model'
-    return NamedSharding(mesh, PartitionSpec(*spec))
-  return jax.tree.map(leaf, tree)

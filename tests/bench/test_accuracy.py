@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from jpeft import run
+from jpeft import cli
 from jpeft.bench import accuracy, memory
 
 
@@ -63,6 +63,6 @@ def test_the_table_grows_in_parts_and_forgets_settings_that_changed(tmp_path, ca
   ('--task=tiny', "did you mean 'tasks'"), ('--seeds=a', 'not a list of numbers'), ('--json=1', 'takes no value'),
   ('--out', 'needs a value'), ('--methods=linea', "did you mean 'linear'"), ('--tasks=tini', 'no config file')])
 def test_mistakes_are_told_before_anything_is_trained(arguments, tmp_path, flag, message):
-  with pytest.raises(run.Mistake, match=message):
+  with pytest.raises(cli.Mistake, match=message):
     accuracy.main([*arguments, '--methods=linear', flag])
   assert not (tmp_path / 'runs').exists()

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jpeft import run
+from jpeft import cli
 from jpeft.bench import memory, works
 from jpeft.bench.peers import PEERS
 from jpeft.methods import REGISTRY, make
 from jpeft.methods.presets import PRESETS, names, preset
 from jpeft.planning import devices as targets
-from jpeft.programs import cost
+from jpeft.programs import compile
 from jpeft.training import optim, step
 from tests.params import fast_if
 
@@ -42,7 +42,7 @@ def command(tiny, monkeypatch, capsys, tmp_path):
   def called(*flags):
     monkeypatch.setattr(sys, 'argv', ['jpeft.bench.memory', '--target=cpu', *flags])
     try:
-      code = run.command('jpeft.bench.memory', memory.main)
+      code = cli.command('jpeft.bench.memory', memory.main)
     except SystemExit as stopped:
       code = stopped.code
     return code, *capsys.readouterr()
@@ -107,8 +107,8 @@ def test_w1_holds_what_the_peers_step_holds():
     shape[name] = planned.placed(where.mesh(), step.state_shapes(tuned, tx, planned.variables), 32)
   peers = {(p['method'], p['remat']): p['arguments_mib'] for p in PEERS}
   state, _, batch = shape['full']  # its step reads no frozen weight
-  assert cost.nbytes((state, batch)) / 2**20 == pytest.approx(peers['peer: full fine-tuning', 'none'], rel=1e-3)
-  assert cost.nbytes(shape['linear']) / 2**20 == pytest.approx(peers['peer: linear probe', 'none'], rel=5e-3)
+  assert compile.nbytes((state, batch)) / 2**20 == pytest.approx(peers['peer: full fine-tuning', 'none'], rel=1e-3)
+  assert compile.nbytes(shape['linear']) / 2**20 == pytest.approx(peers['peer: linear probe', 'none'], rel=5e-3)
 
 
 # ---- What must be found, on TPU v5e.

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jpeft import run
+from jpeft import cli
 from jpeft.bench import speed
 
 
@@ -34,5 +34,5 @@ def test_a_ratio_is_the_median_over_rounds(capsys):
 @pytest.mark.parametrize(('flag', 'message'), [
   ('--rounds=0', 'must be at least 1'), ('--methods=linear,lorra', "did you mean 'lora'"), ('--round=1', '--round')])
 def test_mistakes_are_told_first(config_file, flag, message):
-  with pytest.raises(run.Mistake, match=message):
+  with pytest.raises(cli.Mistake, match=message):
     speed.main([f'--config={config_file}', '--methods=linear', flag])

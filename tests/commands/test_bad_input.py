@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jpeft import merge, predict, run, train
+from jpeft import cli, merge, predict, train, training
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -28,7 +28,7 @@ def told(monkeypatch, capsys):
     capsys.readouterr()
     monkeypatch.setattr(sys, 'argv', ['jpeft', *map(str, argv)])
     start = time.process_time()  # of this process alone: other tests may run beside it
-    code = run.command('jpeft', main)
+    code = cli.command('jpeft', main)
     lines = capsys.readouterr().err.splitlines()
     assert code == 2, lines
     assert time.process_time() - start < 10
@@ -55,9 +55,9 @@ def copy(backbone, tmp_path):
 @pytest.fixture(scope='module')
 def finished(config_file, tmp_path_factory):
   """A complete run of a method that cannot be merged."""
-  from jpeft.config import schema
+  from jpeft import config
   folder = tmp_path_factory.mktemp('finished') / 'run'
-  train.train(schema.load(f'{config_file}:lst', {'steps': '1'}), folder)
+  training.train(config.load(f'{config_file}:lst', {'steps': '1'}), folder)
   return folder
 
 
@@ -199,14 +199,14 @@ def test_workdir_that_holds_something_else(bad, tmp_path):
 
 
 def test_two_trainers_in_one_folder(bad, load, tmp_path):
-  with run.claimed(tmp_path / 'run', load('linear')):
+  with training.claimed(tmp_path / 'run', load('linear')):
     assert 'another process is training in' in bad()
 
 
 @pytest.fixture
 def half(load, tmp_path):
   """A run folder as a kill leaves it: checkpoints of 9 and 12 updates, no report."""
-  train.train(load('linear'), tmp_path / 'run')
+  training.train(load('linear'), tmp_path / 'run')
   for name in ('report.json', 'theta.safetensors'):
     (tmp_path / 'run' / name).unlink()
   return tmp_path / 'run'

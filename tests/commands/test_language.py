@@ -10,8 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from jpeft import generate, merge, models, predict, run, tasks, train
-from jpeft.config import schema
+from jpeft import cli, config, generate, merge, models, predict, tasks, training
 from jpeft.tasks.language import distance
 from jpeft.training import step
 from jpeft.training.report import read_metrics
@@ -26,7 +25,7 @@ def settings(decoder, backwards):
     values = {'task': 'language', 'model.source': str(decoder), 'data.name': f'completions:{backwards}',
               'data.batch_size': 8, 'data.max_length': 24, 'method.name': 'full', 'optimizer.lr': 1e-2, 'steps': 4,
               'log.every': 1, 'eval.metric': 'perplexity'} | overrides
-    return schema.complete(schema.nest(values))
+    return config.complete(config.nest(values))
   return made
 
 
@@ -35,7 +34,7 @@ def learned(settings, tmp_path_factory):
   """A run that learnt to write letters backwards."""
   folder = tmp_path_factory.mktemp('learned') / 'run'
   changes = {'steps': 60, 'eval.generate': 12, 'log.every': 20, 'eval.every': 30}
-  train.train(settings(**changes), folder)
+  training.train(settings(**changes), folder)
   return folder
 
 
@@ -75,7 +74,7 @@ def test_a_run_says_what_was_before_and_what_is_after(learned):
 
 
 def test_the_untuned_model_is_the_one_that_was_loaded(settings, learned):
-  pretrained, tuned, _ = run.reopen(learned)
+  pretrained, tuned, _ = training.reopen(learned)
   whole = settings(**{'data.batch_size': 16})
   test = TASK.source(whole, 'test')
   rows, _ = TASK.rows(whole, pretrained, test, False)
@@ -91,7 +90,7 @@ def test_the_untuned_model_is_the_one_that_was_loaded(settings, learned):
 
 def test_micro_batches_give_the_update_of_the_whole_batch(settings):
   """Their numbers of tokens to learn differ, so means of means would not."""
-  pretrained, tuned = run.build(settings(), 0)
+  pretrained, tuned = training.build(settings(), 0)
   theta = jax.jit(tuned.init)(jax.random.key(0), pretrained.variables)
   rng = np.random.default_rng(1)
   tokens = rng.integers(4, 24, (4, 6))
@@ -111,13 +110,13 @@ def test_micro_batches_give_the_update_of_the_whole_batch(settings):
 
 
 def test_a_stopped_run_goes_on_with_the_same_rows(settings, tmp_path):
-  whole = train.train(settings(**{'steps': 6, 'checkpoint.every': 3}), tmp_path / 'whole')
+  whole = training.train(settings(**{'steps': 6, 'checkpoint.every': 3}), tmp_path / 'whole')
   half = tmp_path / 'half'
-  train.train(settings(**{'steps': 6, 'checkpoint.every': 3}), half)
+  training.train(settings(**{'steps': 6, 'checkpoint.every': 3}), half)
   for name in ('report.json', 'theta.safetensors', 'checkpoints/6'):
     path = half / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-  again = train.train(settings(**{'steps': 6, 'checkpoint.every': 3}), half)
+  again = training.train(settings(**{'steps': 6, 'checkpoint.every': 3}), half)
   assert again['theta_sha256'] == whole['theta_sha256'] and again['untuned'] == whole['untuned']
 
 
@@ -152,7 +151,7 @@ def test_generate_samples_by_seed(decoder, capsys):
 
 def test_merged_weights_write_the_same(settings, tmp_path, capsys):
   changes = {'method.name': 'lora', 'method.targets': '{linear}', 'steps': 20}
-  train.train(settings(**changes), tmp_path / 'run')
+  training.train(settings(**changes), tmp_path / 'run')
   merge.main(['--run', str(tmp_path / 'run'), '--out', str(tmp_path / 'out')])
   assert 'id2label' not in models.load(tmp_path / 'out').config
   asked = ('--json', '--prompt', 'a b j', 'c', '--max_tokens', '8')
@@ -166,7 +165,7 @@ def told(monkeypatch, capsys):
   def command(main, *argv):
     capsys.readouterr()
     monkeypatch.setattr(sys, 'argv', ['jpeft', *map(str, argv)])
-    assert run.command('jpeft', main) == 2
+    assert cli.command('jpeft', main) == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
   return command
@@ -202,5 +201,5 @@ def test_what_cannot_write_is_told(told, learned, backbone, decoder, tmp_path):
 ))
 def test_configs_that_do_not_fit_are_explained(settings, backbone, images, tmp_path, change, message):
   change = {k: {'vit': str(backbone), 'folder': f'folder:{images}'}.get(v, v) for k, v in change.items()}
-  with pytest.raises((run.Mistake, ValueError), match=message):
-    train.train(settings(**change), tmp_path / 'run')
+  with pytest.raises((cli.Mistake, ValueError), match=message):
+    training.train(settings(**change), tmp_path / 'run')

@@ -7,16 +7,16 @@ import jax
 import numpy as np
 import pytest
 
-from jpeft import adapter, attach, merge, models, predict, run, train
-from jpeft.config import schema
+from jpeft import adapter, attach, cli, config, merge, models, predict, training
 from jpeft.data.decode import decode
+from jpeft.export import peft_adapter
 from jpeft.tasks import classification
 
 
 @pytest.fixture(scope='module')
 def lora(config_file, tmp_path_factory):
   folder = tmp_path_factory.mktemp('lora') / 'run'
-  train.train(schema.load(f'{config_file}:lora', {'steps': '20', 'eval.every': '20'}), folder)
+  training.train(config.load(f'{config_file}:lora', {'steps': '20', 'eval.every': '20'}), folder)
   return folder
 
 
@@ -40,9 +40,9 @@ def test_merge_writes_weights_that_the_plain_model_reads(lora, images, tmp_path,
   apart = float(capsys.readouterr().out.split(' are ')[1].split()[0])
   assert apart < 1e-5
   plain = models.load(tmp_path / 'out')
-  pretrained, tuned, theta = run.reopen(lora)
+  pretrained, tuned, theta = training.reopen(lora)
   image = next((images / 'test/red').iterdir())
-  transform = classification.transform(run.describe(lora)[0], pretrained, False)
+  transform = classification.transform(training.describe(lora)[0], pretrained, False)
   x = transform({'image': decode(image, '')}, None)['image'][None]
   expected = tuned.apply(theta, pretrained.variables, x, deterministic=True)
   np.testing.assert_allclose(plain.model.apply(plain.variables, x), expected, atol=1e-5)
@@ -50,24 +50,24 @@ def test_merge_writes_weights_that_the_plain_model_reads(lora, images, tmp_path,
   assert plain.config['id2label'] == {'0': 'blue', '1': 'red'}
   merged, before = (jax.tree.leaves(v) for v in (plain.variables, pretrained.variables))
   assert sum(not np.array_equal(a, b) for a, b in zip(merged, before, strict=True)) >= 6  # q, v of two blocks, head
-  with pytest.raises(run.Mistake, match='is there already'):
+  with pytest.raises(cli.Mistake, match='is there already'):
     merge.main(['--run', str(lora), '--out', str(tmp_path / 'out')])
 
 
 def test_an_adapter_of_a_run_goes_on_the_base_model(lora, config_file, tmp_path, capsys):
   assert adapter.main(['--run', str(lora), '--out', str(tmp_path / 'out')]) == 0
   assert str(tmp_path / 'out') in capsys.readouterr().out
-  pretrained, tuned, theta = run.reopen(lora)
-  method, kept = adapter.load_adapter(tmp_path / 'out', pretrained)
+  pretrained, tuned, theta = training.reopen(lora)
+  method, kept = peft_adapter.load_adapter(tmp_path / 'out', pretrained)
   assert method.names == ('lora', 'modules')
   x = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype('float32')
   again = attach(pretrained.model, method, pretrained.variables, x)
   np.testing.assert_allclose(again.apply(kept, pretrained.variables, x), tuned.apply(theta, pretrained.variables, x),
                              atol=1e-6)
-  with pytest.raises(run.Mistake, match='is there already'):
+  with pytest.raises(cli.Mistake, match='is there already'):
     adapter.main(['--run', str(lora), '--out', str(tmp_path / 'out')])
-  train.train(schema.load(f'{config_file}:linear', {'steps': '2', 'eval.every': '2'}), tmp_path / 'probe')
-  with pytest.raises(run.Mistake, match='linear is neither LoRA nor DoRA'):
+  training.train(config.load(f'{config_file}:linear', {'steps': '2', 'eval.every': '2'}), tmp_path / 'probe')
+  with pytest.raises(cli.Mistake, match='linear is neither LoRA nor DoRA'):
     adapter.main(['--run', str(tmp_path / 'probe'), '--out', str(tmp_path / 'other')])
 
 
@@ -101,8 +101,8 @@ def test_texts_from_training_to_merged_weights(reviews, config_file, tmp_path, c
   folder, table = reviews
   chosen = {'model.source': folder, 'data.name': f'csv:{table}', 'data.max_length': 6, 'data.batch_size': 8,
             'model.pool': 'mean', 'steps': 80, 'eval.every': 80, 'optimizer.lr': 1e-2}
-  settings = schema.load(f'{config_file}:full', {k: str(v) for k, v in chosen.items()})
-  told = train.train(settings, tmp_path / 'run')
+  settings = config.load(f'{config_file}:full', {k: str(v) for k, v in chosen.items()})
+  told = training.train(settings, tmp_path / 'run')
   assert told['eval']['accuracy'] > 0.9
   (tmp_path / 'lines.txt').write_text('a great plot\n\nvery poor film\n')
   capsys.readouterr()

@@ -5,8 +5,7 @@ import re
 
 import pytest
 
-from jpeft import run
-from jpeft.config import schema
+from jpeft import config, training
 from jpeft.methods import REGISTRY
 
 FILES = sorted((pathlib.Path(__file__).parents[2] / 'configs').glob('*.py'))
@@ -15,17 +14,17 @@ FILES = sorted((pathlib.Path(__file__).parents[2] / 'configs').glob('*.py'))
 @pytest.mark.parametrize('file', FILES, ids=lambda file: file.stem)
 def test_every_method_by_name(file):
   for name in [*REGISTRY, 'pissa']:
-    loaded = schema.load(f'{file}:{name}')
-    assert len(run.method_of(loaded)) >= 1
+    loaded = config.load(f'{file}:{name}')
+    assert len(training.method_of(loaded)) >= 1
     assert loaded.method.name == ('lora' if name == 'pissa' else name)
 
 
 @pytest.mark.parametrize('file', FILES, ids=lambda file: file.stem)
 def test_the_docstring_holds_the_command(file):
-  whole = schema.load(str(file))
+  whole = config.load(str(file))
   command = re.search(r'python -m jpeft.train (--config=\S+)(?: --\S+)*', file.read_text().split('"""')[1])
   assert command[1].startswith(f'--config=configs/{file.name}')
-  assert whole.baseline is None or schema.load(f'{file}:{whole.baseline}').baseline is None
+  assert whole.baseline is None or config.load(f'{file}:{whole.baseline}').baseline is None
 
 
 def test_there_are_configs():

@@ -4,50 +4,50 @@ import json
 
 import pytest
 
-from jpeft import run
-from jpeft.config import schema
+from jpeft import config, training
+from jpeft.config.schema import FIELDS
 
 SMALL = {'model': {'source': 's'}, 'data': {'name': 'd'}, 'method': {'name': 'lora', 'rank': 4}, 'steps': 3}
 
 
 def test_defaults_fill_what_is_left_out():
-  whole = schema.complete(SMALL)
+  whole = config.complete(SMALL)
   assert whole.optimizer.name == 'adamw' and whole.data.batch_size == 32 and whole.method.head is True
   assert whole.method.rank == 4 and whole.model.num_classes is None
-  assert set(schema.flatten(whole)) == {*schema.FIELDS, 'method.rank'}
+  assert set(config.flatten(whole)) == {*FIELDS, 'method.rank'}
 
 
 def test_values_are_checked_and_never_mutable_by_typo():
   with pytest.raises(AttributeError):
-    schema.complete(SMALL).optimizer.lrr = 1
+    config.complete(SMALL).optimizer.lrr = 1
   with pytest.raises(ValueError, match="unknown config key 'modle.source'; did you mean 'model.source'"):
-    schema.complete({**SMALL, 'modle': {'source': 'x'}})
+    config.complete({**SMALL, 'modle': {'source': 'x'}})
   with pytest.raises(ValueError, match='pairs'):
-    schema.complete({**SMALL, 'optimizer': {'groups': [('.*', -1.0)]}})
+    config.complete({**SMALL, 'optimizer': {'groups': [('.*', -1.0)]}})
   with pytest.raises(ValueError, match='steps or epochs, not neither'):
-    schema.complete({k: v for k, v in SMALL.items() if k != 'steps'})
+    config.complete({k: v for k, v in SMALL.items() if k != 'steps'})
 
 
 def test_integers_serve_as_floats_but_not_the_reverse():
-  assert schema.complete({**SMALL, 'optimizer': {'lr': 1}}).optimizer.lr == 1.0
+  assert config.complete({**SMALL, 'optimizer': {'lr': 1}}).optimizer.lr == 1.0
   with pytest.raises(ValueError, match='config.steps must be of type int'):
-    schema.complete({**SMALL, 'steps': 2.5})
+    config.complete({**SMALL, 'steps': 2.5})
 
 
 def test_what_the_backward_pass_keeps():
-  kept = lambda bits: run.method_of(schema.complete({**SMALL, 'method': {'name': 'lora', 'saved_bits': bits}})).names
+  kept = lambda bits: training.method_of(config.complete({**SMALL, 'method': {'name': 'lora', 'saved_bits': bits}})).names
   assert kept(4) == ('lora', 'packed', 'head') and kept(None) == ('lora', 'head')
   with pytest.raises(ValueError, match='config.method.saved_bits must be 4, 8 or None, not 3'):
     kept(3)
 
 
 def test_json_round_trip_and_differences(tmp_path):
-  one = schema.complete({**SMALL, 'optimizer': {'groups': ((r'.*/b', 4.0),)}})
-  (tmp_path / 'config.json').write_text(schema.to_json(one))
-  back = schema.from_json(tmp_path / 'config.json')
-  assert schema.differences(one, back) == []
-  other = schema.complete({**SMALL, 'seed': 1, 'method': {'name': 'lora', 'alpha': 2}})
-  found = schema.differences(one, other)
+  one = config.complete({**SMALL, 'optimizer': {'groups': ((r'.*/b', 4.0),)}})
+  (tmp_path / 'config.json').write_text(config.to_json(one))
+  back = config.from_json(tmp_path / 'config.json')
+  assert config.differences(one, back) == []
+  other = config.complete({**SMALL, 'seed': 1, 'method': {'name': 'lora', 'alpha': 2}})
+  found = config.differences(one, other)
   assert [line.split()[0] for line in found] == ['method.alpha', 'method.rank', 'optimizer.groups', 'seed']
   assert found[-1] == 'seed (0 here, 1 there)'
 
@@ -60,29 +60,29 @@ def test_json_round_trip_and_differences(tmp_path):
 ])
 def test_command_line_values(tmp_path, text, key, value):
   (tmp_path / 'c.py').write_text(f'get_config = lambda: {SMALL!r}')
-  found = schema.flatten(schema.load(str(tmp_path / 'c.py'), {key: text}))[key]
+  found = config.flatten(config.load(str(tmp_path / 'c.py'), {key: text}))[key]
   assert list(found) == value if isinstance(value, list) else found == value
 
 
 def test_command_line():
-  command = schema.parse(['--config=configs/a.py:lora', '--config.steps', '5', '--config.method.rank=2',
+  command = config.parse(['--config=configs/a.py:lora', '--config.steps', '5', '--config.method.rank=2',
                           '--config.optimizer.lr=1'])
   assert command.overrides == {'steps': '5', 'method.rank': '2', 'optimizer.lr': '1'}
   assert str(command.folder()) == 'runs/a-lora'
-  assert schema.parse(['--config=configs/a.py']).folder().name == 'a'
+  assert config.parse(['--config=configs/a.py']).folder().name == 'a'
   baseline = command.baseline('linear')
   assert baseline.reference == 'configs/a.py:linear' and baseline.overrides == {'steps': '5'}
 
 
 def test_argument_of_get_config(tmp_path):
   (tmp_path / 'c.py').write_text(f'get_config = lambda rank=4: {{**{SMALL!r}, "seed": int(rank)}}')
-  assert schema.load(f'{tmp_path}/c.py:7').seed == 7
-  assert schema.load(f'{tmp_path}/c.py').seed == 4
+  assert config.load(f'{tmp_path}/c.py:7').seed == 7
+  assert config.load(f'{tmp_path}/c.py').seed == 4
   (tmp_path / 'd.py').write_text(f'get_config = lambda: {SMALL!r}')
   with pytest.raises(ValueError, match='takes no argument'):
-    schema.load(f'{tmp_path}/d.py:7')
+    config.load(f'{tmp_path}/d.py:7')
 
 
 def test_reference_names_every_key():
-  assert all(f'`{key}`' in schema.reference() for key in schema.FIELDS)
-  assert json.loads(schema.to_json(schema.complete(SMALL)))['checkpoint'] == {'every': 100, 'keep': 2}
+  assert all(f'`{key}`' in config.reference() for key in FIELDS)
+  assert json.loads(config.to_json(config.complete(SMALL)))['checkpoint'] == {'every': 100, 'keep': 2}

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import jpeft
-from jpeft.core.sites import natural
+from jpeft.core.paths import natural
 from tests.core.small import WIDTH, Block, Blocks, NnxBlocks, X, backbone, gain, plain, spy
 
 MODELS = {'linen': lambda: Blocks(12), 'linen scan': lambda: Blocks(12, 'scan'),

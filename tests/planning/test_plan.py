@@ -13,11 +13,12 @@ import pytest
 from flax import nnx
 
 import jpeft
-from jpeft import models, plan, run, train
+from jpeft import cli, models, plan, planning, programs, training
 from jpeft.models import ViT
 from jpeft.planning import devices as targets
-from jpeft.programs import cost
-from jpeft.training import step
+from jpeft.planning import measure, result, search
+from jpeft.programs import compile, cost
+from jpeft.training import fit
 from tests.runs import VIT
 
 IMAGES = {'image': jax.ShapeDtypeStruct((4, 8, 8, 3), jnp.float32), 'label': jax.ShapeDtypeStruct((4,), jnp.int32)}
@@ -32,7 +33,7 @@ def command(config_file, monkeypatch, capsys):
   """command(*flags) -> (exit code, stdout, stderr) of jpeft.plan on the tiny config, for the CPU."""
   def called(*flags, target='cpu'):
     monkeypatch.setattr(sys, 'argv', ['jpeft.plan', f'--config={config_file}', f'--target={target}', *flags])
-    code = run.command('jpeft.plan', plan.main)
+    code = cli.command('jpeft.plan', plan.main)
     return code, *capsys.readouterr()
   return called
 
@@ -41,9 +42,10 @@ def command(config_file, monkeypatch, capsys):
 def uncompiled(monkeypatch):
   """A target so small that nothing is compiled for it: shapes and FLOPs are known all the same."""
   cpu = targets.target('cpu')
-  monkeypatch.setattr(targets, 'target', lambda name: targets.Target(name, cpu.devices, 1))
-  monkeypatch.setattr(plan, 'INSTEAD', ())
-  monkeypatch.setattr(cost, 'compiled', lambda *args: pytest.fail('it was compiled'))
+  for module in (targets, planning):
+    monkeypatch.setattr(module, 'target', lambda name: targets.Target(name, cpu.devices, 1))
+  monkeypatch.setattr(search, 'INSTEAD', ())
+  monkeypatch.setattr(programs, 'compiled', lambda *args: pytest.fail('it was compiled'))
 
 
 # ---- FLOPs.
@@ -137,12 +139,12 @@ def test_the_largest_batch():
   for limit in (1, 2, 3, 31, 32, 33, 100, 1000):
     for unit in (1, 4):
       asked = []
-      found = plan.largest(lambda n: asked.append(n) or n <= limit, 32, unit)
+      found = search.largest(lambda n: asked.append(n) or n <= limit, 32, unit)
       best = limit // unit * unit
       assert found <= best and best - found <= max(unit, found // 8)
       assert found % unit == 0 and all(n % unit == 0 for n in asked)
       assert len(asked) == len(set(asked)) <= 14
-  assert plan.largest(lambda n: True, 8, most=1000) <= 1000
+  assert search.largest(lambda n: True, 8, most=1000) <= 1000
 
 
 def test_the_search_measures_batches_that_the_mesh_divides(uncompiled, monkeypatch):
@@ -153,7 +155,7 @@ def test_the_search_measures_batches_that_the_mesh_divides(uncompiled, monkeypat
     asked.append(size or work.size)
     return dataclasses.replace(one, total=10 * asked[-1], limit=495)
 
-  monkeypatch.setattr(plan, 'measure', measured)
+  monkeypatch.setattr(search, 'measure', measured)
   (found,) = jpeft.plan(vit(), 'full', IMAGES, accumulate=2, search=True)
   assert 40 <= found.largest <= 48 and found.total == 40
   assert len(asked) == len(set(asked)) and all(size % 2 == 0 for size in asked)
@@ -162,7 +164,7 @@ def test_the_search_measures_batches_that_the_mesh_divides(uncompiled, monkeypat
 def test_what_cannot_fit_is_not_compiled(uncompiled):
   found = jpeft.plan(vit(), 'full', IMAGES)[0]
   assert found.fits is False and not found.exact and found.total == found.argument and found.temp is None
-  assert 'over' in str(plan.Plans([found])) and found.row()['temp_mib'] is None
+  assert 'over' in str(result.Plans([found])) and found.row()['temp_mib'] is None
 
 
 @pytest.mark.parametrize(('message', 'size'), (
@@ -180,8 +182,8 @@ def test_the_compilers_refusal_is_read(message, size):
     def compile(self, options):
       raise error
 
-  with pytest.raises(cost.TooLarge) as refused:
-    cost.compiled(Program(), arguments=7)
+  with pytest.raises(compile.TooLarge) as refused:
+    compile.compiled(Program(), arguments=7)
   assert refused.value.bytes == size
 
 
@@ -225,10 +227,11 @@ def test_the_table_and_the_plot(command, tmp_path, flag, told):
 
 def test_what_would_fit_is_named_where_nothing_does(command, monkeypatch):
   held = lambda traced, known, options: dict(argument=known, temp=0, total=known, exact=True)
-  monkeypatch.setattr(plan, '_compiled', held)
+  monkeypatch.setattr(measure, '_compiled', held)
   full, linear = json.loads(command('--methods=full,linear', '--json')[1])
   cpu, between = targets.target('cpu'), (full['arguments_mib'] + linear['arguments_mib']) / 2
-  monkeypatch.setattr(targets, 'target', lambda name: targets.Target(name, cpu.devices, int(between * 2**20)))
+  for module in (targets, planning):
+    monkeypatch.setattr(module, 'target', lambda name: targets.Target(name, cpu.devices, int(between * 2**20)))
   rows = json.loads(command('--methods=full', '--json')[1])
   assert [r['fits'] for r in rows] == [False] * (len(rows) - 1) + [True] and len(rows) > 1
 
@@ -266,7 +269,7 @@ def test_a_missing_compiler_is_told_with_its_command(name, package, install, mon
 
 
 def test_training_says_what_an_update_asks_for(load, tmp_path, capsys):
-  told = train.train(load('linear'), tmp_path)
+  told = training.train(load('linear'), tmp_path)
   assert 'an update asks for' in capsys.readouterr().err
   parts = told['step_cost']
   assert parts['total_bytes'] >= parts['weights_bytes'] + parts['state_bytes'] > 0
@@ -274,10 +277,10 @@ def test_training_says_what_an_update_asks_for(load, tmp_path, capsys):
 
 def test_training_refuses_what_cannot_fit(load, tmp_path, monkeypatch):
   # ... before a device holds anything: the limit is what devices say, and CPUs say none.
-  monkeypatch.setattr(step, 'limit_of', lambda device: 10_000)
+  monkeypatch.setattr(fit, 'limit_of', lambda device: 10_000)
   monkeypatch.setattr(jax, 'device_put', lambda *args: pytest.fail('arrays were put on a device'))
-  with pytest.raises(run.Mistake, match=r'an update of 4 examples needs 0 MiB on a device that has 0 MiB: weights'):
-    train.train(load('full'), tmp_path / 'run')
+  with pytest.raises(cli.Mistake, match=r'an update of 4 examples needs 0 MiB on a device that has 0 MiB: weights'):
+    training.train(load('full'), tmp_path / 'run')
 
 
 # ---- TPU, ahead of time.

@@ -12,7 +12,7 @@ from flax import nnx
 
 import jpeft
 from jpeft import models
-from jpeft.generate import generate
+from jpeft.decoding import generate
 from jpeft.quant import Quantized, from_bitsandbytes, to_bitsandbytes
 from jpeft.training import checkpoints
 from tests.contract.anatomies import described

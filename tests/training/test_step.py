@@ -7,8 +7,8 @@ import numpy as np
 import optax
 
 import jpeft
-from jpeft.programs import cost
-from jpeft.training import step
+from jpeft.programs import compile
+from jpeft.training import fit, sharding, step
 
 
 class Net(nn.Module):
@@ -54,7 +54,7 @@ def test_donating_the_state_leaves_the_backbone_alone():
   tuned, tx, backbone, state = prepared(jpeft.tune('.*'))
   before = jax.tree.map(np.array, backbone)
   fn = step.train_step(tuned, step.forward(tuned, True), tx, 0)
-  update, cost = step.compiled(fn, state, backbone, BATCH, donate=(0,))
+  update, cost = fit.compiled(fn, state, backbone, BATCH, donate=(0,))
   for _ in range(2):
     state, _ = update(state, backbone, BATCH)
   jax.tree.map(np.testing.assert_array_equal, backbone, before)
@@ -98,22 +98,22 @@ def test_sums_count_what_was_seen():
 
 
 def test_a_mesh_shards_the_largest_axis_that_divides():
-  mesh = step.mesh(2, 4)
+  mesh = sharding.mesh(2, 4)
   tree = {'a': jnp.zeros((8, 12)), 'b': jnp.zeros((6,)), 'c': jnp.zeros(())}
-  specs = {name: sharding.spec for name, sharding in step.over_model(mesh, tree).items()}
+  specs = {name: place.spec for name, place in sharding.over_model(mesh, tree).items()}
   assert tuple(specs['a']) == (None, 'model') and tuple(specs['b']) in ((None,), ()) and tuple(specs['c']) == ()
 
 
 def test_the_optimizers_state_alone_goes_to_the_host():
-  mesh = step.mesh(1, 1)
+  mesh = sharding.mesh(1, 1)
   _, _, _, state = prepared(jpeft.tune('head'), optax.adam(0.1))
   for offload in (False, True):
-    kinds = jax.tree.map(lambda place: place.memory_kind == 'pinned_host', step.of_state(mesh, state, offload))
+    kinds = jax.tree.map(lambda place: place.memory_kind == 'pinned_host', sharding.of_state(mesh, state, offload))
     assert {name: set(jax.tree.leaves(part)) for name, part in kinds.items()} == {
       name: {offload and name == 'optimizer'} for name in ('theta', 'optimizer', 'step', 'sums')}
-  held = step.laid(state, step.of_state(mesh, state, True))
-  assert cost.nbytes(held) == cost.nbytes({**state, 'optimizer': ()})
-  assert not step.offloads(mesh, True)  # a CPU's memory is the host's
+  held = sharding.laid(state, sharding.of_state(mesh, state, True))
+  assert compile.nbytes(held) == compile.nbytes({**state, 'optimizer': ()})
+  assert not sharding.offloads(mesh, True)  # a CPU's memory is the host's
 
 
 def test_state_that_comes_from_the_host_is_updated_as_if_it_had_stayed():

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from jpeft import data, run, train
+from jpeft import cli, data, train, training
 from jpeft.tasks import classification
 from jpeft.training import feature_cache
 from jpeft.training.checkpoints import fingerprint, load_theta
@@ -22,7 +22,7 @@ def loss_of(folder):
 
 
 def test_run_folder_is_complete(load, tmp_path):
-  told = train.train(load('linear'), tmp_path / 'run')
+  told = training.train(load('linear'), tmp_path / 'run')
   kept = {p.name for p in (tmp_path / 'run').iterdir()}
   assert {'config.json', 'run.json', 'metrics.jsonl', 'report.json', 'report.md', 'curves.png',
           'theta.safetensors', 'best.safetensors', 'checkpoints'} <= kept
@@ -32,7 +32,7 @@ def test_run_folder_is_complete(load, tmp_path):
   rows = read_metrics(tmp_path / 'run/metrics.jsonl')
   assert [r['step'] for r in rows if r['split'] == 'train'] == [2, 4, 6, 8, 10, 12]
   assert [r['step'] for r in rows if r['split'] == 'test'] == [6, 12]
-  _, tuned, theta = run.reopen(tmp_path / 'run')
+  _, tuned, theta = training.reopen(tmp_path / 'run')
   assert fingerprint(theta) == told['theta_sha256']
   best, about = load_theta(tmp_path / 'run/best.safetensors', tuned.shapes)
   assert about['step'] == told['best']['step'] and about['accuracy'] == told['best']['value']
@@ -40,20 +40,20 @@ def test_run_folder_is_complete(load, tmp_path):
 
 
 def test_it_learns(load, tmp_path):
-  told = train.train(load('full', **{'steps': 60, 'optimizer.lr': 3e-3, 'eval.every': 60}), tmp_path)
+  told = training.train(load('full', **{'steps': 60, 'optimizer.lr': 3e-3, 'eval.every': 60}), tmp_path)
   assert loss_of(tmp_path)[0] > 0.6 > 0.2 > loss_of(tmp_path)[-1]
   assert told['eval']['accuracy'] >= 0.9
 
 
 def test_a_complete_run_is_not_trained_again(load, tmp_path):
-  first = train.train(load(), tmp_path)
+  first = training.train(load(), tmp_path)
   before = (tmp_path / 'report.json').stat().st_mtime_ns
-  assert train.train(load(), tmp_path) == first
+  assert training.train(load(), tmp_path) == first
   assert (tmp_path / 'report.json').stat().st_mtime_ns == before
 
 
 def test_equal_seeds_give_equal_bits_and_others_do_not(load, tmp_path):
-  told = [train.train(load(seed=seed), tmp_path / name) for name, seed in (('a', 0), ('b', 0), ('c', 1))]
+  told = [training.train(load(seed=seed), tmp_path / name) for name, seed in (('a', 0), ('b', 0), ('c', 1))]
   first, again, other = (t['theta_sha256'] for t in told)
   assert first == again != other
 
@@ -63,10 +63,10 @@ def test_micro_batches_give_the_update_of_the_whole_batch(load, backbone, tmp_pa
   described = json.loads((still / 'config.json').read_text())
   (still / 'config.json').write_text(json.dumps(described | {'hidden_dropout_prob': 0.0}))
   settings = {'model.source': still, 'steps': 3, 'log.every': 1, 'optimizer.name': 'sgd'}
-  train.train(load('full', **settings), tmp_path / 'whole')
-  train.train(load('full', **settings, **{'optimizer.accumulate': 2}), tmp_path / 'cut')
+  training.train(load('full', **settings), tmp_path / 'whole')
+  training.train(load('full', **settings, **{'optimizer.accumulate': 2}), tmp_path / 'cut')
   np.testing.assert_allclose(loss_of(tmp_path / 'whole'), loss_of(tmp_path / 'cut'), rtol=1e-5)
-  thetas = [run.reopen(tmp_path / name)[2] for name in ('whole', 'cut')]
+  thetas = [training.reopen(tmp_path / name)[2] for name in ('whole', 'cut')]
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *thetas)
 
 
@@ -74,7 +74,7 @@ def test_a_mesh_gives_the_same_run(load, tmp_path):
   settings = {'steps': 4, 'log.every': 1}
   meshes = {'alone': {}, 'data': {'mesh.data': 2},
             'both': {'mesh.data': 2, 'mesh.model': 2, 'mesh.backbone': 'sharded'}}
-  told = {n: train.train(load('full', **settings, **mesh), tmp_path / n) for n, mesh in meshes.items()}
+  told = {n: training.train(load('full', **settings, **mesh), tmp_path / n) for n, mesh in meshes.items()}
   assert [t['device'][0] for t in told.values()] == ['1', '2', '4']
   for name in ('data', 'both'):
     np.testing.assert_allclose(loss_of(tmp_path / name), loss_of(tmp_path / 'alone'), rtol=1e-4)
@@ -91,15 +91,15 @@ def test_a_baseline_stands_beside_it(config_file, tmp_path, capsys):
 
 def test_tensorboard_files_on_demand(load, tmp_path):
   pytest.importorskip('tensorboardX')
-  train.train(load(**{'log.tensorboard': True, 'steps': 2}), tmp_path)
+  training.train(load(**{'log.tensorboard': True, 'steps': 2}), tmp_path)
   assert list((tmp_path / 'tensorboard').glob('events*'))
 
 
 def test_what_is_not_finite_stops_with_the_batch_named(load, tmp_path):
   # A learning rate that no float32 survives: the loss is infinite after a few updates.
   settings = {'optimizer.name': 'sgd', 'optimizer.lr': 1e30, 'checkpoint.every': 1, 'schedule.name': 'constant'}
-  with pytest.raises(run.Diverged) as told:
-    train.train(load('full', **settings), tmp_path)
+  with pytest.raises(cli.Diverged) as told:
+    training.train(load('full', **settings), tmp_path)
   found = re.search(r'at update (\d+), on the examples ([\d, ]+) of \'train\'; (.*?);', str(told.value))
   number, examples = int(found[1]), [int(i) for i in found[2].split(', ')]
   assert number > 1 and len(set(examples)) == 4 and all(0 <= i < 24 for i in examples)
@@ -114,8 +114,8 @@ def test_what_is_not_finite_stops_with_the_batch_named(load, tmp_path):
 
 def test_half_precision_scan_and_remat(load, tmp_path):
   kinds = {'model.dtype': 'bfloat16', 'model.param_dtype': 'bfloat16', 'model.scan': True, 'model.remat': True}
-  told = train.train(load('lora', **kinds, **{'steps': 4, 'eval.every': 4, 'log.every': 1}), tmp_path)
-  _, tuned, theta = run.reopen(tmp_path)
+  told = training.train(load('lora', **kinds, **{'steps': 4, 'eval.every': 4, 'log.every': 1}), tmp_path)
+  _, tuned, theta = training.reopen(tmp_path)
   assert all(leaf.dtype == 'float32' for leaf in jax.tree.leaves(theta))
   assert {leaf.dtype.name for leaf in jax.tree.leaves(tuned.backbone)} == {'bfloat16'}
   assert told['trainable'] == 2 * 2 * 8 * (16 + 16) + 34 and np.isfinite(loss_of(tmp_path)).all()
@@ -129,7 +129,7 @@ def test_help_lists_every_key(capsys):
 
 def test_features_kept_give_the_run_that_recomputes_them(load, tmp_path):
   settings = {'steps': 8, 'log.every': 1, 'model.dropout': 0.0, 'eval.every': 4}
-  plain, kept = (train.train(load('lst', **settings, **{'data.cache_features': flag}), tmp_path / str(flag))
+  plain, kept = (training.train(load('lst', **settings, **{'data.cache_features': flag}), tmp_path / str(flag))
                  for flag in (False, True))
   np.testing.assert_allclose(loss_of(tmp_path / 'True'), loss_of(tmp_path / 'False'), rtol=1e-4)
   np.testing.assert_allclose(kept['eval']['loss'], plain['eval']['loss'], rtol=1e-4)
@@ -138,7 +138,7 @@ def test_features_kept_give_the_run_that_recomputes_them(load, tmp_path):
 
 def test_a_run_on_features_that_was_stopped_ends_with_the_same_bits(load, tmp_path, monkeypatch):
   settings = {'model.dropout': 0.0, 'data.cache_features': True}
-  whole = train.train(load('linear', **settings), tmp_path / 'whole')
+  whole = training.train(load('linear', **settings), tmp_path / 'whole')
   fill, caught = feature_cache.Features.__getitem__, []
   def interrupted(self, i):
     caught.append(i)
@@ -146,13 +146,13 @@ def test_a_run_on_features_that_was_stopped_ends_with_the_same_bits(load, tmp_pa
       os.kill(os.getpid(), signal.SIGTERM)
     return fill(self, i)
   monkeypatch.setattr(feature_cache.Features, '__getitem__', interrupted)
-  with pytest.raises(run.Stopped):
-    train.train(load('linear', **settings), tmp_path / 'cut')
-  assert train.train(load('linear', **settings), tmp_path / 'cut')['theta_sha256'] == whole['theta_sha256']
+  with pytest.raises(cli.Stopped):
+    training.train(load('linear', **settings), tmp_path / 'cut')
+  assert training.train(load('linear', **settings), tmp_path / 'cut')['theta_sha256'] == whole['theta_sha256']
 
 
 @pytest.mark.parametrize(('settings', 'message'), [
   ({'data.augment': 'vtab'}, 'must be .none.'), ({}, r'\d+% of the FLOPs .* set config.model.dropout=0')])
 def test_features_that_cannot_be_kept(load, tmp_path, settings, message):
-  with pytest.raises((ValueError, run.Mistake), match=message):
-    train.train(load('full', **settings, **{'data.cache_features': True}), tmp_path)
+  with pytest.raises((ValueError, cli.Mistake), match=message):
+    training.train(load('full', **settings, **{'data.cache_features': True}), tmp_path)

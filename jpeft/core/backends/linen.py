@@ -15,15 +15,10 @@ from flax import traverse_util
 from flax.core import FrozenDict, meta
 
 from ..boxes import Box
-
-RIDER, TAP = 'jpeft', 'jpeft_tap'
+from ..paths import RIDER, TAP, join_path
 
 _prefix: contextvars.ContextVar[str] = contextvars.ContextVar('jpeft_prefix', default='')
 _outside: contextvars.ContextVar[bool] = contextvars.ContextVar('jpeft_outside', default=False)
-
-
-def join(*parts: str) -> str:
-  return '/'.join(p for p in parts if p)
 
 
 def arrays(model, backbone) -> dict:
@@ -83,7 +78,7 @@ def run(model, backbone, flat, riders, hook, wanted, taps, args, kwargs):
     taps: whether some rule records arrays.
     args, kwargs: of model.apply.
   """
-  flat = {**flat, **{join(path, RIDER): rider for path, rider in riders.items()}}
+  flat = {**flat, **{join_path(path, RIDER): rider for path, rider in riders.items()}}
   first = []  # the module called first: the root, or the one that `method` names
   running = set()
 
@@ -93,7 +88,7 @@ def run(model, backbone, flat, riders, hook, wanted, taps, args, kwargs):
       return call(*a, **kw)
     if not first:
       first.append(module)
-    path = join(_prefix.get(), *module.path)
+    path = join_path(_prefix.get(), *module.path)
     if wanted is not None and (path, method) not in wanted:
       return call(*a, **kw)
     if (id(module), method) in running:  # a subclass calls super().__call__: one call to the rules
@@ -157,7 +152,7 @@ def _collect(path: str, tree: Mapping, found: dict) -> None:
     if name == TAP:
       found[path] = dict(value)
     elif isinstance(value, Mapping) and name != RIDER:
-      _collect(join(path, name), value, found)
+      _collect(join_path(path, name), value, found)
 
 
 @contextlib.contextmanager

@@ -33,8 +33,9 @@ import jax.numpy as jnp
 from jpeft.core import Call, Method, Tuned, at, chain
 
 from ..adapter.bottleneck import maker, through
+from ..layers import put_first
 from ..nn import on_first
-from ..side.stack import Stack, put_first
+from ..side.stack import Stack
 from .reversible import Layers, Reversible
 
 # variant: (what F and G are, whether streams swap, scales, the stream that follows the backbone)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jpeft.core import Site, flags_of
 
-from .stack import apart
+from ..masks import apart
 
 _WIDTH = re.compile(r'(?!.*heads)(.*_)?(dim|width|features|size|hidden|inner|d_model|d_ff|d_kv)(_.*)?')
 

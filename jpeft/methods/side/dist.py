@@ -29,7 +29,8 @@ import jax.numpy as jnp
 
 from jpeft.core import Method
 
-from .stack import around, dense, layer_norm, linear, scales
+from ..layers import dense, layer_norm, linear, scales
+from .stack import around
 
 
 def dist(frames: int = 16, stride: int = 2, width: int = 384, channels: int = 96, pooling: int = 2, out: int = 512,

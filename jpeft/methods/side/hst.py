@@ -30,9 +30,10 @@ import jax.numpy as jnp
 
 from jpeft.core import Call, Method, Site, at, chain
 
+from ..layers import layer_norm, linear, put_first, scales
 from ..prompt.vpt import enter, lead_of, remove_tokens
 from ..subset.tune import FULL, tune
-from .stack import Stack, layer_norm, linear, put_first, scales
+from .stack import Stack
 
 OUTPUTS = ('logits', 'maps', 'segmentation')
 

@@ -12,9 +12,10 @@ from flax import traverse_util
 
 from jpeft.core import Bound, Site
 
+from ..layers import linear
 from . import blocks
 from .prune import keep_count, keep_rows, prune_block
-from .stack import Stack, linear
+from .stack import Stack
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,9 +21,10 @@ import jax.numpy as jnp
 
 from jpeft.core import Call, Method, Site, at, chain
 
+from ..layers import dense, layer_norm, linear, pool, put_first
 from ..subset.tune import NONE
 from .ladder import Ladder
-from .stack import dense, layer_norm, linear, pool, put_first, record
+from .stack import record
 
 BLOCKS = ('auto', 'own', 'attention', 'mlp')
 GATES = ('learned', None, 'one', 'linear', 'hyperbolic')

@@ -33,9 +33,10 @@ import jax.numpy as jnp
 
 from jpeft.core import Call, Method, Site, at, chain
 
+from ..layers import layer_norm, linear, put_first, scales
 from ..subset.tune import NONE
 from .ladder import Ladder
-from .stack import layer_norm, linear, put_first, record, scales
+from .stack import record
 
 # The share of u, from what theta holds: a, but 1 - a in 'alpha', lest bfloat16 rounds what is near 1 to 1.
 SHARES = {'alpha': lambda b: b, 'code': lambda a: jax.nn.sigmoid(-a), 'code_opt': jax.nn.sigmoid}

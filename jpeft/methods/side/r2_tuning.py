@@ -31,8 +31,9 @@ import jax.numpy as jnp
 
 from jpeft.core import Method
 
+from ..layers import dense, layer_norm, linear, scales
 from ..nn import drop
-from .stack import around, dense, layer_norm, linear, scales
+from .stack import around
 
 
 def r2_tuning(frames: int, states: int = 4, width: int = 256, heads: int = 8, query_width: int = 512,

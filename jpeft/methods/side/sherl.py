@@ -29,9 +29,10 @@ import jax.numpy as jnp
 
 from jpeft.core import Call, Method, Site, at, chain
 
+from ..layers import dense, layer_norm, linear, put_first, rms_norm, scales
 from ..nn import drop
 from ..subset.tune import PARTIAL
-from .stack import Stack, dense, layer_norm, linear, put_first, record, rms_norm, scales
+from .stack import Stack, record
 
 DOWNS, UPS = ('gated', 'norm'), ('linear', 'norm')
 

@@ -35,8 +35,10 @@ import jax.numpy as jnp
 
 from jpeft.core import Call, Method, Site, at, chain
 
+from ..layers import dense, layer_norm, linear, pool, put_first, scales
+from ..masks import masks
 from ..subset.tune import NONE
-from .stack import Stack, dense, layer_norm, linear, masks, pool, put_first, record, scales
+from .stack import Stack, record
 
 FORMS = ('tokens', 'retrieval')
 

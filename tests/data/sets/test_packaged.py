@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jpeft import data
+from jpeft import archives, data
 
-builders = pytest.importorskip('jpeft.data.builders')
+builders = pytest.importorskip('jpeft.data.sets.builders')
 
 
 @pytest.fixture
 def archive(tmp_path, monkeypatch):
   path = tmp_path / 'archive'
-  monkeypatch.setattr(builders.archives, 'fetch', lambda archive: path)
+  monkeypatch.setattr(archives, 'fetch', lambda archive: path)
   return path
 
 

@@ -12,7 +12,7 @@ import pytest
 import jpeft
 from jpeft import models
 from jpeft.core import count
-from jpeft.generate import generate, pad_left
+from jpeft.decoding import generate, pad_left
 from jpeft.models import Llama
 from tests.fixtures import noisy
 from tests.models.test_llama import LLAMA_2_7B

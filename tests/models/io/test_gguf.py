@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jpeft import models
-from jpeft.generate import generate
+from jpeft.decoding import generate
 from jpeft.models.io.gguf import Gguf
 from jpeft.models.io.tokenizer import load_tokenizer, save_tokenizer
 from tests.models.goldens import GOLDEN

@@ -1,0 +1,154 @@
+"""Configuration files and command lines, read and written."""
+
+import ast
+import dataclasses
+import importlib.util
+import inspect
+import json
+import pathlib
+import re
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from .schema import _TEXT, FIELDS, OPEN, Field, complete, flatten, nearest, nest
+
+
+def load(reference: str, overrides: dict[str, str] | None = None) -> ConfigDict:
+  """The configuration of FILE.py or FILE.py:ARG.
+
+  Args:
+    reference: path of the file, and the argument of its `get_config` if any.
+    overrides: {dotted key: text}, as given on the command line.
+
+  Raises:
+    ValueError, FileNotFoundError: with one sentence that says what to change.
+  """
+  get_config, path, arg = _get_config(reference)
+  if arg and not inspect.signature(get_config).parameters:
+    raise ValueError(f'{path} takes no argument, but {arg!r} was given after the colon')
+  try:
+    values = get_config(arg) if arg else get_config()
+  except ValueError:
+    raise
+  except Exception as error:
+    raise ValueError(f'get_config of {path} raised {type(error).__name__}: {error}') from error
+  flat = flatten(values)
+  for key, text in (overrides or {}).items():
+    if key not in FIELDS and key.split('.')[0] not in OPEN:
+      raise ValueError(f'unknown config key {key!r}{nearest(key, [*FIELDS, *flat])}')
+    flat[key] = _literal(text, FIELDS.get(key))
+  return complete(nest(flat))
+
+
+def _get_config(reference: str) -> tuple[Callable, pathlib.Path, str | None]:
+  """(get_config, path, argument) of FILE.py or FILE.py:ARG; raises as `load` does."""
+  match = re.fullmatch(r'(.+?\.py)(?::(.*))?', reference)
+  if not match:
+    raise ValueError(f'--config={reference} is not a python file: give configs/NAME.py or '
+                     'configs/NAME.py:ARG')
+  path, arg = pathlib.Path(match[1]), match[2]
+  if not path.is_file():
+    there = [str(p) for p in sorted(path.parent.glob('*.py')) if p.stem != '__init__']
+    raise FileNotFoundError(f'there is no config file {path}{nearest(str(path), there)}')
+  get_config = _module(path).__dict__.get('get_config')
+  if not callable(get_config):
+    raise ValueError(f'{path} has no function get_config')
+  return get_config, path, arg
+
+
+def _module(path: pathlib.Path):
+  spec = importlib.util.spec_from_file_location(f'jpeft_config_{path.stem}', path)
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+  except Exception as error:
+    raise ValueError(f'{path} cannot be read as python: {type(error).__name__}: {error}') from error
+  return module
+
+
+def _literal(text: str, field: Field | None):
+  """The value of a command-line text: a python literal, true/false/none, or the text itself."""
+  plain = {'true': True, 'false': False, 'none': None}
+  if text.lower() in plain and not (field and field.types == _TEXT):
+    return plain[text.lower()]
+  if field and field.types == _TEXT:
+    return text
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+  """A parsed command line: the config file, what overrides it, and where the run is kept."""
+
+  reference: str
+  overrides: dict[str, str]
+  workdir: pathlib.Path | None
+
+  def load(self) -> ConfigDict:
+    return load(self.reference, self.overrides)
+
+  def baseline(self, arg: str) -> 'Command':
+    """The same file with another argument; overrides of the method and its optimizer stay behind."""
+    kept = {k: v for k, v in self.overrides.items() if k.split('.')[0] not in ('method', 'optimizer')}
+    path = re.fullmatch(r'(.+?\.py)(?::(.*))?', self.reference)[1]
+    return Command(f'{path}:{arg}', kept, self.workdir)
+
+  @property
+  def takes_argument(self) -> bool:
+    """Whether the file's `get_config` takes what stands after the colon."""
+    return bool(inspect.signature(_get_config(self.reference)[0]).parameters)
+
+  def folder(self) -> pathlib.Path:
+    """--workdir, or runs/FILE-ARG."""
+    name = pathlib.Path(re.sub(r'\.py(:.*)?$', lambda m: (m[1] or '').replace(':', '-'), self.reference)).name
+    return self.workdir or pathlib.Path('runs') / name
+
+
+def parse(argv: list[str]) -> Command:
+  """Reads --config=FILE[:ARG] --config.key=value ... --workdir=DIR; `--flag value` works as well.
+
+  Raises:
+    ValueError: an unknown flag, a flag without a value, or no --config.
+  """
+  flags, rest = {}, list(argv)
+  while rest:
+    flag, equals, value = rest.pop(0).partition('=')
+    if flag not in ('--config', '--workdir') and not flag.startswith('--config.'):
+      raise ValueError(f'unknown argument {flag!r}{nearest(flag, ["--config", "--workdir"])}; '
+                       'config values are set by --config.key=value')
+    if not equals:
+      if not rest or rest[0].startswith('--'):
+        raise ValueError(f'{flag} needs a value: {flag}=VALUE')
+      value = rest.pop(0)
+    flags[flag] = value
+  if '--config' not in flags:
+    raise ValueError('--config=FILE.py is missing, such as --config=configs/quickstart.py')
+  overrides = {k.removeprefix('--config.'): v for k, v in flags.items() if k.startswith('--config.')}
+  workdir = pathlib.Path(flags['--workdir']) if flags.get('--workdir') else None
+  return Command(flags['--config'], overrides, workdir)
+
+
+def to_json(config: ConfigDict) -> str:
+  return json.dumps(config.to_dict(), indent=2, sort_keys=True) + '\n'
+
+
+def from_json(path: pathlib.Path) -> ConfigDict:
+  """The configuration that a run folder keeps.
+
+  Raises:
+    ValueError: not a configuration of this version.
+  """
+  try:
+    return complete(json.loads(path.read_text()))
+  except json.JSONDecodeError as error:
+    raise ValueError(f'{path} is not JSON: {error}') from error
+
+
+def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:
+  """The dotted keys on which two configurations differ, as 'key (ours, theirs)'."""
+  a, b = (flatten(json.loads(to_json(c))) for c in (ours, theirs))
+  return [f'{k} ({a.get(k)!r} here, {b.get(k)!r} there)' for k in sorted({*a, *b}) if a.get(k) != b.get(k)]

@@ -1,0 +1,1 @@
+"""Data sets that ordinary packages carry."""
