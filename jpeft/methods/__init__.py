@@ -1,11 +1,4 @@
-"""One file a method, one row a method: what it is, where it comes from, what it costs."""
-
-import dataclasses
-import difflib
-import inspect
-from collections.abc import Callable
-
-from jpeft.core import Method, chain
+"""One file a method, one row a method in the registry."""
 
 from .adapter.bottleneck import adaptformer, houlsby, parallel, pfeiffer
 from .memory.meft import meft, reconstruction_error
@@ -14,6 +7,7 @@ from .memory.velora import directed, projected, velora
 from .presets import names, preset
 from .prompt.prefix import prefix
 from .prompt.vpt import vpt_deep, vpt_shallow
+from .registry import REGISTRY, Entry, make
 from .side.dist import dist
 from .side.features import group_lasso, select
 from .side.head2toe import head2toe
@@ -25,106 +19,58 @@ from .side.r2_tuning import r2_tuning
 from .side.sherl import sherl
 from .side.unipt import unipt, unipt_global
 from .side.vqt import vqt
-from .subset.tune import FULL, NONE, PARTIAL, bitfit, full, linear, norm, tune
+from .subset.tune import bitfit, full, linear, norm, tune
 from .weight.ia3 import ia3
 from .weight.lora import dora, lora, lora_fa, qlora
 from .weight.peqa import peqa
 from .weight.ssf import ssf
 from .weight.vera import vera
 
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-  """A row of the registry.
-
-  Attributes:
-    make: the factory; its keyword arguments are the method's hyperparameters.
-    paper: arXiv id, or '-'.
-    memory: what the backward pass must keep of the backbone.
-    mergeable: whether `merge` gives plain weights.
-    head: whether the method trains the head by itself.
-    title: one line.
-    storage: the 4-bit format of the backbone's kernels (`quant.formats.FORMATS`) that the method is made for, used
-      where nothing else is asked for; None for the kernels as they are loaded.
-  """
-
-  make: Callable[..., Method]
-  paper: str
-  memory: str
-  mergeable: bool
-  title: str
-  head: bool = False
-  storage: str | None = None
-
-
-REGISTRY: dict[str, Entry] = {
-  'linear': Entry(linear, '-', NONE, True, 'linear probe: the head alone', head=True),
-  'full': Entry(full, '-', FULL, True, 'full fine-tuning', head=True),
-  'bitfit': Entry(bitfit, '2106.10199', FULL, True, 'BitFit: biases'),
-  'norm': Entry(norm, '2302.07937', FULL, True, 'norm tuning: scales and shifts'),
-  'lora': Entry(lora, '2106.09685', FULL, True, 'LoRA, rsLoRA, PiSSA, OLoRA: a low-rank product beside each matrix'),
-  'lora_fa': Entry(lora_fa, '2308.03303', FULL, True, 'LoRA-FA: LoRA whose first factor stays as drawn'),
-  'qlora': Entry(qlora, '2305.14314', FULL, True, 'QLoRA: LoRA on every linear map of a 4-bit backbone',
-                 storage='nf4_double'),
-  'peqa': Entry(peqa, '2305.14152', FULL, True, 'PEQA: the scales of integer kernels', storage='affine'),
-  'dora': Entry(dora, '2402.09353', FULL, True, 'DoRA: LoRA for directions, a magnitude a column'),
-  'vera': Entry(vera, '2310.11454', FULL, True, 'VeRA: two vectors around a shared random pair'),
-  'ia3': Entry(ia3, '2205.05638', FULL, True, '(IA)^3: scales keys, values and inner activations'),
-  'ssf': Entry(ssf, '2210.08823', FULL, True, 'SSF: a scale and a shift after every operation'),
-  'houlsby': Entry(houlsby, '1902.00751', FULL, False, 'adapters after attention and MLP'),
-  'pfeiffer': Entry(pfeiffer, '2005.00247', FULL, False, 'adapters after the MLP'),
-  'parallel': Entry(parallel, '2110.04366', FULL, False, 'scaled adapters beside the MLP'),
-  'adaptformer': Entry(adaptformer, '2205.13535', FULL, False, 'AdaptFormer: adapters beside norm and MLP'),
-  'vpt_shallow': Entry(vpt_shallow, '2203.12119', FULL, False, 'VPT: prompt tokens before the first block'),
-  'vpt_deep': Entry(vpt_deep, '2203.12119', FULL, False, 'VPT: fresh prompt tokens before every block'),
-  'prefix': Entry(prefix, '2101.00190', FULL, False, 'prefix tuning: keys and values in every attention'),
-  'velora': Entry(velora, '2405.17991', FULL, True, 'VeLoRA: kernels trained from projections of their inputs'),
-  'meft': Entry(meft, '2306.00477', FULL, False, 'MEFT: the backbone made reversible; nothing is kept of a layer'),
-  's2a': Entry(s2a, '2503.08154', FULL, False, 'S2A: biases, prompts, side modules; 4-bit storage for backprop'),
-  'lst': Entry(lst, '2206.06522', NONE, False, 'ladder side-tuning: a narrow network fed by the blocks'),
-  'qst': Entry(qst, '2401.07159', NONE, False, 'QST: a narrow decoder beside a 4-bit one, blended before the head',
-               storage='nf4_double'),
-  'side_tuning': Entry(side_tuning, '1912.13503', NONE, False, 'side-tuning: a small network beside the frozen one'),
-  'head2toe': Entry(head2toe, '2201.03529', NONE, False, 'Head2Toe: a linear head over all activations', head=True),
-  'vqt': Entry(vqt, '2212.03220', NONE, False, 'VQT: learned queries summarise each block for the head', head=True),
-  'unipt': Entry(unipt, '2308.14316', NONE, False, 'UniPT: all states projected, aligned to the last, and weighed'),
-  'hst': Entry(hst, '2310.05393', FULL, False, 'HST: a pyramid beside a plain ViT', head=True),
-  'sherl': Entry(sherl, '2407.07523', PARTIAL, False, 'SHERL: merged states go through the last frozen block'),
-  'unipt_global': Entry(unipt_global, '2308.14316', NONE, False, 'UniPT of one pooled embedding, for retrieval'),
-}
-
-
-def make(name: str, head: bool = True, saved_bits: int | None = None, **hyperparameters) -> Method:
-  """A method of the registry by name.
-
-  Args:
-    name: a key of REGISTRY.
-    head: also train the model's head, for methods that do not by themselves.
-    saved_bits: of a value that the backward pass keeps of a block (`packed`), 4 or 8; None for whole values.
-    **hyperparameters: of the method's factory.
-
-  Raises:
-    ValueError: an unknown method or hyperparameter.
-  """
-  if name not in REGISTRY:
-    near = difflib.get_close_matches(name, REGISTRY, 1)
-    hint = f'; did you mean {near[0]!r}?' if near else ''
-    raise ValueError(f'no method is called {name!r}{hint} There are: {", ".join(REGISTRY)}')
-  entry = REGISTRY[name]
-  known = list(inspect.signature(entry.make).parameters)
-  for key in hyperparameters:
-    if key not in known:
-      near = difflib.get_close_matches(key, known, 1)
-      hint = f'; did you mean {near[0]!r}?' if near else ''
-      raise ValueError(f'{name} has no hyperparameter {key!r}{hint} It has: {", ".join(known)}')
-  method = entry.make(**hyperparameters)
-  if saved_bits is not None:
-    method = chain(method, packed(bits=saved_bits))
-  return method if entry.head or not head else chain(method, tune('{head}', name='head', memory=NONE))
-
-
-__all__ = ['Entry', 'REGISTRY', 'adaptformer', 'bitfit', 'directed', 'dist', 'dora', 'fisher', 'full', 'group_lasso',
-           'head2toe', 'houlsby', 'hst', 'ia3', 'linear', 'lora', 'lora_fa', 'lst', 'make', 'meft', 'names', 'norm', 'packed',
-           'parallel', 'peqa', 'pfeiffer', 'prefix', 'preset', 'projected', 'qlora', 'qst', 'r2_tuning', 'reconstruction_error',
-           's2a', 'select', 'sherl', 'side_tuning', 'ssf', 'tune', 'unipt', 'unipt_global', 'velora', 'vera',
-           'vpt_deep', 'vpt_shallow', 'vqt']
+__all__ = [
+  'Entry',
+  'REGISTRY',
+  'adaptformer',
+  'bitfit',
+  'directed',
+  'dist',
+  'dora',
+  'fisher',
+  'full',
+  'group_lasso',
+  'head2toe',
+  'houlsby',
+  'hst',
+  'ia3',
+  'linear',
+  'lora',
+  'lora_fa',
+  'lst',
+  'make',
+  'meft',
+  'names',
+  'norm',
+  'packed',
+  'parallel',
+  'peqa',
+  'pfeiffer',
+  'prefix',
+  'preset',
+  'projected',
+  'qlora',
+  'qst',
+  'r2_tuning',
+  'reconstruction_error',
+  's2a',
+  'select',
+  'sherl',
+  'side_tuning',
+  'ssf',
+  'tune',
+  'unipt',
+  'unipt_global',
+  'velora',
+  'vera',
+  'vpt_deep',
+  'vpt_shallow',
+  'vqt',
+]
