@@ -16,7 +16,9 @@ RATES = {'full': 3e-5}  # where that of the digits does not serve
 def get_config(method='lst'):
   config = digits['get_config'](method)
   config.model.image_size = 112
-  config.data.update(name='emoji_groups', train='train', test='test', batch_size=32, eval_batch_size=97)
+  config.data.update(
+    name='emoji_groups', train='train', test='test', batch_size=32, eval_batch_size=97
+  )
   config.optimizer.lr = RATES.get(method, config.optimizer.lr)
   config.baseline = None
   return config

@@ -28,8 +28,14 @@ def get_config(method='qlora'):
   config = ConfigDict()
   config.task = 'language'
   config.model = dict(source='smollm2-135m', scan=True)
-  config.data = dict(name='phonemes', train='train[:10000]', test='test[:400]', batch_size=2, eval_batch_size=4,
-                     max_length=128)
+  config.data = dict(
+    name='phonemes',
+    train='train[:10000]',
+    test='test[:400]',
+    batch_size=2,
+    eval_batch_size=4,
+    max_length=128,
+  )
   config.optimizer = dict(lr=chosen.pop('lr'), clip_norm=1.0)
   config.schedule = dict(name='cosine', warmup_fraction=0.05)
   config.steps = 300

@@ -14,8 +14,17 @@ from ml_collections import ConfigDict
 # example and keeps its features (cache), so it affords many epochs.
 METHODS = {
   'linear': dict(lr=1e-2, epochs=40, cache=True),
-  'lst': dict(lr=5e-3, epochs=24, cache=True, reduction=8, block='attention', gate=None, merge='add', normalize=True,
-              remat=False),
+  'lst': dict(
+    lr=5e-3,
+    epochs=24,
+    cache=True,
+    reduction=8,
+    block='attention',
+    gate=None,
+    merge='add',
+    normalize=True,
+    remat=False,
+  ),
   'unipt': dict(lr=3e-3, epochs=24, cache=True),
   'vqt': dict(lr=1e-2, epochs=24, cache=True),
   'sherl': dict(lr=3e-3, epochs=24, cache=True),
@@ -39,8 +48,15 @@ def get_config(method='lst'):
   chosen = {'lr': 3e-3, 'epochs': 4, **METHODS.get(method, {})}
   config = ConfigDict()
   config.model = dict(source='dinov2-s14', image_size=56)
-  config.data = dict(name='mnist5k', train='train[:1000]', test='test[:1000]', batch_size=50,
-                     eval_batch_size=100, in_memory=True, cache_features=chosen.pop('cache', False))
+  config.data = dict(
+    name='mnist5k',
+    train='train[:1000]',
+    test='test[:1000]',
+    batch_size=50,
+    eval_batch_size=100,
+    in_memory=True,
+    cache_features=chosen.pop('cache', False),
+  )
   config.optimizer = dict(lr=chosen.pop('lr'), weight_decay=0.1, clip_norm=1.0)
   config.schedule = dict(name='cosine', warmup_fraction=0.1)
   config.epochs = chosen.pop('epochs')

@@ -11,12 +11,23 @@ from ml_collections import ConfigDict
 # example, without dropout, and keeps its features (cache).
 METHODS = {
   'linear': dict(lr=3e-3, epochs=10, cache=True),
-  'lst': dict(lr=3e-3, epochs=4, cache=True, reduction=8, block='own', prune='magnitude', merge='add', dropout=0.1,
-              remat=False),
+  'lst': dict(
+    lr=3e-3,
+    epochs=4,
+    cache=True,
+    reduction=8,
+    block='own',
+    prune='magnitude',
+    merge='add',
+    dropout=0.1,
+    remat=False,
+  ),
   'full': dict(lr=1e-4, epochs=1),
   'bitfit': dict(lr=3e-3, epochs=1),
   'lora': dict(lr=2e-3, epochs=1, rank=8, alpha=16, targets='{linear}'),
-  'lora_packed': dict(name='lora', lr=2e-3, epochs=1, rank=8, alpha=16, targets='{linear}', saved_bits=4),
+  'lora_packed': dict(
+    name='lora', lr=2e-3, epochs=1, rank=8, alpha=16, targets='{linear}', saved_bits=4
+  ),
   'pissa': dict(name='lora', lr=3e-4, epochs=1, rank=8, alpha=8, init='pissa', targets='{linear}'),
   'houlsby': dict(lr=1e-3, epochs=1),
 }
@@ -27,8 +38,14 @@ def get_config(method='lora'):
   config = ConfigDict()
   cache = chosen.pop('cache', False)
   config.model = dict(source='minilm-l6', dropout=0.0 if cache else None)
-  config.data = dict(name='movie_sentiment', batch_size=32, eval_batch_size=128, max_length=48, in_memory=True,
-                     cache_features=cache)
+  config.data = dict(
+    name='movie_sentiment',
+    batch_size=32,
+    eval_batch_size=128,
+    max_length=48,
+    in_memory=True,
+    cache_features=cache,
+  )
   config.optimizer = dict(lr=chosen.pop('lr'), weight_decay=0.01, clip_norm=1.0)
   config.schedule = dict(name='linear', warmup_fraction=0.1)
   config.epochs = chosen.pop('epochs')

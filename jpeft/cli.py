@@ -50,8 +50,12 @@ def parser(name: str, doc: str, out: bool = False) -> argparse.ArgumentParser:
   found = argparse.ArgumentParser(name, description=doc.splitlines()[0])
   found.add_argument('--run', type=pathlib.Path, required=True, help='folder of a complete run')
   if out:
-    found.add_argument('--out', type=pathlib.Path, required=True, help='folder to write, new or empty')
-  found.add_argument('--best', action='store_true', help='theta of the best evaluation, not of the end')
+    found.add_argument(
+      '--out', type=pathlib.Path, required=True, help='folder to write, new or empty'
+    )
+  found.add_argument(
+    '--best', action='store_true', help='theta of the best evaluation, not of the end'
+  )
   return found
 
 

@@ -38,13 +38,25 @@ def pad_left(prompts: Sequence[Sequence[int]], pad: int = 0) -> tuple[np.ndarray
   tokens = np.full((len(prompts), max(map(len, prompts))), pad, np.int32)
   mask = np.zeros(tokens.shape, np.int32)
   for i, prompt in enumerate(prompts):
-    tokens[i, -len(prompt):], mask[i, -len(prompt):] = prompt, 1
+    tokens[i, -len(prompt) :], mask[i, -len(prompt) :] = prompt, 1
   return tokens, mask
 
 
-def generate(model: Any, backbone: Any, tokens, mask=None, *, new_tokens: int, theta: Any = None,
-             temperature: float = 0.0, top_p: float = 1.0, stop: Sequence[int] = (), pad: int = 0,
-             key: jax.Array | None = None, cache: bool = True) -> Generated:
+def generate(
+  model: Any,
+  backbone: Any,
+  tokens,
+  mask=None,
+  *,
+  new_tokens: int,
+  theta: Any = None,
+  temperature: float = 0.0,
+  top_p: float = 1.0,
+  stop: Sequence[int] = (),
+  pad: int = 0,
+  key: jax.Array | None = None,
+  cache: bool = True,
+) -> Generated:
   """Continues prompts; compiled once for each shape of them.
 
   Args:
@@ -68,15 +80,39 @@ def generate(model: Any, backbone: Any, tokens, mask=None, *, new_tokens: int, t
     ValueError: an argument outside its range, no key to draw with, or prompts padded on the right.
   """
   tokens = jnp.asarray(tokens, jnp.int32)
-  mask = jnp.ones(tokens.shape, jnp.int32) if mask is None else (jnp.asarray(mask) != 0).astype(jnp.int32)
+  mask = (
+    jnp.ones(tokens.shape, jnp.int32)
+    if mask is None
+    else (jnp.asarray(mask) != 0).astype(jnp.int32)
+  )
   _check(model, theta, tokens, mask, new_tokens, temperature, top_p, key)
   key = jax.random.key(0) if key is None else key
-  return _generate(model, theta, backbone, tokens, mask, key, temperature, top_p, new_tokens=new_tokens,
-                   greedy=temperature == 0, stop=tuple(stop), pad=pad, cache=cache)
+  return _generate(
+    model,
+    theta,
+    backbone,
+    tokens,
+    mask,
+    key,
+    temperature,
+    top_p,
+    new_tokens=new_tokens,
+    greedy=temperature == 0,
+    stop=tuple(stop),
+    pad=pad,
+    cache=cache,
+  )
 
 
-def completions(model: Any, backbone: Any, prompts: Sequence[Sequence[int]], *, pad: int = 0,
-                key: jax.Array | None = None, **options) -> Iterator[list[int]]:
+def completions(
+  model: Any,
+  backbone: Any,
+  prompts: Sequence[Sequence[int]],
+  *,
+  pad: int = 0,
+  key: jax.Array | None = None,
+  **options,
+) -> Iterator[list[int]]:
   """What `generate` writes after each of any number of prompts, in their order, AT_ONCE at a time.
 
   Args:
@@ -89,10 +125,14 @@ def completions(model: Any, backbone: Any, prompts: Sequence[Sequence[int]], *, 
   tokens, mask = pad_left(prompts, pad)
   size = min(AT_ONCE, len(tokens))
   for start in range(0, len(tokens), size):
-    some = np.minimum(np.arange(start, start + size), len(tokens) - 1)  # always as many: compiled once
+    some = np.minimum(
+      np.arange(start, start + size), len(tokens) - 1
+    )  # always as many: compiled once
     sub = None if key is None else jax.random.fold_in(key, start)
-    found = jax.device_get(generate(model, backbone, tokens[some], mask[some], pad=pad, key=sub, **options))
-    for row, length in zip(found.tokens[:len(tokens) - start], found.lengths, strict=False):
+    found = jax.device_get(
+      generate(model, backbone, tokens[some], mask[some], pad=pad, key=sub, **options)
+    )
+    for row, length in zip(found.tokens[: len(tokens) - start], found.lengths, strict=False):
       yield row[:length].tolist()
 
 
@@ -100,25 +140,49 @@ def _check(model, theta, tokens, mask, new_tokens, temperature, top_p, key):
   if isinstance(model, Tuned) != (theta is not None):
     raise ValueError('theta goes with a Tuned, and a Tuned needs its theta')
   if tokens.ndim != 2 or not tokens.shape[1] or mask.shape != tokens.shape:
-    raise ValueError(f'prompts are tokens [B, N] with a mask of that shape; got {tokens.shape} and {mask.shape}')
+    raise ValueError(
+      f'prompts are tokens [B, N] with a mask of that shape; got {tokens.shape} and {mask.shape}'
+    )
   if new_tokens < 1:
     raise ValueError(f'new_tokens={new_tokens} must be at least 1')
   if temperature < 0 or not 0 < top_p <= 1:
-    raise ValueError(f'temperature={temperature} must not be negative, and top_p={top_p} must lie in (0, 1]')
+    raise ValueError(
+      f'temperature={temperature} must not be negative, and top_p={top_p} must lie in (0, 1]'
+    )
   if temperature and key is None:
-    raise ValueError(f'temperature={temperature} draws tokens: give a random key=, or temperature=0')
+    raise ValueError(
+      f'temperature={temperature} draws tokens: give a random key=, or temperature=0'
+    )
   if not isinstance(mask, jax.core.Tracer) and not mask[:, -1].all():
     raise ValueError('a prompt ends with padding, but must be padded on the left: see pad_left')
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=('new_tokens', 'greedy', 'stop', 'pad', 'cache'))
-def _generate(model, theta, backbone, tokens, mask, key, temperature, top_p, *, new_tokens, greedy, stop, pad,
-              cache):
+@functools.partial(
+  jax.jit, static_argnums=0, static_argnames=('new_tokens', 'greedy', 'stop', 'pad', 'cache')
+)
+def _generate(
+  model,
+  theta,
+  backbone,
+  tokens,
+  mask,
+  key,
+  temperature,
+  top_p,
+  *,
+  new_tokens,
+  greedy,
+  stop,
+  pad,
+  cache,
+):
   def run(variables, tokens, mask, **options):
     args = (variables, tokens) if theta is None else (theta, variables, tokens)
     return model.apply(*args, mask=mask, **options)
 
-  first, step, state = _cached(run, model, backbone, tokens, mask, new_tokens) if cache else (None,) * 3
+  first, step, state = (
+    _cached(run, model, backbone, tokens, mask, new_tokens) if cache else (None,) * 3
+  )
   if step is None:
     step, state = _again(run, backbone, tokens, mask, new_tokens)
 
@@ -126,16 +190,35 @@ def _generate(model, theta, backbone, tokens, mask, key, temperature, top_p, *, 
     i, written, lengths, done, token, state = carry
     logits, state = step(token, i - 1, state)
     logits, lengths = logits.astype(jnp.float32), lengths + ~done
-    token = jnp.argmax(logits, -1) if greedy else draw(jax.random.fold_in(key, i), logits, temperature, top_p)
+    token = (
+      jnp.argmax(logits, -1)
+      if greedy
+      else draw(jax.random.fold_in(key, i), logits, temperature, top_p)
+    )
     token = jnp.where(done, pad, token).astype(jnp.int32)
-    return i + 1, written.at[:, i].set(token), lengths, done | jnp.isin(token, jnp.array(stop, jnp.int32)), token, state
+    return (
+      i + 1,
+      written.at[:, i].set(token),
+      lengths,
+      done | jnp.isin(token, jnp.array(stop, jnp.int32)),
+      token,
+      state,
+    )
 
   batch = tokens.shape[0]
-  carry = (jnp.int32(0), jnp.full((batch, new_tokens), pad, jnp.int32), jnp.zeros(batch, jnp.int32),
-           jnp.zeros(batch, bool), tokens[:, -1], state)
+  carry = (
+    jnp.int32(0),
+    jnp.full((batch, new_tokens), pad, jnp.int32),
+    jnp.zeros(batch, jnp.int32),
+    jnp.zeros(batch, bool),
+    tokens[:, -1],
+    state,
+  )
   carry = carry if first is None else body(carry, first)
   step = functools.partial(body, step=step)
-  _, written, lengths, *_ = jax.lax.while_loop(lambda c: (c[0] < new_tokens) & ~c[3].all(), step, carry)
+  _, written, lengths, *_ = jax.lax.while_loop(
+    lambda c: (c[0] < new_tokens) & ~c[3].all(), step, carry
+  )
   return Generated(written, lengths)
 
 
@@ -146,9 +229,14 @@ def _cached(run, model, backbone, tokens, mask, new_tokens):
   held = jax.eval_shape(lambda: run(backbone, room, room, mutable=['cache'])[1]['cache'])
   if grown(held, room.shape[1]):
     return None, None, None
-  holders = {path[path.index(RIDER) + 1] for path in traverse_util.flatten_dict(held, keep_empty_nodes=True)
-             if RIDER in path}
-  if isinstance(model, Tuned) and any(isinstance(r, Call) and r.taps and r.name not in holders for r, _ in model.rules):
+  holders = {
+    path[path.index(RIDER) + 1]
+    for path in traverse_util.flatten_dict(held, keep_empty_nodes=True)
+    if RIDER in path
+  }
+  if isinstance(model, Tuned) and any(
+    isinstance(r, Call) and r.taps and r.name not in holders for r, _ in model.rules
+  ):
     return None, None, None
 
   def go_on(tokens, mask, held):

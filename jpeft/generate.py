@@ -30,11 +30,17 @@ def main(argv: list[str]) -> int:
   asked.add_argument('--prompt', nargs='+', help='texts to continue')
   asked.add_argument('--input', help='file of prompts, one a line; - is stdin')
   parser.add_argument('--max_tokens', type=int, default=64, help='tokens written at most')
-  parser.add_argument('--temperature', type=float, default=0.0, help='0 for the likeliest token, else draws')
-  parser.add_argument('--top_p', type=float, default=1.0, help='draw from the likeliest tokens of this probability')
+  parser.add_argument(
+    '--temperature', type=float, default=0.0, help='0 for the likeliest token, else draws'
+  )
+  parser.add_argument(
+    '--top_p', type=float, default=1.0, help='draw from the likeliest tokens of this probability'
+  )
   parser.add_argument('--seed', type=int, default=0, help='of the draws')
   parser.add_argument('--chat', action='store_true', help='prompts are messages of the user')
-  parser.add_argument('--best', action='store_true', help='theta of the best evaluation, not of the end')
+  parser.add_argument(
+    '--best', action='store_true', help='theta of the best evaluation, not of the end'
+  )
   parser.add_argument('--json', action='store_true', help='a JSON object a line')
   flags = parser.parse_args(argv)
 
@@ -52,11 +58,22 @@ def main(argv: list[str]) -> int:
     ids = [tokenizer.encode(text, begin=not chat) for text in prompts]
     longest, room = max(map(len, ids)), pretrained.config.get('max_position_embeddings', np.inf)
     if longest + flags.max_tokens > room:
-      raise ValueError(f'the longest prompt has {longest} tokens and --max_tokens is {flags.max_tokens}: together '
-                       f'more than the {room} that the model was made for')
-    found = completions(model, pretrained.variables, ids, new_tokens=flags.max_tokens, theta=theta,
-                        temperature=flags.temperature, top_p=flags.top_p, stop=(tokenizer.eos,), pad=tokenizer.pad,
-                        key=jax.random.key(flags.seed))
+      raise ValueError(
+        f'the longest prompt has {longest} tokens and --max_tokens is {flags.max_tokens}: together '
+        f'more than the {room} that the model was made for'
+      )
+    found = completions(
+      model,
+      pretrained.variables,
+      ids,
+      new_tokens=flags.max_tokens,
+      theta=theta,
+      temperature=flags.temperature,
+      top_p=flags.top_p,
+      stop=(tokenizer.eos,),
+      pad=tokenizer.pad,
+      key=jax.random.key(flags.seed),
+    )
     for prompt, new in zip(prompts, found, strict=True):
       text = tokenizer.decode(new)
       told = {'prompt': prompt, 'completion': text, 'tokens': len(new)}

@@ -26,8 +26,10 @@ def main(argv: list[str]) -> int:
     config, about = training.describe(flags.run)
     for _, rule in training.method_of(config):  # before a backbone is loaded
       if isinstance(rule, Call) and rule.merge is None:
-        raise ValueError(f'{config.method.name} cannot be merged: {rule.name} changes the computation, not '
-                         'the weights; jpeft.predict runs it as it is')
+        raise ValueError(
+          f'{config.method.name} cannot be merged: {rule.name} changes the computation, not '
+          'the weights; jpeft.predict runs it as it is'
+        )
     cli.check_new(flags.out)
     pretrained, tuned, theta = training.reopen(flags.run, flags.best)
 
@@ -48,10 +50,15 @@ def main(argv: list[str]) -> int:
     for file in filter(pathlib.Path.exists, beside):
       shutil.copy(file, flags.out)
   if pretrained.preprocess:
-    told = {'image_mean': pretrained.preprocess['mean'], 'image_std': pretrained.preprocess['std'],
-            'size': {side: pretrained.preprocess['image_size'] for side in ('height', 'width')}}
+    told = {
+      'image_mean': pretrained.preprocess['mean'],
+      'image_std': pretrained.preprocess['std'],
+      'size': {side: pretrained.preprocess['image_size'] for side in ('height', 'width')},
+    }
     (flags.out / 'preprocessor_config.json').write_text(json.dumps(told, indent=2) + '\n')
-  print(f'{flags.out}: merged; on an empty input its logits and those of the run are {apart:.1e} apart')
+  print(
+    f'{flags.out}: merged; on an empty input its logits and those of the run are {apart:.1e} apart'
+  )
   return 0
 
 

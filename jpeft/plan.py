@@ -54,7 +54,9 @@ def main(argv: list[str]) -> int:
 
 def _flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
   """(what is the planner's, what is left for the config)."""
-  parser = argparse.ArgumentParser(prog='jpeft.plan', add_help=False, allow_abbrev=False, exit_on_error=False)
+  parser = argparse.ArgumentParser(
+    prog='jpeft.plan', add_help=False, allow_abbrev=False, exit_on_error=False
+  )
   for name in ('--methods', '--plot'):
     parser.add_argument(name)
   parser.add_argument('--target', default='tpu:v5e')
@@ -68,7 +70,9 @@ def _flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     flag = word.partition('=')[0]
     if flag.startswith('--') and flag not in known and not flag.startswith('--config'):
       near = difflib.get_close_matches(flag, [*known, '--config'], 1)
-      raise ValueError(f'unknown argument {flag!r}' + (f'; did you mean {near[0]!r}?' if near else ''))
+      raise ValueError(
+        f'unknown argument {flag!r}' + (f'; did you mean {near[0]!r}?' if near else '')
+      )
   try:
     return parser.parse_known_args(argv)
   except argparse.ArgumentError as error:
@@ -84,7 +88,9 @@ def _configs(command: config_lib.Command, flags) -> dict[str, Any]:
     config = command.load()
     return {config.method.name: config}
   if flags.seq and models.describe(command.load().model.source).preprocess is not None:
-    raise ValueError('--seq is for texts, and this backbone reads images: give --config.model.image_size=PIXELS')
+    raise ValueError(
+      '--seq is for texts, and this backbone reads images: give --config.model.image_size=PIXELS'
+    )
   names = [name for name in flags.methods.split(',') if name]
   if command.takes_argument:
     return {name: command.baseline(name).load() for name in names}

@@ -1,7 +1,7 @@
 """Labels for images or texts, by the model of a run.
 
-    python -m jpeft.predict --run runs/a --input cat.png dog.png
-    python -m jpeft.predict --run runs/b --input reviews.txt --json     # a text a line; - reads stdin
+python -m jpeft.predict --run runs/a --input cat.png dog.png
+python -m jpeft.predict --run runs/b --input reviews.txt --json     # a text a line; - reads stdin
 """
 
 import json
@@ -21,8 +21,12 @@ ROWS = 32
 
 def main(argv: list[str]) -> int:
   parser = cli.parser('jpeft.predict', __doc__)
-  parser.add_argument('--input', nargs='+', required=True, help='images, or files of texts; - is stdin')
-  parser.add_argument('--json', action='store_true', help='a JSON object a line, with all probabilities')
+  parser.add_argument(
+    '--input', nargs='+', required=True, help='images, or files of texts; - is stdin'
+  )
+  parser.add_argument(
+    '--json', action='store_true', help='a JSON object a line, with all probabilities'
+  )
   flags = parser.parse_args(argv)
 
   with cli.inputs_checked():
@@ -36,16 +40,23 @@ def main(argv: list[str]) -> int:
   @jax.jit
   def probabilities(theta, backbone, batch):
     args, kwargs = tasks.inputs(batch)
-    return jax.nn.softmax(tuned.apply(theta, backbone, *args, **kwargs, deterministic=True).astype('float32'))
+    return jax.nn.softmax(
+      tuned.apply(theta, backbone, *args, **kwargs, deterministic=True).astype('float32')
+    )
 
-  batches = data.Batches(examples, min(ROWS, len(examples)), transform, shuffle=False, epochs=1,
-                         drop_remainder=False)
-  found = [np.asarray(probabilities(theta, pretrained.variables, b))[b['mask'] > 0] for b in batches]
+  batches = data.Batches(
+    examples, min(ROWS, len(examples)), transform, shuffle=False, epochs=1, drop_remainder=False
+  )
+  found = [
+    np.asarray(probabilities(theta, pretrained.variables, b))[b['mask'] > 0] for b in batches
+  ]
   for name, row in zip(names, np.concatenate(found), strict=True):
     label, share = about['labels'][row.argmax()], float(row.max())
     if flags.json:
       every = dict(zip(about['labels'], map(float, row), strict=True))
-      print(json.dumps({'input': name, 'label': label, 'probability': share, 'probabilities': every}))
+      print(
+        json.dumps({'input': name, 'label': label, 'probability': share, 'probabilities': every})
+      )
     else:
       print(f'{name}\t{label}\t{share:.4f}')
   return 0
@@ -62,8 +73,11 @@ def read(inputs: list[str], kind: str) -> tuple[list[str], list[dict[str, Any]]]
       raise FileNotFoundError(f'there is no file {name}')
   if kind == 'image':
     return inputs, [{'image': decode(pathlib.Path(name), name)} for name in inputs]
-  texts = [line.strip() for name in inputs
-           for line in (sys.stdin if name == '-' else pathlib.Path(name).read_text().splitlines())]
+  texts = [
+    line.strip()
+    for name in inputs
+    for line in (sys.stdin if name == '-' else pathlib.Path(name).read_text().splitlines())
+  ]
   texts = [text for text in texts if text]
   if not texts:
     raise ValueError(f'there is no text in {", ".join(inputs)}')

@@ -17,7 +17,12 @@ ROWS = {'mosaic': 8192, 'triton': 64}
 # stages.
 TILES = {
   'mosaic': ((0, (256, 1024, 512)), (257, (2048, 512, 512))),
-  'triton': ((0, (16, 64, 8, 4, 3)), (17, (32, 64, 4, 4, 3)), (33, (64, 64, 2, 4, 3)), (65, (64, 64, 1, 4, 3))),
+  'triton': (
+    (0, (16, 64, 8, 4, 3)),
+    (17, (32, 64, 4, 4, 3)),
+    (33, (64, 64, 2, 4, 3)),
+    (65, (64, 64, 1, 4, 3)),
+  ),
 }
 _LANES = 128
 
@@ -36,8 +41,9 @@ class Choice(NamedTuple):
   tiles: tuple[int, ...] = ()
 
 
-def choice(rows: int, shape: tuple[int, int], dtype=jnp.bfloat16, platform: str = 'tpu',
-           form: Format = NF4) -> Choice:
+def choice(
+  rows: int, shape: tuple[int, int], dtype=jnp.bfloat16, platform: str = 'tpu', form: Format = NF4
+) -> Choice:
   """What `nf4_matmul` runs on a platform, forwards and backwards.
 
   Args:
@@ -52,7 +58,9 @@ def choice(rows: int, shape: tuple[int, int], dtype=jnp.bfloat16, platform: str 
     return Choice('xla', f'there is no kernel for {platform}')
   found = fit(kernel, rows, shape, dtype, form)
   if found.implementation != 'xla' and rows > ROWS[kernel]:
-    return Choice('xla', f'{rows} rows: beyond {ROWS[kernel]} decoding once and a plain product cost less')
+    return Choice(
+      'xla', f'{rows} rows: beyond {ROWS[kernel]} decoding once and a plain product cost less'
+    )
   return found
 
 

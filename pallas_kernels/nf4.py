@@ -13,8 +13,15 @@ from .choice import KERNELS, NF4, choice, fit
 _RUN = {'mosaic': nf4_tpu.matmul, 'triton': nf4_gpu.matmul}
 
 
-def nf4_matmul(x: jax.Array, codes: jax.Array, absmax: jax.Array, *, form: Format = NF4,
-               implementation: str | None = None, interpret: bool = False) -> jax.Array:
+def nf4_matmul(
+  x: jax.Array,
+  codes: jax.Array,
+  absmax: jax.Array,
+  *,
+  form: Format = NF4,
+  implementation: str | None = None,
+  interpret: bool = False,
+) -> jax.Array:
   """x @ W for a W in 4 bits, laid out as a box of `jpeft.quant` holds it; differentiable in x.
 
   The backward pass keeps codes and scales alone: g @ W^T decodes them again, once the cotangent is there. W is
@@ -36,21 +43,32 @@ def nf4_matmul(x: jax.Array, codes: jax.Array, absmax: jax.Array, *, form: Forma
     ValueError: the shapes do not fit each other, or not the named implementation.
   """
   shape = x.shape[-1], absmax.shape[-1]
-  if codes.ndim != 2 or codes.shape != (shape[0] / 2, shape[1]) or absmax.shape != (shape[0] / form.block, shape[1]):
-    raise ValueError(f'codes {list(codes.shape)} and scales {list(absmax.shape)} are not of a matrix with '
-                     f'{shape[0]} rows in blocks of {form.block}')
+  if (
+    codes.ndim != 2
+    or codes.shape != (shape[0] / 2, shape[1])
+    or absmax.shape != (shape[0] / form.block, shape[1])
+  ):
+    raise ValueError(
+      f'codes {list(codes.shape)} and scales {list(absmax.shape)} are not of a matrix with '
+      f'{shape[0]} rows in blocks of {form.block}'
+    )
   if implementation not in (None, 'xla', *_RUN):
-    raise ValueError(f'no implementation is called {implementation!r}; there are {", ".join(_RUN)} and xla')
+    raise ValueError(
+      f'no implementation is called {implementation!r}; there are {", ".join(_RUN)} and xla'
+    )
   return _matmul(x, codes, absmax, form._replace(double=False), implementation, interpret)
 
 
-def reference(x: jax.Array, codes: jax.Array, absmax: jax.Array, form: Format = NF4,
-              transposed: bool = False) -> jax.Array:
+def reference(
+  x: jax.Array, codes: jax.Array, absmax: jax.Array, form: Format = NF4, transposed: bool = False
+) -> jax.Array:
   """The same by plain operations: W is decoded, then multiplied; x @ W^T if `transposed`."""
   shape = 2 * codes.shape[0], codes.shape[1]
   w = form.decode({'codes': codes, 'absmax': absmax}, shape).astype(x.dtype)
   precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-  return jax.lax.dot_general(x, w, (((x.ndim - 1,), (int(transposed),)), ((), ())), precision=precision)
+  return jax.lax.dot_general(
+    x, w, (((x.ndim - 1,), (int(transposed),)), ((), ())), precision=precision
+  )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -77,9 +95,17 @@ def _product(x, codes, absmax, form, implementation, interpret, transposed):
   def run(chosen):
     def kernel(x, codes, absmax):
       y = _RUN[chosen.implementation](
-        x.reshape(rows, x.shape[-1]), codes, absmax.astype(jnp.float32), values=tuple(map(float, TABLES[form.name])),
-        block=form.block, tiles=chosen.tiles, transposed=transposed, interpret=interpret)
+        x.reshape(rows, x.shape[-1]),
+        codes,
+        absmax.astype(jnp.float32),
+        values=tuple(map(float, TABLES[form.name])),
+        block=form.block,
+        tiles=chosen.tiles,
+        transposed=transposed,
+        interpret=interpret,
+      )
       return y.reshape(*x.shape[:-1], -1)
+
     return kernel
 
   plain = functools.partial(reference, form=form, transposed=transposed)

@@ -25,13 +25,18 @@ def matmul(x, codes, scales, *, values, block, tiles, transposed=False, interpre
   steps = n // bn if transposed else half // block
   splits = next(s for s in range(min(splits, steps), 0, -1) if steps % s == 0)
   width = 2 * half if transposed else n
-  kernel = functools.partial(_backward if transposed else _forward, block=block, bn=bn, steps=steps // splits)
+  kernel = functools.partial(
+    _backward if transposed else _forward, block=block, bn=bn, steps=steps // splits
+  )
   out = pl.pallas_call(
-    kernel, grid=(pl.cdiv(m, bm), half // block if transposed else n // bn, splits),
-    in_specs=[pl.no_block_spec] * 4, out_specs=pl.BlockSpec((None, bm, width), lambda i, j, k: (k, i, 0)),
+    kernel,
+    grid=(pl.cdiv(m, bm), half // block if transposed else n // bn, splits),
+    in_specs=[pl.no_block_spec] * 4,
+    out_specs=pl.BlockSpec((None, bm, width), lambda i, j, k: (k, i, 0)),
     out_shape=jax.ShapeDtypeStruct((splits, m, width), x.dtype if splits == 1 else jnp.float32),
     compiler_params=plt.CompilerParams(num_warps=warps, num_stages=stages),
-    interpret=interpret, name='nf4_matmul_transposed' if transposed else 'nf4_matmul',
+    interpret=interpret,
+    name='nf4_matmul_transposed' if transposed else 'nf4_matmul',
   )(x, codes, scales, jnp.asarray(values, x.dtype))
   return out[0] if splits == 1 else out.sum(0).astype(x.dtype)
 

@@ -42,29 +42,45 @@ def matmul(x, codes, scales, *, values, block, tiles, transposed=False, interpre
   if transposed:
     # One after the other: rows of x, which half of K, rows of codes, columns of W, over which is summed.
     grid = (pl.cdiv(m, bm), 2, steps, n // bn)
-    specs = [pl.BlockSpec((bm, bn), lambda i, h, j, k: (i, k)),
-             pl.BlockSpec((bk, bn), lambda i, h, j, k: (j, k)),
-             pl.BlockSpec((1, bk // block, bn), lambda i, h, j, k: (h * steps + j, 0, k)), fixed]
+    specs = [
+      pl.BlockSpec((bm, bn), lambda i, h, j, k: (i, k)),
+      pl.BlockSpec((bk, bn), lambda i, h, j, k: (j, k)),
+      pl.BlockSpec((1, bk // block, bn), lambda i, h, j, k: (h * steps + j, 0, k)),
+      fixed,
+    ]
     out, spec = (m, 2 * half), pl.BlockSpec((bm, bk), lambda i, h, j, k: (i, h * steps + j))
     kernel, args = _backward, (x, codes, scales, jnp.asarray(table))
   else:
     grid = (pl.cdiv(m, bm), n // bn, steps)
-    specs = [pl.BlockSpec((bm, bk), lambda i, j, k: (i, k)),
-             pl.BlockSpec((bm, bk), lambda i, j, k: (i, steps + k)),
-             pl.BlockSpec((bk, bn), lambda i, j, k: (k, j)),
-             pl.BlockSpec((1, bk // block, bn), lambda i, j, k: (k, 0, j)),
-             pl.BlockSpec((1, bk // block, bn), lambda i, j, k: (steps + k, 0, j)), fixed]
+    specs = [
+      pl.BlockSpec((bm, bk), lambda i, j, k: (i, k)),
+      pl.BlockSpec((bm, bk), lambda i, j, k: (i, steps + k)),
+      pl.BlockSpec((bk, bn), lambda i, j, k: (k, j)),
+      pl.BlockSpec((1, bk // block, bn), lambda i, j, k: (k, 0, j)),
+      pl.BlockSpec((1, bk // block, bn), lambda i, j, k: (steps + k, 0, j)),
+      fixed,
+    ]
     out, spec = (m, n), pl.BlockSpec((bm, bn), lambda i, j, k: (i, j))
     kernel, args = _forward, (x, x, codes, scales, scales, jnp.asarray(table))
   size = x.dtype.itemsize
   return pl.pallas_call(
-    functools.partial(kernel, values=values), grid=grid, in_specs=specs, out_specs=spec,
-    out_shape=jax.ShapeDtypeStruct(out, x.dtype), scratch_shapes=[pltpu.VMEM(spec.block_shape, jnp.float32)],
+    functools.partial(kernel, values=values),
+    grid=grid,
+    in_specs=specs,
+    out_specs=spec,
+    out_shape=jax.ShapeDtypeStruct(out, x.dtype),
+    scratch_shapes=[pltpu.VMEM(spec.block_shape, jnp.float32)],
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=('parallel',) * (len(grid) - 1) + ('arbitrary',), vmem_limit_bytes=VMEM),
-    cost_estimate=pl.CostEstimate(flops=4 * m * half * n, transcendentals=0,
-                                  bytes_accessed=size * m * (2 * half + n) + codes.size + 4 * scales.size),
-    interpret=interpret, name='nf4_matmul_transposed' if transposed else 'nf4_matmul')(*args)
+      dimension_semantics=('parallel',) * (len(grid) - 1) + ('arbitrary',), vmem_limit_bytes=VMEM
+    ),
+    cost_estimate=pl.CostEstimate(
+      flops=4 * m * half * n,
+      transcendentals=0,
+      bytes_accessed=size * m * (2 * half + n) + codes.size + 4 * scales.size,
+    ),
+    interpret=interpret,
+    name='nf4_matmul_transposed' if transposed else 'nf4_matmul',
+  )(*args)
 
 
 def _forward(low_x, high_x, codes, low_scales, high_scales, table, out, total, *, values):
@@ -88,8 +104,10 @@ def _backward(g, codes, scales, table, out, total, *, values):
 
 
 def _gather(codes, table):
-  parts = [codes[:, at:at + LANES] for at in range(0, codes.shape[1], LANES)]
-  return jnp.concatenate([jnp.take_along_axis(jnp.broadcast_to(table[0:1, :], c.shape), c, 1) for c in parts], 1)
+  parts = [codes[:, at : at + LANES] for at in range(0, codes.shape[1], LANES)]
+  return jnp.concatenate(
+    [jnp.take_along_axis(jnp.broadcast_to(table[0:1, :], c.shape), c, 1) for c in parts], 1
+  )
 
 
 def _select(codes, values):
@@ -97,7 +115,9 @@ def _select(codes, values):
 
 
 def _scaled(values, scales):
-  return (values.reshape(scales.shape[0], -1, values.shape[1]) * scales[:, None]).reshape(values.shape)
+  return (values.reshape(scales.shape[0], -1, values.shape[1]) * scales[:, None]).reshape(
+    values.shape
+  )
 
 
 def _start(axis, total):
@@ -114,5 +134,6 @@ def _end(axis, total, out):
 
 def _dot(a, w, axis):
   precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-  return jax.lax.dot_general(a, w, (((1,), (axis,)), ((), ())), precision=precision,
-                             preferred_element_type=jnp.float32)
+  return jax.lax.dot_general(
+    a, w, (((1,), (axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+  )

@@ -13,8 +13,9 @@ from jpeft.quant import nf4
 _TILES = (256, 512)  # rows of codes, columns
 
 
-def quantize_nf4(w: jax.Array, *, block: int = 64, implementation: str | None = None,
-                 interpret: bool = False) -> tuple[jax.Array, jax.Array]:
+def quantize_nf4(
+  w: jax.Array, *, block: int = 64, implementation: str | None = None, interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
   """(codes, absmax) of a matrix, bit for bit those of `jpeft.quant.nf4(block).encode`, which is the plain form.
 
   Args:
@@ -36,7 +37,9 @@ def quantize_nf4(w: jax.Array, *, block: int = 64, implementation: str | None = 
     raise ValueError(f'no implementation is called {implementation!r}; there are mosaic and xla')
   tiles = tiles_of(w.shape, block)
   if implementation == 'mosaic' and tiles is None:
-    raise ValueError(f'mosaic cannot quantize {list(w.shape)}: 256 rows and 128 columns do not both divide it')
+    raise ValueError(
+      f'mosaic cannot quantize {list(w.shape)}: 256 rows and 128 columns do not both divide it'
+    )
   kernel = functools.partial(_mosaic, block=block, tiles=tiles, interpret=interpret)
   if implementation == 'mosaic':
     return kernel(w)
@@ -52,8 +55,10 @@ def _plain(w, block):
 
 def tiles_of(shape: tuple[int, int], block: int) -> tuple[int, int] | None:
   """(rows of codes, columns) of a step, or None where the kernel cannot do it."""
-  divisors = [next((s for s in (512, 256, 128) if s <= most and size % s == 0), None)
-              for size, most in zip((shape[0] // 2, shape[1]), _TILES, strict=True)]
+  divisors = [
+    next((s for s in (512, 256, 128) if s <= most and size % s == 0), None)
+    for size, most in zip((shape[0] // 2, shape[1]), _TILES, strict=True)
+  ]
   return None if None in divisors or divisors[0] % block else tuple(divisors)
 
 
@@ -63,12 +68,15 @@ def _mosaic(w, *, block, tiles, interpret):
   at = lambda start: lambda i, j: (start + i, j)
   scale = pl.BlockSpec((1, bk // block, bn), lambda i, j: (i, 0, j))
   codes, low, high = pl.pallas_call(
-    functools.partial(_kernel, block=block), grid=(steps, n // bn),
+    functools.partial(_kernel, block=block),
+    grid=(steps, n // bn),
     in_specs=[pl.BlockSpec(tiles, at(0)), pl.BlockSpec(tiles, at(steps))],
     out_specs=[pl.BlockSpec(tiles, at(0)), scale, scale],
     out_shape=[jax.ShapeDtypeStruct((k // 2, n), jnp.uint8), scales, scales],
     compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'parallel')),
-    interpret=interpret, name='quantize_nf4')(w, w)
+    interpret=interpret,
+    name='quantize_nf4',
+  )(w, w)
   return codes, jnp.concatenate([low, high]).reshape(k // block, n)
 
 

@@ -13,9 +13,18 @@ jax.config.update('jax_num_cpu_devices', 8)
 
 # Tracing and compiling are most of the time of these tests; half of compiling is optimisation that tiny arrays do not
 # need. An XLA that does not know a flag ends the process, so they are given to versions that are known to have them.
-QUICK = ('--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false '
-         '--xla_cpu_parallel_codegen_split_count=1')
-LONG = ('test_notebook.py', 'test_resume.py', 'test_train.py', 'test_storage.py', 'test_qst.py', 'test_meft.py')
+QUICK = (
+  '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false '
+  '--xla_cpu_parallel_codegen_split_count=1'
+)
+LONG = (
+  'test_notebook.py',
+  'test_resume.py',
+  'test_train.py',
+  'test_storage.py',
+  'test_qst.py',
+  'test_meft.py',
+)
 gc.set_threshold(100_000, 50, 100)  # programs are many small objects, all alive
 
 
@@ -43,7 +52,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
 
   class Scheduler(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
-      backbone = re.search(r'\[.*?((linen|nnx)_[a-z0-9]+)', nodeid)  # linen_vit and linen_vit_scan together
+      backbone = re.search(
+        r'\[.*?((linen|nnx)_[a-z0-9]+)', nodeid
+      )  # linen_vit and linen_vit_scan together
       return backbone[1] if backbone else nodeid.split('::')[0]
 
   config.option.loadscopereorder = False  # by the number of tests, which says little of their time

@@ -12,10 +12,19 @@ from PIL import Image
 from jpeft import models
 
 VIT = {
-  'model_type': 'vit', 'hidden_size': 16, 'num_hidden_layers': 2, 'num_attention_heads': 2,
-  'intermediate_size': 32, 'image_size': 8, 'patch_size': 4, 'num_channels': 3,
-  'hidden_act': 'gelu', 'layer_norm_eps': 1e-6, 'hidden_dropout_prob': 0.1,
-  'attention_probs_dropout_prob': 0.0, 'qkv_bias': True,
+  'model_type': 'vit',
+  'hidden_size': 16,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 2,
+  'intermediate_size': 32,
+  'image_size': 8,
+  'patch_size': 4,
+  'num_channels': 3,
+  'hidden_act': 'gelu',
+  'layer_norm_eps': 1e-6,
+  'hidden_dropout_prob': 0.1,
+  'attention_probs_dropout_prob': 0.0,
+  'qkv_bias': True,
 }
 
 
@@ -79,13 +88,23 @@ def load(config_file):
 
 
 LLAMA = {
-  'model_type': 'llama', 'hidden_size': 32, 'num_hidden_layers': 1, 'num_attention_heads': 4, 'num_key_value_heads': 2,
-  'intermediate_size': 64, 'vocab_size': 24, 'max_position_embeddings': 128, 'rms_norm_eps': 1e-5, 'hidden_act': 'silu',
+  'model_type': 'llama',
+  'hidden_size': 32,
+  'num_hidden_layers': 1,
+  'num_attention_heads': 4,
+  'num_key_value_heads': 2,
+  'intermediate_size': 64,
+  'vocab_size': 24,
+  'max_position_embeddings': 128,
+  'rms_norm_eps': 1e-5,
+  'hidden_act': 'silu',
   'tie_word_embeddings': True,
 }
 WORDS = ['<|end|>', '<|user|>', '<|assistant|>', '[UNK]', *'abcdefghij', *'ABCDEFGHIJ']
-TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} {{ eos_token }} {% endfor %}"
-            "{% if add_generation_prompt %}<|assistant|> {% endif %}")
+TEMPLATE = (
+  "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} {{ eos_token }} {% endfor %}"
+  '{% if add_generation_prompt %}<|assistant|> {% endif %}'
+)
 
 
 @pytest.fixture(scope='session')
@@ -93,14 +112,21 @@ def decoder(tmp_path_factory) -> pathlib.Path:
   """A folder with a random decoder and its tokenizer, which knows words and a chat template."""
   from tokenizers import Tokenizer, pre_tokenizers
   from tokenizers import models as parts
+
   folder = tmp_path_factory.mktemp('decoder')
   model = models.from_config(LLAMA)
-  models.save_pretrained(folder, model, jax.jit(model.init)(jax.random.key(0), np.zeros((1, 4), np.int32)), LLAMA)
-  tokenizer = Tokenizer(parts.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token='[UNK]'))
+  models.save_pretrained(
+    folder, model, jax.jit(model.init)(jax.random.key(0), np.zeros((1, 4), np.int32)), LLAMA
+  )
+  tokenizer = Tokenizer(
+    parts.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token='[UNK]')
+  )
   tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
   tokenizer.add_special_tokens(WORDS[:3])
   tokenizer.save(str(folder / 'tokenizer.json'))
-  (folder / 'tokenizer_config.json').write_text(json.dumps({'eos_token': '<|end|>', 'chat_template': TEMPLATE}))
+  (folder / 'tokenizer_config.json').write_text(
+    json.dumps({'eos_token': '<|end|>', 'chat_template': TEMPLATE})
+  )
   return folder
 
 
@@ -119,6 +145,11 @@ def wide_decoder(decoder, tmp_path_factory) -> pathlib.Path:
 def backwards(tmp_path_factory) -> pathlib.Path:
   """A file of all prompts 'x y j' of two letters, whose completions are 'Y X'."""
   path = tmp_path_factory.mktemp('backwards') / 'backwards.jsonl'
-  path.write_text(''.join(json.dumps({'prompt': f'{x} {y} j', 'completion': f'{y} {x}'.upper()}) + '\n'
-                          for x in 'abcdefghi' for y in 'abcdefghi'))
+  path.write_text(
+    ''.join(
+      json.dumps({'prompt': f'{x} {y} j', 'completion': f'{y} {x}'.upper()}) + '\n'
+      for x in 'abcdefghi'
+      for y in 'abcdefghi'
+    )
+  )
   return path

@@ -22,10 +22,14 @@ def wheel(shelf):
   path = shelf / 'tinydata-1.0-py3-none-any.whl'
   with zipfile.ZipFile(path, 'w') as file:
     file.writestr('tinydata/rows.csv', '1,2')
-    file.writestr('tinydata-1.0.dist-info/METADATA', 'Metadata-Version: 2.1\nName: tinydata\nVersion: 1.0\n')
+    file.writestr(
+      'tinydata-1.0.dist-info/METADATA', 'Metadata-Version: 2.1\nName: tinydata\nVersion: 1.0\n'
+    )
     file.writestr('tinydata-1.0.dist-info/WHEEL', 'Wheel-Version: 1.0\nTag: py3-none-any\n')
     file.writestr('tinydata-1.0.dist-info/RECORD', '')
-  return archives.Archive('tinydata', '1.0', path.name, hashlib.sha256(path.read_bytes()).hexdigest())
+  return archives.Archive(
+    'tinydata', '1.0', path.name, hashlib.sha256(path.read_bytes()).hexdigest()
+  )
 
 
 def test_a_wheel_is_downloaded_once(shelf):
@@ -40,10 +44,14 @@ def test_a_wheel_is_downloaded_once(shelf):
 
 def test_a_wrong_archive_is_refused(shelf):
   archive = wheel(shelf)._replace(sha256='0' * 64)
-  with pytest.raises(RuntimeError, match=f'could not download tinydata==1.0: .*; put {archive.file} into'):
+  with pytest.raises(
+    RuntimeError, match=f'could not download tinydata==1.0: .*; put {archive.file} into'
+  ):
     archives.fetch(archive)
   (archives.cache() / archive.file).write_bytes(b'cut off')
-  with pytest.raises(ValueError, match=f'{archive.file} has the sha256 .* expected 0000.*delete it'):
+  with pytest.raises(
+    ValueError, match=f'{archive.file} has the sha256 .* expected 0000.*delete it'
+  ):
     archives.fetch(archive)
 
 
@@ -53,9 +61,11 @@ def npm(tmp_path, monkeypatch):
   monkeypatch.setenv('JPEFT_CACHE', str(tmp_path / 'cache'))
   (tmp_path / 'bin').mkdir()
   program = tmp_path / 'bin' / 'npm'
-  program.write_text('#!/bin/sh\n'
-                     'for last; do :; done\n'
-                     f'cp "{tmp_path}/$1 $2.tgz" "$last/tinydata-1.0.tgz" || {{ echo "no $2" >&2; exit 1; }}\n')
+  program.write_text(
+    '#!/bin/sh\n'
+    'for last; do :; done\n'
+    f'cp "{tmp_path}/$1 $2.tgz" "$last/tinydata-1.0.tgz" || {{ echo "no $2" >&2; exit 1; }}\n'
+  )
   program.chmod(0o755)
   monkeypatch.setenv('PATH', f'{tmp_path / "bin"}:/bin:/usr/bin')
   return tmp_path
@@ -63,8 +73,12 @@ def npm(tmp_path, monkeypatch):
 
 def test_a_package_of_npm(npm, monkeypatch):
   content = b'any file'
-  archive = archives.Archive('tinydata', '1.0', 'tinydata-1.0.tgz', hashlib.sha256(content).hexdigest())
-  with pytest.raises(RuntimeError, match='npm could not download tinydata@1.0: no tinydata@1.0; put tinydata-1.0.tgz'):
+  archive = archives.Archive(
+    'tinydata', '1.0', 'tinydata-1.0.tgz', hashlib.sha256(content).hexdigest()
+  )
+  with pytest.raises(
+    RuntimeError, match='npm could not download tinydata@1.0: no tinydata@1.0; put tinydata-1.0.tgz'
+  ):
     archives.fetch(archive)
   (npm / 'pack tinydata@1.0.tgz').write_bytes(content)
   path = archives.fetch(archive)

@@ -26,15 +26,17 @@ def by_hand(run, prompt):
   text = list(prompt)
   for _ in range(NEW):
     room = np.zeros((1, len(PROMPTS[0]) + NEW), np.int32)
-    room[0, :len(text)] = text
+    room[0, : len(text)] = text
     text.append(int(run(room)[0, len(text) - 1].argmax()))
-  return text[len(prompt):]
+  return text[len(prompt) :]
 
 
 @functools.cache
 def plain():
   loaded = load('llama')
-  return np.asarray(generate(loaded.model, loaded.variables, [PROMPTS[0]], new_tokens=NEW).tokens[0]).tolist()
+  return np.asarray(
+    generate(loaded.model, loaded.variables, [PROMPTS[0]], new_tokens=NEW).tokens[0]
+  ).tolist()
 
 
 @pytest.mark.parametrize('name', ('llama', 'mistral'))
@@ -51,8 +53,16 @@ def test_padded_prompts_are_continued_as_alone_and_without_a_cache(name):
   np.testing.assert_array_equal(without.tokens, want)
 
 
-@pytest.mark.parametrize('method', (jpeft.lora(2, targets='{linear}'), jpeft.prefix(3),
-                                    jpeft.lst(2, block='attention'), jpeft.vpt_deep(2)), ids=lambda m: m.names[0])
+@pytest.mark.parametrize(
+  'method',
+  (
+    jpeft.lora(2, targets='{linear}'),
+    jpeft.prefix(3),
+    jpeft.lst(2, block='attention'),
+    jpeft.vpt_deep(2),
+  ),
+  ids=lambda m: m.names[0],
+)
 def test_tuned_models_write_what_they_compute(method):
   loaded = load('llama')
   example = jnp.zeros((1, 8), jnp.int32)
@@ -82,8 +92,17 @@ def test_a_text_ends_at_its_stop_token():
 def test_sampling_follows_key_and_temperature():
   loaded = load('qwen3')
   tokens, mask = pad_left(PROMPTS)
-  run = lambda seed, **kwargs: np.asarray(generate(
-    loaded.model, loaded.variables, tokens, mask, new_tokens=NEW, key=jax.random.key(seed), **kwargs).tokens)
+  run = lambda seed, **kwargs: np.asarray(
+    generate(
+      loaded.model,
+      loaded.variables,
+      tokens,
+      mask,
+      new_tokens=NEW,
+      key=jax.random.key(seed),
+      **kwargs,
+    ).tokens
+  )
   np.testing.assert_array_equal(run(0, temperature=1.0), run(0, temperature=1.0))
   assert (run(0, temperature=1.0) != run(1, temperature=1.0)).any()
   np.testing.assert_array_equal(run(0, temperature=1.0, top_p=1e-6), run(1))  # the likeliest alone
@@ -92,21 +111,27 @@ def test_sampling_follows_key_and_temperature():
 def test_draws_have_the_probabilities_of_the_nucleus():
   chance = np.array([0.05, 0.4, 0.15, 0.3, 0.1])
   logits = jnp.log(jnp.asarray(np.tile(chance, (20000, 1))))
-  frequency = lambda **kwargs: np.bincount(draw(jax.random.key(0), logits, **kwargs), minlength=5) / 20000
+  frequency = lambda **kwargs: (
+    np.bincount(draw(jax.random.key(0), logits, **kwargs), minlength=5) / 20000
+  )
   np.testing.assert_allclose(frequency(), chance, atol=0.015)
   nucleus = np.array([0, 0.4, 0.15, 0.3, 0]) / 0.85  # 0.4 + 0.3 is not yet 0.75
   np.testing.assert_allclose(frequency(top_p=0.75), nucleus, atol=0.015)
-  np.testing.assert_allclose(frequency(temperature=0.5), chance ** 2 / (chance ** 2).sum(), atol=0.015)
+  np.testing.assert_allclose(frequency(temperature=0.5), chance**2 / (chance**2).sum(), atol=0.015)
 
 
-@pytest.mark.parametrize(('change', 'message'), (
-  ({'new_tokens': 0}, 'new_tokens=0 must be at least 1'),
-  ({'temperature': -1.0}, 'temperature=-1.0 must not be negative'),
-  ({'top_p': 0.0}, 'top_p=0.0 must lie in'),
-  ({'temperature': 0.7}, 'give a random key='),
-  ({'mask': [[1, 1, 0]]}, 'padded on the left'),
-  ({'mask': [[1, 1]]}, 'a mask of that shape'),
-  ({'theta': {}}, 'theta goes with a Tuned')))
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  (
+    ({'new_tokens': 0}, 'new_tokens=0 must be at least 1'),
+    ({'temperature': -1.0}, 'temperature=-1.0 must not be negative'),
+    ({'top_p': 0.0}, 'top_p=0.0 must lie in'),
+    ({'temperature': 0.7}, 'give a random key='),
+    ({'mask': [[1, 1, 0]]}, 'padded on the left'),
+    ({'mask': [[1, 1]]}, 'a mask of that shape'),
+    ({'theta': {}}, 'theta goes with a Tuned'),
+  ),
+)
 def test_impossible_requests_are_explained(change, message):
   model = models.Llama(8, 1, 2, 8, 10)
   with pytest.raises(ValueError, match=message):

@@ -13,12 +13,17 @@ NOTEBOOKS = sorted(path.name for path in COLABS.glob('*.ipynb'))
 
 
 def code_cells(notebook):
-  return [c for c in notebook.cells if c.cell_type == 'code' and 'install' not in c.metadata.get('tags', [])]
+  return [
+    c
+    for c in notebook.cells
+    if c.cell_type == 'code' and 'install' not in c.metadata.get('tags', [])
+  ]
 
 
 @pytest.fixture
 def executed(monkeypatch):
   """executed(notebook, **settings) -> what its cells print."""
+
   def run(name, **settings):
     for key, value in settings.items():
       monkeypatch.setenv(f'JPEFT_NOTEBOOK_{key}', str(value))
@@ -26,6 +31,7 @@ def executed(monkeypatch):
     notebook.cells = code_cells(notebook)
     nbclient.NotebookClient(notebook, timeout=600, kernel_name='python3').execute()
     return ''.join(o.get('text', '') for c in notebook.cells for o in c.get('outputs', []))
+
   return run
 
 
@@ -57,8 +63,14 @@ def before_and_after(printed):
 @quiet
 def test_qst_runs_on_a_tiny_decoder(executed, wide_decoder, backwards):  # noqa: F811
   """Random weights and a made-up task: two letters, to be written backwards in capitals."""
-  printed = executed('qst_llm.ipynb', MODEL=wide_decoder, DATA=f'completions:{backwards}', STEPS=100, BATCH=3,
-                     TARGET='cpu')
+  printed = executed(
+    'qst_llm.ipynb',
+    MODEL=wide_decoder,
+    DATA=f'completions:{backwards}',
+    STEPS=100,
+    BATCH=3,
+    TARGET='cpu',
+  )
   assert 'weights in' in printed and 'texts in' in printed and 'qlora' in printed
   before, after = before_and_after(printed)
   assert before > 15 and after < before / 3
@@ -69,4 +81,6 @@ def test_qst_runs_on_a_tiny_decoder(executed, wide_decoder, backwards):  # noqa:
 def test_qst_runs(executed):
   printed = executed('qst_llm.ipynb', WORDS=120, STEPS=3, BATCH=1, TARGET='cpu')
   before, after = before_and_after(printed)
-  assert 1 < after < 1.2 * before  # three updates leave no more than a sign that it goes the right way
+  assert (
+    1 < after < 1.2 * before
+  )  # three updates leave no more than a sign that it goes the right way

@@ -13,9 +13,14 @@ def section(name: str) -> str:
 
 
 def methods_table() -> str:
-  lines = ['| method | what it is | arXiv | memory class | merges |', '| --- | --- | --- | --- | --- |']
-  lines += [f'| `{r["name"]}` | {r["title"]} | {r["paper"]} | {r["memory"]} | {"yes" if r["mergeable"] else "no"} |'
-            for r in rows()]
+  lines = [
+    '| method | what it is | arXiv | memory class | merges |',
+    '| --- | --- | --- | --- | --- |',
+  ]
+  lines += [
+    f'| `{r["name"]}` | {r["title"]} | {r["paper"]} | {r["memory"]} | {"yes" if r["mergeable"] else "no"} |'
+    for r in rows()
+  ]
   return '\n'.join(lines) + '\n'
 
 

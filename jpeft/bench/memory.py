@@ -41,14 +41,18 @@ does not act on that work (HST reads images, BitFit biases, which T5 has none of
 
 Made by `python -m jpeft.bench.memory`; hyperparameters are those of `jpeft/methods/presets.py`, else the defaults.
 """.strip()
-PEER_NOTE = (f'Rows marked "peer" are constants measured with {PEERS[0]["source"]}: the same encoder, step, target and '
-             'convention.')
+PEER_NOTE = (
+  f'Rows marked "peer" are constants measured with {PEERS[0]["source"]}: the same encoder, step, target and '
+  'convention.'
+)
 REMATS: dict[str, Remat] = {'none': False, 'block': True, 'dots': 'dots'}
 FILL = {'none': 'full', 'block': 'none', 'dots': 'bottom'}
 KEY = ('work', 'method', 'remat', 'layers', 'target')
 
 
-def measure(work: str, method: str, remat: str, layers: str, where: targets.Target) -> dict[str, Any]:
+def measure(
+  work: str, method: str, remat: str, layers: str, where: targets.Target
+) -> dict[str, Any]:
   """A row of the table.
 
   Args:
@@ -67,28 +71,50 @@ def measure(work: str, method: str, remat: str, layers: str, where: targets.Targ
   planned = _planned(chosen, layers == 'scan', REMATS[remat]).stored(methods.REGISTRY[name].storage)
   tuned = planned.tuned(made)
   tx = training.optimizer(tuned, tuned.shapes, optax.constant_schedule(1e-3))
-  shapes = planned.placed(where.mesh(), training.state_shapes(tuned, tx, planned.variables), chosen.size)
+  shapes = planned.placed(
+    where.mesh(), training.state_shapes(tuned, tx, planned.variables), chosen.size
+  )
   fn = training.train_step(tuned, training.forward(tuned, True, planned.mode(True)), tx, 0)
   traced = jax.jit(fn, donate_argnums=0).trace(*shapes)
   facts = summary(tuned)
-  row = {'work': work, 'method': method, 'remat': remat, 'layers': layers, 'target': where.name,
-         'trainable': facts.trainable, 'memory_class': facts.memory}
+  row = {
+    'work': work,
+    'method': method,
+    'remat': remat,
+    'layers': layers,
+    'target': where.name,
+    'trainable': facts.trainable,
+    'memory_class': facts.memory,
+  }
   mib = lambda n: round(n / 2**20, 1)
   known = programs.nbytes(shapes)
   try:
     program = programs.compiled(traced, where.options, known)
   except programs.TooLarge as refused:
-    found = {'arguments_mib': mib(known), 'temp_mib': mib(refused.bytes - known), 'total_mib': mib(refused.bytes),
-             'gflop': programs.flops(traced).all}
+    found = {
+      'arguments_mib': mib(known),
+      'temp_mib': mib(refused.bytes - known),
+      'total_mib': mib(refused.bytes),
+      'gflop': programs.flops(traced).all,
+    }
   else:
     memory, counted = programs.memory(program), (program.cost_analysis() or {}).get('flops')
     gflop = programs.flops(traced).all if counted is None else counted + programs.uncounted(traced)
-    found = {'arguments_mib': mib(memory.argument), 'temp_mib': mib(memory.temp), 'total_mib': mib(memory.total),
-             'gflop': gflop}
+    found = {
+      'arguments_mib': mib(memory.argument),
+      'temp_mib': mib(memory.temp),
+      'total_mib': mib(memory.total),
+      'gflop': gflop,
+    }
   forward = planned.forward(chosen.size)
-  return {**row, **found, 'gflop': round(found['gflop'] / 1e9, 1), 'forward_gflop': round(forward / 1e9, 1),
-          'fits': where.memory is None or found['total_mib'] * 2**20 <= where.memory,
-          'compile_seconds': round(time.perf_counter() - start, 1)}
+  return {
+    **row,
+    **found,
+    'gflop': round(found['gflop'] / 1e9, 1),
+    'forward_gflop': round(forward / 1e9, 1),
+    'fits': where.memory is None or found['total_mib'] * 2**20 <= where.memory,
+    'compile_seconds': round(time.perf_counter() - start, 1),
+  }
 
 
 def _planned(work: Work, scan: bool, remat: Remat) -> planning.Work:
@@ -109,26 +135,42 @@ def rows(works, chosen, remats, layers, where: targets.Target, note=print):
           except ValueError as error:
             note(f'{work}: {method} is left out: {error}')
             continue
-          note(f'{work} {method} {remat} {kind}: {row["total_mib"]:,} MiB, {row["gflop"]:,} GFLOP '
-               f'({row["compile_seconds"]} s)')
+          note(
+            f'{work} {method} {remat} {kind}: {row["total_mib"]:,} MiB, {row["gflop"]:,} GFLOP '
+            f'({row["compile_seconds"]} s)'
+          )
           yield row
 
 
 def document(found: list[dict]) -> str:
   """docs/memory.md."""
-  lines = ['# Memory of a training step', '', INTRODUCTION, '', '![memory against FLOPs](memory.png)']
+  lines = [
+    '# Memory of a training step',
+    '',
+    INTRODUCTION,
+    '',
+    '![memory against FLOPs](memory.png)',
+  ]
   for work in WORKS:
     here = sorted((r for r in found if r['work'] == work), key=lambda r: r['total_mib'])
     if not here:
       continue
-    full = min((r['total_mib'] for r in here if r['method'] == 'full' and r['remat'] == 'none'), default=None)
-    lines += ['', f'## {work.upper()}: {WORKS[work].title}', '',
-              '| method | remat | layers | trainable | arguments | temporaries | total MiB | saved | GFLOP |',
-              '| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |']
+    full = min(
+      (r['total_mib'] for r in here if r['method'] == 'full' and r['remat'] == 'none'), default=None
+    )
+    lines += [
+      '',
+      f'## {work.upper()}: {WORKS[work].title}',
+      '',
+      '| method | remat | layers | trainable | arguments | temporaries | total MiB | saved | GFLOP |',
+      '| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |',
+    ]
     for r in here:
       saved = f'{100 * (1 - r["total_mib"] / full):.0f} %' if full else '-'
-      lines.append(f'| {r["method"]} | {r["remat"]} | {r["layers"]} | {r["trainable"]:,} | {r["arguments_mib"]:,.0f} | '
-                   f'{r["temp_mib"]:,.0f} | **{r["total_mib"]:,.0f}** | {saved} | {r["gflop"]:,.0f} |')
+      lines.append(
+        f'| {r["method"]} | {r["remat"]} | {r["layers"]} | {r["trainable"]:,} | {r["arguments_mib"]:,.0f} | '
+        f'{r["temp_mib"]:,.0f} | **{r["total_mib"]:,.0f}** | {saved} | {r["gflop"]:,.0f} |'
+      )
     if any('source' in r for r in here):
       lines += ['', PEER_NOTE]
     lines += ['', '"saved" is against our full fine-tuning without remat.']
@@ -139,30 +181,41 @@ def draw(found: list[dict], path: pathlib.Path) -> None:
   """Memory against FLOPs, a panel a work, the first one wide."""
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
+
   works = [w for w in WORKS if any(r['work'] == w for r in found)]
   rest = [*works[1:], *['.'] * (len(works) % 2 == 0)]
-  panels = [works[:1] * 2, *(rest[i:i + 2] for i in range(0, len(rest), 2))]
+  panels = [works[:1] * 2, *(rest[i : i + 2] for i in range(0, len(rest), 2))]
   figure = Figure(figsize=(12, 6 + 4 * (len(panels) - 1)), layout='constrained')
   canvas = FigureCanvasAgg(figure)
   axes = figure.subplot_mosaic(panels, height_ratios=[1.5, *[1] * (len(panels) - 1)])
   for work, axis in axes.items():
     for r in (r for r in found if r['work'] == work):
       peer = 'source' in r
-      axis.plot(r['total_mib'], r['gflop'], '^' if peer else 'o' if r['layers'] == 'unroll' else 's',
-                color='C7' if peer else 'C0', fillstyle=FILL[r['remat']], markersize=5)
+      axis.plot(
+        r['total_mib'],
+        r['gflop'],
+        '^' if peer else 'o' if r['layers'] == 'unroll' else 's',
+        color='C7' if peer else 'C0',
+        fillstyle=FILL[r['remat']],
+        markersize=5,
+      )
     axis.set_title(f'{work.upper()}: {WORKS[work].title}', fontsize=9)
     axis.set(xlabel='MiB in total', ylabel='GFLOP a step', xscale='log')
     axis.margins(x=0.12)
     axis.set_ylim(0)
     axis.grid(alpha=0.3)
-  figure.suptitle('hollow: blocks recomputed; half: all but products with weights; square: scanned; triangle: peer')
+  figure.suptitle(
+    'hollow: blocks recomputed; half: all but products with weights; square: scanned; triangle: peer'
+  )
   canvas.draw()  # places the axes, without which no label knows its neighbours
   for work, axis in axes.items():
     label(axis, [(r['method'], (r['total_mib'], r['gflop'])) for r in found if r['work'] == work])
   figure.savefig(path, dpi=110)
 
 
-def label(axis, points: list[tuple[str, tuple[float, float]]], height: int = 10, width: int = 75) -> None:
+def label(
+  axis, points: list[tuple[str, tuple[float, float]]], height: int = 10, width: int = 75
+) -> None:
   """Names beside points; one that would lie on another moves up, with a line to its point."""
   taken: list[tuple[float, float]] = []
   for name, point in sorted(points, key=lambda p: p[1][::-1]):
@@ -172,7 +225,14 @@ def label(axis, points: list[tuple[str, tuple[float, float]]], height: int = 10,
       y += 2
     taken.append((x, y))
     line = {'arrowstyle': '-', 'lw': 0.4, 'color': '0.6'} if y > start + height else None
-    axis.annotate(name, point, xytext=(5, y - start + 1), textcoords='offset pixels', fontsize=6, arrowprops=line)
+    axis.annotate(
+      name,
+      point,
+      xytext=(5, y - start + 1),
+      textcoords='offset pixels',
+      fontsize=6,
+      arrowprops=line,
+    )
 
 
 def recorded() -> list[dict]:
@@ -188,8 +248,11 @@ def write(new: list[dict]) -> None:
 
 
 def main(argv: list[str]) -> int:
-  parser = argparse.ArgumentParser('python -m jpeft.bench.memory', description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    'python -m jpeft.bench.memory',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
   every = names(methods.REGISTRY)
   listed = lambda known: lambda text: _listed(text, known)
   parser.add_argument('--work', type=listed(WORKS), default=list(WORKS))
@@ -215,7 +278,9 @@ def _listed(text: str, known) -> list[str]:
   """The names in a text; 'w4' stands for w4_1b and w4_7b."""
   chosen = []
   for name in text.split(','):
-    found = [name] if name in known else [k for k in known if k.startswith(f'{name}_') and known is WORKS]
+    found = (
+      [name] if name in known else [k for k in known if k.startswith(f'{name}_') and known is WORKS]
+    )
     if not found:
       raise argparse.ArgumentTypeError(f'{name!r} is none of {", ".join(known)}')
     chosen += found

@@ -22,7 +22,18 @@ _ROWS = (
 )
 
 PEERS: list[dict] = [
-  {'work': 'w1', 'method': f'peer: {method}', 'remat': remat, 'layers': 'unroll', 'trainable': trainable,
-   'arguments_mib': arguments, 'temp_mib': temp, 'total_mib': round(arguments + temp, 1), 'gflop': gflop,
-   'target': 'tpu:v5e', 'source': SOURCE}
-  for method, remat, trainable, arguments, temp, gflop in _ROWS]
+  {
+    'work': 'w1',
+    'method': f'peer: {method}',
+    'remat': remat,
+    'layers': 'unroll',
+    'trainable': trainable,
+    'arguments_mib': arguments,
+    'temp_mib': temp,
+    'total_mib': round(arguments + temp, 1),
+    'gflop': gflop,
+    'target': 'tpu:v5e',
+    'source': SOURCE,
+  }
+  for method, remat, trainable, arguments, temp, gflop in _ROWS
+]

@@ -12,8 +12,13 @@ def recorded(file: pathlib.Path, default: Sequence[dict] = ()) -> list[dict]:
   return json.loads(file.read_text()) if file.exists() else list(default)
 
 
-def record(file: pathlib.Path, new: Sequence[dict], key: Sequence[str], default: Sequence[dict] = (),
-           drop: Sequence[dict] = ()) -> list[dict]:
+def record(
+  file: pathlib.Path,
+  new: Sequence[dict],
+  key: Sequence[str],
+  default: Sequence[dict] = (),
+  drop: Sequence[dict] = (),
+) -> list[dict]:
   """Puts new rows in place of those of the same kind, and the others beside them.
 
   Args:
@@ -26,7 +31,10 @@ def record(file: pathlib.Path, new: Sequence[dict], key: Sequence[str], default:
   Returns:
     All rows.
   """
-  table = {tuple(row[k] for k in key): row for row in [*(r for r in recorded(file, default) if r not in drop), *new]}
+  table = {
+    tuple(row[k] for k in key): row
+    for row in [*(r for r in recorded(file, default) if r not in drop), *new]
+  }
   rows = [table[kind] for kind in sorted(table)]
   write(file, json.dumps(rows, indent=1) + '\n')
   return rows

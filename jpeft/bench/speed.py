@@ -52,9 +52,18 @@ def update_of(config) -> Update:
     _, tx = training.optimizer_of(config, tuned, steps=1000)
   size, rng = config.data.batch_size, np.random.default_rng(0)
   noise = lambda x: rng.normal(size=(size, *x.shape[1:])).astype(x.dtype)
-  batch = {k: noise(x) if np.issubdtype(x.dtype, np.floating) else np.repeat(x, size, 0) for k, x in blank.items()}
-  fn = training.train_step(tuned, training.forward(tuned, True), tx, config.seed, config.loss.label_smoothing,
-                       config.optimizer.accumulate)
+  batch = {
+    k: noise(x) if np.issubdtype(x.dtype, np.floating) else np.repeat(x, size, 0)
+    for k, x in blank.items()
+  }
+  fn = training.train_step(
+    tuned,
+    training.forward(tuned, True),
+    tx,
+    config.seed,
+    config.loss.label_smoothing,
+    config.optimizer.accumulate,
+  )
   state = training.initial_state(tuned, tx, pretrained.variables, config.seed)
   compiled, cost = training.compiled(fn, state, pretrained.variables, batch, donate=(0,))
   return Update(compiled, state, pretrained.variables, jax.device_put(batch), cost['flops'] / 1e9)
@@ -66,15 +75,25 @@ def compare(updates: dict[str, Update], rounds: int) -> list[dict]:
     update.seconds()  # the first call also allocates
   times = [{name: update.seconds() for name, update in updates.items()} for _ in range(rounds)]
   first = next(iter(updates))
-  return [{'method': name, 'seconds': statistics.median(t[name] for t in times),
-           'ratio': statistics.median(t[name] / t[first] for t in times),
-           'gflop': update.gflop, 'gflop_ratio': update.gflop / updates[first].gflop}
-          for name, update in updates.items()]
+  return [
+    {
+      'method': name,
+      'seconds': statistics.median(t[name] for t in times),
+      'ratio': statistics.median(t[name] / t[first] for t in times),
+      'gflop': update.gflop,
+      'gflop_ratio': update.gflop / updates[first].gflop,
+    }
+    for name, update in updates.items()
+  ]
 
 
 def main(argv: list[str]) -> int:
-  parser = argparse.ArgumentParser('python -m jpeft.bench.speed', description=__doc__, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    'python -m jpeft.bench.speed',
+    description=__doc__,
+    allow_abbrev=False,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
   parser.add_argument('--methods', required=True, type=lambda text: text.split(','))
   parser.add_argument('--rounds', type=int, default=ROUNDS)
   parser.add_argument('--json', action='store_true')
@@ -83,17 +102,31 @@ def main(argv: list[str]) -> int:
     if flags.rounds < 1:
       raise ValueError(f'--rounds={flags.rounds} must be at least 1')
     command = config_lib.parse(rest)
-    configs = {name: config_lib.load(f'{command.reference}:{name}', command.overrides) for name in flags.methods}
+    configs = {
+      name: config_lib.load(f'{command.reference}:{name}', command.overrides)
+      for name in flags.methods
+    }
     for config in configs.values():
       training.method_of(config)
   rows = compare({name: update_of(config) for name, config in configs.items()}, flags.rounds)
   if flags.json:
     print(json.dumps(rows, indent=1))
     return 0
-  print(training.markdown(
-    ('method', 'seconds', f'time / {flags.methods[0]}', 'GFLOP', f'GFLOP / {flags.methods[0]}'),
-    [(r['method'], f'{r["seconds"]:.3g}', f'{r["ratio"]:.2f}', f'{r["gflop"]:.4g}', f'{r["gflop_ratio"]:.2f}')
-     for r in rows]))
+  print(
+    training.markdown(
+      ('method', 'seconds', f'time / {flags.methods[0]}', 'GFLOP', f'GFLOP / {flags.methods[0]}'),
+      [
+        (
+          r['method'],
+          f'{r["seconds"]:.3g}',
+          f'{r["ratio"]:.2f}',
+          f'{r["gflop"]:.4g}',
+          f'{r["gflop_ratio"]:.2f}',
+        )
+        for r in rows
+      ],
+    )
+  )
   return 0
 
 

@@ -45,8 +45,9 @@ def _get_config(reference: str) -> tuple[Callable, pathlib.Path, str | None]:
   """(get_config, path, argument) of FILE.py or FILE.py:ARG; raises as `load` does."""
   match = re.fullmatch(r'(.+?\.py)(?::(.*))?', reference)
   if not match:
-    raise ValueError(f'--config={reference} is not a python file: give configs/NAME.py or '
-                     'configs/NAME.py:ARG')
+    raise ValueError(
+      f'--config={reference} is not a python file: give configs/NAME.py or configs/NAME.py:ARG'
+    )
   path, arg = pathlib.Path(match[1]), match[2]
   if not path.is_file():
     there = [str(p) for p in sorted(path.parent.glob('*.py')) if p.stem != '__init__']
@@ -93,7 +94,9 @@ class Command:
 
   def baseline(self, arg: str) -> 'Command':
     """The same file with another argument; overrides of the method and its optimizer stay behind."""
-    kept = {k: v for k, v in self.overrides.items() if k.split('.')[0] not in ('method', 'optimizer')}
+    kept = {
+      k: v for k, v in self.overrides.items() if k.split('.')[0] not in ('method', 'optimizer')
+    }
     path = re.fullmatch(r'(.+?\.py)(?::(.*))?', self.reference)[1]
     return Command(f'{path}:{arg}', kept, self.workdir)
 
@@ -104,7 +107,9 @@ class Command:
 
   def folder(self) -> pathlib.Path:
     """--workdir, or runs/FILE-ARG."""
-    name = pathlib.Path(re.sub(r'\.py(:.*)?$', lambda m: (m[1] or '').replace(':', '-'), self.reference)).name
+    name = pathlib.Path(
+      re.sub(r'\.py(:.*)?$', lambda m: (m[1] or '').replace(':', '-'), self.reference)
+    ).name
     return self.workdir or pathlib.Path('runs') / name
 
 
@@ -118,8 +123,10 @@ def parse(argv: list[str]) -> Command:
   while rest:
     flag, equals, value = rest.pop(0).partition('=')
     if flag not in ('--config', '--workdir') and not flag.startswith('--config.'):
-      raise ValueError(f'unknown argument {flag!r}{nearest(flag, ["--config", "--workdir"])}; '
-                       'config values are set by --config.key=value')
+      raise ValueError(
+        f'unknown argument {flag!r}{nearest(flag, ["--config", "--workdir"])}; '
+        'config values are set by --config.key=value'
+      )
     if not equals:
       if not rest or rest[0].startswith('--'):
         raise ValueError(f'{flag} needs a value: {flag}=VALUE')
@@ -127,7 +134,9 @@ def parse(argv: list[str]) -> Command:
     flags[flag] = value
   if '--config' not in flags:
     raise ValueError('--config=FILE.py is missing, such as --config=configs/quickstart.py')
-  overrides = {k.removeprefix('--config.'): v for k, v in flags.items() if k.startswith('--config.')}
+  overrides = {
+    k.removeprefix('--config.'): v for k, v in flags.items() if k.startswith('--config.')
+  }
   workdir = pathlib.Path(flags['--workdir']) if flags.get('--workdir') else None
   return Command(flags['--config'], overrides, workdir)
 
@@ -151,4 +160,6 @@ def from_json(path: pathlib.Path) -> ConfigDict:
 def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:
   """The dotted keys on which two configurations differ, as 'key (ours, theirs)'."""
   a, b = (flatten(json.loads(to_json(c))) for c in (ours, theirs))
-  return [f'{k} ({a.get(k)!r} here, {b.get(k)!r} there)' for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
+  return [
+    f'{k} ({a.get(k)!r} here, {b.get(k)!r} there)' for k in sorted({*a, *b}) if a.get(k) != b.get(k)
+  ]

@@ -44,50 +44,98 @@ def _within(default, doc, low, high):
 
 
 def _pairs(value) -> bool:
-  return all(isinstance(p, (list, tuple)) and len(p) == 2 and isinstance(p[0], str)
-             and isinstance(p[1], (int, float)) and p[1] >= 0 for p in value)
+  return all(
+    isinstance(p, (list, tuple))
+    and len(p) == 2
+    and isinstance(p[0], str)
+    and isinstance(p[1], (int, float))
+    and p[1] >= 0
+    for p in value
+  )
 
 
 STORAGES = ('nf4', 'nf4_double', 'fp4', 'fp4_double', 'int4', 'int4_1', 'affine')
 _TEXT, _FLAG, _OPTIONAL = (str,), (bool,), (str, type(None))
 
 FIELDS: dict[str, Field] = {
-  'task': _choice('classification', 'what is learnt, labels or texts', 'classification', 'language'),
+  'task': _choice(
+    'classification', 'what is learnt, labels or texts', 'classification', 'language'
+  ),
   'model.source': Field(_TEXT, REQUIRED, 'a folder with HF weights, a packaged name, or a hub id'),
-  'model.num_classes': _positive(int, None, 'labels of the fresh head; the data say it if left out'),
+  'model.num_classes': _positive(
+    int, None, 'labels of the fresh head; the data say it if left out'
+  ),
   'model.image_size': _positive(int, None, 'pixels; the checkpoint says it if left out'),
   'model.layers': _positive(int, None, 'keep the first n blocks'),
-  'model.pool': Field(_OPTIONAL, None, "what the head reads: 'cls', 'mean', ...; the family's own if none"),
+  'model.pool': Field(
+    _OPTIONAL, None, "what the head reads: 'cls', 'mean', ...; the family's own if none"
+  ),
   'model.dtype': _choice('float32', 'of the computation', 'float32', 'bfloat16', 'float16'),
   'model.param_dtype': _choice('float32', 'of the backbone', 'float32', 'bfloat16', 'float16'),
   'model.scan': Field(_FLAG, False, 'one scanned stack of blocks: compiles faster'),
-  'model.remat': Field((bool, str), False, 'recompute blocks in the backward pass: less memory; dots: all of them but '
-                       'their products with weights', "true, false or 'dots'", lambda v: v in (True, False, 'dots')),
-  'model.quantize': Field(_OPTIONAL, None, "4-bit format of the blocks' kernels; the method's own if left out: "
-                          f'{", ".join(STORAGES)}', f'one of {", ".join(STORAGES)}, or None',
-                          lambda v: v is None or v in STORAGES),
-  'model.dropout': Field((float, type(None)), None, "every dropout rate of the backbone; the checkpoint's if left out",
-                         'from 0 to 1', lambda v: v is None or 0 <= v <= 1),
-  'data.name': Field(_TEXT, REQUIRED, "mnist5k, movie_sentiment, emoji_groups, phonemes, folder:PATH, csv:PATH, "
-                     'jsonl:PATH or completions:PATH'),
+  'model.remat': Field(
+    (bool, str),
+    False,
+    'recompute blocks in the backward pass: less memory; dots: all of them but '
+    'their products with weights',
+    "true, false or 'dots'",
+    lambda v: v in (True, False, 'dots'),
+  ),
+  'model.quantize': Field(
+    _OPTIONAL,
+    None,
+    f"4-bit format of the blocks' kernels; the method's own if left out: {', '.join(STORAGES)}",
+    f'one of {", ".join(STORAGES)}, or None',
+    lambda v: v is None or v in STORAGES,
+  ),
+  'model.dropout': Field(
+    (float, type(None)),
+    None,
+    "every dropout rate of the backbone; the checkpoint's if left out",
+    'from 0 to 1',
+    lambda v: v is None or 0 <= v <= 1,
+  ),
+  'data.name': Field(
+    _TEXT,
+    REQUIRED,
+    'mnist5k, movie_sentiment, emoji_groups, phonemes, folder:PATH, csv:PATH, '
+    'jsonl:PATH or completions:PATH',
+  ),
   'data.train': Field(_TEXT, 'train', "split to train on, such as 'train[:1000]'"),
   'data.test': Field(_TEXT, 'test', 'split to evaluate on'),
   'data.dir': Field(_OPTIONAL, None, 'where prepared data lie'),
   'data.batch_size': _positive(int, 32, 'examples an update'),
-  'data.eval_batch_size': _positive(int, None, 'examples an evaluation step; batch_size if left out'),
+  'data.eval_batch_size': _positive(
+    int, None, 'examples an evaluation step; batch_size if left out'
+  ),
   'data.max_length': _positive(int, 128, 'tokens kept of a text; of a row of texts to write'),
   'data.pack': Field(_FLAG, True, 'several texts to write a row, each seeing itself alone'),
-  'data.chat': Field(_FLAG, False, "give prompts and completions as a chat, by the tokenizer's template"),
+  'data.chat': Field(
+    _FLAG, False, "give prompts and completions as a chat, by the tokenizer's template"
+  ),
   'data.augment': _choice('none', 'of training images', 'none', 'vtab', 'flip_crop', 'imagenet'),
   'data.resize': _choice('squash', 'how images get their size', 'squash', 'crop'),
   'data.in_memory': Field(_FLAG, False, 'read every example once, at the start'),
-  'data.cache_features': Field(_FLAG, False, 'run what comes before the first trained number once an example and '
-                               'keep what it gives, not once an epoch'),
+  'data.cache_features': Field(
+    _FLAG,
+    False,
+    'run what comes before the first trained number once an example and '
+    'keep what it gives, not once an epoch',
+  ),
   'method.name': Field(_TEXT, REQUIRED, 'of the registry, such as lora or lst'),
-  'method.head': Field((bool, type(None)), None, "train the model's head as well; if left out, where it is fresh: not "
-                       'of a model that writes text'),
-  'method.saved_bits': Field((int, type(None)), None, 'of a value that the backward pass keeps of a block; whole '
-                             'values if left out', '4, 8 or None', lambda v: v in (4, 8, None)),
+  'method.head': Field(
+    (bool, type(None)),
+    None,
+    "train the model's head as well; if left out, where it is fresh: not "
+    'of a model that writes text',
+  ),
+  'method.saved_bits': Field(
+    (int, type(None)),
+    None,
+    'of a value that the backward pass keeps of a block; whole values if left out',
+    '4, 8 or None',
+    lambda v: v in (4, 8, None),
+  ),
   'loss.label_smoothing': _within(0.0, 'share of the target given to all labels alike', 0.0, 1.0),
   'optimizer.name': _choice('adamw', 'update rule', 'adamw', 'adam', 'sgd', 'lion', 'adafactor'),
   'optimizer.lr': _positive(float, 1e-3, 'learning rate at its highest'),
@@ -97,25 +145,51 @@ FIELDS: dict[str, Field] = {
   'optimizer.b2': _within(0.999, 'mean of its square', 0.0, 1.0),
   'optimizer.eps': _positive(float, 1e-8, 'added to the root of the mean square'),
   'optimizer.clip_norm': _positive(float, None, 'largest global norm of the gradient of theta'),
-  'optimizer.layer_decay': Field((float,), 1.0, 'lr factor for each block further from the output',
-                                 'above 0, up to 1', lambda v: 0 < v <= 1),
-  'optimizer.groups': Field((tuple, list), (), 'lr factors: ((regex over theta paths, factor), ...)',
-                            'pairs (regex, factor of at least 0)', _pairs),
+  'optimizer.layer_decay': Field(
+    (float,),
+    1.0,
+    'lr factor for each block further from the output',
+    'above 0, up to 1',
+    lambda v: 0 < v <= 1,
+  ),
+  'optimizer.groups': Field(
+    (tuple, list),
+    (),
+    'lr factors: ((regex over theta paths, factor), ...)',
+    'pairs (regex, factor of at least 0)',
+    _pairs,
+  ),
   'optimizer.lora_plus': _positive(float, None, 'LoRA+: lr factor of the b matrices'),
   'optimizer.accumulate': _positive(int, 1, 'micro-batches that a batch is cut into'),
-  'optimizer.offload': Field(_FLAG, False, 'keep its state in host memory between updates; a CPU has no other'),
+  'optimizer.offload': Field(
+    _FLAG, False, 'keep its state in host memory between updates; a CPU has no other'
+  ),
   'schedule.name': _choice('cosine', 'of the learning rate', 'cosine', 'linear', 'constant'),
-  'schedule.warmup_steps': Field((int,), 0, 'updates of linear warm-up', 'at least 0', lambda v: v >= 0),
+  'schedule.warmup_steps': Field(
+    (int,), 0, 'updates of linear warm-up', 'at least 0', lambda v: v >= 0
+  ),
   'schedule.warmup_fraction': _within(0.0, 'the same as a share of all updates', 0.0, 1.0),
   'schedule.final': _within(0.0, 'share of lr at the end', 0.0, 1.0),
   'steps': _positive(int, None, 'updates; or give epochs'),
   'epochs': _positive(float, None, 'passes over the training split; or give steps'),
-  'seed': Field((int,), 0, 'of the head, theta, the order of the data and dropout', 'at least 0',
-                lambda v: v >= 0),
+  'seed': Field(
+    (int,),
+    0,
+    'of the head, theta, the order of the data and dropout',
+    'at least 0',
+    lambda v: v >= 0,
+  ),
   'eval.every': _positive(int, None, 'updates between evaluations; at the end alone if left out'),
-  'eval.metric': _choice('accuracy', 'that decides which theta is best', 'accuracy', 'macro_f1', 'loss', 'perplexity'),
-  'eval.generate': Field((int,), 0, 'prompts of the test split that are continued greedily at the end, and before',
-                         'at least 0', lambda v: v >= 0),
+  'eval.metric': _choice(
+    'accuracy', 'that decides which theta is best', 'accuracy', 'macro_f1', 'loss', 'perplexity'
+  ),
+  'eval.generate': Field(
+    (int,),
+    0,
+    'prompts of the test split that are continued greedily at the end, and before',
+    'at least 0',
+    lambda v: v >= 0,
+  ),
   'checkpoint.every': _positive(int, 100, 'updates between checkpoints'),
   'checkpoint.keep': _positive(int, 2, 'checkpoints kept'),
   'log.every': _positive(int, 10, 'updates between lines of metrics.jsonl'),
@@ -123,7 +197,9 @@ FIELDS: dict[str, Field] = {
   'mesh.data': _positive(int, 1, 'devices that share a batch'),
   'mesh.model': _positive(int, 1, 'devices that share a copy of the backbone'),
   'mesh.backbone': _choice('replicated', 'over the model axis', 'replicated', 'sharded'),
-  'baseline': Field(_OPTIONAL, None, 'also run the file with this argument, and print both as a table'),
+  'baseline': Field(
+    _OPTIONAL, None, 'also run the file with this argument, and print both as a table'
+  ),
 }
 OPEN = ('method',)
 
@@ -149,19 +225,29 @@ def complete(values) -> ConfigDict:
   if out['method.head'] is None:
     out['method.head'] = out['task'] == 'classification'
   if out['eval.metric'] == {'classification': 'perplexity', 'language': 'macro_f1'}[out['task']]:
-    raise ValueError(f"config.eval.metric={out['eval.metric']!r} is no metric of config.task={out['task']!r}")
+    raise ValueError(
+      f'config.eval.metric={out["eval.metric"]!r} is no metric of config.task={out["task"]!r}'
+    )
   if (out['steps'] is None) == (out['epochs'] is None):
-    raise ValueError('the config must set either steps or epochs, '
-                     f'not {"both" if out["steps"] else "neither"}')
-  for batch, part in (('data.batch_size', 'optimizer.accumulate'), ('data.batch_size', 'mesh.data'),
-                      ('data.eval_batch_size', 'mesh.data')):
+    raise ValueError(
+      f'the config must set either steps or epochs, not {"both" if out["steps"] else "neither"}'
+    )
+  for batch, part in (
+    ('data.batch_size', 'optimizer.accumulate'),
+    ('data.batch_size', 'mesh.data'),
+    ('data.eval_batch_size', 'mesh.data'),
+  ):
     if out[batch] is not None and out[batch] % out[part]:
       raise ValueError(f'config.{batch}={out[batch]} is not divisible by config.{part}={out[part]}')
   if out['data.cache_features'] and out['data.augment'] != 'none':
-    raise ValueError(f'config.data.augment={out["data.augment"]!r} changes the images each epoch: with '
-                     "config.data.cache_features it must be 'none'")
+    raise ValueError(
+      f'config.data.augment={out["data.augment"]!r} changes the images each epoch: with '
+      "config.data.cache_features it must be 'none'"
+    )
   if out['schedule.warmup_steps'] and out['schedule.warmup_fraction']:
-    raise ValueError('the config sets both schedule.warmup_steps and schedule.warmup_fraction: give one')
+    raise ValueError(
+      'the config sets both schedule.warmup_steps and schedule.warmup_fraction: give one'
+    )
   return ConfigDict(nest(out)).lock()
 
 
@@ -202,8 +288,9 @@ def nest(flat: dict[str, Any]) -> dict:
       if not isinstance(here, dict):
         raise ValueError(f'config key {key!r}: {section!r} is a value, not a section')
     if isinstance(here.get(last), dict):
-      raise ValueError(f'config key {key!r} is a section: set one of '
-                       f'{", ".join(f"{key}.{k}" for k in here[last])}')
+      raise ValueError(
+        f'config key {key!r} is a section: set one of {", ".join(f"{key}.{k}" for k in here[last])}'
+      )
     here[last] = value
   return out
 

@@ -50,15 +50,18 @@ class Anatomy:
     """
     if name == 'exit':
       name = self.exit
-    if name not in self.roles and (name == 'stack' or name == 'block_end' and self.exit == 'final_norm'):
+    if name not in self.roles and (
+      name == 'stack' or name == 'block_end' and self.exit == 'final_norm'
+    ):
       name = 'block'
     if name not in self.roles and name in _NOT_EVERYWHERE:
       return '(?!)'
     if name not in self.roles:
       near = difflib.get_close_matches(name, self.roles, 1)
       hint = f'; did you mean {{{near[0]}}}?' if near else ''
-      raise ValueError(f'the anatomy {self.name!r} has no role {{{name}}}, only '
-                       f'{", ".join(self.roles)}{hint}')
+      raise ValueError(
+        f'the anatomy {self.name!r} has no role {{{name}}}, only {", ".join(self.roles)}{hint}'
+      )
     return self.roles[name]
 
 
@@ -71,52 +74,130 @@ _MHA = r'(?:.*/)?MultiHeadDotProductAttention_\d+'
 _LAYER = r'(?:.*/)?layers(?:/\d+)?'
 
 _OWN = {
-  'block': _BLOCK, 'encoder_block': r'encoder/(?:block_\d+|blocks)',
+  'block': _BLOCK,
+  'encoder_block': r'encoder/(?:block_\d+|blocks)',
   'decoder_block': r'decoder/(?:block_\d+|blocks)',
-  'attention': rf'{_BLOCK}/(?:cross_)?attention', 'mlp': rf'{_BLOCK}/mlp',
-  'q': rf'{_BLOCK}/(?:cross_)?attention/query', 'k': rf'{_BLOCK}/(?:cross_)?attention/key',
-  'v': rf'{_BLOCK}/(?:cross_)?attention/value', 'o': rf'{_BLOCK}/(?:cross_)?attention/out',
-  'fc1': rf'{_BLOCK}/mlp/(?:fc1|gate)', 'fc2': rf'{_BLOCK}/mlp/fc2',
+  'attention': rf'{_BLOCK}/(?:cross_)?attention',
+  'mlp': rf'{_BLOCK}/mlp',
+  'q': rf'{_BLOCK}/(?:cross_)?attention/query',
+  'k': rf'{_BLOCK}/(?:cross_)?attention/key',
+  'v': rf'{_BLOCK}/(?:cross_)?attention/value',
+  'o': rf'{_BLOCK}/(?:cross_)?attention/out',
+  'fc1': rf'{_BLOCK}/mlp/(?:fc1|gate)',
+  'fc2': rf'{_BLOCK}/mlp/fc2',
   'linear': rf'{_BLOCK}/(?:(?:cross_)?attention/(?:query|key|value|out)|mlp/(?:fc1|gate|fc2))',
-  'norm': rf'{_BLOCK}/norm(?:1|2|_cross)', 'head': r'head(?:_\w+)?', 'stack': r'encoder',
+  'norm': rf'{_BLOCK}/norm(?:1|2|_cross)',
+  'head': r'head(?:_\w+)?',
+  'stack': r'encoder',
 }
 _PRE_NORM = {'norm1': rf'{_BLOCK}/norm1', 'norm2': rf'{_BLOCK}/norm2', 'block_end': _BLOCK}
 
 # The first of the families that fit best is chosen, so the order matters only between equals.
-ANATOMIES: dict[str, Anatomy] = {a.name: a for a in (
-  Anatomy('vit', {**_OWN, **_PRE_NORM, 'embed': r'embed', 'patch': r'embed/patch', 'encoder': r'encoder',
-                  'final_norm': r'final_norm'}, lead=1),
-  Anatomy('bert', {**_OWN, 'embed': r'embed', 'encoder': r'encoder', 'pooler': r'pooler',
-                   'word': r'embed/word', 'block_end': rf'{_BLOCK}/norm2'}, lead=1, exit='encoder'),
-  Anatomy('t5', {**_OWN, **_PRE_NORM, 'embed': r'embed', 'encoder': r'encoder', 'decoder': r'decoder',
-                 'final_norm': r'(?:en|de)coder/final_norm', 'encoder_norm': r'encoder/final_norm',
-                 'decoder_norm': r'decoder/final_norm',
-                 'position_bias': r'(?:en|de)coder/position_bias'},
-          side={'bias': 'position_bias', 'context': 'context'}),
-  Anatomy('llama', {**_OWN, **_PRE_NORM, 'embed': r'embed', 'encoder': r'decoder', 'stack': r'decoder',
-                    'encoder_block': r'decoder/(?:block_\d+|blocks)', 'final_norm': r'final_norm'}, causal=True),
-  Anatomy('vision_transformer', {
-    'block': _VIT_BLOCK, 'attention': rf'{_VIT_BLOCK}/MultiHeadDotProductAttention_\d+',
-    'q': rf'{_MHA}/query', 'k': rf'{_MHA}/key', 'v': rf'{_MHA}/value', 'o': rf'{_MHA}/out',
-    'mlp': rf'{_VIT_BLOCK}/Ml[pP](?:Block)?_\d+', 'fc1': rf'{_VIT_BLOCK}/Ml[pP](?:Block)?_\d+/Dense_0',
-    'fc2': rf'{_VIT_BLOCK}/Ml[pP](?:Block)?_\d+/Dense_1',
-    'linear': rf'{_MHA}/(?:query|key|value|out)|{_VIT_BLOCK}/Ml[pP](?:Block)?_\d+/Dense_\d+',
-    'norm': rf'{_VIT_BLOCK}/LayerNorm_\d+', 'norm1': rf'{_VIT_BLOCK}/LayerNorm_0',
-    'norm2': rf'{_VIT_BLOCK}/LayerNorm_[12]', 'final_norm': r'(?:.*/)?encoder_norm',
-    'stack': rf'Transformer/posembed_input|{_VIT_BLOCK}|Transformer/encoder_norm',
-    'patch': r'embedding', 'embed': r'embedding', 'encoder': r'Transformer', 'head': r'head'}, lead=1),
-  Anatomy('decoder', {
-    'block': _LAYER, 'attention': rf'{_LAYER}/(?:self_)?attn', 'mlp': rf'{_LAYER}/mlp',
-    'q': rf'{_LAYER}/(?:self_)?attn/q_(?:proj|einsum)', 'k': rf'{_LAYER}/(?:self_)?attn/(?:k_proj|kv_einsum)',
-    'v': rf'{_LAYER}/(?:self_)?attn/(?:v_proj|kv_einsum)',
-    'o': rf'{_LAYER}/(?:self_)?attn/(?:o_proj|attn_vec_einsum)',
-    'fc1': rf'{_LAYER}/mlp/(?:gate|up)_proj', 'fc2': rf'{_LAYER}/mlp/down_proj',
-    'linear': rf'{_LAYER}/(?:self_)?attn/(?:[qkvo]_proj|\w*einsum)|{_LAYER}/mlp(?:/\w+_proj)?',
-    'norm': rf'{_LAYER}/\w*norm\w*', 'norm1': rf'{_LAYER}/(?:input_layernorm|pre_attention_norm)',
-    'norm2': rf'{_LAYER}/(?:post_attention_layernorm|pre_ffw_norm|pre_feedforward_layernorm)',
-    'final_norm': r'final_norm|norm', 'embed': r'(?:embedder|embed_tokens)',
-    'head': r'lm_head'}, causal=True),
-)}
+ANATOMIES: dict[str, Anatomy] = {
+  a.name: a
+  for a in (
+    Anatomy(
+      'vit',
+      {
+        **_OWN,
+        **_PRE_NORM,
+        'embed': r'embed',
+        'patch': r'embed/patch',
+        'encoder': r'encoder',
+        'final_norm': r'final_norm',
+      },
+      lead=1,
+    ),
+    Anatomy(
+      'bert',
+      {
+        **_OWN,
+        'embed': r'embed',
+        'encoder': r'encoder',
+        'pooler': r'pooler',
+        'word': r'embed/word',
+        'block_end': rf'{_BLOCK}/norm2',
+      },
+      lead=1,
+      exit='encoder',
+    ),
+    Anatomy(
+      't5',
+      {
+        **_OWN,
+        **_PRE_NORM,
+        'embed': r'embed',
+        'encoder': r'encoder',
+        'decoder': r'decoder',
+        'final_norm': r'(?:en|de)coder/final_norm',
+        'encoder_norm': r'encoder/final_norm',
+        'decoder_norm': r'decoder/final_norm',
+        'position_bias': r'(?:en|de)coder/position_bias',
+      },
+      side={'bias': 'position_bias', 'context': 'context'},
+    ),
+    Anatomy(
+      'llama',
+      {
+        **_OWN,
+        **_PRE_NORM,
+        'embed': r'embed',
+        'encoder': r'decoder',
+        'stack': r'decoder',
+        'encoder_block': r'decoder/(?:block_\d+|blocks)',
+        'final_norm': r'final_norm',
+      },
+      causal=True,
+    ),
+    Anatomy(
+      'vision_transformer',
+      {
+        'block': _VIT_BLOCK,
+        'attention': rf'{_VIT_BLOCK}/MultiHeadDotProductAttention_\d+',
+        'q': rf'{_MHA}/query',
+        'k': rf'{_MHA}/key',
+        'v': rf'{_MHA}/value',
+        'o': rf'{_MHA}/out',
+        'mlp': rf'{_VIT_BLOCK}/Ml[pP](?:Block)?_\d+',
+        'fc1': rf'{_VIT_BLOCK}/Ml[pP](?:Block)?_\d+/Dense_0',
+        'fc2': rf'{_VIT_BLOCK}/Ml[pP](?:Block)?_\d+/Dense_1',
+        'linear': rf'{_MHA}/(?:query|key|value|out)|{_VIT_BLOCK}/Ml[pP](?:Block)?_\d+/Dense_\d+',
+        'norm': rf'{_VIT_BLOCK}/LayerNorm_\d+',
+        'norm1': rf'{_VIT_BLOCK}/LayerNorm_0',
+        'norm2': rf'{_VIT_BLOCK}/LayerNorm_[12]',
+        'final_norm': r'(?:.*/)?encoder_norm',
+        'stack': rf'Transformer/posembed_input|{_VIT_BLOCK}|Transformer/encoder_norm',
+        'patch': r'embedding',
+        'embed': r'embedding',
+        'encoder': r'Transformer',
+        'head': r'head',
+      },
+      lead=1,
+    ),
+    Anatomy(
+      'decoder',
+      {
+        'block': _LAYER,
+        'attention': rf'{_LAYER}/(?:self_)?attn',
+        'mlp': rf'{_LAYER}/mlp',
+        'q': rf'{_LAYER}/(?:self_)?attn/q_(?:proj|einsum)',
+        'k': rf'{_LAYER}/(?:self_)?attn/(?:k_proj|kv_einsum)',
+        'v': rf'{_LAYER}/(?:self_)?attn/(?:v_proj|kv_einsum)',
+        'o': rf'{_LAYER}/(?:self_)?attn/(?:o_proj|attn_vec_einsum)',
+        'fc1': rf'{_LAYER}/mlp/(?:gate|up)_proj',
+        'fc2': rf'{_LAYER}/mlp/down_proj',
+        'linear': rf'{_LAYER}/(?:self_)?attn/(?:[qkvo]_proj|\w*einsum)|{_LAYER}/mlp(?:/\w+_proj)?',
+        'norm': rf'{_LAYER}/\w*norm\w*',
+        'norm1': rf'{_LAYER}/(?:input_layernorm|pre_attention_norm)',
+        'norm2': rf'{_LAYER}/(?:post_attention_layernorm|pre_ffw_norm|pre_feedforward_layernorm)',
+        'final_norm': r'final_norm|norm',
+        'embed': r'(?:embedder|embed_tokens)',
+        'head': r'lm_head',
+      },
+      causal=True,
+    ),
+  )
+}
 
 
 def register_anatomy(anatomy: Anatomy) -> None:
@@ -128,8 +209,10 @@ def register_anatomy(anatomy: Anatomy) -> None:
 
 def choose(sites) -> Anatomy | None:
   """The family whose roles match the largest share of a model's sites, if any matches its blocks."""
+
   def fit(anatomy: Anatomy) -> tuple[bool, float]:
     hits = {r: any(re.fullmatch(p, path) for path in sites) for r, p in anatomy.roles.items()}
     return hits['block'], sum(hits.values()) / len(hits)
+
   best = max(ANATOMIES.values(), key=fit)
   return best if fit(best)[0] else None

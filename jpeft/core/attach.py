@@ -24,20 +24,30 @@ def attach(model, method: Method, backbone, /, *args, **kwargs) -> Tuned:
   """
   sites = sites_of(model, backbone, *args, **kwargs)
   rules = [(rule, site) for pattern, rule in method for site in _match(pattern, rule, sites)]
-  rules.sort(key=lambda pair: isinstance(pair[0], Call))  # arrays come before the call that reads them
+  rules.sort(
+    key=lambda pair: isinstance(pair[0], Call)
+  )  # arrays come before the call that reads them
   seen = set()
   for rule, site in rules:
     what = (rule.name, site.path, getattr(rule, 'method', '__call__'))
     if what in seen:
-      raise ValueError(f'two rules called {rule.name!r} meet at {site.path!r}; give one of the methods '
-                       'another name=')
+      raise ValueError(
+        f'two rules called {rule.name!r} meet at {site.path!r}; give one of the methods '
+        'another name='
+      )
     seen.add(what)
   tuned = Tuned(model, tuple(rules), sites, Method(method), jax.eval_shape(lambda: backbone))
   for rule, site, _ in tuned._plan[0]:
-    if (rule.needs_dot or rule.needs_input) and (rule, site) not in tuned._plan[1].get(site.path, ()):
-      what, way_out = ('dropout acts', '; use dropout=0') if rule.needs_dot else ('the rule acts', '')
-      raise ValueError(f'{rule.name} at {site.path!r}: {what} on the input of a layer, and '
-                       f'{site.kind or "this module"} offers no injection point for it{way_out}')
+    if (rule.needs_dot or rule.needs_input) and (rule, site) not in tuned._plan[1].get(
+      site.path, ()
+    ):
+      what, way_out = (
+        ('dropout acts', '; use dropout=0') if rule.needs_dot else ('the rule acts', '')
+      )
+      raise ValueError(
+        f'{rule.name} at {site.path!r}: {what} on the input of a layer, and '
+        f'{site.kind or "this module"} offers no injection point for it{way_out}'
+      )
   jax.tree.leaves(tuned.shapes)  # what a rule's `init` refuses is said here, not at the first step
   return tuned
 
@@ -45,9 +55,13 @@ def attach(model, method: Method, backbone, /, *args, **kwargs) -> Tuned:
 def _match(pattern: str, rule: Rule, sites: Sites) -> list[Site]:
   """The sites a rule acts on; says what was near when there are none."""
   hits = sites.find(pattern)
-  good = [s for s in hits if (rule.method in s.methods if isinstance(rule, Call) else _changes(rule, s))]
+  good = [
+    s for s in hits if (rule.method in s.methods if isinstance(rule, Call) else _changes(rule, s))
+  ]
   if not good:
     why = f'{len(hits)} sites match, but none has what it adapts' if hits else 'no site matches'
-    raise ValueError(f'{rule.name}: {why}: {pattern!r}. Near it, of {len(sites)} sites: '
-                     f'{", ".join(sites.nearest(pattern))}')
+    raise ValueError(
+      f'{rule.name}: {why}: {pattern!r}. Near it, of {len(sites)} sites: '
+      f'{", ".join(sites.nearest(pattern))}'
+    )
   return good

@@ -11,8 +11,9 @@ from .paths import natural
 from .sites import Site
 
 # (method, scratch) of the wrapped calls that are running, the outermost first.
-_running: contextvars.ContextVar[tuple[tuple[str, dict], ...]] = contextvars.ContextVar('jpeft_running',
-                                                                                     default=())
+_running: contextvars.ContextVar[tuple[tuple[str, dict], ...]] = contextvars.ContextVar(
+  'jpeft_running', default=()
+)
 # {path: how many of the rules there act}, where a rule runs what it wraps as a pure function.
 _beneath: contextvars.ContextVar[dict[str, int]] = contextvars.ContextVar('jpeft_beneath')
 
@@ -28,9 +29,30 @@ class Bound:
     outer: the `local` of the nearest call around this one that the method wraps; None without one.
   """
 
-  def __init__(self, run, *, name: str, site: Site, module, backend, path: str, method: str, rank: int, taps, key,
-               training: bool, rank_at=None):
-    self._name, self._run, self._backend, self._path, self._method, self._rank = name, run, backend, path, method, rank
+  def __init__(
+    self,
+    run,
+    *,
+    name: str,
+    site: Site,
+    module,
+    backend,
+    path: str,
+    method: str,
+    rank: int,
+    taps,
+    key,
+    training: bool,
+    rank_at=None,
+  ):
+    self._name, self._run, self._backend, self._path, self._method, self._rank = (
+      name,
+      run,
+      backend,
+      path,
+      method,
+      rank,
+    )
     self._taps, self._key, self._rank_at = taps, key, rank_at
     self.site, self.module, self.training = site, module, training
     self.local, self.outer = {}, None
@@ -50,7 +72,9 @@ class Bound:
     """
     taps = dict(sorted(self._taps().items(), key=lambda item: natural(item[0])))
     own = {path: by_rule[self._name] for path, by_rule in taps.items() if self._name in by_rule}
-    return own or {path: {n: x for t in by_rule.values() for n, x in t.items()} for path, by_rule in taps.items()}
+    return own or {
+      path: {n: x for t in by_rule.values() for n, x in t.items()} for path, by_rule in taps.items()
+    }
 
   def held(self) -> dict | None:
     """What this rule put into the model's collection 'cache' in the call before, {} at first.
@@ -89,8 +113,10 @@ class Bound:
     if not self.training:
       return None
     if self._key is None:
-      raise ValueError(f'{what} at {self.site.path!r} needs a random key: call '
-                       "tuned.apply(..., rngs={'dropout': key})")
+      raise ValueError(
+        f'{what} at {self.site.path!r} needs a random key: call '
+        "tuned.apply(..., rngs={'dropout': key})"
+      )
     return self._key
 
   def pure(self):
@@ -115,7 +141,9 @@ class Bound:
     fn, arrays, signature = self._backend.layer(self.module, site, index)
     flags = flags_of(signature, self.training)
     rank = self._rank_at(site.path)
-    return _under(lambda arrays, *a, **kw: fn(arrays, *a, **{**flags, **kw}), site.path, rank), arrays
+    return _under(
+      lambda arrays, *a, **kw: fn(arrays, *a, **{**flags, **kw}), site.path, rank
+    ), arrays
 
   def saving(self, pack, unpack):
     """The wrapped call, with what its backward pass keeps stored as pack(array).
@@ -157,10 +185,12 @@ class Bound:
 
 def _under(fn, path: str, rank: int):
   """fn(arrays, ...) with as many of the rules at a path as `rank` says, and nothing recorded."""
+
   def run(arrays, *args, **kwargs):
     token = _beneath.set({**_beneath.get({}), path: rank})
     try:
       return fn(arrays, *args, **kwargs)
     finally:
       _beneath.reset(token)
+
   return run

@@ -11,8 +11,15 @@ from .boxes import Box, inject
 from .sites import Leaf, Site, Sites, stack_axes
 from .trace import Use, uses
 
-_UNSEEN = {'kind': '', 'inputs': {}, 'out': None, 'fields': (), 'heads': None, 'module': None,
-           'methods': ()}
+_UNSEEN = {
+  'kind': '',
+  'inputs': {},
+  'out': None,
+  'fields': (),
+  'heads': None,
+  'module': None,
+  'methods': (),
+}
 FIELDS = ('dot_general', 'einsum_op', 'conv_general_dilated', 'attention_fn')
 
 
@@ -38,7 +45,9 @@ def sites_of(model, backbone, /, *args, **kwargs) -> Sites:
     hook = _recorder(seen, backend)
     return backend.run(model, backbone, flat, {}, hook, None, False, fresh_args, dict(fresh_kwargs))
 
-  found = uses(forward, stored, {i: jax.ShapeDtypeStruct(x.shape, x.dtype) for i, x in traced.items()})
+  found = uses(
+    forward, stored, {i: jax.ShapeDtypeStruct(x.shape, x.dtype) for i, x in traced.items()}
+  )
   owned: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
   for key, spec in stored.items():
     path, _, name = key.rpartition('/')
@@ -47,15 +56,28 @@ def sites_of(model, backbone, /, *args, **kwargs) -> Sites:
   sites = Sites()
   for path in dict.fromkeys([*seen, *owned]):
     axes, own = _stack(path, stored, seen, found), owned.get(path, {})
-    leaves = {name: _leaf(spec, found.get(paths.join_path(path, name), Use()), axes)
-              for name, spec in own.items()}
-    inside = next((v for k, v in stored.items() if f'{k}/'.startswith(f'{path}/'.lstrip('/'))), None)
+    leaves = {
+      name: _leaf(spec, found.get(paths.join_path(path, name), Use()), axes)
+      for name, spec in own.items()
+    }
+    inside = next(
+      (v for k, v in stored.items() if f'{k}/'.startswith(f'{path}/'.lstrip('/'))), None
+    )
     facts = {**_UNSEEN, **{k: v for k, v in seen.get(path, {}).items() if k != 'shapes'}}
-    site = Site(path=path, leaves=leaves, axes=axes, model=sites, boxes={}, **facts,
-                lengths=tuple(inside.shape[a] for a in axes) if axes else ())
+    site = Site(
+      path=path,
+      leaves=leaves,
+      axes=axes,
+      model=sites,
+      boxes={},
+      **facts,
+      lengths=tuple(inside.shape[a] for a in axes) if axes else (),
+    )
     for name in own:
       if isinstance(box := held[paths.join_path(path, name)], Box):
-        site.boxes[name] = jax.eval_shape(lambda box, site=site: jax.tree.map(lambda x: site.take(x, 0), box), box)
+        site.boxes[name] = jax.eval_shape(
+          lambda box, site=site: jax.tree.map(lambda x: site.take(x, 0), box), box
+        )
     sites[path] = site
   sites.anatomy = anatomy.choose(sites)
   return sites
@@ -96,8 +118,12 @@ def _recorder(seen: dict, backend):
   def hook(path, method, module, call, rider, taps):
     def recorded(*args, **kwargs):
       fields = tuple(f for f in FIELDS if _offers(module, f))
-      facts = {'kind': type(module).__name__, 'inputs': _inputs(getattr(type(module), method), args, kwargs),
-               'fields': fields, 'shapes': backend.shapes_inside(module)}
+      facts = {
+        'kind': type(module).__name__,
+        'inputs': _inputs(getattr(type(module), method), args, kwargs),
+        'fields': fields,
+        'shapes': backend.shapes_inside(module),
+      }
       heads = []
       if 'attention_fn' in fields:
         with inject(module, attention_fn=_counting_heads(module.attention_fn, heads)):
@@ -106,11 +132,17 @@ def _recorder(seen: dict, backend):
         out = call(*args, **kwargs)
       methods = tuple(dict.fromkeys((*seen.get(path, {}).get('methods', ()), method)))
       if method == '__call__' or path not in seen:
-        seen[path] = {**facts, 'out': _first(out), 'heads': heads[0] if heads else None,
-                      'module': backend.template(module)}
+        seen[path] = {
+          **facts,
+          'out': _first(out),
+          'heads': heads[0] if heads else None,
+          'module': backend.template(module),
+        }
       seen[path]['methods'] = methods
       return out
+
     return recorded
+
   return hook
 
 
@@ -124,6 +156,7 @@ def _counting_heads(attention, heads: list):
   def counted(query, key, value, *args, **kwargs):
     heads.append(tuple(key.shape[-2:]))
     return attention(query, key, value, *args, **kwargs)
+
   return counted
 
 
@@ -135,7 +168,9 @@ def _stack(path: str, stored: dict, seen: dict, found: dict) -> tuple[int, ...]:
   """
   shapes = seen.get(path, {}).get('shapes', {})
   if shapes:
-    return stack_axes([stored[paths.join_path(path, n)].shape for n in shapes], list(shapes.values()))
+    return stack_axes(
+      [stored[paths.join_path(path, n)].shape for n in shapes], list(shapes.values())
+    )
   own = [use for key, use in found.items() if key.rpartition('/')[0] == path]
   return min((use.scanned for use in own), key=len, default=())
 
@@ -145,5 +180,11 @@ def _leaf(spec: jax.ShapeDtypeStruct, use: Use, axes: tuple[int, ...]) -> Leaf:
   kept = [i for i in range(len(spec.shape)) if i not in gone]
   index = {axis: i for i, axis in enumerate(kept)}
   local = lambda dims: tuple(index[a] for a in dims if a in index)
-  return Leaf(tuple(spec.shape[i] for i in kept), spec.dtype, use.primitive, local(use.ins),
-              local(use.batch), use.offset)
+  return Leaf(
+    tuple(spec.shape[i] for i in kept),
+    spec.dtype,
+    use.primitive,
+    local(use.ins),
+    local(use.batch),
+    use.offset,
+  )

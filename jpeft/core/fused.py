@@ -44,7 +44,9 @@ def field_of(site: Site) -> str | None:
   return fields[0]
 
 
-def fused(rules: Sequence[tuple[Weight, Any]], site: Site, module, call, key, box: Box | None = None) -> Callable:
+def fused(
+  rules: Sequence[tuple[Weight, Any]], site: Site, module, call, key, box: Box | None = None
+) -> Callable:
   """The call with `rules` applied to x @ w instead of w.
 
   Args:
@@ -91,7 +93,7 @@ def _again(base, field: str, box: Box, *args, **kwargs):
   """
   i = 1 if field == 'einsum_op' else 0  # behind the text of the equation
   dtype = args[i + 1].dtype
-  product = lambda x, box: base(*args[:i], x, box.unbox().astype(dtype), *args[i + 2:], **kwargs)
+  product = lambda x, box: base(*args[:i], x, box.unbox().astype(dtype), *args[i + 2 :], **kwargs)
   if isinstance(box, Lazy):
     return jax.checkpoint(product)(args[i], box)
   spec = jax.ShapeDtypeStruct(args[i].shape, args[i].dtype)
@@ -123,6 +125,7 @@ def _cast(t, dtype, exact: tuple[str, ...]):
   def leaf(path, a):
     keep = any(getattr(k, 'key', None) in exact for k in path)
     return a if keep or not jnp.issubdtype(a.dtype, jnp.floating) else a.astype(dtype)
+
   return jax.tree_util.tree_map_with_path(leaf, t)
 
 
@@ -168,7 +171,12 @@ def _conv(base, leaf: Leaf, lhs, rhs, *args, **kwargs):
   dims = kwargs.get('dimension_numbers') or (args[4] if len(args) > 4 else None)
   dims = jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, dims)
   channel = dims.out_spec[1]
-  multiply = lambda x, m: jnp.moveaxis(base(x, leaf.unfold(m, (m.shape[-1],)), *args, **kwargs),
-                                       channel, -1)
-  return (Operand(lhs, multiply), rhs, lambda y: jnp.moveaxis(y, channel, -1),
-          lambda y, shape: jnp.moveaxis(y, -1, channel))
+  multiply = lambda x, m: jnp.moveaxis(
+    base(x, leaf.unfold(m, (m.shape[-1],)), *args, **kwargs), channel, -1
+  )
+  return (
+    Operand(lhs, multiply),
+    rhs,
+    lambda y: jnp.moveaxis(y, channel, -1),
+    lambda y, shape: jnp.moveaxis(y, -1, channel),
+  )

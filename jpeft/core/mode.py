@@ -6,8 +6,14 @@ import jax
 
 from .backends.choice import backend_of
 
-_TRAINS = {'train': True, 'training': True, 'is_training': True, 'deterministic': False,
-           'inference': False, 'eval': False}
+_TRAINS = {
+  'train': True,
+  'training': True,
+  'is_training': True,
+  'deterministic': False,
+  'inference': False,
+  'eval': False,
+}
 
 
 def flags_of(fn, training: bool) -> dict[str, bool]:
@@ -38,7 +44,9 @@ def _flag(model, args, kwargs) -> bool | None:
   for name, trains in _TRAINS.items():
     if isinstance(values.get(name), bool):
       return values[name] == trains
-  flags = {m.deterministic for m in _modules(model) if isinstance(getattr(m, 'deterministic', None), bool)}
+  flags = {
+    m.deterministic for m in _modules(model) if isinstance(getattr(m, 'deterministic', None), bool)
+  }
   return None if not flags else not all(flags)
 
 

@@ -1,7 +1,5 @@
 """Paths of modules and arrays, and the names of what jpeft stores beside them."""
 
-
-
 import re
 
 RIDER, TAP = 'jpeft', 'jpeft_tap'

@@ -136,7 +136,7 @@ class Site:
     if x.ndim < len(self.axes):
       return jnp.broadcast_to(x, (self.layers, *x.shape))
     led = self.lead(x)
-    return led.reshape(self.layers, *led.shape[len(self.axes):])
+    return led.reshape(self.layers, *led.shape[len(self.axes) :])
 
   def per_layer(self, fn):
     """vmaps `fn` over the leading stack axes of all its arguments."""
@@ -152,13 +152,16 @@ class Sites(dict[str, Site]):
 
   def expand(self, pattern: str) -> str:
     """Replaces roles such as {q} or {block} by the anatomy's patterns."""
+
     def role(match: re.Match) -> str:
       if self.anatomy is None:
         some = ', '.join(list(self)[:8])
         raise ValueError(
           f'{pattern!r} uses the role {match[0]}, and no known anatomy fits this model: give a regex '
-          f'over its paths ({some}, ...), or describe the model by jpeft.register_anatomy(...)')
+          f'over its paths ({some}, ...), or describe the model by jpeft.register_anatomy(...)'
+        )
       return f'(?:{self.anatomy.role(match[1])})'
+
     return re.sub(r'\{([a-z]\w*)\}', role, pattern)
 
   def find(self, pattern: str) -> list[Site]:
@@ -173,7 +176,9 @@ class Sites(dict[str, Site]):
     return difflib.get_close_matches(words, paths, n, 0.2) or paths[:n]
 
 
-def stack_axes(outer: Sequence[tuple[int, ...]], inner: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+def stack_axes(
+  outer: Sequence[tuple[int, ...]], inner: Sequence[tuple[int, ...]]
+) -> tuple[int, ...]:
   """The axes that lifting added, from the stored shapes and those that one call of the layer sees.
 
   One lift adds the same axis to every array of a module, so the answer is what all the arrays

@@ -38,10 +38,17 @@ class Summary:
     head = ('site', 'layers', 'class', 'rule', 'theta', 'trainable', 'merges')
     rows = [head, *[tuple(map(str, row)) for row in self.rows]]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = ['  '.join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [
+      '  '.join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
     share = f'{100 * self.trainable / self.total:.3g} %' if self.total else 'n/a'
-    return '\n'.join([*lines, f'{self.trainable:,} trainable numbers, {share} of {self.total:,}; '
-                      f'{self.memory}; {"mergeable" if self.mergeable else "not mergeable"}'])
+    return '\n'.join(
+      [
+        *lines,
+        f'{self.trainable:,} trainable numbers, {share} of {self.total:,}; '
+        f'{self.memory}; {"mergeable" if self.mergeable else "not mergeable"}',
+      ]
+    )
 
 
 def summary(tuned: Tuned) -> Summary:
@@ -54,17 +61,29 @@ def summary(tuned: Tuned) -> Summary:
   kept = tuned.trainable(theta)
   for rule, site in tuned.rules:
     t, keep = (tree.get(rule.name, {}).get(site.path, {}) for tree in (theta, kept))
-    numbers = sum(math.prod(x.shape) for x, k in zip(jax.tree.leaves(t), jax.tree.leaves(keep), strict=True)
-                  if k)
+    numbers = sum(
+      math.prod(x.shape)
+      for x, k in zip(jax.tree.leaves(t), jax.tree.leaves(keep), strict=True)
+      if k
+    )
     trainable += numbers
-    shapes = ' '.join(f'{name}{list(x.shape[len(site.lengths):])}' for name, x in _named(t))
+    shapes = ' '.join(f'{name}{list(x.shape[len(site.lengths) :])}' for name, x in _named(t))
     merges = 'no' if (rule, site) in tuned.unmergeable else 'yes'
-    rows.append((site.path or '(model)', site.layers, site.kind, rule.name, shapes, numbers, merges))
+    rows.append(
+      (site.path or '(model)', site.layers, site.kind, rule.name, shapes, numbers, merges)
+    )
   classes = [rule.memory for rule, _ in tuned.rules]
-  return Summary(tuple(rows), trainable, count(tuned.backbone), max(classes, key=MEMORY_CLASSES.index),
-                 tuned.mergeable)
+  return Summary(
+    tuple(rows),
+    trainable,
+    count(tuned.backbone),
+    max(classes, key=MEMORY_CLASSES.index),
+    tuned.mergeable,
+  )
 
 
 def _named(tree):
   flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return [('.'.join(str(getattr(k, 'key', getattr(k, 'idx', k))) for k in path), x) for path, x in flat]
+  return [
+    ('.'.join(str(getattr(k, 'key', getattr(k, 'idx', k))) for k in path), x) for path, x in flat
+  ]

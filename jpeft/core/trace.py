@@ -7,8 +7,18 @@ from jax.extend import core as jex
 
 # Primitives through which an array stays recognisably itself, axis by axis.
 _SAME = {
-  'convert_element_type', 'copy', 'reduce_precision', 'sharding_constraint', 'name', 'neg',
-  'optimization_barrier', 'slice', 'dynamic_slice', 'stop_gradient', 'reshard', 'concatenate',
+  'convert_element_type',
+  'copy',
+  'reduce_precision',
+  'sharding_constraint',
+  'name',
+  'neg',
+  'optimization_barrier',
+  'slice',
+  'dynamic_slice',
+  'stop_gradient',
+  'reshard',
+  'concatenate',
 }
 _ELEMENTWISE = {'add', 'sub', 'mul', 'div', 'max', 'min'}
 
@@ -57,7 +67,7 @@ def _walk(jaxpr, env: dict, found: dict[str, Use]) -> None:
       _enter(p['body_jaxpr'].jaxpr, ins[n:], found)
     elif subs := _sub_jaxprs(p, len(ins)):  # jit, remat, custom_jvp, cond
       for sub in subs:
-        inner = _enter(sub, ins[len(ins) - len(sub.invars):], found)
+        inner = _enter(sub, ins[len(ins) - len(sub.invars) :], found)
         pairs = zip(eqn.outvars, sub.outvars, strict=False)
         env |= {o: inner[i] for o, i in pairs if not isinstance(i, jex.Literal) and i in inner}
     else:
@@ -91,7 +101,9 @@ def _sliced(t: _Seen) -> _Seen:
 def _added(eqn) -> float:
   """The constant c of w + c and w - c."""
   sign = {'add': 1, 'sub': -1}.get(eqn.primitive.name, 0)
-  constants = [float(v.val) for v in eqn.invars[sign < 0:] if isinstance(v, jex.Literal)] if sign else []
+  constants = (
+    [float(v.val) for v in eqn.invars[sign < 0 :] if isinstance(v, jex.Literal)] if sign else []
+  )
   return sign * constants[0] if constants else 0.0
 
 
@@ -115,8 +127,11 @@ def _moved(eqn, ins, hit: _Seen) -> tuple[tuple[int, ...], ...] | None:
   shape = eqn.invars[at].aval.shape
   if name in _SAME:
     return dims
-  if name in _ELEMENTWISE and shape and all(not v.aval.shape for v, t in zip(eqn.invars, ins, strict=True)
-                                            if t is None):
+  if (
+    name in _ELEMENTWISE
+    and shape
+    and all(not v.aval.shape for v, t in zip(eqn.invars, ins, strict=True) if t is None)
+  ):
     return dims  # w * 2, 1 + scale: still the same array for whoever asks what it multiplies
   if name == 'transpose':
     return tuple(dims[i] for i in p['permutation'])

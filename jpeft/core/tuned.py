@@ -86,11 +86,18 @@ class Tuned:
       t = jax.tree.map(site.place, self._theta(theta, rule, site))
       flat |= {join_path(site.path, n): Lazy(whole, t, _Applied(rule, site), n) for n in names}
     riders = {path: self._rider(theta, path, key) for path in wrapped}
-    wanted = frozenset((path, method) for path, rules in wrapped.items() for method in (
-      *(getattr(rule, 'method', '__call__') for rule, _ in rules), *(['__call__'] if path in self._held else [])))
+    wanted = frozenset(
+      (path, method)
+      for path, rules in wrapped.items()
+      for method in (
+        *(getattr(rule, 'method', '__call__') for rule, _ in rules),
+        *(['__call__'] if path in self._held else []),
+      )
+    )
     taps = any(isinstance(rule, Call) and rule.taps for rule, _ in self.rules)
-    return backend.run(self.model, backbone, flat, riders, self._hooks[training], wanted, taps, args,
-                       dict(kwargs))
+    return backend.run(
+      self.model, backbone, flat, riders, self._hooks[training], wanted, taps, args, dict(kwargs)
+    )
 
   def merge(self, theta, backbone):
     """Weights: a backbone that the untouched model runs as `apply` runs theta. Where the kernel was a box, what
@@ -108,8 +115,12 @@ class Tuned:
       fn = site.per_layer(lambda t, a, change=change, site=site: change(t, site, Reader(a)))
       t = self._theta(theta, rule, site)
       new = fn(t, jax.tree.map(site.lead, arrays)) if arrays else {}
-      flat |= {join_path(site.path, n): jax.tree.map(site.place, w) if isinstance(w, Box)
-               else site.place(w).astype(arrays[n].dtype) for n, w in new.items()}
+      flat |= {
+        join_path(site.path, n): jax.tree.map(site.place, w)
+        if isinstance(w, Box)
+        else site.place(w).astype(arrays[n].dtype)
+        for n, w in new.items()
+      }
     return backend.replace(self.model, backbone, flat)
 
   @property
@@ -123,8 +134,10 @@ class Tuned:
 
   def _check_mergeable(self) -> None:
     for rule, site in self.unmergeable:
-      raise ValueError(f'{rule.name} at {site.path!r} changes the computation, not the weights: it '
-                       'cannot be merged')
+      raise ValueError(
+        f'{rule.name} at {site.path!r} changes the computation, not the weights: it '
+        'cannot be merged'
+      )
 
   @property
   def updates(self) -> bool:
@@ -153,9 +166,11 @@ class Tuned:
     fixed = {}
     for rule, site in self.rules:
       fixed.setdefault((rule.name, site.path), set()).update(rule.fixed)
+
     def leaf(path, _):
       names = [getattr(k, 'key', None) for k in path]
       return not fixed.get((names[0], names[1]), set()) & set(names[2:])
+
     return jax.tree_util.tree_map_with_path(leaf, theta)
 
   def only(self, *names: str) -> 'Tuned':
@@ -169,8 +184,9 @@ class Tuned:
       if name not in known:
         raise ValueError(f'no adapter is called {name!r}; there are {", ".join(known)}')
     rules = tuple((r, s) for r, s in self.rules if r.name in names)
-    return dataclasses.replace(self, rules=rules, method=Method(
-      pair for pair in self.method if pair[1].name in names))
+    return dataclasses.replace(
+      self, rules=rules, method=Method(pair for pair in self.method if pair[1].name in names)
+    )
 
   # What follows is resolved once and read at every trace.
 
@@ -199,8 +215,11 @@ class Tuned:
     """{path: kernel} of the sites whose kernel is a box in the backbone, and can be computed again where it is used."""
     backend = backend_of(self.model)
     flat = backend.arrays(self.model, self.backbone)
-    return {path: site.matrices[0] for path, site in self.sites.items()
-            if field_of(site) and isinstance(flat[join_path(path, site.matrices[0])], Box)}
+    return {
+      path: site.matrices[0]
+      for path, site in self.sites.items()
+      if field_of(site) and isinstance(flat[join_path(path, site.matrices[0])], Box)
+    }
 
   @functools.cached_property
   def _hooks(self) -> dict:
@@ -215,25 +234,46 @@ class Tuned:
     here = here[: _beneath.get({}).get(path, len(here))]
     theta = {name: self._slim(t, name, path) for name, t in rider['theta'].items()}
     weights = [(r, theta.get(r.name, {})) for r, _ in here if isinstance(r, Weight)]
-    box = backend.stored(module, self._held[path]) if path in self._held and method == '__call__' else None
+    box = (
+      backend.stored(module, self._held[path])
+      if path in self._held and method == '__call__'
+      else None
+    )
     if weights or box is not None:
       random = [rule.name for rule, _ in weights if rule.needs_dot]
       if training and key is None and random:
-        raise ValueError(f'{random[0]} dropout at {path!r} needs a random key: call '
-                         "tuned.apply(..., rngs={'dropout': key})")
+        raise ValueError(
+          f'{random[0]} dropout at {path!r} needs a random key: call '
+          "tuned.apply(..., rngs={'dropout': key})"
+        )
       call = fused(weights, self.sites[path], module, call, key if training else None, box)
     for rank, (rule, site) in enumerate(here):
       if isinstance(rule, Call):
         sub = None if key is None else jax.random.fold_in(key, zlib.crc32(rule.name.encode()))
-        bound = Bound(call, name=rule.name, site=site, module=module, backend=backend, path=path,
-                      method=method, rank=rank, taps=taps, key=sub, training=training,
-                      rank_at=functools.partial(self._rank_at, rule.name))
+        bound = Bound(
+          call,
+          name=rule.name,
+          site=site,
+          module=module,
+          backend=backend,
+          path=path,
+          method=method,
+          rank=rank,
+          taps=taps,
+          key=sub,
+          training=training,
+          rank_at=functools.partial(self._rank_at, rule.name),
+        )
         call = functools.partial(_called, rule, theta.get(rule.name, {}), bound)
     return call
 
   def _rank_at(self, name: str, path: str) -> int:
     """How many of the rules that wrap the call at a path come before those of one name."""
-    there = [r.name for r, _ in self._plan[1].get(path, ()) if getattr(r, 'method', '__call__') == '__call__']
+    there = [
+      r.name
+      for r, _ in self._plan[1].get(path, ())
+      if getattr(r, 'method', '__call__') == '__call__'
+    ]
     return there.index(name) if name in there else len(there)
 
   def _slim(self, t, name: str, path: str):
@@ -241,7 +281,9 @@ class Tuned:
     site = self.sites[path]
     if not site.axes or not t:
       return t
-    return jax.tree.map(lambda x, s: x.reshape(s.shape[len(site.axes):]), t, self.shapes[name][path])
+    return jax.tree.map(
+      lambda x, s: x.reshape(s.shape[len(site.axes) :]), t, self.shapes[name][path]
+    )
 
   def _theta(self, theta, rule: Rule, site: Site):
     """One rule's entry of theta; a clear error where theta is of another method."""
@@ -250,16 +292,20 @@ class Tuned:
     except KeyError:
       if site.path in self.shapes.get(rule.name, {}):
         held = ', '.join(theta) or 'nothing'
-        raise ValueError(f'theta has no entry {rule.name!r} for {site.path!r} (it holds {held}): was it '
-                         'made by another method?') from None
+        raise ValueError(
+          f'theta has no entry {rule.name!r} for {site.path!r} (it holds {held}): was it '
+          'made by another method?'
+        ) from None
       return {}
 
   def _rider(self, theta, path: str, key):
     """What rides into the modules of one path: theta, a random key, and a mark of this Tuned, so
     that a jitted layer cached for another method is traced again."""
     site, rules = self.sites[path], self._plan[1][path]
-    rider = {'theta': {rule.name: self._theta(theta, rule, site) for rule, site in rules},
-             f'id{id(self)}': jnp.zeros(site.lengths)}
+    rider = {
+      'theta': {rule.name: self._theta(theta, rule, site) for rule, site in rules},
+      f'id{id(self)}': jnp.zeros(site.lengths),
+    }
     if key is not None:
       sub = jax.random.fold_in(key, zlib.crc32(site.path.encode()))
       keys = jax.random.split(sub, site.lengths) if site.axes else sub
@@ -269,8 +315,9 @@ class Tuned:
   def _fix(self, theta):
     if not any(rule.fixed for rule, _ in self.rules):
       return theta
-    return jax.tree.map(lambda x, train: x if train else jax.lax.stop_gradient(x), theta,
-                        self.trainable(theta))
+    return jax.tree.map(
+      lambda x, train: x if train else jax.lax.stop_gradient(x), theta, self.trainable(theta)
+    )
 
 
 class Arrays(Reader):
@@ -300,8 +347,10 @@ def _shapes(site: Site) -> dict[str, Any]:
 @functools.lru_cache(maxsize=65536)
 def _changes(rule: Weight, site: Site) -> tuple[str, ...]:
   """The names of the arrays that a Weight replaces at a site, from shapes."""
+
   def new(key, arrays):
     return rule.apply(rule.init(key, site, Arrays(arrays, {})), site, Reader(arrays))
+
   return tuple(jax.eval_shape(new, jax.random.key(0), _shapes(site)))
 
 
@@ -312,7 +361,9 @@ def _fusible(rule: Weight, site: Site) -> bool:
 
 
 def _frozen(x):
-  return jax.lax.stop_gradient(x) if hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, jnp.inexact) else x
+  return (
+    jax.lax.stop_gradient(x) if hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, jnp.inexact) else x
+  )
 
 
 def _key(key, rule: Rule, site: Site):
@@ -330,8 +381,11 @@ def _called(rule: Call, theta, bound: Bound, *args, **kwargs):
     return out
 
   bound_run, bound._run = bound._run, call
-  floats = [x.dtype for x in jax.tree.leaves((args, kwargs))
-            if hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, jnp.floating)]
+  floats = [
+    x.dtype
+    for x in jax.tree.leaves((args, kwargs))
+    if hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, jnp.floating)
+  ]
   dtype = floats[0] if floats else bound.site.out.dtype
   around = _running.get()
   bound.outer = next((local for name, local in reversed(around) if name == rule.name), None)
@@ -342,11 +396,14 @@ def _called(rule: Call, theta, bound: Bound, *args, **kwargs):
     _running.reset(token)
   leaves, tree = jax.tree.flatten(out)
   if dtypes and len(dtypes[-1]) == len(leaves):
-    leaves = [x.astype(d) if d is not None and hasattr(x, 'astype') and x.dtype != d else x
-              for x, d in zip(leaves, dtypes[-1], strict=True)]
+    leaves = [
+      x.astype(d) if d is not None and hasattr(x, 'astype') and x.dtype != d else x
+      for x, d in zip(leaves, dtypes[-1], strict=True)
+    ]
   return jax.tree.unflatten(tree, leaves)
 
 
 def _cast(tree, dtype):
-  return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
-
+  return jax.tree.map(
+    lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+  )

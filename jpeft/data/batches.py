@@ -22,9 +22,19 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     steps_per_epoch: batches an epoch.
   """
 
-  def __init__(self, source, batch_size: int, transform: Transform | None = None, seed: int = 0,
-               shuffle: bool = True, epochs: int | None = None, drop_remainder: bool = True,
-               prefetch: int = 2, process_index: int = 0, process_count: int = 1):
+  def __init__(
+    self,
+    source,
+    batch_size: int,
+    transform: Transform | None = None,
+    seed: int = 0,
+    shuffle: bool = True,
+    epochs: int | None = None,
+    drop_remainder: bool = True,
+    prefetch: int = 2,
+    process_index: int = 0,
+    process_count: int = 1,
+  ):
     """Starts at the first batch of the first epoch.
 
     Args:
@@ -46,8 +56,12 @@ class Batches(Iterator[dict[str, np.ndarray]]):
       ValueError: the source is empty or smaller than a batch, batch_size is not divisible by process_count,
         or a number is out of range.
     """
-    for name, value, least in (('batch_size', batch_size, 1), ('seed', seed, 0), ('prefetch', prefetch, 0),
-                               ('epochs', 0 if epochs is None else epochs, 0)):
+    for name, value, least in (
+      ('batch_size', batch_size, 1),
+      ('seed', seed, 0),
+      ('prefetch', prefetch, 0),
+      ('epochs', 0 if epochs is None else epochs, 0),
+    ):
       if value < least:
         raise ValueError(f'{name}={value} is less than {least}')
     if not 0 <= process_index < process_count:
@@ -57,17 +71,28 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     if not len(source):
       raise ValueError('the source has no examples')
     if drop_remainder and batch_size > len(source):
-      raise ValueError(f'batch_size={batch_size} is more than the {len(source)} examples of the source; make '
-                       'it smaller or set drop_remainder=False')
-    self.steps_per_epoch = len(source) // batch_size if drop_remainder else -(-len(source) // batch_size)
+      raise ValueError(
+        f'batch_size={batch_size} is more than the {len(source)} examples of the source; make '
+        'it smaller or set drop_remainder=False'
+      )
+    self.steps_per_epoch = (
+      len(source) // batch_size if drop_remainder else -(-len(source) // batch_size)
+    )
     self._source, self._transform, self._keep_all = source, transform, not drop_remainder
     # What a position means; a state made under other values is refused.
-    self._fixed = {'seed': seed, 'batch_size': batch_size, 'examples': len(source), 'shuffle': shuffle,
-                   'drop_remainder': drop_remainder}
+    self._fixed = {
+      'seed': seed,
+      'batch_size': batch_size,
+      'examples': len(source),
+      'shuffle': shuffle,
+      'drop_remainder': drop_remainder,
+    }
     self._end = None if epochs is None else epochs * self.steps_per_epoch
     part = batch_size // process_count
     self._part = slice(process_index * part, (process_index + 1) * part)
-    self._order = functools.lru_cache(2)(self._shuffled)  # the batches ahead may be of the next epoch
+    self._order = functools.lru_cache(2)(
+      self._shuffled
+    )  # the batches ahead may be of the next epoch
     self._next = 0  # batches yielded since the first epoch began
     self._prefetch, self._ahead = prefetch, collections.deque()
     self._threads = concurrent.futures.ThreadPoolExecutor(prefetch, 'batches') if prefetch else None
@@ -101,29 +126,37 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         raise ValueError(f'the state {state} has no {name!r}')
     for name, value in self._fixed.items():
       if state[name] != value:
-        raise ValueError(f'the state was taken with {name}={state[name]}, these batches have {name}={value}')
+        raise ValueError(
+          f'the state was taken with {name}={state[name]}, these batches have {name}={value}'
+        )
     number = state['epoch'] * self.steps_per_epoch + state['batch']
     if not 0 <= number <= (number if self._end is None else self._end):
-      raise ValueError(f'epoch {state["epoch"]}, batch {state["batch"]} is beyond the end of these batches')
+      raise ValueError(
+        f'epoch {state["epoch"]}, batch {state["batch"]} is beyond the end of these batches'
+      )
     for future in self._ahead:
       future.cancel()
     self._ahead.clear()
     self._next = number
 
   def _make_ahead(self) -> None:
-    while len(self._ahead) < self._prefetch and (number := self._next + len(self._ahead)) != self._end:
+    while (
+      len(self._ahead) < self._prefetch and (number := self._next + len(self._ahead)) != self._end
+    ):
       self._ahead.append(self._threads.submit(self._batch, number))
 
   def _batch(self, number: int) -> dict[str, np.ndarray]:
     epoch, batch = divmod(number, self.steps_per_epoch)
     size = self._fixed['batch_size']
-    rows = self._order(epoch)[batch * size:(batch + 1) * size]
+    rows = self._order(epoch)[batch * size : (batch + 1) * size]
     real = np.arange(size) < len(rows)
     rows = np.pad(rows, (0, size - len(rows)), mode='edge')
     out = _stacked([self._example(epoch, int(row)) for row in rows[self._part]])
     if self._keep_all:
       if 'mask' in out:
-        raise ValueError("the transform returns 'mask', which is the name of the mask over examples")
+        raise ValueError(
+          "the transform returns 'mask', which is the name of the mask over examples"
+        )
       out['mask'] = real[self._part].astype(np.float32)
     return out
 
@@ -154,8 +187,10 @@ def _stacked(examples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
       raise ValueError(f'an example of a batch has {name!r}, another has not') from None
     shapes = sorted({value.shape for value in values})
     if len(shapes) > 1:
-      raise ValueError(f'{name!r} has the shapes {shapes[0]} and {shapes[-1]} in one batch; give a transform '
-                       'that makes them alike')
+      raise ValueError(
+        f'{name!r} has the shapes {shapes[0]} and {shapes[-1]} in one batch; give a transform '
+        'that makes them alike'
+      )
     stacked = np.stack(values)
     narrow = {np.dtype(np.int64): np.int32, np.dtype(np.float64): np.float32}  # what JAX holds
     out[name] = stacked.astype(narrow.get(stacked.dtype, stacked.dtype), copy=False)

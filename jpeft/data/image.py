@@ -24,9 +24,14 @@ AUGMENTATIONS, RESIZES = ('none', 'vtab', 'flip_crop', 'imagenet'), ('squash', '
 MARGIN = 256 / 224  # side that an image is resized to before a crop, over the side of the crop
 
 
-def image_transform(image_size: int, mean: float | Sequence[float] = IMAGENET_MEAN,
-                    std: float | Sequence[float] = IMAGENET_STD, augment: str = 'none',
-                    resize: str = 'squash', interpolation: str = 'bicubic') -> Callable[..., dict[str, Any]]:
+def image_transform(
+  image_size: int,
+  mean: float | Sequence[float] = IMAGENET_MEAN,
+  std: float | Sequence[float] = IMAGENET_STD,
+  augment: str = 'none',
+  resize: str = 'squash',
+  interpolation: str = 'bicubic',
+) -> Callable[..., dict[str, Any]]:
   """Turns {'image': uint8 [H, W, 1 or 3], ...} into {'image': float32 [image_size, image_size, 3], ...}.
 
   Args:
@@ -45,8 +50,11 @@ def image_transform(image_size: int, mean: float | Sequence[float] = IMAGENET_ME
   Raises:
     ValueError: a value that is none of these.
   """
-  for name, value, known in (('augment', augment, AUGMENTATIONS), ('resize', resize, RESIZES),
-                             ('interpolation', interpolation, FILTERS)):
+  for name, value, known in (
+    ('augment', augment, AUGMENTATIONS),
+    ('resize', resize, RESIZES),
+    ('interpolation', interpolation, FILTERS),
+  ):
     if value not in known:
       raise ValueError(f'{name}={value!r} is unknown; {nearest(value, known)}')
   if augment == 'vtab' and resize != 'squash':
@@ -55,7 +63,10 @@ def image_transform(image_size: int, mean: float | Sequence[float] = IMAGENET_ME
     raise ValueError(f'image_size={image_size} is not a positive number of pixels')
   if not np.all(np.asarray(std) > 0):
     raise ValueError(f'std={std} is not positive')
-  scale, shift = (1 / (255 * np.asarray(std))).astype(np.float32), (np.asarray(mean) / std).astype(np.float32)
+  scale, shift = (
+    (1 / (255 * np.asarray(std))).astype(np.float32),
+    (np.asarray(mean) / std).astype(np.float32),
+  )
   filter = FILTERS[interpolation]
 
   def transform(example: dict[str, Any], rng: np.random.Generator | None = None) -> dict[str, Any]:

@@ -40,5 +40,9 @@ def load(name: str, split: str, data_dir: str | Path | None = None) -> Source:
     dataset = READERS[kind](path)
   else:
     known = [*PACKAGED, *(f'{reader}:PATH' for reader in READERS)]
-    raise ValueError(f'unknown data set {name!r}; {nearest(f"{kind}:PATH" if colon else name, known)}')
-  return Source(dataset.read, splits.rows(split, dataset.splits, name), dataset.classes, dataset.unit)
+    raise ValueError(
+      f'unknown data set {name!r}; {nearest(f"{kind}:PATH" if colon else name, known)}'
+    )
+  return Source(
+    dataset.read, splits.rows(split, dataset.splits, name), dataset.classes, dataset.unit
+  )

@@ -48,7 +48,11 @@ class Packed:
         left_out += 1
         continue
       size += len(tokens)
-      place = next((k for k, (_, room) in enumerate(open_) if room >= len(tokens)), None) if pack else None
+      place = (
+        next((k for k, (_, room) in enumerate(open_) if room >= len(tokens)), None)
+        if pack
+        else None
+      )
       row, room = ([], length) if place is None else open_.pop(place)
       if place is None:
         self._rows.append(row)
@@ -56,12 +60,17 @@ class Packed:
       row.append((tokens, learnt))
       open_ = [*open_, (row, room - len(tokens))][-OPEN:]
     if not self._rows:
-      raise ValueError(f'of {len(source)} texts none has a completion within its first {length} tokens; raise '
-                       'data.max_length')
+      raise ValueError(
+        f'of {len(source)} texts none has a completion within its first {length} tokens; raise '
+        'data.max_length'
+      )
     padding = 1 - size / (len(self._rows) * length)
-    self.about = (f'{len(source) - left_out:,} texts in {len(self._rows):,} rows of {length} tokens, {padding:.0%} '
-                  'padding' + (f'; {cut:,} cut off' if cut else '')
-                  + (f', {left_out:,} left out: their completions begin later' if left_out else ''))
+    self.about = (
+      f'{len(source) - left_out:,} texts in {len(self._rows):,} rows of {length} tokens, {padding:.0%} '
+      'padding'
+      + (f'; {cut:,} cut off' if cut else '')
+      + (f', {left_out:,} left out: their completions begin later' if left_out else '')
+    )
 
   def __len__(self) -> int:
     return len(self._rows)
@@ -73,13 +82,17 @@ class Packed:
       tokens: int32 [length]; token_mask: int32 [length], 1, 2, ... for the texts of the row and 0 for padding; label:
       int32 [length], the token after each where that is learnt, else IGNORED; index: the number of its first example.
     """
-    out = {'tokens': np.full(self._length, self._pad, np.int32), 'token_mask': np.zeros(self._length, np.int32),
-           'label': np.full(self._length, IGNORED, np.int32), 'index': self._first[i]}
+    out = {
+      'tokens': np.full(self._length, self._pad, np.int32),
+      'token_mask': np.zeros(self._length, np.int32),
+      'label': np.full(self._length, IGNORED, np.int32),
+      'index': self._first[i],
+    }
     start = 0
     for number, (tokens, learnt) in enumerate(self._rows[i], 1):
       end = start + len(tokens)
       out['tokens'][start:end], out['token_mask'][start:end] = tokens, number
-      out['label'][start:end - 1] = np.where(learnt[1:], tokens[1:], IGNORED)
+      out['label'][start : end - 1] = np.where(learnt[1:], tokens[1:], IGNORED)
       start = end
     return out
 
@@ -113,7 +126,9 @@ def prompt(example: dict[str, Any], tokenizer, chat: bool = False) -> tuple[list
 
 
 def _encoded(pieces: Sequence[Part], tokenizer, begin: bool) -> list[tuple[list[int], bool]]:
-  return [(tokenizer.encode(text, begin and not i), learn) for i, (text, learn) in enumerate(pieces)]
+  return [
+    (tokenizer.encode(text, begin and not i), learn) for i, (text, learn) in enumerate(pieces)
+  ]
 
 
 def parts(example: dict[str, Any], tokenizer, chat: bool = False) -> tuple[list[Part], bool]:
@@ -124,8 +139,10 @@ def parts(example: dict[str, Any], tokenizer, chat: bool = False) -> tuple[list[
   """
   if 'messages' not in example and not chat:
     return [(example['prompt'], False), (example['completion'], True)], True
-  messages = example.get('messages') or [{'role': 'user', 'content': example['prompt']},
-                                         {'role': 'assistant', 'content': example['completion']}]
+  messages = example.get('messages') or [
+    {'role': 'user', 'content': example['prompt']},
+    {'role': 'assistant', 'content': example['completion']},
+  ]
   return _chat(messages, tokenizer), False
 
 
@@ -135,13 +152,15 @@ def _chat(messages: Sequence[dict[str, str]], tokenizer) -> list[Part]:
   for i, message in enumerate(messages):
     if message['role'] != 'assistant' or not i:
       continue
-    asked, answered = tokenizer.chat(messages[:i]), tokenizer.chat(messages[:i + 1], reply=False)
+    asked, answered = tokenizer.chat(messages[:i]), tokenizer.chat(messages[: i + 1], reply=False)
     if not asked.startswith(written) or not answered.startswith(asked):
-      raise ValueError('the chat template writes the beginning of a chat differently when it goes on, so that what '
-                       'the model should answer is not known; give prompts and completions')
-    answer, end, _ = answered[len(asked):].rpartition(eos)
-    answer = answer + end if end else answered[len(asked):]
-    found += [(asked[len(written):], False), (answer, True)]
+      raise ValueError(
+        'the chat template writes the beginning of a chat differently when it goes on, so that what '
+        'the model should answer is not known; give prompts and completions'
+      )
+    answer, end, _ = answered[len(asked) :].rpartition(eos)
+    answer = answer + end if end else answered[len(asked) :]
+    found += [(asked[len(written) :], False), (answer, True)]
     written = asked + answer
   _check(tokenizer, messages, written)
   return found
@@ -149,8 +168,12 @@ def _chat(messages: Sequence[dict[str, str]], tokenizer) -> list[Part]:
 
 def _check(tokenizer, messages: Sequence[dict[str, str]], text: str) -> None:
   """Raises a ValueError if a marker such as <|user|>, which the template writes, is no token."""
-  own, said = (set(re.findall(r'<\|[^|<>\s]+\|>', x)) for x in (text, ' '.join(m['content'] for m in messages)))
+  own, said = (
+    set(re.findall(r'<\|[^|<>\s]+\|>', x)) for x in (text, ' '.join(m['content'] for m in messages))
+  )
   for marker in sorted(own - said):
     if tokenizer.encoder.token_to_id(marker) is None:
-      raise ValueError(f'the chat template writes {marker!r}, which is no token of this tokenizer: it needs the '
-                       'special tokens that its template was made for')
+      raise ValueError(
+        f'the chat template writes {marker!r}, which is no token of this tokenizer: it needs the '
+        'special tokens that its template was made for'
+      )

@@ -67,12 +67,16 @@ def shuffled(keys: Sequence[str]) -> list[int]:
 def divided(keys: Sequence[str]) -> dict[str, list[int]]:
   """'train' and 'test' of data that come undivided: 80 % train, by digest, so equal keys stay together."""
   order = shuffled(keys)
-  return {'train': [i for i in order if digest(keys[i]) % 10 < 8],
-          'test': [i for i in order if digest(keys[i]) % 10 >= 8]}
+  return {
+    'train': [i for i in order if digest(keys[i]) % 10 < 8],
+    'test': [i for i in order if digest(keys[i]) % 10 >= 8],
+  }
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
   """'did you mean ...' or, where nothing is near, what there is; for error messages."""
   known = list(known)
   near = difflib.get_close_matches(word, known, 1)
-  return f'did you mean {near[0]!r}?' if near else f'there is {", ".join(map(repr, known)) or "nothing"}'
+  return (
+    f'did you mean {near[0]!r}?' if near else f'there is {", ".join(map(repr, known)) or "nothing"}'
+  )

@@ -31,12 +31,14 @@ def rows(split: str, splits: dict[str, Sequence[int]], where: str) -> Sequence[i
 def _part(part: str, splits: dict[str, Sequence[int]], where: str) -> Sequence[int]:
   match = _PART.fullmatch(part)
   if not match:
-    raise ValueError(f"{part!r} is no split; write 'train', 'train[:1000]', 'train[50%:]' or 'train+test'")
+    raise ValueError(
+      f"{part!r} is no split; write 'train', 'train[:1000]', 'train[50%:]' or 'train+test'"
+    )
   name = match['name']
   if name not in splits:
     raise ValueError(f'{where} has no split {name!r}; {nearest(name, splits)}')
   bound = lambda text: None if text is None else _row(text, len(splits[name]))
-  return splits[name][bound(match['start']):bound(match['stop'])]
+  return splits[name][bound(match['start']) : bound(match['stop'])]
 
 
 def _row(text: str, size: int) -> int:

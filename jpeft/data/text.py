@@ -10,8 +10,9 @@ from tokenizers import Tokenizer
 PADS = ('[PAD]', '<pad>', '<|pad|>', '<|padding|>')
 
 
-def text_transform(tokenizer: Tokenizer | str | Path, max_length: int,
-                   pad_token: str | None = None) -> Callable[..., dict[str, Any]]:
+def text_transform(
+  tokenizer: Tokenizer | str | Path, max_length: int, pad_token: str | None = None
+) -> Callable[..., dict[str, Any]]:
   """Turns {'text', ['pair'], 'label'} into arrays of `max_length` tokens, cut off or padded at the end.
 
   Args:
@@ -27,7 +28,9 @@ def text_transform(tokenizer: Tokenizer | str | Path, max_length: int,
     FileNotFoundError: no such tokenizer.json.
     ValueError: it is not one, it has no pad token, or max_length leaves no room for a token of the text.
   """
-  tokenizer = Tokenizer.from_str(tokenizer.to_str()) if isinstance(tokenizer, Tokenizer) else _read(tokenizer)
+  tokenizer = (
+    Tokenizer.from_str(tokenizer.to_str()) if isinstance(tokenizer, Tokenizer) else _read(tokenizer)
+  )
   special = tokenizer.num_special_tokens_to_add(is_pair=False)
   if max_length <= special:
     raise ValueError(f'max_length={max_length} leaves no room beside {special} special tokens')
@@ -38,8 +41,12 @@ def text_transform(tokenizer: Tokenizer | str | Path, max_length: int,
   def transform(example: dict[str, Any], rng: np.random.Generator | None = None) -> dict[str, Any]:
     rest = {k: v for k, v in example.items() if k not in ('text', 'pair')}
     code = tokenizer.encode(example['text'], example.get('pair'))
-    return {'tokens': np.array(code.ids, np.int32), 'token_mask': np.array(code.attention_mask, bool),
-            'types': np.array(code.type_ids, np.int32), **rest}
+    return {
+      'tokens': np.array(code.ids, np.int32),
+      'token_mask': np.array(code.attention_mask, bool),
+      'types': np.array(code.type_ids, np.int32),
+      **rest,
+    }
 
   return transform
 
@@ -59,5 +66,7 @@ def _pad(tokenizer: Tokenizer, name: str | None) -> str:
   for token in wanted:
     if tokenizer.token_to_id(token) is not None:
       return token
-  raise ValueError(f'the tokenizer has no pad token ({", ".join(wanted)} are not in its vocabulary of '
-                   f'{tokenizer.get_vocab_size()}); name one of its tokens with pad_token=')
+  raise ValueError(
+    f'the tokenizer has no pad token ({", ".join(wanted)} are not in its vocabulary of '
+    f'{tokenizer.get_vocab_size()}); name one of its tokens with pad_token='
+  )

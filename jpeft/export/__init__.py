@@ -1,4 +1,5 @@
 """Theta and merged weights in the layouts of other libraries."""
+
 from .peft_adapter import CONFIG, FILE, load_adapter, save_adapter
 
 __all__ = [

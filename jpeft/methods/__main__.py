@@ -10,9 +10,19 @@ from . import REGISTRY
 def rows() -> list[dict]:
   """One row a method: name, paper, memory class, whether it merges, hyperparameters with their defaults."""
   parameters = lambda make: {n: p.default for n, p in inspect.signature(make).parameters.items()}
-  return [{'name': name, 'title': e.title, 'paper': e.paper, 'memory': e.memory, 'mergeable': e.mergeable,
-           'hyperparameters': {n: None if d is inspect.Parameter.empty else d for n, d in parameters(e.make).items()}}
-          for name, e in REGISTRY.items()]
+  return [
+    {
+      'name': name,
+      'title': e.title,
+      'paper': e.paper,
+      'memory': e.memory,
+      'mergeable': e.mergeable,
+      'hyperparameters': {
+        n: None if d is inspect.Parameter.empty else d for n, d in parameters(e.make).items()
+      },
+    }
+    for name, e in REGISTRY.items()
+  ]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -22,7 +32,10 @@ def main(argv: list[str] | None = None) -> None:
     print(json.dumps(rows(), indent=2))
     return
   table = [('method', 'paper', 'memory class', 'merges', 'what it is')]
-  table += [(r['name'], r['paper'], r['memory'], 'yes' if r['mergeable'] else 'no', r['title']) for r in rows()]
+  table += [
+    (r['name'], r['paper'], r['memory'], 'yes' if r['mergeable'] else 'no', r['title'])
+    for r in rows()
+  ]
   widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
   for row in table:
     print('  '.join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())

@@ -9,9 +9,11 @@ def pool(x: jax.Array, reduction: int) -> jax.Array:
   return x.reshape(*x.shape[:-1], -1, reduction).mean(-1)
 
 
-def dense(key, fan_in: int, fan_out: int, *lead: int, std: float | None = None) -> dict[str, jax.Array]:
+def dense(
+  key, fan_in: int, fan_out: int, *lead: int, std: float | None = None
+) -> dict[str, jax.Array]:
   """The parameters of a linear map, normal with std 1 / sqrt(fan_in) unless given, the bias zero."""
-  kernel = jax.random.normal(key, (*lead, fan_in, fan_out)) * (fan_in ** -0.5 if std is None else std)
+  kernel = jax.random.normal(key, (*lead, fan_in, fan_out)) * (fan_in**-0.5 if std is None else std)
   return {'kernel': kernel, 'bias': jnp.zeros((*lead, fan_out))}
 
 
@@ -36,7 +38,9 @@ def layer_norm(t, x: jax.Array, eps: float = 1e-6) -> jax.Array:
 def rms_norm(t, x: jax.Array, eps: float = 1e-6) -> jax.Array:
   """RMSNorm over the last axis. Statistics are float32."""
   wide = x.astype(jnp.float32)
-  return (wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)).astype(x.dtype) * t['scale']
+  return (wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)).astype(x.dtype) * t[
+    'scale'
+  ]
 
 
 def put_first(out, new: jax.Array):

@@ -8,7 +8,9 @@ def drop(x: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:
   if key is None or not rate:
     return x
   kept = jax.random.bernoulli(key, 1 - rate, x.shape)
-  return x * (kept / (1 - rate or 1)).astype(x.dtype)  # at rate 1 nothing is kept: no division by zero
+  return x * (kept / (1 - rate or 1)).astype(
+    x.dtype
+  )  # at rate 1 nothing is kept: no division by zero
 
 
 def on_first(out, fn):

@@ -36,4 +36,6 @@ def preset(name: str) -> tuple[str, dict]:
 
 def names(methods) -> list[str]:
   """All there is to compare: the methods, and behind each the presets of it that have a name of their own."""
-  return [n for m in methods for n in (m, *(p for p, (of, _) in PRESETS.items() if of == m and p != m))]
+  return [
+    n for m in methods for n in (m, *(p for p, (of, _) in PRESETS.items() if of == m and p != m))
+  ]

@@ -57,11 +57,27 @@ REGISTRY: dict[str, Entry] = {
   'full': Entry(full, '-', FULL, True, 'full fine-tuning', head=True),
   'bitfit': Entry(bitfit, '2106.10199', FULL, True, 'BitFit: biases'),
   'norm': Entry(norm, '2302.07937', FULL, True, 'norm tuning: scales and shifts'),
-  'lora': Entry(lora, '2106.09685', FULL, True, 'LoRA, rsLoRA, PiSSA, OLoRA: a low-rank product beside each matrix'),
-  'lora_fa': Entry(lora_fa, '2308.03303', FULL, True, 'LoRA-FA: LoRA whose first factor stays as drawn'),
-  'qlora': Entry(qlora, '2305.14314', FULL, True, 'QLoRA: LoRA on every linear map of a 4-bit backbone',
-                 storage='nf4_double'),
-  'peqa': Entry(peqa, '2305.14152', FULL, True, 'PEQA: the scales of integer kernels', storage='affine'),
+  'lora': Entry(
+    lora,
+    '2106.09685',
+    FULL,
+    True,
+    'LoRA, rsLoRA, PiSSA, OLoRA: a low-rank product beside each matrix',
+  ),
+  'lora_fa': Entry(
+    lora_fa, '2308.03303', FULL, True, 'LoRA-FA: LoRA whose first factor stays as drawn'
+  ),
+  'qlora': Entry(
+    qlora,
+    '2305.14314',
+    FULL,
+    True,
+    'QLoRA: LoRA on every linear map of a 4-bit backbone',
+    storage='nf4_double',
+  ),
+  'peqa': Entry(
+    peqa, '2305.14152', FULL, True, 'PEQA: the scales of integer kernels', storage='affine'
+  ),
   'dora': Entry(dora, '2402.09353', FULL, True, 'DoRA: LoRA for directions, a magnitude a column'),
   'vera': Entry(vera, '2310.11454', FULL, True, 'VeRA: two vectors around a shared random pair'),
   'ia3': Entry(ia3, '2205.05638', FULL, True, '(IA)^3: scales keys, values and inner activations'),
@@ -69,23 +85,70 @@ REGISTRY: dict[str, Entry] = {
   'houlsby': Entry(houlsby, '1902.00751', FULL, False, 'adapters after attention and MLP'),
   'pfeiffer': Entry(pfeiffer, '2005.00247', FULL, False, 'adapters after the MLP'),
   'parallel': Entry(parallel, '2110.04366', FULL, False, 'scaled adapters beside the MLP'),
-  'adaptformer': Entry(adaptformer, '2205.13535', FULL, False, 'AdaptFormer: adapters beside norm and MLP'),
-  'vpt_shallow': Entry(vpt_shallow, '2203.12119', FULL, False, 'VPT: prompt tokens before the first block'),
-  'vpt_deep': Entry(vpt_deep, '2203.12119', FULL, False, 'VPT: fresh prompt tokens before every block'),
-  'prefix': Entry(prefix, '2101.00190', FULL, False, 'prefix tuning: keys and values in every attention'),
-  'velora': Entry(velora, '2405.17991', FULL, True, 'VeLoRA: kernels trained from projections of their inputs'),
-  'meft': Entry(meft, '2306.00477', FULL, False, 'MEFT: the backbone made reversible; nothing is kept of a layer'),
-  's2a': Entry(s2a, '2503.08154', FULL, False, 'S2A: biases, prompts, side modules; 4-bit storage for backprop'),
-  'lst': Entry(lst, '2206.06522', NONE, False, 'ladder side-tuning: a narrow network fed by the blocks'),
-  'qst': Entry(qst, '2401.07159', NONE, False, 'QST: a narrow decoder beside a 4-bit one, blended before the head',
-               storage='nf4_double'),
-  'side_tuning': Entry(side_tuning, '1912.13503', NONE, False, 'side-tuning: a small network beside the frozen one'),
-  'head2toe': Entry(head2toe, '2201.03529', NONE, False, 'Head2Toe: a linear head over all activations', head=True),
-  'vqt': Entry(vqt, '2212.03220', NONE, False, 'VQT: learned queries summarise each block for the head', head=True),
-  'unipt': Entry(unipt, '2308.14316', NONE, False, 'UniPT: all states projected, aligned to the last, and weighed'),
+  'adaptformer': Entry(
+    adaptformer, '2205.13535', FULL, False, 'AdaptFormer: adapters beside norm and MLP'
+  ),
+  'vpt_shallow': Entry(
+    vpt_shallow, '2203.12119', FULL, False, 'VPT: prompt tokens before the first block'
+  ),
+  'vpt_deep': Entry(
+    vpt_deep, '2203.12119', FULL, False, 'VPT: fresh prompt tokens before every block'
+  ),
+  'prefix': Entry(
+    prefix, '2101.00190', FULL, False, 'prefix tuning: keys and values in every attention'
+  ),
+  'velora': Entry(
+    velora, '2405.17991', FULL, True, 'VeLoRA: kernels trained from projections of their inputs'
+  ),
+  'meft': Entry(
+    meft,
+    '2306.00477',
+    FULL,
+    False,
+    'MEFT: the backbone made reversible; nothing is kept of a layer',
+  ),
+  's2a': Entry(
+    s2a, '2503.08154', FULL, False, 'S2A: biases, prompts, side modules; 4-bit storage for backprop'
+  ),
+  'lst': Entry(
+    lst, '2206.06522', NONE, False, 'ladder side-tuning: a narrow network fed by the blocks'
+  ),
+  'qst': Entry(
+    qst,
+    '2401.07159',
+    NONE,
+    False,
+    'QST: a narrow decoder beside a 4-bit one, blended before the head',
+    storage='nf4_double',
+  ),
+  'side_tuning': Entry(
+    side_tuning, '1912.13503', NONE, False, 'side-tuning: a small network beside the frozen one'
+  ),
+  'head2toe': Entry(
+    head2toe, '2201.03529', NONE, False, 'Head2Toe: a linear head over all activations', head=True
+  ),
+  'vqt': Entry(
+    vqt,
+    '2212.03220',
+    NONE,
+    False,
+    'VQT: learned queries summarise each block for the head',
+    head=True,
+  ),
+  'unipt': Entry(
+    unipt,
+    '2308.14316',
+    NONE,
+    False,
+    'UniPT: all states projected, aligned to the last, and weighed',
+  ),
   'hst': Entry(hst, '2310.05393', FULL, False, 'HST: a pyramid beside a plain ViT', head=True),
-  'sherl': Entry(sherl, '2407.07523', PARTIAL, False, 'SHERL: merged states go through the last frozen block'),
-  'unipt_global': Entry(unipt_global, '2308.14316', NONE, False, 'UniPT of one pooled embedding, for retrieval'),
+  'sherl': Entry(
+    sherl, '2407.07523', PARTIAL, False, 'SHERL: merged states go through the last frozen block'
+  ),
+  'unipt_global': Entry(
+    unipt_global, '2308.14316', NONE, False, 'UniPT of one pooled embedding, for retrieval'
+  ),
 }
 
 
@@ -115,4 +178,6 @@ def make(name: str, head: bool = True, saved_bits: int | None = None, **hyperpar
   method = entry.make(**hyperparameters)
   if saved_bits is not None:
     method = chain(method, packed(bits=saved_bits))
-  return method if entry.head or not head else chain(method, tune('{head}', name='head', memory=NONE))
+  return (
+    method if entry.head or not head else chain(method, tune('{head}', name='head', memory=NONE))
+  )

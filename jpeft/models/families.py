@@ -69,7 +69,9 @@ def depth_of(config: Mapping, key: str, request: Request) -> int:
   if request.layers is None:
     return depth
   if not 1 <= request.layers <= depth:
-    raise ValueError(f'layers={request.layers} is not between 1 and the {depth} blocks of the model')
+    raise ValueError(
+      f'layers={request.layers} is not between 1 and the {depth} blocks of the model'
+    )
   return request.layers
 
 

@@ -57,11 +57,22 @@ class Pretrained:
   files: dict[str, str]
 
 
-def load(source: str | Path, *, num_classes: int | None = None, image_size: int | None = None,
-         dtype: Any = 'float32', param_dtype: Any = 'float32', scan: bool = False,
-         remat: Remat = False, seed: int = 0, layers: int | None = None,
-         pool: str | None = None, dropout: float | None = None, quantize: Format | None = None,
-         targets: str = '{linear}') -> Pretrained:
+def load(
+  source: str | Path,
+  *,
+  num_classes: int | None = None,
+  image_size: int | None = None,
+  dtype: Any = 'float32',
+  param_dtype: Any = 'float32',
+  scan: bool = False,
+  remat: Remat = False,
+  seed: int = 0,
+  layers: int | None = None,
+  pool: str | None = None,
+  dropout: float | None = None,
+  quantize: Format | None = None,
+  targets: str = '{linear}',
+) -> Pretrained:
   """Loads a backbone.
 
   Args:
@@ -97,21 +108,42 @@ def load(source: str | Path, *, num_classes: int | None = None, image_size: int 
   folder, origin = find(source)
   checkpoint, config = _opened(folder)
   family = family_of(config)
-  model = _build(config, checkpoint, num_classes=num_classes, image_size=image_size, dtype=dtype,
-                 param_dtype=param_dtype, scan=scan, remat=remat, layers=layers, pool=pool, dropout=dropout)
+  model = _build(
+    config,
+    checkpoint,
+    num_classes=num_classes,
+    image_size=image_size,
+    dtype=dtype,
+    param_dtype=param_dtype,
+    scan=scan,
+    remat=remat,
+    layers=layers,
+    pool=pool,
+    dropout=dropout,
+  )
   table = family.table(model)
   shapes = shapes_of(model, family)
   fresh = _fresh(shapes, checkpoint, num_classes)
   params = from_files(
-    checkpoint, table, shapes, fresh=fresh, layers=layers, param_dtype=model.param_dtype,
+    checkpoint,
+    table,
+    shapes,
+    fresh=fresh,
+    layers=layers,
+    param_dtype=model.param_dtype,
     edits=family.edits(config, model) if image_size is not None else {},
-    coded={} if quantize is None else _coded(model, family, quantize, targets))
+    coded={} if quantize is None else _coded(model, family, quantize, targets),
+  )
   params |= _new(fresh, shapes, seed, model.param_dtype)
   return Pretrained(
-    model, {'params': traverse_util.unflatten_dict(params, sep='/')},
-    family.describe(config, model), config['model_type'],
-    _preprocess(folder, family, model), _file(folder if folder.is_file() else folder / 'tokenizer.json'),
-    {**origin, **checkpoint.files})
+    model,
+    {'params': traverse_util.unflatten_dict(params, sep='/')},
+    family.describe(config, model),
+    config['model_type'],
+    _preprocess(folder, family, model),
+    _file(folder if folder.is_file() else folder / 'tokenizer.json'),
+    {**origin, **checkpoint.files},
+  )
 
 
 def _coded(model, family: Family, form: Format, targets: str) -> dict[str, Any]:
@@ -132,16 +164,27 @@ def describe(source: str | Path, **options) -> Pretrained:
   options.pop('seed', None)  # of what is fresh: values, which shapes have not
   form, targets = options.pop('quantize', None), options.pop('targets', '{linear}')
   left_out = dict.fromkeys(('num_classes', 'image_size', 'layers', 'pool', 'dropout'))
-  model = _build(config, checkpoint, **{**left_out, 'dtype': 'float32', 'param_dtype': 'float32', **options})
-  params = {path: jax.ShapeDtypeStruct(shape, model.param_dtype) for path, shape in shapes_of(model, family).items()}
+  model = _build(
+    config, checkpoint, **{**left_out, 'dtype': 'float32', 'param_dtype': 'float32', **options}
+  )
+  params = {
+    path: jax.ShapeDtypeStruct(shape, model.param_dtype)
+    for path, shape in shapes_of(model, family).items()
+  }
   variables = {'params': traverse_util.unflatten_dict(params, sep='/')}
   if form is not None:
-    variables = jax.eval_shape(lambda held: quantized(model, form, held, *family.example(model), targets=targets),
-                               variables)
+    variables = jax.eval_shape(
+      lambda held: quantized(model, form, held, *family.example(model), targets=targets), variables
+    )
   return Pretrained(
-    model, variables,
-    family.describe(config, model), config['model_type'],
-    _preprocess(folder, family, model), _file(folder if folder.is_file() else folder / 'tokenizer.json'), {})
+    model,
+    variables,
+    family.describe(config, model),
+    config['model_type'],
+    _preprocess(folder, family, model),
+    _file(folder if folder.is_file() else folder / 'tokenizer.json'),
+    {},
+  )
 
 
 def _opened(folder: Path, weights: bool = True) -> tuple[Checkpoint | Gguf | None, dict[str, Any]]:
@@ -149,7 +192,9 @@ def _opened(folder: Path, weights: bool = True) -> tuple[Checkpoint | Gguf | Non
   if folder.is_file():
     return (file := Gguf(folder)), file.config
   if not (folder / 'config.json').exists():
-    raise FileNotFoundError(f'{folder} holds no config.json, so what kind of model it is is unknown')
+    raise FileNotFoundError(
+      f'{folder} holds no config.json, so what kind of model it is is unknown'
+    )
   config = files.read_json(folder / 'config.json')
   family_of(config)  # an unknown kind is told before its files are looked for
   if (folder / GGUF).exists():
@@ -158,20 +203,42 @@ def _opened(folder: Path, weights: bool = True) -> tuple[Checkpoint | Gguf | Non
   return Checkpoint(folder) if there else None, config
 
 
-def from_config(config: Mapping, *, num_classes: int | None = None, image_size: int | None = None,
-                dtype: Any = 'float32', param_dtype: Any = 'float32', scan: bool = False,
-                remat: Remat = False, layers: int | None = None,
-                pool: str | None = None, dropout: float | None = None) -> nn.Module:
+def from_config(
+  config: Mapping,
+  *,
+  num_classes: int | None = None,
+  image_size: int | None = None,
+  dtype: Any = 'float32',
+  param_dtype: Any = 'float32',
+  scan: bool = False,
+  remat: Remat = False,
+  layers: int | None = None,
+  pool: str | None = None,
+  dropout: float | None = None,
+) -> nn.Module:
   """The model that a Hugging Face config describes, without weights; for arguments see `load`."""
-  return _build(config, None, num_classes=num_classes, image_size=image_size, dtype=dtype,
-                param_dtype=param_dtype, scan=scan, remat=remat, layers=layers, pool=pool, dropout=dropout)
+  return _build(
+    config,
+    None,
+    num_classes=num_classes,
+    image_size=image_size,
+    dtype=dtype,
+    param_dtype=param_dtype,
+    scan=scan,
+    remat=remat,
+    layers=layers,
+    pool=pool,
+    dropout=dropout,
+  )
 
 
 def check_decoder(pretrained: Pretrained) -> None:
   """Raises a ValueError if a backbone writes no text."""
   if not isinstance(pretrained.model, Llama):
-    raise ValueError(f'a {pretrained.family} model writes no text; decoders are {", ".join(LLAMA_FAMILIES)}, such as '
-                     "'smollm2-135m'")
+    raise ValueError(
+      f'a {pretrained.family} model writes no text; decoders are {", ".join(LLAMA_FAMILIES)}, such as '
+      "'smollm2-135m'"
+    )
 
 
 def decoder_tokenizer(pretrained: Pretrained) -> Tokenizer:
@@ -186,8 +253,9 @@ def decoder_tokenizer(pretrained: Pretrained) -> Tokenizer:
   return load_tokenizer(pretrained.tokenizer)
 
 
-def save_pretrained(folder: str | Path, model: nn.Module, variables: Mapping,
-                    config: Mapping) -> None:
+def save_pretrained(
+  folder: str | Path, model: nn.Module, variables: Mapping, config: Mapping
+) -> None:
   """Writes model.safetensors and config.json as transformers writes them.
 
   Args:
@@ -213,8 +281,10 @@ def family_of(config: Mapping) -> Family:
   kind = config.get('model_type')
   if kind not in FAMILIES:
     near = difflib.get_close_matches(str(kind), FAMILIES, 1)
-    raise ValueError(f'model_type {kind!r} is none of {", ".join(FAMILIES)}'
-                     + (f'; the nearest is {near[0]!r}' if near else ''))
+    raise ValueError(
+      f'model_type {kind!r} is none of {", ".join(FAMILIES)}'
+      + (f'; the nearest is {near[0]!r}' if near else '')
+    )
   return FAMILIES[kind]
 
 
@@ -231,8 +301,10 @@ def _build(config, checkpoint, *, num_classes, image_size, layers, pool, dropout
   try:
     model = build(config, checkpoint, request)
   except KeyError as error:
-    raise ValueError(f'the config of a {config["model_type"]} model needs {error}; this one has '
-                     f'{", ".join(sorted(config))}') from error
+    raise ValueError(
+      f'the config of a {config["model_type"]} model needs {error}; this one has '
+      f'{", ".join(sorted(config))}'
+    ) from error
   return model if dropout is None else model.clone(dropout=dropout, attention_dropout=dropout)
 
 
@@ -248,8 +320,10 @@ def _fresh(shapes, checkpoint: Checkpoint, num_classes: int | None) -> set[str]:
 def _new(paths: set[str], shapes, seed: int, dtype) -> dict[str, jax.Array]:
   keys = jax.random.split(jax.random.key(seed), max(1, len(paths)))
   kernel = lambda key, shape: 0.02 * jax.random.normal(key, shape, dtype)
-  return {path: kernel(key, shapes[path]) if path.endswith('kernel')
-          else jnp.zeros(shapes[path], dtype) for key, path in zip(keys, sorted(paths), strict=False)}
+  return {
+    path: kernel(key, shapes[path]) if path.endswith('kernel') else jnp.zeros(shapes[path], dtype)
+    for key, path in zip(keys, sorted(paths), strict=False)
+  }
 
 
 def _preprocess(folder: Path, family: Family, model) -> dict[str, Any] | None:
@@ -257,9 +331,11 @@ def _preprocess(folder: Path, family: Family, model) -> dict[str, Any] | None:
     return None
   file = folder / 'preprocessor_config.json'
   told = files.read_json(file) if file.exists() else {}
-  return {'mean': tuple(told.get('image_mean', family.colours['mean'])),
-          'std': tuple(told.get('image_std', family.colours['std'])),
-          'image_size': model.image_size}
+  return {
+    'mean': tuple(told.get('image_mean', family.colours['mean'])),
+    'std': tuple(told.get('image_std', family.colours['std'])),
+    'image_size': model.image_size,
+  }
 
 
 def _file(path: Path) -> str | None:

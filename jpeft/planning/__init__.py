@@ -1,4 +1,5 @@
 """What a training step needs of a device that need not be there."""
+
 from .configs import classes_of, of_configs, with_method
 from .devices import Target, target
 from .plan import plan

@@ -33,9 +33,14 @@ def of_configs(configs: Mapping[str, Any], where: targets.Target, search: bool =
 
 def with_method(config, name: str):
   """The configuration with another method, at its preset."""
-  values = {key: value for key, value in config_lib.flatten(config).items() if key.split('.')[0] != 'method'}
+  values = {
+    key: value for key, value in config_lib.flatten(config).items() if key.split('.')[0] != 'method'
+  }
   method, hyperparameters = preset(name)
-  chosen = {'method.name': method, **{f'method.{key}': value for key, value in hyperparameters.items()}}
+  chosen = {
+    'method.name': method,
+    **{f'method.{key}': value for key, value in hyperparameters.items()},
+  }
   return config_lib.complete(config_lib.nest({**values, **chosen}))
 
 
@@ -49,7 +54,15 @@ def _of_config(name: str, config, where: targets.Target, search: bool) -> Plan:
   blank = tasks.of(config).blank(config, pretrained)
   _, tx = training.optimizer_of(config, tuned, steps=1000)
   work = Work(
-    pretrained.model, pretrained.variables, lambda size: training.rows_of(blank, size, None), config.data.batch_size,
-    config.model.remat, (config.mesh.data, config.mesh.model), config.mesh.backbone == 'sharded',
-    config.optimizer.accumulate, config.loss.label_smoothing, config.optimizer.offload)
+    pretrained.model,
+    pretrained.variables,
+    lambda size: training.rows_of(blank, size, None),
+    config.data.batch_size,
+    config.model.remat,
+    (config.mesh.data, config.mesh.model),
+    config.mesh.backbone == 'sharded',
+    config.optimizer.accumulate,
+    config.loss.label_smoothing,
+    config.optimizer.offload,
+  )
   return _planned(work, name, tuned, tx, where, search)

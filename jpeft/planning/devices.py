@@ -54,8 +54,12 @@ class Gpu:
 
 TPUS = {'v5e': Tpu('2x2', 15.75), 'v5p': Tpu('2x2x1', 95.74), 'v6e': Tpu('2x2', 31.25)}
 GPUS = {
-  'a100': Gpu('NVIDIA A100-SXM4-40GB', (8, 0), 108, 64, 167936, 1555 * 10**9, 40 * 2**20, 1.41, 39.4),
-  'h100': Gpu('NVIDIA H100 80GB HBM3', (9, 0), 132, 128, 233472, 3352 * 10**9, 50 * 2**20, 1.98, 79.1),
+  'a100': Gpu(
+    'NVIDIA A100-SXM4-40GB', (8, 0), 108, 64, 167936, 1555 * 10**9, 40 * 2**20, 1.41, 39.4
+  ),
+  'h100': Gpu(
+    'NVIDIA H100 80GB HBM3', (9, 0), 132, 128, 233472, 3352 * 10**9, 50 * 2**20, 1.98, 79.1
+  ),
 }
 
 
@@ -82,9 +86,11 @@ class Target:
       ValueError: the target has fewer.
     """
     if data * model > len(self.devices):
-      raise ValueError(f'a mesh of data={data} x model={model} needs {data * model} chips, and {self.name} has '
-                       f'{len(self.devices)}: name a larger topology, such as tpu:v5p:4x4x4')
-    return Mesh(np.array(self.devices[:data * model]).reshape(data, model), ('data', 'model'))
+      raise ValueError(
+        f'a mesh of data={data} x model={model} needs {data * model} chips, and {self.name} has '
+        f'{len(self.devices)}: name a larger topology, such as tpu:v5p:4x4x4'
+      )
+    return Mesh(np.array(self.devices[: data * model]).reshape(data, model), ('data', 'model'))
 
 
 def target(name: str) -> Target:
@@ -99,8 +105,11 @@ def target(name: str) -> Target:
   known = match and (match[2] in TPUS or match[5] in GPUS or match[6])
   if not known:
     near = difflib.get_close_matches(name, kinds, 1)
-    raise ValueError(f'no target is called {name!r}' + (f'; did you mean {near[0]!r}?' if near else '')
-                     + f' There are: {", ".join(kinds)}, and TPU topologies such as tpu:v5p:4x4x4')
+    raise ValueError(
+      f'no target is called {name!r}'
+      + (f'; did you mean {near[0]!r}?' if near else '')
+      + f' There are: {", ".join(kinds)}, and TPU topologies such as tpu:v5p:4x4x4'
+    )
   if match[1]:
     return _tpu(name, TPUS[match[2]], match[2], match[3])
   if match[4]:
@@ -110,15 +119,21 @@ def target(name: str) -> Target:
 
 def _tpu(name: str, tpu: Tpu, kind: str, shape: str | None) -> Target:
   if importlib.util.find_spec('libtpu') is None:
-    raise ImportError(f'compiling for {name} needs libtpu, the TPU compiler (no TPU is needed): '
-                      "pip install 'jpeft[plan]'")
+    raise ImportError(
+      f'compiling for {name} needs libtpu, the TPU compiler (no TPU is needed): '
+      "pip install 'jpeft[plan]'"
+    )
   with _described():
     try:
-      devices = topologies.get_topology_desc(platform='tpu', topology_name=f'{kind}:{shape or tpu.topology}').devices
+      devices = topologies.get_topology_desc(
+        platform='tpu', topology_name=f'{kind}:{shape or tpu.topology}'
+      ).devices
     except Exception as error:  # of libtpu, whose types differ by version
       if shape is None or 'INVALID_ARGUMENT' not in str(error):
         raise
-      raise ValueError(f'libtpu knows no topology {shape} of {kind}: {str(error).splitlines()[0]}') from error
+      raise ValueError(
+        f'libtpu knows no topology {shape} of {kind}: {str(error).splitlines()[0]}'
+      ) from error
   return Target(name, tuple(devices) if shape else (devices[0],), int(tpu.memory * GIB))
 
 
@@ -128,9 +143,16 @@ def _described():
 
   It would ask a metadata server for the machine's own TPU, and let one process at a time load it.
   """
-  here = {} if jax.default_backend() == 'tpu' else {
-    'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5litepod-4', 'TPU_WORKER_HOSTNAMES': 'localhost',
-    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
+  here = (
+    {}
+    if jax.default_backend() == 'tpu'
+    else {
+      'TPU_SKIP_MDS_QUERY': '1',
+      'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
+      'TPU_WORKER_HOSTNAMES': 'localhost',
+      'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+    }
+  )
   added = {k: v for k, v in here.items() if k not in os.environ}
   os.environ.update(added)
   try:
@@ -142,9 +164,13 @@ def _described():
 
 def _gpu(name: str, gpu: Gpu) -> Target:
   if not any(importlib.util.find_spec(f'jax_cuda{n}_plugin') for n in (12, 13)):
-    raise ImportError(f'compiling for {name} needs the CUDA plugin (no GPU is needed): pip install --no-deps '
-                      f'jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__}')
-  devices = topologies.get_topology_desc(platform='cuda', target_config=_description(gpu), topology='1x1x1').devices
+    raise ImportError(
+      f'compiling for {name} needs the CUDA plugin (no GPU is needed): pip install --no-deps '
+      f'jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__}'
+    )
+  devices = topologies.get_topology_desc(
+    platform='cuda', target_config=_description(gpu), topology='1x1x1'
+  ).devices
   # There is no GPU here to time kernels on, and the tiles that are guessed instead do not fit all shapes.
   untimed = {'xla_gpu_autotune_level': 0, 'xla_gpu_enable_triton_gemm': False}
   return Target(name, (devices[0],), int(gpu.memory * GIB), untimed)
@@ -155,19 +181,36 @@ def _description(gpu: Gpu) -> str:
   major, minor = gpu.capability
   feature = 'ACCELERATED_FEATURES' if major >= 9 else 'NONE'
   facts = {
-    'threads_per_block_limit': 1024, 'threads_per_warp': 32, 'shared_memory_per_block': 49152,
-    'shared_memory_per_core': gpu.shared, 'shared_memory_per_block_optin': gpu.shared - 1024,
-    'threads_per_core_limit': 2048, 'core_count': gpu.cores, 'fpus_per_core': gpu.fpus,
-    'block_dim_limit_x': 2**31 - 1, 'block_dim_limit_y': 65535, 'block_dim_limit_z': 65535,
-    'thread_dim_limit_x': 1024, 'thread_dim_limit_y': 1024, 'thread_dim_limit_z': 64,
-    'registers_per_core_limit': 65536, 'registers_per_block_limit': 65536,
-    'memory_bandwidth': gpu.bandwidth, 'l2_cache_size': gpu.l2, 'clock_rate_ghz': gpu.clock,
-    'device_memory_size': int(gpu.memory * GIB), 'device_address_bits': 64,
-    'name': f'"{gpu.title}"', 'device_vendor': '"NVIDIA Corporation"',
+    'threads_per_block_limit': 1024,
+    'threads_per_warp': 32,
+    'shared_memory_per_block': 49152,
+    'shared_memory_per_core': gpu.shared,
+    'shared_memory_per_block_optin': gpu.shared - 1024,
+    'threads_per_core_limit': 2048,
+    'core_count': gpu.cores,
+    'fpus_per_core': gpu.fpus,
+    'block_dim_limit_x': 2**31 - 1,
+    'block_dim_limit_y': 65535,
+    'block_dim_limit_z': 65535,
+    'thread_dim_limit_x': 1024,
+    'thread_dim_limit_y': 1024,
+    'thread_dim_limit_z': 64,
+    'registers_per_core_limit': 65536,
+    'registers_per_block_limit': 65536,
+    'memory_bandwidth': gpu.bandwidth,
+    'l2_cache_size': gpu.l2,
+    'clock_rate_ghz': gpu.clock,
+    'device_memory_size': int(gpu.memory * GIB),
+    'device_address_bits': 64,
+    'name': f'"{gpu.title}"',
+    'device_vendor': '"NVIDIA Corporation"',
     'platform_version': f'"Compute Capability {major}.{minor}"',
     **{f'{what}_version': '"13.0.0"' for what in ('driver', 'runtime', 'compile_time_toolkit')},
-    'dnn_version': '"9.12.0"'}
+    'dnn_version': '"9.12.0"',
+  }
   lines = ' '.join(f'{key}: {value}' for key, value in facts.items())
-  return (f'gpu_device_info {{ {lines} cuda_compute_capability {{ major: {major} minor: {minor} '
-          f'feature_extension: {feature} }} }} platform_name: "CUDA" '
-          f'dnn_version_info {{ major: 9 minor: 12 patch: 0 }} device_description_str: "{gpu.title}"')
+  return (
+    f'gpu_device_info {{ {lines} cuda_compute_capability {{ major: {major} minor: {minor} '
+    f'feature_extension: {feature} }} }} platform_name: "CUDA" '
+    f'dnn_version_info {{ major: 9 minor: 12 patch: 0 }} device_description_str: "{gpu.title}"'
+  )

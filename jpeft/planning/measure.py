@@ -15,8 +15,14 @@ from .result import Plan
 from .work import Work
 
 
-def measure(work: Work, name: str, tuned: Tuned, tx: optax.GradientTransformation, where: targets.Target,
-            size: int | None = None) -> Plan:
+def measure(
+  work: Work,
+  name: str,
+  tuned: Tuned,
+  tx: optax.GradientTransformation,
+  where: targets.Target,
+  size: int | None = None,
+) -> Plan:
   """The plan of one method at one batch size.
 
   Args:
@@ -33,11 +39,20 @@ def measure(work: Work, name: str, tuned: Tuned, tx: optax.GradientTransformatio
   start, size = time.perf_counter(), size or work.size
   mesh = where.mesh(*work.mesh)
   if size % (work.mesh[0] * work.accumulate):
-    raise ValueError(f'a batch of {size} does not divide over {work.mesh[0]} devices and {work.accumulate} '
-                     'micro-batches')
+    raise ValueError(
+      f'a batch of {size} does not divide over {work.mesh[0]} devices and {work.accumulate} '
+      'micro-batches'
+    )
   state, held, batch = work.placed(mesh, training.state_shapes(tuned, tx, work.variables), size)
-  fn = training.train_step(tuned, training.forward(tuned, True, work.mode(True)), tx, 0, work.smoothing, work.accumulate,
-                       training.offloads(mesh, work.offload))
+  fn = training.train_step(
+    tuned,
+    training.forward(tuned, True, work.mode(True)),
+    tx,
+    0,
+    work.smoothing,
+    work.accumulate,
+    training.offloads(mesh, work.offload),
+  )
   traced = jax.jit(fn, donate_argnums=0, keep_unused=True).trace(state, held, batch)
   known = programs.nbytes((state, held, batch))
   found = {'argument': known, 'temp': None, 'total': known, 'exact': False}
@@ -45,10 +60,22 @@ def measure(work: Work, name: str, tuned: Tuned, tx: optax.GradientTransformatio
     found = _compiled(traced, known, where.options)
   facts = summary(tuned)
   return Plan(
-    method=name, target=where.name, batch=size, devices=mesh.size, remat=work.remat, trainable=facts.trainable,
-    memory_class=facts.memory, weights=programs.nbytes(held), theta=programs.nbytes(state['theta']),
-    optimizer=programs.nbytes(state['optimizer']), limit=where.memory, flops=programs.flops(traced).all,
-    forward=work.forward(size), seconds=time.perf_counter() - start, **found)
+    method=name,
+    target=where.name,
+    batch=size,
+    devices=mesh.size,
+    remat=work.remat,
+    trainable=facts.trainable,
+    memory_class=facts.memory,
+    weights=programs.nbytes(held),
+    theta=programs.nbytes(state['theta']),
+    optimizer=programs.nbytes(state['optimizer']),
+    limit=where.memory,
+    flops=programs.flops(traced).all,
+    forward=work.forward(size),
+    seconds=time.perf_counter() - start,
+    **found,
+  )
 
 
 def _compiled(traced, known: int, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,5 +83,10 @@ def _compiled(traced, known: int, options: Mapping[str, Any]) -> dict[str, Any]:
   try:
     memory = programs.memory(programs.compiled(traced, options, known))
   except programs.TooLarge as refused:
-    return {'argument': known, 'temp': max(0, refused.bytes - known), 'total': refused.bytes, 'exact': True}
+    return {
+      'argument': known,
+      'temp': max(0, refused.bytes - known),
+      'total': refused.bytes,
+      'exact': True,
+    }
   return {'argument': memory.argument, 'temp': memory.temp, 'total': memory.total, 'exact': True}

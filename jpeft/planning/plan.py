@@ -22,10 +22,22 @@ from .search import _or_instead, _planned
 from .work import Work
 
 
-def plan(model, methods: str | Method | Sequence[str] | Mapping[str, Method], batch: Mapping[str, Any], *,
-         variables=None, target: str = 'tpu:v5e', optimizer: str = 'adamw', accumulate: int = 1,
-         mesh: tuple[int, int] = (1, 1), sharded: bool = False, search: bool = False, head: bool = True,
-         storage: str | None = None, offload: bool = False) -> Plans:
+def plan(
+  model,
+  methods: str | Method | Sequence[str] | Mapping[str, Method],
+  batch: Mapping[str, Any],
+  *,
+  variables=None,
+  target: str = 'tpu:v5e',
+  optimizer: str = 'adamw',
+  accumulate: int = 1,
+  mesh: tuple[int, int] = (1, 1),
+  sharded: bool = False,
+  search: bool = False,
+  head: bool = True,
+  storage: str | None = None,
+  offload: bool = False,
+) -> Plans:
   """What a training step of each method on a model asks of a device: nothing is run.
 
   Where none of them fits, what might is planned as well.
@@ -54,14 +66,27 @@ def plan(model, methods: str | Method | Sequence[str] | Mapping[str, Method], ba
     ImportError: the compiler of the target is not installed.
   """
   shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
-  resized = lambda size: {name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for name, x in shapes.items()}
+  resized = lambda size: {
+    name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for name, x in shapes.items()
+  }
   told = getattr(model, 'remat', False)
   remat = told if told in REMATS else bool(told)
-  work = Work(model, variables, resized, shapes['label'].shape[0], remat, mesh, sharded, accumulate,
-              offload=offload)
+  work = Work(
+    model,
+    variables,
+    resized,
+    shapes['label'].shape[0],
+    remat,
+    mesh,
+    sharded,
+    accumulate,
+    offload=offload,
+  )
   if variables is None:
     args, kwargs = tasks.inputs(shapes)
-    init = functools.partial(model.init, **work.mode(False)) if isinstance(model, nn.Module) else None
+    init = (
+      functools.partial(model.init, **work.mode(False)) if isinstance(model, nn.Module) else None
+    )
     held = jax.eval_shape(init, jax.random.key(0), *args, **kwargs) if init else nnx.state(model)
     work = dataclasses.replace(work, variables=held)
   where = targets.target(target)
@@ -74,7 +99,9 @@ def plan(model, methods: str | Method | Sequence[str] | Mapping[str, Method], ba
 
   def named(name: str) -> Plan:
     method, values = preset(name)
-    return planned(name, registry.make(method, head=head, **values), storage or registry.REGISTRY[method].storage)
+    return planned(
+      name, registry.make(method, head=head, **values), storage or registry.REGISTRY[method].storage
+    )
 
   if isinstance(methods, Method):
     methods = {methods.names[0]: methods}

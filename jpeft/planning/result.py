@@ -67,20 +67,28 @@ class Plan:
   @property
   def dominant(self) -> str:
     """The part that takes most of the memory."""
-    parts = {'weights': self.weights, 'trained weights': self.theta, 'optimizer state': self.optimizer,
-             'batch': self.argument - self.weights - self.theta - self.optimizer,
-             'activations': self.total - self.argument if self.temp is None else self.temp}
+    parts = {
+      'weights': self.weights,
+      'trained weights': self.theta,
+      'optimizer state': self.optimizer,
+      'batch': self.argument - self.weights - self.theta - self.optimizer,
+      'activations': self.total - self.argument if self.temp is None else self.temp,
+    }
     return max(parts, key=parts.get)
 
   @property
   def advice(self) -> str:
     """What to do about the part that dominates."""
     if self.dominant == 'weights':
-      return ('hold the backbone in bfloat16 (model.param_dtype) or in 4 bits (model.quantize=nf4), or spread it over '
-              'chips (mesh.backbone=sharded)')
+      return (
+        'hold the backbone in bfloat16 (model.param_dtype) or in 4 bits (model.quantize=nf4), or spread it over '
+        'chips (mesh.backbone=sharded)'
+      )
     if self.dominant in ('trained weights', 'optimizer state'):
-      return ('train fewer numbers (lora, lst), take an optimizer with less state (lion, adafactor), or hold its state '
-              'in host memory (optimizer.offload)')
+      return (
+        'train fewer numbers (lora, lst), take an optimizer with less state (lion, adafactor), or hold its state '
+        'in host memory (optimizer.offload)'
+      )
     if self.dominant == 'batch':
       return 'take a smaller batch, or shorter inputs'
     if self.memory_class == MEMORY_CLASSES[0]:
@@ -93,14 +101,30 @@ class Plan:
     """As JSON: sizes in MiB (2**20 bytes), FLOPs in 1e9."""
     size = lambda n: None if n is None else round(n / 2**20, 3)
     return {
-      'method': self.method, 'target': self.target, 'batch': self.batch, 'devices': self.devices,
-      'remat': self.remat, 'trainable': self.trainable, 'memory_class': self.memory_class,
-      'weights_mib': size(self.weights), 'theta_mib': size(self.theta), 'optimizer_mib': size(self.optimizer),
-      'arguments_mib': size(self.argument), 'temp_mib': size(self.temp), 'total_mib': size(self.total),
-      'exact': self.exact, 'limit_mib': size(self.limit), 'fits': self.fits, 'largest_batch': self.largest,
-      'gflop': self.flops / 1e9, 'forward_gflop': self.forward / 1e9,
-      'passes': round(self.passes, 3), 'dominant': self.dominant, 'advice': self.advice,
-      'compile_seconds': round(self.seconds, 1)}
+      'method': self.method,
+      'target': self.target,
+      'batch': self.batch,
+      'devices': self.devices,
+      'remat': self.remat,
+      'trainable': self.trainable,
+      'memory_class': self.memory_class,
+      'weights_mib': size(self.weights),
+      'theta_mib': size(self.theta),
+      'optimizer_mib': size(self.optimizer),
+      'arguments_mib': size(self.argument),
+      'temp_mib': size(self.temp),
+      'total_mib': size(self.total),
+      'exact': self.exact,
+      'limit_mib': size(self.limit),
+      'fits': self.fits,
+      'largest_batch': self.largest,
+      'gflop': self.flops / 1e9,
+      'forward_gflop': self.forward / 1e9,
+      'passes': round(self.passes, 3),
+      'dominant': self.dominant,
+      'advice': self.advice,
+      'compile_seconds': round(self.seconds, 1),
+    }
 
 
 class Plans(tuple[Plan, ...]):
@@ -109,21 +133,46 @@ class Plans(tuple[Plan, ...]):
   __slots__ = ()
 
   def __str__(self) -> str:
-    head = ('method', 'trainable', 'optimizer', 'arguments', 'temp', 'total MiB', 'GFLOP', 'x forward', 'fits',
-            'largest batch')
+    head = (
+      'method',
+      'trainable',
+      'optimizer',
+      'arguments',
+      'temp',
+      'total MiB',
+      'GFLOP',
+      'x forward',
+      'fits',
+      'largest batch',
+    )
     size = lambda n: '-' if n is None else f'{n / 2**20:,.0f}'
     giga = lambda n: f'{n / 1e9:,.0f}' if n > 1e11 else f'{n / 1e9:.3g}'
     answer = {None: '-', True: 'yes', False: 'no'}
     remat = {False: '', True: ' + remat'}
-    rows = [(p.method + remat.get(p.remat, f' + remat {p.remat}'), f'{p.trainable:,}', size(p.optimizer),
-             size(p.argument), size(p.temp), size(p.total) if p.exact else f'over {size(p.total)}', giga(p.flops),
-             f'{p.passes:.2f}', answer[p.fits], '-' if p.largest is None else str(p.largest)) for p in self]
+    rows = [
+      (
+        p.method + remat.get(p.remat, f' + remat {p.remat}'),
+        f'{p.trainable:,}',
+        size(p.optimizer),
+        size(p.argument),
+        size(p.temp),
+        size(p.total) if p.exact else f'over {size(p.total)}',
+        giga(p.flops),
+        f'{p.passes:.2f}',
+        answer[p.fits],
+        '-' if p.largest is None else str(p.largest),
+      )
+      for p in self
+    ]
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     pad = lambda i, cell: cell.rjust(widths[i]) if i else cell.ljust(widths[i])
     line = lambda row: '  '.join(pad(i, cell) for i, cell in enumerate(row))
     first = self[0]
-    limit = (f'{programs.mib(first.limit)} each' if first.limit is not None
-             else 'functional only: its bytes say nothing of an accelerator')
+    limit = (
+      f'{programs.mib(first.limit)} each'
+      if first.limit is not None
+      else 'functional only: its bytes say nothing of an accelerator'
+    )
     title = f'{first.target}, {first.devices} device{"s" * (first.devices > 1)}, {limit}; batch {first.batch}'
     notes = [f'{p.method}: most is {p.dominant}; to need less, {p.advice}' for p in self]
     return '\n'.join([title, line(head), *map(line, rows), *notes])

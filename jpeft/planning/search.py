@@ -45,8 +45,12 @@ def _planned(work: Work, name: str, tuned: Tuned, tx, where: targets.Target, sea
   first = measure(work, name, tuned, tx, where)
   if not search or first.limit is None:
     return first
-  fits = lambda size: first.fits if size == work.size else measure(work, name, tuned, tx, where, size).fits
-  return dataclasses.replace(first, largest=largest(fits, work.size, work.mesh[0] * work.accumulate))
+  fits = lambda size: (
+    first.fits if size == work.size else measure(work, name, tuned, tx, where, size).fits
+  )
+  return dataclasses.replace(
+    first, largest=largest(fits, work.size, work.mesh[0] * work.accumulate)
+  )
 
 
 def _or_instead(plans: list[Plan], planned: Callable[[str], Plan]) -> Plans:

@@ -46,14 +46,18 @@ class Work:
   def mode(self, training: bool) -> dict[str, bool]:
     """The argument by which the model is told whether it trains; none where it takes none."""
     takes = inspect.signature(type(self.model).__call__).parameters
-    return next(({name: training == trains} for name, trains in _MODES.items() if name in takes), {})
+    return next(
+      ({name: training == trains} for name, trains in _MODES.items() if name in takes), {}
+    )
 
   def stored(self, storage: str | None) -> 'Work':
     """The same work on a backbone whose kernels are in 4 bits, by the name of the format; None for as they are."""
     if storage is None:
       return self
     args, kwargs = tasks.inputs(self.batch(1))
-    coded = lambda held: quantize(self.model, formats.named(storage), held, *args, **kwargs, **self.mode(False))
+    coded = lambda held: quantize(
+      self.model, formats.named(storage), held, *args, **kwargs, **self.mode(False)
+    )
     return dataclasses.replace(self, variables=jax.eval_shape(coded, self.variables))
 
   def tuned(self, method: Method) -> Tuned:
@@ -69,11 +73,22 @@ class Work:
 
   def forward(self, size: int) -> float:
     """FLOPs of the untouched model's forward pass."""
+
     def fn(variables, batch):
       args, kwargs = tasks.inputs(batch)
       flat = backend.arrays(self.model, variables)
-      return backend.run(self.model, variables, flat, {}, None, frozenset(), False, args,
-                         {**kwargs, **self.mode(False)})
+      return backend.run(
+        self.model,
+        variables,
+        flat,
+        {},
+        None,
+        frozenset(),
+        False,
+        args,
+        {**kwargs, **self.mode(False)},
+      )
+
     backend = backend_of(self.model)
     return programs.flops(jax.jit(fn).trace(self.variables, self.batch(size))).all
 

@@ -1,4 +1,5 @@
 """Programs as JAX traces and compiles them: equations, cuts, costs."""
+
 from .compile import TooLarge, compiled, memory, mib, nbytes
 from .cost import flops, uncounted
 from .cut import Halves, cut

@@ -42,8 +42,9 @@ class TooLarge(Exception):
     self.bytes = needed
 
 
-def compiled(traced: jax.stages.Traced, options: Mapping[str, Any] | None = None,
-             arguments: int = 0) -> jax.stages.Compiled:
+def compiled(
+  traced: jax.stages.Traced, options: Mapping[str, Any] | None = None, arguments: int = 0
+) -> jax.stages.Compiled:
   """The compiled program.
 
   Args:
@@ -57,7 +58,9 @@ def compiled(traced: jax.stages.Traced, options: Mapping[str, Any] | None = None
   try:
     return traced.lower().compile(dict(options or {}))
   except jax.errors.JaxRuntimeError as error:
-    found = re.search(r'(Used |for HLO temporaries \()(\d+(?:\.\d+)?)([KMGT]?)i?B?(?: of \d|\))', str(error))
+    found = re.search(
+      r'(Used |for HLO temporaries \()(\d+(?:\.\d+)?)([KMGT]?)i?B?(?: of \d|\))', str(error)
+    )
     if 'RESOURCE_EXHAUSTED' not in str(error) or found is None:
       raise
     rest = 0 if found[1] == 'Used ' else arguments
@@ -72,11 +75,14 @@ def memory(program: jax.stages.Compiled) -> Memory | None:
   found = program.memory_analysis()
   if found is None:
     return None
-  return Memory(**{f.name: getattr(found, f'{f.name}_size_in_bytes') for f in dataclasses.fields(Memory)})
+  return Memory(
+    **{f.name: getattr(found, f'{f.name}_size_in_bytes') for f in dataclasses.fields(Memory)}
+  )
 
 
 def nbytes(tree) -> int:
   """The bytes of a tree of arrays or shapes; of what is sharded, those on one device; none of what hosts hold."""
+
   def leaf(x):
     sharding = getattr(x, 'sharding', None)
     if getattr(sharding, 'memory_kind', None) == 'pinned_host':
@@ -84,6 +90,7 @@ def nbytes(tree) -> int:
     shape = sharding.shard_shape(x.shape) if sharding is not None else x.shape
     size = 4 if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x.dtype.itemsize
     return math.prod(shape) * size
+
   return sum(map(leaf, jax.tree.leaves(tree)))
 
 

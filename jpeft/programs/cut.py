@@ -46,7 +46,9 @@ class Halves:
     program = _Program(self._fn, theta, backbone, _sized(self._example[2], len(features[0])), *rest)
     moved = [jnp.moveaxis(x, 0, axis) for x, axis in zip(features, self._axes, strict=True)]
     known = dict(zip(program.crossing, moved, strict=True))
-    return jax.tree.unflatten(program.tree, program.run(program.outs, known, theta=theta, backbone=backbone, rest=rest))
+    return jax.tree.unflatten(
+      program.tree, program.run(program.outs, known, theta=theta, backbone=backbone, rest=rest)
+    )
 
 
 def cut(fn: Callable[..., Any], theta, backbone, batch, *rest) -> Halves:
@@ -67,16 +69,23 @@ def cut(fn: Callable[..., Any], theta, backbone, batch, *rest) -> Halves:
     ValueError: something that crosses has not one axis of the size of the batch.
   """
   size = len(jax.tree.leaves(batch)[0])
-  one, other = (_Program(fn, theta, backbone, _sized(batch, n), *rest).crossing.values() for n in (size, size + 1))
+  one, other = (
+    _Program(fn, theta, backbone, _sized(batch, n), *rest).crossing.values()
+    for n in (size, size + 1)
+  )
   axes, features = [], []
   for a, b in zip(one, other, strict=True):
     moved = [i for i, pair in enumerate(zip(a.shape, b.shape, strict=True)) if pair[0] != pair[1]]
     if len(moved) != 1 or a.shape[moved[0]] != size:
-      raise ValueError(f'an array of shape {list(a.shape)}, computed before theta comes in from a batch of {size}, '
-                       'has no axis of the examples, so it cannot be kept for each of them')
+      raise ValueError(
+        f'an array of shape {list(a.shape)}, computed before theta comes in from a batch of {size}, '
+        'has no axis of the examples, so it cannot be kept for each of them'
+      )
     axes.append(moved[0])
-    features.append(jax.ShapeDtypeStruct(a.shape[:moved[0]] + a.shape[moved[0] + 1:], a.dtype))
-  return Halves(tuple(features), fn, jax.eval_shape(lambda *x: x, theta, backbone, batch, *rest), tuple(axes))
+    features.append(jax.ShapeDtypeStruct(a.shape[: moved[0]] + a.shape[moved[0] + 1 :], a.dtype))
+  return Halves(
+    tuple(features), fn, jax.eval_shape(lambda *x: x, theta, backbone, batch, *rest), tuple(axes)
+  )
 
 
 def _sized(batch, size: int):
@@ -102,8 +111,10 @@ class _Program:
 
   def __init__(self, fn, theta, backbone, batch, *rest):
     given = {'theta': theta, 'backbone': backbone, 'batch': batch, 'rest': rest}
-    closed, out = jax.make_jaxpr(lambda given: fn(given['theta'], given['backbone'], given['batch'], *given['rest']),
-                                 return_shape=True)(given)
+    closed, out = jax.make_jaxpr(
+      lambda given: fn(given['theta'], given['backbone'], given['batch'], *given['rest']),
+      return_shape=True,
+    )(given)
     self.tree = jax.tree.structure(out)
     self._steps, self._avals, self._constants, self._numbers = [], {}, {}, itertools.count()
     inputs = [self._new(v.aval) for v in closed.jaxpr.invars]
@@ -118,8 +129,15 @@ class _Program:
       for i in variables(step.ins):
         hue |= color[i]
       color |= dict.fromkeys(step.outs, hue)
-    late = [i for step in self._steps if any(color[o] & _THETA for o in step.outs) for i in variables(step.ins)]
-    self.crossing = self._narrowed(dict.fromkeys(i for i in (*late, *variables(self.outs)) if color[i] == _DATA), color)
+    late = [
+      i
+      for step in self._steps
+      if any(color[o] & _THETA for o in step.outs)
+      for i in variables(step.ins)
+    ]
+    self.crossing = self._narrowed(
+      dict.fromkeys(i for i in (*late, *variables(self.outs)) if color[i] == _DATA), color
+    )
 
   def run(self, wanted: Iterable, known: dict | None = None, **given) -> list:
     """The values `wanted`, by no more steps than it takes, from inputs by section and from `known` values."""
@@ -134,7 +152,11 @@ class _Program:
         missing |= set(variables(step.ins)) - set(env)
     read = reader(env)
     for step in reversed(steps):
-      known = {v: read(i) for i, v in zip(step.ins, step.eqn.invars, strict=True) if not isinstance(v, jex.Literal)}
+      known = {
+        v: read(i)
+        for i, v in zip(step.ins, step.eqn.invars, strict=True)
+        if not isinstance(v, jex.Literal)
+      }
       env |= zip(step.outs, evaluated(step.eqn, known.__getitem__), strict=True)
     return [read(i) for i in wanted]
 
@@ -164,7 +186,9 @@ class _Program:
   def _narrowed(self, crossing: dict, color: dict) -> dict:
     """What crosses; where a cheap step made it larger, what that step took, and the step runs in the second half."""
     maker = {o: step for step in self._steps for o in step.outs}
-    bytes_of = lambda names: sum(math.prod(self._avals[i].shape) * self._avals[i].dtype.itemsize for i in names)
+    bytes_of = lambda names: sum(
+      math.prod(self._avals[i].shape) * self._avals[i].dtype.itemsize for i in names
+    )
     out, todo = {}, list(crossing)
     for i in todo:
       step = maker.get(i)

@@ -20,7 +20,9 @@ def reader(env: dict) -> Callable[[Any], Any]:
 
 def inside(eqn):
   """The closed program of an equation that only calls one, or None."""
-  return (eqn.params.get('jaxpr') or eqn.params['call_jaxpr']) if eqn.primitive.name in _CALLS else None
+  return (
+    (eqn.params.get('jaxpr') or eqn.params['call_jaxpr']) if eqn.primitive.name in _CALLS else None
+  )
 
 
 def evaluated(eqn, read) -> list:

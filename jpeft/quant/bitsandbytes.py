@@ -35,15 +35,29 @@ def to_bitsandbytes(box: Quantized, name: str) -> dict[str, np.ndarray]:
   if form.name not in ('nf4', 'fp4'):
     raise ValueError(f'bitsandbytes has no format {form.name!r}, only nf4 and fp4')
   if box.shape != box.leaf.shape or box.leaf.batch:
-    raise ValueError(f'{name}: a stack of kernels of shape {list(box.shape)} has no place in one tensor')
-  codes = _rows(np.asarray(unpack(box.arrays['codes'])), form, shape)[:shape[0] * shape[1]]
+    raise ValueError(
+      f'{name}: a stack of kernels of shape {list(box.shape)} has no place in one tensor'
+    )
+  codes = _rows(np.asarray(unpack(box.arrays['codes'])), form, shape)[: shape[0] * shape[1]]
   codes = np.append(codes, [form.zero] * (codes.size % 2)).astype(np.uint8)
-  state = {'quant_type': form.name, 'blocksize': form.block, 'dtype': str(np.dtype(box.dtype)), 'shape': shape[::-1]}
-  tensors = {'': (codes[::2] << 4 | codes[1::2])[:, None],
-             'absmax': _rows(np.asarray(box.arrays['absmax']), form, shape), 'quant_map': TABLES[form.name]}
+  state = {
+    'quant_type': form.name,
+    'blocksize': form.block,
+    'dtype': str(np.dtype(box.dtype)),
+    'shape': shape[::-1],
+  }
+  tensors = {
+    '': (codes[::2] << 4 | codes[1::2])[:, None],
+    'absmax': _rows(np.asarray(box.arrays['absmax']), form, shape),
+    'quant_map': TABLES[form.name],
+  }
   if form.double:
     tensors |= {'nested_absmax': np.asarray(box.arrays['nested']), 'nested_quant_map': MAP}
-    state |= {'nested_blocksize': GROUP, 'nested_dtype': 'float32', 'nested_offset': float(box.arrays['offset'])}
+    state |= {
+      'nested_blocksize': GROUP,
+      'nested_dtype': 'float32',
+      'nested_offset': float(box.arrays['offset']),
+    }
   tensors[_STATE + form.name] = np.frombuffer(json.dumps(state).encode(), np.uint8)
   return {f'{name}.{key}'.rstrip('.'): value for key, value in tensors.items()}
 
@@ -66,21 +80,31 @@ def from_bitsandbytes(tensors: Mapping[str, np.ndarray], name: str) -> Quantized
   if kind not in ('nf4', 'fp4'):
     raise ValueError(f'{name!r} is of the type {kind!r}, only nf4 and fp4 are supported')
   if double and state['nested_blocksize'] != GROUP:
-    raise ValueError(f'{name!r} has groups of {state["nested_blocksize"]} scales, only {GROUP} is supported')
+    raise ValueError(
+      f'{name!r} has groups of {state["nested_blocksize"]} scales, only {GROUP} is supported'
+    )
   form, (fan_out, fan_in) = Format(kind, state['blocksize'], double), state['shape']
   size, shape = fan_in * fan_out, (fan_in, fan_out)
   packed = np.ascontiguousarray(tensors[name]).view(np.uint8).reshape(-1)
   absmax = np.asarray(tensors[f'{name}.absmax'])
   if packed.size != -(-size // 2) or absmax.size != -(-size // form.block):
-    raise ValueError(f'{name!r} of shape {state["shape"]} has {packed.size} bytes of codes and {absmax.size} scales')
+    raise ValueError(
+      f'{name!r} of shape {state["shape"]} has {packed.size} bytes of codes and {absmax.size} scales'
+    )
   codes = np.stack([packed >> 4, packed & 15], 1).reshape(-1)[:size]
-  arrays = {'codes': pack(jnp.asarray(_columns(codes, form, shape)), form.zero),
-            'absmax': jnp.asarray(_columns(absmax, form, shape))}
+  arrays = {
+    'codes': pack(jnp.asarray(_columns(codes, form, shape)), form.zero),
+    'absmax': jnp.asarray(_columns(absmax, form, shape)),
+  }
   if double:
-    arrays |= {'nested': jnp.asarray(tensors[f'{name}.nested_absmax']),
-               'offset': jnp.asarray(state['nested_offset'], jnp.float32)}
+    arrays |= {
+      'nested': jnp.asarray(tensors[f'{name}.nested_absmax']),
+      'offset': jnp.asarray(state['nested_offset'], jnp.float32),
+    }
   dtype: Any = jnp.dtype(state['dtype'])
-  return Quantized(jax.tree.map(jnp.asarray, arrays), form, Leaf(shape, dtype, 'dot_general', ins=(0,)), ())
+  return Quantized(
+    jax.tree.map(jnp.asarray, arrays), form, Leaf(shape, dtype, 'dot_general', ins=(0,)), ()
+  )
 
 
 def _rows(x: np.ndarray, form: Format, shape: tuple[int, int]) -> np.ndarray:

@@ -13,7 +13,9 @@ from jpeft.core import Box, Leaf
 from .formats.base import Format
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=['arrays'], meta_fields=['form', 'leaf', 'axes'])
+@functools.partial(
+  jax.tree_util.register_dataclass, data_fields=['arrays'], meta_fields=['form', 'leaf', 'axes']
+)
 @dataclasses.dataclass(frozen=True, eq=False)
 class Quantized(Box):
   """A kernel, or a stack of them, in 4 bits.
@@ -50,13 +52,18 @@ class Quantized(Box):
 
   def scales(self) -> jax.Array:
     """The scale of every block of one layer, float32, as its 'absmax' lies."""
-    decode, own = lambda arrays: self.form.scales(arrays, (self.leaf.fan_in, self.leaf.fan_out)), self._own
+    decode, own = (
+      lambda arrays: self.form.scales(arrays, (self.leaf.fan_in, self.leaf.fan_out)),
+      self._own,
+    )
     return _each(decode, self.leaf)({n: self.arrays[n].reshape(own[n].shape) for n in own})
 
   def rescaled(self, scales: jax.Array) -> 'Quantized':
     """The same codes with other scales, which are then stored as they are given."""
     rest = {n: x for n, x in self.arrays.items() if n not in ('nested', 'offset')}
-    return dataclasses.replace(self, arrays={**rest, 'absmax': scales}, form=self.form._replace(double=False))
+    return dataclasses.replace(
+      self, arrays={**rest, 'absmax': scales}, form=self.form._replace(double=False)
+    )
 
   @functools.cached_property
   def _own(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -67,7 +74,9 @@ class Quantized(Box):
   def _stacked(self) -> bool:
     """Whether all layers are here; inside a scan there is one."""
     codes = self._own['codes'].shape
-    return bool(self.axes) and self.arrays['codes'].ndim == max(len(codes) + len(self.axes), max(self.axes) + 1)
+    return bool(self.axes) and self.arrays['codes'].ndim == max(
+      len(codes) + len(self.axes), max(self.axes) + 1
+    )
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -87,7 +96,9 @@ def _encoded(form: Format, leaf: Leaf, w) -> dict[str, jax.Array]:
 
 def _shapes(form: Format, leaf: Leaf) -> dict[str, jax.ShapeDtypeStruct]:
   """What `_encoded` gives of a layer."""
-  return jax.eval_shape(functools.partial(_encoded, form, leaf), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+  return jax.eval_shape(
+    functools.partial(_encoded, form, leaf), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+  )
 
 
 def _each(fn, leaf: Leaf):

@@ -44,17 +44,25 @@ def kernels(sites: Sites, targets: str) -> dict[str, tuple[Site, str]]:
   Raises:
     ValueError: there is none.
   """
-  found = {join_path(site.path, name): (site, name) for site in sites.find(targets) for name in site.matrices}
+  found = {
+    join_path(site.path, name): (site, name)
+    for site in sites.find(targets)
+    for name in site.matrices
+  }
   if not found:
-    raise ValueError(f'no kernel lies at {targets!r}. Near it, of {len(sites)} sites: '
-                     f'{", ".join(sites.nearest(targets))}')
+    raise ValueError(
+      f'no kernel lies at {targets!r}. Near it, of {len(sites)} sites: '
+      f'{", ".join(sites.nearest(targets))}'
+    )
   return found
 
 
 def _boxed(form: Format, site: Site, name: str, w) -> Quantized:
   layers = site.lead(w).reshape(-1, *site.leaves[name].shape)
   # One layer after the other: what encoding needs beside its result is that of one layer.
-  return _placed(form, site, name, jax.lax.map(functools.partial(_encoded_jit, form, site.leaves[name]), layers))
+  return _placed(
+    form, site, name, jax.lax.map(functools.partial(_encoded_jit, form, site.leaves[name]), layers)
+  )
 
 
 def coded(form: Format, site: Site, name: str, layers: Iterable[np.ndarray]) -> Quantized:
@@ -65,13 +73,15 @@ def coded(form: Format, site: Site, name: str, layers: Iterable[np.ndarray]) -> 
   leaf, plain = site.leaves[name], form._replace(double=False)
   whole = {n: jnp.zeros((site.layers, *x.shape), x.dtype) for n, x in _shapes(plain, leaf).items()}
   cut = form.aligned((leaf.fan_in, leaf.fan_out))
-  columns = 2**int(math.log2(max(1, _SLICE // leaf.fan_in))) if cut else leaf.fan_out
+  columns = 2 ** int(math.log2(max(1, _SLICE // leaf.fan_in))) if cut else leaf.fan_out
   layer = 0
   for w in layers:
     w = leaf.fold(w)
     for start in range(0, leaf.fan_out, columns):
       # Waited for: reading is faster than coding, and what is read ahead would be all there is.
-      whole = jax.block_until_ready(_put(plain, leaf, whole, w[..., start:start + columns], layer, start))
+      whole = jax.block_until_ready(
+        _put(plain, leaf, whole, w[..., start : start + columns], layer, start)
+      )
     del w  # or it would be there still while the next one is read
     layer += 1
   if form.double:
@@ -82,8 +92,10 @@ def coded(form: Format, site: Site, name: str, layers: Iterable[np.ndarray]) -> 
 def _placed(form: Format, site: Site, name: str, arrays) -> Quantized:
   """The box of encoded layers [layers, ...]."""
   if any(axis < 0 for axis in site.axes):
-    raise ValueError(f'the layers at {site.path!r} are stacked on the axes {site.axes}, counted from the back, '
-                     'which 4-bit storage does not support')
+    raise ValueError(
+      f'the layers at {site.path!r} are stacked on the axes {site.axes}, counted from the back, '
+      'which 4-bit storage does not support'
+    )
   arrays = {n: site.place(x.reshape(*site.lengths, *x.shape[1:])) for n, x in arrays.items()}
   return Quantized(arrays, form, site.leaves[name], site.axes)
 

@@ -1,4 +1,5 @@
 """What a backward pass keeps, in few bits: pure arrays."""
+
 from .compress import compressed
 from .ops import PLAIN, gelu, tied
 

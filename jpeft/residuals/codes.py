@@ -56,7 +56,9 @@ def look_up(codes: jax.Array, levels: tuple[float, ...]) -> jax.Array:
   values = [jnp.float32(level) for level in levels]
   for i in range((len(levels) - 1).bit_length()):
     bit = (codes & (1 << i)) != 0
-    values = [jnp.where(bit, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
+    values = [
+      jnp.where(bit, high, low) for low, high in zip(values[::2], values[1::2], strict=True)
+    ]
   return values[0]
 
 
@@ -91,7 +93,9 @@ def decode(grouped: Grouped, shape: tuple[int, ...], dtype, bits: int = 4) -> ja
   """What `encode` kept of an array of that shape."""
   rows = jax.eval_shape(_grouped, jax.ShapeDtypeStruct(shape, jnp.float32)).shape
   codes = unpack(grouped.packed, (*rows[:-2], rows[-2] * rows[-1]), bits).reshape(rows)
-  x = grouped.low[..., None].astype(jnp.float32) + grouped.step[..., None].astype(jnp.float32) * codes
+  x = (
+    grouped.low[..., None].astype(jnp.float32) + grouped.step[..., None].astype(jnp.float32) * codes
+  )
   return x.reshape(*rows[:-2], -1)[..., : _rows(shape)[1]].reshape(shape).astype(dtype)
 
 

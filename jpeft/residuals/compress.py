@@ -39,12 +39,60 @@ from .ops import tied
 
 _PRODUCTS = {'dot_general', 'conv_general_dilated', 'ragged_dot_general'}
 # Programs of their own, or dear to compute again: their outputs are kept.
-_OPAQUE = {'scan', 'while', 'cond', 'checkpoint', 'remat2', 'custom_vjp_call', 'pallas_call', 'shard_map', 'sort',
-           'top_k', 'fft', 'custom_lin', 'ragged_dot', 'reduce_window', 'reduce_window_max', 'reduce_window_sum'}
+_OPAQUE = {
+  'scan',
+  'while',
+  'cond',
+  'checkpoint',
+  'remat2',
+  'custom_vjp_call',
+  'pallas_call',
+  'shard_map',
+  'sort',
+  'top_k',
+  'fft',
+  'custom_lin',
+  'ragged_dot',
+  'reduce_window',
+  'reduce_window_max',
+  'reduce_window_sum',
+}
 _THROUGH = {'add', 'sub', 'neg', 'copy', 'convert_element_type', 'mul', 'div'}
-_ELEMENTWISE = {'add', 'sub', 'mul', 'div', 'neg', 'exp', 'exp2', 'log', 'log1p', 'expm1', 'tanh', 'logistic', 'erf',
-                'erfc', 'max', 'min', 'pow', 'integer_pow', 'square', 'sqrt', 'rsqrt', 'convert_element_type', 'copy',
-                'select_n', 'gt', 'lt', 'ge', 'le', 'eq', 'abs', 'sign', 'custom_jvp_call', 'broadcast_in_dim'}
+_ELEMENTWISE = {
+  'add',
+  'sub',
+  'mul',
+  'div',
+  'neg',
+  'exp',
+  'exp2',
+  'log',
+  'log1p',
+  'expm1',
+  'tanh',
+  'logistic',
+  'erf',
+  'erfc',
+  'max',
+  'min',
+  'pow',
+  'integer_pow',
+  'square',
+  'sqrt',
+  'rsqrt',
+  'convert_element_type',
+  'copy',
+  'select_n',
+  'gt',
+  'lt',
+  'ge',
+  'le',
+  'eq',
+  'abs',
+  'sign',
+  'custom_jvp_call',
+  'broadcast_in_dim',
+}
 _SMALL = 8  # an array this many times smaller than the widest input is kept as it is
 
 
@@ -88,7 +136,9 @@ def _program(fn, arrays) -> tuple[Any, list]:
   """(a jaxpr without inner calls, what fn closes over: its first inputs)."""
   closed = jax.make_jaxpr(fn)(*arrays)
   n = len(closed.consts)
-  inlined = jax.make_jaxpr(lambda *xs: _evaluate(closed.jaxpr, xs[n:], {}, xs[:n]))(*closed.consts, *arrays)
+  inlined = jax.make_jaxpr(lambda *xs: _evaluate(closed.jaxpr, xs[n:], {}, xs[:n]))(
+    *closed.consts, *arrays
+  )
   jaxpr, consts = hoisted(inlined)
   return jaxpr, [*consts, *closed.consts]
 
@@ -123,7 +173,9 @@ class _Kept:
     return x if self.bits is None else encode(x, self.bits)
 
   def unpack(self, packed):
-    return packed if self.bits is None else decode(packed, self.aval.shape, self.aval.dtype, self.bits)
+    return (
+      packed if self.bits is None else decode(packed, self.aval.shape, self.aval.dtype, self.bits)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,13 +202,20 @@ def _choose(jaxpr, n_free: int, bits: int, operand_bits: int) -> _Choice:
     for v in set(variables(eqn.invars)):
       consumers.setdefault(v, []).append(eqn)
   finished = set(variables(jaxpr.outvars))
-  again = [e for e in jaxpr.eqns if e.primitive.name in _PRODUCTS and set(variables(e.invars)) <= active
-           and len(variables(e.invars)) > 1]
+  again = [
+    e
+    for e in jaxpr.eqns
+    if e.primitive.name in _PRODUCTS
+    and set(variables(e.invars)) <= active
+    and len(variables(e.invars)) > 1
+  ]
   activations = _activations(jaxpr, consumers, finished, active, bits)
   anchors = dict.fromkeys(activations)
   for eqn in jaxpr.eqns:
     if eqn.primitive.name in _PRODUCTS | _OPAQUE and eqn not in again:
-      anchors |= dict.fromkeys(_followed(v, consumers, finished) for v in eqn.outvars if v in active)
+      anchors |= dict.fromkeys(
+        _followed(v, consumers, finished) for v in eqn.outvars if v in active
+      )
   widest = max((v.aval.size for v in jaxpr.invars[n_free:] if _is_float(v)), default=0)
   operands = _before(jaxpr, again, {*anchors, *jaxpr.invars})
 
@@ -180,7 +239,8 @@ def _followed(v, consumers, finished):
     if eqn.primitive.name not in _THROUGH or eqn.outvars[0].aval.shape != v.aval.shape:
       break
     if eqn.primitive.name in ('mul', 'div') and not all(
-        x is v or isinstance(x, jex.Literal) or not x.aval.shape for x in eqn.invars):
+      x is v or isinstance(x, jex.Literal) or not x.aval.shape for x in eqn.invars
+    ):
       break
     if not _is_float(eqn.outvars[0]) or eqn.outvars[0].aval.dtype.itemsize > v.aval.dtype.itemsize:
       break
@@ -230,7 +290,9 @@ def _activations(jaxpr, consumers, finished, active, bits: int) -> dict:
 def _elementwise(eqn) -> bool:
   inner = eqn.params.get('call_jaxpr') or eqn.params.get('jaxpr')
   if inner is not None:
-    return (eqn.primitive.name == 'custom_jvp_call' or inside(eqn)) and all(map(_elementwise, inner.jaxpr.eqns))
+    return (eqn.primitive.name == 'custom_jvp_call' or inside(eqn)) and all(
+      map(_elementwise, inner.jaxpr.eqns)
+    )
   return eqn.primitive.name in _ELEMENTWISE and len(eqn.outvars) == 1
 
 
@@ -320,7 +382,9 @@ def _stored(jaxpr, n_free: int, bits: int, operand_bits: int) -> Callable:
     return _evaluate(jaxpr, inputs, {})
 
   def forward(*inputs):
-    moved = tuple(i for i, x in enumerate(inputs) if x.perturbed and jnp.issubdtype(x.value.dtype, jnp.inexact))
+    moved = tuple(
+      i for i, x in enumerate(inputs) if x.perturbed and jnp.issubdtype(x.value.dtype, jnp.inexact)
+    )
     inputs = [x.value for x in inputs]
     plan = _needed(moved)
     seen = {}
@@ -333,28 +397,38 @@ def _stored(jaxpr, n_free: int, bits: int, operand_bits: int) -> Callable:
           source, t = choice.codes[v]
           seen[v, 'code'] = pack(derivative_codes(read(source), t), bits_of(t))
         return value
+
       return see
 
     outs = _evaluate(jaxpr, inputs, {v: catch(v) for v in (*plan.values, *plan.codes)})
     values = [choice.values[v].pack(seen[v]) for v in plan.values]
     codes = [seen[v, 'code'] for v in plan.codes]
-    packed = {i: choice.inputs[i].pack(inputs[i]) for i in plan.inputs if i >= n_free and i in moved}
+    packed = {
+      i: choice.inputs[i].pack(inputs[i]) for i in plan.inputs if i >= n_free and i in moved
+    }
     # Packed before anybody reads the output: later, what is packed would have to wait in full.
     outs, values, codes, packed = jax.lax.optimization_barrier((outs, values, codes, packed))
     return outs, (plan, values, codes, [packed.get(i, inputs[i]) for i in plan.inputs])
 
   def backward(residuals, cotangents):
     plan, *kept = residuals
-    cotangents = [jnp.zeros(v.aval.shape, v.aval.dtype) if isinstance(g, SymbolicZero) else g
-                  for v, g in zip(jaxpr.outvars, cotangents, strict=True) if jnp.issubdtype(v.aval.dtype, jnp.inexact)]
+    cotangents = [
+      jnp.zeros(v.aval.shape, v.aval.dtype) if isinstance(g, SymbolicZero) else g
+      for v, g in zip(jaxpr.outvars, cotangents, strict=True)
+      if jnp.issubdtype(v.aval.dtype, jnp.inexact)
+    ]
     (values, codes, inputs), cotangents = tied(kept, cotangents)
     values = {v: choice.values[v].unpack(p) for v, p in zip(plan.values, values, strict=True)}
     codes = dict(zip(plan.codes, codes, strict=True))
-    inputs = {i: x if i < n_free or i not in plan.moved else choice.inputs[i].unpack(x)
-              for i, x in zip(plan.inputs, inputs, strict=True)}
+    inputs = {
+      i: x if i < n_free or i not in plan.moved else choice.inputs[i].unpack(x)
+      for i, x in zip(plan.inputs, inputs, strict=True)
+    }
     filled = [inputs[i] if i in inputs else _nothing(v.aval) for i, v in enumerate(jaxpr.invars)]
     # All before any: a gradient of a weight that waits would keep what was computed again for it.
-    grads = iter(jax.lax.optimization_barrier(_gradients(plan.moved, values, codes, filled, cotangents)))
+    grads = iter(
+      jax.lax.optimization_barrier(_gradients(plan.moved, values, codes, filled, cotangents))
+    )
     return tuple(next(grads) if i in plan.moved else None for i in range(len(jaxpr.invars)))
 
   def _gradients(moved, values, codes, inputs, cotangents):
@@ -369,6 +443,7 @@ def _stored(jaxpr, n_free: int, bits: int, operand_bits: int) -> Callable:
           slope = look_up(unpack(code, v.aval.shape, bits_of(t)), t.levels)
           return _sloped(read(source), _nothing(v.aval) if kept is None else kept, slope)
         return computed if kept is None else _given(computed, kept)
+
       return value
 
     at = {v: stand_in(v) for v in choice.values}
@@ -389,12 +464,23 @@ def _stored(jaxpr, n_free: int, bits: int, operand_bits: int) -> Callable:
     values, codes = list(choice.values), list(choice.codes)
 
     def program(values_, codes_, inputs, cotangents):
-      return _gradients(moved, dict(zip(values, values_, strict=True)), dict(zip(codes, codes_, strict=True)),
-                        inputs, cotangents)
+      return _gradients(
+        moved,
+        dict(zip(values, values_, strict=True)),
+        dict(zip(codes, codes_, strict=True)),
+        inputs,
+        cotangents,
+      )
 
-    avals = ([v.aval for v in values], [_code_of(choice.codes[v]) for v in codes],
-             [v.aval for v in jaxpr.invars], [jaxpr.outvars[i].aval for i in floats])
-    found = jax.make_jaxpr(program)(*jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), avals)).jaxpr
+    avals = (
+      [v.aval for v in values],
+      [_code_of(choice.codes[v]) for v in codes],
+      [v.aval for v in jaxpr.invars],
+      [jaxpr.outvars[i].aval for i in floats],
+    )
+    found = jax.make_jaxpr(program)(
+      *jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), avals)
+    ).jaxpr
     live = set(variables(found.outvars))
     for eqn in reversed(found.eqns):
       if live & set(eqn.outvars):

@@ -97,7 +97,10 @@ def optimal(smooth: Smooth, pieces: int) -> Table:
   """The table with `pieces` levels for x > 0, the last of them 1, and their mirror images for x < 0."""
   borders = _polished(smooth, _on_grid(smooth, pieces))
   levels = _levels(smooth, borders)
-  return Table((*(-borders[::-1]).tolist(), 0.0, *borders.tolist()), (*(1 - levels[::-1]).tolist(), *levels.tolist()))
+  return Table(
+    (*(-borders[::-1]).tolist(), 0.0, *borders.tolist()),
+    (*(1 - levels[::-1]).tolist(), *levels.tolist()),
+  )
 
 
 def error(f: Smooth, t: Table) -> float:
@@ -131,12 +134,16 @@ def _on_grid(smooth: Smooth, pieces: int) -> np.ndarray:
   """The best inner borders on a grid: cost of [a, b] = int f'^2 - (f(b) - f(a))^2 / (b - a); the tail is held at 1."""
   grid = np.arange(0, 10 + _STEP / 2, _STEP)
   x, w = _nodes(grid)
-  squares = np.concatenate([[0], np.cumsum((w * smooth.df(x) ** 2).reshape(len(grid) - 1, -1).sum(1))])
+  squares = np.concatenate(
+    [[0], np.cumsum((w * smooth.df(x) ** 2).reshape(len(grid) - 1, -1).sum(1))]
+  )
   x, w = _nodes(np.concatenate([grid, np.arange(10.25, _END, 0.25)]))
   tails = (w * (smooth.df(x) - 1) ** 2).reshape(-1, 8).sum(1)[::-1].cumsum()[::-1][: len(grid)]
   f, n = smooth.f(grid), len(grid)
   with np.errstate(divide='ignore', invalid='ignore'):
-    cost = squares[None] - squares[:, None] - (f[None] - f[:, None]) ** 2 / (grid[None] - grid[:, None])
+    cost = (
+      squares[None] - squares[:, None] - (f[None] - f[:, None]) ** 2 / (grid[None] - grid[:, None])
+    )
   cost[np.tril_indices(n)] = np.inf
   best, steps = np.where(np.arange(n) == 0, 0.0, np.inf), []
   for _ in range(pieces - 1):
@@ -164,8 +171,13 @@ def _polished(smooth: Smooth, borders) -> np.ndarray:
 
   h = 1e-6
   for _ in range(20 if len(borders) else 0):
-    jacobian = np.stack([(residual(borders + h * e) - residual(borders - h * e)) / (2 * h)
-                         for e in np.eye(len(borders))], 1)
+    jacobian = np.stack(
+      [
+        (residual(borders + h * e) - residual(borders - h * e)) / (2 * h)
+        for e in np.eye(len(borders))
+      ],
+      1,
+    )
     step = np.linalg.solve(jacobian, residual(borders))
     borders = borders - step
     if np.abs(step).max() < 1e-14:

@@ -156,7 +156,9 @@ def _norm_backward(eps, centred, residuals, g):
 _norm.defvjp(_norm_forward, _norm_backward)
 
 
-def layer_norm(x: jax.Array, scale: jax.Array, shift: jax.Array | None = None, eps: float = 1e-6) -> jax.Array:
+def layer_norm(
+  x: jax.Array, scale: jax.Array, shift: jax.Array | None = None, eps: float = 1e-6
+) -> jax.Array:
   """LayerNorm over the last axis of x [.., D]; scale and shift are [D]."""
   return _norm(x, scale, shift, eps, True)
 
@@ -196,7 +198,9 @@ def shared_rms_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
   return _shared_norm(x, eps, False)
 
 
-def fold(scale: jax.Array, shift: jax.Array | None, kernel: jax.Array, bias: jax.Array | None = None):
+def fold(
+  scale: jax.Array, shift: jax.Array | None, kernel: jax.Array, bias: jax.Array | None = None
+):
   """(kernel, bias) of a layer that reads the normalised x as the given one reads scale * x + shift.
 
   Args:

@@ -10,6 +10,8 @@ TASKS: dict[str, Task] = {'classification': CLASSIFICATION, 'language': LANGUAGE
 def of(config) -> Task:
   """The task of a configuration."""
   return TASKS[config.task]
+
+
 from .classification import transform
 
 __all__ = [

@@ -33,10 +33,14 @@ def source(config, split: str) -> data.Source:
   found = data.load(config.data.name, split, config.data.dir)
   classes = found.classes
   if not classes:
-    raise ValueError(f"{config.data.name} has no labels, but texts to write: set config.task='language'")
+    raise ValueError(
+      f"{config.data.name} has no labels, but texts to write: set config.task='language'"
+    )
   if config.model.num_classes not in (None, len(classes)):
-    raise ValueError(f'config.model.num_classes is {config.model.num_classes}, but {config.data.name} has '
-                     f'{len(classes)} labels: {", ".join(classes[:10])}')
+    raise ValueError(
+      f'config.model.num_classes is {config.model.num_classes}, but {config.data.name} has '
+      f'{len(classes)} labels: {", ".join(classes[:10])}'
+    )
   return data.in_memory(found) if config.data.in_memory else found
 
 
@@ -52,8 +56,11 @@ def transform(config, pretrained, training: bool) -> Callable:
     ValueError: the backbone reads texts and has no tokenizer.json.
   """
   if pretrained.preprocess is not None:
-    return data.image_transform(**pretrained.preprocess, resize=config.data.resize,
-                                augment=config.data.augment if training else 'none')
+    return data.image_transform(
+      **pretrained.preprocess,
+      resize=config.data.resize,
+      augment=config.data.augment if training else 'none',
+    )
   if pretrained.tokenizer is None:
     raise ValueError(f'{config.model.source} has no tokenizer.json, so texts cannot be read')
   return data.text_transform(pretrained.tokenizer, config.data.max_length)
@@ -66,7 +73,12 @@ def blank(config, pretrained) -> dict[str, np.ndarray]:
     size = pretrained.preprocess['image_size']
     return {'image': np.zeros((1, size, size, 3), np.float32), 'label': label}
   tokens = np.zeros((1, config.data.max_length), np.int32)
-  return {'tokens': tokens, 'token_mask': np.ones(tokens.shape, bool), 'types': tokens, 'label': label}
+  return {
+    'tokens': tokens,
+    'token_mask': np.ones(tokens.shape, bool),
+    'types': tokens,
+    'label': label,
+  }
 
 
 def tally(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:

@@ -40,7 +40,9 @@ def inputs(batch: dict) -> tuple[tuple, dict]:
   """(args, kwargs) of the model's call for a batch."""
   if 'image' in batch:
     return (batch['image'],), {}
-  given = {name: batch[key] for name, key in (('mask', 'token_mask'), ('types', 'types')) if key in batch}
+  given = {
+    name: batch[key] for name, key in (('mask', 'token_mask'), ('types', 'types')) if key in batch
+  }
   return (batch['tokens'], *([batch['decoder_tokens']] if 'decoder_tokens' in batch else [])), given
 
 
@@ -55,6 +57,7 @@ def loss(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Ar
   Returns:
     [...], in nats.
   """
+
   @jax.checkpoint  # the logits of a large vocabulary are kept once, in their own dtype
   def entropy(logits):
     logits = logits.astype(jnp.float32)

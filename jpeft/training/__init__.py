@@ -1,4 +1,5 @@
 """The training run: what is built, compiled, kept, resumed and reported."""
+
 from .build import build, method_of, optimizer_of, storage_of
 from .checkpoints import Checkpoints, fingerprint, load_theta, save_theta, write
 from .feature_cache import Features, Part, cached
@@ -8,7 +9,17 @@ from .loop import train
 from .optim import optimizer, schedule
 from .report import Metrics, Progress, asks, line, markdown, table, values, write_report
 from .sharding import laid, mesh, of_state, offloads, over_data, over_model, replicated
-from .step import eval_step, evaluate, forward, initial_state, means, no_sums, rows_of, state_shapes, train_step
+from .step import (
+  eval_step,
+  evaluate,
+  forward,
+  initial_state,
+  means,
+  no_sums,
+  rows_of,
+  state_shapes,
+  train_step,
+)
 
 __all__ = [
   'Checkpoints',

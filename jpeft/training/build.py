@@ -25,7 +25,9 @@ def method_of(config):
     raise ValueError(f'config.method: {name} does not take {values}: {error}') from error
 
 
-def optimizer_of(config, tuned: Tuned, steps: int) -> tuple[optax.Schedule, optax.GradientTransformation]:
+def optimizer_of(
+  config, tuned: Tuned, steps: int
+) -> tuple[optax.Schedule, optax.GradientTransformation]:
   """(the learning rate of each of `steps` updates, the update rule) that the config names."""
   rate = optim.schedule(lr=config.optimizer.lr, steps=steps, **config.schedule)
   choices = {k: v for k, v in config.optimizer.items() if k not in ('lr', 'accumulate', 'offload')}
@@ -50,9 +52,13 @@ def build(config, num_classes: int, load: Callable = models.load) -> tuple[Any, 
   """
   method = method_of(config)
   storage = storage_of(config)
-  fields = config.model.to_dict() | {'num_classes': num_classes or None, 'seed': config.seed,
-                                     'quantize': storage and quant.named(storage)}
+  fields = config.model.to_dict() | {
+    'num_classes': num_classes or None,
+    'seed': config.seed,
+    'quantize': storage and quant.named(storage),
+  }
   pretrained = load(fields.pop('source'), **fields)
   args, kwargs = tasks.inputs(tasks.of(config).blank(config, pretrained))
-  return pretrained, attach(pretrained.model, method, pretrained.variables, *args, **kwargs,
-                            deterministic=True)
+  return pretrained, attach(
+    pretrained.model, method, pretrained.variables, *args, **kwargs, deterministic=True
+  )

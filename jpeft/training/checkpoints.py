@@ -80,18 +80,24 @@ def load_theta(path: pathlib.Path, like) -> tuple[Any, dict]:
     raise ValueError(f'{path} is not a readable safetensors file: {error}') from error
   wanted = names(like)
   if held.keys() != wanted.keys():
-    raise ValueError(f'{path} holds another theta: it lacks {_few(wanted.keys() - held.keys())} and has '
-                     f'{_few(held.keys() - wanted.keys())} too many')
+    raise ValueError(
+      f'{path} holds another theta: it lacks {_few(wanted.keys() - held.keys())} and has '
+      f'{_few(held.keys() - wanted.keys())} too many'
+    )
   for name, leaf in wanted.items():
     if held[name].shape != leaf.shape:
-      raise ValueError(f'{path}: {name} has the shape {held[name].shape}, the model wants {leaf.shape}')
+      raise ValueError(
+        f'{path}: {name} has the shape {held[name].shape}, the model wants {leaf.shape}'
+      )
   leaves = [jnp.asarray(held[name], leaf.dtype) for name, leaf in wanted.items()]
   return jax.tree.unflatten(jax.tree.structure(like), leaves), about
 
 
 def _few(found) -> str:
   listed = sorted(found)
-  return ', '.join(listed[:3]) + (f' and {len(listed) - 3} more' if len(listed) > 3 else '') or 'nothing'
+  return (
+    ', '.join(listed[:3]) + (f' and {len(listed) - 3} more' if len(listed) > 3 else '') or 'nothing'
+  )
 
 
 def _bytes(leaf) -> np.ndarray:
@@ -115,7 +121,9 @@ class Checkpoints:
       for left in self.folder.glob('*tmp*'):  # what a kill cut short
         shutil.rmtree(left, ignore_errors=True)
     options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-    self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=('state', 'about'))
+    self._manager = ocp.CheckpointManager(
+      self.folder, options=options, item_names=('state', 'about')
+    )
 
   @property
   def latest(self) -> int | None:
@@ -127,8 +135,12 @@ class Checkpoints:
       return
     data = np.concatenate([_bytes(x) for x in jax.tree.leaves(state)])
     about = about | {'sha256': hashlib.sha256(data).hexdigest(), 'leaves': _layout(state)}
-    self._manager.save(step, args=ocp.args.Composite(
-      state=ocp.args.StandardSave({'bytes': data}), about=ocp.args.JsonSave(about)))
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave({'bytes': data}), about=ocp.args.JsonSave(about)
+      ),
+    )
 
   def restore(self, like) -> tuple[Any, dict]:
     """(state, about) of the latest checkpoint.
@@ -156,7 +168,7 @@ class Checkpoints:
       raise ValueError(f'the checkpoint {where} cannot be used ({why}): {way_out}') from error
     leaves, start = [], 0
     for leaf in jax.tree.leaves(like):
-      part = data[start:start + leaf.nbytes].view(leaf.dtype).reshape(leaf.shape)
+      part = data[start : start + leaf.nbytes].view(leaf.dtype).reshape(leaf.shape)
       leaves.append(jax.device_put(part, leaf.sharding))
       start += leaf.nbytes
     return jax.tree.unflatten(jax.tree.structure(like), leaves), about

@@ -29,7 +29,9 @@ class Part(NamedTuple):
 
   def once(self, batch_size: int) -> data.Batches:
     """One pass over the examples in their order, filled up."""
-    return data.Batches(self.source, batch_size, self.transform, shuffle=False, epochs=1, drop_remainder=False)
+    return data.Batches(
+      self.source, batch_size, self.transform, shuffle=False, epochs=1, drop_remainder=False
+    )
 
 
 def cached(part: Part, tuned: Tuned, batch_size: int) -> Part:
@@ -62,19 +64,27 @@ class Features:
     crossing = self._halves.features
     self._names = [f'feature_{i}' for i in range(len(crossing))]
     self.nbytes = len(part.source) * self._halves.nbytes
-    self.blank = {name: np.zeros((1, *x.shape), x.dtype) for name, x in zip(self._names, crossing, strict=True)}
+    self.blank = {
+      name: np.zeros((1, *x.shape), x.dtype) for name, x in zip(self._names, crossing, strict=True)
+    }
     self.blank['label'] = part.blank['label']
     self._columns: dict[str, np.ndarray] = {}
     abstract = tuned.shapes, tuned.backbone
-    whole, late = (programs.flops(jax.jit(fn).trace(*abstract, batch, jax.random.key(0))).all
-                   for fn, batch in ((part.forward, inputs), (self.forward, self.blank)))
+    whole, late = (
+      programs.flops(jax.jit(fn).trace(*abstract, batch, jax.random.key(0))).all
+      for fn, batch in ((part.forward, inputs), (self.forward, self.blank))
+    )
     if late > 0.9 * whole:
-      raise ValueError(f'config.data.cache_features: {late / whole:.0%} of the FLOPs of a forward pass come after the '
-                       'first trained number or the first dropout; leave it out, or set config.model.dropout=0')
+      raise ValueError(
+        f'config.data.cache_features: {late / whole:.0%} of the FLOPs of a forward pass come after the '
+        'first trained number or the first dropout; leave it out, or set config.model.dropout=0'
+      )
     room = os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
     if self.nbytes > 0.8 * room:
-      raise ValueError(f'config.data.cache_features: the features of {len(part.source)} examples take '
-                       f'{self.nbytes / 2**30:.1f} GiB, of {room / 2**30:.1f} GiB of free memory; leave it out')
+      raise ValueError(
+        f'config.data.cache_features: the features of {len(part.source)} examples take '
+        f'{self.nbytes / 2**30:.1f} GiB, of {room / 2**30:.1f} GiB of free memory; leave it out'
+      )
 
   def forward(self, theta, backbone, batch, key):
     """The program on a batch of this source."""
@@ -93,12 +103,16 @@ class Features:
       if stop():
         return
       found = jax.device_get(first(backbone, put({name: batch[name] for name in self._reads})))
-      rows = {**dict(zip(self._names, found, strict=True)), 'label': batch['label'], 'index': batch['index']}
+      rows = {
+        **dict(zip(self._names, found, strict=True)),
+        'label': batch['label'],
+        'index': batch['index'],
+      }
       size = min(len(batch['label']), len(self) - done)
       for name, x in rows.items():
         if name not in self._columns:
           self._columns[name] = np.empty((len(self), *x.shape[1:]), x.dtype)
-        self._columns[name][done:done + size] = x[:size]
+        self._columns[name][done : done + size] = x[:size]
       done += size
 
   def __len__(self) -> int:

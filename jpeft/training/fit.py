@@ -9,7 +9,9 @@ import jax
 from jpeft import programs as costs
 
 
-def compiled(fn: Callable, *args, donate: tuple[int, ...] = ()) -> tuple[Callable, dict[str, float]]:
+def compiled(
+  fn: Callable, *args, donate: tuple[int, ...] = ()
+) -> tuple[Callable, dict[str, float]]:
   """(fn compiled for these arguments, what XLA says it costs).
 
   The costs: flops (with every round of its loops) and bytes_accessed of one call on one device, bytes of
@@ -68,4 +70,5 @@ def fitting(update: Callable, state, backbone, batch) -> tuple[Callable, dict[st
     f'an update of {size} examples needs {costs.mib(total)} on a device that has {has}: weights '
     f'{costs.mib(parts["weights_bytes"])}, what is trained and its optimizer {costs.mib(parts["state_bytes"])}, the '
     'rest activations; take a smaller data.batch_size, model.remat=true or a method that keeps less: python -m '
-    'jpeft.plan with the same --config says what fits')
+    'jpeft.plan with the same --config says what fits'
+  )

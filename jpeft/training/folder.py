@@ -1,11 +1,11 @@
 """A run and its folder: claiming it, building the tuned model that config.json describes, stopping.
 
-    config.json      the whole configuration; the same command goes on with the run
-    run.json         labels, SHA-256 of the backbone and of the files it came from
-    checkpoints/     the training state, by step
-    metrics.jsonl    one line a log interval and an evaluation
-    best.safetensors, theta.safetensors     theta of the best evaluation, and of the end
-    report.json, report.md, curves.png      written when the run is complete
+config.json      the whole configuration; the same command goes on with the run
+run.json         labels, SHA-256 of the backbone and of the files it came from
+checkpoints/     the training state, by step
+metrics.jsonl    one line a log interval and an evaluation
+best.safetensors, theta.safetensors     theta of the best evaluation, and of the end
+report.json, report.md, curves.png      written when the run is complete
 """
 
 import contextlib
@@ -30,9 +30,15 @@ def claimed(folder: pathlib.Path, config):
   kept = folder / 'config.json'
   if folder.exists() and not folder.is_dir():
     raise ValueError(f'--workdir {folder} is a file, not a folder')
-  if folder.is_dir() and not kept.exists() and any(not p.name.startswith('.') for p in folder.iterdir()):
-    raise ValueError(f'{folder} holds files but no config.json, so it is not the folder of a run: '
-                     'choose another --workdir')
+  if (
+    folder.is_dir()
+    and not kept.exists()
+    and any(not p.name.startswith('.') for p in folder.iterdir())
+  ):
+    raise ValueError(
+      f'{folder} holds files but no config.json, so it is not the folder of a run: '
+      'choose another --workdir'
+    )
   folder.mkdir(parents=True, exist_ok=True)
   with (folder / '.lock').open('w') as lock:
     try:
@@ -42,8 +48,10 @@ def claimed(folder: pathlib.Path, config):
     if kept.exists():
       differing = config_lib.differences(config, config_lib.from_json(kept))
       if differing:
-        raise ValueError(f'{folder} holds a run with another config: {"; ".join(differing)}. Choose another '
-                         '--workdir, or give the same values to go on with that run')
+        raise ValueError(
+          f'{folder} holds a run with another config: {"; ".join(differing)}. Choose another '
+          '--workdir, or give the same values to go on with that run'
+        )
     yield
 
 
@@ -60,13 +68,17 @@ def reopen(folder: pathlib.Path, best: bool = False) -> tuple[Any, Any, Any]:
   config, about = describe(folder)
   file = folder / ('best.safetensors' if best else 'theta.safetensors')
   if not file.exists():
-    raise FileNotFoundError(f'{folder} has no {file.name}: the run is not complete; start its training '
-                            'command again, it goes on where it stopped')
+    raise FileNotFoundError(
+      f'{folder} has no {file.name}: the run is not complete; start its training '
+      'command again, it goes on where it stopped'
+    )
   pretrained, tuned = build(config, len(about['labels']))
   theta, _ = load_theta(file, tuned.shapes)
   if fingerprint(pretrained.variables) != about['backbone_sha256']:
-    raise ValueError(f'the backbone {config.model.source} is not the one that {folder} was trained on: '
-                     'its SHA-256 has changed')
+    raise ValueError(
+      f'the backbone {config.model.source} is not the one that {folder} was trained on: '
+      'its SHA-256 has changed'
+    )
   return pretrained, tuned, theta
 
 
@@ -86,7 +98,9 @@ def begin(folder: pathlib.Path, config, **facts) -> None:
   kept = json.loads(file.read_text())
   for name in ('labels', 'backbone_sha256'):
     if kept[name] != facts[name]:
-      raise ValueError(f'{folder} was begun with other {name}: {kept[name]} there, {facts[name]} now')
+      raise ValueError(
+        f'{folder} was begun with other {name}: {kept[name]} there, {facts[name]} now'
+      )
 
 
 def describe(folder: pathlib.Path) -> tuple[Any, dict]:

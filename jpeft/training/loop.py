@@ -48,9 +48,12 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     pretrained, tuned = build(config, len(source.classes))
     task.check(config, tuned)
     blank = task.blank(config, pretrained)
-    learn, judge = (features.Part(*task.rows(config, pretrained, examples, training),
-                                  step.forward(tuned, training), blank)
-                    for examples, training in ((source, True), (test, False)))
+    learn, judge = (
+      features.Part(
+        *task.rows(config, pretrained, examples, training), step.forward(tuned, training), blank
+      )
+      for examples, training in ((source, True), (test, False))
+    )
     raw, about = judge, getattr(learn.source, 'about', None)
     if config.data.cache_features:
       learn, judge = (features.cached(part, tuned, eval_size) for part in (learn, judge))
@@ -61,10 +64,19 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
 
   # ---- Compilation, from shapes: what cannot fit is told before anything is put on a device.
   whole, rows = sharding.replicated(mesh), sharding.over_data(mesh)
-  split = sharding.over_model(mesh, pretrained.variables) if config.mesh.backbone == 'sharded' else whole
+  split = (
+    sharding.over_model(mesh, pretrained.variables) if config.mesh.backbone == 'sharded' else whole
+  )
   offload = sharding.offloads(mesh, config.optimizer.offload)
-  fn = step.train_step(tuned, learn.forward, tx, config.seed, config.loss.label_smoothing,
-                       config.optimizer.accumulate, offload)
+  fn = step.train_step(
+    tuned,
+    learn.forward,
+    tx,
+    config.seed,
+    config.loss.label_smoothing,
+    config.optimizer.accumulate,
+    offload,
+  )
   shapes = step.state_shapes(tuned, tx, pretrained.variables)
   placed = sharding.of_state(mesh, shapes, offload)
   shapes = sharding.laid(shapes, placed)
@@ -85,8 +97,15 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
 
   # ---- Where the run stands.
   with cli.inputs_checked():
-    begin(folder, config, labels=source.classes, reads='image' if pretrained.preprocess else 'text',
-              backbone_sha256=backbone_sha256, files=pretrained.files, jpeft=__version__)
+    begin(
+      folder,
+      config,
+      labels=source.classes,
+      reads='image' if pretrained.preprocess else 'text',
+      backbone_sha256=backbone_sha256,
+      files=pretrained.files,
+      jpeft=__version__,
+    )
     checkpoints = Checkpoints(folder / 'checkpoints', config.checkpoint.keep)
     stack.callback(checkpoints.close)
     start, before = checkpoints.latest or 0, 0.0
@@ -97,9 +116,11 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     metrics = report.Metrics(folder / 'metrics.jsonl', start, config.log.tensorboard)
     stack.callback(metrics.close)
   progress = report.Progress(steps, start)
-  progress.note(f'{config.method.name} on {config.model.source}, {config.data.name}: {facts.trainable:,} '
-                f'trainable numbers beside {facts.total:,}, {facts.memory}; {steps} updates of {size}'
-                + (f', going on after {start}' if start else ''))
+  progress.note(
+    f'{config.method.name} on {config.model.source}, {config.data.name}: {facts.trainable:,} '
+    f'trainable numbers beside {facts.total:,}, {facts.memory}; {steps} updates of {size}'
+    + (f', going on after {start}' if start else '')
+  )
   progress.note(report.asks(cost))
   if about:
     progress.note(about)
@@ -128,8 +149,12 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
   watch = Watch(config.data.train, checkpoints)
   for part in (learn, judge):
     if isinstance(part.source, features.Features) and not signals.caught:
-      progress.note(f'features of {len(part.source)} examples: {part.source.nbytes / 2**20:.0f} MiB')
-      part.source.fill(backbone, lambda batch: jax.device_put(batch, rows), stop=lambda: signals.caught)
+      progress.note(
+        f'features of {len(part.source)} examples: {part.source.nbytes / 2**20:.0f} MiB'
+      )
+      part.source.fill(
+        backbone, lambda batch: jax.device_put(batch, rows), stop=lambda: signals.caught
+      )
   while True:
     due = lambda every: number == steps or bool(every and number and number % every == 0)
     if signals.caught or due(config.eval.every) or due(config.checkpoint.every):
@@ -154,16 +179,22 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     watch.see(number, indices, out)
     if number % config.log.every == 0 or number == steps:
       watch.catch_up()
-      metrics.add(number, 'train', **step.means(state['sums']), lr=float(rate(number - 1)),
-                  grad_norm=float(out['grad_norm']))
+      metrics.add(
+        number,
+        'train',
+        **step.means(state['sums']),
+        lr=float(rate(number - 1)),
+        grad_norm=float(out['grad_norm']),
+      )
       state['sums'] = jax.device_put(step.no_sums(), whole)
     progress.show(number, loss=watch.loss)
 
   checkpoints.save(number, state, {'data': batches.state(), 'seconds': seconds()})
   checkpoints.wait()
   if not metrics.has(steps, 'test'):
-    raise cli.Stopped(signals.caught, f'checkpoint {number} of {steps} is in {folder}; the same command '
-                                      'goes on')
+    raise cli.Stopped(
+      signals.caught, f'checkpoint {number} of {steps} is in {folder}; the same command goes on'
+    )
 
   # ---- What comes out.
   if fingerprint(backbone) != backbone_sha256:
@@ -171,15 +202,25 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
   save_theta(folder / 'theta.safetensors', state['theta'], step=number)
   best = tasks.best(config.eval.metric, metrics.of('test'))
   told = {
-    'method': config.method.name, 'model': config.model.source, 'data': config.data.name,
-    'trainable': facts.trainable, 'total': facts.total, 'memory': facts.memory, 'mergeable': facts.mergeable,
+    'method': config.method.name,
+    'model': config.model.source,
+    'data': config.data.name,
+    'trainable': facts.trainable,
+    'total': facts.total,
+    'memory': facts.memory,
+    'mergeable': facts.mergeable,
     'eval': report.values(metrics.of('test')[-1]),
     **{row['split']: report.values(row) for row in metrics.of('untuned')},
     'best': {'step': best['step'], 'metric': config.eval.metric, 'value': best[config.eval.metric]},
-    'storage': storage_of(config), 'backbone_bytes': nbytes(backbone),
-    'steps': steps, 'batch_size': size, 'seconds': round(seconds(), 2), 'step_cost': cost,
+    'storage': storage_of(config),
+    'backbone_bytes': nbytes(backbone),
+    'steps': steps,
+    'batch_size': size,
+    'seconds': round(seconds(), 2),
+    'step_cost': cost,
     'device': f'{mesh.size} x {mesh.devices.flat[0].device_kind}',
-    'backbone_sha256': backbone_sha256, 'theta_sha256': fingerprint(state['theta']),
+    'backbone_sha256': backbone_sha256,
+    'theta_sha256': fingerprint(state['theta']),
   }
   report.write_report(folder, told, metrics.rows)
   progress.note(report.line(folder, told['eval']))

@@ -20,8 +20,14 @@ from jpeft.core import Site, Tuned, freeze
 _BLOCK_NUMBER = re.compile(r'(?:block|layer)s?[_/](\d+)(?:/|$)')
 
 
-def schedule(name: str, lr: float, steps: int, warmup_steps: int = 0, warmup_fraction: float = 0.0,
-             final: float = 0.0) -> optax.Schedule:
+def schedule(
+  name: str,
+  lr: float,
+  steps: int,
+  warmup_steps: int = 0,
+  warmup_fraction: float = 0.0,
+  final: float = 0.0,
+) -> optax.Schedule:
   """A learning rate that climbs for the warm-up and then follows `name`.
 
   Args:
@@ -62,6 +68,7 @@ def lora_fa(scale: float = 1.0, eps: float = 1e-8) -> optax.GradientTransformati
     scale: alpha / r, or alpha / sqrt(r) for rsLoRA.
     eps: on the diagonal.
   """
+
   def follow(g, theta):
     if not isinstance(g, dict):
       return g
@@ -69,7 +76,10 @@ def lora_fa(scale: float = 1.0, eps: float = 1e-8) -> optax.GradientTransformati
       return {name: follow(x, theta[name]) for name, x in g.items()}
     a = theta['a'].astype(jnp.float32)
     gram = jnp.swapaxes(a, -1, -2) @ a + eps * jnp.eye(a.shape[-1])
-    return {**g, 'b': (jnp.linalg.solve(gram, g['b'].astype(jnp.float32)) / scale**2).astype(g['b'].dtype)}
+    return {
+      **g,
+      'b': (jnp.linalg.solve(gram, g['b'].astype(jnp.float32)) / scale**2).astype(g['b'].dtype),
+    }
 
   def update(updates, state, params=None):
     if params is None:
@@ -81,7 +91,9 @@ def lora_fa(scale: float = 1.0, eps: float = 1e-8) -> optax.GradientTransformati
 
 def _name(path) -> str:
   """A leaf of theta as one word: 'lora/encoder/block_0/attention/query/kernel/a'."""
-  return '/'.join(str(getattr(k, 'key', getattr(k, 'idx', k))) for k in path if getattr(k, 'key', k) != '')
+  return '/'.join(
+    str(getattr(k, 'key', getattr(k, 'idx', k))) for k in path if getattr(k, 'key', k) != ''
+  )
 
 
 def _site(tuned: Tuned, path) -> Site:
@@ -89,8 +101,13 @@ def _site(tuned: Tuned, path) -> Site:
   return tuned.sites[path[1].key]
 
 
-def factors(tuned: Tuned, theta, groups: Sequence[tuple[str, float]] = (), layer_decay: float = 1.0,
-            lora_plus: float | None = None) -> dict[str, float | np.ndarray]:
+def factors(
+  tuned: Tuned,
+  theta,
+  groups: Sequence[tuple[str, float]] = (),
+  layer_decay: float = 1.0,
+  lora_plus: float | None = None,
+) -> dict[str, float | np.ndarray]:
   """What the learning rate of each leaf is multiplied by.
 
   Args:
@@ -107,15 +124,19 @@ def factors(tuned: Tuned, theta, groups: Sequence[tuple[str, float]] = (), layer
   Raises:
     ValueError: a pattern that matches no leaf.
   """
-  flat = {_name(path): (leaf, _site(tuned, path))
-          for path, leaf in jax.tree_util.tree_flatten_with_path(theta)[0]}
+  flat = {
+    _name(path): (leaf, _site(tuned, path))
+    for path, leaf in jax.tree_util.tree_flatten_with_path(theta)[0]
+  }
   out = dict.fromkeys(flat, 1.0)
   for pattern, factor in [*groups, *([(r'.*/b', lora_plus)] if lora_plus is not None else [])]:
     hits = [name for name in flat if re.fullmatch(pattern, name)]
     if not hits:
       near = difflib.get_close_matches(pattern, flat, 3, 0)
-      raise ValueError(f'the learning rate group {pattern!r} matches no leaf of theta; '
-                       f'near it are {", ".join(near)}')
+      raise ValueError(
+        f'the learning rate group {pattern!r} matches no leaf of theta; '
+        f'near it are {", ".join(near)}'
+      )
     out |= {name: out[name] * factor for name in hits}
   if layer_decay != 1.0:
     depths = {name: _depth(name, *leaf_and_site) for name, leaf_and_site in flat.items()}
@@ -139,19 +160,25 @@ def _depth(name: str, leaf, site: Site) -> int | np.ndarray | None:
 
 def scale_by_factors(factors: dict) -> optax.GradientTransformation:
   """Multiplies each update by the factor of its path."""
+
   def update(updates, state, params=None):
     return jax.tree_util.tree_map_with_path(lambda p, u: u * factors[_name(p)], updates), state
+
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def matrices(tuned: Tuned):
   """params -> bools: True for what is a matrix or more in one layer: the leaves to decay."""
+
   def leaf(path, x):
     return x.ndim - len(_site(tuned, path).lengths) > 1
+
   return lambda params: jax.tree_util.tree_map_with_path(leaf, params)
 
 
-def rule(name: str, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
+def rule(
+  name: str, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
+) -> optax.GradientTransformation:
   """The update direction of an optimizer by name, before weight decay and learning rate.
 
   Raises:
@@ -166,16 +193,29 @@ def rule(name: str, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> op
   }
   if name not in known:
     near = difflib.get_close_matches(name, known, 1)
-    raise ValueError(f'no optimizer is called {name!r}, there are {", ".join(known)}'
-                     + (f'; did you mean {near[0]!r}?' if near else ''))
+    raise ValueError(
+      f'no optimizer is called {name!r}, there are {", ".join(known)}'
+      + (f'; did you mean {near[0]!r}?' if near else '')
+    )
   return known[name]()
 
 
-def optimizer(tuned: Tuned, theta, rate: optax.Schedule, *, name: str = 'adamw', weight_decay: float = 0.0,
-              decay_vectors: bool = False, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8,
-              clip_norm: float | None = None, layer_decay: float = 1.0,
-              groups: Sequence[tuple[str, float]] = (), lora_plus: float | None = None,
-              ) -> optax.GradientTransformation:
+def optimizer(
+  tuned: Tuned,
+  theta,
+  rate: optax.Schedule,
+  *,
+  name: str = 'adamw',
+  weight_decay: float = 0.0,
+  decay_vectors: bool = False,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-8,
+  clip_norm: float | None = None,
+  layer_decay: float = 1.0,
+  groups: Sequence[tuple[str, float]] = (),
+  lora_plus: float | None = None,
+) -> optax.GradientTransformation:
   """The optimizer of theta: clip, direction, decay, factors, rate; entries that a method holds fixed stay.
 
   Weight decay is decoupled for every rule but 'adam' and 'sgd', where it is part of the gradient.

@@ -12,7 +12,13 @@ from jpeft.programs import mib
 
 from .checkpoints import write
 
-_SHOWN = ('accuracy', 'perplexity', 'exact_match', 'word_error_rate', 'phoneme_error_rate')  # in tables
+_SHOWN = (
+  'accuracy',
+  'perplexity',
+  'exact_match',
+  'word_error_rate',
+  'phoneme_error_rate',
+)  # in tables
 
 
 class Progress:
@@ -32,7 +38,9 @@ class Progress:
     self.last = now
     rate = (step - self.first) / max(now - self.start, 1e-9)
     left = (self.steps - step) / rate if rate else float('inf')
-    shown = ''.join(f'  {name} {value:.4g}' for name, value in values.items() if not math.isnan(value))
+    shown = ''.join(
+      f'  {name} {value:.4g}' for name, value in values.items() if not math.isnan(value)
+    )
     self._put(f'step {step}/{self.steps}{shown}  {rate:.2f} steps/s  {clock(left)} left')
 
   def note(self, text: str) -> None:
@@ -74,11 +82,15 @@ class Metrics:
     self._start, self._writer = time.perf_counter(), None
     if tensorboard:
       from tensorboardX import SummaryWriter
+
       self._writer = SummaryWriter(str(path.parent / 'tensorboard'), purge_step=step + 1)
 
   def add(self, step: int, split: str, **values: float) -> None:
     row = {'step': step, 'split': split, **values}
-    row['time'] = {'at': round(time.time(), 3), 'seconds': round(time.perf_counter() - self._start, 3)}
+    row['time'] = {
+      'at': round(time.time(), 3),
+      'seconds': round(time.perf_counter() - self._start, 3),
+    }
     self.rows.append(row)
     with self.path.open('a') as file:
       file.write(json.dumps(row) + '\n')
@@ -124,21 +136,32 @@ def write_report(folder: pathlib.Path, report: dict[str, Any], rows: list[dict])
   facts = {
     'trainable numbers': f'{report["trainable"]:,} of {report["total"]:,} in the backbone',
     'backbone as stored': f'{report["backbone_bytes"] / 2**20:,.1f} MiB'
-                          + (f', kernels as {report["storage"]}' if report['storage'] else ''),
-    'memory class': report['memory'], 'mergeable': 'yes' if report['mergeable'] else 'no',
+    + (f', kernels as {report["storage"]}' if report['storage'] else ''),
+    'memory class': report['memory'],
+    'mergeable': 'yes' if report['mergeable'] else 'no',
     'updates': f'{report["steps"]:,} of {report["batch_size"]} {"rows" if "untuned" in report else "examples"}',
     'seconds': f'{report["seconds"]:.1f} of training, {cost["compile_seconds"]:.1f} of compilation',
     'best': f'{report["best"]["metric"]} {report["best"]["value"]:.4f} at step {report["best"]["step"]}',
-    'FLOPs of an update': f'{cost["flops"] / 1e9:.2f} G, as XLA counts' if 'flops' in cost else 'not known',
-    'device': report['device'], 'backbone': f'SHA-256 {report["backbone_sha256"]}, unchanged',
+    'FLOPs of an update': f'{cost["flops"] / 1e9:.2f} G, as XLA counts'
+    if 'flops' in cost
+    else 'not known',
+    'device': report['device'],
+    'backbone': f'SHA-256 {report["backbone_sha256"]}, unchanged',
     'theta': f'SHA-256 {report["theta_sha256"]}',
   }
-  if 'temp_bytes' in cost and 'cpu' not in report['device']:  # XLA's CPU buffers say nothing of an accelerator's
+  if (
+    'temp_bytes' in cost and 'cpu' not in report['device']
+  ):  # XLA's CPU buffers say nothing of an accelerator's
     facts['temporary bytes'] = f'{cost["temp_bytes"] / 2**20:.1f} MiB'
-  facts |= {what: line(what, report[key]).partition(': ')[2]
-            for what, key in (('untuned', 'untuned'), ('at the end', 'eval')) if 'untuned' in report}
+  facts |= {
+    what: line(what, report[key]).partition(': ')[2]
+    for what, key in (('untuned', 'untuned'), ('at the end', 'eval'))
+    if 'untuned' in report
+  }
   lines += [f'- {name}: {value}' for name, value in facts.items()]
-  write(folder / 'report.md', '\n'.join([*lines, *(['', '![curves](curves.png)'] if drawn else []), '']))
+  write(
+    folder / 'report.md', '\n'.join([*lines, *(['', '![curves](curves.png)'] if drawn else []), ''])
+  )
 
 
 def table(reports: list[dict]) -> str:
@@ -154,10 +177,19 @@ def table(reports: list[dict]) -> str:
 
   def row(r):
     flops = r['step_cost'].get('flops')
-    return (r['method'], *(score(r, name) for name in shown), f'{r["trainable"]:,}',
-            f'{100 * r["trainable"] / r["total"]:.2f} %', f'{flops / 1e9:.1f}' if flops else '-', f'{r["seconds"]:.0f}')
+    return (
+      r['method'],
+      *(score(r, name) for name in shown),
+      f'{r["trainable"]:,}',
+      f'{100 * r["trainable"] / r["total"]:.2f} %',
+      f'{flops / 1e9:.1f}' if flops else '-',
+      f'{r["seconds"]:.0f}',
+    )
+
   names = [name.replace('_', ' ') for name in shown]
-  return markdown(('method', *names, 'trainable', 'of backbone', 'GFLOP a step', 'seconds'), map(row, reports))
+  return markdown(
+    ('method', *names, 'trainable', 'of backbone', 'GFLOP a step', 'seconds'), map(row, reports)
+  )
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -25,9 +25,11 @@ def mesh(data: int, model: int) -> Mesh:
   """
   devices = jax.devices()
   if data * model > len(devices):
-    raise ValueError(f'mesh.data={data} x mesh.model={model} needs {data * model} devices, there '
-                     f'{"is" if len(devices) == 1 else "are"} {len(devices)}')
-  return Mesh(np.array(devices[:data * model]).reshape(data, model), ('data', 'model'))
+    raise ValueError(
+      f'mesh.data={data} x mesh.model={model} needs {data * model} devices, there '
+      f'{"is" if len(devices) == 1 else "are"} {len(devices)}'
+    )
+  return Mesh(np.array(devices[: data * model]).reshape(data, model), ('data', 'model'))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -43,7 +45,9 @@ def of_state(mesh: Mesh, state: Mapping[str, Any], offload: bool = False) -> dic
   """Shardings of a training state, whole on each device; the optimizer's part in pinned host memory if `offload`."""
   whole = replicated(mesh)
   places = {'optimizer': whole.with_memory_kind('pinned_host')} if offload else {}
-  return {name: jax.tree.map(lambda _: places.get(name, whole), tree) for name, tree in state.items()}
+  return {
+    name: jax.tree.map(lambda _: places.get(name, whole), tree) for name, tree in state.items()
+  }
 
 
 def over_data(mesh: Mesh) -> NamedSharding:
@@ -53,10 +57,12 @@ def over_data(mesh: Mesh) -> NamedSharding:
 def over_model(mesh: Mesh, tree) -> Any:
   """Shardings of a backbone: of each array the largest axis that the model axis divides."""
   parts = mesh.shape['model']
+
   def leaf(x):
     axes = [i for i, n in enumerate(x.shape) if n % parts == 0] if math.prod(x.shape) > 1 else []
     spec = [None] * len(x.shape)
     if axes:
       spec[max(axes, key=lambda i: x.shape[i])] = 'model'
     return NamedSharding(mesh, PartitionSpec(*spec))
+
   return jax.tree.map(leaf, tree)

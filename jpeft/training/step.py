@@ -20,7 +20,12 @@ def initial_state(tuned: Tuned, tx: optax.GradientTransformation, backbone, seed
   key = jax.random.fold_in(jax.random.key(seed), STREAM_THETA)
   # Copied: a theta that starts as the backbone's own array would be donated with it.
   theta = jax.tree.map(jnp.copy, jax.jit(tuned.init)(key, backbone))
-  return {'theta': theta, 'optimizer': tx.init(theta), 'step': jnp.zeros((), jnp.int32), 'sums': no_sums()}
+  return {
+    'theta': theta,
+    'optimizer': tx.init(theta),
+    'step': jnp.zeros((), jnp.int32),
+    'sums': no_sums(),
+  }
 
 
 def state_shapes(tuned: Tuned, tx: optax.GradientTransformation, backbone) -> dict:
@@ -41,15 +46,24 @@ def forward(tuned: Tuned, training: bool, mode: Mapping[str, bool] | None = None
     mode: the argument by which the model is told whether it trains; `deterministic` if left out.
   """
   mode = {'deterministic': not training} if mode is None else mode
+
   def run(theta, backbone, batch, key):
     args, kwargs = tasks.inputs(batch)
     rngs = {'rngs': {'dropout': key}} if training else {}
     return tuned.apply(theta, backbone, *args, **kwargs, **mode, **rngs)
+
   return run
 
 
-def train_step(tuned: Tuned, forward: Callable, tx: optax.GradientTransformation, seed: int,
-               smoothing: float = 0.0, accumulate: int = 1, offload: bool = False) -> Callable:
+def train_step(
+  tuned: Tuned,
+  forward: Callable,
+  tx: optax.GradientTransformation,
+  seed: int,
+  smoothing: float = 0.0,
+  accumulate: int = 1,
+  offload: bool = False,
+) -> Callable:
   """(state, backbone, batch) -> (state, {'loss', 'grad_norm'}): one update; differentiates theta alone.
 
   Args:
@@ -61,6 +75,7 @@ def train_step(tuned: Tuned, forward: Callable, tx: optax.GradientTransformation
     accumulate: micro-batches that a batch is cut into, one after the other.
     offload: the optimizer's state lies in host memory, and is on the device only while it is read and written.
   """
+
   def objective(theta, backbone, batch, key, count):
     logits = forward(theta, backbone, batch, key)
     loss = tasks.loss(logits, batch['label'], smoothing).sum() / count
@@ -70,11 +85,15 @@ def train_step(tuned: Tuned, forward: Callable, tx: optax.GradientTransformation
 
   def accumulated(theta, backbone, batch, key, count):
     cut = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+
     def add(total, micro):
       i, part = micro
       new = gradient(theta, backbone, part, jax.random.fold_in(key, i), count)
       return jax.tree.map(jnp.add, total, new), None
-    shapes = jax.eval_shape(gradient, theta, backbone, jax.tree.map(lambda x: x[0], cut), key, count)
+
+    shapes = jax.eval_shape(
+      gradient, theta, backbone, jax.tree.map(lambda x: x[0], cut), key, count
+    )
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(add, zeros, (jnp.arange(accumulate), cut))[0]
 
@@ -84,7 +103,9 @@ def train_step(tuned: Tuned, forward: Callable, tx: optax.GradientTransformation
     run = gradient if accumulate == 1 else accumulated
     count = (batch['label'] >= 0).sum()
     (loss, correct), grads = run(theta, backbone, batch, key, count)
-    optimizer = jax.device_put(state['optimizer'], jax.memory.Space.Device) if offload else state['optimizer']
+    optimizer = (
+      jax.device_put(state['optimizer'], jax.memory.Space.Device) if offload else state['optimizer']
+    )
     updates, optimizer = tx.update(grads, optimizer, theta)
     if offload:
       optimizer = jax.device_put(optimizer, jax.memory.Space.Host)
@@ -103,14 +124,23 @@ def train_step(tuned: Tuned, forward: Callable, tx: optax.GradientTransformation
 
 def eval_step(forward: Callable, tally: Callable) -> Callable:
   """(theta, backbone, batch) -> the tally of one batch, by a `forward` of evaluation and the `tally` of a task."""
+
   def step(theta, backbone, batch):
     logits = forward(theta, backbone, batch, jax.random.key(0))
     return tally(logits, batch['label'], batch['mask'])
+
   return step
 
 
-def evaluate(mark: Callable, scores: Callable, theta, backbone, batches, rows: NamedSharding,
-             stop: Callable[[], Any]) -> dict[str, float] | None:
+def evaluate(
+  mark: Callable,
+  scores: Callable,
+  theta,
+  backbone,
+  batches,
+  rows: NamedSharding,
+  stop: Callable[[], Any],
+) -> dict[str, float] | None:
   """The scores over all batches.
 
   Args:
@@ -140,4 +170,7 @@ def means(sums: dict) -> dict[str, float]:
 
 def rows_of(blank: dict[str, np.ndarray], size: int, sharding) -> dict[str, jax.ShapeDtypeStruct]:
   """The shapes of a batch of `size`, from one of one example."""
-  return {k: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype, sharding=sharding) for k, x in blank.items()}
+  return {
+    k: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype, sharding=sharding)
+    for k, x in blank.items()
+  }

@@ -14,7 +14,12 @@ class Watch:
   """
 
   def __init__(self, split: str, checkpoints):
-    self.loss, self._split, self._checkpoints, self._pending = float('nan'), split, checkpoints, None
+    self.loss, self._split, self._checkpoints, self._pending = (
+      float('nan'),
+      split,
+      checkpoints,
+      None,
+    )
 
   def see(self, number: int, indices, out: dict) -> None:
     """Takes note of an update, after a look at the one before."""
@@ -35,10 +40,12 @@ class Watch:
       return
     self._checkpoints.wait()
     last = self._checkpoints.latest
-    raise Diverged(f'loss {self.loss}, gradient norm {norm} at update {number}, on the examples '
-                   f'{", ".join(map(str, indices))} of {self._split!r}; '
-                   + (f'the checkpoint of update {last} is intact' if last else 'there is no checkpoint yet')
-                   + '; a lower optimizer.lr or an optimizer.clip_norm may help')
+    raise Diverged(
+      f'loss {self.loss}, gradient norm {norm} at update {number}, on the examples '
+      f'{", ".join(map(str, indices))} of {self._split!r}; '
+      + (f'the checkpoint of update {last} is intact' if last else 'there is no checkpoint yet')
+      + '; a lower optimizer.lr or an optimizer.clip_norm may help'
+    )
 
 
 class Signals:

@@ -17,21 +17,38 @@ from jpeft.programs import compile
 from jpeft.training import optim, step
 from tests.params import fast_if
 
-KEYS = {'work', 'method', 'remat', 'layers', 'trainable', 'arguments_mib', 'temp_mib', 'total_mib', 'gflop'}
+KEYS = {
+  'work',
+  'method',
+  'remat',
+  'layers',
+  'trainable',
+  'arguments_mib',
+  'temp_mib',
+  'total_mib',
+  'gflop',
+}
 
 
 @pytest.fixture
 def tiny(monkeypatch):
   """A work of seconds, 'tiny', in place of all others."""
+
   def model(scan, remat):
-    return works.TokenEncoder(width=16, depth=2, heads=2, mlp_dim=32, num_classes=3, scan=scan, remat=remat)
+    return works.TokenEncoder(
+      width=16, depth=2, heads=2, mlp_dim=32, num_classes=3, scan=scan, remat=remat
+    )
 
   def batch(size):
-    return {'image': jax.ShapeDtypeStruct((size, 4, 16), jnp.float32),
-            'label': jax.ShapeDtypeStruct((size,), jnp.int32)}
+    return {
+      'image': jax.ShapeDtypeStruct((size, 4, 16), jnp.float32),
+      'label': jax.ShapeDtypeStruct((size,), jnp.int32),
+    }
 
   for module in (works, memory):
-    monkeypatch.setattr(module, 'WORKS', {'tiny': works.Work('a toy', model, batch, 4, ('unroll', 'scan'))})
+    monkeypatch.setattr(
+      module, 'WORKS', {'tiny': works.Work('a toy', model, batch, 4, ('unroll', 'scan'))}
+    )
 
 
 @pytest.fixture
@@ -46,6 +63,7 @@ def command(tiny, monkeypatch, capsys, tmp_path):
     except SystemExit as stopped:
       code = stopped.code
     return code, *capsys.readouterr()
+
   return called
 
 
@@ -53,9 +71,15 @@ def test_rows_as_json(command):
   code, out, err = command('--methods=linear', '--json')
   rows = json.loads(out)
   assert code == 0 and [(r['remat'], r['layers']) for r in rows] == [
-    (remat, layers) for remat in ('none', 'block', 'dots') for layers in ('unroll', 'scan')]
+    (remat, layers) for remat in ('none', 'block', 'dots') for layers in ('unroll', 'scan')
+  ]
   for row in rows:
-    assert KEYS <= set(row) and row['work'] == 'tiny' and row['method'] == 'linear' and row['trainable'] == 16 * 3 + 3
+    assert (
+      KEYS <= set(row)
+      and row['work'] == 'tiny'
+      and row['method'] == 'linear'
+      and row['trainable'] == 16 * 3 + 3
+    )
     assert row['total_mib'] >= row['arguments_mib']
   assert len(err.splitlines()) == 6
 
@@ -67,8 +91,19 @@ def test_documents_are_made_in_parts(command, tmp_path, monkeypatch):
     if method == 'vera':
       raise ValueError('it does not act here')
     total = {'full': 100.0, 'lora': 60.0}[method]
-    return {'work': work, 'method': method, 'remat': remat, 'layers': layers, 'target': 'cpu', 'trainable': 1234,
-            'arguments_mib': 1.0, 'temp_mib': 2.0, 'total_mib': total, 'gflop': 3.0, 'compile_seconds': 0}
+    return {
+      'work': work,
+      'method': method,
+      'remat': remat,
+      'layers': layers,
+      'target': 'cpu',
+      'trainable': 1234,
+      'arguments_mib': 1.0,
+      'temp_mib': 2.0,
+      'total_mib': total,
+      'gflop': 3.0,
+      'compile_seconds': 0,
+    }
 
   monkeypatch.setattr(memory, 'measure', measured)
   command('--methods=full', '--remat=none', '--layers=scan')
@@ -82,8 +117,14 @@ def test_documents_are_made_in_parts(command, tmp_path, monkeypatch):
   assert (tmp_path / 'memory.png').read_bytes().startswith(b'\x89PNG')
 
 
-@pytest.mark.parametrize('flag, message', [('--work=w9', "'w9' is none of"), ('--methods=lts', "'lts' is none of"),
-                                           ('--remat=all', "'all' is none of none, block")])
+@pytest.mark.parametrize(
+  'flag, message',
+  [
+    ('--work=w9', "'w9' is none of"),
+    ('--methods=lts', "'lts' is none of"),
+    ('--remat=all', "'all' is none of none, block"),
+  ],
+)
 def test_unknown_names(command, flag, message):
   code, _, err = command(flag)
   assert code == 2 and message in err
@@ -107,8 +148,12 @@ def test_w1_holds_what_the_peers_step_holds():
     shape[name] = planned.placed(where.mesh(), step.state_shapes(tuned, tx, planned.variables), 32)
   peers = {(p['method'], p['remat']): p['arguments_mib'] for p in PEERS}
   state, _, batch = shape['full']  # its step reads no frozen weight
-  assert compile.nbytes((state, batch)) / 2**20 == pytest.approx(peers['peer: full fine-tuning', 'none'], rel=1e-3)
-  assert compile.nbytes(shape['linear']) / 2**20 == pytest.approx(peers['peer: linear probe', 'none'], rel=5e-3)
+  assert compile.nbytes((state, batch)) / 2**20 == pytest.approx(
+    peers['peer: full fine-tuning', 'none'], rel=1e-3
+  )
+  assert compile.nbytes(shape['linear']) / 2**20 == pytest.approx(
+    peers['peer: linear probe', 'none'], rel=5e-3
+  )
 
 
 # ---- What must be found, on TPU v5e.
@@ -124,6 +169,7 @@ def measured():
     if key not in known:
       known[key] = memory.measure(*key, where)
     return known[key]
+
   return row
 
 
@@ -136,9 +182,22 @@ def test_full_tuning_is_the_peers(measured):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize(('method', 'layers'), [
-  ('lst', 'scan'), ('lst_mlp', 'scan'), ('lst_mlp', 'unroll'), pytest.param('lst', 'unroll', marks=pytest.mark.xfail(
-    strict=True, reason='306 MiB: 75 are float32 scores of one layer of the backbone, kept on chip in a scan'))])
+@pytest.mark.parametrize(
+  ('method', 'layers'),
+  [
+    ('lst', 'scan'),
+    ('lst_mlp', 'scan'),
+    ('lst_mlp', 'unroll'),
+    pytest.param(
+      'lst',
+      'unroll',
+      marks=pytest.mark.xfail(
+        strict=True,
+        reason='306 MiB: 75 are float32 scores of one layer of the backbone, kept on chip in a scan',
+      ),
+    ),
+  ],
+)
 def test_lean_ladders(measured, method, layers):
   row = measured('w1', method, 'none', layers)
   assert row['total_mib'] <= 300 and row['gflop'] <= 1250
@@ -147,7 +206,9 @@ def test_lean_ladders(measured, method, layers):
 
 @pytest.mark.aot
 def test_t5_saves_what_the_paper_says(measured):
-  full, lst, lora = (measured('w2', method, 'none', 'scan')['total_mib'] for method in ('full', 'lst', 'lora'))
+  full, lst, lora = (
+    measured('w2', method, 'none', 'scan')['total_mib'] for method in ('full', 'lst', 'lora')
+  )
   assert 1 - lst / full >= 0.69
   assert lst < lora < full
 
@@ -163,8 +224,13 @@ STORED = [('bitfit_packed', 900), ('lora_packed', 1050), ('lora_all_packed', 130
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize(('layers', 'method', 'mib'), fast_if(
-  lambda layers, *_: layers == 'scan', [(layers, *bound) for layers in ('scan', 'unroll') for bound in STORED]))
+@pytest.mark.parametrize(
+  ('layers', 'method', 'mib'),
+  fast_if(
+    lambda layers, *_: layers == 'scan',
+    [(layers, *bound) for layers in ('scan', 'unroll') for bound in STORED],
+  ),
+)
 def test_4_bits_of_what_is_kept(measured, layers, method, mib):
   row = measured('w1', method, 'none', layers)
   assert row['total_mib'] <= mib and row['gflop'] <= 2450

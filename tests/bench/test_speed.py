@@ -9,9 +9,13 @@ from jpeft.bench import speed
 
 
 def test_ratios_are_to_the_first_method(config_file, capsys):
-  assert speed.main([f'--config={config_file}', '--methods=full,linear', '--rounds=2', '--json']) == 0
+  assert (
+    speed.main([f'--config={config_file}', '--methods=full,linear', '--rounds=2', '--json']) == 0
+  )
   full, linear = json.loads(capsys.readouterr().out)
-  assert full['method'] == 'full' and full['ratio'] == full['gflop_ratio'] == 1 and full['seconds'] > 0
+  assert (
+    full['method'] == 'full' and full['ratio'] == full['gflop_ratio'] == 1 and full['seconds'] > 0
+  )
   assert linear['gflop'] / full['gflop'] == linear['gflop_ratio'] < 0.6 and linear['ratio'] > 0
 
 
@@ -31,8 +35,14 @@ def test_a_ratio_is_the_median_over_rounds(capsys):
   assert (first['seconds'], first['ratio'], second['seconds'], second['ratio']) == (2, 1, 3, 1.5)
 
 
-@pytest.mark.parametrize(('flag', 'message'), [
-  ('--rounds=0', 'must be at least 1'), ('--methods=linear,lorra', "did you mean 'lora'"), ('--round=1', '--round')])
+@pytest.mark.parametrize(
+  ('flag', 'message'),
+  [
+    ('--rounds=0', 'must be at least 1'),
+    ('--methods=linear,lorra', "did you mean 'lora'"),
+    ('--round=1', '--round'),
+  ],
+)
 def test_mistakes_are_told_first(config_file, flag, message):
   with pytest.raises(cli.Mistake, match=message):
     speed.main([f'--config={config_file}', '--methods=linear', flag])

@@ -24,6 +24,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 @pytest.fixture
 def told(monkeypatch, capsys):
   """told(main, *argv) -> what a failing command says on stderr; checks that it is one sentence."""
+
   def command(main, *argv, before=0):
     capsys.readouterr()
     monkeypatch.setattr(sys, 'argv', ['jpeft', *map(str, argv)])
@@ -34,15 +35,23 @@ def told(monkeypatch, capsys):
     assert time.process_time() - start < 10
     assert len(lines) == 1 + before and lines[-1].startswith('jpeft: error: '), lines
     return lines[-1]
+
   return command
 
 
 @pytest.fixture
 def bad(told, config_file, tmp_path):
   """bad(*overrides, method=...) -> what training says."""
+
   def command(*overrides, method='linear', config=None, before=0):
-    return told(train.main, f'--config={config or config_file}:{method}', *overrides,
-                f'--workdir={tmp_path / "run"}', before=before)
+    return told(
+      train.main,
+      f'--config={config or config_file}:{method}',
+      *overrides,
+      f'--workdir={tmp_path / "run"}',
+      before=before,
+    )
+
   return command
 
 
@@ -56,6 +65,7 @@ def copy(backbone, tmp_path):
 def finished(config_file, tmp_path_factory):
   """A complete run of a method that cannot be merged."""
   from jpeft import config
+
   folder = tmp_path_factory.mktemp('finished') / 'run'
   training.train(config.load(f'{config_file}:lst', {'steps': '1'}), folder)
   return folder
@@ -63,21 +73,31 @@ def finished(config_file, tmp_path_factory):
 
 # ---- The command line and the config.
 
-@pytest.mark.parametrize(('flags', 'said'), [
-  (['--config.optimizer.lrr=1'], "unknown config key 'optimizer.lrr'; did you mean 'optimizer.lr'?"),
-  (['--config.steps=many'], "config.steps must be of type int or None, not str 'many'"),
-  (['--config.model.scan=1'], 'config.model.scan must be of type bool, not int 1'),
-  (['--config.model.remat=all'], "config.model.remat must be true, false or 'dots', not 'all'"),
-  (['--config.optimizer.lr=-0.1'], 'config.optimizer.lr must be above 0, not -0.1'),
-  (['--config.optimizer.lr=inf'], "not str 'inf'"),
-  (['--config.optimizer.name=adamm'], 'config.optimizer.name must be one of adamw, adam'),
-  (['--config.epochs=3'], 'either steps or epochs, not both'),
-  (['--config.optimizer.accumulate=3'], 'batch_size=4 is not divisible by config.optimizer.accumulate=3'),
-  (['--config.schedule.warmup_steps=20'], 'a warm-up of 20 updates is longer than the run of 12'),
-  (['--config.model=x'], "unknown config key 'model'"),
-  (['--confg=x'], "unknown argument '--confg'; did you mean '--config'?"),
-  (['--config.seed'], '--config.seed needs a value'),
-])
+
+@pytest.mark.parametrize(
+  ('flags', 'said'),
+  [
+    (
+      ['--config.optimizer.lrr=1'],
+      "unknown config key 'optimizer.lrr'; did you mean 'optimizer.lr'?",
+    ),
+    (['--config.steps=many'], "config.steps must be of type int or None, not str 'many'"),
+    (['--config.model.scan=1'], 'config.model.scan must be of type bool, not int 1'),
+    (['--config.model.remat=all'], "config.model.remat must be true, false or 'dots', not 'all'"),
+    (['--config.optimizer.lr=-0.1'], 'config.optimizer.lr must be above 0, not -0.1'),
+    (['--config.optimizer.lr=inf'], "not str 'inf'"),
+    (['--config.optimizer.name=adamm'], 'config.optimizer.name must be one of adamw, adam'),
+    (['--config.epochs=3'], 'either steps or epochs, not both'),
+    (
+      ['--config.optimizer.accumulate=3'],
+      'batch_size=4 is not divisible by config.optimizer.accumulate=3',
+    ),
+    (['--config.schedule.warmup_steps=20'], 'a warm-up of 20 updates is longer than the run of 12'),
+    (['--config.model=x'], "unknown config key 'model'"),
+    (['--confg=x'], "unknown argument '--confg'; did you mean '--config'?"),
+    (['--config.seed'], '--config.seed needs a value'),
+  ],
+)
 def test_flags(bad, flags, said):
   assert said in bad(*flags)
 
@@ -88,19 +108,23 @@ def test_no_config_file(told, config_file):
   assert 'is not a python file' in told(train.main, '--config=runs/a')
 
 
-@pytest.mark.parametrize(('text', 'said'), [
-  ('def get_config(:', 'cannot be read as python: SyntaxError'),
-  ('x = 1', 'has no function get_config'),
-  ('def get_config(a): return {}["x"]', "raised KeyError: 'x'"),
-  ('def get_config(a): return {"steps": 1}', "does not set 'model.source'"),
-  ('def get_config(a): return 3', 'a config is a dict, not int'),
-])
+@pytest.mark.parametrize(
+  ('text', 'said'),
+  [
+    ('def get_config(:', 'cannot be read as python: SyntaxError'),
+    ('x = 1', 'has no function get_config'),
+    ('def get_config(a): return {}["x"]', "raised KeyError: 'x'"),
+    ('def get_config(a): return {"steps": 1}', "does not set 'model.source'"),
+    ('def get_config(a): return 3', 'a config is a dict, not int'),
+  ],
+)
 def test_broken_config_files(bad, tmp_path, text, said):
   (tmp_path / 'own.py').write_text(text + '\n')
   assert said in bad(config=tmp_path / 'own.py')
 
 
 # ---- Method, model, data.
+
 
 def test_unknown_method(bad):
   assert "no method is called 'linaer'; did you mean 'linear'?" in bad(method='linaer')
@@ -114,12 +138,14 @@ def test_method_arguments(bad):
 
 def test_pattern_that_matches_nothing(bad):
   assert 'no site matches' in bad('--config.method.targets=encoder/blok_.*', method='bitfit')
-  assert 'matches no leaf of theta; near it are' in bad("--config.optimizer.groups=[('lora/.*', 2.0)]")
-  assert "has no role {quary}" in bad('--config.method.targets={quary}', method='bitfit')
+  assert 'matches no leaf of theta; near it are' in bad(
+    "--config.optimizer.groups=[('lora/.*', 2.0)]"
+  )
+  assert 'has no role {quary}' in bad('--config.method.targets={quary}', method='bitfit')
 
 
 def test_unknown_model(bad):
-  assert "the nearest names: dinov2-s14" in bad('--config.model.source=dinov2')
+  assert 'the nearest names: dinov2-s14' in bad('--config.model.source=dinov2')
   assert 'is neither a folder' in bad('--config.model.source=/no/such/folder')
 
 
@@ -134,8 +160,9 @@ def test_labels_and_sizes(bad):
   assert 'config.model.num_classes is 3, but' in bad('--config.model.num_classes=3')
   assert 'batch_size=64 is more than the 24 examples' in bad('--config.data.batch_size=64')
   assert 'no multiple of the patch size 4' in bad('--config.model.image_size=10')
-  assert 'mesh.data=2 x mesh.model=9 needs 18 devices, there are 8' in bad('--config.mesh.data=2',
-                                                                         '--config.mesh.model=9')
+  assert 'mesh.data=2 x mesh.model=9 needs 18 devices, there are 8' in bad(
+    '--config.mesh.data=2', '--config.mesh.model=9'
+  )
 
 
 def test_truncated_weights(bad, copy):
@@ -163,7 +190,9 @@ def test_weights_that_are_missing_or_pickled(bad, copy):
   (copy / 'model.safetensors').unlink()
   assert 'holds neither model.safetensors' in bad(f'--config.model.source={copy}')
   (copy / 'pytorch_model.bin').write_bytes(pickle.dumps({}))
-  assert 'only safetensors is read, since unpickling can run code' in bad(f'--config.model.source={copy}')
+  assert 'only safetensors is read, since unpickling can run code' in bad(
+    f'--config.model.source={copy}'
+  )
   (copy / 'config.json').unlink()
   assert 'holds no config.json' in bad(f'--config.model.source={copy}')
 
@@ -172,12 +201,15 @@ def test_data_that_is_no_image(bad, images, tmp_path):
   own = shutil.copytree(images, tmp_path / 'images')
   for file in (own / 'train/red').iterdir():
     file.write_text('no image')
-  assert 'is no readable image' in bad(f'--config.data.name=folder:{own}', '--config.data.in_memory=true')
+  assert 'is no readable image' in bad(
+    f'--config.data.name=folder:{own}', '--config.data.in_memory=true'
+  )
   # Not read ahead, it is met in the middle of training, after the line that tells what is trained.
   assert 'is no readable image' in bad(f'--config.data.name=folder:{own}', before=2)
 
 
 # ---- Run folders.
+
 
 def test_workdir_of_another_config(bad, finished, tmp_path):
   shutil.copytree(finished, tmp_path / 'run')
@@ -215,9 +247,11 @@ def half(load, tmp_path):
 def test_corrupted_checkpoint(bad, half):
   for file in (half / 'checkpoints/12').rglob('*'):
     if file.is_file() and file.parent.name == 'd':
-      file.write_bytes(file.read_bytes()[:len(file.read_bytes()) // 2])
+      file.write_bytes(file.read_bytes()[: len(file.read_bytes()) // 2])
   error = bad()
-  assert 'checkpoints/12' in error and 'delete that folder, and the run goes on from step 9' in error
+  assert (
+    'checkpoints/12' in error and 'delete that folder, and the run goes on from step 9' in error
+  )
 
 
 def test_checkpoint_with_other_bits(bad, half):
@@ -237,14 +271,22 @@ def test_backbone_changed_under_a_run(bad, half, copy):
 
 # ---- predict and merge.
 
+
 def test_predict(told, finished, images, tmp_path):
   image = next((images / 'test/red').iterdir())
   (tmp_path / 'note.png').write_text('no image')
-  assert 'there is no run folder' in told(predict.main, '--run', tmp_path / 'none', '--input', image)
-  assert 'is not the folder of a run: it has no config.json' in told(predict.main, '--run', tmp_path,
-                                                                     '--input', image)
-  assert 'there is no file' in told(predict.main, '--run', finished, '--input', tmp_path / 'none.png')
-  assert 'is no readable image' in told(predict.main, '--run', finished, '--input', tmp_path / 'note.png')
+  assert 'there is no run folder' in told(
+    predict.main, '--run', tmp_path / 'none', '--input', image
+  )
+  assert 'is not the folder of a run: it has no config.json' in told(
+    predict.main, '--run', tmp_path, '--input', image
+  )
+  assert 'there is no file' in told(
+    predict.main, '--run', finished, '--input', tmp_path / 'none.png'
+  )
+  assert 'is no readable image' in told(
+    predict.main, '--run', finished, '--input', tmp_path / 'note.png'
+  )
 
 
 def test_predict_before_the_end(told, half, images):
@@ -262,16 +304,22 @@ def test_theta_that_was_damaged(told, finished, images, tmp_path):
   file = folder / 'theta.safetensors'
   file.write_bytes(file.read_bytes()[:-8])
   image = next((images / 'test/red').iterdir())
-  assert 'is not a readable safetensors file' in told(predict.main, '--run', folder, '--input', image)
+  assert 'is not a readable safetensors file' in told(
+    predict.main, '--run', folder, '--input', image
+  )
 
 
 # ---- As a user starts it.
 
-@pytest.mark.parametrize(('module', 'flags', 'said'), [
-  ('train', ['--config={config}', '--config.optimizer.lerning_rate=1'], 'unknown config key'),
-  ('train', ['--config={config}:loraa', '--workdir={tmp}/run'], "no method is called 'loraa'"),
-  ('predict', ['--run', '{tmp}', '--input', 'x.png'], 'is not the folder of a run'),
-])
+
+@pytest.mark.parametrize(
+  ('module', 'flags', 'said'),
+  [
+    ('train', ['--config={config}', '--config.optimizer.lerning_rate=1'], 'unknown config key'),
+    ('train', ['--config={config}:loraa', '--workdir={tmp}/run'], "no method is called 'loraa'"),
+    ('predict', ['--run', '{tmp}', '--input', 'x.png'], 'is not the folder of a run'),
+  ],
+)
 def test_as_a_process(config_file, tmp_path, module, flags, said):
   flags = [flag.format(config=config_file, tmp=tmp_path) for flag in flags]
   env = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}

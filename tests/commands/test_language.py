@@ -21,11 +21,22 @@ TASK = tasks.TASKS['language']
 @pytest.fixture(scope='module')
 def settings(decoder, backwards):
   """settings(**{dotted key: value}) -> a checked config."""
+
   def made(**overrides):
-    values = {'task': 'language', 'model.source': str(decoder), 'data.name': f'completions:{backwards}',
-              'data.batch_size': 8, 'data.max_length': 24, 'method.name': 'full', 'optimizer.lr': 1e-2, 'steps': 4,
-              'log.every': 1, 'eval.metric': 'perplexity'} | overrides
+    values = {
+      'task': 'language',
+      'model.source': str(decoder),
+      'data.name': f'completions:{backwards}',
+      'data.batch_size': 8,
+      'data.max_length': 24,
+      'method.name': 'full',
+      'optimizer.lr': 1e-2,
+      'steps': 4,
+      'log.every': 1,
+      'eval.metric': 'perplexity',
+    } | overrides
     return config.complete(config.nest(values))
+
   return made
 
 
@@ -42,16 +53,30 @@ def test_scores_against_numpy():
   rng = np.random.default_rng(0)
   logits = rng.normal(size=(3, 4, 7)).astype('float32')
   labels = np.array([[1, -1, 3, -1], [2, 2, -1, 6], [0, 1, 2, 3]])
-  found = TASK.scores(TASK.tally(jnp.asarray(logits), jnp.asarray(labels), jnp.array([1.0, 1.0, 0.0])))
+  found = TASK.scores(
+    TASK.tally(jnp.asarray(logits), jnp.asarray(labels), jnp.array([1.0, 1.0, 0.0]))
+  )
   places = [(b, n) for b in (0, 1) for n in range(4) if labels[b, n] >= 0]
   chances = [np.exp(logits[p] - np.log(np.exp(logits[p]).sum()))[labels[p]] for p in places]
   assert found['loss'] == pytest.approx(-np.log(chances).mean(), rel=1e-5)
   assert found['perplexity'] == pytest.approx(np.exp(-np.log(chances).mean()), rel=1e-5)
-  assert found['accuracy'] == pytest.approx(np.mean([logits[p].argmax() == labels[p] for p in places]))
+  assert found['accuracy'] == pytest.approx(
+    np.mean([logits[p].argmax() == labels[p] for p in places])
+  )
 
 
-@pytest.mark.parametrize('a,b,edits', (('', '', 0), ('K AE T', 'K AE T', 0), ('K AE', 'K AE T', 1), ('', 'K AE T', 3),
-                                       ('K AH T S', 'K AE T', 2), ('AE T K', 'K AE T', 2), ('B D', 'K AE T', 3)))
+@pytest.mark.parametrize(
+  'a,b,edits',
+  (
+    ('', '', 0),
+    ('K AE T', 'K AE T', 0),
+    ('K AE', 'K AE T', 1),
+    ('', 'K AE T', 3),
+    ('K AH T S', 'K AE T', 2),
+    ('AE T K', 'K AE T', 2),
+    ('B D', 'K AE T', 3),
+  ),
+)
 def test_edits(a, b, edits):
   assert distance(a.split(), b.split()) == distance(b.split(), a.split()) == edits
 
@@ -59,15 +84,24 @@ def test_edits(a, b, edits):
 def test_a_run_says_what_was_before_and_what_is_after(learned):
   told = json.loads((learned / 'report.json').read_text())
   before, after = told['untuned'], told['eval']
-  assert set(before) == set(after) == {'perplexity', 'loss', 'accuracy', 'exact_match', 'word_error_rate'}
+  assert (
+    set(before)
+    == set(after)
+    == {'perplexity', 'loss', 'accuracy', 'exact_match', 'word_error_rate'}
+  )
   assert 15 < before['perplexity'] < 40 and after['perplexity'] < 1.3
   assert before['exact_match'] == 0 and after['exact_match'] >= 0.8
   assert before['word_error_rate'] > 0.8 and after['word_error_rate'] < 0.15
   rows = read_metrics(learned / 'metrics.jsonl')
   assert [(r['step'], r['split'], 'exact_match' in r) for r in rows if r['split'] != 'train'] == [
-    (0, 'untuned', True), (30, 'test', False), (60, 'test', True)]
+    (0, 'untuned', True),
+    (30, 'test', False),
+    (60, 'test', True),
+  ]
   page = (learned / 'report.md').read_text()
-  assert '| perplexity ' in page and f'{before["perplexity"]:,.1f} -> {after["perplexity"]:,.1f}' in page
+  assert (
+    '| perplexity ' in page and f'{before["perplexity"]:,.1f} -> {after["perplexity"]:,.1f}' in page
+  )
   assert '- untuned: perplexity' in page and '- updates: 60 of 8 rows' in page
   about = json.loads((learned / 'run.json').read_text())
   assert about['labels'] == [] and about['reads'] == 'text'
@@ -81,7 +115,9 @@ def test_the_untuned_model_is_the_one_that_was_loaded(settings, learned):
   total, count = 0.0, 0
   for i in range(len(rows)):
     row = rows[i]
-    logits = pretrained.model.apply(pretrained.variables, row['tokens'][None], mask=row['token_mask'][None])[0]
+    logits = pretrained.model.apply(
+      pretrained.variables, row['tokens'][None], mask=row['token_mask'][None]
+    )[0]
     log, kept = jax.nn.log_softmax(logits), row['label'] >= 0
     total, count = total - log[np.flatnonzero(kept), row['label'][kept]].sum(), count + kept.sum()
   told = json.loads((learned / 'report.json').read_text())
@@ -100,7 +136,12 @@ def test_micro_batches_give_the_update_of_the_whole_batch(settings):
   for parts in (1, 2):
     tx = optax.sgd(1.0)
     update = step.train_step(tuned, step.forward(tuned, True), tx, 0, accumulate=parts)
-    state = {'theta': theta, 'optimizer': tx.init(theta), 'step': jnp.zeros((), jnp.int32), 'sums': step.no_sums()}
+    state = {
+      'theta': theta,
+      'optimizer': tx.init(theta),
+      'step': jnp.zeros((), jnp.int32),
+      'sums': step.no_sums(),
+    }
     state, out = jax.jit(update)(state, pretrained.variables, batch)
     found.append((state['theta'], out, step.means(state['sums'])))
   (one, out, mean), (two, out2, mean2) = found
@@ -122,6 +163,7 @@ def test_a_stopped_run_goes_on_with_the_same_rows(settings, tmp_path):
 
 # ---- The command line.
 
+
 def lines(capsys, main, *argv):
   capsys.readouterr()
   assert main([str(a) for a in argv]) == 0
@@ -133,19 +175,57 @@ def test_generate_continues_prompts_of_a_run(learned, tmp_path, capsys, monkeypa
   assert got[:2] == ['B A', 'C C']  # shorter than the third, so padded
   assert lines(capsys, generate.main, '--run', learned, '--prompt', 'e a d j') == got[2:]
   (tmp_path / 'prompts.txt').write_text('g c j\n\nd e j\n')
-  rows = [json.loads(x) for x in lines(capsys, generate.main, '--run', learned, '--input', tmp_path / 'prompts.txt',
-                                       '--json', '--best')]
-  assert rows == [{'prompt': 'g c j', 'completion': 'C G', 'tokens': 3}, {'prompt': 'd e j', 'completion': 'E D',
-                                                                          'tokens': 3}]
+  rows = [
+    json.loads(x)
+    for x in lines(
+      capsys,
+      generate.main,
+      '--run',
+      learned,
+      '--input',
+      tmp_path / 'prompts.txt',
+      '--json',
+      '--best',
+    )
+  ]
+  assert rows == [
+    {'prompt': 'g c j', 'completion': 'C G', 'tokens': 3},
+    {'prompt': 'd e j', 'completion': 'E D', 'tokens': 3},
+  ]
   monkeypatch.setattr(sys, 'stdin', ['b h j\n'])
-  assert lines(capsys, generate.main, '--run', learned, '--input', '-', '--max_tokens', '1') == ['H']
+  assert lines(capsys, generate.main, '--run', learned, '--input', '-', '--max_tokens', '1') == [
+    'H'
+  ]
 
 
 def test_generate_samples_by_seed(decoder, capsys):
-  draw = lambda seed: lines(capsys, generate.main, '--model', decoder, '--prompt', 'a b', '--temperature', '1.0',
-                            '--max_tokens', '12', '--seed', seed)
+  draw = lambda seed: lines(
+    capsys,
+    generate.main,
+    '--model',
+    decoder,
+    '--prompt',
+    'a b',
+    '--temperature',
+    '1.0',
+    '--max_tokens',
+    '12',
+    '--seed',
+    seed,
+  )
   assert draw(0) == draw(0) != draw(1)
-  chat = lines(capsys, generate.main, '--model', decoder, '--chat', '--json', '--prompt', 'a', '--max_tokens', '2')
+  chat = lines(
+    capsys,
+    generate.main,
+    '--model',
+    decoder,
+    '--chat',
+    '--json',
+    '--prompt',
+    'a',
+    '--max_tokens',
+    '2',
+  )
   assert json.loads(chat[0])['prompt'] == '<|user|> a <|end|> <|assistant|> '
 
 
@@ -156,33 +236,46 @@ def test_merged_weights_write_the_same(settings, tmp_path, capsys):
   assert 'id2label' not in models.load(tmp_path / 'out').config
   asked = ('--json', '--prompt', 'a b j', 'c', '--max_tokens', '8')
   assert lines(capsys, generate.main, '--model', tmp_path / 'out', *asked) == lines(
-    capsys, generate.main, '--run', tmp_path / 'run', *asked)
+    capsys, generate.main, '--run', tmp_path / 'run', *asked
+  )
 
 
 @pytest.fixture
 def told(monkeypatch, capsys):
   """told(main, *argv) -> the one sentence that a failing command says."""
+
   def command(main, *argv):
     capsys.readouterr()
     monkeypatch.setattr(sys, 'argv', ['jpeft', *map(str, argv)])
     assert cli.command('jpeft', main) == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
+
   return command
 
 
 def test_what_cannot_write_is_told(told, learned, backbone, decoder, tmp_path):
-  assert 'there is no run folder' in told(generate.main, '--run', tmp_path / 'none', '--prompt', 'a')
+  assert 'there is no run folder' in told(
+    generate.main, '--run', tmp_path / 'none', '--prompt', 'a'
+  )
   half = shutil.copytree(learned, tmp_path / 'half')
   (half / 'theta.safetensors').unlink()
-  assert 'has no theta.safetensors: the run is not complete' in told(generate.main, '--run', half, '--prompt', 'a')
-  assert 'a vit model writes no text; decoders are llama' in told(generate.main, '--model', backbone, '--prompt', 'a')
+  assert 'has no theta.safetensors: the run is not complete' in told(
+    generate.main, '--run', half, '--prompt', 'a'
+  )
+  assert 'a vit model writes no text; decoders are llama' in told(
+    generate.main, '--model', backbone, '--prompt', 'a'
+  )
   assert 'is neither a folder' in told(generate.main, '--model', 'smollm3', '--prompt', 'a')
-  assert 'there is no file' in told(generate.main, '--model', decoder, '--input', tmp_path / 'none.txt')
+  assert 'there is no file' in told(
+    generate.main, '--model', decoder, '--input', tmp_path / 'none.txt'
+  )
   assert 'temperature=-1.0 must not be negative' in told(
-    generate.main, '--model', decoder, '--prompt', 'a', '--temperature', '-1')
+    generate.main, '--model', decoder, '--prompt', 'a', '--temperature', '-1'
+  )
   assert 'together more than the 128 that the model was made for' in told(
-    generate.main, '--model', decoder, '--prompt', 'a', '--max_tokens', '128')
+    generate.main, '--model', decoder, '--prompt', 'a', '--max_tokens', '128'
+  )
   bare = shutil.copytree(decoder, tmp_path / 'bare')
   (bare / 'tokenizer_config.json').write_text('{}')
   assert 'names no end-of-text token' in told(generate.main, '--model', bare, '--prompt', 'a')
@@ -191,15 +284,25 @@ def test_what_cannot_write_is_told(told, learned, backbone, decoder, tmp_path):
   assert 'python -m jpeft.generate --run' in told(predict.main, '--run', learned, '--input', 'x')
 
 
-@pytest.mark.parametrize('change,message', (
-  ({'model.source': 'vit'}, 'a vit model writes no text'),
-  ({'data.name': 'folder'}, 'has labels, and no texts to write'),
-  ({'task': 'classification', 'eval.metric': 'loss'}, "has no labels, but texts to write: set config.task='language'"),
-  ({'eval.metric': 'macro_f1'}, 'is no metric of'),
-  ({'model.num_classes': 3}, 'has no labels'),
-  ({'method.name': 'vpt_deep'}, 'data.pack=false'),
-))
-def test_configs_that_do_not_fit_are_explained(settings, backbone, images, tmp_path, change, message):
-  change = {k: {'vit': str(backbone), 'folder': f'folder:{images}'}.get(v, v) for k, v in change.items()}
+@pytest.mark.parametrize(
+  'change,message',
+  (
+    ({'model.source': 'vit'}, 'a vit model writes no text'),
+    ({'data.name': 'folder'}, 'has labels, and no texts to write'),
+    (
+      {'task': 'classification', 'eval.metric': 'loss'},
+      "has no labels, but texts to write: set config.task='language'",
+    ),
+    ({'eval.metric': 'macro_f1'}, 'is no metric of'),
+    ({'model.num_classes': 3}, 'has no labels'),
+    ({'method.name': 'vpt_deep'}, 'data.pack=false'),
+  ),
+)
+def test_configs_that_do_not_fit_are_explained(
+  settings, backbone, images, tmp_path, change, message
+):
+  change = {
+    k: {'vit': str(backbone), 'folder': f'folder:{images}'}.get(v, v) for k, v in change.items()
+  }
   with pytest.raises((cli.Mistake, ValueError), match=message):
     training.train(settings(**change), tmp_path / 'run')

@@ -26,8 +26,12 @@ def test_predict_names_labels_and_probabilities(lora, images, capsys):
   rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
   assert [row['input'] for row in rows] == [str(f) for f in files]
   for row in rows:
-    assert set(row['probabilities']) == {'blue', 'red'} and sum(row['probabilities'].values()) == pytest.approx(1)
-    assert row['probability'] == row['probabilities'][row['label']] == max(row['probabilities'].values())
+    assert set(row['probabilities']) == {'blue', 'red'} and sum(
+      row['probabilities'].values()
+    ) == pytest.approx(1)
+    assert (
+      row['probability'] == row['probabilities'][row['label']] == max(row['probabilities'].values())
+    )
   hits = np.mean([f.parent.name == row['label'] for f, row in zip(files, rows, strict=True)])
   assert hits == json.loads((lora / 'report.json').read_text())['eval']['accuracy']
   predict.main(['--run', str(lora), '--input', str(files[0]), '--best'])
@@ -49,7 +53,9 @@ def test_merge_writes_weights_that_the_plain_model_reads(lora, images, tmp_path,
   assert plain.preprocess == pretrained.preprocess
   assert plain.config['id2label'] == {'0': 'blue', '1': 'red'}
   merged, before = (jax.tree.leaves(v) for v in (plain.variables, pretrained.variables))
-  assert sum(not np.array_equal(a, b) for a, b in zip(merged, before, strict=True)) >= 6  # q, v of two blocks, head
+  assert (
+    sum(not np.array_equal(a, b) for a, b in zip(merged, before, strict=True)) >= 6
+  )  # q, v of two blocks, head
   with pytest.raises(cli.Mistake, match='is there already'):
     merge.main(['--run', str(lora), '--out', str(tmp_path / 'out')])
 
@@ -62,18 +68,35 @@ def test_an_adapter_of_a_run_goes_on_the_base_model(lora, config_file, tmp_path,
   assert method.names == ('lora', 'modules')
   x = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype('float32')
   again = attach(pretrained.model, method, pretrained.variables, x)
-  np.testing.assert_allclose(again.apply(kept, pretrained.variables, x), tuned.apply(theta, pretrained.variables, x),
-                             atol=1e-6)
+  np.testing.assert_allclose(
+    again.apply(kept, pretrained.variables, x),
+    tuned.apply(theta, pretrained.variables, x),
+    atol=1e-6,
+  )
   with pytest.raises(cli.Mistake, match='is there already'):
     adapter.main(['--run', str(lora), '--out', str(tmp_path / 'out')])
-  training.train(config.load(f'{config_file}:linear', {'steps': '2', 'eval.every': '2'}), tmp_path / 'probe')
+  training.train(
+    config.load(f'{config_file}:linear', {'steps': '2', 'eval.every': '2'}), tmp_path / 'probe'
+  )
   with pytest.raises(cli.Mistake, match='linear is neither LoRA nor DoRA'):
     adapter.main(['--run', str(tmp_path / 'probe'), '--out', str(tmp_path / 'other')])
 
 
-BERT = {'model_type': 'bert', 'vocab_size': 12, 'hidden_size': 16, 'num_hidden_layers': 1, 'num_attention_heads': 2,
-        'intermediate_size': 32, 'max_position_embeddings': 16, 'type_vocab_size': 2, 'hidden_act': 'gelu',
-        'layer_norm_eps': 1e-12, 'hidden_dropout_prob': 0.0, 'attention_probs_dropout_prob': 0.0, 'pad_token_id': 0}
+BERT = {
+  'model_type': 'bert',
+  'vocab_size': 12,
+  'hidden_size': 16,
+  'num_hidden_layers': 1,
+  'num_attention_heads': 2,
+  'intermediate_size': 32,
+  'max_position_embeddings': 16,
+  'type_vocab_size': 2,
+  'hidden_act': 'gelu',
+  'layer_norm_eps': 1e-12,
+  'hidden_dropout_prob': 0.0,
+  'attention_probs_dropout_prob': 0.0,
+  'pad_token_id': 0,
+}
 
 
 @pytest.fixture(scope='module')
@@ -81,17 +104,41 @@ def reviews(tmp_path_factory):
   """(a BERT's folder with its tokenizer, a CSV file of texts with labels)."""
   from tokenizers import Tokenizer, pre_tokenizers
   from tokenizers import models as parts
+
   folder = tmp_path_factory.mktemp('bert')
   model = models.from_config(BERT)
   variables = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 4), np.int32))
   models.save_pretrained(folder, model, variables, BERT)
-  words = ['[PAD]', '[UNK]', 'good', 'bad', 'fine', 'poor', 'a', 'film', 'plot', 'very', 'great', 'awful']
+  words = [
+    '[PAD]',
+    '[UNK]',
+    'good',
+    'bad',
+    'fine',
+    'poor',
+    'a',
+    'film',
+    'plot',
+    'very',
+    'great',
+    'awful',
+  ]
   tokenizer = Tokenizer(parts.WordLevel({w: i for i, w in enumerate(words)}, unk_token='[UNK]'))
   tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
   tokenizer.save(str(folder / 'tokenizer.json'))
-  texts = [(f'{a} {b} {c}', label) for a in ('a', 'very') for c in ('film', 'plot', 'a film', 'a plot')
-           for b, label in (('good', 'pos'), ('great', 'pos'), ('fine', 'pos'), ('bad', 'neg'), ('poor', 'neg'),
-                            ('awful', 'neg'))]
+  texts = [
+    (f'{a} {b} {c}', label)
+    for a in ('a', 'very')
+    for c in ('film', 'plot', 'a film', 'a plot')
+    for b, label in (
+      ('good', 'pos'),
+      ('great', 'pos'),
+      ('fine', 'pos'),
+      ('bad', 'neg'),
+      ('poor', 'neg'),
+      ('awful', 'neg'),
+    )
+  ]
   table = folder / 'reviews.csv'
   table.write_text('text,label\n' + ''.join(f'{text},{label}\n' for text, label in texts))
   return folder, table
@@ -99,8 +146,16 @@ def reviews(tmp_path_factory):
 
 def test_texts_from_training_to_merged_weights(reviews, config_file, tmp_path, capsys, monkeypatch):
   folder, table = reviews
-  chosen = {'model.source': folder, 'data.name': f'csv:{table}', 'data.max_length': 6, 'data.batch_size': 8,
-            'model.pool': 'mean', 'steps': 80, 'eval.every': 80, 'optimizer.lr': 1e-2}
+  chosen = {
+    'model.source': folder,
+    'data.name': f'csv:{table}',
+    'data.max_length': 6,
+    'data.batch_size': 8,
+    'model.pool': 'mean',
+    'steps': 80,
+    'eval.every': 80,
+    'optimizer.lr': 1e-2,
+  }
   settings = config.load(f'{config_file}:full', {k: str(v) for k, v in chosen.items()})
   told = training.train(settings, tmp_path / 'run')
   assert told['eval']['accuracy'] > 0.9
@@ -108,7 +163,9 @@ def test_texts_from_training_to_merged_weights(reviews, config_file, tmp_path, c
   capsys.readouterr()
   predict.main(['--run', str(tmp_path / 'run'), '--input', str(tmp_path / 'lines.txt')])
   assert [line.split('\t')[:2] for line in capsys.readouterr().out.splitlines()] == [
-    ['a great plot', 'pos'], ['very poor film', 'neg']]
+    ['a great plot', 'pos'],
+    ['very poor film', 'neg'],
+  ]
   monkeypatch.setattr(sys, 'stdin', ['awful\n'])
   predict.main(['--run', str(tmp_path / 'run'), '--input', '-'])
   assert capsys.readouterr().out.startswith('awful\tneg')

@@ -22,7 +22,9 @@ def test_every_method_by_name(file):
 @pytest.mark.parametrize('file', FILES, ids=lambda file: file.stem)
 def test_the_docstring_holds_the_command(file):
   whole = config.load(str(file))
-  command = re.search(r'python -m jpeft.train (--config=\S+)(?: --\S+)*', file.read_text().split('"""')[1])
+  command = re.search(
+    r'python -m jpeft.train (--config=\S+)(?: --\S+)*', file.read_text().split('"""')[1]
+  )
   assert command[1].startswith(f'--config=configs/{file.name}')
   assert whole.baseline is None or config.load(f'{file}:{whole.baseline}').baseline is None
 

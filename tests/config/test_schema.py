@@ -7,12 +7,19 @@ import pytest
 from jpeft import config, training
 from jpeft.config.schema import FIELDS
 
-SMALL = {'model': {'source': 's'}, 'data': {'name': 'd'}, 'method': {'name': 'lora', 'rank': 4}, 'steps': 3}
+SMALL = {
+  'model': {'source': 's'},
+  'data': {'name': 'd'},
+  'method': {'name': 'lora', 'rank': 4},
+  'steps': 3,
+}
 
 
 def test_defaults_fill_what_is_left_out():
   whole = config.complete(SMALL)
-  assert whole.optimizer.name == 'adamw' and whole.data.batch_size == 32 and whole.method.head is True
+  assert (
+    whole.optimizer.name == 'adamw' and whole.data.batch_size == 32 and whole.method.head is True
+  )
   assert whole.method.rank == 4 and whole.model.num_classes is None
   assert set(config.flatten(whole)) == {*FIELDS, 'method.rank'}
 
@@ -20,7 +27,9 @@ def test_defaults_fill_what_is_left_out():
 def test_values_are_checked_and_never_mutable_by_typo():
   with pytest.raises(AttributeError):
     config.complete(SMALL).optimizer.lrr = 1
-  with pytest.raises(ValueError, match="unknown config key 'modle.source'; did you mean 'model.source'"):
+  with pytest.raises(
+    ValueError, match="unknown config key 'modle.source'; did you mean 'model.source'"
+  ):
     config.complete({**SMALL, 'modle': {'source': 'x'}})
   with pytest.raises(ValueError, match='pairs'):
     config.complete({**SMALL, 'optimizer': {'groups': [('.*', -1.0)]}})
@@ -35,7 +44,11 @@ def test_integers_serve_as_floats_but_not_the_reverse():
 
 
 def test_what_the_backward_pass_keeps():
-  kept = lambda bits: training.method_of(config.complete({**SMALL, 'method': {'name': 'lora', 'saved_bits': bits}})).names
+  kept = lambda bits: (
+    training.method_of(
+      config.complete({**SMALL, 'method': {'name': 'lora', 'saved_bits': bits}})
+    ).names
+  )
   assert kept(4) == ('lora', 'packed', 'head') and kept(None) == ('lora', 'head')
   with pytest.raises(ValueError, match='config.method.saved_bits must be 4, 8 or None, not 3'):
     kept(3)
@@ -48,16 +61,30 @@ def test_json_round_trip_and_differences(tmp_path):
   assert config.differences(one, back) == []
   other = config.complete({**SMALL, 'seed': 1, 'method': {'name': 'lora', 'alpha': 2}})
   found = config.differences(one, other)
-  assert [line.split()[0] for line in found] == ['method.alpha', 'method.rank', 'optimizer.groups', 'seed']
+  assert [line.split()[0] for line in found] == [
+    'method.alpha',
+    'method.rank',
+    'optimizer.groups',
+    'seed',
+  ]
   assert found[-1] == 'seed (0 here, 1 there)'
 
 
-@pytest.mark.parametrize(('text', 'key', 'value'), [
-  ('3', 'steps', 3), ('1e-2', 'optimizer.lr', 0.01), ('true', 'model.scan', True), ('dots', 'model.remat', 'dots'),
-  ('none', 'model.layers', None),
-  ('12', 'data.name', '12'), ("[('.*/b', 2)]", 'optimizer.groups', [('.*/b', 2)]),
-  ('{q}|{v}', 'method.targets', '{q}|{v}'), ('0.5', 'method.dropout', 0.5), ('[1, 2]', 'method.layers', [1, 2]),
-])
+@pytest.mark.parametrize(
+  ('text', 'key', 'value'),
+  [
+    ('3', 'steps', 3),
+    ('1e-2', 'optimizer.lr', 0.01),
+    ('true', 'model.scan', True),
+    ('dots', 'model.remat', 'dots'),
+    ('none', 'model.layers', None),
+    ('12', 'data.name', '12'),
+    ("[('.*/b', 2)]", 'optimizer.groups', [('.*/b', 2)]),
+    ('{q}|{v}', 'method.targets', '{q}|{v}'),
+    ('0.5', 'method.dropout', 0.5),
+    ('[1, 2]', 'method.layers', [1, 2]),
+  ],
+)
 def test_command_line_values(tmp_path, text, key, value):
   (tmp_path / 'c.py').write_text(f'get_config = lambda: {SMALL!r}')
   found = config.flatten(config.load(str(tmp_path / 'c.py'), {key: text}))[key]
@@ -65,8 +92,15 @@ def test_command_line_values(tmp_path, text, key, value):
 
 
 def test_command_line():
-  command = config.parse(['--config=configs/a.py:lora', '--config.steps', '5', '--config.method.rank=2',
-                          '--config.optimizer.lr=1'])
+  command = config.parse(
+    [
+      '--config=configs/a.py:lora',
+      '--config.steps',
+      '5',
+      '--config.method.rank=2',
+      '--config.optimizer.lr=1',
+    ]
+  )
   assert command.overrides == {'steps': '5', 'method.rank': '2', 'optimizer.lr': '1'}
   assert str(command.folder()) == 'runs/a-lora'
   assert config.parse(['--config=configs/a.py']).folder().name == 'a'
@@ -85,4 +119,7 @@ def test_argument_of_get_config(tmp_path):
 
 def test_reference_names_every_key():
   assert all(f'`{key}`' in config.reference() for key in FIELDS)
-  assert json.loads(config.to_json(config.complete(SMALL)))['checkpoint'] == {'every': 100, 'keep': 2}
+  assert json.loads(config.to_json(config.complete(SMALL)))['checkpoint'] == {
+    'every': 100,
+    'keep': 2,
+  }

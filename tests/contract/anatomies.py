@@ -20,7 +20,10 @@ _NORMS = _norms(_VIT, 'LayerNorm_0', 'LayerNorm_1')
 PARTS: dict[str, dict[str, str]] = {
   'linen_vit': _NORMS,
   'linen_vit_remat': _NORMS,
-  'linen_vit_scan': {**_NORMS, 'stack': f'Transformer/posembed_input|{_VIT}|Transformer/encoder_norm'},
+  'linen_vit_scan': {
+    **_NORMS,
+    'stack': f'Transformer/posembed_input|{_VIT}|Transformer/encoder_norm',
+  },
   'linen_bert': {'block_end': r'encoder/layer/\d+/output/LayerNorm'},
   'linen_gemma': _norms(_LAYER, 'pre_attention_norm', 'pre_ffw_norm'),
   'linen_fused': _norms(r'blocks_\d+', 'norm1', 'norm2'),
@@ -38,7 +41,9 @@ def llama_attend(call, keys, values, x):
   Empty queries in front of the others give the rows positions of their own in the causal mask.
   """
   m, rows = call.module, keys.shape[0]
-  in_front = lambda r, y: jnp.concatenate([jnp.broadcast_to(r, (len(x), *r.shape)).astype(y.dtype), y], 1)
+  in_front = lambda r, y: jnp.concatenate(
+    [jnp.broadcast_to(r, (len(x), *r.shape)).astype(y.dtype), y], 1
+  )
   q, k, v = rope(m.q_proj(x)), rope(m.k_proj(x)), m.v_proj(x)
   q = in_front(jnp.zeros((rows, *q.shape[2:])), q)
   y = causal_attention(q, in_front(keys, k), in_front(values, v))[:, rows:]

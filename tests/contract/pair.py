@@ -30,8 +30,9 @@ class Pair:
     self.method, self.row, self.traces = method, row(method), 0
     self.b = stored(method, BACKBONES[backbone])
     with described(self.b):
-      self.tuned = jpeft.attach(self.b.model, made(method, backbone, **hp), self.b.backbone, *self.b.args,
-                                **self.b.kwargs)
+      self.tuned = jpeft.attach(
+        self.b.model, made(method, backbone, **hp), self.b.backbone, *self.b.args, **self.b.kwargs
+      )
     self.init = jax.jit(self.tuned.init)
     self.theta = self.init(jax.random.key(1), self.b.backbone)
     leaves, self._tree = jax.tree.flatten(self.b.backbone)
@@ -65,11 +66,13 @@ class Pair:
   @functools.cached_property
   def step(self):
     """(both trees, optimizer state, args) -> (output, gradients, trees and state after the step)."""
+
     def step(tree, optimizer, args):
       self.traces += 1
       (_, out), grads = jax.value_and_grad(self.loss, has_aux=True)(tree, args)
       updates, optimizer = self.tx.update(grads, optimizer, tree)
       return out, grads, optax.apply_updates(tree, updates), optimizer
+
     return jax.jit(step)
 
   @functools.cached_property

@@ -49,14 +49,18 @@ class Row:
 CONV = 'linen_cnn'
 DECODERS = ('linen_gemma', 'nnx_llama', 'nnx_raw')
 NO_BIAS = dict.fromkeys(DECODERS, 'bitfit: .* match, but none has what it adapts')
-NO_DOOR = {'linen_gemma': 'acts on the input of a layer, and .* offers no injection point',
-           'nnx_raw': 'must multiply one axis of its input'}
+NO_DOOR = {
+  'linen_gemma': 'acts on the input of a layer, and .* offers no injection point',
+  'nnx_raw': 'must multiply one axis of its input',
+}
 KERNELS = {CONV: {'targets': '{conv}'}}
 TOKENS = r'prompts need tokens \[B, N, D\], and ConvBlock'
 ONE = 'none has what it adapts|modules that are called|give one prediction|a pooled embedding'
 STREAM = r'reads one stream of tokens \[B, N, d\]'
-INLINE = dict.fromkeys(('linen_bert', 'linen_gemma', 'linen_fused', 'nnx_raw'),
-                       'calls no attention_fn of its own that could')
+INLINE = dict.fromkeys(
+  ('linen_bert', 'linen_gemma', 'linen_fused', 'nnx_raw'),
+  'calls no attention_fn of its own that could',
+)
 
 ROWS: dict[str, Row] = {
   'linear': Row(start=0),
@@ -70,31 +74,60 @@ ROWS: dict[str, Row] = {
   'dora': Row(on=KERNELS),
   'vera': Row(start=0, on=KERNELS),
   'ia3': Row(start=0, on={CONV: {'targets_out': '{depthwise}', 'targets_in': '{linear}'}}),
-  'ssf': Row(start=None, dead=('.*/key/.*/shift',), on={CONV: {'targets': '{conv}|{bn}|{final_norm}'}}),
+  'ssf': Row(
+    start=None, dead=('.*/key/.*/shift',), on={CONV: {'targets': '{conv}|{bn}|{final_norm}'}}
+  ),
   'houlsby': Row(start=1e-3, on={CONV: {'targets': '{linear}'}}),
   'pfeiffer': Row(start=0.1),
   'parallel': Row(start=0, on={CONV: {'targets': '{linear}'}}),
   'adaptformer': Row(start=0, cannot={CONV: 'no role {norm2}', 'linen_bert': 'no role {norm2}'}),
-  'vpt_shallow': Row(start=None, cannot={CONV: TOKENS, 'linen_gemma': 'no sequence can grow or shrink'}),
+  'vpt_shallow': Row(
+    start=None, cannot={CONV: TOKENS, 'linen_gemma': 'no sequence can grow or shrink'}
+  ),
   'vpt_deep': Row(start=None, cannot={CONV: TOKENS}),
   'prefix': Row(start=None, cannot={**INLINE, CONV: 'no role {attention}'}),
   'lst': Row(start=None, cannot={CONV: STREAM}),
   'qst': Row(start=0, cannot={CONV: STREAM}),
   'side_tuning': Row(start=None, cannot={CONV: STREAM}),
-  'head2toe': Row(hp={'target': 64}, start=None, on={CONV: {'taps': '{embed}|{conv}|{linear}'}},
-                  cannot=dict.fromkeys(DECODERS, ONE)),
-  'vqt': Row(start=None, cannot={**INLINE, **dict.fromkeys(DECODERS, f'{ONE}|no attention_fn'),
-                                 CONV: 'no role {attention}'}),
-  'hst': Row(hp={'widths': (8, 8, 12, 12), 'heads': (2, 2, 4, 4)}, start=None, dead=('.*/k/bias',),
-             cannot={**dict.fromkeys(('linen_bert', *DECODERS), 'a pyramid is built on images'), CONV: STREAM}),
+  'head2toe': Row(
+    hp={'target': 64},
+    start=None,
+    on={CONV: {'taps': '{embed}|{conv}|{linear}'}},
+    cannot=dict.fromkeys(DECODERS, ONE),
+  ),
+  'vqt': Row(
+    start=None,
+    cannot={
+      **INLINE,
+      **dict.fromkeys(DECODERS, f'{ONE}|no attention_fn'),
+      CONV: 'no role {attention}',
+    },
+  ),
+  'hst': Row(
+    hp={'widths': (8, 8, 12, 12), 'heads': (2, 2, 4, 4)},
+    start=None,
+    dead=('.*/k/bias',),
+    cannot={
+      **dict.fromkeys(('linen_bert', *DECODERS), 'a pyramid is built on images'),
+      CONV: STREAM,
+    },
+  ),
   # In two blocks there is one early state, whose share of itself is 1 whatever its score.
   'sherl': Row(start=None, dead=('.*/score/.*',), cannot={CONV: STREAM}),
   'unipt': Row(start=None, dead=('.*/gate/bias',), cannot={CONV: STREAM}),
-  'unipt_global': Row(hp={'width': 4}, start=None, dead=('.*/gate/bias',),
-                      cannot={**dict.fromkeys(DECODERS, ONE), CONV: f'{STREAM}|pooled embedding'}),
+  'unipt_global': Row(
+    hp={'width': 4},
+    start=None,
+    dead=('.*/gate/bias',),
+    cannot={**dict.fromkeys(DECODERS, ONE), CONV: f'{STREAM}|pooled embedding'},
+  ),
   'meft': Row(start=None, cannot={CONV: 'no role {mlp}'}),
   'velora': Row(hp={'groups': 4}, start=0, cannot={CONV: 'no role {v}', **NO_DOOR}),
-  's2a': Row(hp={'side': 4}, start=0, on={**dict.fromkeys(DECODERS, {'biases': None}), CONV: {'rank': 0, 'side': 0}}),
+  's2a': Row(
+    hp={'side': 4},
+    start=0,
+    on={**dict.fromkeys(DECODERS, {'biases': None}), CONV: {'rank': 0, 'side': 0}},
+  ),
 }
 
 
@@ -148,7 +181,7 @@ def spread() -> list[tuple[str, str]]:
     mine = []
     for group, upto in ((LINEN_SCAN + NNX_SCAN, 1), (DECODERS, 2), (OTHERS, 3)):
       fit = sorted((b for b in group if error_of(method, b) is None), key=lambda b: load[b])
-      mine += [b for i, b in enumerate(fit[:upto - len(mine)]) if len(mine) + i < 2 or load[b] < 2]
+      mine += [b for i, b in enumerate(fit[: upto - len(mine)]) if len(mine) + i < 2 or load[b] < 2]
     chosen += [(method, backbone) for backbone in mine]
     load.update(mine)
   return chosen
@@ -165,9 +198,11 @@ def over(pairs, always=DEFAULT, fixture='pair'):
 
   `pair` receives the Pair, any other name the names of method and backbone.
   """
+
   def param(method, backbone):
     marks = [] if (method, backbone) in always else [pytest.mark.slow]
     return pytest.param((method, backbone), id=f'{method}-{backbone}', marks=marks)
+
   params = [param(*p) for p in sorted(pairs, key=lambda p: p[1])]
   return pytest.mark.parametrize(fixture, params, indirect=fixture == 'pair')
 

@@ -21,8 +21,13 @@ def test_dropout(names):
   method, name = names
   b = BACKBONES[name]
   with described(b):
-    trains, evaluates = ([jpeft.attach(model, made(method, name, dropout=rate), b.backbone, *b.args, **b.kwargs)
-                          for rate in (0.5, 0.0)] for model in (b.train_model, b.model))
+    trains, evaluates = (
+      [
+        jpeft.attach(model, made(method, name, dropout=rate), b.backbone, *b.args, **b.kwargs)
+        for rate in (0.5, 0.0)
+      ]
+      for model in (b.train_model, b.model)
+    )
   (dropping, sure), shapes = trains, evaluates[1].shapes
   assert all(tuned.shapes == shapes for tuned in (*trains, *evaluates))
 

@@ -39,7 +39,9 @@ def backbone(storage: str | None):
   """The shapes of what the model holds."""
   if storage is None:
     return HELD
-  return jax.eval_shape(lambda held: jpeft.quantize(MODEL, base.named(storage), held, X, train=False), HELD)
+  return jax.eval_shape(
+    lambda held: jpeft.quantize(MODEL, base.named(storage), held, X, train=False), HELD
+  )
 
 
 @functools.cache
@@ -53,7 +55,9 @@ def passes(method: str, measure) -> float:
   storage = REGISTRY[method].storage if row(method).stored else None
   held = backbone(storage)
   with described(BACKBONES['linen_vit']):
-    tuned = jpeft.attach(MODEL, made(method, 'linen_vit', **SIZES.get(method, {})), held, X, train=False)
+    tuned = jpeft.attach(
+      MODEL, made(method, 'linen_vit', **SIZES.get(method, {})), held, X, train=False
+    )
   loss = lambda theta, held, x: jnp.sum(tuned.apply(theta, held, x, train=False) ** 2)
   return measure(jax.value_and_grad(loss), tuned.shapes, held, X) / forward(storage, measure)
 
@@ -61,6 +65,9 @@ def passes(method: str, measure) -> float:
 @pytest.mark.parametrize('measure', [lowered, pytest.param(compiled, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('method', REGISTRY)
 def test_the_cost_of_a_step(method, measure):
-  low, high = {'no backbone backprop': (1, 1.35), 'partial re-entry': (1, 2),
-               'full crossing': (1.8, 3.1)}[REGISTRY[method].memory]
+  low, high = {
+    'no backbone backprop': (1, 1.35),
+    'partial re-entry': (1, 2),
+    'full crossing': (1.8, 3.1),
+  }[REGISTRY[method].memory]
   assert low <= passes(method, measure) <= high

@@ -34,14 +34,18 @@ def test_a_pattern_without_a_match_names_what_is_near(names):
 @over(EACH, always=EACH, fixture='names')
 def test_the_same_site_twice_under_one_name(names):
   method, backbone = names
-  with pytest.raises(ValueError, match='two rules called .* meet at .*give one of the methods another name'):
+  with pytest.raises(
+    ValueError, match='two rules called .* meet at .*give one of the methods another name'
+  ):
     attach(backbone, jpeft.chain(made(method, backbone), made(method, backbone)), method)
 
 
 @over(EACH, always=EACH, fixture='names')
 def test_two_of_a_kind_under_two_names(names):
   method, backbone = names
-  both = attach(backbone, jpeft.chain(made(method, backbone), made(method, backbone, name='other')), method)
+  both = attach(
+    backbone, jpeft.chain(made(method, backbone), made(method, backbone, name='other')), method
+  )
   one = attach(backbone, made(method, backbone), method)
   assert set(both.shapes) == {*one.shapes, 'other'}
   assert jpeft.count(both.shapes) == 2 * jpeft.count(one.shapes)

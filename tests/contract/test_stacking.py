@@ -9,10 +9,14 @@ from tests.contract.pair import far, pair_of
 from tests.contract.table import DEFAULT, SERVED, over
 from tests.fixtures import leaf_paths
 
-UNROLLED = {'linen_vit_scan': ('linen_vit', 'encoderblock', r'encoderblock_{}'),
-            'nnx_vit_scan': ('nnx_vit', 'blocks', r'blocks/{}')}
+UNROLLED = {
+  'linen_vit_scan': ('linen_vit', 'encoderblock', r'encoderblock_{}'),
+  'nnx_vit_scan': ('nnx_vit', 'blocks', r'blocks/{}'),
+}
 CHOSEN = [p for p in SERVED if p[1] in UNROLLED and (p[0], UNROLLED[p[1]][0]) in SERVED]
-CHOSEN = [p for p in CHOSEN if p[0] != 'vpt_shallow']  # its prompts are held by another module there
+CHOSEN = [
+  p for p in CHOSEN if p[0] != 'vpt_shallow'
+]  # its prompts are held by another module there
 ALWAYS = [p for p in CHOSEN if p in DEFAULT][::5]
 
 
@@ -33,7 +37,10 @@ def test_scanned_layers_are_unrolled_layers(pair):
   theta, want, grads = other.moved
   held = leaf_paths(other.b.backbone)
   held = [stacked(held, path) for path in leaf_paths(pair.b.backbone)]
-  tree = {'theta': scanned(theta), 'backbone': [x for x in held if jnp.issubdtype(x.dtype, jnp.inexact)]}
+  tree = {
+    'theta': scanned(theta),
+    'backbone': [x for x in held if jnp.issubdtype(x.dtype, jnp.inexact)],
+  }
   out, got, _, _ = pair.step(tree, pair.optimizer, pair.b.args)
   assert far(out, want) < 1e-5
   assert far(got['theta'], scanned(grads['theta'])) < 1e-4

@@ -40,13 +40,19 @@ def test_theta_is_what_its_shapes_and_the_summary_say(pair):
   theta, tuned = pair.theta, pair.tuned
   assert jax.eval_shape(lambda: theta) == tuned.shapes
   assert set(theta) <= set(tuned.method.names)
-  trained = [x for x, keep in zip(jax.tree.leaves(theta), jax.tree.leaves(tuned.trainable(theta)),
-                                  strict=True) if keep]
+  trained = [
+    x
+    for x, keep in zip(jax.tree.leaves(theta), jax.tree.leaves(tuned.trainable(theta)), strict=True)
+    if keep
+  ]
   table = jpeft.summary(tuned)
   assert 0 < sum(x.size for x in trained) == table.trainable
   assert {str(x.dtype) for x in jax.tree.leaves(theta)} == {'float32'}
   assert table.total == sum(x.size for x in leaf_paths(BACKBONES[pair.b.name].backbone).values())
-  assert (table.memory, table.mergeable) == (REGISTRY[pair.method].memory, REGISTRY[pair.method].mergeable)
+  assert (table.memory, table.mergeable) == (
+    REGISTRY[pair.method].memory,
+    REGISTRY[pair.method].mergeable,
+  )
 
 
 @over(one_each(), always=one_each())

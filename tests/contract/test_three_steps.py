@@ -55,7 +55,12 @@ def test_the_step_is_traced_once(pair):
 
 @over(SERVED)
 def test_optimizer_state_holds_nothing_of_the_backbone(pair):
-  trained = sum(x.size for x, keep in zip(jax.tree.leaves(pair.theta), jax.tree.leaves(
-    pair.tuned.trainable(pair.theta)), strict=True) if keep)
+  trained = sum(
+    x.size
+    for x, keep in zip(
+      jax.tree.leaves(pair.theta), jax.tree.leaves(pair.tuned.trainable(pair.theta)), strict=True
+    )
+    if keep
+  )
   moments = sum(x.size for x in jax.tree.leaves(pair.optimizer) if x.ndim or x.dtype == np.float32)
   assert moments == 2 * trained

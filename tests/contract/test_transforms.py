@@ -36,11 +36,14 @@ def test_two_by_four_devices(pair):
 
   def sharded(x):
     wide = x.ndim > 1 and x.shape[-1] % 4 == 0
-    return jax.device_put(x, NamedSharding(mesh, P(*[None] * (x.ndim - 1), 'model') if wide else P()))
+    return jax.device_put(
+      x, NamedSharding(mesh, P(*[None] * (x.ndim - 1), 'model') if wide else P())
+    )
 
   args = jax.device_put(pair.b.args, NamedSharding(mesh, P('data')))
-  held = jpeft.join(jax.device_put(theta, NamedSharding(mesh, P())),
-                    [sharded(x) for x in pair.start['backbone']])
+  held = jpeft.join(
+    jax.device_put(theta, NamedSharding(mesh, P())), [sharded(x) for x in pair.start['backbone']]
+  )
   loss = jax.value_and_grad(lambda tree, args: pair.loss(tree, args), has_aux=True)
   (_, y), g = jax.jit(loss)(held, args)
   assert any('model' in x.sharding.spec for x in held['backbone'])

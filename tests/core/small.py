@@ -16,33 +16,51 @@ WIDTH = 6
 
 def low_rank(targets: str, name: str = 'low', dot: bool = True, **options):
   """w + a b, through the layer's own product or, without `dot`, through its weights."""
+
   def init(key, w):
     return {'a': jax.random.normal(key, (w.shape[0], 2)), 'b': jnp.zeros((2, w.shape[1]))}
+
   fused = (lambda t, x, y, w, key: y + (x @ t['a']) @ t['b']) if dot else None
   return at(targets, matrix(name, init, lambda t, w: w + t['a'] @ t['b'], fused, **options))
 
 
 def gain(targets: str, name: str = 'gain', **options):
   """w l, one number per output."""
-  return at(targets, matrix(name, lambda key, w: {'l': jnp.ones(w.shape[1])}, lambda t, w: w * t['l'],
-                            lambda t, x, y, w, key: y * t['l'], **options))
+  return at(
+    targets,
+    matrix(
+      name,
+      lambda key, w: {'l': jnp.ones(w.shape[1])},
+      lambda t, w: w * t['l'],
+      lambda t, x, y, w, key: y * t['l'],
+      **options,
+    ),
+  )
 
 
 def square(targets: str, name: str = 'square', dot: bool = True):
   """w + c w w^T w: needs the weights as earlier rules left them."""
+
   def weight(t, w):
     return w + t['c'] * w @ w.T @ w
+
   def through(t, x, y, w, key):
     return y + t['c'] * (x @ (w() @ w().T @ w()))
-  return at(targets, matrix(name, lambda key, w: {'c': jnp.zeros(())}, weight, through if dot else None))
+
+  return at(
+    targets, matrix(name, lambda key, w: {'c': jnp.zeros(())}, weight, through if dot else None)
+  )
 
 
 def shift(targets: str, name: str = 'shift'):
   """A call that scales and shifts what a Dense layer gives."""
+
   def init(key, site, arrays):
     return {'s': jnp.ones(site.out.shape[-1]), 'c': jnp.zeros(site.out.shape[-1])}
+
   def merge(t, site, a):
     return {'kernel': a['kernel'] * t['s'], 'bias': a['bias'] * t['s'] + t['c']}
+
   return at(targets, Call(name, lambda t, call, x: call(x) * t['s'] + t['c'], init, merge))
 
 
@@ -54,21 +72,26 @@ def train(targets: str, name: str = 'train', arrays=None):
 
 def adapter(targets: str, name: str = 'adapter'):
   """h + tanh(h down) up, on the first array that a site returns."""
+
   def init(key, site, arrays):
     d = site.out.shape[-1]
     return {'down': jax.random.normal(key, (d, 2)), 'up': jnp.zeros((2, d))}
+
   def apply(t, call, *args, **kwargs):
     leaves, tree = jax.tree.flatten(call(*args, **kwargs))
     leaves[0] = leaves[0] + jnp.tanh(leaves[0] @ t['down']) @ t['up']
     return jax.tree.unflatten(tree, leaves)
+
   return at(targets, Call(name, apply, init))
 
 
 def spy(targets: str, see, name: str = 'spy', **fields):
   """A call that shows its Bound to `see` at every trace, and changes nothing."""
+
   def apply(t, call, *args, **kwargs):
     see(call)
     return call(*args, **kwargs)
+
   return at(targets, Call(name, apply, **fields))
 
 
@@ -93,7 +116,9 @@ class Blocks(nn.Module):
         x, _ = Block(name=f'block_{i}')(x)
       return x
     block = nn.remat(Block, prevent_cse=False) if 'remat' in self.stack else Block
-    scan = nn.scan(block, variable_axes={'params': 0}, split_rngs={'params': True}, length=self.depth)
+    scan = nn.scan(
+      block, variable_axes={'params': 0}, split_rngs={'params': True}, length=self.depth
+    )
     return scan(name='blocks')(x)[0]
 
 
@@ -119,7 +144,9 @@ class NnxBlocks(nnx.Module):
 
   def __call__(self, x):
     if self.stack:
-      return nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.blocks)
+      return nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(
+        x, self.blocks
+      )
     for block in self.blocks:
       x = block(x)
     return x

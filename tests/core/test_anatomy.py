@@ -12,8 +12,13 @@ from tests.fixtures import BACKBONES
 @pytest.fixture
 def mine():
   """The blocks of the small models, described by their user."""
-  anatomy = jpeft.Anatomy('mine', {'block': r'block_\d', 'fc1': r'block_\d/fc', 'last': 'block_2'}, lead=2,
-                          causal=True, exit='last')
+  anatomy = jpeft.Anatomy(
+    'mine',
+    {'block': r'block_\d', 'fc1': r'block_\d/fc', 'last': 'block_2'},
+    lead=2,
+    causal=True,
+    exit='last',
+  )
   jpeft.register_anatomy(anatomy)
   yield anatomy
   del jpeft.ANATOMIES['mine']
@@ -30,17 +35,23 @@ def test_roles_stand_for_the_names_of_the_family(mine):
   assert [site.path for _, site in tuned.rules] == ['block_0/fc', 'block_1/fc', 'block_2/fc']
   assert [s.path for s in tuned.sites.find('{exit}')] == ['block_2']
   assert [s.path for s in tuned.sites.find('{last}/fc|block_0')] == ['block_0', 'block_2/fc']
-  assert [s.path for s in tuned.sites.find(r'block_\d{1}/fc')] == ['block_0/fc', 'block_1/fc', 'block_2/fc']
+  assert [s.path for s in tuned.sites.find(r'block_\d{1}/fc')] == [
+    'block_0/fc',
+    'block_1/fc',
+    'block_2/fc',
+  ]
 
 
 def test_a_role_that_the_family_does_not_have(mine):
-  with pytest.raises(ValueError, match=r"'mine' has no role \{fc2\}, only block, .*; did you mean \{fc1\}\?"):
+  with pytest.raises(
+    ValueError, match=r"'mine' has no role \{fc2\}, only block, .*; did you mean \{fc1\}\?"
+  ):
     attach('{fc2}')
 
 
 def test_a_model_that_no_family_fits():
   model = nn.Sequential([nn.Dense(3)])
-  with pytest.raises(ValueError, match=r"uses the role \{q\}.*layers_0.*jpeft.register_anatomy"):
+  with pytest.raises(ValueError, match=r'uses the role \{q\}.*layers_0.*jpeft.register_anatomy'):
     jpeft.attach(model, gain('{q}'), backbone(model), X)
 
 
@@ -55,9 +66,16 @@ def test_an_own_anatomy_of_a_known_name_replaces_it():
     jpeft.ANATOMIES.update(known)
 
 
-@pytest.mark.parametrize(('name', 'family'), [
-  ('linen_vit', 'vision_transformer'), ('linen_vit_scan', 'vision_transformer'), ('nnx_llama', 'decoder'),
-  ('linen_gemma', 'decoder'), ('nnx_raw', 'decoder')])
+@pytest.mark.parametrize(
+  ('name', 'family'),
+  [
+    ('linen_vit', 'vision_transformer'),
+    ('linen_vit_scan', 'vision_transformer'),
+    ('nnx_llama', 'decoder'),
+    ('linen_gemma', 'decoder'),
+    ('nnx_raw', 'decoder'),
+  ],
+)
 def test_third_parties_are_recognised(name, family):
   b = BACKBONES[name]
   sites = jpeft.sites_of(b.model, b.backbone, *b.args, **b.kwargs)

@@ -12,9 +12,13 @@ from tests.core.small import WIDTH, Blocks, NnxBlocks, X, backbone, low_rank, no
 from tests.fixtures import leaves_equal
 from tests.kept import residuals
 
-MODELS = {'linen': Blocks, 'linen scan': lambda: Blocks(stack='scan'),
-          'linen scan remat': lambda: Blocks(stack='scan remat'), 'nnx': NnxBlocks,
-          'nnx scan': lambda: NnxBlocks(stack='scan')}
+MODELS = {
+  'linen': Blocks,
+  'linen scan': lambda: Blocks(stack='scan'),
+  'linen scan remat': lambda: Blocks(stack='scan remat'),
+  'nnx': NnxBlocks,
+  'nnx scan': lambda: NnxBlocks(stack='scan'),
+}
 BLOCKS = r'blocks?(?:[_/]\d+)?'
 
 
@@ -44,8 +48,10 @@ def to_bytes(x):
   return jnp.round(x / scale).astype(jnp.int8), scale.astype(jnp.float32)
 
 
-PACKS = {'bfloat16': (saving(lambda x: x.astype(jnp.bfloat16), lambda p: p.astype(jnp.float32)), 0.01),
-         'int8': (saving(to_bytes, lambda p: p[0].astype(jnp.float32) * p[1]), 0.03)}
+PACKS = {
+  'bfloat16': (saving(lambda x: x.astype(jnp.bfloat16), lambda p: p.astype(jnp.float32)), 0.01),
+  'int8': (saving(to_bytes, lambda p: p[0].astype(jnp.float32) * p[1]), 0.03),
+}
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -63,7 +69,9 @@ def test_saving_less_keeps_the_output_and_nearly_the_gradient(name, pack):
   same, near, kept = run(MODELS[name](), around)
   assert leaves_equal(out, same)
   scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads))
-  worst = max(float(jnp.abs(g - n).max()) for g, n in zip(*map(jax.tree.leaves, (grads, near)), strict=True))
+  worst = max(
+    float(jnp.abs(g - n).max()) for g, n in zip(*map(jax.tree.leaves, (grads, near)), strict=True)
+  )
   assert 0 < worst < error * scale
   if 'remat' not in name:  # there residuals live for one layer's backward pass alone
     assert pack in {str(x.dtype) for x in kept}
@@ -72,9 +80,11 @@ def test_saving_less_keeps_the_output_and_nearly_the_gradient(name, pack):
 @pytest.mark.parametrize('name', MODELS)
 def test_a_block_as_a_pure_function_is_the_block_with_the_rules_inside(name):
   out, grads, _ = run(MODELS[name]())
+
   def recompute(t, call, *args):
     fn, arrays = call.pure()
     return jax.checkpoint(fn)(arrays, *args)
+
   again, same, _ = run(MODELS[name](), wrapped(recompute))
   np.testing.assert_allclose(again, out, atol=1e-6)
   jax.tree.map(lambda g, s: np.testing.assert_allclose(g, s, atol=1e-5), grads, same)
@@ -85,6 +95,7 @@ def test_a_pure_block_may_run_at_other_weights(name):
   def zeroed(t, call, *args):
     fn, arrays = call.pure()
     return fn(jax.tree.map(jnp.zeros_like, arrays), *args)
+
   out, _, _ = run(MODELS[name](), wrapped(zeroed))
   np.testing.assert_array_equal(out, X)
 
@@ -106,14 +117,21 @@ class NnxDropping(nnx.Module):
 @pytest.mark.parametrize('make', [Dropping, NnxDropping])
 def test_a_pure_block_draws_the_same_dropout_each_time_it_runs(make):
   model, found = make(), []
+
   def twice(t, call, *args, **kwargs):
     fn, arrays = call.pure()
     found[:] = [fn(arrays, *args, **kwargs) for _ in range(2)]
     return found[0]
+
   held = {'params': {}} if make is Dropping else nnx.state(model)
   kwargs = {'train': True} if make is Dropping else {}
-  tuned = jpeft.attach(model, jpeft.at('', jpeft.Call('twice', twice)), held, jnp.ones(64), **{
-    k: False for k in kwargs})
+  tuned = jpeft.attach(
+    model,
+    jpeft.at('', jpeft.Call('twice', twice)),
+    held,
+    jnp.ones(64),
+    **{k: False for k in kwargs},
+  )
   keys = [jax.random.key(i) for i in range(2)]
   outs = []
   for key in keys:
@@ -124,35 +142,44 @@ def test_a_pure_block_draws_the_same_dropout_each_time_it_runs(make):
 
 def test_an_injected_door_is_closed_again():
   model, seen = nn.MultiHeadDotProductAttention(2, qkv_features=WIDTH), []
+
   def attend(q, k, v, **kwargs):
     return 0 * nn.dot_product_attention(q, k, v)
+
   def apply(t, call, *args, **kwargs):
     before = call.module.attention_fn
     with call.inject(attention_fn=attend):
       out = call(*args, **kwargs)
     seen.append(call.module.attention_fn is before)
     return out
+
   held = backbone(model, X)
   tuned = jpeft.attach(model, jpeft.at('', jpeft.Call('inject', apply)), held, X)
   out = tuned.apply({}, held, X)
-  np.testing.assert_allclose(out, np.broadcast_to(held['params']['out']['bias'], out.shape), atol=1e-6)
+  np.testing.assert_allclose(
+    out, np.broadcast_to(held['params']['out']['bias'], out.shape), atol=1e-6
+  )
   assert seen == [True] and model.attention_fn is nn.dot_product_attention
 
 
 def test_modules_of_a_rules_own_are_no_part_of_the_model():
   model, seen = Blocks(1), []
   own = nn.Dense(WIDTH, name='fc')
+
   def beside(t, call, x):
     y, _ = call(x)
     with call.outside():
       return y + own.apply({'params': t}, x), None
+
   init = lambda key, site, arrays: own.init(key, jnp.zeros(WIDTH))['params']
   around = jpeft.at('block_0', jpeft.Call('beside', beside, init))
   held = backbone(model)
   tuned = jpeft.attach(model, jpeft.chain(around, spy('.*fc', seen.append)), held, X)
   theta = jax.jit(tuned.init)(jax.random.key(0), held)
   out = tuned.apply(theta, held, X)
-  np.testing.assert_allclose(out, plain(model, held, X) + X @ theta['beside']['block_0']['kernel'], atol=1e-6)
+  np.testing.assert_allclose(
+    out, plain(model, held, X) + X @ theta['beside']['block_0']['kernel'], atol=1e-6
+  )
   assert [call.site.path for call in seen] == ['block_0/fc']
 
 
@@ -160,17 +187,26 @@ def test_modules_of_a_rules_own_are_no_part_of_the_model():
 def test_every_layer_draws_its_own_key(name):
   model = MODELS[name]()
   held = backbone(model)
+
   def noise(t, call, x, *args):
     key = call.rng('noise')
     out = call(x, *args)
     call.tap(n=jnp.zeros(()) if key is None else jax.random.uniform(key))
     return out
+
   def read(t, call, x):
     call(x)
     return jnp.concatenate([t['n'].reshape(-1) for t in call.taps().values()])
-  tuned = jpeft.attach(model, jpeft.chain(
-    jpeft.at(BLOCKS, jpeft.Call('noise', noise, taps=True)),
-    jpeft.at('', jpeft.Call('read', read, taps=True))), held, X)
+
+  tuned = jpeft.attach(
+    model,
+    jpeft.chain(
+      jpeft.at(BLOCKS, jpeft.Call('noise', noise, taps=True)),
+      jpeft.at('', jpeft.Call('read', read, taps=True)),
+    ),
+    held,
+    X,
+  )
   draw = jax.jit(lambda key: tuned.apply({}, held, X, rngs={'dropout': key}))
   one, again, other = (np.asarray(draw(jax.random.key(i))) for i in (0, 0, 1))
   assert len({*one.tolist(), *other.tolist()}) == 6
@@ -183,17 +219,22 @@ def test_a_second_run_as_a_pure_function_records_nothing_again(name):
   def record(t, call, x, *args):
     call.tap(x=x)
     return call(x, *args)
+
   def twice(t, call, x, *args):
     fn, arrays = call.pure()
     out = call(x, *args)
     fn(arrays, 0 * x, *args)
     return out
+
   def read(t, call, x):
     call(x)
     return jnp.concatenate([t['x'].reshape(-1, *x.shape) for t in call.taps().values()])
+
   model = MODELS[name]()
   held = backbone(model)
   reads = jpeft.at('', jpeft.Call('read', read, taps=True))
   records = jpeft.at(BLOCKS, jpeft.Call('record', record, taps=True))
   chains = [jpeft.chain(records, reads), jpeft.chain(records, wrapped(twice), reads)]
-  np.testing.assert_array_equal(*(jpeft.attach(model, m, held, X).apply({}, held, X) for m in chains))
+  np.testing.assert_array_equal(
+    *(jpeft.attach(model, m, held, X).apply({}, held, X) for m in chains)
+  )

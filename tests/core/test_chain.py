@@ -11,15 +11,24 @@ from flax import nnx
 import jpeft
 from tests.core.small import WIDTH, X, backbone, gain, low_rank, noisy, plain, shift, square
 
-MODELS = {'linen': lambda: nn.Sequential([nn.Dense(5), nn.tanh]),
-          'nnx': lambda: nnx.Sequential(nnx.Linear(WIDTH, 5, rngs=nnx.Rngs(0)), nnx.tanh)}
-MAKE = {'low': low_rank, 'gain': gain, 'square': square, 'shift': shift,
-        'low, boxed': lambda targets: low_rank(targets, dot=False),
-        'square, boxed': lambda targets: square(targets, dot=False)}
-CHAINS = [*itertools.permutations(('low', 'gain', 'square')),
-          *itertools.permutations(('low, boxed', 'gain', 'square')),
-          *itertools.permutations(('low', 'gain', 'square, boxed')),
-          *itertools.permutations(('shift', 'gain', 'low'))]
+MODELS = {
+  'linen': lambda: nn.Sequential([nn.Dense(5), nn.tanh]),
+  'nnx': lambda: nnx.Sequential(nnx.Linear(WIDTH, 5, rngs=nnx.Rngs(0)), nnx.tanh),
+}
+MAKE = {
+  'low': low_rank,
+  'gain': gain,
+  'square': square,
+  'shift': shift,
+  'low, boxed': lambda targets: low_rank(targets, dot=False),
+  'square, boxed': lambda targets: square(targets, dot=False),
+}
+CHAINS = [
+  *itertools.permutations(('low', 'gain', 'square')),
+  *itertools.permutations(('low, boxed', 'gain', 'square')),
+  *itertools.permutations(('low', 'gain', 'square, boxed')),
+  *itertools.permutations(('shift', 'gain', 'low')),
+]
 
 
 def in_numpy(names, theta, kernel, bias):
@@ -58,13 +67,23 @@ def test_a_chain_is_the_composition_of_its_rules(framework, names):
 def test_only_some_adapters_of_a_chain():
   model = MODELS['linen']()
   held = backbone(model)
-  tuned = jpeft.attach(model, jpeft.chain(low_rank('layers_0'), gain('layers_0'), shift('layers_0')), held, X)
+  tuned = jpeft.attach(
+    model, jpeft.chain(low_rank('layers_0'), gain('layers_0'), shift('layers_0')), held, X
+  )
   theta = noisy(tuned.init(jax.random.key(0), held))
   some = tuned.only('gain', 'shift')
-  kernel, bias = in_numpy(('gain', 'shift'), theta, *(np.asarray(held['params']['layers_0'][n])
-                                                     for n in ('kernel', 'bias')))
-  np.testing.assert_allclose(some.apply(theta, held, X), np.tanh(np.asarray(X) @ kernel + bias), atol=2e-6)
-  assert set(some.init(jax.random.key(0), held)) == {'gain', 'shift'} and some.method.names == ('gain', 'shift')
+  kernel, bias = in_numpy(
+    ('gain', 'shift'),
+    theta,
+    *(np.asarray(held['params']['layers_0'][n]) for n in ('kernel', 'bias')),
+  )
+  np.testing.assert_allclose(
+    some.apply(theta, held, X), np.tanh(np.asarray(X) @ kernel + bias), atol=2e-6
+  )
+  assert set(some.init(jax.random.key(0), held)) == {'gain', 'shift'} and some.method.names == (
+    'gain',
+    'shift',
+  )
   np.testing.assert_array_equal(tuned.only().apply(theta, held, X), plain(model, held, X))
   with pytest.raises(ValueError, match="no adapter is called 'gian'; there are low, gain, shift"):
     tuned.only('gian')

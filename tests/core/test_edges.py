@@ -12,8 +12,12 @@ from tests.core.small import adapter, low_rank, noisy, train
 from tests.fixtures import EDGES, leaf_paths, plain
 from tests.params import fast_if
 
-RULES = {'fused': low_rank, 'boxed': lambda targets: low_rank(targets, dot=False), 'call': adapter,
-         'train': train}
+RULES = {
+  'fused': low_rank,
+  'boxed': lambda targets: low_rank(targets, dot=False),
+  'call': adapter,
+  'train': train,
+}
 PAIRS = [('boxed' if i % 2 else 'fused', name) for i, name in enumerate(EDGES)]
 PAIRS += [('call' if i % 2 else 'train', name) for i, name in enumerate(EDGES)]
 
@@ -28,15 +32,19 @@ def close(got, want, atol):
   jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=atol), got, want)
 
 
-@pytest.mark.parametrize(('rule', 'name'), fast_if(
-  lambda rule, name: (rule in ('fused', 'boxed')) == (list(EDGES).index(name) % 4 < 2), PAIRS))
+@pytest.mark.parametrize(
+  ('rule', 'name'),
+  fast_if(
+    lambda rule, name: (rule in ('fused', 'boxed')) == (list(EDGES).index(name) % 4 < 2), PAIRS
+  ),
+)
 def test_an_edge(rule, name):
   b, tuned = attached(rule, name)
   start = jax.jit(tuned.init)(jax.random.key(0), b.backbone)
 
   def fn(theta, held):
     out = tuned.apply(theta, held, *b.args, **b.kwargs)
-    return sum(jnp.sum(y ** 2) for y in jax.tree.leaves(out)), out
+    return sum(jnp.sum(y**2) for y in jax.tree.leaves(out)), out
 
   run = jax.jit(jax.value_and_grad(fn, has_aux=True))
   close(run(start, b.backbone)[0][1], plain(b), 1e-5)
@@ -56,16 +64,27 @@ def test_an_edge(rule, name):
 @pytest.mark.parametrize('name', ['linen_methods', 'nnx_methods'])
 def test_a_rule_wraps_the_method_it_names(name):
   b = EDGES[name]
-  rule = lambda method, k: jpeft.at('coder', jpeft.Call(
-    method, lambda t, call, x: t['s'] * call(x) + k, lambda key, site, a: {'s': jnp.ones(())}, method=method))
+  rule = lambda method, k: jpeft.at(
+    'coder',
+    jpeft.Call(
+      method,
+      lambda t, call, x: t['s'] * call(x) + k,
+      lambda key, site, a: {'s': jnp.ones(())},
+      method=method,
+    ),
+  )
   both = jpeft.chain(rule('encode', 1.0), rule('decode', 10.0))
   tuned = jpeft.attach(b.model, both, b.backbone, *b.args, **b.kwargs)
   theta = jax.jit(tuned.init)(jax.random.key(0), b.backbone)
   assert set(theta) == {'encode', 'decode'}
   zero = jax.tree.map(jnp.zeros_like, theta)
-  out = jax.tree.leaves(tuned.apply({**theta, 'decode': zero['decode']}, b.backbone, *b.args, **b.kwargs))
+  out = jax.tree.leaves(
+    tuned.apply({**theta, 'decode': zero['decode']}, b.backbone, *b.args, **b.kwargs)
+  )
   np.testing.assert_array_equal(out[-1], np.full(out[-1].shape, 10.0))
-  moved = jax.tree.leaves(tuned.apply({**theta, 'encode': zero['encode']}, b.backbone, *b.args, **b.kwargs))
+  moved = jax.tree.leaves(
+    tuned.apply({**theta, 'encode': zero['encode']}, b.backbone, *b.args, **b.kwargs)
+  )
   down = tuned.only('encode').apply(zero, b.backbone, *b.args, **b.kwargs)
   close(moved[-1], jax.tree.leaves(down)[-1] + 10, 1e-5)
 
@@ -80,28 +99,39 @@ def test_a_call_that_the_module_does_not_have():
 def test_a_jitted_layer_is_traced_again_for_another_method(name):
   b = EDGES[name]
   init = lambda key, site, arrays: {'s': jnp.ones(())}
+
   def attached(sign):
     def apply(t, call, *args):
       leaves, tree = jax.tree.flatten(call(*args))
       return jax.tree.unflatten(tree, [leaves[0] + sign * t['s'], *leaves[1:]])
+
     rule = jpeft.at(b.roles['block'], jpeft.Call('same', apply, init))
     return jpeft.attach(b.model, rule, b.backbone, *b.args, **b.kwargs)
+
   plus, minus, zero = (attached(sign) for sign in (1, -1, 0))
   theta = jax.jit(plus.init)(jax.random.key(0), b.backbone)
   outs = [tuned.apply(theta, b.backbone, *b.args) for tuned in (plus, minus, zero, plus)]
   np.testing.assert_array_equal(outs[0], outs[3])
   close(outs[2], plain(b), 1e-5)
-  assert not np.allclose(outs[0], outs[1], atol=1e-2) and not np.allclose(outs[0], outs[2], atol=1e-2)
+  assert not np.allclose(outs[0], outs[1], atol=1e-2) and not np.allclose(
+    outs[0], outs[2], atol=1e-2
+  )
 
 
-@pytest.mark.parametrize('name', ['linen_nested_scan', 'linen_scan_axis1', 'linen_vmap_ensemble', 'linen_partitioned'])
+@pytest.mark.parametrize(
+  'name', ['linen_nested_scan', 'linen_scan_axis1', 'linen_vmap_ensemble', 'linen_partitioned']
+)
 def test_stacked_layers_have_their_own_scalars_and_keys(name):
   b = EDGES[name]
+
   def apply(t, call, x):
     assert t['s'].shape == () and t['m'].shape == (1, 1)
     (y, rest), key = call(x), call.rng('noise')
     return t['s'] * y + (0 if key is None else t['m'][0, 0] * jax.random.normal(key)), rest
-  rule = jpeft.Call('scalar', apply, lambda key, site, a: {'s': jnp.ones(()), 'm': jnp.zeros((1, 1))})
+
+  rule = jpeft.Call(
+    'scalar', apply, lambda key, site, a: {'s': jnp.ones(()), 'm': jnp.zeros((1, 1))}
+  )
   tuned = jpeft.attach(b.model, jpeft.at(b.roles['block'], rule), b.backbone, *b.args)
   theta = jax.jit(tuned.init)(jax.random.key(0), b.backbone)
   run = jax.jit(lambda theta, key: tuned.apply(theta, b.backbone, *b.args, rngs={'dropout': key}))
@@ -109,5 +139,7 @@ def test_stacked_layers_have_their_own_scalars_and_keys(name):
   loss = lambda theta, key: jnp.sum(run.__wrapped__(theta, key) ** 2)
   grads = jax.jit(jax.grad(loss))(theta, jax.random.key(0))['scalar']
   noise = np.concatenate([np.ravel(g['m']) for g in grads.values()])  # goes with what each key drew
-  assert len(set(noise.tolist())) == noise.size == b.depth * (3 if name == 'linen_vmap_ensemble' else 1)
+  assert (
+    len(set(noise.tolist())) == noise.size == b.depth * (3 if name == 'linen_vmap_ensemble' else 1)
+  )
   assert all(np.all(g['s'] != 0) for g in grads.values())

@@ -59,7 +59,9 @@ def test_a_global_norm_is_that_of_what_is_trained():
   mask = jpeft.mask(tree, tuned.trainable(theta))
   tx = jpeft.freeze(optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0)), mask)
   updates, _ = tx.update(grads, tx.init(tree), tree)
-  np.testing.assert_allclose(leaf_paths(updates)['theta/gain/block_0/fc/kernel/l'], -trained**-0.5, rtol=1e-6)
+  np.testing.assert_allclose(
+    leaf_paths(updates)['theta/gain/block_0/fc/kernel/l'], -(trained**-0.5), rtol=1e-6
+  )
   assert not any(np.any(x) for x in jax.tree.leaves(updates['backbone']))
 
 
@@ -83,10 +85,16 @@ def test_join_split_and_mask():
 def scheduled(targets):
   """Adds the step, and a random number of each layer, to a counter that is not trained."""
   init = lambda key, site, arrays: {'n': jnp.zeros(()), 'r': jnp.zeros(()), 'u': jnp.ones(())}
+
   def update(t, site, step, key):
     return {**t, 'n': t['n'] + step, 'r': jax.random.uniform(key)}
-  return jpeft.at(targets, jpeft.Call('counts', lambda t, call, x: call(x) * t['u'], init, fixed=('n', 'r'),
-                                      update=update))
+
+  return jpeft.at(
+    targets,
+    jpeft.Call(
+      'counts', lambda t, call, x: call(x) * t['u'], init, fixed=('n', 'r'), update=update
+    ),
+  )
 
 
 @pytest.mark.parametrize('stack', ['', 'scan'])
@@ -97,11 +105,15 @@ def test_updates_between_steps(stack):
   tuned = jpeft.attach(model, jpeft.chain(gain('.*/fc'), scheduled('.*/fc')), held, X)
   assert tuned.updates
   theta = jax.jit(tuned.init)(jax.random.key(0), held)
-  after = jax.jit(tuned.update)(jax.jit(tuned.update)(theta, 2, jax.random.key(1)), 3, jax.random.key(2))
+  after = jax.jit(tuned.update)(
+    jax.jit(tuned.update)(theta, 2, jax.random.key(1)), 3, jax.random.key(2)
+  )
   assert jax.eval_shape(lambda: after) == jax.eval_shape(lambda: theta)
   flat = leaf_paths(after)
   assert all((x == 5).all() for p, x in flat.items() if p.endswith('/n'))
   random = np.concatenate([np.ravel(x) for p, x in flat.items() if p.endswith('/r')])
   assert len(set(random.tolist())) == 3
-  assert all(leaves_equal(x, leaf_paths(theta)[p]) for p, x in flat.items() if p[-2:] not in ('/n', '/r'))
+  assert all(
+    leaves_equal(x, leaf_paths(theta)[p]) for p, x in flat.items() if p[-2:] not in ('/n', '/r')
+  )
   assert leaves_equal(theta, jax.jit(tuned.init)(jax.random.key(0), held))

@@ -28,9 +28,17 @@ LAYERS = {
   'Conv, dilation': (lambda: nn.Conv(7, (3,), kernel_dilation=2), (2, 9, 5), 105),
   'nnx.Linear': (lambda: nnx.Linear(5, 11, rngs=RNGS()), (2, 3, 5), 55),
   'nnx.LinearGeneral out': (lambda: nnx.LinearGeneral(5, (3, 7), rngs=RNGS()), (2, 5), 105),
-  'nnx.LinearGeneral in': (lambda: nnx.LinearGeneral((3, 5), 11, axis=(-2, -1), rngs=RNGS()), (2, 3, 5), 165),
+  'nnx.LinearGeneral in': (
+    lambda: nnx.LinearGeneral((3, 5), 11, axis=(-2, -1), rngs=RNGS()),
+    (2, 3, 5),
+    165,
+  ),
   'nnx.Einsum': (lambda: nnx.Einsum('BND,DHK->BNHK', (5, 3, 7), rngs=RNGS()), (2, 4, 5), 105),
-  'nnx.Einsum, bias': (lambda: nnx.Einsum('BND,DHK->BNHK', (5, 3, 7), (3, 7), rngs=RNGS()), (2, 4, 5), 105),
+  'nnx.Einsum, bias': (
+    lambda: nnx.Einsum('BND,DHK->BNHK', (5, 3, 7), (3, 7), rngs=RNGS()),
+    (2, 4, 5),
+    105,
+  ),
   'nnx.Conv': (lambda: nnx.Conv(5, 7, (3, 3), rngs=RNGS()), (2, 6, 6, 5), 315),
 }
 
@@ -38,8 +46,9 @@ LAYERS = {
 def attached(name, dot, dtype=jnp.float32):
   make, shape, _ = LAYERS[name]
   model, x = make(), jnp.asarray(np.random.default_rng(0).standard_normal(shape), dtype)
-  held = jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a,
-                      backbone(model, x))
+  held = jax.tree.map(
+    lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, backbone(model, x)
+  )
   tuned = jpeft.attach(model, low_rank('', dot=dot), held, x)
   return tuned, noisy(tuned.init(jax.random.key(0), held)), held, x
 
@@ -48,15 +57,25 @@ def loss(tuned, held, x):
   def fn(theta):
     y = tuned.apply(theta, held, x)
     return jnp.sum(y.astype(jnp.float32) ** 2), y
+
   return jax.value_and_grad(fn, has_aux=True)
 
 
 def sizes(jaxpr):
   """The sizes of all that a jaxpr computes: what its multiplications and additions give."""
   for eqn in jaxpr.eqns:
-    if eqn.primitive.name in ('dot_general', 'conv_general_dilated', 'add', 'add_any', 'mul', 'sub'):
+    if eqn.primitive.name in (
+      'dot_general',
+      'conv_general_dilated',
+      'add',
+      'add_any',
+      'mul',
+      'sub',
+    ):
       yield from (v.aval.size for v in eqn.outvars)
-    for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda p: isinstance(p, jex.Jaxpr)):
+    for inner in jax.tree.leaves(
+      list(eqn.params.values()), is_leaf=lambda p: isinstance(p, jex.Jaxpr)
+    ):
       inner = getattr(inner, 'jaxpr', inner)
       if isinstance(inner, jex.Jaxpr):
         yield from sizes(inner)
@@ -91,7 +110,9 @@ def test_fused_keeps_half_precision(name):
   tuned, theta, held, x = attached(name, True, jnp.bfloat16)
   assert {t.dtype for t in jax.tree.leaves(tuned.shapes)} == {jnp.dtype('float32')}
   (_, y), grads = jax.jit(loss(tuned, held, x))(theta)
-  assert y.dtype == jnp.bfloat16 and {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype('float32')}
+  assert y.dtype == jnp.bfloat16 and {g.dtype for g in jax.tree.leaves(grads)} == {
+    jnp.dtype('float32')
+  }
   exact, _, held, x = attached(name, True)
   want = exact.apply(theta, held, x)
   np.testing.assert_allclose(y.astype(jnp.float32), want, atol=0.05 * float(np.abs(want).max()))
@@ -133,4 +154,6 @@ def test_a_depthwise_convolution_is_boxed():
   tuned = jpeft.attach(model, low_rank(''), held, x)
   assert tuned.sites[''].fields == () and tuned.sites[''].leaves['kernel'].fan_in == 3
   theta = noisy(tuned.init(jax.random.key(0), held))
-  np.testing.assert_allclose(tuned.apply(theta, held, x), model.apply(tuned.merge(theta, held), x), atol=1e-6)
+  np.testing.assert_allclose(
+    tuned.apply(theta, held, x), model.apply(tuned.merge(theta, held), x), atol=1e-6
+  )

@@ -23,7 +23,9 @@ def test_a_weight_rule_reads_plain_arrays_and_by_stored_the_box():
     assert isinstance(arrays.stored('kernel'), Quantized)
     return {'kernel': t['s'] * arrays['kernel']}
 
-  jpeft.attach(model, jpeft.at('.*/fc', jpeft.Weight('w', init, apply)), small, X).init(jax.random.key(0), small)
+  jpeft.attach(model, jpeft.at('.*/fc', jpeft.Weight('w', init, apply)), small, X).init(
+    jax.random.key(0), small
+  )
   assert list(seen) == ['block_0/fc', 'block_1/fc']
   for plain, box, bias in seen.values():
     assert isinstance(box, Quantized) and isinstance(bias, jax.Array)
@@ -45,7 +47,9 @@ def test_what_a_call_holds_is_there_in_the_next():
   held = backbone(model)
   tuned = jpeft.attach(model, jpeft.at('block_1/fc', jpeft.Call('count', counting)), held, X)
   plain = model.apply(held, X)
-  np.testing.assert_array_equal(tuned.apply({}, held, X), plain)  # 'cache' is not mutable: nothing is kept
+  np.testing.assert_array_equal(
+    tuned.apply({}, held, X), plain
+  )  # 'cache' is not mutable: nothing is kept
   kept = held
   for before in range(3):
     out, new = tuned.apply({}, kept, X, mutable=['cache'])

@@ -32,10 +32,14 @@ def test_all_layers_of_a_stack_run_again_from_the_exit(name):
     return call(2 * s, *args, **kwargs)
 
   with described(b):
-    method = chain(at('{block}', Call('again', record, taps=True)), at('{exit}', Call('again', run, taps=True)))
+    method = chain(
+      at('{block}', Call('again', record, taps=True)), at('{exit}', Call('again', run, taps=True))
+    )
     tuned = jpeft.attach(b.model, method, b.backbone, *b.args, **b.kwargs)
     got = tuned.apply({}, b.backbone, *b.args, **b.kwargs)
-  np.testing.assert_allclose(got, plain(b), rtol=2e-3, atol=2e-3)  # the norm at the exit undoes the factor
+  np.testing.assert_allclose(
+    got, plain(b), rtol=2e-3, atol=2e-3
+  )  # the norm at the exit undoes the factor
 
 
 def test_dropout_of_all_layers_differs_and_comes_again():
@@ -45,7 +49,9 @@ def test_dropout_of_all_layers_differs_and_comes_again():
     (block,) = call.site.model.find('{block}')
     fn, arrays = call.layer(block, None)
     same = jax.tree.map(lambda a: jnp.broadcast_to(a[:1], a.shape), arrays[0])
-    outs = [jax.vmap(lambda row: jax.tree.leaves(fn(row, x))[0])((same, arrays[1])) for _ in range(2)]
+    outs = [
+      jax.vmap(lambda row: jax.tree.leaves(fn(row, x))[0])((same, arrays[1])) for _ in range(2)
+    ]
     np.testing.assert_array_equal(*outs)
     if call.training:
       assert np.abs(outs[0][0] - outs[0][1]).max() > 1e-3
@@ -56,7 +62,9 @@ def test_dropout_of_all_layers_differs_and_comes_again():
   with described(b):
     tuned = jpeft.attach(b.model, at('{exit}', Call('again', run)), b.backbone, *b.args, **b.kwargs)
   tuned.apply({}, b.backbone, *b.args, **b.kwargs)
-  tuned.apply({}, b.backbone, *b.args, **{**b.kwargs, **b.train_kwargs}, rngs={'dropout': jax.random.key(0)})
+  tuned.apply(
+    {}, b.backbone, *b.args, **{**b.kwargs, **b.train_kwargs}, rngs={'dropout': jax.random.key(0)}
+  )
 
 
 def test_a_rule_at_the_model_takes_what_the_model_does_not():
@@ -71,7 +79,9 @@ def test_a_rule_at_the_model_takes_what_the_model_does_not():
   one, two = tuned.apply({}, held, X), tuned.apply({}, held, X, shift=jnp.ones(()))
   np.testing.assert_allclose(two, one + 1, rtol=1e-6)
   b = BACKBONES['linen_vit']
-  tuned = jpeft.attach(b.model, at('', Call('shifted', whole, takes=('shift',))), b.backbone, *b.args, **b.kwargs)
+  tuned = jpeft.attach(
+    b.model, at('', Call('shifted', whole, takes=('shift',))), b.backbone, *b.args, **b.kwargs
+  )
   seen.clear()
   tuned.apply({}, b.backbone, *b.args, shift=1.0, train=True, rngs={'dropout': jax.random.key(0)})
   tuned.apply({}, b.backbone, *b.args, shift=1.0, train=False, rngs={'dropout': jax.random.key(0)})

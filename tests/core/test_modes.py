@@ -86,7 +86,9 @@ def attached(model, method):
 def test_who_decides_about_training(case):
   model, kwargs, training, keyed = CASES[case]
   seen = []
-  tuned, held = attached(model, spy('fc', lambda call: seen.append((call.training, call.key is not None))))
+  tuned, held = attached(
+    model, spy('fc', lambda call: seen.append((call.training, call.key is not None)))
+  )
   args = kwargs.get('args', ())
   out = tuned.apply({}, held, X, *args, **{k: v for k, v in kwargs.items() if k != 'args'})
   assert seen == [(training, keyed)]
@@ -94,8 +96,11 @@ def test_who_decides_about_training(case):
     assert np.any(out == 0) == training
 
 
-@pytest.mark.parametrize('method', [
-  spy('fc', lambda call: call.rng('noise')), low_rank('fc', needs_dot=True)], ids=['call', 'weight'])
+@pytest.mark.parametrize(
+  'method',
+  [spy('fc', lambda call: call.rng('noise')), low_rank('fc', needs_dot=True)],
+  ids=['call', 'weight'],
+)
 def test_training_without_a_key(method):
   tuned, held = attached(in_mode(True), method)
   theta = jax.jit(tuned.init)(jax.random.key(0), held)
@@ -108,8 +113,13 @@ def test_training_without_a_key(method):
 def test_nnx_keys_seed_the_models_streams_and_leave_the_model_alone():
   model = in_mode(True)
   tuned, held = attached(model, gain('fc'))
-  theta, before = jax.jit(tuned.init)(jax.random.key(0), held), jax.tree.map(jnp.copy, nnx.state(model))
-  one, again, other = (tuned.apply(theta, held, X, rngs={'dropout': jax.random.key(i)}) for i in (0, 0, 1))
+  theta, before = (
+    jax.jit(tuned.init)(jax.random.key(0), held),
+    jax.tree.map(jnp.copy, nnx.state(model)),
+  )
+  one, again, other = (
+    tuned.apply(theta, held, X, rngs={'dropout': jax.random.key(i)}) for i in (0, 0, 1)
+  )
   assert leaves_equal(one, again) and not leaves_equal(one, other)
   own = [tuned.apply(theta, held, X) for _ in range(2)]
   assert leaves_equal(*own) and leaves_equal(own[0], plain(model, held, X))
@@ -124,7 +134,9 @@ def test_nnx_statistics_come_back():
   copy = nnx.merge(nnx.graphdef(model), held, copy=True)
   np.testing.assert_allclose(out, copy(X), atol=1e-6)
   want = nnx.state(copy, nnx.BatchStat)
-  jax.tree.map(lambda s, w: np.testing.assert_allclose(s, w, atol=1e-6), nnx.as_pure(state), nnx.as_pure(want))
+  jax.tree.map(
+    lambda s, w: np.testing.assert_allclose(s, w, atol=1e-6), nnx.as_pure(state), nnx.as_pure(want)
+  )
   assert not np.allclose(state['bn']['mean'].get_value(), held['bn']['mean'].get_value())
   theta = noisy(tuned.init(jax.random.key(0), held))
   moved, other = tuned.apply(theta, held, X, mutable=nnx.BatchStat)
@@ -149,7 +161,9 @@ class Normed(nn.Module):
 @pytest.mark.parametrize('taps', [False, True])
 def test_linen_statistics_come_back(taps):
   model = Normed()
-  held = {k: v for k, v in jax.jit(model.init)(jax.random.key(0), X).items() if k != 'intermediates'}
+  held = {
+    k: v for k, v in jax.jit(model.init)(jax.random.key(0), X).items() if k != 'intermediates'
+  }
   recorded = spy('fc', lambda call: call.tap(a=jnp.ones(())), taps=True)
   tuned = jpeft.attach(model, jpeft.chain(low_rank('fc'), *([recorded] if taps else [])), held, X)
   theta = jax.jit(tuned.init)(jax.random.key(0), held)
@@ -160,5 +174,6 @@ def test_linen_statistics_come_back(taps):
   assert leaves_equal(tuned.apply(theta, held, X), model.apply(held, X))
   _, both = tuned.apply(theta, held, X, mutable=['intermediates'])
   assert set(both) == {'intermediates'}
-  assert leaves_equal(tuned.apply(theta, held, X, train=True, mutable=True)[1]['batch_stats'],
-                      stats['batch_stats'])
+  assert leaves_equal(
+    tuned.apply(theta, held, X, train=True, mutable=True)[1]['batch_stats'], stats['batch_stats']
+  )

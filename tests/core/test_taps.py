@@ -11,21 +11,30 @@ import jpeft
 from jpeft.core.paths import natural
 from tests.core.small import WIDTH, Block, Blocks, NnxBlocks, X, backbone, gain, plain, spy
 
-MODELS = {'linen': lambda: Blocks(12), 'linen scan': lambda: Blocks(12, 'scan'),
-          'linen scan remat': lambda: Blocks(12, 'scan remat'), 'nnx': lambda: NnxBlocks(12),
-          'nnx scan': lambda: NnxBlocks(12, 'scan')}
+MODELS = {
+  'linen': lambda: Blocks(12),
+  'linen scan': lambda: Blocks(12, 'scan'),
+  'linen scan remat': lambda: Blocks(12, 'scan remat'),
+  'nnx': lambda: NnxBlocks(12),
+  'nnx scan': lambda: NnxBlocks(12, 'scan'),
+}
 
 
 def recorded(blocks='blocks?[_/]?\\d*', root=''):
   """The root returns what its blocks recorded beside its output, as a list: jit sorts dicts."""
+
   def record(t, call, x):
     call.tap(x=x, mean=x.mean(-1))
     return call(x)
+
   def read(t, call, *args):
     out = call(*args)
     return out, list(call.taps().values()), tuple(map(natural, call.taps()))
-  return jpeft.chain(jpeft.at(blocks, jpeft.Call('taps', record, taps=True)),
-                     jpeft.at(root, jpeft.Call('reads', read, taps=True)))
+
+  return jpeft.chain(
+    jpeft.at(blocks, jpeft.Call('taps', record, taps=True)),
+    jpeft.at(root, jpeft.Call('reads', read, taps=True)),
+  )
 
 
 def kernels(model, held):
@@ -45,10 +54,12 @@ def test_taps_come_in_the_order_of_twelve_layers(name):
   tuned = jpeft.attach(model, recorded(), held, X)
   assert jax.jit(tuned.init)(jax.random.key(0), held) == {}
   paths = []
+
   def run(held):
     out, taps, names = tuned.apply({}, held, X)
     paths[:] = names
     return out, taps
+
   out, taps = jax.jit(run)(held)
   np.testing.assert_allclose(out, plain(model, held, X), atol=1e-5)
   x, want = np.asarray(X), []
@@ -94,7 +105,9 @@ def test_a_tap_in_a_module_that_is_called_twice(make):
   model = make()
   held = backbone(model)
   tuned = jpeft.attach(model, recorded('block'), held, X)
-  with pytest.raises(ValueError, match='is called more than once, so what a tap records there is ambiguous'):
+  with pytest.raises(
+    ValueError, match='is called more than once, so what a tap records there is ambiguous'
+  ):
     tuned.apply({}, held, X)
 
 
@@ -104,6 +117,7 @@ def test_a_tap_under_a_scan_that_broadcasts_params():
     def __call__(self, x):
       scan = nn.scan(Block, variable_broadcast='params', split_rngs={'params': False}, length=3)
       return scan(name='block')(x)[0]
+
   held = backbone(Shared())
   tuned = jpeft.attach(Shared(), recorded('block'), held, X)
   with pytest.raises(ValueError, match='data dependency on the scan body|broadcast over a scan'):
@@ -126,20 +140,27 @@ def test_nothing_is_left_in_the_users_model():
 def test_two_methods_may_record_at_one_site_and_read_their_own(name):
   model = MODELS[name]()
   held = backbone(model)
+
   def method(name, factor):
     def record(t, call, x):
       call.tap(x=factor * x)
       return call(x)
+
     def read(t, call, *args):
       seen = list(call.taps().values())
       out = call(*args)
       call.tap(total=sum(jnp.sum(t['x']) for t in (seen or call.taps().values())))
       return out
-    return jpeft.chain(jpeft.at('blocks?[_/]?\\d*', jpeft.Call(name, record, taps=True)),
-                       jpeft.at('', jpeft.Call(name, read, taps=True)))
+
+    return jpeft.chain(
+      jpeft.at('blocks?[_/]?\\d*', jpeft.Call(name, record, taps=True)),
+      jpeft.at('', jpeft.Call(name, read, taps=True)),
+    )
+
   def totals(t, call, *args):
     call(*args)
     return call.taps()['']['total'], jnp.stack([t['total'] for p, t in call._taps()[''].items()])
+
   last = jpeft.at('', jpeft.Call('totals', totals, taps=True))
   tuned = jpeft.attach(model, jpeft.chain(method('one', 1), method('two', 2), last), held, X)
   _, both = tuned.apply({}, held, X)

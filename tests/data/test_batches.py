@@ -14,7 +14,9 @@ SIZE, BATCH = 11, 4
 
 
 def source(size=SIZE, read=None):
-  return Source(read or (lambda row: {'x': np.full(2, row, np.float32), 'label': row}), range(size), ['a'])
+  return Source(
+    read or (lambda row: {'x': np.full(2, row, np.float32), 'label': row}), range(size), ['a']
+  )
 
 
 def noisy(example, rng):
@@ -57,7 +59,10 @@ def test_noise_hangs_on_epoch_and_example_alone():
   def noise(batch_size, shuffle, epoch):
     batches = Batches(source(12), batch_size, noisy, shuffle=shuffle, epochs=2)
     found = [b for i, b in enumerate(batches) if i // batches.steps_per_epoch == epoch]
-    return {int(label): tuple(x) for b in found for label, x in zip(b['label'], b['noise'], strict=True)}
+    return {
+      int(label): tuple(x) for b in found for label, x in zip(b['label'], b['noise'], strict=True)
+    }
+
   assert noise(4, True, 0) == noise(6, False, 0)
   assert len(set(noise(4, True, 0).values()) | set(noise(4, True, 1).values())) == 24
 
@@ -128,7 +133,10 @@ def test_processes_divide_a_batch_and_share_a_state():
 def test_numbers_take_the_widths_of_jax():
   batch = next(Batches(source(), BATCH, noisy))
   assert {k: (v.dtype.name, v.shape) for k, v in batch.items()} == {
-    'x': ('float32', (4, 2)), 'label': ('int32', (4,)), 'noise': ('float32', (4, 3))}
+    'x': ('float32', (4, 2)),
+    'label': ('int32', (4,)),
+    'noise': ('float32', (4, 3)),
+  }
 
 
 @pytest.mark.parametrize('prefetch', [0, 2])
@@ -137,6 +145,7 @@ def test_an_error_comes_at_its_batch_and_comes_again(prefetch):
     if row == 5:
       raise ValueError('example 5 is broken')
     return {'label': row}
+
   batches = Batches(source(12, read), 4, shuffle=False, prefetch=prefetch)
   assert next(batches)['label'].tolist() == [0, 1, 2, 3]
   for _ in range(2):
@@ -145,11 +154,14 @@ def test_an_error_comes_at_its_batch_and_comes_again(prefetch):
   assert batches.state()['batch'] == 1
 
 
-@pytest.mark.parametrize('change, text', [
-  ({'seed': 4}, 'taken with seed=3, these batches have seed=4'),
-  ({'drop_remainder': False}, 'drop_remainder=True, these batches have drop_remainder=False'),
-  ({'shuffle': False}, 'shuffle=True'),
-])
+@pytest.mark.parametrize(
+  'change, text',
+  [
+    ({'seed': 4}, 'taken with seed=3, these batches have seed=4'),
+    ({'drop_remainder': False}, 'drop_remainder=True, these batches have drop_remainder=False'),
+    ({'shuffle': False}, 'shuffle=True'),
+  ],
+)
 def test_a_state_of_other_batches_is_refused(change, text):
   with pytest.raises(ValueError, match=text):
     make(**change).restore(make().state())
@@ -162,14 +174,17 @@ def test_a_state_that_is_none_is_refused():
     make().restore(make().state() | {'epoch': 3, 'batch': 1})
 
 
-@pytest.mark.parametrize('kwargs, text', [
-  ({'batch_size': 12}, 'batch_size=12 is more than the 11 examples'),
-  ({'batch_size': 0}, 'batch_size=0 is less than 1'),
-  ({'seed': -1}, 'seed=-1 is less than 0'),
-  ({'process_count': 3}, 'batch_size=4 is not divisible by process_count=3'),
-  ({'process_index': 2, 'process_count': 2}, 'process_index=2 is not below process_count=2'),
-  ({'source': source(0)}, 'no examples'),
-])
+@pytest.mark.parametrize(
+  'kwargs, text',
+  [
+    ({'batch_size': 12}, 'batch_size=12 is more than the 11 examples'),
+    ({'batch_size': 0}, 'batch_size=0 is less than 1'),
+    ({'seed': -1}, 'seed=-1 is less than 0'),
+    ({'process_count': 3}, 'batch_size=4 is not divisible by process_count=3'),
+    ({'process_index': 2, 'process_count': 2}, 'process_index=2 is not below process_count=2'),
+    ({'source': source(0)}, 'no examples'),
+  ],
+)
 def test_arguments_are_checked_at_once(kwargs, text):
   with pytest.raises(ValueError, match=text):
     Batches(**{'source': source(), 'batch_size': BATCH} | kwargs)

@@ -21,14 +21,17 @@ def plain(size, **kwargs):
 
 def test_squash_normalises():
   out = image_transform(16)({'image': photo(), 'label': 3})
-  resized = np.asarray(Image.fromarray(photo()).resize((16, 16), Image.Resampling.BICUBIC), np.float64)
+  resized = np.asarray(
+    Image.fromarray(photo()).resize((16, 16), Image.Resampling.BICUBIC), np.float64
+  )
   expect = (resized / 255 - IMAGENET_MEAN) / IMAGENET_STD
   np.testing.assert_allclose(out['image'], expect, atol=1e-5)
   assert out['image'].dtype == np.float32 and out['label'] == 3
 
 
-@pytest.mark.parametrize('mean, std, value', [
-  (IMAGENET_MEAN, IMAGENET_STD, 0.0741), (0.5, 0.5, 0.0039), (0, 1, 0.5020)])
+@pytest.mark.parametrize(
+  'mean, std, value', [(IMAGENET_MEAN, IMAGENET_STD, 0.0741), (0.5, 0.5, 0.0039), (0, 1, 0.5020)]
+)
 @pytest.mark.parametrize('channels', [1, 3])
 def test_a_grey_image_in_the_published_preprocessings(mean, std, value, channels):
   grey = np.full((9, 9, channels), 128, np.uint8)
@@ -38,13 +41,15 @@ def test_a_grey_image_in_the_published_preprocessings(mean, std, value, channels
     np.testing.assert_allclose(out[..., 0], value, atol=5e-5)
 
 
-@pytest.mark.parametrize('shape, resized, corner', [
-  ((30, 40), (43, 32), (7, 2)), ((40, 30), (32, 43), (2, 7)), ((20, 20), (32, 32), (2, 2))])
+@pytest.mark.parametrize(
+  'shape, resized, corner',
+  [((30, 40), (43, 32), (7, 2)), ((40, 30), (32, 43), (2, 7)), ((20, 20), (32, 32), (2, 2))],
+)
 def test_crop_is_the_centre_of_an_image_a_seventh_larger(shape, resized, corner):
   pixels = photo(*shape)
   left, top = corner
   expect = np.asarray(Image.fromarray(pixels).resize(resized, Image.Resampling.BILINEAR))
-  expect = expect[top:top + 28, left:left + 28]
+  expect = expect[top : top + 28, left : left + 28]
   np.testing.assert_array_equal(plain(28, resize='crop', interpolation='bilinear')(pixels), expect)
 
 
@@ -55,9 +60,15 @@ def test_grey_is_repeated_over_channels():
 
 
 def test_flip_crop_takes_every_place_and_both_sides():
-  resized = np.asarray(Image.fromarray(photo(8, 8)).resize((8, 8), Image.Resampling.BICUBIC)).astype(int)
-  places = {resized[y:y + 7, x:x + 7, ::1][:, ::flip].tobytes(): (x, y, flip)
-            for y in range(2) for x in range(2) for flip in (1, -1)}
+  resized = np.asarray(
+    Image.fromarray(photo(8, 8)).resize((8, 8), Image.Resampling.BICUBIC)
+  ).astype(int)
+  places = {
+    resized[y : y + 7, x : x + 7, ::1][:, ::flip].tobytes(): (x, y, flip)
+    for y in range(2)
+    for x in range(2)
+    for flip in (1, -1)
+  }
   fn, rng = plain(7, augment='flip_crop'), np.random.default_rng(0)
   found = {places[fn(photo(8, 8), rng).tobytes()] for _ in range(200)}
   assert found == set(places.values()) and len(found) == 8
@@ -98,14 +109,20 @@ def test_without_augmentation_nothing_is_drawn():
     np.testing.assert_array_equal(plain(16, augment=augment)(photo()), plain(16)(photo()))
 
 
-@pytest.mark.parametrize('kwargs, text', [
-  ({'augment': 'imagnet'}, "augment='imagnet' is unknown; did you mean 'imagenet'"),
-  ({'resize': 'squish'}, "did you mean 'squash'"),
-  ({'interpolation': 'nearest'}, "interpolation='nearest' is unknown; there is 'bicubic', 'bilinear'"),
-  ({'augment': 'vtab', 'resize': 'crop'}, "it does not go with resize='crop'"),
-  ({'std': (1, 0, 1)}, 'is not positive'),
-  ({'image_size': 0}, 'image_size=0'),
-])
+@pytest.mark.parametrize(
+  'kwargs, text',
+  [
+    ({'augment': 'imagnet'}, "augment='imagnet' is unknown; did you mean 'imagenet'"),
+    ({'resize': 'squish'}, "did you mean 'squash'"),
+    (
+      {'interpolation': 'nearest'},
+      "interpolation='nearest' is unknown; there is 'bicubic', 'bilinear'",
+    ),
+    ({'augment': 'vtab', 'resize': 'crop'}, "it does not go with resize='crop'"),
+    ({'std': (1, 0, 1)}, 'is not positive'),
+    ({'image_size': 0}, 'image_size=0'),
+  ],
+)
 def test_arguments_are_checked_at_once(kwargs, text):
   with pytest.raises(ValueError, match=text):
     image_transform(**{'image_size': 8} | kwargs)

@@ -10,8 +10,10 @@ from jpeft.data.packing import IGNORED, encode
 
 WORDS = ['<|end|>', '<|user|>', '<|assistant|>', '<s>', '[UNK]', *'abcdefgh']
 ID = {word: i for i, word in enumerate(WORDS)}
-TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} {{ eos_token }}\n{% endfor %}"
-            "{% if add_generation_prompt %}<|assistant|> {% endif %}")
+TEMPLATE = (
+  "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} {{ eos_token }}\n{% endfor %}"
+  '{% if add_generation_prompt %}<|assistant|> {% endif %}'
+)
 
 
 def tokenizer(template=TEMPLATE, words=WORDS, begins=False):
@@ -19,8 +21,12 @@ def tokenizer(template=TEMPLATE, words=WORDS, begins=False):
   encoder.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
   encoder.add_special_tokens([word for word in words if word[0] == '<'])
   if begins:
-    encoder.post_processor = processors.TemplateProcessing('<s> $A', special_tokens=[('<s>', ID['<s>'])])
-  return models.Tokenizer(encoder, eos=0, bos=ID['<s>'] if begins else None, pad=0, template=template)
+    encoder.post_processor = processors.TemplateProcessing(
+      '<s> $A', special_tokens=[('<s>', ID['<s>'])]
+    )
+  return models.Tokenizer(
+    encoder, eos=0, bos=ID['<s>'] if begins else None, pad=0, template=template
+  )
 
 
 def words(tokens):
@@ -28,8 +34,12 @@ def words(tokens):
 
 
 def talk(*contents):
-  return {'messages': [{'role': role, 'content': text} for role, text in
-                       zip(('user', 'assistant') * 3, contents, strict=False)]}
+  return {
+    'messages': [
+      {'role': role, 'content': text}
+      for role, text in zip(('user', 'assistant') * 3, contents, strict=False)
+    ]
+  }
 
 
 def marked(example, **options):
@@ -43,15 +53,22 @@ def test_the_completion_and_its_end_are_learnt():
   assert marked(pair) == 'a b *c *d *<|end|>'
   assert marked(pair, with_={'begins': True}) == '<s> a b *c *d *<|end|>'
   assert marked(pair, chat=True) == '<|user|> a b <|end|> <|assistant|> *c *d *<|end|>'
-  assert marked(pair, chat=True, with_={'begins': True})[:8] == '<|user|>'  # a template writes what begins a text
+  assert (
+    marked(pair, chat=True, with_={'begins': True})[:8] == '<|user|>'
+  )  # a template writes what begins a text
 
 
 def test_every_answer_of_a_chat_is_learnt():
   assert marked(talk('a', 'b c', 'd', 'e')) == (
-    '<|user|> a <|end|> <|assistant|> *b *c *<|end|> <|user|> d <|end|> <|assistant|> *e *<|end|>')
-  assert marked(talk('a', 'b', 'c')) == '<|user|> a <|end|> <|assistant|> *b *<|end|>'  # nobody answers c
+    '<|user|> a <|end|> <|assistant|> *b *c *<|end|> <|user|> d <|end|> <|assistant|> *e *<|end|>'
+  )
+  assert (
+    marked(talk('a', 'b', 'c')) == '<|user|> a <|end|> <|assistant|> *b *<|end|>'
+  )  # nobody answers c
   endless = TEMPLATE.replace(' {{ eos_token }}', '')
-  assert marked(talk('a', 'b'), with_={'template': endless}) == '<|user|> a <|assistant|> *b *<|end|>'
+  assert (
+    marked(talk('a', 'b'), with_={'template': endless}) == '<|user|> a <|assistant|> *b *<|end|>'
+  )
 
 
 def test_prompts_are_given_as_they_are_learnt_from():
@@ -63,18 +80,40 @@ def test_prompts_are_given_as_they_are_learnt_from():
     assert learnt[last:].all() and words(whole[last:-1]) == right.strip()
 
 
-@pytest.mark.parametrize('example,change,message', (
-  (talk('a', 'b'), {'template': None}, 'has no chat template'),
-  (talk('a', 'b'), {'words': [w for w in WORDS if w != '<|user|>']}, r"writes '<\|user\|>', which is no token of this"),
-  (talk('a', 'b', 'c', 'd'), {'template': '{{ messages | length }}' + TEMPLATE}, 'differently when it goes on'),
-  (talk('a', 'b'), {'template': "{{ raise_exception('no') }}"}, 'the chat template refuses the messages: no'),
-))
+@pytest.mark.parametrize(
+  'example,change,message',
+  (
+    (talk('a', 'b'), {'template': None}, 'has no chat template'),
+    (
+      talk('a', 'b'),
+      {'words': [w for w in WORDS if w != '<|user|>']},
+      r"writes '<\|user\|>', which is no token of this",
+    ),
+    (
+      talk('a', 'b', 'c', 'd'),
+      {'template': '{{ messages | length }}' + TEMPLATE},
+      'differently when it goes on',
+    ),
+    (
+      talk('a', 'b'),
+      {'template': "{{ raise_exception('no') }}"},
+      'the chat template refuses the messages: no',
+    ),
+  ),
+)
 def test_tokenizers_that_cannot_write_a_chat_are_refused(example, change, message):
   with pytest.raises(ValueError, match=message):
     data.Packed([example], tokenizer(**change), 12)
 
 
-PAIRS = (('a', 'b c'), ('d e f g', 'h a b'), ('c', 'd'), ('e f', 'g h'), ('a b c d e f g h a b', 'c'), ('h', 'g f'))
+PAIRS = (
+  ('a', 'b c'),
+  ('d e f g', 'h a b'),
+  ('c', 'd'),
+  ('e f', 'g h'),
+  ('a b c d e f g h a b', 'c'),
+  ('h', 'g f'),
+)
 EXAMPLES = [{'prompt': prompt, 'completion': completion} for prompt, completion in PAIRS]
 
 
@@ -91,32 +130,48 @@ def texts(rows):
 def test_rows_hold_whole_texts_and_labels_are_the_next_tokens():
   packed = data.Packed(EXAMPLES, tokenizer(), 10)
   rows = [packed[i] for i in range(len(packed))]
-  assert texts(rows) == [['a b c <|end|>', 'c d <|end|>'], ['d e f g h a b <|end|>'],
-                         ['e f g h <|end|>', 'h g f <|end|>']]
+  assert texts(rows) == [
+    ['a b c <|end|>', 'c d <|end|>'],
+    ['d e f g h a b <|end|>'],
+    ['e f g h <|end|>', 'h g f <|end|>'],
+  ]
   assert [row['index'] for row in rows] == [0, 1, 3]
   for row in rows:
     assert {name: x.dtype.name for name, x in row.items() if name != 'index'} == dict.fromkeys(
-      ('tokens', 'token_mask', 'label'), 'int32')
-  np.testing.assert_array_equal(rows[0]['label'], [ID['b'], ID['c'], 0, IGNORED, ID['d'], 0, *[IGNORED] * 4])
-  np.testing.assert_array_equal(rows[1]['label'], [*[IGNORED] * 3, ID['h'], ID['a'], ID['b'], 0, *[IGNORED] * 3])
-  assert packed.about == ('5 texts in 3 rows of 10 tokens, 20% padding; 1 cut off, 1 left out: their completions '
-                          'begin later')
+      ('tokens', 'token_mask', 'label'), 'int32'
+    )
+  np.testing.assert_array_equal(
+    rows[0]['label'], [ID['b'], ID['c'], 0, IGNORED, ID['d'], 0, *[IGNORED] * 4]
+  )
+  np.testing.assert_array_equal(
+    rows[1]['label'], [*[IGNORED] * 3, ID['h'], ID['a'], ID['b'], 0, *[IGNORED] * 3]
+  )
+  assert packed.about == (
+    '5 texts in 3 rows of 10 tokens, 20% padding; 1 cut off, 1 left out: their completions '
+    'begin later'
+  )
   alone = data.Packed(EXAMPLES, tokenizer(), 12, pack=False)
-  assert texts(alone[i] for i in range(6)) == [[f'{e["prompt"]} {e["completion"]} <|end|>'] for e in EXAMPLES]
+  assert texts(alone[i] for i in range(6)) == [
+    [f'{e["prompt"]} {e["completion"]} <|end|>'] for e in EXAMPLES
+  ]
 
 
 def test_a_long_completion_is_cut_off():
   packed = data.Packed([{'prompt': 'a', 'completion': 'b c d e'}], tokenizer(), 3)
   assert packed[0]['tokens'].tolist() == [ID['a'], ID['b'], ID['c']]
   assert packed[0]['label'].tolist() == [ID['b'], ID['c'], IGNORED]
-  with pytest.raises(ValueError, match='of 1 texts none has a completion within its first 2 tokens; raise'):
+  with pytest.raises(
+    ValueError, match='of 1 texts none has a completion within its first 2 tokens; raise'
+  ):
     data.Packed([{'prompt': 'a b', 'completion': 'c'}], tokenizer(), 2)
 
 
 def test_rows_are_the_same_each_time_and_go_on_from_any_batch():
   rng = np.random.default_rng(0)
-  examples = [{'prompt': 'a', 'completion': ' '.join(rng.choice(list('abcdefgh'), rng.integers(1, 9)))}
-              for _ in range(200)]
+  examples = [
+    {'prompt': 'a', 'completion': ' '.join(rng.choice(list('abcdefgh'), rng.integers(1, 9)))}
+    for _ in range(200)
+  ]
   whole = data.Packed(examples, tokenizer(), 24)
   assert sum(len(row) for row in texts(whole[i] for i in range(len(whole)))) == 200
   used = np.mean([(whole[i]['token_mask'] > 0).mean() for i in range(len(whole))])

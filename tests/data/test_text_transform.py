@@ -13,7 +13,8 @@ def tokenizer(pad='[PAD]'):
   made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS[:-1] + [pad])}, '[UNK]'))
   made.pre_tokenizer = pre_tokenizers.Whitespace()
   made.post_processor = processors.TemplateProcessing(
-    '[CLS] $A [SEP]', '[CLS] $A [SEP] $B:1 [SEP]:1', [('[CLS]', 1), ('[SEP]', 2)])
+    '[CLS] $A [SEP]', '[CLS] $A [SEP] $B:1 [SEP]:1', [('[CLS]', 1), ('[SEP]', 2)]
+  )
   return made
 
 
@@ -27,7 +28,10 @@ def test_padding_truncation_and_types(tmp_path):
     assert out['types'].tolist() == [0] * 6 and out['label'] == 1
     assert fn({'text': 'a a a a a a a a'})['tokens'].tolist() == [1, 3, 3, 3, 3, 2]
     assert {k: v.dtype.name for k, v in out.items() if k != 'label'} == {
-      'tokens': 'int32', 'token_mask': 'bool', 'types': 'int32'}
+      'tokens': 'int32',
+      'token_mask': 'bool',
+      'types': 'int32',
+    }
   pair = text_transform(tokenizer(), 8)({'text': 'a film', 'pair': 'good', 'label': 0})
   assert pair['tokens'].tolist() == [1, 3, 5, 2, 4, 2, 6, 6]
   assert pair['types'].tolist() == [0, 0, 0, 0, 1, 1, 0, 0]
@@ -37,7 +41,9 @@ def test_padding_truncation_and_types(tmp_path):
 def test_the_tokenizer_given_stays_as_it_is():
   given = tokenizer()
   text_transform(given, 4)
-  assert given.padding is None and given.truncation is None and len(given.encode('a a a a a').ids) == 7
+  assert (
+    given.padding is None and given.truncation is None and len(given.encode('a a a a a').ids) == 7
+  )
 
 
 def test_the_pad_token():
@@ -45,8 +51,15 @@ def test_the_pad_token():
   own.enable_padding(pad_id=6, pad_token='<nothing>')
   assert text_transform(own, 4)({'text': 'a'})['tokens'].tolist() == [1, 3, 2, 6]
   assert text_transform(tokenizer('<pad>'), 4)({'text': 'a'})['tokens'].tolist() == [1, 3, 2, 6]
-  assert text_transform(tokenizer(), 4, pad_token='a')({'text': 'film'})['tokens'].tolist() == [1, 5, 2, 3]
-  with pytest.raises(ValueError, match=r'has no pad token \(\[PAD\], .* are not in its vocabulary of 7\)'):
+  assert text_transform(tokenizer(), 4, pad_token='a')({'text': 'film'})['tokens'].tolist() == [
+    1,
+    5,
+    2,
+    3,
+  ]
+  with pytest.raises(
+    ValueError, match=r'has no pad token \(\[PAD\], .* are not in its vocabulary of 7\)'
+  ):
     text_transform(tokenizer('<nothing>'), 4)
   with pytest.raises(ValueError, match=r'has no pad token \(b'):
     text_transform(tokenizer(), 4, pad_token='b')

@@ -12,7 +12,12 @@ import jpeft
 from tests.methods.golden import peft
 
 CASES = {
-  'bert_lora': {'r': 4, 'lora_alpha': 8, 'rank_pattern': {'value': 2}, 'alpha_pattern': {'value': 6}},
+  'bert_lora': {
+    'r': 4,
+    'lora_alpha': 8,
+    'rank_pattern': {'value': 2},
+    'alpha_pattern': {'value': 6},
+  },
   'bert_rslora': {'r': 3, 'lora_alpha': 5, 'use_rslora': True},
   'bert_dora': {'r': 2, 'lora_alpha': 4, 'use_dora': True},
   'bert_word': {'r': 2, 'lora_alpha': 4},
@@ -22,18 +27,26 @@ CASES = {
 @functools.cache
 def of_peft(case: str) -> dict:
   """The tensors of the file, as peft names them."""
-  return {f'base_model.model.{key}': x for key, x in peft.read('peft_models', case)['adapter'].items()}
+  return {
+    f'base_model.model.{key}': x for key, x in peft.read('peft_models', case)['adapter'].items()
+  }
 
 
 @pytest.fixture
 def folder(tmp_path):
   """folder(case, tensors, **config) -> an adapter folder."""
+
   def made(case, tensors=None, **config):
-    save_file({k: np.ascontiguousarray(x) for k, x in (tensors or of_peft(case)).items()},
-              tmp_path / 'adapter_model.safetensors')
+    save_file(
+      {k: np.ascontiguousarray(x) for k, x in (tensors or of_peft(case)).items()},
+      tmp_path / 'adapter_model.safetensors',
+    )
     told = {'peft_type': 'LORA', **CASES[case], **config}
-    (tmp_path / 'adapter_config.json').write_text(json.dumps({k: x for k, x in told.items() if x is not None}))
+    (tmp_path / 'adapter_config.json').write_text(
+      json.dumps({k: x for k, x in told.items() if x is not None})
+    )
     return tmp_path
+
   return made
 
 
@@ -57,8 +70,11 @@ def attached(loaded, args, adapter):
 def test_what_peft_wrote_computes_what_it_computed(case, scan, folder, bert):
   loaded, args = bert(scan=scan)
   tuned, theta = attached(loaded, args, folder(case))
-  np.testing.assert_allclose(jax.jit(tuned.apply)(theta, loaded.variables, *args),
-                             peft.read('peft_models', case)['logits'], atol=5e-6)
+  np.testing.assert_allclose(
+    jax.jit(tuned.apply)(theta, loaded.variables, *args),
+    peft.read('peft_models', case)['logits'],
+    atol=5e-6,
+  )
 
 
 @pytest.mark.parametrize('case', CASES)
@@ -68,56 +84,85 @@ def test_what_is_written_is_what_peft_wrote(case, folder, bert, tmp_path):
   told = CASES[case]
   if case == 'bert_lora':  # two rules of two alphas; the writer takes one
     theta = {'lora': theta['lora']}
-  jpeft.save_adapter(tmp_path / 'out', loaded, theta, told['lora_alpha'], told.get('use_rslora', False), 'tiny')
-  want = {key: x for key, x in of_peft(case).items()
-          if '.base_layer.' not in key and not (case == 'bert_lora' and '.value.' in key)}
+  jpeft.save_adapter(
+    tmp_path / 'out', loaded, theta, told['lora_alpha'], told.get('use_rslora', False), 'tiny'
+  )
+  want = {
+    key: x
+    for key, x in of_peft(case).items()
+    if '.base_layer.' not in key and not (case == 'bert_lora' and '.value.' in key)
+  }
   found = load_file(tmp_path / 'out' / 'adapter_model.safetensors')
   assert found.keys() == want.keys()
   jax.tree.map(np.testing.assert_array_equal, found, want)
   config = json.loads((tmp_path / 'out' / 'adapter_config.json').read_text())
   assert [config[k] for k in ('r', 'lora_alpha', 'base_model_name_or_path', 'task_type')] == [
-    told['r'], told['lora_alpha'], 'tiny', None]
+    told['r'],
+    told['lora_alpha'],
+    'tiny',
+    None,
+  ]
   again = jpeft.load_adapter(tmp_path / 'out', loaded)[1]
   jax.tree.map(np.testing.assert_array_equal, again, theta)
 
 
 def test_a_start_from_the_matrix_and_a_head_come_back_as_one_function(bert, tmp_path):
   loaded, args = bert()
-  method = jpeft.chain(jpeft.lora(2, 5, '{q}|{fc1}', init='pissa', rslora=True), jpeft.tune('{head}'))
+  method = jpeft.chain(
+    jpeft.lora(2, 5, '{q}|{fc1}', init='pissa', rslora=True), jpeft.tune('{head}')
+  )
   tuned = jpeft.attach(loaded.model, method, loaded.variables, *args)
   theta = jax.tree.map(lambda x: x + 0.05, tuned.init(jax.random.key(0), loaded.variables))
-  theta['lora'] = {path: {'kernel': {**t['kernel'], **{n: t['kernel'][n] - 0.05 for n in ('a0', 'b0')}}}
-                   for path, t in theta['lora'].items()}
+  theta['lora'] = {
+    path: {'kernel': {**t['kernel'], **{n: t['kernel'][n] - 0.05 for n in ('a0', 'b0')}}}
+    for path, t in theta['lora'].items()
+  }
   jpeft.save_adapter(tmp_path, loaded, theta, 5, True)
   config = json.loads((tmp_path / 'adapter_config.json').read_text())
   assert config['r'] == 4 and config['use_rslora']
   assert config['modules_to_save'] == ['classifier'] and config['task_type'] == 'SEQ_CLS'
   again, kept = attached(loaded, args, tmp_path)
-  np.testing.assert_allclose(again.apply(kept, loaded.variables, *args),
-                             tuned.apply(theta, loaded.variables, *args), atol=5e-6)
+  np.testing.assert_allclose(
+    again.apply(kept, loaded.variables, *args),
+    tuned.apply(theta, loaded.variables, *args),
+    atol=5e-6,
+  )
 
 
 def test_an_adapter_goes_on_a_backbone_in_4_bits(folder, bert):
   small, args = bert(quantize=jpeft.nf4(32))
   tuned, theta = attached(small, args, folder('bert_lora'))
-  plain = jax.tree.map(lambda x: x.unbox() if isinstance(x, jpeft.Box) else x, small.variables,
-                       is_leaf=lambda x: isinstance(x, jpeft.Box))
+  plain = jax.tree.map(
+    lambda x: x.unbox() if isinstance(x, jpeft.Box) else x,
+    small.variables,
+    is_leaf=lambda x: isinstance(x, jpeft.Box),
+  )
   over = jpeft.attach(small.model, jpeft.load_adapter(folder('bert_lora'), small)[0], plain, *args)
   assert jpeft.nbytes(small.variables) < jpeft.nbytes(plain)
-  np.testing.assert_allclose(tuned.apply(theta, small.variables, *args), over.apply(theta, plain, *args), atol=5e-6)
+  np.testing.assert_allclose(
+    tuned.apply(theta, small.variables, *args), over.apply(theta, plain, *args), atol=5e-6
+  )
 
 
 KEY = 'base_model.model.bert.encoder.layer.0.attention.self.query.lora_B.weight'
 
 
-@pytest.mark.parametrize(('change', 'config', 'message'), [
-  ({}, {'peft_type': 'IA3'}, "peft_type='IA3' is not supported, only 'LORA'"),
-  ({}, {'bias': 'all'}, "bias='all' is not supported"),
-  ({}, {'init_lora_weights': 'pissa_niter_4'}, 'have peft convert it to plain LoRA'),
-  ({}, {'r': None}, 'adapter_config.json lacks r'),
-  ({KEY: None}, {}, "'encoder/block_0/attention/query/kernel' lacks b"),
-  ({KEY: None, KEY.replace('query', 'qwery'): np.zeros((16, 4), 'f')}, {}, r"has no place .* the nearest is '.*query"),
-  ({}, {'r': 5}, 'is of rank 4, and adapter_config.json says 5')])
+@pytest.mark.parametrize(
+  ('change', 'config', 'message'),
+  [
+    ({}, {'peft_type': 'IA3'}, "peft_type='IA3' is not supported, only 'LORA'"),
+    ({}, {'bias': 'all'}, "bias='all' is not supported"),
+    ({}, {'init_lora_weights': 'pissa_niter_4'}, 'have peft convert it to plain LoRA'),
+    ({}, {'r': None}, 'adapter_config.json lacks r'),
+    ({KEY: None}, {}, "'encoder/block_0/attention/query/kernel' lacks b"),
+    (
+      {KEY: None, KEY.replace('query', 'qwery'): np.zeros((16, 4), 'f')},
+      {},
+      r"has no place .* the nearest is '.*query",
+    ),
+    ({}, {'r': 5}, 'is of rank 4, and adapter_config.json says 5'),
+  ],
+)
 def test_what_does_not_fit_is_told(change, config, message, folder, bert):
   tensors = {k: x for k, x in (of_peft('bert_lora') | change).items() if x is not None}
   with pytest.raises(ValueError, match=message):
@@ -128,7 +173,9 @@ def test_some_layers_of_a_scanned_stack_are_told(folder, bert):
   first = {k: x for k, x in of_peft('bert_lora').items() if '.layer.0.' in k}
   _, theta = jpeft.load_adapter(folder('bert_lora', first), bert()[0])
   assert set(theta['lora']) == {'encoder/block_0/attention/query'}
-  with pytest.raises(ValueError, match='adapts some layers of .* load the backbone with scan=False'):
+  with pytest.raises(
+    ValueError, match='adapts some layers of .* load the backbone with scan=False'
+  ):
     jpeft.load_adapter(folder('bert_lora', first), bert(scan=True)[0])
 
 
@@ -147,13 +194,20 @@ def test_damaged_and_missing_files_are_told(folder, bert):
     jpeft.load_adapter(made, loaded)
 
 
-@pytest.mark.parametrize(('method', 'message'), [
-  (jpeft.ssf('{q}'), 'an adapter folder'), (jpeft.bitfit(), 'neither LoRA nor DoRA'),
-  (jpeft.chain(jpeft.lora(2), jpeft.dora(2, name='d')), 'both LoRA and DoRA'),
-  (jpeft.chain(jpeft.lora(2), jpeft.tune('{head}', 'bias')), 'only a part of')])
+@pytest.mark.parametrize(
+  ('method', 'message'),
+  [
+    (jpeft.ssf('{q}'), 'an adapter folder'),
+    (jpeft.bitfit(), 'neither LoRA nor DoRA'),
+    (jpeft.chain(jpeft.lora(2), jpeft.dora(2, name='d')), 'both LoRA and DoRA'),
+    (jpeft.chain(jpeft.lora(2), jpeft.tune('{head}', 'bias')), 'only a part of'),
+  ],
+)
 def test_what_such_folders_cannot_hold_is_told(method, message, bert, tmp_path):
   loaded, args = bert()
-  theta = jpeft.attach(loaded.model, method, loaded.variables, *args).init(jax.random.key(0), loaded.variables)
+  theta = jpeft.attach(loaded.model, method, loaded.variables, *args).init(
+    jax.random.key(0), loaded.variables
+  )
   with pytest.raises(ValueError, match=message):
     jpeft.save_adapter(tmp_path / 'out', loaded, theta, 8)
   assert not (tmp_path / 'out').exists()

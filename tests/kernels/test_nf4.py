@@ -49,7 +49,11 @@ def off(found, expected):
 @pytest.mark.parametrize('kernel', KERNELS)
 def test_products_and_their_gradients_are_those_of_the_decoded_matrix(rng, kernel, dtype):
   codes, absmax = coded(rng, SHAPE)
-  w, x, g = decoded(codes, absmax), drawn(rng, (2, 10, SHAPE[0]), dtype), drawn(rng, (2, 10, SHAPE[1]), dtype)
+  w, x, g = (
+    decoded(codes, absmax),
+    drawn(rng, (2, 10, SHAPE[0]), dtype),
+    drawn(rng, (2, 10, SHAPE[1]), dtype),
+  )
   y, vjp = jax.vjp(lambda x: nf4_matmul(x, codes, absmax, implementation=kernel, interpret=True), x)
   assert y.dtype == vjp(g)[0].dtype == x.dtype
   assert off(y, wide(x) @ w) < LIMIT[dtype] and off(vjp(g)[0], wide(g) @ w.T) < LIMIT[dtype]
@@ -60,18 +64,30 @@ def test_products_and_their_gradients_are_those_of_the_decoded_matrix(rng, kerne
 def test_tiles_of_rows_need_not_divide_them(rng, module, transposed):
   codes, absmax = coded(rng, (256, 256))
   x, tiles = drawn(rng, (37, 256)), {nf4_tpu: (16, 128, 128), nf4_gpu: (16, 64, 2, 4, 2)}[module]
-  y = module.matmul(x, codes, absmax, values=tuple(map(float, NF4)), block=64, tiles=tiles, transposed=transposed,
-                    interpret=True)
+  y = module.matmul(
+    x,
+    codes,
+    absmax,
+    values=tuple(map(float, NF4)),
+    block=64,
+    tiles=tiles,
+    transposed=transposed,
+    interpret=True,
+  )
   w = decoded(codes, absmax)
   assert off(y, wide(x) @ (w.T if transposed else w)) < LIMIT['float32']
 
 
-@pytest.mark.parametrize(('form', 'table'), ((fp4(), FP4), (int4(), INT4), (nf4(128), NF4)), ids=lambda x: str(x)[:20])
+@pytest.mark.parametrize(
+  ('form', 'table'), ((fp4(), FP4), (int4(), INT4), (nf4(128), NF4)), ids=lambda x: str(x)[:20]
+)
 @pytest.mark.parametrize('kernel', KERNELS)
 def test_other_formats(rng, kernel, form, table):
   arrays = jax.jit(form.encode)(drawn(rng, (256, 128)))
   x = drawn(rng, (3, 256))
-  y = nf4_matmul(x, arrays['codes'], arrays['absmax'], form=form, implementation=kernel, interpret=True)
+  y = nf4_matmul(
+    x, arrays['codes'], arrays['absmax'], form=form, implementation=kernel, interpret=True
+  )
   assert off(y, wide(x) @ decoded(arrays['codes'], arrays['absmax'], table)) < LIMIT['float32']
 
 
@@ -90,7 +106,8 @@ def test_nothing_decoded_is_kept_for_the_backward_pass(rng):
     fn = lambda x: nf4_matmul(x, codes, absmax, implementation=kernel, interpret=True)
     kept = [x for x in jax.tree.leaves(jax.vjp(fn, drawn(rng, (4, 256)))[1]) if hasattr(x, 'dtype')]
     assert sorted((x.shape, x.dtype) for x in kept if x.size > 1) == sorted(
-      (x.shape, x.dtype) for x in (codes, absmax))
+      (x.shape, x.dtype) for x in (codes, absmax)
+    )
 
 
 def test_layers_of_a_scan_and_of_vmap(rng):
@@ -117,25 +134,34 @@ def test_quantize_gives_the_bytes_of_the_plain_form(rng, dtype):
 
 def test_the_arrays_of_a_box_are_taken_as_they_are(rng):
   import flax.linen as nn
+
   model, x = nn.Dense(128, use_bias=False), drawn(rng, (3, 256))
-  variables = quantize(model, nf4(double=True), jax.jit(model.init)(jax.random.key(0), x), x, targets='.*')
+  variables = quantize(
+    model, nf4(double=True), jax.jit(model.init)(jax.random.key(0), x), x, targets='.*'
+  )
   box = variables['params']['kernel']
   absmax = box.form.scales(box.arrays, box.shape)
-  y = nf4_matmul(x, box.arrays['codes'], absmax, form=box.form, implementation='mosaic', interpret=True)
+  y = nf4_matmul(
+    x, box.arrays['codes'], absmax, form=box.form, implementation='mosaic', interpret=True
+  )
   assert off(y, wide(model.apply(variables, x))) < LIMIT['float32']
 
 
-@pytest.mark.parametrize(('rows', 'shape', 'dtype', 'platform', 'kernel', 'why'), (
-  (512, (4096, 4096), 'bfloat16', 'tpu', 'mosaic', 'fewer cycles'),
-  (512, (11008, 4096), 'float32', 'tpu', 'mosaic', 'fewer cycles'),
-  (65536, (4096, 4096), 'bfloat16', 'tpu', 'xla', 'decoding once'),
-  (512, (576, 1536), 'bfloat16', 'tpu', 'xla', 'crosses the middle of 576 rows'),
-  (512, (640, 1536), 'bfloat16', 'tpu', 'xla', 'do not both divide'),
-  (16, (4096, 4096), 'bfloat16', 'cuda', 'triton', 'few rows'),
-  (2048, (4096, 4096), 'bfloat16', 'cuda', 'xla', 'decoding once'),
-  (16, (4096, 4104), 'bfloat16', 'cuda', 'xla', '16 does not divide 4104'),
-  (16, (4096, 4096), 'float16', 'cuda', 'xla', 'neither'),
-  (16, (4096, 4096), 'bfloat16', 'cpu', 'xla', 'no kernel for cpu')))
+@pytest.mark.parametrize(
+  ('rows', 'shape', 'dtype', 'platform', 'kernel', 'why'),
+  (
+    (512, (4096, 4096), 'bfloat16', 'tpu', 'mosaic', 'fewer cycles'),
+    (512, (11008, 4096), 'float32', 'tpu', 'mosaic', 'fewer cycles'),
+    (65536, (4096, 4096), 'bfloat16', 'tpu', 'xla', 'decoding once'),
+    (512, (576, 1536), 'bfloat16', 'tpu', 'xla', 'crosses the middle of 576 rows'),
+    (512, (640, 1536), 'bfloat16', 'tpu', 'xla', 'do not both divide'),
+    (16, (4096, 4096), 'bfloat16', 'cuda', 'triton', 'few rows'),
+    (2048, (4096, 4096), 'bfloat16', 'cuda', 'xla', 'decoding once'),
+    (16, (4096, 4104), 'bfloat16', 'cuda', 'xla', '16 does not divide 4104'),
+    (16, (4096, 4096), 'float16', 'cuda', 'xla', 'neither'),
+    (16, (4096, 4096), 'bfloat16', 'cpu', 'xla', 'no kernel for cpu'),
+  ),
+)
 def test_the_choice_has_its_reason(rows, shape, dtype, platform, kernel, why):
   found = choice(rows, shape, dtype, platform)
   assert found.implementation == kernel and why in found.reason
@@ -157,20 +183,32 @@ def test_what_does_not_fit_is_told(rng):
 
 def shaped(rows, shape, dtype, sharding=None):
   spec = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
-  return (spec((rows, shape[0]), dtype), spec((shape[0] // 2, shape[1]), jnp.uint8),
-          spec((shape[0] // 64, shape[1]), jnp.float32))
+  return (
+    spec((rows, shape[0]), dtype),
+    spec((shape[0] // 2, shape[1]), jnp.uint8),
+    spec((shape[0] // 64, shape[1]), jnp.float32),
+  )
 
 
 def step(x, codes, absmax):
   """The product, and the gradient of its square: both directions."""
-  return jax.value_and_grad(lambda x: jnp.square(nf4_matmul(x, codes, absmax).astype(jnp.float32)).sum())(x)
+  return jax.value_and_grad(
+    lambda x: jnp.square(nf4_matmul(x, codes, absmax).astype(jnp.float32)).sum()
+  )(x)
 
 
-@pytest.mark.parametrize(('platform', 'call'), (('tpu', 'tpu_custom_call'), ('cuda', '__gpu$xla.gpu.triton')))
+@pytest.mark.parametrize(
+  ('platform', 'call'), (('tpu', 'tpu_custom_call'), ('cuda', '__gpu$xla.gpu.triton'))
+)
 @pytest.mark.parametrize('dtype', LIMIT)
 def test_the_platform_decides_when_the_program_is_lowered(platform, call, dtype):
   for rows, kernels in ((16, 2), (65536, 0)):
-    text = jax.jit(step).trace(*shaped(rows, (1024, 512), dtype)).lower(lowering_platforms=(platform,)).as_text()
+    text = (
+      jax.jit(step)
+      .trace(*shaped(rows, (1024, 512), dtype))
+      .lower(lowering_platforms=(platform,))
+      .as_text()
+    )
     assert text.count(call) == kernels
   assert call not in jax.jit(step).lower(*shaped(16, (1024, 512), dtype)).as_text()
 

@@ -36,7 +36,9 @@ def moved(module, size):
 
 
 def arrays(tensors):
-  return {key.removeprefix(PREFIX): tensor.detach().numpy().copy() for key, tensor in tensors.items()}
+  return {
+    key.removeprefix(PREFIX): tensor.detach().numpy().copy() for key, tensor in tensors.items()
+  }
 
 
 def flat(prefix, tree):
@@ -85,14 +87,19 @@ def layers():
     torch.manual_seed(len(out))
     net = One(make())
     base = {key.removeprefix('layer.'): value for key, value in arrays(net.state_dict()).items()}
-    x = {'linear': torch.randn(2, 3, 6), 'conv': torch.randn(2, 3, 7, 6),
-         'table': torch.tensor([[0, 3, 3], [6, 1, 2]])}[name.split('_')[0]]
+    x = {
+      'linear': torch.randn(2, 3, 6),
+      'conv': torch.randn(2, 3, 7, 6),
+      'table': torch.tensor([[0, 3, 3], [6, 1, 2]]),
+    }[name.split('_')[0]]
     net = get_peft_model(net, config)
     start = arrays(get_peft_model_state_dict(net))
     y = moved(net, 0.5).eval()(x)
     (y * torch.sin(torch.arange(y.numel())).reshape(y.shape)).sum().backward()
     grads = {key: p.grad for key, p in net.named_parameters() if p.requires_grad}
-    grads = {key.removeprefix(PREFIX).replace('.default', ''): g.numpy() for key, g in grads.items()}
+    grads = {
+      key.removeprefix(PREFIX).replace('.default', ''): g.numpy() for key, g in grads.items()
+    }
     adapter = arrays(get_peft_model_state_dict(net))
     out |= flat(name, base | {'x': x, 'y': y, 'start': start, 'adapter': adapter, 'grad': grads})
   return out
@@ -100,37 +107,63 @@ def layers():
 
 def bert():
   config = transformers.BertConfig(
-    vocab_size=24, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-    max_position_embeddings=10, num_labels=3)
+    vocab_size=24,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=24,
+    max_position_embeddings=10,
+    num_labels=3,
+  )
   tokens, mask = torch.randint(0, 24, (2, 7)), torch.ones(2, 7, dtype=torch.int64)
   mask[1, 5:] = 0
   inputs = {'input_ids': tokens, 'attention_mask': mask}
   linear = r'.*layer\.\d+\..*(query|key|value|dense)'
   cases = {
-    'lora': LoraConfig(r=4, lora_alpha=8, target_modules=['query', 'value'], rank_pattern={'value': 2},
-                       alpha_pattern={'value': 6}),
+    'lora': LoraConfig(
+      r=4,
+      lora_alpha=8,
+      target_modules=['query', 'value'],
+      rank_pattern={'value': 2},
+      alpha_pattern={'value': 6},
+    ),
     'rslora': LoraConfig(r=3, lora_alpha=5, target_modules=linear, use_rslora=True),
-    'pissa': LoraConfig(r=2, lora_alpha=5, target_modules=['query', 'intermediate.dense'],
-                        init_lora_weights='pissa'),
-    'dora': LoraConfig(r=2, lora_alpha=4, target_modules=['query', 'value', 'intermediate.dense'],
-                       use_dora=True),
+    'pissa': LoraConfig(
+      r=2, lora_alpha=5, target_modules=['query', 'intermediate.dense'], init_lora_weights='pissa'
+    ),
+    'dora': LoraConfig(
+      r=2, lora_alpha=4, target_modules=['query', 'value', 'intermediate.dense'], use_dora=True
+    ),
     'word': LoraConfig(r=2, lora_alpha=4, target_modules=['word_embeddings']),
     'vera': VeraConfig(r=3, target_modules=['query', 'intermediate.dense'], projection_prng_key=0),
-    'ia3': IA3Config(target_modules=['key', 'value', 'output.dense'], feedforward_modules=['output.dense']),
+    'ia3': IA3Config(
+      target_modules=['key', 'value', 'output.dense'], feedforward_modules=['output.dense']
+    ),
   }
   return transformers.BertForSequenceClassification(config), inputs, cases
 
 
 def llama():
   config = transformers.LlamaConfig(
-    vocab_size=24, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    intermediate_size=32, rms_norm_eps=1e-6, rope_parameters={'rope_type': 'default', 'rope_theta': 10_000.0},
-    tie_word_embeddings=False)
+    vocab_size=24,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=32,
+    rms_norm_eps=1e-6,
+    rope_parameters={'rope_type': 'default', 'rope_theta': 10_000.0},
+    tie_word_embeddings=False,
+  )
   inputs = {'input_ids': torch.randint(0, 24, (2, 7))}
   cases = {
     'lora': LoraConfig(r=2, lora_alpha=4, target_modules='all-linear', task_type='CAUSAL_LM'),
-    'dora': LoraConfig(r=2, lora_alpha=4, target_modules=['q_proj', 'v_proj', 'down_proj'], use_dora=True),
-    'ia3': IA3Config(target_modules=['k_proj', 'v_proj', 'down_proj'], feedforward_modules=['down_proj']),
+    'dora': LoraConfig(
+      r=2, lora_alpha=4, target_modules=['q_proj', 'v_proj', 'down_proj'], use_dora=True
+    ),
+    'ia3': IA3Config(
+      target_modules=['k_proj', 'v_proj', 'down_proj'], feedforward_modules=['down_proj']
+    ),
   }
   return transformers.LlamaForCausalLM(config), inputs, cases
 
@@ -143,7 +176,9 @@ def models():
     base = moved(base, 0.2).eval()
     weights, run = arrays(base.state_dict()), lambda model, inputs=inputs: model(**inputs).logits
     settings = json.dumps(base.config.to_dict(), sort_keys=True)
-    out |= flat(make.__name__, {'config': settings, **inputs, 'weights': weights, 'logits': run(base)})
+    out |= flat(
+      make.__name__, {'config': settings, **inputs, 'weights': weights, 'logits': run(base)}
+    )
     for name, config in cases.items():
       model = get_peft_model(copy.deepcopy(base), config)
       start = arrays(get_peft_model_state_dict(model))
@@ -163,7 +198,9 @@ def main():
     with torch.enable_grad():
       np.savez_compressed(HERE / f'{name}.npz', **make())
   versions = {name: metadata.version(name) for name in ('torch', 'transformers', 'peft', 'numpy')}
-  (HERE / 'VERSIONS').write_text(''.join(f'{name} {version}\n' for name, version in versions.items()))
+  (HERE / 'VERSIONS').write_text(
+    ''.join(f'{name} {version}\n' for name, version in versions.items())
+  )
 
 
 if __name__ == '__main__':

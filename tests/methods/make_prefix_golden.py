@@ -23,14 +23,18 @@ TOKENS = 3
 def stored(name: str):
   """(the model, its inputs) as make_peft_golden.py left them."""
   with np.load(HERE / 'peft_models.npz') as held:
-    found = {key.removeprefix(f'{name}/'): held[key] for key in held.files if key.startswith(f'{name}/')}
+    found = {
+      key.removeprefix(f'{name}/'): held[key] for key in held.files if key.startswith(f'{name}/')
+    }
   config, cls = {
     'bert': (transformers.BertConfig, transformers.BertForSequenceClassification),
     'llama': (transformers.LlamaConfig, transformers.LlamaForCausalLM),
   }[name]
   model = cls(config(**json.loads(str(found['config']))))
   weights = {key: torch.tensor(x) for key, x in found.items() if key.startswith('weights/')}
-  model.load_state_dict({key.removeprefix('weights/'): x for key, x in weights.items()}, strict=False)
+  model.load_state_dict(
+    {key.removeprefix('weights/'): x for key, x in weights.items()}, strict=False
+  )
   inputs = {k: torch.tensor(found[k]).long() for k in ('input_ids', 'attention_mask') if k in found}
   logits = model.eval()(**inputs).logits.detach().numpy()
   np.testing.assert_allclose(logits, found['logits'], atol=1e-5)
@@ -45,15 +49,20 @@ def case(name: str, task: str) -> dict[str, np.ndarray]:
   (logits * torch.sin(torch.arange(logits.numel())).reshape(logits.shape)).sum().backward()
   (grad,) = [p.grad for key, p in model.named_parameters() if 'prompt_encoder' in key]
   assert grad.abs().max() > 0
-  found = {'prompt_embeddings': get_peft_model_state_dict(model)['prompt_embeddings'], 'logits': logits}
+  found = {
+    'prompt_embeddings': get_peft_model_state_dict(model)['prompt_embeddings'],
+    'logits': logits,
+  }
   return {key: x.detach().numpy() for key, x in {**found, 'grad': grad}.items()}
 
 
 def main():
   warnings.simplefilter('ignore')
   cases = {'bert': case('bert', 'SEQ_CLS'), 'llama': case('llama', 'CAUSAL_LM')}
-  np.savez_compressed(HERE / 'prefix.npz', **{f'{name}/{key}': x for name, found in cases.items()
-                                              for key, x in found.items()})
+  np.savez_compressed(
+    HERE / 'prefix.npz',
+    **{f'{name}/{key}': x for name, found in cases.items() for key, x in found.items()},
+  )
 
 
 if __name__ == '__main__':

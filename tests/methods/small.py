@@ -14,7 +14,12 @@ IMAGES = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
 
 def vit(**fields):
   """(a ViT of three blocks, width 32, five tokens; its weights)."""
-  model = ViT(**{**dict(width=32, depth=3, heads=4, mlp_dim=64, patch_size=4, image_size=8, num_classes=5), **fields})
+  model = ViT(
+    **{
+      **dict(width=32, depth=3, heads=4, mlp_dim=64, patch_size=4, image_size=8, num_classes=5),
+      **fields,
+    }
+  )
   return model, noisy(_held(model, 1, IMAGES), 0.05)
 
 
@@ -42,4 +47,6 @@ def attached(model, held, method, *args, **kwargs):
 
 def shapes_of(model, method, *args, **kwargs):
   """tuned of a model of any size, from shapes."""
-  return jpeft.attach(model, method, jax.eval_shape(model.init, jax.random.key(0), *args), *args, **kwargs)
+  return jpeft.attach(
+    model, method, jax.eval_shape(model.init, jax.random.key(0), *args), *args, **kwargs
+  )

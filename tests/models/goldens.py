@@ -21,7 +21,9 @@ def golden(name):
 
 def outputs(loaded, inputs, **kwargs):
   """What a model returns; zero at the padding of a decoder, where nothing is promised."""
-  out = np.asarray(jax.jit(lambda v, x: loaded.model.apply(v, **x, **kwargs))(loaded.variables, inputs))
+  out = np.asarray(
+    jax.jit(lambda v, x: loaded.model.apply(v, **x, **kwargs))(loaded.variables, inputs)
+  )
   return out * inputs['mask'][..., None] if isinstance(loaded.model, models.Llama) else out
 
 

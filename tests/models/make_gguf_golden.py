@@ -19,7 +19,9 @@ def main():
   writer.add_bool('some.flag', True)
   for i, name in enumerate(FORMATS):
     kind = gguf.GGMLQuantizationType[name]
-    array = (np.random.default_rng(i).normal(size=(5, 96)) * 10.0 ** np.arange(-3, 2)[:, None]).astype('float32')
+    array = (
+      np.random.default_rng(i).normal(size=(5, 96)) * 10.0 ** np.arange(-3, 2)[:, None]
+    ).astype('float32')
     array[1, 32:64] = 0
     writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
   writer.write_header_to_file()
@@ -27,7 +29,9 @@ def main():
   writer.write_tensors_to_file()
   writer.close()
   read = gguf.GGUFReader(GOLDEN / 'formats.gguf').tensors
-  np.savez_compressed(GOLDEN / 'formats.npz', **{t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in read})
+  np.savez_compressed(
+    GOLDEN / 'formats.npz', **{t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in read}
+  )
 
 
 if __name__ == '__main__':

@@ -13,34 +13,80 @@ import torch
 import transformers
 
 GOLDEN = Path(__file__).parent / 'golden'
-LABELS = {'id2label': {i: f'class {i}' for i in range(3)}, 'label2id': {f'class {i}': i for i in range(3)}}
+LABELS = {
+  'id2label': {i: f'class {i}' for i in range(3)},
+  'label2id': {f'class {i}': i for i in range(3)},
+}
 SMALL = {'hidden_size': 24, 'num_hidden_layers': 2, 'num_attention_heads': 4}
 IMAGES = {**SMALL, **LABELS, 'intermediate_size': 40, 'patch_size': 7, 'image_size': 28}
 TEXT = {**SMALL, **LABELS, 'intermediate_size': 40, 'vocab_size': 60, 'max_position_embeddings': 24}
-T5 = {'d_model': 24, 'd_kv': 5, 'd_ff': 40, 'num_layers': 2, 'num_decoder_layers': 3, 'num_heads': 4,
-      'vocab_size': 60, 'relative_attention_num_buckets': 8, 'relative_attention_max_distance': 12,
-      'decoder_start_token_id': 0}
-CAUSAL = {**SMALL, 'intermediate_size': 40, 'vocab_size': 60, 'max_position_embeddings': 64,
-          'num_key_value_heads': 2, 'head_dim': 6}
-LLAMA3 = {'rope_type': 'llama3', 'rope_theta': 100.0, 'factor': 4.0, 'low_freq_factor': 1.0,
-          'high_freq_factor': 4.0, 'original_max_position_embeddings': 32}
+T5 = {
+  'd_model': 24,
+  'd_kv': 5,
+  'd_ff': 40,
+  'num_layers': 2,
+  'num_decoder_layers': 3,
+  'num_heads': 4,
+  'vocab_size': 60,
+  'relative_attention_num_buckets': 8,
+  'relative_attention_max_distance': 12,
+  'decoder_start_token_id': 0,
+}
+CAUSAL = {
+  **SMALL,
+  'intermediate_size': 40,
+  'vocab_size': 60,
+  'max_position_embeddings': 64,
+  'num_key_value_heads': 2,
+  'head_dim': 6,
+}
+LLAMA3 = {
+  'rope_type': 'llama3',
+  'rope_theta': 100.0,
+  'factor': 4.0,
+  'low_freq_factor': 1.0,
+  'high_freq_factor': 4.0,
+  'original_max_position_embeddings': 32,
+}
 
 MODELS = {
   'vit': ('ViTForImageClassification', transformers.ViTConfig(**IMAGES)),
   'deit': ('DeiTForImageClassificationWithTeacher', transformers.DeiTConfig(**IMAGES)),
-  'dinov2': ('Dinov2ForImageClassification', transformers.Dinov2Config(
-    **{k: v for k, v in IMAGES.items() if k != 'intermediate_size'}, mlp_ratio=2)),
+  'dinov2': (
+    'Dinov2ForImageClassification',
+    transformers.Dinov2Config(
+      **{k: v for k, v in IMAGES.items() if k != 'intermediate_size'}, mlp_ratio=2
+    ),
+  ),
   'bert': ('BertForSequenceClassification', transformers.BertConfig(**TEXT)),
-  'roberta': ('RobertaForSequenceClassification', transformers.RobertaConfig(
-    **TEXT, type_vocab_size=1, pad_token_id=1, layer_norm_eps=1e-5)),
+  'roberta': (
+    'RobertaForSequenceClassification',
+    transformers.RobertaConfig(**TEXT, type_vocab_size=1, pad_token_id=1, layer_norm_eps=1e-5),
+  ),
   't5': ('T5ForConditionalGeneration', transformers.T5Config(**T5)),
-  't5_gated': ('T5ForConditionalGeneration', transformers.T5Config(
-    **T5, feed_forward_proj='gated-gelu', tie_word_embeddings=False)),
-  'llama': ('LlamaForCausalLM', transformers.LlamaConfig(
-    **CAUSAL, rope_parameters=LLAMA3, tie_word_embeddings=False, attention_bias=True, mlp_bias=True)),
+  't5_gated': (
+    'T5ForConditionalGeneration',
+    transformers.T5Config(**T5, feed_forward_proj='gated-gelu', tie_word_embeddings=False),
+  ),
+  'llama': (
+    'LlamaForCausalLM',
+    transformers.LlamaConfig(
+      **CAUSAL,
+      rope_parameters=LLAMA3,
+      tie_word_embeddings=False,
+      attention_bias=True,
+      mlp_bias=True,
+    ),
+  ),
   'mistral': ('MistralForCausalLM', transformers.MistralConfig(**CAUSAL, sliding_window=5)),
-  'qwen2': ('Qwen2ForCausalLM', transformers.Qwen2Config(**CAUSAL, rope_parameters={
-    'rope_type': 'linear', 'rope_theta': 1000.0, 'factor': 2.0}, tie_word_embeddings=True)),
+  'qwen2': (
+    'Qwen2ForCausalLM',
+    transformers.Qwen2Config(
+      **CAUSAL,
+      rope_parameters={'rope_type': 'linear', 'rope_theta': 1000.0, 'factor': 2.0},
+      tie_word_embeddings=True,
+    ),
+  ),
   'qwen3': ('Qwen3ForCausalLM', transformers.Qwen3Config(**CAUSAL, tie_word_embeddings=True)),
 }
 
@@ -66,16 +112,26 @@ def inputs(config):
   if config.model_type == 't5':
     return {'tokens': tokens, 'mask': mask, 'decoder_tokens': rng.integers(3, 60, (3, 16))}
   if not hasattr(config, 'type_vocab_size'):
-    return {'tokens': tokens, 'mask': np.stack([mask[0], mask[1], mask[2, ::-1]])}  # padded on both sides
+    return {
+      'tokens': tokens,
+      'mask': np.stack([mask[0], mask[1], mask[2, ::-1]]),
+    }  # padded on both sides
   types = rng.integers(0, config.type_vocab_size, (3, 18))
   return {'tokens': tokens, 'mask': mask, 'types': types}
 
 
 def logits(model, given, **options):
-  names = {'images': 'pixel_values', 'tokens': 'input_ids', 'mask': 'attention_mask',
-           'types': 'token_type_ids', 'decoder_tokens': 'decoder_input_ids'}
-  given = {names[k]: torch.tensor(v.transpose(0, 3, 1, 2) if k == 'images' else v.astype('int64'))
-           for k, v in given.items()}
+  names = {
+    'images': 'pixel_values',
+    'tokens': 'input_ids',
+    'mask': 'attention_mask',
+    'types': 'token_type_ids',
+    'decoder_tokens': 'decoder_input_ids',
+  }
+  given = {
+    names[k]: torch.tensor(v.transpose(0, 3, 1, 2) if k == 'images' else v.astype('int64'))
+    for k, v in given.items()
+  }
   with torch.no_grad():
     return model(**given, **options).logits.numpy()
 

@@ -19,7 +19,8 @@ PARAGRAPH = (
   'wind had shifted and the old men in the village did not like the color of the sky. He trimmed the wick, '
   'wiped the salt from the great glass lens, and lit the lamp an hour before sunset. Somewhere beyond the '
   'reef a small sailboat was still out, and its owner, a schoolteacher who had learned to sail only last '
-  'summer, was beginning to understand that the map in her hands was printed before the channel moved.')
+  'summer, was beginning to understand that the map in her hands was printed before the channel moved.'
+)
 PROMPT = 'The capital of France is'
 TEXT = "In 1984, it's 3.50 kg\n\n  of Größe!"
 MESSAGES = [{'role': 'user', 'content': 'Name 3 colors.'}]
@@ -27,23 +28,34 @@ MESSAGES = [{'role': 'user', 'content': 'Name 3 colors.'}]
 
 def main():
   folder, _ = sources.find('smollm2-135m')
-  model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file='model.gguf', dtype=torch.float32)
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    folder, gguf_file='model.gguf', dtype=torch.float32
+  )
   tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file='model.gguf')
   encode = lambda text: tokenizer(text, return_tensors='pt').input_ids
   template = gguf.GGUFReader(folder / 'model.gguf').fields['tokenizer.chat_template'].contents()
-  chat = tokenizer.apply_chat_template(MESSAGES, chat_template=template, tokenize=False, add_generation_prompt=True)
+  chat = tokenizer.apply_chat_template(
+    MESSAGES, chat_template=template, tokenize=False, add_generation_prompt=True
+  )
   ids = encode(PARAGRAPH)
   with torch.no_grad():
     logits = model(ids).logits[0, :-1]
     loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:])
     written = model.generate(encode(PROMPT), max_new_tokens=12, do_sample=False)[0]
   golden = {
-    'paragraph': PARAGRAPH, 'ids': ids[0].tolist(), 'perplexity': round(float(loss.exp()), 4),
-    'prompt': PROMPT, 'completion': written.tolist()[encode(PROMPT).shape[1]:],
-    'messages': MESSAGES, 'chat': chat,
-    'text': TEXT, 'text_ids': tokenizer(TEXT).input_ids,
+    'paragraph': PARAGRAPH,
+    'ids': ids[0].tolist(),
+    'perplexity': round(float(loss.exp()), 4),
+    'prompt': PROMPT,
+    'completion': written.tolist()[encode(PROMPT).shape[1] :],
+    'messages': MESSAGES,
+    'chat': chat,
+    'text': TEXT,
+    'text_ids': tokenizer(TEXT).input_ids,
   }
-  (Path(__file__).parent / 'golden' / 'smollm2.json').write_text(json.dumps(golden, indent=1) + '\n')
+  (Path(__file__).parent / 'golden' / 'smollm2.json').write_text(
+    json.dumps(golden, indent=1) + '\n'
+  )
 
 
 if __name__ == '__main__':

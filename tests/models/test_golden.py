@@ -15,8 +15,11 @@ def test_logits_equal_transformers(name):
   close(outputs(models.load(GOLDEN / name), inputs), arrays['logits'])
 
 
-LAYOUTS = [*((name, {'scan': True, 'remat': True}) for name in NAMES),
-           ('t5', {'scan': True}), ('t5', {'remat': True})]
+LAYOUTS = [
+  *((name, {'scan': True, 'remat': True}) for name in NAMES),
+  ('t5', {'scan': True}),
+  ('t5', {'remat': True}),
+]
 
 
 @pytest.mark.parametrize('name,options', LAYOUTS, ids=[f'{n}-{"-".join(o)}' for n, o in LAYOUTS])
@@ -55,8 +58,17 @@ def test_gradients_of_scan_and_remat_equal_those_of_the_plain_stack():
 def test_remat_dots_keeps_products_with_weights():
   def kept(**options):
     """(arrays as large as the scores, as the stream, as the hidden layer) kept of the scanned blocks."""
-    model = models.ViT(width=32, depth=5, heads=4, mlp_dim=128, patch_size=4, image_size=32, num_classes=3, scan=True,
-                       **options)
+    model = models.ViT(
+      width=32,
+      depth=5,
+      heads=4,
+      mlp_dim=128,
+      patch_size=4,
+      image_size=32,
+      num_classes=3,
+      scan=True,
+      **options,
+    )
     images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
     held = jax.eval_shape(model.init, jax.random.key(0), images)
     back = jax.eval_shape(lambda v, x: jax.vjp(lambda v: model.apply(v, x), v)[1], held, images)
@@ -87,8 +99,11 @@ def test_bfloat16_compute_stays_near_float32(name):
 def test_dropout_follows_its_key(name, scan):
   inputs, _ = golden(name)
   loaded = models.load(GOLDEN / name, scan=scan)
-  run = jax.jit(lambda key: loaded.model.apply(loaded.variables, **inputs, deterministic=False,
-                                               rngs={'dropout': key}))
+  run = jax.jit(
+    lambda key: loaded.model.apply(
+      loaded.variables, **inputs, deterministic=False, rngs={'dropout': key}
+    )
+  )
   first, again, other = (np.asarray(run(jax.random.key(seed))) for seed in (0, 0, 1))
   np.testing.assert_array_equal(first, again)
   assert np.abs(first - other).max() > 1e-3
@@ -101,8 +116,12 @@ def test_mask_hides_tokens():
   inputs['tokens'] = np.where(inputs['mask'], inputs['tokens'], 7)
   changed = inputs | {'tokens': np.where(inputs['mask'], inputs['tokens'], 9)}
   np.testing.assert_array_equal(outputs(loaded, inputs), outputs(loaded, changed))
-  assert np.abs(outputs(loaded, inputs | {'mask': np.ones_like(inputs['mask'])})
-                - outputs(loaded, inputs)).max() > 1e-4
+  assert (
+    np.abs(
+      outputs(loaded, inputs | {'mask': np.ones_like(inputs['mask'])}) - outputs(loaded, inputs)
+    ).max()
+    > 1e-4
+  )
 
 
 def test_masked_patches_are_replaced():

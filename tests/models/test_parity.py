@@ -14,8 +14,13 @@ from tests.models.goldens import CAUSAL, GOLDEN, NAMES, close, golden, outputs
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings('ignore::DeprecationWarning')]
-THEIRS = {'images': 'pixel_values', 'tokens': 'input_ids', 'mask': 'attention_mask',
-          'types': 'token_type_ids', 'decoder_tokens': 'decoder_input_ids'}
+THEIRS = {
+  'images': 'pixel_values',
+  'tokens': 'input_ids',
+  'mask': 'attention_mask',
+  'types': 'token_type_ids',
+  'decoder_tokens': 'decoder_input_ids',
+}
 
 
 def their(kind, folder, inputs):
@@ -39,8 +44,16 @@ def test_transformers_opens_what_we_save(name, tmp_path):
   close(outputs(dataclasses.replace(loaded, variables=moved), inputs), want, 5e-6)
 
 
-@pytest.mark.parametrize('name,kind', (('vit', 'ViTModel'), ('deit', 'DeiTModel'), ('dinov2', 'Dinov2Model'),
-                                       ('bert', 'BertModel'), ('roberta', 'RobertaModel')))
+@pytest.mark.parametrize(
+  'name,kind',
+  (
+    ('vit', 'ViTModel'),
+    ('deit', 'DeiTModel'),
+    ('dinov2', 'Dinov2Model'),
+    ('bert', 'BertModel'),
+    ('roberta', 'RobertaModel'),
+  ),
+)
 def test_bare_models_equal_transformers(name, kind, tmp_path):
   config = transformers.AutoConfig.from_pretrained(GOLDEN / name)
   torch.manual_seed(0)
@@ -70,12 +83,16 @@ def test_relative_buckets_equal_transformers(bidirectional, buckets, distance):
   bucket = transformers.models.t5.modeling_t5.T5Attention._relative_position_bucket
   gap = torch.arange(300)[None] - torch.arange(300)[:, None]
   want = bucket(gap, bidirectional, buckets, distance).numpy()
-  got = relative_buckets(300, 300, buckets=buckets, max_distance=distance, bidirectional=bidirectional)
+  got = relative_buckets(
+    300, 300, buckets=buckets, max_distance=distance, bidirectional=bidirectional
+  )
   np.testing.assert_array_equal(got, want)
   assert got.min() == 0 and got.max() == buckets - 1
 
 
-@pytest.mark.filterwarnings('ignore::FutureWarning')  # of peft, which calls what transformers will rename
+@pytest.mark.filterwarnings(
+  'ignore::FutureWarning'
+)  # of peft, which calls what transformers will rename
 @pytest.mark.parametrize('name', ('bert', 'llama'))
 @pytest.mark.parametrize('head', (False, True))
 @pytest.mark.parametrize('make', (jpeft.lora, jpeft.dora), ids=('lora', 'dora'))

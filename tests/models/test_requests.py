@@ -12,7 +12,11 @@ from jpeft import models
 from jpeft.models.nn.layers import Attention
 from tests.models.goldens import GOLDEN, outputs
 
-T5 = {'base': (768, 12, 12, 3072, 64), 'large': (1024, 24, 16, 4096, 64), '3b': (1024, 24, 32, 16384, 128)}
+T5 = {
+  'base': (768, 12, 12, 3072, 64),
+  'large': (1024, 24, 16, 4096, 64),
+  '3b': (1024, 24, 32, 16384, 128),
+}
 
 
 def size(config, *inputs):
@@ -21,14 +25,25 @@ def size(config, *inputs):
   return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize('name,published,paper', (('base', 222_903_552, 222_882_048),
-                                                  ('large', 737_668_096, 737_639_424),
-                                                  ('3b', 2_851_598_336, 2_851_569_664)))
+@pytest.mark.parametrize(
+  'name,published,paper',
+  (
+    ('base', 222_903_552, 222_882_048),
+    ('large', 737_668_096, 737_639_424),
+    ('3b', 2_851_598_336, 2_851_569_664),
+  ),
+)
 def test_t5_has_the_published_size(name, published, paper):
   """Ladder side-tuning (arXiv:2206.06522) counts the tokenizer's 32,100 words, files hold 32,128 rows."""
   width, depth, heads, mlp, head = T5[name]
-  config = {'model_type': 't5', 'd_model': width, 'num_layers': depth, 'num_heads': heads, 'd_ff': mlp,
-            'd_kv': head}
+  config = {
+    'model_type': 't5',
+    'd_model': width,
+    'num_layers': depth,
+    'num_heads': heads,
+    'd_ff': mlp,
+    'd_kv': head,
+  }
   tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
   assert size(config | {'vocab_size': 32128}, tokens, tokens) == published
   assert size(config | {'vocab_size': 32100}, tokens, tokens) == paper
@@ -36,11 +51,20 @@ def test_t5_has_the_published_size(name, published, paper):
 
 
 def test_vit_and_bert_have_the_published_sizes():
-  vit = {'model_type': 'vit', 'hidden_size': 768, 'num_hidden_layers': 12, 'num_attention_heads': 12,
-         'intermediate_size': 3072, 'patch_size': 16, 'image_size': 224}
+  vit = {
+    'model_type': 'vit',
+    'hidden_size': 768,
+    'num_hidden_layers': 12,
+    'num_attention_heads': 12,
+    'intermediate_size': 3072,
+    'patch_size': 16,
+    'image_size': 224,
+  }
   assert size(vit, jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)) == 85_798_656
   bert = vit | {'model_type': 'bert', 'vocab_size': 30522, 'max_position_embeddings': 512}
-  assert size(bert, jax.ShapeDtypeStruct((1, 8), jnp.int32)) == 109_482_240 - 590_592  # without pooler
+  assert (
+    size(bert, jax.ShapeDtypeStruct((1, 8), jnp.int32)) == 109_482_240 - 590_592
+  )  # without pooler
 
 
 @pytest.mark.parametrize('pool,width', (('cls', 24), ('mean', 24), ('cls_mean', 48)))
@@ -70,11 +94,18 @@ def test_a_sentence_embedding_is_the_masked_mean():
   np.testing.assert_allclose(got, np.stack(want), atol=1e-5)
 
 
-@pytest.mark.parametrize('request_,message', (
-  ({'image_size': 30}, 'image_size 30 is no multiple of the patch size 7; the nearest that is: 28'),
-  ({'pool': 'max'}, "pool 'max' is none of"),
-  ({'pool': 'tokens', 'num_classes': 3}, "pool 'tokens' has no single feature"),
-  ({'layers': 0}, 'layers=0 is not between 1 and the 2 blocks')))
+@pytest.mark.parametrize(
+  'request_,message',
+  (
+    (
+      {'image_size': 30},
+      'image_size 30 is no multiple of the patch size 7; the nearest that is: 28',
+    ),
+    ({'pool': 'max'}, "pool 'max' is none of"),
+    ({'pool': 'tokens', 'num_classes': 3}, "pool 'tokens' has no single feature"),
+    ({'layers': 0}, 'layers=0 is not between 1 and the 2 blocks'),
+  ),
+)
 def test_impossible_requests_are_explained(request_, message):
   with pytest.raises(ValueError, match=message):
     models.load(GOLDEN / 'vit', **request_)
@@ -118,6 +149,7 @@ def test_attention_fn_is_called_with_heads_apart():
   def attend(query, key, value, bias=None, mask=None, **_):
     seen.append((query.shape, key.shape, value.shape))
     return value
+
   x = jnp.ones((2, 5, 12))
   jax.eval_shape(Attention(heads=3, head_dim=2, attention_fn=attend).init, jax.random.key(0), x)
   assert seen == [((2, 5, 3, 2),) * 3]

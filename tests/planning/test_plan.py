@@ -21,20 +21,29 @@ from jpeft.programs import compile, cost
 from jpeft.training import fit
 from tests.runs import VIT
 
-IMAGES = {'image': jax.ShapeDtypeStruct((4, 8, 8, 3), jnp.float32), 'label': jax.ShapeDtypeStruct((4,), jnp.int32)}
+IMAGES = {
+  'image': jax.ShapeDtypeStruct((4, 8, 8, 3), jnp.float32),
+  'label': jax.ShapeDtypeStruct((4,), jnp.int32),
+}
 
 
 def vit(depth=1, **fields):
-  return ViT(width=32, depth=depth, heads=4, mlp_dim=64, patch_size=4, image_size=8, num_classes=5, **fields)
+  return ViT(
+    width=32, depth=depth, heads=4, mlp_dim=64, patch_size=4, image_size=8, num_classes=5, **fields
+  )
 
 
 @pytest.fixture
 def command(config_file, monkeypatch, capsys):
   """command(*flags) -> (exit code, stdout, stderr) of jpeft.plan on the tiny config, for the CPU."""
+
   def called(*flags, target='cpu'):
-    monkeypatch.setattr(sys, 'argv', ['jpeft.plan', f'--config={config_file}', f'--target={target}', *flags])
+    monkeypatch.setattr(
+      sys, 'argv', ['jpeft.plan', f'--config={config_file}', f'--target={target}', *flags]
+    )
     code = cli.command('jpeft.plan', plan.main)
     return code, *capsys.readouterr()
+
   return called
 
 
@@ -58,7 +67,9 @@ def traced(fn, *args):
 def test_flops_of_products_by_hand():
   x, w = jnp.zeros((3, 5)), jnp.zeros((5, 7))
   image, kernel = jnp.zeros((2, 8, 8, 3)), jnp.zeros((2, 2, 3, 6))
-  conv = lambda x, w: jax.lax.conv_general_dilated(x, w, (2, 2), 'VALID', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+  conv = lambda x, w: jax.lax.conv_general_dilated(
+    x, w, (2, 2), 'VALID', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+  )
   assert cost.flops(traced(jnp.dot, x, w)) == (2 * 3 * 5 * 7,) * 2
   assert cost.flops(traced(conv, image, kernel)) == (2 * (2 * 4 * 4 * 6) * (2 * 2 * 3),) * 2
 
@@ -72,7 +83,9 @@ def test_rounds_of_loops_count_and_dead_code_does_not():
 
 
 def test_scanned_and_unrolled_steps_count_alike(uncompiled):
-  unrolled, scanned = (jpeft.plan(vit(3, scan=scan, remat=True), 'full', IMAGES)[0] for scan in (False, True))
+  unrolled, scanned = (
+    jpeft.plan(vit(3, scan=scan, remat=True), 'full', IMAGES)[0] for scan in (False, True)
+  )
   assert scanned.flops == pytest.approx(unrolled.flops, rel=0.001)
   assert scanned.forward == unrolled.forward
 
@@ -80,7 +93,9 @@ def test_scanned_and_unrolled_steps_count_alike(uncompiled):
 def test_the_count_is_near_that_of_xla():
   net = lambda x, w: jax.nn.relu(jax.nn.relu(x @ w) @ w.T) @ w
   fn = traced(jax.grad(lambda w, x: net(x, w).sum()), jnp.zeros((256, 512)), jnp.zeros((128, 256)))
-  assert fn.lower().compile().cost_analysis()['flops'] == pytest.approx(cost.flops(fn).all, rel=0.05)
+  assert fn.lower().compile().cost_analysis()['flops'] == pytest.approx(
+    cost.flops(fn).all, rel=0.05
+  )
 
 
 # ---- Plans.
@@ -129,8 +144,10 @@ def test_nnx_and_models_without_a_mode(uncompiled):
 
   batch = {'image': jnp.zeros((4, 6)), 'label': jnp.zeros(4, int)}
   lora = jpeft.lora(2, targets='body')
-  first, second = (jpeft.plan(model, lora, batch)[0]
-                   for model in (nnx.eval_shape(lambda: Net(nnx.Rngs(0))), Plain()))
+  first, second = (
+    jpeft.plan(model, lora, batch)[0]
+    for model in (nnx.eval_shape(lambda: Net(nnx.Rngs(0))), Plain())
+  )
   assert first.trainable == second.trainable == 2 * (6 + 8)
   assert first.flops == second.flops
 
@@ -163,15 +180,27 @@ def test_the_search_measures_batches_that_the_mesh_divides(uncompiled, monkeypat
 
 def test_what_cannot_fit_is_not_compiled(uncompiled):
   found = jpeft.plan(vit(), 'full', IMAGES)[0]
-  assert found.fits is False and not found.exact and found.total == found.argument and found.temp is None
+  assert (
+    found.fits is False and not found.exact and found.total == found.argument and found.temp is None
+  )
   assert 'over' in str(result.Plans([found])) and found.row()['temp_mib'] is None
 
 
-@pytest.mark.parametrize(('message', 'size'), (
-  ('XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 25.50G of 15.75G hbm. Exceeded hbm '
-   'capacity by 9.75G.', 25.5 * 2**30),
-  ('E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries (61.97G) exceeds '
-   'available HBM (15.75G). HLO module: jit_step.', int(61.97 * 2**30) + 7)))
+@pytest.mark.parametrize(
+  ('message', 'size'),
+  (
+    (
+      'XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 25.50G of 15.75G hbm. Exceeded hbm '
+      'capacity by 9.75G.',
+      25.5 * 2**30,
+    ),
+    (
+      'E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries (61.97G) exceeds '
+      'available HBM (15.75G). HLO module: jit_step.',
+      int(61.97 * 2**30) + 7,
+    ),
+  ),
+)
 def test_the_compilers_refusal_is_read(message, size):
   error = jax.errors.JaxRuntimeError(f'RESOURCE_EXHAUSTED: {message}')
 
@@ -195,7 +224,9 @@ def test_the_module_can_be_called_however_it_was_imported():
 
 
 def test_described_backbones_are_those_that_are_loaded(backbone, tmp_path):
-  loaded, described = (make(backbone, num_classes=3, seed=1, scan=True) for make in (models.load, models.describe))
+  loaded, described = (
+    make(backbone, num_classes=3, seed=1, scan=True) for make in (models.load, models.describe)
+  )
   shape = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
   assert shape(loaded.variables) == shape(described.variables)
   assert loaded.model == described.model and loaded.preprocess == described.preprocess
@@ -214,10 +245,20 @@ def test_rows_as_json(command):
   for row in rows:
     assert row['batch'] == 8 and row['target'] == 'cpu' and row['fits'] is None and row['exact']
     assert row['total_mib'] >= row['arguments_mib'] > 0 and row['gflop'] >= row['forward_gflop']
-    assert {'trainable', 'optimizer_mib', 'temp_mib', 'passes', 'largest_batch', 'dominant', 'advice'} <= set(row)
+    assert {
+      'trainable',
+      'optimizer_mib',
+      'temp_mib',
+      'passes',
+      'largest_batch',
+      'dominant',
+      'advice',
+    } <= set(row)
 
 
-@pytest.mark.parametrize(('flag', 'told'), [('--remat', 'linear + remat '), ('--remat=dots', 'linear + remat dots')])
+@pytest.mark.parametrize(
+  ('flag', 'told'), [('--remat', 'linear + remat '), ('--remat=dots', 'linear + remat dots')]
+)
 def test_the_table_and_the_plot(command, tmp_path, flag, told):
   pytest.importorskip('matplotlib')
   code, out, _ = command(flag, f'--plot={tmp_path / "plan.png"}')
@@ -231,36 +272,53 @@ def test_what_would_fit_is_named_where_nothing_does(command, monkeypatch):
   full, linear = json.loads(command('--methods=full,linear', '--json')[1])
   cpu, between = targets.target('cpu'), (full['arguments_mib'] + linear['arguments_mib']) / 2
   for module in (targets, planning):
-    monkeypatch.setattr(module, 'target', lambda name: targets.Target(name, cpu.devices, int(between * 2**20)))
+    monkeypatch.setattr(
+      module, 'target', lambda name: targets.Target(name, cpu.devices, int(between * 2**20))
+    )
   rows = json.loads(command('--methods=full', '--json')[1])
   assert [r['fits'] for r in rows] == [False] * (len(rows) - 1) + [True] and len(rows) > 1
 
 
-@pytest.mark.parametrize('flags, message', [
-  (('--method=lst',), "unknown argument '--method'; did you mean '--methods'"),
-  (('--methods=lts',), 'lts'),
-  (('--batch=few',), 'few'),
-  (('--methods=lst', '--seq=8'), 'image_size'),
-  (('--config.mesh.data=64', '--batch=64'), 'needs 64 chips'),
-])
+@pytest.mark.parametrize(
+  'flags, message',
+  [
+    (('--method=lst',), "unknown argument '--method'; did you mean '--methods'"),
+    (('--methods=lts',), 'lts'),
+    (('--batch=few',), 'few'),
+    (('--methods=lst', '--seq=8'), 'image_size'),
+    (('--config.mesh.data=64', '--batch=64'), 'needs 64 chips'),
+  ],
+)
 def test_mistakes_are_one_sentence(command, flags, message):
   code, _, err = command(*flags)
   assert code == 2 and message in err and len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize('name, message', [
-  ('tpu:v5', "did you mean 'tpu:v5"), ('gpu:h200', "did you mean 'gpu:h100'"), ('tpu', 'There are: tpu:v5e')])
+@pytest.mark.parametrize(
+  'name, message',
+  [
+    ('tpu:v5', "did you mean 'tpu:v5"),
+    ('gpu:h200', "did you mean 'gpu:h100'"),
+    ('tpu', 'There are: tpu:v5e'),
+  ],
+)
 def test_unknown_targets(name, message):
   with pytest.raises(ValueError, match=message):
     targets.target(name)
 
 
-@pytest.mark.parametrize('name, package, install', [
-  ('tpu:v5e', 'libtpu', r"pip install 'jpeft\[plan\]'"),
-  ('gpu:h100', 'cuda', 'pip install --no-deps jax-cuda13-plugin==')])
+@pytest.mark.parametrize(
+  'name, package, install',
+  [
+    ('tpu:v5e', 'libtpu', r"pip install 'jpeft\[plan\]'"),
+    ('gpu:h100', 'cuda', 'pip install --no-deps jax-cuda13-plugin=='),
+  ],
+)
 def test_a_missing_compiler_is_told_with_its_command(name, package, install, monkeypatch):
   real = importlib.util.find_spec
-  monkeypatch.setattr(importlib.util, 'find_spec', lambda n, *a: None if package in n else real(n, *a))
+  monkeypatch.setattr(
+    importlib.util, 'find_spec', lambda n, *a: None if package in n else real(n, *a)
+  )
   with pytest.raises(ImportError, match=install):
     targets.target(name)
 
@@ -279,7 +337,9 @@ def test_training_refuses_what_cannot_fit(load, tmp_path, monkeypatch):
   # ... before a device holds anything: the limit is what devices say, and CPUs say none.
   monkeypatch.setattr(fit, 'limit_of', lambda device: 10_000)
   monkeypatch.setattr(jax, 'device_put', lambda *args: pytest.fail('arrays were put on a device'))
-  with pytest.raises(cli.Mistake, match=r'an update of 4 examples needs 0 MiB on a device that has 0 MiB: weights'):
+  with pytest.raises(
+    cli.Mistake, match=r'an update of 4 examples needs 0 MiB on a device that has 0 MiB: weights'
+  ):
     training.train(load('full'), tmp_path / 'run')
 
 
@@ -298,8 +358,10 @@ def test_one_chip(name):
 @pytest.mark.aot
 def test_a_slice_shares_batch_and_backbone():
   pytest.importorskip('libtpu')
-  one, spread = (jpeft.plan(vit(), 'lora', IMAGES, target='tpu:v5e:2x2', mesh=mesh, sharded=True)[0]
-                 for mesh in ((1, 1), (2, 2)))
+  one, spread = (
+    jpeft.plan(vit(), 'lora', IMAGES, target='tpu:v5e:2x2', mesh=mesh, sharded=True)[0]
+    for mesh in ((1, 1), (2, 2))
+  )
   assert spread.devices == 4 and spread.weights < 0.7 * one.weights and spread.flops == one.flops
 
 
@@ -307,8 +369,10 @@ def test_a_slice_shares_batch_and_backbone():
 def test_the_compiler_refuses_and_its_count_is_told():
   pytest.importorskip('libtpu')
   model = ViT(width=1024, depth=2, heads=16, mlp_dim=4096, patch_size=16, num_classes=10)
-  batch = {'image': jax.ShapeDtypeStruct((2048, 224, 224, 3), jnp.float32),
-           'label': jax.ShapeDtypeStruct((2048,), jnp.int32)}
+  batch = {
+    'image': jax.ShapeDtypeStruct((2048, 224, 224, 3), jnp.float32),
+    'label': jax.ShapeDtypeStruct((2048,), jnp.int32),
+  }
   found, *instead = jpeft.plan(model, 'full', batch, target='tpu:v5e')
   assert instead and found.fits is False and found.exact and found.total > 15.75 * 2**30
 
@@ -316,5 +380,8 @@ def test_the_compiler_refuses_and_its_count_is_told():
 @pytest.mark.aot
 def test_state_on_the_host_takes_no_device_memory():
   pytest.importorskip('libtpu')
-  here, there = (jpeft.plan(vit(), 'full', IMAGES, target='tpu:v5e', offload=offload)[0] for offload in (False, True))
+  here, there = (
+    jpeft.plan(vit(), 'full', IMAGES, target='tpu:v5e', offload=offload)[0]
+    for offload in (False, True)
+  )
   assert there.optimizer == 0 and here.argument - there.argument > 0.9 * here.optimizer > 0

@@ -13,8 +13,10 @@ from tests.fixtures import BACKBONES, flops
 from tests.params import fast_if
 
 LAST = {'linen': (lambda: Blocks(6), 'block_5/fc'), 'nnx': (lambda: NnxBlocks(6), 'blocks/5/fc')}
-SIDE = fast_if(lambda name: name in ('linen_vit_scan', 'linen_bert', 'nnx_raw'), [
-  'linen_vit', 'linen_vit_scan', 'linen_bert', 'nnx_vit_scan', 'nnx_llama', 'nnx_raw'])
+SIDE = fast_if(
+  lambda name: name in ('linen_vit_scan', 'linen_bert', 'nnx_raw'),
+  ['linen_vit', 'linen_vit_scan', 'linen_bert', 'nnx_vit_scan', 'nnx_llama', 'nnx_raw'],
+)
 
 
 def halves(model, method, held, args, kwargs=None):
@@ -48,7 +50,9 @@ def test_a_side_network_never_sees_the_backbone_again(name):
   fixture = BACKBONES[name]
   held = fixture.backbone
   with described(fixture):
-    fn, theta, cut, batch = halves(fixture.model, jpeft.lst(reduction=4), held, fixture.args, fixture.kwargs)
+    fn, theta, cut, batch = halves(
+      fixture.model, jpeft.lst(reduction=4), held, fixture.args, fixture.kwargs
+    )
   first = jax.jit(cut.first)
   features = first(held, batch)
   assert cut.nbytes * len(features[0]) == sum(f.nbytes for f in features)
@@ -65,22 +69,29 @@ def test_what_changes_from_step_to_step_belongs_to_the_second_half():
   def fn(theta, held, x, key):
     noise = jax.random.normal(key, x.shape)
     return jnp.tanh(x @ held) @ theta + noise
+
   theta, held, key = jnp.ones((WIDTH, WIDTH)), jnp.ones((WIDTH, WIDTH)), jax.random.key(3)
   cut = jpeft.cut(fn, theta, held, X, key)
   (feature,) = cut.first(held, X)
   np.testing.assert_allclose(feature, np.tanh(np.asarray(X) @ held), rtol=1e-6)
   for i in (3, 4):
-    np.testing.assert_allclose(cut.second(theta, held, cut.first(held, X), jax.random.key(i)),
-                               fn(theta, held, X, jax.random.key(i)), rtol=1e-6)
+    np.testing.assert_allclose(
+      cut.second(theta, held, cut.first(held, X), jax.random.key(i)),
+      fn(theta, held, X, jax.random.key(i)),
+      rtol=1e-6,
+    )
 
 
 def test_what_is_cheap_to_make_again_is_not_stored():
   def fn(theta, held, x):
     mask = jnp.broadcast_to((x[:, 0] > 0)[:, None, None], (len(x), 50, WIDTH))
     return (mask * (x[:, None] * theta)).sum(1)
+
   cut = jpeft.cut(fn, jnp.ones((50, WIDTH)), {}, X)
   assert cut.nbytes <= 4 * WIDTH + 4
-  np.testing.assert_allclose(cut.second(jnp.ones((50, WIDTH)), {}, cut.first({}, X)), fn(jnp.ones((50, WIDTH)), {}, X))
+  np.testing.assert_allclose(
+    cut.second(jnp.ones((50, WIDTH)), {}, cut.first({}, X)), fn(jnp.ones((50, WIDTH)), {}, X)
+  )
 
 
 def test_statistics_over_the_batch_cannot_be_kept():
@@ -88,7 +99,10 @@ def test_statistics_over_the_batch_cannot_be_kept():
     @nn.compact
     def __call__(self, x):
       return nn.Dense(2, name='head')(x) + x.mean()
+
   model = Normed()
   held = backbone(model)
-  with pytest.raises(ValueError, match=r'shape \[\], computed before theta comes in from a batch of 4, has no axis'):
+  with pytest.raises(
+    ValueError, match=r'shape \[\], computed before theta comes in from a batch of 4, has no axis'
+  ):
     halves(model, train('head'), held, (X,))

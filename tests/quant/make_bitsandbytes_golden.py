@@ -11,7 +11,12 @@ import torch
 from bitsandbytes import functional
 
 SHAPES = {'rows': (16, 128), 'short': (33, 77), 'odd': (5, 13), 'deep': (70, 256)}  # [out, in]
-FORMATS = {'nf4': ('nf4', False), 'nf4_double': ('nf4', True), 'fp4': ('fp4', False), 'fp4_double': ('fp4', True)}
+FORMATS = {
+  'nf4': ('nf4', False),
+  'nf4_double': ('nf4', True),
+  'fp4': ('fp4', False),
+  'fp4_double': ('fp4', True),
+}
 
 
 def main():

@@ -15,13 +15,23 @@ from jpeft.quant.formats.maps import dynamic_map
 
 GOLDEN = np.load(Path(__file__).parent / 'golden' / 'bitsandbytes.npz')
 SHAPES = ('rows', 'short', 'odd', 'deep')
-FORMATS = {'nf4': nf4(), 'nf4_double': nf4(double=True), 'fp4': fp4(), 'fp4_double': fp4(double=True)}
+FORMATS = {
+  'nf4': nf4(),
+  'nf4_double': nf4(double=True),
+  'fp4': fp4(),
+  'fp4_double': fp4(double=True),
+}
 
 
 def encoded(form, w):
   """The box of a weight [out, in], as Dense holds it."""
   kernel = jnp.asarray(w).T
-  return Quantized(jax.jit(form.encode)(kernel), form, Leaf(kernel.shape, kernel.dtype, 'dot_general', ins=(0,)), ())
+  return Quantized(
+    jax.jit(form.encode)(kernel),
+    form,
+    Leaf(kernel.shape, kernel.dtype, 'dot_general', ins=(0,)),
+    (),
+  )
 
 
 def held(shape, name):
@@ -40,16 +50,22 @@ def small(n):
   return (((37 * i % 101) - 50) / 64).astype('float32')
 
 
-@pytest.mark.parametrize(('form', 'codes'), (
-  (nf4(), '04c16e29f3b05d17e29f3c05d18e2af4c16e18e3b05d17e29f3b05d18e2af4c1'),
-  (fp4(), 'bf5a92a63c4be5a02d63c4be2a12d73f5a92a63d4bf5a92d63c4be5a12d73c5b')), ids=('nf4', 'fp4'))
+@pytest.mark.parametrize(
+  ('form', 'codes'),
+  (
+    (nf4(), '04c16e29f3b05d17e29f3c05d18e2af4c16e18e3b05d17e29f3b05d18e2af4c1'),
+    (fp4(), 'bf5a92a63c4be5a02d63c4be2a12d73f5a92a63d4bf5a92d63c4be5a12d73c5b'),
+  ),
+  ids=('nf4', 'fp4'),
+)
 def test_a_block_has_the_published_bytes(form, codes):
   tensors = to_bitsandbytes(encoded(form, small(64)[None]), 'w')
   assert tensors['w'].tobytes().hex() == codes and tensors['w.absmax'].tolist() == [0.78125]
   if form.name == 'nf4':
     read = np.asarray(encoded(form, small(64)[None]).unbox())[:6, 0]
-    np.testing.assert_allclose(read, [-0.78125, -0.22221982, 0.34430456, -0.54390061, -0.07113284, 0.56481004],
-                               rtol=1e-7)
+    np.testing.assert_allclose(
+      read, [-0.78125, -0.22221982, 0.34430456, -0.54390061, -0.07113284, 0.56481004], rtol=1e-7
+    )
 
 
 def test_double_quantization_has_the_published_numbers():
@@ -61,14 +77,17 @@ def test_double_quantization_has_the_published_numbers():
   np.testing.assert_array_equal(tensors['w.nested_absmax'], np.float32([0.7349567413330078] * 2))
   np.testing.assert_array_equal(tensors['w.absmax'][:8], [0, 250, 240, 231, 221, 212, 203, 193])
   read = np.asarray(jax.jit(Quantized.unbox)(box)).T
-  np.testing.assert_allclose(read[0, :4], [-0.04892606, -0.01391659, 0.02156219, -0.03406197], rtol=1e-6)
+  np.testing.assert_allclose(
+    read[0, :4], [-0.04892606, -0.01391659, 0.02156219, -0.03406197], rtol=1e-6
+  )
   assert abs(read.sum(dtype=np.float64) + 87.829273) < 1e-4
 
 
 def test_the_eight_bit_map_is_the_published_one():
   values = dynamic_map()
   assert hashlib.sha256(values.astype('<f4').tobytes()).hexdigest() == (
-    'e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c')
+    'e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c'
+  )
   np.testing.assert_array_equal(values[[127, 255]], [0, 1])
 
 
@@ -80,7 +99,9 @@ def test_files_of_bitsandbytes_are_read_and_written_bit_by_bit(shape, name):
   for unbox in (Quantized.unbox, jax.jit(Quantized.unbox)):
     got = np.asarray(unbox(box)).T
     assert got.shape == read.shape and got.dtype == read.dtype
-    np.testing.assert_array_equal(got.view(np.uint32) & 0x7fffffff, read.view(np.uint32) & 0x7fffffff)
+    np.testing.assert_array_equal(
+      got.view(np.uint32) & 0x7FFFFFFF, read.view(np.uint32) & 0x7FFFFFFF
+    )
     np.testing.assert_array_equal(got, read)
   written = to_bitsandbytes(box, 'weight')
   assert written.keys() == tensors.keys()
@@ -126,18 +147,29 @@ def test_the_error_of_a_block_is_bounded_by_its_widest_gap():
   assert abs(np.sqrt(np.mean((np.asarray(encoded(nf4(), w).unbox()).T - w) ** 2)) - 0.0922) < 0.003
 
 
-@pytest.mark.parametrize(('form', 'name', 'seed'), ((int4(), 'Q4_0', 3), (int4(minimum=True), 'Q4_1', 4)), ids=str)
+@pytest.mark.parametrize(
+  ('form', 'name', 'seed'), ((int4(), 'Q4_0', 3), (int4(minimum=True), 'Q4_1', 4)), ids=str
+)
 def test_int4_is_that_of_gguf(form, name, seed):
   golden = np.load(Path(__file__).parents[1] / 'models' / 'golden' / 'formats.npz')[name]
-  w = (np.random.default_rng(seed).normal(size=(5, 96)) * 10.0 ** np.arange(-3, 2)[:, None]).astype('float32')
+  w = (np.random.default_rng(seed).normal(size=(5, 96)) * 10.0 ** np.arange(-3, 2)[:, None]).astype(
+    'float32'
+  )
   w[1, 32:64] = 0
   np.testing.assert_array_equal(np.asarray(encoded(form, w).unbox()).T, golden)
 
 
-@pytest.mark.parametrize(('change', 'message'), (
-  ({'weight': np.zeros((5, 1), np.uint8)}, 'has 5 bytes of codes'),
-  ({'weight.quant_state.bitsandbytes__nf4': np.frombuffer(b'{"quant_type": "nf3"}', np.uint8)}, "of the type 'nf3'"),
-  ({'weight.quant_state.bitsandbytes__nf4': None}, 'has no quant_state')))
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  (
+    ({'weight': np.zeros((5, 1), np.uint8)}, 'has 5 bytes of codes'),
+    (
+      {'weight.quant_state.bitsandbytes__nf4': np.frombuffer(b'{"quant_type": "nf3"}', np.uint8)},
+      "of the type 'nf3'",
+    ),
+    ({'weight.quant_state.bitsandbytes__nf4': None}, 'has no quant_state'),
+  ),
+)
 def test_tensors_that_do_not_fit_are_refused(change, message):
   tensors = {k: v for k, v in (held('rows', 'nf4')[0] | change).items() if v is not None}
   with pytest.raises(ValueError, match=message):

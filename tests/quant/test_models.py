@@ -21,11 +21,23 @@ from tests.models.goldens import GOLDEN, golden
 from tests.models.test_llama import LLAMA_2_7B, TOKENS
 from tests.params import fast_if
 
-FIXTURES = ('linen_vit', 'linen_vit_scan', 'linen_gemma', 'linen_fused', 'nnx_vit', 'nnx_vit_scan', 'nnx_llama')
+FIXTURES = (
+  'linen_vit',
+  'linen_vit_scan',
+  'linen_gemma',
+  'linen_fused',
+  'nnx_vit',
+  'nnx_vit_scan',
+  'nnx_llama',
+)
 
 
 def boxes(tree):
-  return [x for x in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Quantized)) if isinstance(x, Quantized)]
+  return [
+    x
+    for x in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Quantized))
+    if isinstance(x, Quantized)
+  ]
 
 
 def decoded(tree):
@@ -39,22 +51,32 @@ def test_a_tuned_model_computes_with_the_decoded_kernels(name):
   b = BACKBONES[name]
   with described(b):
     small = jpeft.quantize(b.model, jpeft.nf4(), b.backbone, *b.args, **b.kwargs)
-    tuned, plain = (jpeft.attach(b.model, jpeft.lora(2, targets='{linear}'), held, *b.args, **b.kwargs)
-                    for held in (small, b.backbone))
+    tuned, plain = (
+      jpeft.attach(b.model, jpeft.lora(2, targets='{linear}'), held, *b.args, **b.kwargs)
+      for held in (small, b.backbone)
+    )
   assert len(boxes(small)) >= 2 and jpeft.nbytes(small) < jpeft.nbytes(b.backbone)
-  assert {k: s.leaves for k, s in tuned.sites.items()} == {k: s.leaves for k, s in plain.sites.items()}
+  assert {k: s.leaves for k, s in tuned.sites.items()} == {
+    k: s.leaves for k, s in plain.sites.items()
+  }
   theta = noisy(plain.init(jax.random.key(0), b.backbone))
 
   def value(tuned):
     def loss(theta, backbone):
       out = tuned.apply(theta, backbone, *b.args, **b.kwargs)
       return jnp.sum(jnp.sin(out)), out
+
     return jax.jit(jax.grad(loss, has_aux=True))
 
   got, want = value(tuned)(theta, small), value(plain)(theta, decoded(small))
   assert np.abs(np.asarray(want[1])).max() > 0.1
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * float(jnp.abs(b).max()) + 1e-6, rtol=1e-4),
-               got, want)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(
+      a, b, atol=1e-6 * float(jnp.abs(b).max()) + 1e-6, rtol=1e-4
+    ),
+    got,
+    want,
+  )
 
 
 def llama(**options):
@@ -72,9 +94,16 @@ def test_nothing_decoded_is_kept_for_the_backward_pass(scan):
   def kept(backbone):
     tuned = jpeft.attach(model, method, backbone, tokens)
     theta = jax.jit(tuned.init)(jax.random.key(0), backbone)
-    residuals = jax.eval_shape(lambda theta: jax.vjp(lambda t: tuned.apply(t, backbone, tokens), theta)[1], theta)
-    return [x.shape for x in jax.tree.leaves(residuals)
-            if jnp.issubdtype(x.dtype, jnp.floating) and math.prod(x.shape) in sizes and x.shape[-2:] in kernels]
+    residuals = jax.eval_shape(
+      lambda theta: jax.vjp(lambda t: tuned.apply(t, backbone, tokens), theta)[1], theta
+    )
+    return [
+      x.shape
+      for x in jax.tree.leaves(residuals)
+      if jnp.issubdtype(x.dtype, jnp.floating)
+      and math.prod(x.shape) in sizes
+      and x.shape[-2:] in kernels
+    ]
 
   kernels = {box.leaf.shape for box in boxes(small)}
   assert len(kept(variables)) >= 5
@@ -85,18 +114,25 @@ def test_a_quantized_model_runs_and_merges():
   model, variables, tokens = llama(scan=True)
   small = jpeft.quantize(model, jpeft.fp4(double=True), variables, tokens, targets='{q}|{fc1}')
   assert len(boxes(small)) == 3
-  np.testing.assert_allclose(model.apply(small, tokens), model.apply(decoded(small), tokens), atol=1e-5)
+  np.testing.assert_allclose(
+    model.apply(small, tokens), model.apply(decoded(small), tokens), atol=1e-5
+  )
   tuned = jpeft.attach(model, jpeft.lora(2, targets='{q}'), small, tokens)
   theta = noisy(jax.jit(tuned.init)(jax.random.key(0), small))
   merged = tuned.merge(theta, small)
   assert len(boxes(merged)) == 2
-  np.testing.assert_allclose(model.apply(merged, tokens), tuned.apply(theta, small, tokens), atol=1e-4)
+  np.testing.assert_allclose(
+    model.apply(merged, tokens), tuned.apply(theta, small, tokens), atol=1e-4
+  )
   got = generate(tuned, small, tokens, theta=theta, new_tokens=4).tokens
   np.testing.assert_array_equal(got, generate(model, decoded(merged), tokens, new_tokens=4).tokens)
 
 
-@pytest.mark.parametrize(('form', 'gigabytes'), ((jpeft.nf4(), 3.238 + 0.405), (jpeft.nf4(double=True), 3.238 + 0.103)),
-                         ids=str)
+@pytest.mark.parametrize(
+  ('form', 'gigabytes'),
+  ((jpeft.nf4(), 3.238 + 0.405), (jpeft.nf4(double=True), 3.238 + 0.103)),
+  ids=str,
+)
 def test_llama_2_7b_has_the_published_sizes(form, gigabytes):
   """QLoRA (arXiv:2305.14314): 6.476 G weights in the blocks; 159,907,840 parameters of LoRA r = 64 beside them."""
   model = models.from_config(LLAMA_2_7B, scan=True, param_dtype='bfloat16')
@@ -108,18 +144,27 @@ def test_llama_2_7b_has_the_published_sizes(form, gigabytes):
   assert sum(math.prod(x.shape) for x in jax.tree.leaves(tuned.shapes)) == 159_907_840
 
 
-@pytest.mark.parametrize(('form', 'bits'), (
-  (jpeft.nf4(), 4.5), (jpeft.nf4(double=True), 4.127), (jpeft.int4(), 4.5), (jpeft.int4(minimum=True), 5)), ids=str)
+@pytest.mark.parametrize(
+  ('form', 'bits'),
+  (
+    (jpeft.nf4(), 4.5),
+    (jpeft.nf4(double=True), 4.127),
+    (jpeft.int4(), 4.5),
+    (jpeft.int4(minimum=True), 5),
+  ),
+  ids=str,
+)
 def test_bits_a_weight_are_those_on_disk(form, bits, tmp_path):
   module = nn.Dense(512, use_bias=False)
   x = jnp.zeros((1, 1024))
   held = jax.jit(module.init)(jax.random.key(0), x)
   small = jpeft.quantize(module, form, held, x, targets='')
-  assert abs(8 * jpeft.nbytes(small) / 2 ** 19 - bits) < 1e-3
-  assert jpeft.nbytes(small) == jpeft.nbytes(jax.eval_shape(lambda h: jpeft.quantize(module, form, h, x, targets=''),
-                                                            held))
+  assert abs(8 * jpeft.nbytes(small) / 2**19 - bits) < 1e-3
+  assert jpeft.nbytes(small) == jpeft.nbytes(
+    jax.eval_shape(lambda h: jpeft.quantize(module, form, h, x, targets=''), held)
+  )
   checkpoints.save_theta(tmp_path / 'small.safetensors', small)
-  assert abs(8 * (tmp_path / 'small.safetensors').stat().st_size / 2 ** 19 - bits) < 0.02
+  assert abs(8 * (tmp_path / 'small.safetensors').stat().st_size / 2**19 - bits) < 0.02
 
 
 def same(a, b):
@@ -152,6 +197,7 @@ def test_layers_of_a_stack_go_to_files_of_bitsandbytes():
 
 def test_layers_stacked_behind_are_quantized_one_by_one():
   """Layers on axis 1, in a module without the usual names."""
+
   class Layer(nn.Module):
     @nn.compact
     def __call__(self, x, _):
@@ -179,8 +225,12 @@ def test_layers_stacked_behind_are_quantized_one_by_one():
 def test_what_is_quantized_while_it_is_read_is_the_same(name, scan):
   inputs, _ = golden(name)
   whole = models.load(GOLDEN / name, scan=scan, param_dtype='bfloat16')
-  small = jpeft.quantize(whole.model, jpeft.nf4(), whole.variables, *list(inputs.values())[:1], targets='{fc1}|{q}')
-  read = models.load(GOLDEN / name, scan=scan, param_dtype='bfloat16', quantize=jpeft.nf4(), targets='{fc1}|{q}')
+  small = jpeft.quantize(
+    whole.model, jpeft.nf4(), whole.variables, *list(inputs.values())[:1], targets='{fc1}|{q}'
+  )
+  read = models.load(
+    GOLDEN / name, scan=scan, param_dtype='bfloat16', quantize=jpeft.nf4(), targets='{fc1}|{q}'
+  )
   assert len(boxes(read.variables)) >= 2
   same(read.variables, small)
 

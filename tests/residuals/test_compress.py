@@ -42,15 +42,26 @@ WIDE = (D, 4 * D), (4 * D, D)
 SQUARE = ((D, D),) * 4
 MASK = jnp.tril(jnp.ones((N, N), bool))
 CASES = {
-  **{name: (mlp(act), WIDE, ()) for name, act in {
-    'gelu': lambda x: jax.nn.gelu(x, approximate=False), 'gelu_tanh': jax.nn.gelu, 'silu': jax.nn.silu,
-    'relu': jax.nn.relu, 'unknown': lambda x: jnp.tanh(x) * x, 'own operation': ops.gelu,
-    'remat inside': jax.checkpoint(jax.nn.gelu)}.items()},
+  **{
+    name: (mlp(act), WIDE, ())
+    for name, act in {
+      'gelu': lambda x: jax.nn.gelu(x, approximate=False),
+      'gelu_tanh': jax.nn.gelu,
+      'silu': jax.nn.silu,
+      'relu': jax.nn.relu,
+      'unknown': lambda x: jnp.tanh(x) * x,
+      'own operation': ops.gelu,
+      'remat inside': jax.checkpoint(jax.nn.gelu),
+    }.items()
+  },
   'attention': (attention, SQUARE, (MASK,)),
   'gated': (gated, (WIDE[0], WIDE[0], WIDE[1]), ()),
   'no activations': (lambda held, x: x @ held['w0'] @ held['w1'], WIDE, ()),
-  'scan inside': (lambda held, x: jax.lax.scan(lambda c, _: (jnp.tanh(c @ held['w0']), None), x, length=2)[0],
-                  ((D, D),), ()),
+  'scan inside': (
+    lambda held, x: jax.lax.scan(lambda c, _: (jnp.tanh(c @ held['w0']), None), x, length=2)[0],
+    ((D, D),),
+    (),
+  ),
 }
 
 
@@ -60,9 +71,12 @@ def both(name, wrt=(0, 1), **bits):
   held, g = weights(*shapes), draw(B, N, D)
   found = []
   for f in (fn, compressed(fn, **bits)):
-    out, vjp = jax.vjp(lambda *moved, f=f: f(*(moved[wrt.index(i)] if i in wrt else a
-                                               for i, a in enumerate((held, X))), *rest),
-                       *((held, X)[i] for i in wrt))
+    out, vjp = jax.vjp(
+      lambda *moved, f=f: f(
+        *(moved[wrt.index(i)] if i in wrt else a for i, a in enumerate((held, X))), *rest
+      ),
+      *((held, X)[i] for i in wrt),
+    )
     own = {x.unsafe_buffer_pointer() for x in jax.tree.leaves((held, X, rest))}
     kept = [x for x in jax.tree.leaves(vjp) if x.unsafe_buffer_pointer() not in own]
     found.append((out, vjp(g), kept))
@@ -79,14 +93,16 @@ def test_the_output_is_the_same_and_the_gradient_near(name):
   (out, grads, _), (same, near, kept) = both(name)
   np.testing.assert_allclose(same, out, atol=1e-5)
   # Values in 4 bits of a normal block are off by 0.09 of their spread; a gate multiplies two of them.
-  assert far(near, grads) < 0.12 * (2 ** 0.5 if name == 'gated' else 1)
+  assert far(near, grads) < 0.12 * (2**0.5 if name == 'gated' else 1)
   assert not [x.shape for x in kept if x.dtype == jnp.float32 and x.size >= X.size]
 
 
 @pytest.mark.parametrize('name', CASES)
 def test_eight_bits_are_nearer(name):
   (_, grads, _), (_, near, _) = both(name, bits=8)
-  assert far(near, grads) < (0.055 if name == 'own operation' else 0.01)  # whose own codes have 4 bits
+  assert far(near, grads) < (
+    0.055 if name == 'own operation' else 0.01
+  )  # whose own codes have 4 bits
 
 
 def test_what_a_frozen_mlp_keeps():
@@ -131,6 +147,7 @@ def test_a_low_rank_product_is_kept_as_it_is():
 def test_dropout_is_replayed():
   def fn(held, x, key):
     return jnp.where(jax.random.bernoulli(key, 0.5, x.shape), norm(x), 0) @ held['w0']
+
   held, key, g = weights((D, D)), jax.random.key(3), draw(B, N, D)
   grads = [jax.vjp(lambda x, f=f: f(held, x, key), X)[1](g) for f in (fn, compressed(fn, bits=8))]
   assert 0 < far(*grads) < 0.01
@@ -139,14 +156,18 @@ def test_dropout_is_replayed():
 def test_outputs_and_arguments_of_all_kinds():
   """Keywords, Python values, integers, nested outputs, an argument that is closed over."""
   held, scale, g = weights((D, D)), jnp.float32(2), draw(B, N, D)
+
   def fn(held, x, flag, *, order, shift=None):
     assert flag is True and shift is None
     return {'y': jnp.tanh(x[:, order]) @ held['w0'] * scale, 'n': [order.sum(), None]}
+
   order = jnp.arange(N)[::-1]
+
   def loss(f, x):
     out = f(held, x, True, order=order)
     assert out['n'][1] is None and int(out['n'][0]) == N * (N - 1) // 2
     return (out['y'] * g).sum()
+
   want, near = (jax.grad(lambda x, f=f: loss(f, x))(X) for f in (fn, compressed(fn, bits=8)))
   assert 0 < far(near, want) < 0.01
 
@@ -154,11 +175,16 @@ def test_outputs_and_arguments_of_all_kinds():
 def test_under_jit_scan_remat_and_vmap():
   fn, g = mlp(jax.nn.gelu), draw(B, N, D)
   held = jax.tree.map(lambda *w: jnp.stack(w), *(weights(*WIDE) for _ in range(3)))
+
   def stack(f, x, remat):
     layer = jax.checkpoint(f) if remat else f
     return (jax.lax.scan(lambda x, w: (layer(w, x), None), x, held)[0] * g).sum()
+
   want = jax.jit(jax.value_and_grad(lambda x: stack(fn, x, False)))(X)
-  results = [jax.jit(jax.value_and_grad(lambda x, r=r: stack(compressed(fn), x, r)))(X) for r in (False, True)]
+  results = [
+    jax.jit(jax.value_and_grad(lambda x, r=r: stack(compressed(fn), x, r)))(X)
+    for r in (False, True)
+  ]
   for value, grad in results:
     np.testing.assert_allclose(value, want[0], rtol=1e-5)
     assert far(grad, want[1]) < 0.1

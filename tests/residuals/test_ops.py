@@ -13,23 +13,37 @@ from jpeft.residuals.codes import decode, derivative_codes, encode, pack, unpack
 from jpeft.residuals.derivatives import FUNCTIONS, REGELU2, RESILU2, error, optimal, table
 
 RNG = np.random.default_rng(0)
-PLAIN = {'gelu': lambda x: jax.nn.gelu(x, approximate=False), 'gelu_tanh': jax.nn.gelu, 'silu': jax.nn.silu,
-         'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x), 'relu': jax.nn.relu}
+PLAIN = {
+  'gelu': lambda x: jax.nn.gelu(x, approximate=False),
+  'gelu_tanh': jax.nn.gelu,
+  'silu': jax.nn.silu,
+  'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x),
+  'relu': jax.nn.relu,
+}
 
 # (function, bits): (positive borders, levels for x > 0, E), of the optimum.
 OPTIMA = {
   ('gelu', 1): ([], [1], 0.141047),
-  ('gelu', 2): ([.452013], [.674370, 1], 0.045189),
-  ('gelu', 3): ([.325919, .710046, 2.416946], [.627757, .874352, 1.088272, 1], 0.011997),
-  ('gelu', 4): ([.154960, .315115, .487260, .683078, .931218, 2.059210, 2.707240],
-                [.561574, .683738, .802835, .916350, 1.020702, 1.109159, 1.048546, 1], 0.0031641),
+  ('gelu', 2): ([0.452013], [0.674370, 1], 0.045189),
+  ('gelu', 3): ([0.325919, 0.710046, 2.416946], [0.627757, 0.874352, 1.088272, 1], 0.011997),
+  ('gelu', 4): (
+    [0.154960, 0.315115, 0.487260, 0.683078, 0.931218, 2.059210, 2.707240],
+    [0.561574, 0.683738, 0.802835, 0.916350, 1.020702, 1.109159, 1.048546, 1],
+    0.0031641,
+  ),
   ('silu', 1): ([], [1], 0.214978),
-  ('silu', 2): ([.738835], [.676741, 1], 0.060567),
-  ('silu', 3): ([.509398, 1.130142, 4.713717], [.624665, .863531, 1.065296, 1], 0.017775),
-  ('silu', 4): ([.241046, .491869, .765381, 1.084147, 1.504543, 3.817755, 5.555010],
-                [.559971, .678761, .793972, .902765, 1.001282, 1.082721, 1.034937, 1], 0.0047186),
-  ('gelu_tanh', 4): ([.155100, .315436, .487855, .684140, .933184, 2.064633, 2.703604],
-                     [.561628, .683893, .803069, .916623, 1.020962, 1.109339, 1.048928, 1], 0.0031581),
+  ('silu', 2): ([0.738835], [0.676741, 1], 0.060567),
+  ('silu', 3): ([0.509398, 1.130142, 4.713717], [0.624665, 0.863531, 1.065296, 1], 0.017775),
+  ('silu', 4): (
+    [0.241046, 0.491869, 0.765381, 1.084147, 1.504543, 3.817755, 5.555010],
+    [0.559971, 0.678761, 0.793972, 0.902765, 1.001282, 1.082721, 1.034937, 1],
+    0.0047186,
+  ),
+  ('gelu_tanh', 4): (
+    [0.155100, 0.315436, 0.487855, 0.684140, 0.933184, 2.064633, 2.703604],
+    [0.561628, 0.683893, 0.803069, 0.916623, 1.020962, 1.109339, 1.048928, 1],
+    0.0031581,
+  ),
 }
 
 
@@ -45,9 +59,13 @@ def test_the_optimal_table(name, bits):
   assert float(f'{error(FUNCTIONS[name], t):.3g}') == float(f'{e:.3g}')
 
 
-@pytest.mark.parametrize('name, df', [
-  ('gelu', lambda x: special.ndtr(x) + x * np.exp(-x * x / 2) / math.sqrt(2 * math.pi)),
-  ('silu', lambda x: special.expit(x) * (1 + x * special.expit(-x)))])
+@pytest.mark.parametrize(
+  'name, df',
+  [
+    ('gelu', lambda x: special.ndtr(x) + x * np.exp(-x * x / 2) / math.sqrt(2 * math.pi)),
+    ('silu', lambda x: special.expit(x) * (1 + x * special.expit(-x))),
+  ],
+)
 def test_a_table_is_stationary_and_its_error_is_the_integral(name, df):
   t = table(name)
   ends = [-40.0, *t.borders, 40.0]
@@ -55,7 +73,9 @@ def test_a_table_is_stationary_and_its_error_is_the_integral(name, df):
   for a, b, level in zip(ends[:-1], ends[1:], t.levels, strict=True):
     if abs(a) < 40 and abs(b) < 40:
       assert abs(integrate.quad(df, a, b)[0] / (b - a) - level) < 2e-6
-    total += integrate.quad(lambda x, level=level: (df(x) - level) ** 2, a, b, epsabs=1e-12, limit=200)[0]
+    total += integrate.quad(
+      lambda x, level=level: (df(x) - level) ** 2, a, b, epsabs=1e-12, limit=200
+    )[0]
   for border, low, high in zip(t.borders, t.levels[:-1], t.levels[1:], strict=True):
     assert abs(df(np.float64(border)) - (low + high) / 2) < 2e-6
   assert abs(error(FUNCTIONS[name], t) / total - 1) < 1e-4
@@ -98,7 +118,9 @@ def test_groups_are_within_half_a_step(shape, bits, error):
   assert np.abs(near - x).max() <= 1.1 * error * (x.max() - x.min()) + 0.005 * np.abs(x).max()
   groups = kept.step.size
   assert groups <= math.ceil(x.size / min(64, x.size)) + math.prod(shape[:-1])
-  np.testing.assert_array_equal(decode(encode(jnp.full(shape, 3.0), bits), shape, jnp.float32, bits), 3.0)
+  np.testing.assert_array_equal(
+    decode(encode(jnp.full(shape, 3.0), bits), shape, jnp.float32, bits), 3.0
+  )
 
 
 def residual_bytes(fn, *args) -> int:
@@ -111,7 +133,9 @@ def test_the_worked_example():
   np.testing.assert_array_equal(derivative_codes(x, table('gelu')), [2, 6, 7, 10, 14])
   y, vjp = jax.vjp(ops.gelu, x)
   np.testing.assert_array_equal(y, jax.nn.gelu(x, approximate=False))
-  np.testing.assert_allclose(vjp(jnp.ones(5))[0], [-.109159, .316262, .438426, .802835, 1.048546], atol=1e-6)
+  np.testing.assert_allclose(
+    vjp(jnp.ones(5))[0], [-0.109159, 0.316262, 0.438426, 0.802835, 1.048546], atol=1e-6
+  )
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
@@ -127,15 +151,21 @@ def test_activations(name, dtype):
   got, true = (np.asarray(v(g)[0], np.float32) for v in (vjp, exact))
   assert vjp(g)[0].dtype == dtype
   assert np.linalg.norm(got - true) <= (0 if name == 'relu' else 0.05) * np.linalg.norm(true)
-  opposite = np.asarray(jax.vjp(fn, -x)[1](jnp.ones_like(x))[0] + vjp(jnp.ones_like(x))[0], np.float32)
+  opposite = np.asarray(
+    jax.vjp(fn, -x)[1](jnp.ones_like(x))[0] + vjp(jnp.ones_like(x))[0], np.float32
+  )
   np.testing.assert_allclose(opposite, 1, atol=1e-2 if dtype == jnp.bfloat16 else 1e-6)
 
 
-@pytest.mark.parametrize('name, sigma, percent', [('gelu', .5, 5.5), ('gelu', 1, 4.2), ('gelu', 2, 3.3)])
+@pytest.mark.parametrize(
+  'name, sigma, percent', [('gelu', 0.5, 5.5), ('gelu', 1, 4.2), ('gelu', 2, 3.3)]
+)
 def test_the_error_of_a_gradient_is_what_the_table_promises(name, sigma, percent):
   x, g = (jnp.asarray(RNG.normal(size=200_000) * s, jnp.float32) for s in (sigma, 1))
   got, want = (np.asarray(jax.vjp(f, x)[1](g)[0]) for f in (getattr(ops, name), PLAIN[name]))
-  assert round(100 * np.linalg.norm(got - want) / np.linalg.norm(want), 1) == pytest.approx(percent, abs=0.11)
+  assert round(100 * np.linalg.norm(got - want) / np.linalg.norm(want), 1) == pytest.approx(
+    percent, abs=0.11
+  )
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
@@ -166,17 +196,23 @@ def test_norms(centred, dtype):
   y, vjp = jax.vjp(own, x, *rest)
   wide = np.asarray(x, np.float64)
   want = np_norm(wide, centred) * np.asarray(gain) + np.asarray(shift) * centred
-  np.testing.assert_allclose(np.asarray(y, np.float64), want, atol=3e-2 if dtype == jnp.bfloat16 else 1e-5)
+  np.testing.assert_allclose(
+    np.asarray(y, np.float64), want, atol=3e-2 if dtype == jnp.bfloat16 else 1e-5
+  )
 
   def plain(x, gain, *shift):
     x = x.astype(jnp.float32)
     x = x - x.mean(-1, keepdims=True) * centred
-    return (x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6) * gain + sum(shift)).astype(dtype)
+    return (x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6) * gain + sum(shift)).astype(
+      dtype
+    )
 
   # A step is a fifteenth of the range of 64 normal numbers, 4.7: the normalised x is off by 4.7 / 15 / sqrt(12) = 9 %,
   # and so is the gradient of the gain; that of x sees it only through two means; that of the shift does not.
   exact = 0.01 if dtype == jnp.bfloat16 else 1e-5
-  for got, true, most in zip(vjp(g), jax.vjp(plain, x, *rest)[1](g), (0.015, 0.11, exact), strict=False):
+  for got, true, most in zip(
+    vjp(g), jax.vjp(plain, x, *rest)[1](g), (0.015, 0.11, exact), strict=False
+  ):
     assert got.dtype == true.dtype
     got, true = (np.asarray(a, np.float32) for a in (got, true))
     assert np.linalg.norm(got - true) < most * np.linalg.norm(true)
@@ -203,7 +239,9 @@ def test_shared_norms_are_exact_and_keep_what_the_next_layer_keeps(centred):
   np.testing.assert_allclose(fn(x), plain(x), atol=1e-5)
   np.testing.assert_allclose(jax.vjp(fn, x)[1](g)[0], jax.vjp(plain, x)[1](g)[0], atol=1e-6)
   trained = lambda x, kernel: norm(x) @ kernel
-  assert residual_bytes(trained, x, kernel) == 4 * (x.size + 36 + kernel.size)  # one array, for norm and matrix
+  assert residual_bytes(trained, x, kernel) == 4 * (
+    x.size + 36 + kernel.size
+  )  # one array, for norm and matrix
   assert ops.fold(gain, None, w)[1] is None
 
 
@@ -223,4 +261,7 @@ def test_attention_keeps_no_probabilities_and_is_exact():
   for a, b in zip(vjp(g), exact(g), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
   shapes = [x.shape for x in jax.tree.leaves(vjp) if x.dtype == jnp.float32 and x.ndim == 4]
-  assert sorted(set(shapes)) == [(1, 3, 33, 33), (2, 33, 3, 8)]  # the bias that was given, and q, k, v
+  assert sorted(set(shapes)) == [
+    (1, 3, 33, 33),
+    (2, 33, 3, 8),
+  ]  # the bias that was given, and q, k, v

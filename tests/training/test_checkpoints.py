@@ -8,8 +8,13 @@ from safetensors import safe_open
 
 from jpeft.training.checkpoints import Checkpoints, fingerprint, load_theta, save_theta
 
-TREE = {'theta': {'lora': {'encoder/q': {'a': jnp.arange(6.0).reshape(2, 3), 'b': jnp.ones(3, jnp.bfloat16)}}},
-        'step': jnp.int32(7), 'flags': jnp.array([True, False])}
+TREE = {
+  'theta': {
+    'lora': {'encoder/q': {'a': jnp.arange(6.0).reshape(2, 3), 'b': jnp.ones(3, jnp.bfloat16)}}
+  },
+  'step': jnp.int32(7),
+  'flags': jnp.array([True, False]),
+}
 
 
 def zeros():
@@ -19,7 +24,11 @@ def zeros():
 def test_round_trip(tmp_path):
   one = Checkpoints(tmp_path / 'c', keep=2)
   for step in (1, 2, 3):
-    one.save(step, jax.tree.map(lambda x, step=step: x * step if x.dtype != bool else x, TREE), {'data': {'at': step}})
+    one.save(
+      step,
+      jax.tree.map(lambda x, step=step: x * step if x.dtype != bool else x, TREE),
+      {'data': {'at': step}},
+    )
   one.close()
   two = Checkpoints(tmp_path / 'c', keep=2)
   assert two.latest == 3 and {p.name for p in (tmp_path / 'c').iterdir()} == {'2', '3'}
@@ -80,7 +89,9 @@ def test_theta_file(tmp_path):
 
 def test_theta_of_another_method(tmp_path):
   save_theta(tmp_path / 't', TREE['theta'])
-  with pytest.raises(ValueError, match='it lacks ssf/encoder/q/scale and has lora/encoder/q/a, lora'):
+  with pytest.raises(
+    ValueError, match='it lacks ssf/encoder/q/scale and has lora/encoder/q/a, lora'
+  ):
     load_theta(tmp_path / 't', {'ssf': {'encoder/q': {'scale': jnp.ones(3)}}})
   with pytest.raises(ValueError, match=r'has the shape \(2, 3\), the model wants \(2, 4\)'):
     wide = {'lora': {'encoder/q': {'a': jnp.ones((2, 4)), 'b': jnp.ones(3)}}}
@@ -89,6 +100,11 @@ def test_theta_of_another_method(tmp_path):
 
 def test_fingerprint_sees_bits_names_and_shapes():
   x = jnp.arange(4.0)
-  others = [{'a': x.reshape(2, 2)}, {'b': x}, {'a': x.astype(jnp.bfloat16)}, {'a': x.at[0].set(-0.0)}]
+  others = [
+    {'a': x.reshape(2, 2)},
+    {'b': x},
+    {'a': x.astype(jnp.bfloat16)},
+    {'a': x.at[0].set(-0.0)},
+  ]
   assert fingerprint({'a': x}) == fingerprint({'a': np.arange(4, dtype=np.float32)})
   assert len({fingerprint(t) for t in [{'a': x}, *others]}) == 5

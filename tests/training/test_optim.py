@@ -24,8 +24,12 @@ class Net(nn.Module):
   def __call__(self, x):
     x = nn.Dense(4, name='embed')(x)
     if self.scan:
-      body = nn.scan(lambda block, x, _: (block(x), None), variable_axes={'params': 0},
-                     split_rngs={'params': True}, length=3)
+      body = nn.scan(
+        lambda block, x, _: (block(x), None),
+        variable_axes={'params': 0},
+        split_rngs={'params': True},
+        length=3,
+      )
       x, _ = body(Block(name='blocks'), x, None)
     else:
       for i in range(3):
@@ -57,7 +61,12 @@ def test_layer_decay_counts_blocks_from_the_output():
   tuned, theta = tuned_of(jpeft.tune('.*'))
   found = optim.factors(tuned, theta, layer_decay=0.5)
   assert {k.split('/')[1]: v for k, v in found.items()} == {
-    'embed': 0.5**4, 'block_0': 0.5**3, 'block_1': 0.5**2, 'block_2': 0.5, 'head': 1.0}
+    'embed': 0.5**4,
+    'block_0': 0.5**3,
+    'block_1': 0.5**2,
+    'block_2': 0.5,
+    'head': 1.0,
+  }
 
 
 def test_layer_decay_of_a_stack_is_one_number_a_layer():
@@ -70,12 +79,16 @@ def test_layer_decay_of_a_stack_is_one_number_a_layer():
 
 
 def test_groups_and_lora_plus_multiply():
-  tuned, theta = tuned_of(jpeft.chain(jpeft.lora(2, targets='.*fc1'), jpeft.tune('head', name='head')))
+  tuned, theta = tuned_of(
+    jpeft.chain(jpeft.lora(2, targets='.*fc1'), jpeft.tune('head', name='head'))
+  )
   found = optim.factors(tuned, theta, groups=[('head/.*', 0.1), ('lora/.*', 3.0)], lora_plus=16.0)
   b = {v for k, v in found.items() if k.endswith('/b')}
   a = {v for k, v in found.items() if k.endswith('/a')}
   assert b == {48.0} and a == {3.0} and found['head/head/kernel'] == 0.1
-  with pytest.raises(ValueError, match="'heads/.*' matches no leaf of theta; near it are .*head/head"):
+  with pytest.raises(
+    ValueError, match="'heads/.*' matches no leaf of theta; near it are .*head/head"
+  ):
     optim.factors(tuned, theta, groups=[('heads/.*', 0.1)])
 
 
@@ -89,8 +102,12 @@ def test_decay_spares_vectors(scan):
     update = updates
     for key in path:
       update = update[key.key]
-    np.testing.assert_allclose(update, -0.1 * leaf if path[-1].key == 'kernel' else 0 * leaf, rtol=1e-6)
-  everywhere = optim.optimizer(tuned, theta, optax.constant_schedule(1.0), weight_decay=0.1, decay_vectors=True)
+    np.testing.assert_allclose(
+      update, -0.1 * leaf if path[-1].key == 'kernel' else 0 * leaf, rtol=1e-6
+    )
+  everywhere = optim.optimizer(
+    tuned, theta, optax.constant_schedule(1.0), weight_decay=0.1, decay_vectors=True
+  )
   ones = jax.tree.map(jnp.ones_like, theta)
   updates, _ = everywhere.update(zero, everywhere.init(ones), ones)
   assert all(np.allclose(u, -0.1) for u in jax.tree.leaves(updates))
@@ -111,12 +128,25 @@ def test_what_a_method_holds_fixed_stays_and_is_not_in_the_norm():
   tuned, theta = tuned_of(jpeft.lora(2, targets='.*fc1', init='pissa'))
   kept = tuned.trainable(theta)
   assert not all(jax.tree.leaves(kept))
-  tx = optim.optimizer(tuned, theta, optax.constant_schedule(1.0), name='sgd', b1=0.0, clip_norm=1.0,
-                       weight_decay=0.0, groups=[('lora/.*', 1.0)], lora_plus=2.0)
+  tx = optim.optimizer(
+    tuned,
+    theta,
+    optax.constant_schedule(1.0),
+    name='sgd',
+    b1=0.0,
+    clip_norm=1.0,
+    weight_decay=0.0,
+    groups=[('lora/.*', 1.0)],
+    lora_plus=2.0,
+  )
   grads = jax.tree.map(lambda x, keep: jnp.full_like(x, 1.0 if keep else 1e6), theta, kept)
   updates, _ = tx.update(grads, tx.init(theta), theta)
-  count = sum(x.size for x, keep in zip(jax.tree.leaves(theta), jax.tree.leaves(kept), strict=True) if keep)
-  for (path, u), keep in zip(jax.tree_util.tree_flatten_with_path(updates)[0], jax.tree.leaves(kept), strict=True):
+  count = sum(
+    x.size for x, keep in zip(jax.tree.leaves(theta), jax.tree.leaves(kept), strict=True) if keep
+  )
+  for (path, u), keep in zip(
+    jax.tree_util.tree_flatten_with_path(updates)[0], jax.tree.leaves(kept), strict=True
+  ):
     factor = (2.0 if path[-1].key == 'b' else 1.0) if keep else 0.0
     np.testing.assert_allclose(u, -factor / count**0.5, rtol=1e-5)
 

@@ -25,13 +25,18 @@ def test_scores_leave_out_rows_that_fill_up():
   task = tasks.TASKS['classification']
   found = task.scores(task.tally(logits, jnp.array([0, 1, 0, 0]), jnp.array([1.0, 1.0, 1.0, 0.0])))
   assert found['accuracy'] == pytest.approx(2 / 3)
-  assert found['macro_f1'] == pytest.approx((2 / 3 + 2 / 3) / 2)  # the third label neither occurs nor is told
+  assert found['macro_f1'] == pytest.approx(
+    (2 / 3 + 2 / 3) / 2
+  )  # the third label neither occurs nor is told
   right, wrong = -np.log(np.e / (np.e + 2)), -np.log(1 / (np.e + 2))
   assert found['loss'] == pytest.approx((2 * right + wrong) / 3, rel=1e-5)
 
 
 def test_best_evaluation_is_the_first_of_equals():
-  rows = [{'step': i, 'accuracy': a, 'loss': b} for i, a, b in ((1, 0.5, 0.9), (2, 0.8, 0.4), (3, 0.8, 0.2))]
+  rows = [
+    {'step': i, 'accuracy': a, 'loss': b}
+    for i, a, b in ((1, 0.5, 0.9), (2, 0.8, 0.4), (3, 0.8, 0.2))
+  ]
   assert tasks.best('accuracy', rows)['step'] == 2 and tasks.best('loss', rows)['step'] == 3
   assert not tasks.better('accuracy', rows[2], rows[:2]) and tasks.better('loss', rows[2], rows[:2])
   assert tasks.better('accuracy', rows[0], [])
@@ -72,15 +77,30 @@ def test_progress_on_a_terminal_is_one_line():
   assert out.getvalue().count('\n') == 1 and out.getvalue().count('\rstep') == 3
 
 
-@pytest.mark.parametrize(('seconds', 'text'), [(0, '0:00'), (187, '3:07'), (3753, '1:02:33'), (float('inf'), '?')])
+@pytest.mark.parametrize(
+  ('seconds', 'text'), [(0, '0:00'), (187, '3:07'), (3753, '1:02:33'), (float('inf'), '?')]
+)
 def test_clock(seconds, text):
   assert report.clock(seconds) == text
 
 
 def test_table_is_aligned_markdown():
-  row = {'method': 'lst', 'eval': {'accuracy': 0.912}, 'trainable': 1234, 'total': 100_000, 'seconds': 61.2,
-         'step_cost': {'flops': 2e9, 'temp_bytes': 3 << 20}}
+  row = {
+    'method': 'lst',
+    'eval': {'accuracy': 0.912},
+    'trainable': 1234,
+    'total': 100_000,
+    'seconds': 61.2,
+    'step_cost': {'flops': 2e9, 'temp_bytes': 3 << 20},
+  }
   lines = report.table([row, {**row, 'method': 'linear', 'step_cost': {}}]).splitlines()
   assert len({len(line) for line in lines}) == 1 and len(lines) == 4
-  assert [c.strip() for c in lines[2].split('|')[1:-1]] == ['lst', '91.2 %', '1,234', '1.23 %', '2.0', '61']
+  assert [c.strip() for c in lines[2].split('|')[1:-1]] == [
+    'lst',
+    '91.2 %',
+    '1,234',
+    '1.23 %',
+    '2.0',
+    '61',
+  ]
   assert lines[3].count('| - ') == 1

@@ -16,22 +16,39 @@ from jpeft.training.report import read_metrics, values
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 60
-OPTIONS = {'steps': STEPS, 'log.every': 1, 'eval.every': 7, 'checkpoint.every': 5,
-           'data.augment': 'flip_crop'}
+OPTIONS = {
+  'steps': STEPS,
+  'log.every': 1,
+  'eval.every': 7,
+  'checkpoint.every': 5,
+  'data.augment': 'flip_crop',
+}
 
 
 @pytest.fixture(scope='module')
 def start(config_file, tmp_path_factory):
   """start(folder) -> the process of a training run; compilations are shared."""
   cache = tmp_path_factory.mktemp('jax')
-  env = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT),
-                      'JAX_COMPILATION_CACHE_DIR': str(cache),
-                      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1'}
+  env = os.environ | {
+    'JAX_PLATFORMS': 'cpu',
+    'PYTHONPATH': str(ROOT),
+    'JAX_COMPILATION_CACHE_DIR': str(cache),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
+  }
   flags = [f'--config.{key}={value}' for key, value in OPTIONS.items()]
 
   def started(folder):
-    command = [sys.executable, '-m', 'jpeft.train', f'--config={config_file}', *flags, f'--workdir={folder}']
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [
+      sys.executable,
+      '-m',
+      'jpeft.train',
+      f'--config={config_file}',
+      *flags,
+      f'--workdir={folder}',
+    ]
+    return subprocess.Popen(
+      command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
   return started
 

@@ -19,8 +19,10 @@ class Net(nn.Module):
     return nn.Dense(3, name='head')(nn.relu(x))
 
 
-BATCH = {'image': np.random.default_rng(0).normal(size=(4, 2, 2, 3)).astype(np.float32),
-         'label': np.array([0, 1, 2, 1], np.int32)}
+BATCH = {
+  'image': np.random.default_rng(0).normal(size=(4, 2, 2, 3)).astype(np.float32),
+  'label': np.array([0, 1, 2, 1], np.int32),
+}
 
 
 def prepared(method, tx=None):
@@ -33,11 +35,15 @@ def prepared(method, tx=None):
 
 def test_update_against_plain_jax():
   tuned, tx, backbone, state = prepared(jpeft.tune('.*'))
-  new, out = jax.jit(step.train_step(tuned, step.forward(tuned, True), tx, 0))(state, backbone, BATCH)
+  new, out = jax.jit(step.train_step(tuned, step.forward(tuned, True), tx, 0))(
+    state, backbone, BATCH
+  )
   key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), step.STREAM_STEP), 0)
 
   def loss(params):
-    logits = Net().apply({'params': params}, BATCH['image'], deterministic=False, rngs={'dropout': key})
+    logits = Net().apply(
+      {'params': params}, BATCH['image'], deterministic=False, rngs={'dropout': key}
+    )
     return optax.softmax_cross_entropy_with_integer_labels(logits, BATCH['label']).mean()
 
   value, grads = jax.value_and_grad(loss)(backbone['params'])
@@ -62,9 +68,13 @@ def test_donating_the_state_leaves_the_backbone_alone():
 
 
 def test_schedules_of_a_method_are_called_with_the_number_of_updates():
-  seen = jpeft.Weight('count', lambda key, site, arrays: {'n': jnp.zeros(()), 'w': jnp.zeros(3)},
-                      lambda t, site, arrays: {'bias': arrays['bias'] + t['w']}, fixed=('n',),
-                      update=lambda t, site, number, key: {**t, 'n': t['n'] + 10 * number})
+  seen = jpeft.Weight(
+    'count',
+    lambda key, site, arrays: {'n': jnp.zeros(()), 'w': jnp.zeros(3)},
+    lambda t, site, arrays: {'bias': arrays['bias'] + t['w']},
+    fixed=('n',),
+    update=lambda t, site, number, key: {**t, 'n': t['n'] + 10 * number},
+  )
   tuned, tx, backbone, state = prepared(jpeft.at('head', seen))
   tx = jpeft.freeze(tx, tuned.trainable(state['theta']))
   update = jax.jit(step.train_step(tuned, step.forward(tuned, True), tx, 0))
@@ -101,16 +111,23 @@ def test_a_mesh_shards_the_largest_axis_that_divides():
   mesh = sharding.mesh(2, 4)
   tree = {'a': jnp.zeros((8, 12)), 'b': jnp.zeros((6,)), 'c': jnp.zeros(())}
   specs = {name: place.spec for name, place in sharding.over_model(mesh, tree).items()}
-  assert tuple(specs['a']) == (None, 'model') and tuple(specs['b']) in ((None,), ()) and tuple(specs['c']) == ()
+  assert (
+    tuple(specs['a']) == (None, 'model')
+    and tuple(specs['b']) in ((None,), ())
+    and tuple(specs['c']) == ()
+  )
 
 
 def test_the_optimizers_state_alone_goes_to_the_host():
   mesh = sharding.mesh(1, 1)
   _, _, _, state = prepared(jpeft.tune('head'), optax.adam(0.1))
   for offload in (False, True):
-    kinds = jax.tree.map(lambda place: place.memory_kind == 'pinned_host', sharding.of_state(mesh, state, offload))
+    kinds = jax.tree.map(
+      lambda place: place.memory_kind == 'pinned_host', sharding.of_state(mesh, state, offload)
+    )
     assert {name: set(jax.tree.leaves(part)) for name, part in kinds.items()} == {
-      name: {offload and name == 'optimizer'} for name in ('theta', 'optimizer', 'step', 'sums')}
+      name: {offload and name == 'optimizer'} for name in ('theta', 'optimizer', 'step', 'sums')
+    }
   held = sharding.laid(state, sharding.of_state(mesh, state, True))
   assert compile.nbytes(held) == compile.nbytes({**state, 'optimizer': ()})
   assert not sharding.offloads(mesh, True)  # a CPU's memory is the host's
@@ -118,6 +135,10 @@ def test_the_optimizers_state_alone_goes_to_the_host():
 
 def test_state_that_comes_from_the_host_is_updated_as_if_it_had_stayed():
   tuned, tx, backbone, state = prepared(jpeft.tune('head'), optax.adam(0.1))
-  here, there = (jax.jit(step.train_step(tuned, step.forward(tuned, True), tx, 0, offload=offload))(
-    state, backbone, BATCH)[0] for offload in (False, True))
+  here, there = (
+    jax.jit(step.train_step(tuned, step.forward(tuned, True), tx, 0, offload=offload))(
+      state, backbone, BATCH
+    )[0]
+    for offload in (False, True)
+  )
   jax.tree.map(np.testing.assert_array_equal, here, there)

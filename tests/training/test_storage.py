@@ -25,7 +25,11 @@ KERNELS = 2 * (4 * 16 * 16 + 2 * 16 * 32)  # of the blocks: attention and MLP of
 
 
 def boxes(tree):
-  return [x for x in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Quantized)) if isinstance(x, Quantized)]
+  return [
+    x
+    for x in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Quantized))
+    if isinstance(x, Quantized)
+  ]
 
 
 def decoded(tree):
@@ -49,12 +53,21 @@ def test_the_names_are_those_of_the_formats():
 
 
 def test_an_unknown_format_is_one_sentence():
-  with pytest.raises(ValueError, match=r"config.model.quantize must be one of nf4, nf4_double, .*, not 'nf5'"):
+  with pytest.raises(
+    ValueError, match=r"config.model.quantize must be one of nf4, nf4_double, .*, not 'nf5'"
+  ):
     config.complete({**SMALL, 'model': {'source': 's', 'quantize': 'nf5'}})
 
 
-@pytest.mark.parametrize(('method', 'asked', 'stored'), [
-  ('lora', None, None), ('qlora', None, 'nf4_double'), ('lora', 'int4', 'int4'), ('qlora', 'fp4', 'fp4')])
+@pytest.mark.parametrize(
+  ('method', 'asked', 'stored'),
+  [
+    ('lora', None, None),
+    ('qlora', None, 'nf4_double'),
+    ('lora', 'int4', 'int4'),
+    ('qlora', 'fp4', 'fp4'),
+  ],
+)
 def test_the_config_comes_before_the_method(load, method, asked, stored):
   settings = load(method, **({'model.quantize': asked} if asked else {}))
   assert training.storage_of(settings) == stored
@@ -90,7 +103,10 @@ def test_a_stopped_run_goes_on(qlora, load, tmp_path, monkeypatch):
     training.train(settings, tmp_path / 'part')
   monkeypatch.undo()
   again = training.train(settings, tmp_path / 'part')
-  assert again['theta_sha256'] == whole['theta_sha256'] and again['backbone_sha256'] == whole['backbone_sha256']
+  assert (
+    again['theta_sha256'] == whole['theta_sha256']
+    and again['backbone_sha256'] == whole['backbone_sha256']
+  )
 
 
 def test_predict_and_merge(qlora, images, tmp_path, capsys):
@@ -100,7 +116,10 @@ def test_predict_and_merge(qlora, images, tmp_path, capsys):
   told = json.loads(capsys.readouterr().out)['probabilities']
   assert merge.main(['--run', str(folder), '--out', str(tmp_path / 'out')]) == 0
   assert float(capsys.readouterr().out.split(' are ')[1].split()[0]) < 1e-5
-  plain, (pretrained, tuned, theta) = models.load(tmp_path / 'out', scan=True), training.reopen(folder)
+  plain, (pretrained, tuned, theta) = (
+    models.load(tmp_path / 'out', scan=True),
+    training.reopen(folder),
+  )
   assert not boxes(plain.variables) and set(told) == {'red', 'blue'}
   want = decoded(tuned.merge(theta, pretrained.variables))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), plain.variables, want)
@@ -114,9 +133,20 @@ def test_plans_count_the_bytes_as_stored(load, monkeypatch):
   monkeypatch.setattr(search, 'INSTEAD', ())
   plans = {name: configs.of_configs({name: load(name)}, small)[0] for name in ('lora', 'qlora')}
   saved = plans['lora'].weights - plans['qlora'].weights
-  assert 0.8 * 3.5 * KERNELS < saved < 3.5 * KERNELS  # of four bytes a weight, half of one and the scales are left
+  assert (
+    0.8 * 3.5 * KERNELS < saved < 3.5 * KERNELS
+  )  # of four bytes a weight, half of one and the scales are left
   model = training.build(load('lora'), 2, models.describe)[0].model
-  batch = {'image': jax.ShapeDtypeStruct((4, 8, 8, 3), np.float32), 'label': jax.ShapeDtypeStruct((4,), np.int32)}
-  named, asked = (jpeft.plan(model, name, batch, storage=storage)[0]
-                  for name, storage in (('qlora', None), ('lora', 'nf4_double')))
-  assert named.weights == asked.weights == compile.nbytes(training.build(load('qlora'), 2, models.describe)[0].variables)
+  batch = {
+    'image': jax.ShapeDtypeStruct((4, 8, 8, 3), np.float32),
+    'label': jax.ShapeDtypeStruct((4,), np.int32),
+  }
+  named, asked = (
+    jpeft.plan(model, name, batch, storage=storage)[0]
+    for name, storage in (('qlora', None), ('lora', 'nf4_double'))
+  )
+  assert (
+    named.weights
+    == asked.weights
+    == compile.nbytes(training.build(load('qlora'), 2, models.describe)[0].variables)
+  )

@@ -24,8 +24,17 @@ def loss_of(folder):
 def test_run_folder_is_complete(load, tmp_path):
   told = training.train(load('linear'), tmp_path / 'run')
   kept = {p.name for p in (tmp_path / 'run').iterdir()}
-  assert {'config.json', 'run.json', 'metrics.jsonl', 'report.json', 'report.md', 'curves.png',
-          'theta.safetensors', 'best.safetensors', 'checkpoints'} <= kept
+  assert {
+    'config.json',
+    'run.json',
+    'metrics.jsonl',
+    'report.json',
+    'report.md',
+    'curves.png',
+    'theta.safetensors',
+    'best.safetensors',
+    'checkpoints',
+  } <= kept
   assert json.loads((tmp_path / 'run/report.json').read_text()) == told
   assert told['trainable'] == 16 * 2 + 2 and told['steps'] == 12 and told['method'] == 'linear'
   assert told['step_cost']['flops'] > 0 and told['step_cost']['temp_bytes'] > 0
@@ -40,7 +49,9 @@ def test_run_folder_is_complete(load, tmp_path):
 
 
 def test_it_learns(load, tmp_path):
-  told = training.train(load('full', **{'steps': 60, 'optimizer.lr': 3e-3, 'eval.every': 60}), tmp_path)
+  told = training.train(
+    load('full', **{'steps': 60, 'optimizer.lr': 3e-3, 'eval.every': 60}), tmp_path
+  )
   assert loss_of(tmp_path)[0] > 0.6 > 0.2 > loss_of(tmp_path)[-1]
   assert told['eval']['accuracy'] >= 0.9
 
@@ -53,7 +64,10 @@ def test_a_complete_run_is_not_trained_again(load, tmp_path):
 
 
 def test_equal_seeds_give_equal_bits_and_others_do_not(load, tmp_path):
-  told = [training.train(load(seed=seed), tmp_path / name) for name, seed in (('a', 0), ('b', 0), ('c', 1))]
+  told = [
+    training.train(load(seed=seed), tmp_path / name)
+    for name, seed in (('a', 0), ('b', 0), ('c', 1))
+  ]
   first, again, other = (t['theta_sha256'] for t in told)
   assert first == again != other
 
@@ -72,17 +86,27 @@ def test_micro_batches_give_the_update_of_the_whole_batch(load, backbone, tmp_pa
 
 def test_a_mesh_gives_the_same_run(load, tmp_path):
   settings = {'steps': 4, 'log.every': 1}
-  meshes = {'alone': {}, 'data': {'mesh.data': 2},
-            'both': {'mesh.data': 2, 'mesh.model': 2, 'mesh.backbone': 'sharded'}}
-  told = {n: training.train(load('full', **settings, **mesh), tmp_path / n) for n, mesh in meshes.items()}
+  meshes = {
+    'alone': {},
+    'data': {'mesh.data': 2},
+    'both': {'mesh.data': 2, 'mesh.model': 2, 'mesh.backbone': 'sharded'},
+  }
+  told = {
+    n: training.train(load('full', **settings, **mesh), tmp_path / n) for n, mesh in meshes.items()
+  }
   assert [t['device'][0] for t in told.values()] == ['1', '2', '4']
   for name in ('data', 'both'):
     np.testing.assert_allclose(loss_of(tmp_path / name), loss_of(tmp_path / 'alone'), rtol=1e-4)
 
 
 def test_a_baseline_stands_beside_it(config_file, tmp_path, capsys):
-  argv = [f'--config={config_file}:bitfit', '--config.baseline=linear', '--config.steps=4',
-          '--config.method.targets={fc1}', f'--workdir={tmp_path / "run"}']
+  argv = [
+    f'--config={config_file}:bitfit',
+    '--config.baseline=linear',
+    '--config.steps=4',
+    '--config.method.targets={fc1}',
+    f'--workdir={tmp_path / "run"}',
+  ]
   assert train.main(argv) == 0
   table = capsys.readouterr().out.splitlines()
   assert len(table) == 4 and table[2].startswith('| bitfit') and table[3].startswith('| linear')
@@ -97,10 +121,17 @@ def test_tensorboard_files_on_demand(load, tmp_path):
 
 def test_what_is_not_finite_stops_with_the_batch_named(load, tmp_path):
   # A learning rate that no float32 survives: the loss is infinite after a few updates.
-  settings = {'optimizer.name': 'sgd', 'optimizer.lr': 1e30, 'checkpoint.every': 1, 'schedule.name': 'constant'}
+  settings = {
+    'optimizer.name': 'sgd',
+    'optimizer.lr': 1e30,
+    'checkpoint.every': 1,
+    'schedule.name': 'constant',
+  }
   with pytest.raises(cli.Diverged) as told:
     training.train(load('full', **settings), tmp_path)
-  found = re.search(r'at update (\d+), on the examples ([\d, ]+) of \'train\'; (.*?);', str(told.value))
+  found = re.search(
+    r'at update (\d+), on the examples ([\d, ]+) of \'train\'; (.*?);', str(told.value)
+  )
   number, examples = int(found[1]), [int(i) for i in found[2].split(', ')]
   assert number > 1 and len(set(examples)) == 4 and all(0 <= i < 24 for i in examples)
   assert found[3] == f'the checkpoint of update {number - 1} is intact'
@@ -113,8 +144,15 @@ def test_what_is_not_finite_stops_with_the_batch_named(load, tmp_path):
 
 
 def test_half_precision_scan_and_remat(load, tmp_path):
-  kinds = {'model.dtype': 'bfloat16', 'model.param_dtype': 'bfloat16', 'model.scan': True, 'model.remat': True}
-  told = training.train(load('lora', **kinds, **{'steps': 4, 'eval.every': 4, 'log.every': 1}), tmp_path)
+  kinds = {
+    'model.dtype': 'bfloat16',
+    'model.param_dtype': 'bfloat16',
+    'model.scan': True,
+    'model.remat': True,
+  }
+  told = training.train(
+    load('lora', **kinds, **{'steps': 4, 'eval.every': 4, 'log.every': 1}), tmp_path
+  )
   _, tuned, theta = training.reopen(tmp_path)
   assert all(leaf.dtype == 'float32' for leaf in jax.tree.leaves(theta))
   assert {leaf.dtype.name for leaf in jax.tree.leaves(tuned.backbone)} == {'bfloat16'}
@@ -129,8 +167,10 @@ def test_help_lists_every_key(capsys):
 
 def test_features_kept_give_the_run_that_recomputes_them(load, tmp_path):
   settings = {'steps': 8, 'log.every': 1, 'model.dropout': 0.0, 'eval.every': 4}
-  plain, kept = (training.train(load('lst', **settings, **{'data.cache_features': flag}), tmp_path / str(flag))
-                 for flag in (False, True))
+  plain, kept = (
+    training.train(load('lst', **settings, **{'data.cache_features': flag}), tmp_path / str(flag))
+    for flag in (False, True)
+  )
   np.testing.assert_allclose(loss_of(tmp_path / 'True'), loss_of(tmp_path / 'False'), rtol=1e-4)
   np.testing.assert_allclose(kept['eval']['loss'], plain['eval']['loss'], rtol=1e-4)
   assert kept['step_cost']['flops'] < 0.5 * plain['step_cost']['flops']
@@ -140,19 +180,29 @@ def test_a_run_on_features_that_was_stopped_ends_with_the_same_bits(load, tmp_pa
   settings = {'model.dropout': 0.0, 'data.cache_features': True}
   whole = training.train(load('linear', **settings), tmp_path / 'whole')
   fill, caught = feature_cache.Features.__getitem__, []
+
   def interrupted(self, i):
     caught.append(i)
     if len(caught) == 30:
       os.kill(os.getpid(), signal.SIGTERM)
     return fill(self, i)
+
   monkeypatch.setattr(feature_cache.Features, '__getitem__', interrupted)
   with pytest.raises(cli.Stopped):
     training.train(load('linear', **settings), tmp_path / 'cut')
-  assert training.train(load('linear', **settings), tmp_path / 'cut')['theta_sha256'] == whole['theta_sha256']
+  assert (
+    training.train(load('linear', **settings), tmp_path / 'cut')['theta_sha256']
+    == whole['theta_sha256']
+  )
 
 
-@pytest.mark.parametrize(('settings', 'message'), [
-  ({'data.augment': 'vtab'}, 'must be .none.'), ({}, r'\d+% of the FLOPs .* set config.model.dropout=0')])
+@pytest.mark.parametrize(
+  ('settings', 'message'),
+  [
+    ({'data.augment': 'vtab'}, 'must be .none.'),
+    ({}, r'\d+% of the FLOPs .* set config.model.dropout=0'),
+  ],
+)
 def test_features_that_cannot_be_kept(load, tmp_path, settings, message):
   with pytest.raises((ValueError, cli.Mistake), match=message):
     training.train(load('full', **settings, **{'data.cache_features': True}), tmp_path)

@@ -24,21 +24,35 @@ _outside: contextvars.ContextVar[bool] = contextvars.ContextVar('jpeft_outside',
 def arrays(model, backbone) -> dict:
   """{'path/name': array or box} of all params."""
   if 'params' not in backbone:
-    raise ValueError("the backbone of a Linen model is its variables, a dict with the key 'params'; "
-                     f'got the keys {sorted(backbone)}')
-  flat = traverse_util.flatten_dict(dict(backbone['params']),
-                                    is_leaf=lambda _, x: not isinstance(x, Mapping))
+    raise ValueError(
+      "the backbone of a Linen model is its variables, a dict with the key 'params'; "
+      f'got the keys {sorted(backbone)}'
+    )
+  flat = traverse_util.flatten_dict(
+    dict(backbone['params']), is_leaf=lambda _, x: not isinstance(x, Mapping)
+  )
   return {'/'.join(k): v if isinstance(v, Box) else meta.unbox(v) for k, v in flat.items()}
 
 
 def replace(model, backbone, flat: Mapping) -> dict:
   """The backbone with other params; metadata such as partition names stays where it was."""
+
   def value(key, new):
     old = before.get(key)
-    return old.replace_boxed(new) if isinstance(old, meta.AxisMetadata) and not isinstance(
-      old, Box) and not isinstance(new, Box) else new
-  before = {'/'.join(k): v for k, v in traverse_util.flatten_dict(
-    dict(backbone['params']), is_leaf=lambda _, x: not isinstance(x, Mapping)).items()}
+    return (
+      old.replace_boxed(new)
+      if isinstance(old, meta.AxisMetadata)
+      and not isinstance(old, Box)
+      and not isinstance(new, Box)
+      else new
+    )
+
+  before = {
+    '/'.join(k): v
+    for k, v in traverse_util.flatten_dict(
+      dict(backbone['params']), is_leaf=lambda _, x: not isinstance(x, Mapping)
+    ).items()
+  }
   nested = {tuple(k.split('/')): value(k, v) for k, v in flat.items()}
   new = {**backbone, 'params': traverse_util.unflatten_dict(nested)}
   return FrozenDict(new) if isinstance(backbone, FrozenDict) else new
@@ -46,8 +60,9 @@ def replace(model, backbone, flat: Mapping) -> dict:
 
 def shapes_inside(module) -> dict[str, tuple[int, ...]]:
   """The shapes of all arrays in a module, as it sees them inside its call."""
-  flat = traverse_util.flatten_dict(dict(module.variables.get('params', {})),
-                                    is_leaf=lambda _, x: not isinstance(x, Mapping))
+  flat = traverse_util.flatten_dict(
+    dict(module.variables.get('params', {})), is_leaf=lambda _, x: not isinstance(x, Mapping)
+  )
   return {'/'.join(k): tuple(meta.unbox(v).shape) for k, v in flat.items() if TAP not in k}
 
 
@@ -84,7 +99,9 @@ def run(model, backbone, flat, riders, hook, wanted, taps, args, kwargs):
 
   def interceptor(call, a, kw, context):
     module, method = context.module, context.method_name
-    if _outside.get() or method == 'setup' or method[0] == '<':  # the shells of lifted classes are lambdas
+    if (
+      _outside.get() or method == 'setup' or method[0] == '<'
+    ):  # the shells of lifted classes are lambdas
       return call(*a, **kw)
     if not first:
       first.append(module)
@@ -119,11 +136,14 @@ def _names(mutable, backbone) -> list[str]:
 def tap(module, name: str, values: Mapping[str, jax.Array]) -> None:
   before = module.get_variable('params', TAP, {})
   if name in before:
-    raise ValueError(f'{"/".join(module.path)!r} is called more than once, so what a tap records '
-                     'there is ambiguous')
+    raise ValueError(
+      f'{"/".join(module.path)!r} is called more than once, so what a tap records '
+      'there is ambiguous'
+    )
   if not module.is_mutable_collection('params'):
-    raise ValueError(f'nothing can be recorded at {"/".join(module.path)!r}: its params are '
-                     'broadcast over a scan')
+    raise ValueError(
+      f'nothing can be recorded at {"/".join(module.path)!r}: its params are broadcast over a scan'
+    )
   module.put_variable('params', TAP, {**before, name: dict(values)})
 
 
@@ -172,6 +192,7 @@ def _applied(unbound, path: str, rngs: dict):
       return unbound.apply(variables, *args, rngs=rngs, **kwargs)
     finally:
       _prefix.reset(token)
+
   return fn
 
 
@@ -195,9 +216,13 @@ def layer(module, site, index: int | None):
   is_box = lambda x: isinstance(x, meta.AxisMetadata)
   plain = lambda x: x if isinstance(x, Box) else meta.unbox(x)
   params = jax.tree.map(plain, _without_taps(variables['params']), is_leaf=is_box)
-  variables['params'] = jax.tree.map(lambda x: site.each(x) if index is None else site.take(x, index), params)
-  rngs = {name: key if index is not None else jax.random.split(key, site.layers)
-          for name, key in _rngs(module).items()}
+  variables['params'] = jax.tree.map(
+    lambda x: site.each(x) if index is None else site.take(x, index), params
+  )
+  rngs = {
+    name: key if index is not None else jax.random.split(key, site.layers)
+    for name, key in _rngs(module).items()
+  }
 
   def fn(arrays, *args, **kwargs):
     variables, rngs = arrays

@@ -31,11 +31,15 @@ def _name(path) -> str:
 
 def arrays(model, backbone) -> dict:
   """{'path/name': array or box} of all weights: every Variable but caches, statistics and rngs."""
-  kinds = {_name(k): v.type if isinstance(v, nnx.VariableMetadata) else type(v)
-           for k, v in nnx.to_flat_state(nnx.state(model))}
+  kinds = {
+    _name(k): v.type if isinstance(v, nnx.VariableMetadata) else type(v)
+    for k, v in nnx.to_flat_state(nnx.state(model))
+  }
   flat = _flat(backbone)
   if unknown := sorted(set(flat) - set(kinds)):
-    raise ValueError(f'the backbone of an NNX model is nnx.state(model); this model has no {unknown[0]!r}')
+    raise ValueError(
+      f'the backbone of an NNX model is nnx.state(model); this model has no {unknown[0]!r}'
+    )
   return {k: v for k, v in flat.items() if _is_weight(kinds[k])}
 
 
@@ -49,10 +53,12 @@ def _flat(backbone) -> dict:
 
 def replace(model, backbone, flat: Mapping):
   """The backbone with other arrays; Variables keep their type and metadata."""
+
   def new(key, old):
     if not isinstance(old, nnx.Variable):
       return flat.get(_name(key), old)
     return old.replace(flat.get(_name(key), old.get_raw_value()))
+
   return nnx.from_flat_state([(k, new(k, v)) for k, v in nnx.to_flat_state(backbone)])
 
 
@@ -119,8 +125,14 @@ def _reseed(root, keys: Mapping[str, jax.Array]) -> None:
 def _methods(cls) -> tuple[str, ...]:
   """The public methods that a user's class defines, and its call."""
   own = [c for c in cls.__mro__ if issubclass(c, nnx.Module) and c is not nnx.Module]
-  return tuple(dict.fromkeys(n for c in own for n, f in vars(c).items()
-                             if inspect.isfunction(f) and (n == '__call__' or n[0] != '_')))
+  return tuple(
+    dict.fromkeys(
+      n
+      for c in own
+      for n, f in vars(c).items()
+      if inspect.isfunction(f) and (n == '__call__' or n[0] != '_')
+    )
+  )
 
 
 def _unboxed(_, value):
@@ -130,8 +142,9 @@ def _unboxed(_, value):
 def _state(root, wanted, known):
   """What the call wrote: the Variables of a filter, without what rode along."""
   flat = nnx.to_flat_state(nnx.state(root, wanted if wanted is not True else ...))
-  return nnx.from_flat_state([(k, v) for k, v in flat if _name(k) in known and not isinstance(
-    v, (nnx.Param, _Tap))])
+  return nnx.from_flat_state(
+    [(k, v) for k, v in flat if _name(k) in known and not isinstance(v, (nnx.Param, _Tap))]
+  )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -144,6 +157,7 @@ def _hooked(cls, hook, path: str, methods: tuple[str, ...]):
       rider = self.jpeft.get_value() if hasattr(self, 'jpeft') else {}
       call = functools.partial(getattr(cls, method), self)
       return hook(path, method, self, call, rider, _taps)(*args, **kwargs)
+
     return wrapped
 
   body = {method: wrap(method) for method in methods}
@@ -153,8 +167,10 @@ def _hooked(cls, hook, path: str, methods: tuple[str, ...]):
 def tap(module, name: str, values: Mapping[str, jax.Array]) -> None:
   before = getattr(module, TAP).get_value() if hasattr(module, TAP) else {}
   if name in before:
-    raise ValueError(f'a {type(module).__name__} is called more than once, so what a tap records '
-                     'there is ambiguous')
+    raise ValueError(
+      f'a {type(module).__name__} is called more than once, so what a tap records '
+      'there is ambiguous'
+    )
   setattr(module, TAP, _Tap({**before, name: dict(values)}))
 
 
@@ -176,7 +192,9 @@ def outside():
 def pure(module, path: str):
   """(fn, arrays): what the module computes, as a pure function of all that it reads."""
   graphdef, state = nnx.split(module)
-  return (lambda state, *args, **kwargs: nnx.merge(graphdef, state, copy=True)(*args, **kwargs)), state
+  return (
+    lambda state, *args, **kwargs: nnx.merge(graphdef, state, copy=True)(*args, **kwargs)
+  ), state
 
 
 def layer(module, site, index: int | None):

@@ -30,7 +30,9 @@ def completions(spec: str) -> Dataset:
   path, names = options_of(spec, 'completions', tuple(NAMES), NAMES)
   examples, splits = [], {}
   for split, file in files_of(path, 'jsonl').items():
-    found = examples_of(file, jsonl_rows(file, names), lambda line, values: _example(file, line, values, names))
+    found = examples_of(
+      file, jsonl_rows(file, names), lambda line, values: _example(file, line, values, names)
+    )
     keys = [_asked(example) for example in found]
     rows = {split: shuffled(keys)} if split else divided(keys)
     splits |= {name: [len(examples) + i for i in order] for name, order in rows.items()}
@@ -38,15 +40,19 @@ def completions(spec: str) -> Dataset:
   return Dataset(examples.__getitem__, splits, [])
 
 
-def _example(file: Path, line: int, values: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+def _example(
+  file: Path, line: int, values: dict[str, Any], names: dict[str, str]
+) -> dict[str, Any]:
   where = f'line {line} of {file}'
   if names['messages'] in values:
     return {'messages': _messages(where, values[names['messages']])}
   out = {}
   for name in ('prompt', 'completion'):
     if names[name] not in values:
-      raise ValueError(f'{where} has neither {names["messages"]!r} nor {names[name]!r} (or name another one, '
-                       f'{file.name}?{name}=NAME); {nearest(names[name], values)}')
+      raise ValueError(
+        f'{where} has neither {names["messages"]!r} nor {names[name]!r} (or name another one, '
+        f'{file.name}?{name}=NAME); {nearest(names[name], values)}'
+      )
     out[name] = values[names[name]]
     if not isinstance(out[name], str):
       raise ValueError(f'{where} has {out[name]!r} as its {names[name]!r}; it must be a text')
@@ -55,12 +61,18 @@ def _example(file: Path, line: int, values: dict[str, Any], names: dict[str, str
 
 def _messages(where: str, messages) -> list[dict[str, str]]:
   if not isinstance(messages, list) or not all(
-      isinstance(m, dict) and isinstance(m.get('role'), str) and isinstance(m.get('content'), str) for m in messages):
-    raise ValueError(f"{where}: a chat is a list of messages, each with the texts 'role' and 'content'")
+    isinstance(m, dict) and isinstance(m.get('role'), str) and isinstance(m.get('content'), str)
+    for m in messages
+  ):
+    raise ValueError(
+      f"{where}: a chat is a list of messages, each with the texts 'role' and 'content'"
+    )
   if not any(m['role'] == 'assistant' for m in messages[1:]):
     roles = ', '.join(m['role'] for m in messages) or 'none'
-    raise ValueError(f"{where}: no message of 'assistant' answers another, so there is nothing to learn; its roles: "
-                     f'{roles}')
+    raise ValueError(
+      f"{where}: no message of 'assistant' answers another, so there is nothing to learn; its roles: "
+      f'{roles}'
+    )
   return messages
 
 

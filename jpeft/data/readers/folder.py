@@ -37,11 +37,15 @@ def folder(path: str) -> Dataset:
       images += found
   classes = sorted({label for file, label in images if file.is_relative_to(train)})
   if not classes:
-    raise ValueError(f'no images found in {train}: it needs a folder for each class, with files that end in '
-                     f'{", ".join(SUFFIXES)}')
+    raise ValueError(
+      f'no images found in {train}: it needs a folder for each class, with files that end in '
+      f'{", ".join(SUFFIXES)}'
+    )
   for file, label in images:
     if label not in classes:
-      raise ValueError(f'{file} is of class {label!r}, which {train} has not; {nearest(label, classes)}')
+      raise ValueError(
+        f'{file} is of class {label!r}, which {train} has not; {nearest(label, classes)}'
+      )
   labels = {label: i for i, label in enumerate(classes)}
 
   def read(row: int) -> dict:
@@ -56,4 +60,6 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _images(path: Path) -> list[Path]:
-  return sorted(p for p in path.rglob('*') if p.suffix.lower() in SUFFIXES and not p.name.startswith('.'))
+  return sorted(
+    p for p in path.rglob('*') if p.suffix.lower() in SUFFIXES and not p.name.startswith('.')
+  )

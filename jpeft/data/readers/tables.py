@@ -45,7 +45,9 @@ def jsonl_table(spec: str) -> Dataset:
   return _table(path, 'jsonl', options, jsonl_rows)
 
 
-def options_of(spec: str, kind: str, known: tuple[str, ...], default: dict[str, str]) -> tuple[Path, dict[str, str]]:
+def options_of(
+  spec: str, kind: str, known: tuple[str, ...], default: dict[str, str]
+) -> tuple[Path, dict[str, str]]:
   """(path, options) of PATH?name=value&...
 
   Raises:
@@ -63,17 +65,23 @@ def _table(path: Path, kind: str, options: dict[str, str], read_rows) -> Dataset
   columns = {name: column for name, column in options.items() if name != 'delimiter'}
   examples, splits = [], {}
   for name, file in files_of(path, kind).items():
-    found = examples_of(file, read_rows(file, options), lambda line, values: _example(file, line, values, columns))
+    found = examples_of(
+      file, read_rows(file, options), lambda line, values: _example(file, line, values, columns)
+    )
     keys = ['\t'.join(example[c] for c in ('text', 'pair') if c in example) for example in found]
     rows = {name: shuffled(keys)} if name else divided(keys)
     splits |= {split: [len(examples) + i for i in order] for split, order in rows.items()}
     examples += found
   classes = _classes({example['label'] for example in examples})
   labels = {label: i for i, label in enumerate(classes)}
-  return Dataset(lambda row: examples[row] | {'label': labels[examples[row]['label']]}, splits, classes)
+  return Dataset(
+    lambda row: examples[row] | {'label': labels[examples[row]['label']]}, splits, classes
+  )
 
 
-def examples_of(file: Path, rows: Iterator[Row], example: Callable[[int, dict], dict]) -> list[dict]:
+def examples_of(
+  file: Path, rows: Iterator[Row], example: Callable[[int, dict], dict]
+) -> list[dict]:
   """example(line, values) of all rows of a file.
 
   Raises:
@@ -96,7 +104,9 @@ def files_of(path: Path, kind: str) -> dict[str, Path]:
     suffixes = ('.csv', '.tsv') if kind == 'csv' else ('.jsonl',)
     files = {p.stem: p for p in sorted(path.iterdir()) if p.suffix in suffixes}
     if not files:
-      raise ValueError(f'no .{kind} files found in {path}: it needs one for each split, such as train.{kind}')
+      raise ValueError(
+        f'no .{kind} files found in {path}: it needs one for each split, such as train.{kind}'
+      )
     return files
   beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
   raise FileNotFoundError(f'there is no file {path}; {nearest(path.name, beside)}')
@@ -111,8 +121,10 @@ def _csv_rows(file: Path, options: dict[str, str]) -> Iterator[Row]:
     try:
       for row in reader:
         if None in row:
-          raise ValueError(f'line {reader.line_num} of {file} has more fields than the header; put quotes '
-                           f'around texts with {delimiter!r} in them')
+          raise ValueError(
+            f'line {reader.line_num} of {file} has more fields than the header; put quotes '
+            f'around texts with {delimiter!r} in them'
+          )
         yield reader.line_num, row
     except csv.Error as error:
       raise ValueError(f'{file} is no CSV after line {reader.line_num} ({error})') from error
@@ -132,16 +144,24 @@ def jsonl_rows(file: Path, options: dict[str, str]) -> Iterator[Row]:
         yield line, row
 
 
-def _example(file: Path, line: int, values: dict[str, Any], columns: dict[str, str]) -> dict[str, str]:
+def _example(
+  file: Path, line: int, values: dict[str, Any], columns: dict[str, str]
+) -> dict[str, str]:
   out = {}
   for name, column in columns.items():
     if column not in values:
-      raise ValueError(f'line {line} of {file} has no column {column!r} (or name another one, '
-                       f'{file.name}?{name}=COLUMN); {nearest(column, values)}')
+      raise ValueError(
+        f'line {line} of {file} has no column {column!r} (or name another one, '
+        f'{file.name}?{name}=COLUMN); {nearest(column, values)}'
+      )
     value = values[column]
-    if not isinstance(value, (str, int) if name == 'label' else str) or (name == 'label' and value == ''):
-      raise ValueError(f'line {line} of {file} has {value!r} as its {column!r}; it must be '
-                       f'{"a text or an integer" if name == "label" else "a text"}')
+    if not isinstance(value, (str, int) if name == 'label' else str) or (
+      name == 'label' and value == ''
+    ):
+      raise ValueError(
+        f'line {line} of {file} has {value!r} as its {column!r}; it must be '
+        f'{"a text or an integer" if name == "label" else "a text"}'
+      )
     out[name] = str(value)
   return out
 

@@ -5,5 +5,9 @@ from .mnist5k import Mnist5k
 from .movie_sentiment import MovieSentiment
 from .phonemes import Phonemes
 
-BUILDERS = {'mnist5k': Mnist5k, 'movie_sentiment': MovieSentiment, 'emoji_groups': EmojiGroups,
-            'phonemes': Phonemes}
+BUILDERS = {
+  'mnist5k': Mnist5k,
+  'movie_sentiment': MovieSentiment,
+  'emoji_groups': EmojiGroups,
+  'phonemes': Phonemes,
+}

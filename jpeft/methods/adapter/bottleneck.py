@@ -28,12 +28,23 @@ from jpeft.core import Call, Method, Site, at, chain
 
 from ..nn import drop, on_first
 
-ACTIVATIONS = {'relu': jax.nn.relu, 'gelu': jax.nn.gelu, 'silu': jax.nn.silu, 'swish': jax.nn.silu,
-               'tanh': jnp.tanh}
+ACTIVATIONS = {
+  'relu': jax.nn.relu,
+  'gelu': jax.nn.gelu,
+  'silu': jax.nn.silu,
+  'swish': jax.nn.silu,
+  'tanh': jnp.tanh,
+}
 
 
-def houlsby(bottleneck: int = 64, targets: str = '{o}|{fc2}', activation: str = 'gelu', init: str = 'houlsby',
-            dropout: float = 0.0, name: str = 'houlsby') -> Method:
+def houlsby(
+  bottleneck: int = 64,
+  targets: str = '{o}|{fc2}',
+  activation: str = 'gelu',
+  init: str = 'houlsby',
+  dropout: float = 0.0,
+  name: str = 'houlsby',
+) -> Method:
   """Adapters behind attention and FFN, before the residual.
 
   Args:
@@ -55,8 +66,14 @@ def houlsby(bottleneck: int = 64, targets: str = '{o}|{fc2}', activation: str = 
   return at(targets, Call(name, apply, lambda key, site, arrays: make(key, site.out, site.out)))
 
 
-def pfeiffer(reduction: float = 16, targets: str = '{block_end}', activation: str = 'relu',
-             init: str = 'bert', dropout: float = 0.0, name: str = 'pfeiffer') -> Method:
+def pfeiffer(
+  reduction: float = 16,
+  targets: str = '{block_end}',
+  activation: str = 'relu',
+  init: str = 'bert',
+  dropout: float = 0.0,
+  name: str = 'pfeiffer',
+) -> Method:
   """One adapter a block, after the FFN.
 
   Args:
@@ -82,9 +99,15 @@ def pfeiffer(reduction: float = 16, targets: str = '{block_end}', activation: st
   return at(targets, Call(name, apply, lambda key, site, arrays: make(key, site.out, site.out)))
 
 
-def parallel(bottleneck: int = 512, scale: float | str = 4.0, targets: str = '{mlp}',
-             activation: str = 'relu', init: str = 'lora', dropout: float = 0.0,
-             name: str = 'parallel') -> Method:
+def parallel(
+  bottleneck: int = 512,
+  scale: float | str = 4.0,
+  targets: str = '{mlp}',
+  activation: str = 'relu',
+  init: str = 'lora',
+  dropout: float = 0.0,
+  name: str = 'parallel',
+) -> Method:
   """An adapter beside the FFN.
 
   Args:
@@ -108,9 +131,16 @@ def parallel(bottleneck: int = 512, scale: float | str = 4.0, targets: str = '{m
   return at(targets, Call(name, apply, lambda key, site, arrays: make(key, site.input, site.out)))
 
 
-def adaptformer(bottleneck: int = 64, scale: float | str = 0.1, dropout: float = 0.1, blocks: str = '{block}',
-                stream: str = '{norm2}', activation: str = 'relu', init: str = 'lora',
-                name: str = 'adaptformer') -> Method:
+def adaptformer(
+  bottleneck: int = 64,
+  scale: float | str = 0.1,
+  dropout: float = 0.1,
+  blocks: str = '{block}',
+  stream: str = '{norm2}',
+  activation: str = 'relu',
+  init: str = 'lora',
+  name: str = 'adaptformer',
+) -> Method:
   """AdaptFormer: an adapter beside norm and MLP.
 
   Args:
@@ -131,7 +161,9 @@ def adaptformer(bottleneck: int = 64, scale: float | str = 0.1, dropout: float =
 
   def record(t, call, *args, **kwargs):
     if call.outer is None:
-      raise ValueError(f'{name}: {call.site.path!r}, the stream, lies in no block that {blocks!r} names')
+      raise ValueError(
+        f'{name}: {call.site.path!r}, the stream, lies in no block that {blocks!r} names'
+      )
     call.outer['u'] = next(iter(call.inputs(*args, **kwargs).values()))
     return call(*args, **kwargs)
 
@@ -142,11 +174,15 @@ def adaptformer(bottleneck: int = 64, scale: float | str = 0.1, dropout: float =
     try:
       return on_first(y, lambda h: h + branch(t, call, call.local['u']))
     except jax.errors.UnexpectedTracerError as error:
-      raise ValueError(f'{name}: {call.site.path!r} runs its inside under a jit or remat of its own, which the '
-                       'stream cannot leave: apply that to the whole block, from outside') from error
+      raise ValueError(
+        f'{name}: {call.site.path!r} runs its inside under a jit or remat of its own, which the '
+        'stream cannot leave: apply that to the whole block, from outside'
+      ) from error
 
-  return chain(at(blocks, Call(name, apply, lambda key, site, arrays: make(key, site.out, site.out))),
-               at(stream, Call(name, record)))
+  return chain(
+    at(blocks, Call(name, apply, lambda key, site, arrays: make(key, site.out, site.out))),
+    at(stream, Call(name, record)),
+  )
 
 
 def maker(size, reduction, activation, init, scale, dropout, method: str):
@@ -166,10 +202,14 @@ def maker(size, reduction, activation, init, scale, dropout, method: str):
   def make(key, input, output):
     r = int(output.shape[-1] / reduction) if size is None else size
     if r < 1:
-      raise ValueError(f'{method}: reduction={reduction!r} leaves nothing of a width of {output.shape[-1]}')
+      raise ValueError(
+        f'{method}: reduction={reduction!r} leaves nothing of a width of {output.shape[-1]}'
+      )
     down, up = _STARTS[init](key, (input.shape[-1], r), (r, output.shape[-1]))
-    t = {'down': {'kernel': down, 'bias': jnp.zeros(r)},
-         'up': {'kernel': up, 'bias': jnp.zeros(output.shape[-1])}}
+    t = {
+      'down': {'kernel': down, 'bias': jnp.zeros(r)},
+      'up': {'kernel': up, 'bias': jnp.zeros(output.shape[-1])},
+    }
     return {**t, 'scale': jnp.ones(())} if scale == 'learned' else t
 
   def branch(t, call, x):
@@ -179,7 +219,9 @@ def maker(size, reduction, activation, init, scale, dropout, method: str):
   return make, branch
 
 
-def through(t, x: jax.Array, activation: str, key: jax.Array | None = None, dropout: float = 0.0) -> jax.Array:
+def through(
+  t, x: jax.Array, activation: str, key: jax.Array | None = None, dropout: float = 0.0
+) -> jax.Array:
   """f(x W_down + b) W_up + b', x [.., d]; dropout of the bottleneck where there is a key."""
   h = drop(ACTIVATIONS[activation](x @ t['down']['kernel'] + t['down']['bias']), key, dropout)
   return h @ t['up']['kernel'] + t['up']['bias']
@@ -197,7 +239,9 @@ def _bert(key, down, up):
 
 def _houlsby(key, down, up):
   keys = jax.random.split(key)
-  return tuple(1e-3 * jax.random.truncated_normal(k, -2, 2, s) for k, s in zip(keys, (down, up), strict=True))
+  return tuple(
+    1e-3 * jax.random.truncated_normal(k, -2, 2, s) for k, s in zip(keys, (down, up), strict=True)
+  )
 
 
 _STARTS = {'lora': _lora, 'bert': _bert, 'houlsby': _houlsby}
@@ -206,4 +250,6 @@ _STARTS = {'lora': _lora, 'bert': _bert, 'houlsby': _houlsby}
 def _is_norm(site: Site) -> bool:
   """Whether a site owns a norm's vectors, and runs no modules."""
   vectors = [leaf.shape == site.out.shape[-1:] for leaf in site.leaves.values()]
-  return bool(vectors) and all(vectors) and not any(p.startswith(f'{site.path}/') for p in site.model)
+  return (
+    bool(vectors) and all(vectors) and not any(p.startswith(f'{site.path}/') for p in site.model)
+  )

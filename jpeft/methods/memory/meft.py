@@ -39,18 +39,35 @@ from ..side.stack import Stack
 from .reversible import Layers, Reversible
 
 # variant: (what F and G are, whether streams swap, scales, the stream that follows the backbone)
-_VARIANTS = {1: (('block', 'adapter'), True, (0.1, 1.0), 1), 2: (('adapter', 'block'), True, (1.0, 0.1), 0),
-             3: (('attention', 'mlp'), False, (0.1, 0.1), 1)}
+_VARIANTS = {
+  1: (('block', 'adapter'), True, (0.1, 1.0), 1),
+  2: (('adapter', 'block'), True, (1.0, 0.1), 0),
+  3: (('attention', 'mlp'), False, (0.1, 0.1), 1),
+}
 READOUTS = ('mean', 'last')
 
 # {path of an exit: errors}, while `reconstruction_error` runs.
-_errors: contextvars.ContextVar[dict | None] = contextvars.ContextVar('jpeft_meft_errors', default=None)
+_errors: contextvars.ContextVar[dict | None] = contextvars.ContextVar(
+  'jpeft_meft_errors', default=None
+)
 
 
-def meft(bottleneck: int = 8, variant: int = 1, scales: tuple[float, float] | None = None, every: int | None = 2,
-         reversible: int | None = None, readout: str = 'mean', activation: str = 'gelu', init: str = 'bert',
-         dropout: float = 0.0, blocks: str = '{block}', attention: str | None = None, mlp: str = '{mlp}',
-         exit: str = '{exit}', name: str = 'meft') -> Method:
+def meft(
+  bottleneck: int = 8,
+  variant: int = 1,
+  scales: tuple[float, float] | None = None,
+  every: int | None = 2,
+  reversible: int | None = None,
+  readout: str = 'mean',
+  activation: str = 'gelu',
+  init: str = 'bert',
+  dropout: float = 0.0,
+  blocks: str = '{block}',
+  attention: str | None = None,
+  mlp: str = '{mlp}',
+  exit: str = '{exit}',
+  name: str = 'meft',
+) -> Method:
   """MEFT (arXiv 2306.00477).
 
   Args:
@@ -81,7 +98,9 @@ def meft(bottleneck: int = 8, variant: int = 1, scales: tuple[float, float] | No
   (first, second), swap, own_scales, follows = _VARIANTS[variant]
   scales = own_scales if scales is None else tuple(scales)
   if len(scales) != 2 or not all(scales):
-    raise ValueError(f'meft: scales={scales!r} must be two numbers other than 0, which the inverse divides by')
+    raise ValueError(
+      f'meft: scales={scales!r} must be two numbers other than 0, which the inverse divides by'
+    )
   if every is not None and (int(every) != every or every < 1):
     raise ValueError(f'meft: every={every!r} must be a whole number, at least 1, or None')
   make, branch = maker(bottleneck, None, activation, init, 1.0, dropout, 'meft')
@@ -92,15 +111,21 @@ def meft(bottleneck: int = 8, variant: int = 1, scales: tuple[float, float] | No
     net = Stack(site, blocks, exit)
     for block in net.stack:
       if block.input.shape != block.out.shape:
-        raise ValueError(f'{name}: streams keep their shape, and the block {block.path!r} maps {block.input.shape} '
-                         f'to {block.out.shape}')
+        raise ValueError(
+          f'{name}: streams keep their shape, and the block {block.path!r} maps {block.input.shape} '
+          f'to {block.out.shape}'
+        )
     count = net.depth if reversible is None else reversible
     if not 0 < count <= net.depth:
-      raise ValueError(f'{name}: reversible={reversible} must lie between 1 and the {net.depth} blocks before '
-                       f'{site.path!r}')
+      raise ValueError(
+        f'{name}: reversible={reversible} must lie between 1 and the {net.depth} blocks before '
+        f'{site.path!r}'
+      )
     if variant == 3 and net.wraps_blocks:
-      raise ValueError(f'{name}: variant 3 takes blocks apart that begin with norms, and those in {site.path!r} end '
-                       'with one')
+      raise ValueError(
+        f'{name}: variant 3 takes blocks apart that begin with norms, and those in {site.path!r} end '
+        'with one'
+      )
     return net, count
 
   def init(key, site, arrays):
@@ -114,8 +139,10 @@ def meft(bottleneck: int = 8, variant: int = 1, scales: tuple[float, float] | No
     (_, x), *others = call.inputs(*args, **kwargs).items()
     leaves, tree = jax.tree.flatten(_shapes(call, args, kwargs))
     if len(leaves) != 1:
-      raise ValueError(f'{name}: the block {call.site.path!r} returns {len(leaves)} arrays; only its stream can be '
-                       'made again')
+      raise ValueError(
+        f'{name}: the block {call.site.path!r} returns {len(leaves)} arrays; only its stream can be '
+        'made again'
+      )
     call.tap(**dict(others))
     return jax.tree.unflatten(tree, [x])
 
@@ -124,7 +151,9 @@ def meft(bottleneck: int = 8, variant: int = 1, scales: tuple[float, float] | No
     if (call.outer or {}).get('running', beside) not in (beside, 'block'):
       return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), _shapes(call, args, kwargs))
     x = next(iter(call.inputs(*args, **kwargs).values()))
-    return on_first(call(*args, **kwargs), lambda h: h + branch(t, call, x if beside == 'mlp' else h))
+    return on_first(
+      call(*args, **kwargs), lambda h: h + branch(t, call, x if beside == 'mlp' else h)
+    )
 
   def run(t, call, x, *args, **kwargs):
     net, _ = stack(call.site)
@@ -141,19 +170,26 @@ def meft(bottleneck: int = 8, variant: int = 1, scales: tuple[float, float] | No
 
     def step(fn, running):
       """(row, x) -> what the block, a half of it, or an adapter alone gives."""
+
       def run(row, x):
         if running == 'adapter':
           return through(row['t'], x.astype(dtype), activation, row.get('key'), dropout)
         call.local['running'] = running
         return jax.tree.leaves(fn(row['arrays'], x.astype(dtype), **row['inputs']))[0]
+
       return run
 
     parts, behind, done = [], [], 0
     for block in net.stack:
       fn, arrays = call.layer(block, None if block.axes else 0)
-      row, n = {'arrays': arrays, 'inputs': call.taps()[block.path]}, min(block.layers, max(count - done, 0))
+      row, n = (
+        {'arrays': arrays, 'inputs': call.taps()[block.path]},
+        min(block.layers, max(count - done, 0)),
+      )
       if block.axes:
-        row['inputs'] = jax.tree.map(lambda x, b=block: x.reshape(b.layers, *x.shape[len(b.lengths):]), row['inputs'])
+        row['inputs'] = jax.tree.map(
+          lambda x, b=block: x.reshape(b.layers, *x.shape[len(b.lengths) :]), row['inputs']
+        )
       if n:
         mine = jax.tree.map(lambda x, at=slice(done, done + n) if block.axes else done: x[at], own)
         rows = _cut(row, block, 0, n) | mine
@@ -173,11 +209,20 @@ def meft(bottleneck: int = 8, variant: int = 1, scales: tuple[float, float] | No
       s, _ = jax.lax.scan(one, s, row) if scanned else one(s, row)
     return s
 
-  inside = at(mlp, Call(name, functools.partial(part, 'mlp'), lambda key, site, a: make(key, site.input, site.out)))
+  inside = at(
+    mlp,
+    Call(
+      name, functools.partial(part, 'mlp'), lambda key, site, a: make(key, site.input, site.out)
+    ),
+  )
   if variant == 3:
-    behind = Call(name, functools.partial(part, 'attention'), lambda key, site, a: make(key, site.out, site.out))
+    behind = Call(
+      name, functools.partial(part, 'attention'), lambda key, site, a: make(key, site.out, site.out)
+    )
     inside = chain(inside, at(attention or '{attention}', behind))
-  return chain(inside, at(blocks, Call(name, stand, taps=True)), at(exit, Call(name, run, init, taps=True)))
+  return chain(
+    inside, at(blocks, Call(name, stand, taps=True)), at(exit, Call(name, run, init, taps=True))
+  )
 
 
 def reconstruction_error(tuned: Tuned, theta, backbone, *args, **kwargs) -> dict[str, jax.Array]:
@@ -212,4 +257,8 @@ def _shapes(call, args, kwargs):
 
 def _cut(row, block, start: int, stop: int):
   """Some layers of a stack; of a block alone, the one."""
-  return jax.tree.map(lambda x: x[start:stop], row) if block.axes and stop - start < block.layers else row
+  return (
+    jax.tree.map(lambda x: x[start:stop], row)
+    if block.axes and stop - start < block.layers
+    else row
+  )

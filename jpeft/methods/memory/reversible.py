@@ -57,15 +57,23 @@ class Reversible:
     every: after how many layers the streams are kept; None for those of the last layer alone.
   """
 
-  def __init__(self, layers: Sequence[Layers], like: jax.Array, scales: tuple[float, float] = (1.0, 1.0),
-               swap: bool = False, every: int | None = None):
+  def __init__(
+    self,
+    layers: Sequence[Layers],
+    like: jax.Array,
+    scales: tuple[float, float] = (1.0, 1.0),
+    swap: bool = False,
+    every: int | None = None,
+  ):
     self._parts, self._scales, self._swap = layers, scales, swap
     self._firsts = [sum(part.depth for part in layers[:i]) for i in range(len(layers))]
     depth = sum(part.depth for part in layers)
     self._every = every or depth
     self._slots = -(-depth // self._every) - 1  # the streams behind the last layer are the output
     # Traced here, where the rules of a model act: the backward pass is traced when they are gone.
-    self._programs = [(_Program(part, part.f, like), _Program(part, part.g, like)) for part in layers]
+    self._programs = [
+      (_Program(part, part.f, like), _Program(part, part.g, like)) for part in layers
+    ]
 
   def __call__(self, x: Streams) -> Streams:
     """The streams behind the last layer; differentiable once, in reverse, by streams and rows."""
@@ -77,15 +85,21 @@ class Reversible:
 
     def forward(*inputs):
       rows, consts, x = jax.tree.map(lambda leaf: leaf.value, inputs)
-      moved = [leaf.perturbed and jnp.issubdtype(leaf.value.dtype, jnp.inexact) for leaf in inputs[0]]
+      moved = [
+        leaf.perturbed and jnp.issubdtype(leaf.value.dtype, jnp.inexact) for leaf in inputs[0]
+      ]
       if any(leaf.perturbed for leaf in jax.tree.leaves(inputs[1])):
-        raise ValueError('a reversible layer closes over an array that is trained, whose gradient would be lost')
+        raise ValueError(
+          'a reversible layer closes over an array that is trained, whose gradient would be lost'
+        )
       y, kept = self._forward(jax.tree.unflatten(tree, rows), consts, x)
       return y, (_Static(jax.tree.unflatten(tree, moved)), rows, consts, kept, y)
 
     def backward(residuals, d):
       moved, rows, consts, kept, y = residuals
-      d = tuple(jnp.zeros_like(a) if isinstance(g, SymbolicZero) else g for a, g in zip(y, d, strict=True))
+      d = tuple(
+        jnp.zeros_like(a) if isinstance(g, SymbolicZero) else g for a, g in zip(y, d, strict=True)
+      )
       rows_, d = self._backward(moved.value, jax.tree.unflatten(tree, rows), consts, kept, y, d)
       return rows_, jax.tree.map(lambda c: None, consts), d
 
@@ -97,7 +111,10 @@ class Reversible:
 
     The largest difference, in units of the largest entry of the stream, of the worse one.
     """
-    rows, consts = [part.row for part in self._parts], [[p.consts for p in pair] for pair in self._programs]
+    rows, consts = (
+      [part.row for part in self._parts],
+      [[p.consts for p in pair] for pair in self._programs],
+    )
     y, kept = self._forward(rows, consts, x)
     before, found = [], []
     for i, part in enumerate(self._parts):
@@ -105,9 +122,11 @@ class Reversible:
       x, states = part.over(step, x, rows[i], 0)
       before.append(states)
     for i, part in reversed(list(enumerate(self._parts))):
+
       def back(y, row, j, i=i):
         x = self._undone(i, row, consts[i], self._reset(kept, j, y))
         return x, x
+
       y, again = part.over(back, y, rows[i], self._firsts[i], reverse=True)
       axes = tuple(range(-y[0].ndim, 0))
       off = lambda a, b, axes=axes: jnp.abs(a - b).max(axes) / jnp.abs(b).max(axes)
@@ -142,6 +161,7 @@ class Reversible:
     """(the streams behind the last layer, those kept [slots, ...])."""
     kept = jax.tree.map(lambda a: jnp.zeros((self._slots, *a.shape), a.dtype), x)
     for i, part in enumerate(self._parts):
+
       def body(carry, row, j, i=i):
         x, kept = carry
         x = self._done(i, row, consts[i], x)
@@ -149,10 +169,13 @@ class Reversible:
           here, slot = self._slot(j)
           kept = jax.tree.map(lambda k, a: k.at[slot].set(jnp.where(here, a, k[slot])), kept, x)
         return (x, kept), None
+
       (x, kept), _ = part.over(body, (x, kept), rows[i], self._firsts[i])
     return x, kept
 
-  def _backward(self, moved, rows, consts, kept: Streams, y: Streams, d: Streams) -> tuple[list, Streams]:
+  def _backward(
+    self, moved, rows, consts, kept: Streams, y: Streams, d: Streams
+  ) -> tuple[list, Streams]:
     """(gradients of the leaves of rows, None where not moved; of the streams before the first layer)."""
     grads = []
     for i, part in reversed(list(enumerate(self._parts))):
@@ -202,7 +225,9 @@ class _Program:
   def __init__(self, part: Layers, fn, like: jax.Array):
     one = lambda x: jax.ShapeDtypeStruct(x.shape if part.count is None else x.shape[1:], x.dtype)
     like = jax.ShapeDtypeStruct(like.shape, like.dtype)
-    closed = jax.make_jaxpr(lambda row, x: fn(row, x).astype(x.dtype))(jax.tree.map(one, part.row), like)
+    closed = jax.make_jaxpr(lambda row, x: fn(row, x).astype(x.dtype))(
+      jax.tree.map(one, part.row), like
+    )
     jaxpr, self.consts = hoisted(closed)
     self._run = jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))
 

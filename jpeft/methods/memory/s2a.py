@@ -28,7 +28,9 @@ from jpeft.residuals import compressed
 from ..subset.tune import tune
 
 
-def packed(blocks: str = '{block}', bits: int = 4, operand_bits: int = 8, name: str = 'packed') -> Method:
+def packed(
+  blocks: str = '{block}', bits: int = 4, operand_bits: int = 8, name: str = 'packed'
+) -> Method:
   """Keeps what the backward pass of each block needs in few bits; trains nothing itself.
 
   What a block writes (caches, running statistics) and what rules before it in the chain tap there is dropped.
@@ -51,8 +53,16 @@ def packed(blocks: str = '{block}', bits: int = 4, operand_bits: int = 8, name: 
   return at(blocks, Call(name, apply))
 
 
-def s2a(rank: int = 8, side: int = 48, pool: int = 4, bits: int = 4, operand_bits: int = 8,
-        biases: str | None = '(?!{head}$).*', blocks: str = '{block}', name: str = 's2a') -> Method:
+def s2a(
+  rank: int = 8,
+  side: int = 48,
+  pool: int = 4,
+  bits: int = 4,
+  operand_bits: int = 8,
+  biases: str | None = '(?!{head}$).*',
+  blocks: str = '{block}',
+  name: str = 's2a',
+) -> Method:
   """Biases, low-rank prompts and lite side modules, with 4-bit storage.
 
   Args:
@@ -79,13 +89,18 @@ def s2a(rank: int = 8, side: int = 48, pool: int = 4, bits: int = 4, operand_bit
     t, keys = {}, jax.random.split(key)
     if rank:
       places = math.prod(shape[1:-1])
-      t['prompt'] = {'a': 0.02 * jax.random.normal(keys[0], (places, rank)), 'b': jnp.zeros((rank, shape[-1]))}
+      t['prompt'] = {
+        'a': 0.02 * jax.random.normal(keys[0], (places, rank)),
+        'b': jnp.zeros((rank, shape[-1])),
+      }
     if side:
       if shape[-1] % pool:
         raise ValueError(f's2a: pool={pool} does not divide the width {shape[-1]} of {site.path!r}')
       fan_in = shape[-1] // pool
-      t['side'] = {'down': jax.random.normal(keys[1], (fan_in, side)) * fan_in**-0.5,
-                   'up': jnp.zeros((side, shape[-1]))}
+      t['side'] = {
+        'down': jax.random.normal(keys[1], (fan_in, side)) * fan_in**-0.5,
+        'up': jnp.zeros((side, shape[-1])),
+      }
     return t
 
   def apply(t, call, x, *args, **kwargs):
@@ -116,8 +131,10 @@ def _stream(site, name: str) -> tuple[int, ...]:
   """The shape of the features that a block reads, and gives back."""
   shapes = [None if s is None else s.shape for s in (site.input, site.out)]
   if None in shapes or shapes[0] != shapes[1] or len(shapes[0]) < 3:
-    raise ValueError(f'{name}: prompts and side modules need a stream that keeps its shape [B, .., D], and {site.kind} '
-                     f'at {site.path!r} reads {shapes[0]} and gives {shapes[1]}; use rank=0, side=0')
+    raise ValueError(
+      f'{name}: prompts and side modules need a stream that keeps its shape [B, .., D], and {site.kind} '
+      f'at {site.path!r} reads {shapes[0]} and gives {shapes[1]}; use rank=0, side=0'
+    )
   return shapes[0]
 
 
@@ -125,7 +142,9 @@ def _prompt(t, x, site):
   """A B, [1, .., D]: a row for each place, or for the first ones of a shorter sequence."""
   places = x[0, ..., 0].size
   if places > len(t['a']) or places < len(t['a']) and x.ndim > 3:
-    raise ValueError(f'the prompts of {site.path!r} are for {len(t["a"])} places, and its input has {places}')
+    raise ValueError(
+      f'the prompts of {site.path!r} are for {len(t["a"])} places, and its input has {places}'
+    )
   return (t['a'][:places] @ t['b']).reshape(1, *x.shape[1:]).astype(x.dtype)
 
 

@@ -24,7 +24,9 @@ from jpeft.core import Call, Method, Operand, Tuned, Weight, at, attach, chain, 
 from jpeft.residuals import tied
 
 
-def velora(groups: int = 32, scale: float = 1.0, targets: str = '{v}|{fc2}', name: str = 'velora') -> Method:
+def velora(
+  groups: int = 32, scale: float = 1.0, targets: str = '{v}|{fc2}', name: str = 'velora'
+) -> Method:
   """Trains whole kernels, from projected inputs.
 
   Args:
@@ -37,8 +39,12 @@ def velora(groups: int = 32, scale: float = 1.0, targets: str = '{v}|{fc2}', nam
     ValueError: a hyperparameter outside its range; at `attach`, a layer of another form, or one that offers no
       injection point.
   """
-  kernels = matrix(name, lambda key, w: {'w': w.astype(jnp.promote_types(w.dtype, jnp.float32))},
-                   lambda t, w: t['w'].astype(w.dtype), lambda t, x, y, w, key: x @ t['w'])
+  kernels = matrix(
+    name,
+    lambda key, w: {'w': w.astype(jnp.promote_types(w.dtype, jnp.float32))},
+    lambda t, w: t['w'].astype(w.dtype),
+    lambda t, x, y, w, key: x @ t['w'],
+  )
   return projected(at(targets, kernels), groups, scale)
 
 
@@ -57,7 +63,9 @@ def projected(method: Method, groups: int = 32, scale: float = 1.0) -> Method:
     raise ValueError(f'velora: groups={groups!r} must be a whole number, at least 1')
   for _, rule in method:
     if not isinstance(rule, Weight) or rule.dot is None:
-      raise ValueError(f'velora: {rule.name} does not multiply the input of a layer, so nothing is to be projected')
+      raise ValueError(
+        f'velora: {rule.name} does not multiply the input of a layer, so nothing is to be projected'
+      )
   return Method((pattern, _projected(rule, groups, scale)) for pattern, rule in method)
 
 
@@ -83,9 +91,13 @@ def directed(tuned: Tuned, theta, backbone, *args, **kwargs):
     call(*args, **kwargs)
     return call.taps()
 
-  taps = chain(at(pattern, Call('velora record', record, taps=True)), at('', Call('velora read', read, taps=True)))
+  taps = chain(
+    at(pattern, Call('velora record', record, taps=True)),
+    at('', Call('velora read', read, taps=True)),
+  )
   means = attach(tuned.model, chain(tuned.method, taps), backbone, *args, **kwargs).apply(
-    theta, backbone, *args, **kwargs)
+    theta, backbone, *args, **kwargs
+  )
   theta = {name: dict(sites) for name, sites in theta.items()}
   for name, site in paths:
     t, mean = theta[name][site.path], means[site.path]['mean']
@@ -101,19 +113,29 @@ def _projected(rule: Weight, groups: int, scale: float) -> Weight:
     for name in site.matrices:
       leaf = site.leaves[name]
       if leaf.use != 'dot_general' or len(leaf.ins) != 1 or leaf.fan_in % groups:
-        raise ValueError(f'velora: {site.path!r} must multiply one axis of its input, whose length groups={groups} '
-                         f'divides; its {name} is {list(leaf.shape)}')
+        raise ValueError(
+          f'velora: {site.path!r} must multiply one axis of its input, whose length groups={groups} '
+          f'divides; its {name} is {list(leaf.shape)}'
+        )
     v = jax.random.normal(key, (site.leaves[site.matrices[0]].fan_in // groups,))
     return {**rule.init(key, site, arrays), 'direction': v / jnp.linalg.norm(v)}
 
   def dot(t, x, y, w, key):
     if x.x.shape[-1] != groups * t['direction'].size:
-      raise ValueError(f'velora: the input {list(x.x.shape)} of a layer is not multiplied along its last axis')
+      raise ValueError(
+        f'velora: the input {list(x.x.shape)} of a layer is not multiplied along its last axis'
+      )
     return rule.dot(inner(t), _Projected(x.x, x.multiply, t['direction'], scale), y, w, key)
 
   return dataclasses.replace(
-    rule, init=init, apply=lambda t, site, arrays: rule.apply(inner(t), site, arrays), dot=dot,
-    fixed=(*rule.fixed, 'direction'), exact=(*rule.exact, 'direction'), needs_input=True)
+    rule,
+    init=init,
+    apply=lambda t, site, arrays: rule.apply(inner(t), site, arrays),
+    dot=dot,
+    fixed=(*rule.fixed, 'direction'),
+    exact=(*rule.exact, 'direction'),
+    needs_input=True,
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,13 +27,26 @@ from jpeft.core import Call, Method, Site, at
 from ..nn import drop
 
 # The arguments of an attention function behind query, key and value, by position.
-ARGUMENTS = ('bias', 'mask', 'broadcast_dropout', 'dropout_rng', 'dropout_rate', 'deterministic', 'dtype')
+ARGUMENTS = (
+  'bias',
+  'mask',
+  'broadcast_dropout',
+  'dropout_rng',
+  'dropout_rate',
+  'deterministic',
+  'dtype',
+)
 # What would silently mean something else with more keys.
 _REFUSED = ('key_value_seq_lengths', 'local_window_size')
 
 
-def prefix(tokens: int = 20, dropout: float = 0.0, init: str = 'normal', targets: str = '{attention}',
-           name: str = 'prefix') -> Method:
+def prefix(
+  tokens: int = 20,
+  dropout: float = 0.0,
+  init: str = 'normal',
+  targets: str = '{attention}',
+  name: str = 'prefix',
+) -> Method:
   """Keys and values that every query sees.
 
   Args:
@@ -57,7 +70,9 @@ def prefix(tokens: int = 20, dropout: float = 0.0, init: str = 'normal', targets
 
   def begin(key, site, arrays):
     keys, shape = jax.random.split(key), (tokens, *_heads(site, name))
-    return {n: std * jax.random.normal(k, shape) for n, k in zip(('keys', 'values'), keys, strict=True)}
+    return {
+      n: std * jax.random.normal(k, shape) for n, k in zip(('keys', 'values'), keys, strict=True)
+    }
 
   def apply(t, call, *args, **kwargs):
     key = call.rng('prefix dropout') if dropout else None
@@ -77,9 +92,11 @@ def _heads(site: Site, name: str) -> tuple[int, int]:
   if site.heads is not None:
     return site.heads
   if anatomy is None or anatomy.attend is None or anatomy.heads is None:
-    raise ValueError(f'{name}: {site.kind} at {site.path!r} calls no attention_fn of its own that could see '
-                     'more keys; give its class that field, or its anatomy `attend` and `heads` '
-                     '(jpeft.register_anatomy)')
+    raise ValueError(
+      f'{name}: {site.kind} at {site.path!r} calls no attention_fn of its own that could see '
+      'more keys; give its class that field, or its anatomy `attend` and `heads` '
+      '(jpeft.register_anatomy)'
+    )
   return anatomy.heads(site)
 
 
@@ -90,7 +107,9 @@ def _prefixed(attention, rows, tokens: int):
     length, batch = key.shape[-3], key.shape[:-3]
     kwargs |= dict(zip(ARGUMENTS, args, strict=False))
     if refused := [n for n in _REFUSED if kwargs.get(n) is not None]:
-      raise ValueError(f'prefix: {refused[0]} counts keys, and there are {tokens} more: use a mask instead')
+      raise ValueError(
+        f'prefix: {refused[0]} counts keys, and there are {tokens} more: use a mask instead'
+      )
     if is_causal:
       kwargs['mask'] = _causal(query.shape[-3], length, kwargs.get('mask'))
     kwargs |= {n: _widened(kwargs[n], length, tokens) for n in ('bias', 'mask') if n in kwargs}
@@ -110,5 +129,7 @@ def _widened(x, length: int, tokens: int):
   """A mask or bias [.., M] for `tokens` more keys, which everyone sees; one for all keys as it is."""
   if x is None or x.shape[-1] != length:
     return x
-  seen = jnp.full((*x.shape[:-1], tokens), 0 if jnp.issubdtype(x.dtype, jnp.floating) else 1, x.dtype)
+  seen = jnp.full(
+    (*x.shape[:-1], tokens), 0 if jnp.issubdtype(x.dtype, jnp.floating) else 1, x.dtype
+  )
   return jnp.concatenate([seen, x], -1)

@@ -28,11 +28,17 @@ from jpeft.core import Call, Method, Site, at
 
 from ..nn import drop, on_first
 
-_ELSEWHERE = ('context', 'cross', 'encoder', 'memory')  # in the names of arguments about another sequence
+_ELSEWHERE = (
+  'context',
+  'cross',
+  'encoder',
+  'memory',
+)  # in the names of arguments about another sequence
 
 
-def vpt_deep(tokens: int = 5, dropout: float = 0.0, blocks: str = '{block}',
-             name: str = 'vpt_deep') -> Method:
+def vpt_deep(
+  tokens: int = 5, dropout: float = 0.0, blocks: str = '{block}', name: str = 'vpt_deep'
+) -> Method:
   """Fresh prompts in every block.
 
   Args:
@@ -50,11 +56,14 @@ def vpt_deep(tokens: int = 5, dropout: float = 0.0, blocks: str = '{block}',
     args, kwargs = enter(call, args, kwargs, tokens, _prompts(t, call, dropout))
     return on_first(call(*args, **kwargs), lambda x: remove_tokens(call.site, x, tokens))
 
-  return at(blocks, Call(name, apply, lambda key, site, arrays: _init(key, tokens, site, site.input)))
+  return at(
+    blocks, Call(name, apply, lambda key, site, arrays: _init(key, tokens, site, site.input))
+  )
 
 
-def vpt_shallow(tokens: int = 5, dropout: float = 0.0, stack: str = '{stack}',
-                name: str = 'vpt_shallow') -> Method:
+def vpt_shallow(
+  tokens: int = 5, dropout: float = 0.0, stack: str = '{stack}', name: str = 'vpt_shallow'
+) -> Method:
   """Prompts in front of the first block, carried along to the last.
 
   Args:
@@ -81,16 +90,20 @@ def vpt_shallow(tokens: int = 5, dropout: float = 0.0, stack: str = '{stack}',
   def init(key, site, arrays):
     runs, first, last = place(site)
     if site.axes and (first or last):
-      raise ValueError(f'{name}: no sequence can grow or shrink inside the scanned stack {site.path!r}; name '
-                       'the modules before and after it too, such as '
-                       f"stack='position_embedding|{site.path}|final_norm'")
+      raise ValueError(
+        f'{name}: no sequence can grow or shrink inside the scanned stack {site.path!r}; name '
+        'the modules before and after it too, such as '
+        f"stack='position_embedding|{site.path}|final_norm'"
+      )
     return _init(key, tokens, site, site.input if runs else site.out) if first else {}
 
   def apply(t, call, *args, **kwargs):
     runs, first, last = place(call.site)
     remove = lambda x: remove_tokens(call.site, x, tokens)
     if runs:
-      args, kwargs = enter(call, args, kwargs, tokens, _prompts(t, call, dropout) if first else None)
+      args, kwargs = enter(
+        call, args, kwargs, tokens, _prompts(t, call, dropout) if first else None
+      )
     elif last:
       args, kwargs = on_stream(call, args, kwargs, remove)
     out = call(*args, **kwargs)
@@ -125,9 +138,11 @@ def spread_of(site: Site, width: int) -> float:
 
 def _prompts(t, call, rate: float):
   """The prompts [B, p, D] for a sequence x [B, N, D]; dropout falls on those of every example."""
+
   def make(x):
     p = jnp.broadcast_to(t['prompts'].astype(x.dtype), (len(x), *t['prompts'].shape))
     return drop(p, call.rng('prompt dropout') if rate else None, rate)
+
   return make
 
 
@@ -136,7 +151,9 @@ def enter(call, args, kwargs, tokens: int, prompts):
   x = next(iter(call.inputs(*args, **kwargs).values()))
   length = x.shape[1] - (0 if prompts else tokens)
   stream = (lambda x: _insert(call.site, x, prompts(x))) if prompts else lambda x: x
-  return on_stream(call, args, kwargs, stream, lambda name, a: _follow(call.site, name, a, len(x), length, tokens))
+  return on_stream(
+    call, args, kwargs, stream, lambda name, a: _follow(call.site, name, a, len(x), length, tokens)
+  )
 
 
 def on_stream(call, args, kwargs, stream, other=lambda name, x: x):
@@ -152,18 +169,25 @@ def _follow(site: Site, name: str, a, batch: int, length: int, tokens: int):
   goes_along = length in a.shape[1:] or a.shape[:1] == (length,) != (batch,)
   if not goes_along or any(word in name for word in _ELSEWHERE):
     return a
-  lead, rows = lead_of(site), a.ndim > 2 or a.ndim == 2 and a.shape[0] != batch  # [B, N] has no axis of queries
+  lead, rows = (
+    lead_of(site),
+    a.ndim > 2 or a.ndim == 2 and a.shape[0] != batch,
+  )  # [B, N] has no axis of queries
   if 'position' in name and jnp.issubdtype(a.dtype, jnp.integer):
     new = jnp.broadcast_to(lead + jnp.arange(tokens, dtype=a.dtype), (*a.shape[:-1], tokens))
     return jnp.concatenate([a[..., :lead], new, a[..., lead:] + tokens], -1)
   if a.shape[-1] not in (length, 1) or length not in a.shape[-2:]:
-    raise ValueError(f'{name} {list(a.shape)} of {site.path!r} goes with its {length} tokens, and nothing is '
-                     f'known of what it would be for {tokens} prompts')
+    raise ValueError(
+      f'{name} {list(a.shape)} of {site.path!r} goes with its {length} tokens, and nothing is '
+      f'known of what it would be for {tokens} prompts'
+    )
   if rows and a.shape[-2] == length:
     first = jnp.broadcast_to(a[..., :1, :], (*a.shape[:-2], tokens, a.shape[-1]))
     a = jnp.concatenate([a[..., :lead, :], first, a[..., lead:, :]], -2)
   if a.shape[-1] == length:
-    seen = jnp.full((*a.shape[:-1], tokens), 0 if jnp.issubdtype(a.dtype, jnp.floating) else 1, a.dtype)
+    seen = jnp.full(
+      (*a.shape[:-1], tokens), 0 if jnp.issubdtype(a.dtype, jnp.floating) else 1, a.dtype
+    )
     a = jnp.concatenate([a[..., :lead], seen, a[..., lead:]], -1)
   return a
 
@@ -181,4 +205,4 @@ def _insert(site: Site, x, prompts):
 def remove_tokens(site: Site, x, tokens: int):
   """The sequence without `tokens` tokens behind the leading special ones."""
   lead = lead_of(site)
-  return jnp.concatenate([x[:, :lead], x[:, lead + tokens:]], 1)
+  return jnp.concatenate([x[:, :lead], x[:, lead + tokens :]], 1)

@@ -17,7 +17,9 @@ from jpeft.core import Site, flags_of
 
 from ..masks import apart
 
-_WIDTH = re.compile(r'(?!.*heads)(.*_)?(dim|width|features|size|hidden|inner|d_model|d_ff|d_kv)(_.*)?')
+_WIDTH = re.compile(
+  r'(?!.*heads)(.*_)?(dim|width|features|size|hidden|inner|d_model|d_ff|d_kv)(_.*)?'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +133,10 @@ def own(site: Site, reduction: int) -> SideBlock:
     ValueError: the class is not Linen, or does not work at the reduced width.
   """
   if site.module is None:
-    raise ValueError(f'the {site.kind} at {site.path!r} cannot be made again at another width (only '
-                     "Linen blocks can); use block='attention' or block='mlp'")
+    raise ValueError(
+      f'the {site.kind} at {site.path!r} cannot be made again at another width (only '
+      "Linen blocks can); use block='attention' or block='mlp'"
+    )
   fields = {f.name: getattr(site.module, f.name) for f in dataclasses.fields(site.module)}
   widths = {n: v // reduction for n, v in fields.items() if type(v) is int and _WIDTH.fullmatch(n)}
   block = site.module.clone(**widths)
@@ -148,7 +152,9 @@ def own(site: Site, reduction: int) -> SideBlock:
       out = block.apply({'params': params}, s, **inputs, **call(training), rngs=rngs)
     else:
       variables = {'params': params, **({'cache': cache} if cache else {})}
-      out, state = block.apply(variables, s, **inputs, **call(training), rngs=rngs, mutable=['cache'])
+      out, state = block.apply(
+        variables, s, **inputs, **call(training), rngs=rngs, mutable=['cache']
+      )
       cache = state.get('cache', {})
     return jax.tree.leaves(out)[0], cache
 
@@ -161,13 +167,17 @@ def check(block: SideBlock, s: jax.ShapeDtypeStruct, inputs: dict, what: str) ->
   Raises:
     ValueError: it fails, or does not return the stream it was given.
   """
+
   def run(key, s, inputs):
     return block.run(block.init(key, s, inputs), s, inputs, False, None)[0]
+
   try:
     out = jax.eval_shape(run, jax.random.key(0), s, inputs)
     problem = None if out.shape == s.shape else f'it returns {out.shape} for {s.shape}'
   except Exception as error:  # whatever a third party's block raises at a width it was not made for
     problem = str(error).splitlines()[0]
   if problem:
-    raise ValueError(f'{what} does not work at width {s.shape[-1]}: {problem}; '
-                     "use block='attention' or block='mlp'")
+    raise ValueError(
+      f'{what} does not work at width {s.shape[-1]}: {problem}; '
+      "use block='attention' or block='mlp'"
+    )

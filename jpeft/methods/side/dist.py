@@ -33,8 +33,18 @@ from ..layers import dense, layer_norm, linear, scales
 from .stack import around
 
 
-def dist(frames: int = 16, stride: int = 2, width: int = 384, channels: int = 96, pooling: int = 2, out: int = 512,
-         remat: bool = True, blocks: str = '{block}', exit: str = '{exit}', name: str = 'dist') -> Method:
+def dist(
+  frames: int = 16,
+  stride: int = 2,
+  width: int = 384,
+  channels: int = 96,
+  pooling: int = 2,
+  out: int = 512,
+  remat: bool = True,
+  blocks: str = '{block}',
+  exit: str = '{exit}',
+  name: str = 'dist',
+) -> Method:
   """DiST (arXiv 2309.07911).
 
   Args:
@@ -53,8 +63,14 @@ def dist(frames: int = 16, stride: int = 2, width: int = 384, channels: int = 96
     ValueError: a hyperparameter outside its range; at `attach`, a model without square images and patches and a class
       token; at the call, images that make no whole clips.
   """
-  for value, what in ((frames, 'frames'), (stride, 'stride'), (width, 'width'), (channels, 'channels'),
-                      (pooling, 'pooling'), (out, 'out')):
+  for value, what in (
+    (frames, 'frames'),
+    (stride, 'stride'),
+    (width, 'width'),
+    (channels, 'channels'),
+    (pooling, 'pooling'),
+    (out, 'out'),
+  ):
     if int(value) != value or value < 1:
       raise ValueError(f'dist: {what}={value!r} must be a whole number, at least 1')
   if frames % stride:
@@ -67,7 +83,9 @@ def dist(frames: int = 16, stride: int = 2, width: int = 384, channels: int = 96
     depth, d, side = net.depth, net.width, _side(net, name)
     height, across = site.input.shape[1:3]
     if len(site.input.shape) != 4 or height != across or height % side:
-      raise ValueError(f'{name}: images of {site.input.shape[1:]} do not fall into {side} x {side} patches')
+      raise ValueError(
+        f'{name}: images of {site.input.shape[1:]} do not fall into {side} x {side} patches'
+      )
     patch, fresh = height // side, functools.partial(dense, std=0.02)
     k = iter(jax.random.split(key, 32))
     narrow = width // 4
@@ -77,25 +95,42 @@ def dist(frames: int = 16, stride: int = 2, width: int = 384, channels: int = 96
       return {**p, 'kernel': p['kernel'].reshape(*lead, *size, fan_in, fan_out)}
 
     def attention():
-      return {'norm': scales(width, pooling), 'mlp_norm': scales(width, pooling),
-              **{n: fresh(next(k), width, width, pooling) for n in ('q', 'k', 'v', 'o')},
-              'up': fresh(next(k), width, 4 * width, pooling), 'down': fresh(next(k), 4 * width, width, pooling)}
+      return {
+        'norm': scales(width, pooling),
+        'mlp_norm': scales(width, pooling),
+        **{n: fresh(next(k), width, width, pooling) for n in ('q', 'k', 'v', 'o')},
+        'up': fresh(next(k), width, 4 * width, pooling),
+        'down': fresh(next(k), 4 * width, width, pooling),
+      }
 
     token = lambda *shape: 0.02 * jax.random.normal(next(k), (*shape, width))
     return {
-      'stem': conv(3, channels, 5, patch, patch, lead=()), 'taps': fresh(next(k), d, width, depth),
+      'stem': conv(3, channels, 5, patch, patch, lead=()),
+      'taps': fresh(next(k), d, width, depth),
       'layers': {
-        'norm': scales(channels, depth), 'time': conv(channels, channels, 3, 1, 1),
-        'space': conv(channels, channels, 1, 3, 3), 'to_time': fresh(next(k), width, channels, depth),
-        'from_time': conv(channels, width, stride, 1, 1), 'cls': token(depth, steps, 1),
-        'ffn_norm': scales(width, depth), 'ffn1': fresh(next(k), width, width, depth),
-        'ffn2': fresh(next(k), width, width, depth), 'tffn_norm': scales(width, depth),
-        'tffn1': fresh(next(k), width, narrow, depth), 'tffn2': conv(narrow, narrow, 3, 1, 1),
-        'tffn3': fresh(next(k), narrow, width, depth)},
-      'frame_query': token(), 'clip_query': token(),
-      'frame': attention(), 'clip': attention(), 'position': token(pooling, steps),
-      'residual': fresh(next(k), d, width), 'norm': scales(width),
-      'project': width ** -0.5 * jax.random.normal(next(k), (width, out))}
+        'norm': scales(channels, depth),
+        'time': conv(channels, channels, 3, 1, 1),
+        'space': conv(channels, channels, 1, 3, 3),
+        'to_time': fresh(next(k), width, channels, depth),
+        'from_time': conv(channels, width, stride, 1, 1),
+        'cls': token(depth, steps, 1),
+        'ffn_norm': scales(width, depth),
+        'ffn1': fresh(next(k), width, width, depth),
+        'ffn2': fresh(next(k), width, width, depth),
+        'tffn_norm': scales(width, depth),
+        'tffn1': fresh(next(k), width, narrow, depth),
+        'tffn2': conv(narrow, narrow, 3, 1, 1),
+        'tffn3': fresh(next(k), narrow, width, depth),
+      },
+      'frame_query': token(),
+      'clip_query': token(),
+      'frame': attention(),
+      'clip': attention(),
+      'position': token(pooling, steps),
+      'residual': fresh(next(k), d, width),
+      'norm': scales(width),
+      'project': width**-0.5 * jax.random.normal(next(k), (width, out)),
+    }
 
   def apply(t, net, run, call, images, *args, **kwargs):
     if len(images) % frames:
@@ -115,8 +150,15 @@ def dist(frames: int = 16, stride: int = 2, width: int = 384, channels: int = 96
       m = m + jnp.concatenate([cls, seen], 2)
       return x + jnp.repeat(back, stride, 1), _ffn(p, m) + _tffn(p, m), m
 
-    first = stem(t['stem'], video.astype(last.dtype)), *[jnp.zeros((clips, steps, 1 + side**2, width), last.dtype)] * 2
-    _, r, m = net.run(jax.checkpoint(step, prevent_cse=False) if remat else step, first, {'h': taps, 'p': t['layers']})
+    first = (
+      stem(t['stem'], video.astype(last.dtype)),
+      *[jnp.zeros((clips, steps, 1 + side**2, width), last.dtype)] * 2,
+    )
+    _, r, m = net.run(
+      jax.checkpoint(step, prevent_cse=False) if remat else step,
+      first,
+      {'h': taps, 'p': t['layers']},
+    )
     query = _pooled(t, (r + m).reshape(clips * steps, -1, width), clips)
     cls = last[:, 0].reshape(clips, steps, -1).mean(1)
     return layer_norm(t['norm'], query + linear(t['residual'], cls)) @ t['project']
@@ -145,8 +187,16 @@ def logits(z: jax.Array, texts: jax.Array, scale: float) -> jax.Array:
 def stem(p, video: jax.Array) -> jax.Array:
   """X of the pixels: [B, T, height, width, 3] to [B, T, h, w, C]."""
   patch = p['kernel'].shape[1]
-  return jax.lax.conv_general_dilated(video, p['kernel'], (1, patch, patch), [(2, 2), (0, 0), (0, 0)],
-                                      dimension_numbers=('NDHWC', 'DHWIO', 'NDHWC')) + p['bias']
+  return (
+    jax.lax.conv_general_dilated(
+      video,
+      p['kernel'],
+      (1, patch, patch),
+      [(2, 2), (0, 0), (0, 0)],
+      dimension_numbers=('NDHWC', 'DHWIO', 'NDHWC'),
+    )
+    + p['bias']
+  )
 
 
 def temporal(p, x: jax.Array) -> jax.Array:
@@ -156,8 +206,16 @@ def temporal(p, x: jax.Array) -> jax.Array:
 
 
 def _conv(p, x, pad=(0, 0, 0), stride: int = 1):
-  return jax.lax.conv_general_dilated(x, p['kernel'], (stride, 1, 1), [(n, n) for n in pad],
-                                      dimension_numbers=('NDHWC', 'DHWIO', 'NDHWC')) + p['bias']
+  return (
+    jax.lax.conv_general_dilated(
+      x,
+      p['kernel'],
+      (stride, 1, 1),
+      [(n, n) for n in pad],
+      dimension_numbers=('NDHWC', 'DHWIO', 'NDHWC'),
+    )
+    + p['bias']
+  )
 
 
 def _quick_gelu(x):
@@ -178,7 +236,9 @@ def _attended(p, query, tokens, heads: int):
   """A query [B, 1, I] that has attended to tokens [B, N, I] (one norm serves both), and an MLP of it."""
   split = lambda x: x.reshape(*x.shape[:-1], heads, -1)
   q, held = layer_norm(p['norm'], query), layer_norm(p['norm'], tokens)
-  y = jax.nn.dot_product_attention(split(linear(p['q'], q)), split(linear(p['k'], held)), split(linear(p['v'], held)))
+  y = jax.nn.dot_product_attention(
+    split(linear(p['q'], q)), split(linear(p['k'], held)), split(linear(p['v'], held))
+  )
   query = query + linear(p['o'], y.reshape(query.shape))
   return query + linear(p['down'], _quick_gelu(linear(p['up'], layer_norm(p['mlp_norm'], query))))
 

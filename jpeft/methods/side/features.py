@@ -27,11 +27,15 @@ def head_of(site: Site, head: str, name: str) -> Site:
   """
   heads = [s for s in site.model.find(head) if s.out is not None]
   if len(heads) != 1:
-    raise ValueError(f'{name}: {head!r} names {len(heads)} modules that are called, and one makes the prediction: '
-                     f'{", ".join(s.path for s in heads) or "none"}')
+    raise ValueError(
+      f'{name}: {head!r} names {len(heads)} modules that are called, and one makes the prediction: '
+      f'{", ".join(s.path for s in heads) or "none"}'
+    )
   if len(heads[0].out.shape) != 2 or len(heads[0].input.shape) != 2:
-    raise ValueError(f'{name}: features of an example give one prediction [B, C], and {heads[0].path!r} maps '
-                     f'{heads[0].input.shape} to {heads[0].out.shape}')
+    raise ValueError(
+      f'{name}: features of an example give one prediction [B, C], and {heads[0].path!r} maps '
+      f'{heads[0].input.shape} to {heads[0].out.shape}'
+    )
   return heads[0]
 
 
@@ -61,16 +65,22 @@ def head_method(name: str, head: str, std, bias: float = 0.0, norm: bool = True)
     bias: at first.
     norm: whether features are normalised.
   """
+
   def init(key, site, arrays):
     classes = head_of(site, head, name).out.shape[-1]
-    return {**begin(key, site.input.shape[-1], classes, std(classes)), 'bias': jnp.full(classes, bias)}
+    return {
+      **begin(key, site.input.shape[-1], classes, std(classes)),
+      'bias': jnp.full(classes, bias),
+    }
 
   def apply(t, call, x, *args, **kwargs):
     x = jax.lax.stop_gradient(x)
     logits = vote(t, unit(x) if norm else x) + t['bias']
     votes = [v['vote'] for path, v in call.taps().items() if 'vote' in v]
     logits = logits + sum(v.reshape(-1, *logits.shape).sum(0) for v in votes)
-    return logits.astype(call.site.out.dtype)  # features may be wider than the model's numbers, behind norms
+    return logits.astype(
+      call.site.out.dtype
+    )  # features may be wider than the model's numbers, behind norms
 
   return at(head, Call(name, apply, init, fixed=FIXED, taps=True, memory=NONE))
 
@@ -101,7 +111,13 @@ def select(t, fraction: float, fresh) -> dict:
   chosen = np.zeros(len(flat), np.float32)
   chosen[np.argsort(-flat, kind='stable')[:kept]] = 1
   parts = np.split(chosen, np.cumsum([s.size for s in scores.values()])[:-1])
-  keep = {path: jnp.asarray(p.reshape(scores[path].shape)) for path, p in zip(scores, parts, strict=True)}
+  keep = {
+    path: jnp.asarray(p.reshape(scores[path].shape)) for path, p in zip(scores, parts, strict=True)
+  }
   head = ('kernel', 'bias')
-  return {path: {n: keep[path] if n == 'keep' else fresh[path][n] if n in head else x for n, x in s.items()}
-          for path, s in t.items()}
+  return {
+    path: {
+      n: keep[path] if n == 'keep' else fresh[path][n] if n in head else x for n, x in s.items()
+    }
+    for path, s in t.items()
+  }

@@ -22,9 +22,14 @@ from ..subset.tune import NONE
 from . import features
 
 
-def head2toe(target: int = 512, norm: bool = True, std: float = 0.01,
-             taps: str = '{embed}|{attention}|{fc1}|{fc2}|{final_norm}', head: str = '{head}',
-             name: str = 'head2toe') -> Method:
+def head2toe(
+  target: int = 512,
+  norm: bool = True,
+  std: float = 0.01,
+  taps: str = '{embed}|{attention}|{fc1}|{fc2}|{final_norm}',
+  head: str = '{head}',
+  name: str = 'head2toe',
+) -> Method:
   """A linear head over all activations (arXiv 2201.03529); trains the head too.
 
   Args:
@@ -44,8 +49,10 @@ def head2toe(target: int = 512, norm: bool = True, std: float = 0.01,
   def init(key, site, arrays):
     classes = features.head_of(site, head, name).out.shape[-1]
     if site.out is None or len(site.out.shape) not in (2, 3, 4):
-      raise ValueError(f'{name}: {site.path!r} gives {None if site.out is None else site.out.shape}, and activations '
-                       'are [B, c], [B, N, c] or [B, h, w, c]')
+      raise ValueError(
+        f'{name}: {site.path!r} gives {None if site.out is None else site.out.shape}, and activations '
+        'are [B, c], [B, N, c] or [B, h, w, c]'
+      )
     width = jax.eval_shape(lambda x: averaged(x, target), site.out).shape[-1]
     return features.begin(key, width, classes, std)
 
@@ -55,8 +62,10 @@ def head2toe(target: int = 512, norm: bool = True, std: float = 0.01,
     call.tap(vote=features.vote(t, features.unit(x) if norm else x))
     return out
 
-  return chain(at(taps, Call(name, apply, init, fixed=features.FIXED, taps=True, memory=NONE)),
-               features.head_method(name, head, lambda classes: std, 0.0, norm))
+  return chain(
+    at(taps, Call(name, apply, init, fixed=features.FIXED, taps=True, memory=NONE)),
+    features.head_method(name, head, lambda classes: std, 0.0, norm),
+  )
 
 
 def averaged(x: jax.Array, target: int) -> jax.Array:
@@ -69,8 +78,8 @@ def averaged(x: jax.Array, target: int) -> jax.Array:
   if x.ndim == 3:
     size = max(1, int(x.shape[1] / (target / c)))
     n = x.shape[1] // size
-    return x[:, :n * size].reshape(len(x), n, size, c).mean(2).reshape(len(x), -1)
+    return x[:, : n * size].reshape(len(x), n, size, c).mean(2).reshape(len(x), -1)
   size = max(1, x.shape[2] // math.isqrt(target // c))
   h, w = x.shape[1] // size, x.shape[2] // size
-  x = x[:, :h * size, :w * size].reshape(len(x), h, size, w, size, c)
+  x = x[:, : h * size, : w * size].reshape(len(x), h, size, w, size, c)
   return jnp.mean(x, (2, 4)).reshape(len(x), -1)

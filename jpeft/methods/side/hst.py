@@ -38,10 +38,20 @@ from .stack import Stack
 OUTPUTS = ('logits', 'maps', 'segmentation')
 
 
-def hst(widths: tuple[int, ...] = (32, 48, 64, 72), heads: tuple[int, ...] = (2, 4, 8, 12),
-        depths: tuple[int, ...] | None = None, output: str = 'logits', classes: int | None = None,
-        fpn_width: int = 64, drop_path: float = 0.0, remat: bool = False, blocks: str = '{block}',
-        norms: str = '{norm}', root: str = '', name: str = 'hst') -> Method:
+def hst(
+  widths: tuple[int, ...] = (32, 48, 64, 72),
+  heads: tuple[int, ...] = (2, 4, 8, 12),
+  depths: tuple[int, ...] | None = None,
+  output: str = 'logits',
+  classes: int | None = None,
+  fpn_width: int = 64,
+  drop_path: float = 0.0,
+  remat: bool = False,
+  blocks: str = '{block}',
+  norms: str = '{norm}',
+  root: str = '',
+  name: str = 'hst',
+) -> Method:
   """Hierarchical side-tuning (arXiv 2310.05393).
 
   Args:
@@ -68,7 +78,9 @@ def hst(widths: tuple[int, ...] = (32, 48, 64, 72), heads: tuple[int, ...] = (2,
   if (output == 'segmentation') != (classes is not None):
     raise ValueError(f"hst: classes={classes} goes with output='segmentation', not with {output!r}")
   if len(widths) != 4 or len(heads) != 4 or any(c % h for c, h in zip(widths, heads, strict=True)):
-    raise ValueError(f'hst: four widths, each divided by its heads, are needed; got {widths} and {heads}')
+    raise ValueError(
+      f'hst: four widths, each divided by its heads, are needed; got {widths} and {heads}'
+    )
   if not 0 <= drop_path < 1:
     raise ValueError(f'hst: drop_path={drop_path} must be at least 0 and below 1')
 
@@ -77,25 +89,34 @@ def hst(widths: tuple[int, ...] = (32, 48, 64, 72), heads: tuple[int, ...] = (2,
     """(the backbone's blocks, those of each stage, rows and columns of patches)."""
     images = site.input.shape if site.input is not None else ()
     if len(images) != 4:
-      raise ValueError(f'{name}: a pyramid is built on images [B, H, W, channels], and {site.kind} is called with '
-                       f'{images}')
+      raise ValueError(
+        f'{name}: a pyramid is built on images [B, H, W, channels], and {site.kind} is called with '
+        f'{images}'
+      )
     net = Stack(site, blocks, root)
     net.check_tokens(name)
     patches = net.stack[0].input.shape[1] - lead_of(site)
     side = math.isqrt(max(1, images[1] * images[2] // max(patches, 1)))
     grid = (images[1] // side, images[2] // side)
     if grid[0] * grid[1] != patches:
-      raise ValueError(f'{name}: {patches} patches are no grid over images of {images[1]}x{images[2]}')
+      raise ValueError(
+        f'{name}: {patches} patches are no grid over images of {images[1]}x{images[2]}'
+      )
     if depths is not None and (len(depths) != 4 or sum(depths) != net.depth):
       raise ValueError(f'{name}: depths={depths} must be four numbers whose sum is {net.depth}')
-    stage = [i * 4 // net.depth for i in range(net.depth)] if depths is None else [
-      j for j, n in enumerate(depths) for _ in range(n)]
+    stage = (
+      [i * 4 // net.depth for i in range(net.depth)]
+      if depths is None
+      else [j for j, n in enumerate(depths) for _ in range(n)]
+    )
     return net, [[i for i in range(net.depth) if stage[i] == j] for j in range(4)], grid
 
   def begin_token(key, site, arrays):
     if len(site.input.shape) != 3:
-      raise ValueError(f'{name}: reads one stream of tokens [B, N, d], and the block {site.path!r} is called with '
-                       f'{site.input.shape}')
+      raise ValueError(
+        f'{name}: reads one stream of tokens [B, N, d], and the block {site.path!r} is called with '
+        f'{site.input.shape}'
+      )
     width = site.input.shape[-1]
     bound = math.sqrt(6 / (1 + width))
     return {'meta': jax.random.uniform(key, (1, width), minval=-bound, maxval=bound)}
@@ -106,31 +127,44 @@ def hst(widths: tuple[int, ...] = (32, 48, 64, 72), heads: tuple[int, ...] = (2,
     out = call(*args, **kwargs)
     x, lead = jax.tree.leaves(out)[0], lead_of(call.site)
     rest = remove_tokens(call.site, x, 1)
-    call.tap(meta=x[:, lead:lead + 1], patches=rest[:, lead:])
+    call.tap(meta=x[:, lead : lead + 1], patches=rest[:, lead:])
     return put_first(out, rest)
 
   def init(key, site, arrays):
     net, owned, _ = stages(site)
     keys = iter(jax.random.split(key, 64))
     channels = site.input.shape[-1]
-    t = {'stem': {'conv1': _conv(next(keys), 3, channels, widths[0], False), 'norm1': scales(widths[0]),
-                  'conv2': _conv(next(keys), 2, widths[0], widths[0]), 'norm2': scales(widths[0])}}
+    t = {
+      'stem': {
+        'conv1': _conv(next(keys), 3, channels, widths[0], False),
+        'norm1': scales(widths[0]),
+        'conv2': _conv(next(keys), 2, widths[0], widths[0]),
+        'norm2': scales(widths[0]),
+      }
+    }
     for j, c in enumerate(widths):
       stage = {'norm': scales(c)}
       if j:
         stage |= {'down': _conv(next(keys), 3, widths[j - 1], c), 'down_norm': scales(c)}
       if n := len(owned[j]):
         stage['bridge'] = _dense(next(keys), net.width, c)
-        stage['blocks'] = {'token_norm': scales(c, n), 'norm1': scales(c, n), 'norm2': scales(c, n),
-                           **{part: _dense(next(keys), c, c, n) for part in 'qkvo'},
-                           'fc1': _dense(next(keys), c, 4 * c, n), 'fc2': _dense(next(keys), 4 * c, c, n)}
+        stage['blocks'] = {
+          'token_norm': scales(c, n),
+          'norm1': scales(c, n),
+          'norm2': scales(c, n),
+          **{part: _dense(next(keys), c, c, n) for part in 'qkvo'},
+          'fc1': _dense(next(keys), c, 4 * c, n),
+          'fc2': _dense(next(keys), 4 * c, c, n),
+        }
       t[f'stage{j}'] = stage
     if output == 'logits':
       t['head'] = _dense(next(keys), widths[-1], site.out.shape[-1])
     if output == 'segmentation':
-      t['fpn'] = {**{f'lateral{j}': _conv(next(keys), 1, c, fpn_width) for j, c in enumerate(widths)},
-                  **{f'smooth{j}': _conv(next(keys), 3, fpn_width, fpn_width) for j in range(4)},
-                  'classes': _conv(next(keys), 1, fpn_width, classes)}
+      t['fpn'] = {
+        **{f'lateral{j}': _conv(next(keys), 1, c, fpn_width) for j, c in enumerate(widths)},
+        **{f'smooth{j}': _conv(next(keys), 3, fpn_width, fpn_width) for j in range(4)},
+        'classes': _conv(next(keys), 1, fpn_width, classes),
+      }
     return t
 
   def apply(t, call, *args, **kwargs):
@@ -152,8 +186,12 @@ def hst(widths: tuple[int, ...] = (32, 48, 64, 72), heads: tuple[int, ...] = (2,
       for k, i in enumerate(owned[j]):
         sub = None if key is None else jax.random.fold_in(key, i)
         block = jax.tree.map(lambda a, k=k: a[k], stage['blocks'])
-        run = again(functools.partial(_side_block, heads=n_heads, rate=drop_path, key=sub, grid=grid))
-        x = run(block, stage['bridge'], x, net.recorded(taps, 'meta', i), net.recorded(taps, 'patches', i))
+        run = again(
+          functools.partial(_side_block, heads=n_heads, rate=drop_path, key=sub, grid=grid)
+        )
+        x = run(
+          block, stage['bridge'], x, net.recorded(taps, 'meta', i), net.recorded(taps, 'patches', i)
+        )
       x = layer_norm(stage['norm'], x)
       maps.append(x)
     if output == 'maps':
@@ -162,17 +200,28 @@ def hst(widths: tuple[int, ...] = (32, 48, 64, 72), heads: tuple[int, ...] = (2,
       return _pyramid(t['fpn'], maps)
     return put_first(y, linear(t['head'], layer_norm({}, maps[-1].mean((1, 2)))))
 
-  return chain(tune(norms, name=name), at(blocks, Call(name, token, begin_token, taps=True, memory=FULL)),
-               at(root, Call(name, apply, init, taps=True, memory=FULL)))
+  return chain(
+    tune(norms, name=name),
+    at(blocks, Call(name, token, begin_token, taps=True, memory=FULL)),
+    at(root, Call(name, apply, init, taps=True, memory=FULL)),
+  )
 
 
 def _side_block(t, bridge, x, token, patches, *, heads, rate, key, grid):
   """x [B, h, w, C] after one side block; token [B, 1, d] and patches [B, N, d] are the backbone's."""
   b, h, w, c = x.shape
   f = resize(linear(bridge, patches).reshape(b, *grid, c), (h, w)).reshape(b, h * w, c)
-  keys = jnp.concatenate([layer_norm(t['token_norm'], linear(bridge, token)), f.mean(1, keepdims=True)], 1)
-  dropped = lambda y, i: y if key is None else y * (
-    jax.random.bernoulli(jax.random.fold_in(key, i), 1 - rate, (b, 1, 1)) / (1 - rate)).astype(y.dtype)
+  keys = jnp.concatenate(
+    [layer_norm(t['token_norm'], linear(bridge, token)), f.mean(1, keepdims=True)], 1
+  )
+  dropped = lambda y, i: (
+    y
+    if key is None
+    else y
+    * (jax.random.bernoulli(jax.random.fold_in(key, i), 1 - rate, (b, 1, 1)) / (1 - rate)).astype(
+      y.dtype
+    )
+  )
   x = x.reshape(b, h * w, c)
   x = x + dropped(attend(t, layer_norm(t['norm1'], x), keys, heads), 0) + f
   x = x + dropped(linear(t['fc2'], jax.nn.gelu(linear(t['fc1'], layer_norm(t['norm2'], x)))), 1)
@@ -182,7 +231,9 @@ def _side_block(t, bridge, x, token, patches, *, heads, rate, key, grid):
 def attend(t, x: jax.Array, keys: jax.Array, heads: int) -> jax.Array:
   """Attention from x [B, N, C] to keys [B, M, C]."""
   split = lambda y: y.reshape(*y.shape[:-1], heads, -1)
-  y = jax.nn.dot_product_attention(split(linear(t['q'], x)), split(linear(t['k'], keys)), split(linear(t['v'], keys)))
+  y = jax.nn.dot_product_attention(
+    split(linear(t['q'], x)), split(linear(t['k'], keys)), split(linear(t['v'], keys))
+  )
   return linear(t['o'], y.reshape(x.shape))
 
 
@@ -210,11 +261,18 @@ def _dense(key, fan_in: int, fan_out: int, *lead: int) -> dict:
 
 
 def _conv(key, size: int, fan_in: int, fan_out: int, bias: bool = True) -> dict:
-  kernel = math.sqrt(2 / (size * size * fan_out)) * jax.random.normal(key, (size, size, fan_in, fan_out))
+  kernel = math.sqrt(2 / (size * size * fan_out)) * jax.random.normal(
+    key, (size, size, fan_in, fan_out)
+  )
   return {'kernel': kernel, **({'bias': jnp.zeros(fan_out)} if bias else {})}
 
 
 def _convolve(t, x: jax.Array, stride: int, padding: int) -> jax.Array:
-  y = jax.lax.conv_general_dilated(x, t['kernel'].astype(x.dtype), (stride, stride), [(padding, padding)] * 2,
-                                   dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+  y = jax.lax.conv_general_dilated(
+    x,
+    t['kernel'].astype(x.dtype),
+    (stride, stride),
+    [(padding, padding)] * 2,
+    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+  )
   return y + t['bias'] if 'bias' in t else y

@@ -65,7 +65,9 @@ class Ladder(Stack):
     if self.kind in ('auto', 'own'):
       try:
         block = blocks.own(self.stack[0], self.reduction)
-        blocks.check(block, s, inputs, f'the block class {self.stack[0].kind} at {self.stack[0].path!r}')
+        blocks.check(
+          block, s, inputs, f'the block class {self.stack[0].kind} at {self.stack[0].path!r}'
+        )
         return block
       except ValueError:
         if self.kind == 'own':
@@ -97,8 +99,10 @@ class Ladder(Stack):
     else:
       pruned, kept = self._pruned(arrays, arrays.model if prune == 'magnitude' else _flat(prune))
       blocks = jax.tree.map(lambda *x: jnp.stack(x), *pruned)
-    tables = {n: {k: arrays.model[f'{s.path}/{k}'].astype(jnp.float32) for k in s.leaves}
-              for n, s in self.tables.items()}
+    tables = {
+      n: {k: arrays.model[f'{s.path}/{k}'].astype(jnp.float32) for k in s.leaves}
+      for n, s in self.tables.items()
+    }
     return {'blocks': blocks, **self._init_norm(arrays, kept), **tables}
 
   def _init_norm(self, arrays, kept) -> dict:
@@ -107,7 +111,11 @@ class Ladder(Stack):
     if not self._own_norm:
       return {'norm': {'scale': jnp.ones(self.narrow)}}
     if kept is None:
-      return {'norm': _float32(self.site.module.init(jax.random.key(0), jnp.zeros((1, self.narrow)))['params'])}
+      return {
+        'norm': _float32(
+          self.site.module.init(jax.random.key(0), jnp.zeros((1, self.narrow)))['params']
+        )
+      }
     wide = {n: arrays.model[f'{self.site.path}/{n}'] for n in self.site.leaves}
     return {'norm': {n: jnp.take(x, kept).astype(jnp.float32) for n, x in wide.items()}}
 
@@ -131,17 +139,29 @@ class Ladder(Stack):
     anatomy = self.site.model.anatomy
     prefix = self.stack[0].path.rpartition('/')[0]
     takes = self.specs if self.block.takes is None else self.block.takes
-    roles = {n: r for n, r in (anatomy.side if anatomy else {}).items()
-             if r in anatomy.roles and n in self.specs and n in takes}
-    return {n: next(s for s in self.site.model.find(f'{{{r}}}') if s.path.rpartition('/')[0] == prefix)
-            for n, r in roles.items()}
+    roles = {
+      n: r
+      for n, r in (anatomy.side if anatomy else {}).items()
+      if r in anatomy.roles and n in self.specs and n in takes
+    }
+    return {
+      n: next(s for s in self.site.model.find(f'{{{r}}}') if s.path.rpartition('/')[0] == prefix)
+      for n, r in roles.items()
+    }
 
   def context(self, t, taps, length: int) -> dict[str, jax.Array]:
     """The inputs of the side blocks that the side network makes itself."""
-    made = {n: site.module.apply({'params': t[n]}, length, length) for n, site in self.tables.items()}
+    made = {
+      n: site.module.apply({'params': t[n]}, length, length) for n, site in self.tables.items()
+    }
     anatomy = self.site.model.anatomy
     for name, role in (anatomy.side if anatomy else {}).items():
-      if role == 'context' and name in self.specs and len(self.exits) > 1 and self.exits[0] is not self.site:
+      if (
+        role == 'context'
+        and name in self.specs
+        and len(self.exits) > 1
+        and self.exits[0] is not self.site
+      ):
         made[name] = taps[self.exits[0].path]['side']
     return made
 
@@ -151,14 +171,24 @@ class Ladder(Stack):
     kept, blocks = self._kept_before(arrays, scores), []
     for i in self.layers:
       block, layer = self.layer(i)
-      inside = {s.path[len(block.path) + 1:]: s for s in self.site.model.values()
-                if s.leaves and s.path.startswith(f'{block.path}/')}
+      inside = {
+        s.path[len(block.path) + 1 :]: s
+        for s in self.site.model.values()
+        if s.leaves and s.path.startswith(f'{block.path}/')
+      }
       of_layer = lambda flat, layer=layer, inside=inside: {
-        s.path: {n: s.lead(flat[f'{s.path}/{n}']).reshape(-1, *leaf.shape)[layer]
-                 for n, leaf in s.leaves.items()} for s in inside.values()}
-      narrow = {s.path: {n: shapes[f'{local}/{n}'].shape for n in s.leaves} for local, s in inside.items()}
-      pruned, kept = prune_block(list(inside.values()), of_layer(arrays.model), of_layer(scores), narrow,
-                                 kept)
+        s.path: {
+          n: s.lead(flat[f'{s.path}/{n}']).reshape(-1, *leaf.shape)[layer]
+          for n, leaf in s.leaves.items()
+        }
+        for s in inside.values()
+      }
+      narrow = {
+        s.path: {n: shapes[f'{local}/{n}'].shape for n in s.leaves} for local, s in inside.items()
+      }
+      pruned, kept = prune_block(
+        list(inside.values()), of_layer(arrays.model), of_layer(scores), narrow, kept
+      )
       flat = {f'{local}/{n}': x for local, s in inside.items() for n, x in pruned[s.path].items()}
       blocks.append(_float32(traverse_util.unflatten_dict(flat, sep='/')))
     return blocks, kept
@@ -170,8 +200,12 @@ class Ladder(Stack):
     if position:
       return dataclasses.replace(self, site=self.exits[position - 1])._pruned(arrays, scores)[1]
     model = self.site.model
-    tables = [f'{s.path}/{n}' for s in model.find('(?:{embed})(?:/.*)?') for n, leaf in s.leaves.items()
-              if leaf.use in ('gather', 'conv_general_dilated') and leaf.shape[-1] == self.width]
+    tables = [
+      f'{s.path}/{n}'
+      for s in model.find('(?:{embed})(?:/.*)?')
+      for n, leaf in s.leaves.items()
+      if leaf.use in ('gather', 'conv_general_dilated') and leaf.shape[-1] == self.width
+    ]
     if not tables:
       raise ValueError("prune: found no embedding of the blocks' width at the role {embed}")
     columns = jnp.sum(jnp.abs(scores[tables[0]]).reshape(-1, self.width), 0)
@@ -191,8 +225,16 @@ class Ladder(Stack):
     project = lambda h, layer: h if layer is None else linear(layer, h)
     return self.each(project, taps, last, [i + 1 for i in self.layers], down)
 
-  def climb(self, call: Bound, t, s: jax.Array, mix: Callable[[jax.Array, dict], jax.Array], rows: dict, key,
-            remat: bool) -> jax.Array:
+  def climb(
+    self,
+    call: Bound,
+    t,
+    s: jax.Array,
+    mix: Callable[[jax.Array, dict], jax.Array],
+    rows: dict,
+    key,
+    remat: bool,
+  ) -> jax.Array:
     """The stream after all side blocks and the norm behind them, [B, N, d'].
 
     Where the model's collection 'cache' is mutable, side blocks that keep keys and values keep them there too.
@@ -213,15 +255,25 @@ class Ladder(Stack):
     def step(s, layer):
       inputs = {**layer['inputs'], **context}
       with call.outside():
-        out, cache = self.block.run(layer['block'], mix(s, layer), inputs, call.training, layer.get('key'),
-                                    layer.get('cache'))
+        out, cache = self.block.run(
+          layer['block'], mix(s, layer), inputs, call.training, layer.get('key'), layer.get('cache')
+        )
       return out.astype(s.dtype), cache
 
-    s, cache = self.scan(jax.checkpoint(step, prevent_cse=False) if remat else step, s, {
-      'block': t['blocks'], 'inputs': self.inputs(call.taps()), **rows,
-      **({} if held is None else {'cache': held}),
-      **({} if key is None else {'key': jax.random.split(key, len(self.layers))})})
-    if held is not None and (jax.tree.leaves(cache) or not self.block.mixes):  # else a text has to be run as a whole
+    s, cache = self.scan(
+      jax.checkpoint(step, prevent_cse=False) if remat else step,
+      s,
+      {
+        'block': t['blocks'],
+        'inputs': self.inputs(call.taps()),
+        **rows,
+        **({} if held is None else {'cache': held}),
+        **({} if key is None else {'key': jax.random.split(key, len(self.layers))}),
+      },
+    )
+    if held is not None and (
+      jax.tree.leaves(cache) or not self.block.mixes
+    ):  # else a text has to be run as a whole
       call.hold(cache)
     with call.outside():
       return self.norm(t, s)
@@ -238,10 +290,14 @@ class Ladder(Stack):
     """Raises a ValueError where the widths cannot be divided, or nothing can be pruned."""
     self.check_tokens(name)
     if self.width % self.reduction:
-      raise ValueError(f'reduction={self.reduction} does not divide the width {self.width} of the blocks')
+      raise ValueError(
+        f'reduction={self.reduction} does not divide the width {self.width} of the blocks'
+      )
     reads = self.block.takes is None or 'context' in self.block.takes
     if self.is_last and len(self.exits) > 1 and not reads:
-      raise ValueError("a side decoder without attention never reads the side encoder; use block='attention'")
+      raise ValueError(
+        "a side decoder without attention never reads the side encoder; use block='attention'"
+      )
     if prune is not None and self.block.takes is not None:
       raise ValueError("prune cuts the backbone's own blocks, and this model's cannot be narrowed")
 

@@ -32,11 +32,25 @@ MERGES = ('replace', 'add', 'gate')
 _GATE_STARTS = {'learned': 0.0, 'linear': 0.1, 'hyperbolic': 0.9}
 
 
-def lst(reduction: int = 8, block: str = 'auto', heads: int = 1, downsample: str = 'linear',
-        gate: str | None = 'learned', temperature: float = 0.1, gate_steps: int = 1000,
-        layers: Sequence[int] | None = None, merge: str = 'replace', prune: Any = None,
-        dropout: float = 0.0, remat: bool = True, std: float = 0.01, normalize: bool = False,
-        blocks: str = '{block}', exit: str = '{exit}', name: str = 'lst') -> Method:
+def lst(
+  reduction: int = 8,
+  block: str = 'auto',
+  heads: int = 1,
+  downsample: str = 'linear',
+  gate: str | None = 'learned',
+  temperature: float = 0.1,
+  gate_steps: int = 1000,
+  layers: Sequence[int] | None = None,
+  merge: str = 'replace',
+  prune: Any = None,
+  dropout: float = 0.0,
+  remat: bool = True,
+  std: float = 0.01,
+  normalize: bool = False,
+  blocks: str = '{block}',
+  exit: str = '{exit}',
+  name: str = 'lst',
+) -> Method:
   """Ladder side-tuning (arXiv 2206.06522).
 
   Args:
@@ -64,8 +78,12 @@ def lst(reduction: int = 8, block: str = 'auto', heads: int = 1, downsample: str
     exit: pattern of the module whose output is the last hidden state, one for each stack.
     name: in theta.
   """
-  for value, choices, what in ((block, BLOCKS, 'block'), (gate, GATES, 'gate'), (merge, MERGES, 'merge'),
-                               (downsample, ('linear', 'pool'), 'downsample')):
+  for value, choices, what in (
+    (block, BLOCKS, 'block'),
+    (gate, GATES, 'gate'),
+    (merge, MERGES, 'merge'),
+    (downsample, ('linear', 'pool'), 'downsample'),
+  ):
     if value not in choices:
       raise ValueError(f'lst: {what}={value!r} is none of {", ".join(map(repr, choices))}')
   if reduction < 1:
@@ -124,9 +142,18 @@ def lst(reduction: int = 8, block: str = 'auto', heads: int = 1, downsample: str
       h, g = layer.get('h'), layer.get('gate')
       return s if h is None else s + h if g is None else g * s + (1 - g) * h
 
-    s = net.climb(call, t, s, mix, {
-      **gates_of(t, net, s.dtype),
-      **({} if gate == 'one' else {'h': net.narrowed(call.taps(), last, t.get('down'))})}, key, remat)
+    s = net.climb(
+      call,
+      t,
+      s,
+      mix,
+      {
+        **gates_of(t, net, s.dtype),
+        **({} if gate == 'one' else {'h': net.narrowed(call.taps(), last, t.get('down'))}),
+      },
+      key,
+      remat,
+    )
     if not net.is_last:
       call.tap(side=s)
       return y
@@ -151,13 +178,33 @@ def lst(reduction: int = 8, block: str = 'auto', heads: int = 1, downsample: str
   scheduled = gate in ('linear', 'hyperbolic')
   return chain(
     record(name, blocks, keep, lambda site, inputs: ladder_of(site).further(inputs)),
-    at(exit, Call(name, apply, init, taps=True, memory=NONE, fixed=('gate',) if scheduled else (),
-                  update=update if scheduled else None)))
+    at(
+      exit,
+      Call(
+        name,
+        apply,
+        init,
+        taps=True,
+        memory=NONE,
+        fixed=('gate',) if scheduled else (),
+        update=update if scheduled else None,
+      ),
+    ),
+  )
 
 
-def side_tuning(reduction: int = 8, block: str = 'auto', heads: int = 1, layers: Sequence[int] | None = None,
-                prune: Any = None, temperature: float = 1.0, remat: bool = False, blocks: str = '{block}',
-                exit: str = '{exit}', name: str = 'side_tuning') -> Method:
+def side_tuning(
+  reduction: int = 8,
+  block: str = 'auto',
+  heads: int = 1,
+  layers: Sequence[int] | None = None,
+  prune: Any = None,
+  temperature: float = 1.0,
+  remat: bool = False,
+  blocks: str = '{block}',
+  exit: str = '{exit}',
+  name: str = 'side_tuning',
+) -> Method:
   """Side-tuning: s(a) B(x) + (1 - s(a)) S(x) of a frozen backbone B and a small network S, s the sigmoid.
 
   Zhang et al., 2020 (arXiv 1912.13503; jozhang97/side-tuning). S is a ladder whose rungs are cut, as the LST
@@ -169,5 +216,18 @@ def side_tuning(reduction: int = 8, block: str = 'auto', heads: int = 1, layers:
     temperature: T of s(a / T); 1 as published, 0.1 in the LST paper's comparison.
     name: in theta.
   """
-  return lst(reduction, block, heads, 'linear', 'one', temperature, layers=layers, merge='gate', prune=prune,
-             remat=remat, blocks=blocks, exit=exit, name=name)
+  return lst(
+    reduction,
+    block,
+    heads,
+    'linear',
+    'one',
+    temperature,
+    layers=layers,
+    merge='gate',
+    prune=prune,
+    remat=remat,
+    blocks=blocks,
+    exit=exit,
+    name=name,
+  )

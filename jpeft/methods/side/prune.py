@@ -39,16 +39,24 @@ def fisher(loss: Callable[[Any, Any], jax.Array], params: Any, samples: Iterable
   Returns:
     A tree like params.
   """
-  square = jax.jit(lambda total, sample: jax.tree.map(
-    lambda t, g: t + jnp.square(g.astype(jnp.float32)), total, jax.grad(loss)(params, sample)))
+  square = jax.jit(
+    lambda total, sample: jax.tree.map(
+      lambda t, g: t + jnp.square(g.astype(jnp.float32)), total, jax.grad(loss)(params, sample)
+    )
+  )
   total = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
   for sample in samples:
     total = square(total, sample)
   return total
 
 
-def prune_block(sites: list[Site], arrays: dict[str, dict], scores: dict[str, dict],
-                shapes: dict[str, dict], kept: jax.Array) -> tuple[dict[str, dict], jax.Array]:
+def prune_block(
+  sites: list[Site],
+  arrays: dict[str, dict],
+  scores: dict[str, dict],
+  shapes: dict[str, dict],
+  kept: jax.Array,
+) -> tuple[dict[str, dict], jax.Array]:
   """The arrays of one narrow block.
 
   Args:
@@ -69,7 +77,9 @@ def prune_block(sites: list[Site], arrays: dict[str, dict], scores: dict[str, di
     if not group[0].matrices:  # a norm or a layer scale follows the stream
       (site,) = group
       if any(len(leaf.shape) != 1 for leaf in site.leaves.values()):
-        raise ValueError(f'{site.kind} at {site.path!r} cannot be pruned; use another initialisation')
+        raise ValueError(
+          f'{site.kind} at {site.path!r} cannot be pruned; use another initialisation'
+        )
       pruned[site.path] = {n: jnp.take(x, kept) for n, x in arrays[site.path].items()}
       continue
     importance = 1.0
@@ -85,7 +95,9 @@ def prune_block(sites: list[Site], arrays: dict[str, dict], scores: dict[str, di
       cut = jnp.take(jnp.take(leaf.fold(own[name]), kept, 0), rows, 1)
       pruned[site.path] = {name: dataclasses.replace(leaf, shape=narrow[site.path]).unfold(cut)}
       for other in set(own) - {name}:
-        pruned[site.path][other] = jnp.take(own[other].reshape(-1), rows).reshape(shapes[site.path][other])
+        pruned[site.path][other] = jnp.take(own[other].reshape(-1), rows).reshape(
+          shapes[site.path][other]
+        )
     kept = rows
   return pruned, kept
 
@@ -96,9 +108,11 @@ def _groups(sites: list[Site]) -> list[list[Site]]:
   for site in sites:
     anatomy, mate = site.model.anatomy, groups[-1][-1] if groups else None
     together = mate is not None and any(
-      re.fullmatch(pattern, site.path) and re.fullmatch(pattern, mate.path)
+      re.fullmatch(pattern, site.path)
+      and re.fullmatch(pattern, mate.path)
       and site.path.rpartition('/')[0] == mate.path.rpartition('/')[0]
-      for pattern in _shared(anatomy))
+      for pattern in _shared(anatomy)
+    )
     groups[-1].append(site) if together else groups.append([site])
   return groups
 

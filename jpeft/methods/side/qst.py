@@ -45,10 +45,22 @@ DOWNSAMPLES = ('adapter', 'lora', 'linear', *POOLS)
 BLOCKS = ('auto', 'own', 'attention', 'mlp')
 
 
-def qst(reduction: int = 16, bottleneck: int = 16, downsample: str = 'adapter', blend: str = 'alpha',
-        alpha_init: float = 1.0, gate_init: float = 0.5, block: str = 'auto', heads: int = 1,
-        layers: tuple[int, ...] | None = None, normalize: bool = False, remat: bool = True, blocks: str = '{block}',
-        exit: str = '{exit}', name: str = 'qst') -> Method:
+def qst(
+  reduction: int = 16,
+  bottleneck: int = 16,
+  downsample: str = 'adapter',
+  blend: str = 'alpha',
+  alpha_init: float = 1.0,
+  gate_init: float = 0.5,
+  block: str = 'auto',
+  heads: int = 1,
+  layers: tuple[int, ...] | None = None,
+  normalize: bool = False,
+  remat: bool = True,
+  blocks: str = '{block}',
+  exit: str = '{exit}',
+  name: str = 'qst',
+) -> Method:
   """Quantized side tuning (arXiv 2401.07159). `train` and `plan` store the backbone as NF4 with double quantization.
 
   Args:
@@ -71,8 +83,11 @@ def qst(reduction: int = 16, bottleneck: int = 16, downsample: str = 'adapter', 
   Raises:
     ValueError: a hyperparameter outside its choices.
   """
-  for value, choices, what in ((block, BLOCKS, 'block'), (downsample, DOWNSAMPLES, 'downsample'),
-                               (blend, SHARES, 'blend')):
+  for value, choices, what in (
+    (block, BLOCKS, 'block'),
+    (downsample, DOWNSAMPLES, 'downsample'),
+    (blend, SHARES, 'blend'),
+  ):
     if value not in choices:
       raise ValueError(f'qst: {what}={value!r} is none of {", ".join(map(repr, choices))}')
   for value, what in ((reduction, 'reduction'), (bottleneck, 'bottleneck')):
@@ -107,17 +122,27 @@ def qst(reduction: int = 16, bottleneck: int = 16, downsample: str = 'adapter', 
     net = ladder(site)
     net.check(name, None)
     keys = dict(zip(('a', 'b', 'kernel', 'bias', 'net'), jax.random.split(key, 5), strict=True))
-    drawn = lambda n, fan_in, *shape: jax.random.uniform(keys[n], shape, minval=-1, maxval=1) * fan_in ** -0.5
+    drawn = lambda n, fan_in, *shape: (
+      jax.random.uniform(keys[n], shape, minval=-1, maxval=1) * fan_in**-0.5
+    )
     wide, narrow, count = net.width, net.narrow, len(net.layers)
     t = {**net.init(keys['net'], arrays, None), 'gate': jnp.full((count, narrow), gate_init)}
     if downsample == 'linear':
       t['down'] = {'kernel': drawn('a', wide, count, wide, narrow), 'norm': scales(narrow, count)}
     elif not pooled:
-      t['down'] = {'a': drawn('a', wide, count, wide, bottleneck), 'norm': scales(narrow, count),
-                   'b': drawn('b', bottleneck, count, bottleneck, narrow)}
+      t['down'] = {
+        'a': drawn('a', wide, count, wide, bottleneck),
+        'norm': scales(narrow, count),
+        'b': drawn('b', bottleneck, count, bottleneck, narrow),
+      }
     if net.is_last:
-      t['up'] = {'kernel': drawn('kernel', narrow, narrow, wide), 'bias': drawn('bias', narrow, wide)}
-      t['blend'] = jnp.full((wide,), 1 - alpha_init if blend == 'alpha' else alpha_init, jnp.float32)
+      t['up'] = {
+        'kernel': drawn('kernel', narrow, narrow, wide),
+        'bias': drawn('bias', narrow, wide),
+      }
+      t['blend'] = jnp.full(
+        (wide,), 1 - alpha_init if blend == 'alpha' else alpha_init, jnp.float32
+      )
     return t
 
   def apply(t, call, x, *args, **kwargs):
@@ -127,13 +152,25 @@ def qst(reduction: int = 16, bottleneck: int = 16, downsample: str = 'adapter', 
     last = keep(net.last(x, out))
     s = down(net.embeddings(taps), jax.tree.map(lambda a: a[0], t.get('down')))
     mix = lambda s, layer: layer['gate'] * s + (1 - layer['gate']) * layer['h']
-    s = net.climb(call, t, s, mix, {'gate': jax.nn.sigmoid(t['gate']), 'h': net.each(
-      down, taps, last, [i + 1 for i in net.layers], t.get('down'))}, call.key, remat)
+    s = net.climb(
+      call,
+      t,
+      s,
+      mix,
+      {
+        'gate': jax.nn.sigmoid(t['gate']),
+        'h': net.each(down, taps, last, [i + 1 for i in net.layers], t.get('down')),
+      },
+      call.key,
+      remat,
+    )
     if not net.is_last:
       call.tap(side=s)
       return y
     still = jax.lax.stop_gradient(out)
     return put_first(y, still + SHARES[blend](t['blend']) * (linear(t['up'], s) - still))
 
-  return chain(record(name, blocks, keep, lambda site, inputs: ladder_of(site).further(inputs)),
-               at(exit, Call(name, apply, init, taps=True, memory=NONE)))
+  return chain(
+    record(name, blocks, keep, lambda site, inputs: ladder_of(site).further(inputs)),
+    at(exit, Call(name, apply, init, taps=True, memory=NONE)),
+  )

@@ -36,9 +36,20 @@ from ..nn import drop
 from .stack import around
 
 
-def r2_tuning(frames: int, states: int = 4, width: int = 256, heads: int = 8, query_width: int = 512,
-              strides: Sequence[int] = (1, 2, 4, 8), dropout: float = 0.5, drop_path: float = 0.1, times: bool = True,
-              blocks: str = '{block}', exit: str = '{exit}', name: str = 'r2_tuning') -> Method:
+def r2_tuning(
+  frames: int,
+  states: int = 4,
+  width: int = 256,
+  heads: int = 8,
+  query_width: int = 512,
+  strides: Sequence[int] = (1, 2, 4, 8),
+  dropout: float = 0.5,
+  drop_path: float = 0.1,
+  times: bool = True,
+  blocks: str = '{block}',
+  exit: str = '{exit}',
+  name: str = 'r2_tuning',
+) -> Method:
   """R2-Tuning (arXiv 2404.00801).
 
   Args:
@@ -78,48 +89,78 @@ def r2_tuning(frames: int, states: int = 4, width: int = 256, heads: int = 8, qu
 
     def glorot(fan_in, fan_out):
       bound = math.sqrt(6 / (fan_in + fan_out))
-      return {'kernel': jax.random.uniform(next(k), (fan_in, fan_out), minval=-bound, maxval=bound),
-              'bias': jnp.zeros(fan_out)}
+      return {
+        'kernel': jax.random.uniform(next(k), (fan_in, fan_out), minval=-bound, maxval=bound),
+        'bias': jnp.zeros(fan_out),
+      }
 
     def conv(size, fan_out):
       p = dense(next(k), size * width, fan_out)
       return {**p, 'kernel': p['kernel'].reshape(size, width, fan_out)}
 
     def maps(d):
-      return {'norm1': scales(d), 'fc1': dense(next(k), d, width), 'norm2': scales(width),
-              'fc2': dense(next(k), width, width)}
+      return {
+        'norm1': scales(d),
+        'fc1': dense(next(k), d, width),
+        'norm2': scales(width),
+        'fc2': dense(next(k), width, width),
+      }
 
     attention = lambda: {n: glorot(width, width) for n in ('q', 'k', 'v', 'o')}
     kaiming = lambda fan_in, fan_out: dense(next(k), fan_in, fan_out, std=math.sqrt(2 / fan_in))
-    t = {'video': maps(net.width + 2 * times), 'query': maps(query_width), 'w_q': glorot(width, width),
-         'w_v': glorot(width, width), 's': jnp.zeros(states),
-         'decoder': {'cross': attention(), 'self': attention(), 'fc1': kaiming(width, 4 * width),
-                     'fc2': kaiming(4 * width, width), **{f'norm{i}': scales(width) for i in (1, 2, 3)}},
-         'pyramid': {str(s): {str(i): {'conv': conv(2, width), 'norm': scales(width)} for i in range(n)}
-                     for s, n in zip(strides, halvings, strict=True) if n},
-         'pool': dense(next(k), width, 1)['kernel'], 'level': jnp.ones(len(strides)),
-         'score': {'hidden': conv(3, width), 'out': conv(3, 1)},
-         'boundary': {'hidden': conv(3, width), 'out': conv(3, 2)}}
+    t = {
+      'video': maps(net.width + 2 * times),
+      'query': maps(query_width),
+      'w_q': glorot(width, width),
+      'w_v': glorot(width, width),
+      's': jnp.zeros(states),
+      'decoder': {
+        'cross': attention(),
+        'self': attention(),
+        'fc1': kaiming(width, 4 * width),
+        'fc2': kaiming(4 * width, width),
+        **{f'norm{i}': scales(width) for i in (1, 2, 3)},
+      },
+      'pyramid': {
+        str(s): {str(i): {'conv': conv(2, width), 'norm': scales(width)} for i in range(n)}
+        for s, n in zip(strides, halvings, strict=True)
+        if n
+      },
+      'pool': dense(next(k), width, 1)['kernel'],
+      'level': jnp.ones(len(strides)),
+      'score': {'hidden': conv(3, width), 'out': conv(3, 1)},
+      'boundary': {'hidden': conv(3, width), 'out': conv(3, 2)},
+    }
     return t | ({'g': jnp.zeros(states - 1)} if states > 1 else {})
 
   def apply(t, net, run, call, images, *args, query, query_mask=None, frame_mask=None, **kwargs):
     if len(images) % frames:
       raise ValueError(f'{name}: {len(images)} images are no whole videos of {frames} frames')
     batch = len(images) // frames
-    if query.ndim != 4 or (query.shape[0], query.shape[1], query.shape[3]) != (batch, states, query_width):
-      raise ValueError(f'{name}: query is {list(query.shape)}, and {batch} videos need [{batch}, {states}, words, '
-                       f'{query_width}]')
+    if query.ndim != 4 or (query.shape[0], query.shape[1], query.shape[3]) != (
+      batch,
+      states,
+      query_width,
+    ):
+      raise ValueError(
+        f'{name}: query is {list(query.shape)}, and {batch} videos need [{batch}, {states}, words, '
+        f'{query_width}]'
+      )
     taps, last = run(images, *args, **kwargs)
     at = [net.depth + 1 - states + i for i in range(states)]
     wide = [last if i == net.depth else net.recorded(taps, 'x', i) for i in at]
     query = jax.lax.stop_gradient(query).astype(last.dtype)
-    query_mask = jnp.ones(query.shape[::2][:2], bool) if query_mask is None else query_mask.astype(bool)
+    query_mask = (
+      jnp.ones(query.shape[::2][:2], bool) if query_mask is None else query_mask.astype(bool)
+    )
     frame_mask = jnp.ones((batch, frames), bool) if frame_mask is None else frame_mask.astype(bool)
     key = call.rng('r2_tuning dropout') if dropout or drop_path else None
     keys = iter([None] * 7 * states if key is None else jax.random.split(key, 7 * states))
     found, steps = None, []
     for i in reversed(range(states)):
-      v = _mapped(t['video'], _timed(wide[i], frames) if times else wide[i], (next(keys), next(keys)), dropout)
+      v = _mapped(
+        t['video'], _timed(wide[i], frames) if times else wide[i], (next(keys), next(keys)), dropout
+      )
       q = _mapped(t['query'], query[:, i], (next(keys), next(keys)), dropout)
       e = v[:, 0] + jnp.tanh(t['s'][i]) * pooled(t, jnp.repeat(q, frames, 0), v)
       e = e.reshape(batch, frames, width)
@@ -144,12 +185,17 @@ def r2_tuning(frames: int, states: int = 4, width: int = 256, heads: int = 8, qu
   return around(name, blocks, exit, init, apply, takes=('query', 'query_mask', 'frame_mask'))
 
 
-def points(frames: int, strides: Sequence[int] = (1, 2, 4, 8)) -> list[dict[str, jax.Array | tuple[float, float]]]:
+def points(
+  frames: int, strides: Sequence[int] = (1, 2, 4, 8)
+) -> list[dict[str, jax.Array | tuple[float, float]]]:
   """Of each level of the pyramid: where its points lie, 'at' [T_s], in frames, and the 'range' of boundaries, in
   frames, that are theirs to tell."""
   before = [0, *strides[1:]]
   after = [*strides[1:], math.inf]
-  return [{'at': s * jnp.arange(frames // s), 'range': (before[n], after[n])} for n, s in enumerate(strides)]
+  return [
+    {'at': s * jnp.arange(frames // s), 'range': (before[n], after[n])}
+    for n, s in enumerate(strides)
+  ]
 
 
 def pooled(t, q: jax.Array, v: jax.Array) -> jax.Array:
@@ -172,6 +218,7 @@ def _mapped(p, x, keys, rate: float):
 
 def _decoded(p, e, words, frame_mask, query_mask, heads: int, keys, rate: float):
   """e [B, T, D] that has attended to the words and along time; norms behind each branch."""
+
   def branch(n, x, y):
     if keys[n - 1] is not None and rate:
       stays = jax.random.bernoulli(keys[n - 1], 1 - rate, (len(y), 1, 1))
@@ -187,7 +234,10 @@ def _decoded(p, e, words, frame_mask, query_mask, heads: int, keys, rate: float)
 def _attended(p, q, k, v, mask, heads: int):
   split = lambda x: x.reshape(*x.shape[:-1], heads, -1)
   q, k, v = (split(linear(p[n], x)) for n, x in (('q', q), ('k', k), ('v', v)))
-  return linear(p['o'], jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None]).reshape(*q.shape[:2], -1))
+  return linear(
+    p['o'],
+    jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None]).reshape(*q.shape[:2], -1),
+  )
 
 
 def _places(length: int, width: int) -> jax.Array:
@@ -197,8 +247,12 @@ def _places(length: int, width: int) -> jax.Array:
 
 
 def _conv(p, x, stride: int = 1, padding: str = 'SAME'):
-  return jax.lax.conv_general_dilated(x, p['kernel'], (stride,), padding,
-                                      dimension_numbers=('NWC', 'WIO', 'NWC')) + p['bias']
+  return (
+    jax.lax.conv_general_dilated(
+      x, p['kernel'], (stride,), padding, dimension_numbers=('NWC', 'WIO', 'NWC')
+    )
+    + p['bias']
+  )
 
 
 def _head(p, x):

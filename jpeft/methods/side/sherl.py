@@ -37,9 +37,20 @@ from .stack import Stack, record
 DOWNS, UPS = ('gated', 'norm'), ('linear', 'norm')
 
 
-def sherl(reduction: int = 8, width: int | None = None, down: str = 'gated', up: str = 'linear',
-          layers: Sequence[int] | None = None, temperature: float = 0.1, dropout: float = 0.0, std: float = 0.01,
-          remat: bool = False, blocks: str = '{block}', exit: str = '{exit}', name: str = 'sherl') -> Method:
+def sherl(
+  reduction: int = 8,
+  width: int | None = None,
+  down: str = 'gated',
+  up: str = 'linear',
+  layers: Sequence[int] | None = None,
+  temperature: float = 0.1,
+  dropout: float = 0.0,
+  std: float = 0.01,
+  remat: bool = False,
+  blocks: str = '{block}',
+  exit: str = '{exit}',
+  name: str = 'sherl',
+) -> Method:
   """SHERL (arXiv 2407.07523).
 
   Args:
@@ -77,18 +88,26 @@ def sherl(reduction: int = 8, width: int | None = None, down: str = 'gated', up:
     top = net.depth - net.is_last
     chosen = [i for i in net.chosen(layers) if i < top]
     if not chosen:
-      raise ValueError(f'{name}: no block before the last of {net.depth} is left to merge before {site.path!r}')
+      raise ValueError(
+        f'{name}: no block before the last of {net.depth} is left to merge before {site.path!r}'
+      )
     return net, (0, *(i + 1 for i in chosen))
 
   def init(key, site, arrays):
     net, states = stack(site)
     d, n, keys = net.width, len(states), jax.random.split(key, 5)
     m = width or d // reduction
-    gated = {'1': dense(keys[0], d, m, n, std=std), '2': dense(keys[1], m, m, n, std=std),
-             '3': dense(keys[2], m, m, n, std=std)}
-    t = {'down': gated if down == 'gated' else {'1': dense(keys[0], d, m, n), 'norm': scales(m, n)},
-         'score': dense(keys[3], m, 1), 'gamma': jnp.zeros(()),
-         'up': dense(keys[4], m, d, std=std if up == 'linear' else None)}
+    gated = {
+      '1': dense(keys[0], d, m, n, std=std),
+      '2': dense(keys[1], m, m, n, std=std),
+      '3': dense(keys[2], m, m, n, std=std),
+    }
+    t = {
+      'down': gated if down == 'gated' else {'1': dense(keys[0], d, m, n), 'norm': scales(m, n)},
+      'score': dense(keys[3], m, 1),
+      'gamma': jnp.zeros(()),
+      'up': dense(keys[4], m, d, std=std if up == 'linear' else None),
+    }
     if up == 'norm':
       t['up_norm'] = scales(d)
     if not net.wraps_blocks:  # blocks that end with a norm need none after the last
@@ -120,7 +139,11 @@ def sherl(reduction: int = 8, width: int | None = None, down: str = 'gated', up:
     block, index = net.layer(deepest)
     inputs = {n: net.recorded(taps, n, deepest) for n in taps[block.path] if n != 'x'}
     if len(net.exits) > 1:
-      inputs |= {n: taps[net.exits[0].path]['side'] for n, role in _inputs(block).items() if role == 'context'}
+      inputs |= {
+        n: taps[net.exits[0].path]['side']
+        for n, role in _inputs(block).items()
+        if role == 'context'
+      }
     fn, arrays = call.layer(block, index)
     v = jax.tree.leaves(fn(arrays, v.astype(x.dtype), **inputs))[0]
     return put_first(y, v if net.wraps_blocks else norm(t['norm'], v))
@@ -129,8 +152,10 @@ def sherl(reduction: int = 8, width: int | None = None, down: str = 'gated', up:
     """What the last block is called with beside the stream, but a context, which is the side network's."""
     return {n: a for n, a in list(inputs.items())[1:] if _inputs(site).get(n) != 'context'}
 
-  return chain(record(name, blocks, also=also, memory=PARTIAL),
-               at(exit, Call(name, apply, init, taps=True, memory=PARTIAL)))
+  return chain(
+    record(name, blocks, also=also, memory=PARTIAL),
+    at(exit, Call(name, apply, init, taps=True, memory=PARTIAL)),
+  )
 
 
 def merged(t, u: jax.Array) -> jax.Array:
@@ -139,7 +164,9 @@ def merged(t, u: jax.Array) -> jax.Array:
   square = jnp.sum(jnp.square(shallow), -1, keepdims=True)
   direction = shallow * jax.lax.rsqrt(jnp.maximum(square, 1e-12))
   alike = jax.nn.relu(jnp.einsum('ibnm,jbnm->ijbn', direction, direction)).sum(1)
-  score = jax.nn.relu(linear(t, u[:-1] * u[-1])[..., 0].astype(jnp.float32)) / jnp.maximum(alike, 1e-6)
+  score = jax.nn.relu(linear(t, u[:-1] * u[-1])[..., 0].astype(jnp.float32)) / jnp.maximum(
+    alike, 1e-6
+  )
   share = score / jnp.maximum(score.sum(0), 1e-6)
   return (jnp.einsum('ibn,ibnm->bnm', share, shallow) + deep).astype(u.dtype)
 

@@ -42,15 +42,19 @@ class Stack:
   @functools.cached_property
   def stack(self) -> list[Site]:
     """The blocks before the exit, in order."""
-    blocks = sorted((b for b in self.site.model.find(self.blocks) if b.out is not None),
-                    key=lambda b: natural(b.path))
+    blocks = sorted(
+      (b for b in self.site.model.find(self.blocks) if b.out is not None),
+      key=lambda b: natural(b.path),
+    )
     within = [b for b in blocks if b.path.startswith(f'{self.site.path}/')]
     if within:
       return within
     parent = self.site.path.rpartition('/')[0]
     found = [b for b in blocks if f'{b.path}/'.startswith(f'{parent}/'.lstrip('/'))]
     if not found:
-      raise ValueError(f'no block that {self.blocks!r} names lies before the exit {self.site.path!r}')
+      raise ValueError(
+        f'no block that {self.blocks!r} names lies before the exit {self.site.path!r}'
+      )
     return found
 
   @property
@@ -74,8 +78,10 @@ class Stack:
     """Raises a ValueError where some block is not called with the one stream of tokens."""
     for block in self.stack:
       if len(block.input.shape) != 3 or block.input.shape[-1] != self.width:
-        raise ValueError(f'{name}: a side network reads one stream of tokens [B, N, d], and the block '
-                         f'{block.path!r} is called with {block.input.shape}')
+        raise ValueError(
+          f'{name}: a side network reads one stream of tokens [B, N, d], and the block '
+          f'{block.path!r} is called with {block.input.shape}'
+        )
 
   def chosen(self, layers: Sequence[int] | None, depth: int | None = None) -> tuple[int, ...]:
     """The layers that are asked for, ascending; None for all of the first `depth`.
@@ -86,8 +92,10 @@ class Stack:
     depth = self.depth if depth is None else depth
     layers = tuple(range(depth)) if layers is None else tuple(sorted(layers))
     if not layers or min(layers) < 0 or max(layers) >= depth:
-      raise ValueError(f'layers={list(layers)} must name some of the {depth} blocks 0 to {depth - 1} '
-                       f'before {self.site.path!r}')
+      raise ValueError(
+        f'layers={list(layers)} must name some of the {depth} blocks 0 to {depth - 1} '
+        f'before {self.site.path!r}'
+      )
     return layers
 
   def layer(self, i: int) -> tuple[Site, int]:
@@ -102,12 +110,16 @@ class Stack:
     """What a scanned stack recorded: [layers, ...]."""
     (block,) = self.stack
     x = taps[block.path][name]
-    return x.reshape(block.layers, *x.shape[len(block.lengths):])
+    return x.reshape(block.layers, *x.shape[len(block.lengths) :])
 
   def _unrolled(self, taps, name: str) -> list[jax.Array]:
     """What unrolled blocks (some of them stacks, perhaps) recorded, one array a layer."""
     rows = [(b, taps[b.path][name]) for b in self.stack]
-    return [x for b, t in rows for x in (t.reshape(b.layers, *t.shape[len(b.lengths):]) if b.axes else [t])]
+    return [
+      x
+      for b, t in rows
+      for x in (t.reshape(b.layers, *t.shape[len(b.lengths) :]) if b.axes else [t])
+    ]
 
   def recorded(self, taps, name: str, layer: int) -> jax.Array:
     """What one layer recorded under a name."""
@@ -121,7 +133,9 @@ class Stack:
     """x_0, the input of the first block, [B, N, d]."""
     return self.recorded(taps, 'x', 0)
 
-  def each(self, fn: Callable[..., Any], taps, last: jax.Array, states: Sequence[int], layers) -> Any:
+  def each(
+    self, fn: Callable[..., Any], taps, last: jax.Array, states: Sequence[int], layers
+  ) -> Any:
     """fn(h, layer) for some states h [B, N, d]: a list, or stacked where the backbone is one scan.
 
     Nothing else happens to the states before, so that no second copy of them is wide.
@@ -139,7 +153,7 @@ class Stack:
     inner = [i for i in states if i < self.depth]
     stacked = self._stacked(taps, 'x')
     run = range(inner[0], inner[0] + len(inner)) if inner else range(0)
-    wide = stacked[run.start:run.stop] if inner == list(run) else stacked[jnp.array(inner, int)]
+    wide = stacked[run.start : run.stop] if inner == list(run) else stacked[jnp.array(inner, int)]
     rows = [(wide, slice(0, len(inner)))] if inner else []
     rows += [(last[None], slice(len(inner), len(states)))] if len(inner) < len(states) else []
     parts = [jax.vmap(fn)(x, jax.tree.map(lambda y, at=at: y[at], layers)) for x, at in rows]
@@ -174,7 +188,9 @@ class Stack:
     return jax.lax.stop_gradient(out if self.wraps_blocks else call_input)
 
 
-def record(name: str, blocks: str, keep=lambda x: x, also=lambda site, inputs: {}, memory: str = NONE) -> Method:
+def record(
+  name: str, blocks: str, keep=lambda x: x, also=lambda site, inputs: {}, memory: str = NONE
+) -> Method:
   """Records the input of every block, before anything else happens to it.
 
   Args:
@@ -184,6 +200,7 @@ def record(name: str, blocks: str, keep=lambda x: x, also=lambda site, inputs: {
     also: (site, {parameter name: array}) -> what else is recorded of what a block is called with.
     memory: the method's memory class.
   """
+
   def apply(t, call, *args, **kwargs):
     inputs = {n: _still(a) for n, a in call.inputs(*args, **kwargs).items()}
     wide = next(iter(inputs.values()))
@@ -218,12 +235,15 @@ def around(name: str, blocks: str, exit: str, init, apply, takes: tuple[str, ...
   Raises:
     ValueError: at `attach`, the model has another number of exits than one, or blocks without one stream of tokens.
   """
+
   @functools.lru_cache(maxsize=256)
   def stack(model: Site) -> Stack:
     exits = [e for e in model.model.find(exit) if e.out is not None]
     if len(exits) != 1:
-      raise ValueError(f'{name}: {exit!r} names {len(exits)} modules that are called, and one ends the stack it reads: '
-                       f'{", ".join(e.path for e in exits) or "none"}')
+      raise ValueError(
+        f'{name}: {exit!r} names {len(exits)} modules that are called, and one ends the stack it reads: '
+        f'{", ".join(e.path for e in exits) or "none"}'
+      )
     net = Stack(exits[0], blocks, exit)
     net.check_tokens(name)
     return net
@@ -243,6 +263,18 @@ def around(name: str, blocks: str, exit: str, init, apply, takes: tuple[str, ...
 
     return apply(t, net, run, call, *args, **kwargs)
 
-  return chain(record(name, blocks), at(exit, Call(name, leave, taps=True, memory=NONE)),
-               at('', Call(name, whole, lambda key, site, arrays: init(stack(site), key, site, arrays), taps=True,
-                           takes=takes, memory=NONE)))
+  return chain(
+    record(name, blocks),
+    at(exit, Call(name, leave, taps=True, memory=NONE)),
+    at(
+      '',
+      Call(
+        name,
+        whole,
+        lambda key, site, arrays: init(stack(site), key, site, arrays),
+        taps=True,
+        takes=takes,
+        memory=NONE,
+      ),
+    ),
+  )

@@ -43,9 +43,17 @@ from .stack import Stack, record
 FORMS = ('tokens', 'retrieval')
 
 
-def unipt(reduction: int = 2, form: str = 'tokens', width: int | None = None, out: int | None = None,
-          downsample: str = 'linear', remat: bool = False, blocks: str = '{block}', exit: str = '{exit}',
-          name: str = 'unipt') -> Method:
+def unipt(
+  reduction: int = 2,
+  form: str = 'tokens',
+  width: int | None = None,
+  out: int | None = None,
+  downsample: str = 'linear',
+  remat: bool = False,
+  blocks: str = '{block}',
+  exit: str = '{exit}',
+  name: str = 'unipt',
+) -> Method:
   """Universal parallel tuning (arXiv 2308.14316) of all tokens.
 
   Args:
@@ -62,7 +70,10 @@ def unipt(reduction: int = 2, form: str = 'tokens', width: int | None = None, ou
   Raises:
     ValueError: a hyperparameter outside its range; at `attach`, a model without one stream of tokens.
   """
-  for value, choices, what in ((form, FORMS, 'form'), (downsample, ('linear', 'pool'), 'downsample')):
+  for value, choices, what in (
+    (form, FORMS, 'form'),
+    (downsample, ('linear', 'pool'), 'downsample'),
+  ):
     if value not in choices:
       raise ValueError(f'unipt: {what}={value!r} is none of {", ".join(map(repr, choices))}')
   _check(reduction=reduction, width=width, out=out)
@@ -76,8 +87,10 @@ def unipt(reduction: int = 2, form: str = 'tokens', width: int | None = None, ou
     net = Stack(site, blocks, exit)
     net.check_tokens(name)
     if pooled and net.width % narrow(net.width):
-      raise ValueError(f'{name}: m={narrow(net.width)} does not divide the width {net.width} of the blocks, whose '
-                       'features are pooled')
+      raise ValueError(
+        f'{name}: m={narrow(net.width)} does not divide the width {net.width} of the blocks, whose '
+        'features are pooled'
+      )
     return net
 
   def init(key, site, arrays):
@@ -85,8 +98,11 @@ def unipt(reduction: int = 2, form: str = 'tokens', width: int | None = None, ou
     d, m, to, n = net.width, narrow(net.width), out or net.width, net.depth + 1
     inner = to if form == 'tokens' else m
     keys = jax.random.split(key, 6)
-    t = {'layers': {'norm': scales(m, n), **({} if pooled else {'down': dense(keys[0], d, m, n)})},
-         'gate': dense(keys[1], m, 1), 'proj': {'in': dense(keys[2], m, inner), 'norm': scales(m)}}
+    t = {
+      'layers': {'norm': scales(m, n), **({} if pooled else {'down': dense(keys[0], d, m, n)})},
+      'gate': dense(keys[1], m, 1),
+      'proj': {'in': dense(keys[2], m, inner), 'norm': scales(m)},
+    }
     if form == 'tokens':
       t['proj']['out'] = dense(keys[3], inner, m)
     if net.is_last:
@@ -102,12 +118,25 @@ def unipt(reduction: int = 2, form: str = 'tokens', width: int | None = None, ou
     net = stack(call.site)
     y = call(x, *args, **kwargs)
     taps = call.taps()
-    p = net.each(again(project), taps, keep(net.last(x, jax.tree.leaves(y)[0])), range(net.depth + 1), t['layers'])
+    p = net.each(
+      again(project),
+      taps,
+      keep(net.last(x, jax.tree.leaves(y)[0])),
+      range(net.depth + 1),
+      t['layers'],
+    )
     anchor, early = p[-1], p[:-1]
     if 'cross' in t:
       source, seen = taps[net.exits[0].path]['side'], net.shared(taps, 'context_mask')
-      met = again(lambda p: p + layer_norm(t['cross']['norm'], linear(t['cross']['out'], align(p, source, seen))))
-      anchor, early = met(anchor), [met(p) for p in early] if isinstance(early, list) else jax.lax.map(met, early)
+      met = again(
+        lambda p: (
+          p + layer_norm(t['cross']['norm'], linear(t['cross']['out'], align(p, source, seen)))
+        )
+      )
+      anchor, early = (
+        met(anchor),
+        [met(p) for p in early] if isinstance(early, list) else jax.lax.map(met, early),
+      )
     seen = visible(net, taps, anchor.shape[1])
     about = mean(anchor, seen)
     trust = lambda p: linear(t['gate'], about * mean(p, seen))
@@ -120,13 +149,22 @@ def unipt(reduction: int = 2, form: str = 'tokens', width: int | None = None, ou
       return y
     return put_first(y, linear(t['up'], side if form == 'tokens' else jax.nn.relu(side)))
 
-  return chain(record(name, blocks, keep, lambda site, inputs: masks(inputs)),
-               at(exit, Call(name, apply, init, taps=True, memory=NONE)))
+  return chain(
+    record(name, blocks, keep, lambda site, inputs: masks(inputs)),
+    at(exit, Call(name, apply, init, taps=True, memory=NONE)),
+  )
 
 
-def unipt_global(reduction: int = 1, width: int | None = None, token: int = 0, remat: bool = False,
-                 blocks: str = '{block}', exit: str = '{exit}', embedding: str = '{head}',
-                 name: str = 'unipt_global') -> Method:
+def unipt_global(
+  reduction: int = 1,
+  width: int | None = None,
+  token: int = 0,
+  remat: bool = False,
+  blocks: str = '{block}',
+  exit: str = '{exit}',
+  embedding: str = '{head}',
+  name: str = 'unipt_global',
+) -> Method:
   """Universal parallel tuning (arXiv 2308.14316) of one pooled embedding.
 
   Args:
@@ -152,17 +190,25 @@ def unipt_global(reduction: int = 1, width: int | None = None, token: int = 0, r
   def stack_of(site: Site) -> Stack:
     exits = [e for e in site.model.find(exit) if e.out is not None]
     if len(exits) != 1 or site.out is None or len(site.out.shape) != 2:
-      raise ValueError(f'{name}: needs one stack of blocks and a pooled embedding [B, e]; {site.path!r} gives '
-                       f'{None if site.out is None else site.out.shape}, and there are {len(exits)} exits')
+      raise ValueError(
+        f'{name}: needs one stack of blocks and a pooled embedding [B, e]; {site.path!r} gives '
+        f'{None if site.out is None else site.out.shape}, and there are {len(exits)} exits'
+      )
     return stack(exits[0])
 
   def init(key, site, arrays):
     net, e = stack_of(site), site.out.shape[-1]
     m, keys = width or e // reduction, jax.random.split(key, 4)
     if not m:
-      raise ValueError(f'{name}: reduction={reduction} leaves nothing of an embedding of {e}; give width=')
-    return {'layers': dense(keys[0], net.width, m, net.depth + 1), 'gate': dense(keys[1], m, 1),
-            'anchor': dense(keys[2], e, m), 'up': dense(keys[3], m, e)}
+      raise ValueError(
+        f'{name}: reduction={reduction} leaves nothing of an embedding of {e}; give width='
+      )
+    return {
+      'layers': dense(keys[0], net.width, m, net.depth + 1),
+      'gate': dense(keys[1], m, 1),
+      'anchor': dense(keys[2], e, m),
+      'up': dense(keys[3], m, e),
+    }
 
   def last(t, call, x, *args, **kwargs):
     y = call(x, *args, **kwargs)
@@ -179,12 +225,16 @@ def unipt_global(reduction: int = 1, width: int | None = None, token: int = 0, r
     seen = net.shared(taps, 'mask')
     seen = None if seen is None else seen.any(1, keepdims=True)
     trust = lambda p: linear(t['gate'], anchor * mean(p, seen))
-    total = _weighted(net, early, trust, lambda p: align(anchor, p, seen) + p[:, token][:, None], again, anchor)
+    total = _weighted(
+      net, early, trust, lambda p: align(anchor, p, seen) + p[:, token][:, None], again, anchor
+    )
     return put_first(y, e + linear(t['up'], jax.nn.relu(anchor + total))[:, 0])
 
-  return chain(record(name, blocks, also=lambda site, inputs: masks(inputs)),
-               at(exit, Call(name, last, taps=True, memory=NONE)),
-               at(embedding, Call(name, apply, init, taps=True, memory=NONE)))
+  return chain(
+    record(name, blocks, also=lambda site, inputs: masks(inputs)),
+    at(exit, Call(name, last, taps=True, memory=NONE)),
+    at(embedding, Call(name, apply, init, taps=True, memory=NONE)),
+  )
 
 
 def _check(**sizes) -> None:
@@ -195,7 +245,9 @@ def _check(**sizes) -> None:
 
 def _weighted(net: Stack, early, trust, aligned, again, like: jax.Array) -> jax.Array:
   """sum_i w_i aligned(p_i), w the softmax over layers of trust(p_i) [B, 1 or N, 1]."""
-  scores = jnp.stack([trust(p) for p in early]) if isinstance(early, list) else jax.vmap(trust)(early)
+  scores = (
+    jnp.stack([trust(p) for p in early]) if isinstance(early, list) else jax.vmap(trust)(early)
+  )
   w = jax.nn.softmax(scores.astype(jnp.float32), 0).astype(like.dtype)
   step = again(lambda total, layer: total + layer['w'] * aligned(layer['p']))
   return net.run(step, jnp.zeros_like(like), {'p': early, 'w': w})
@@ -230,4 +282,6 @@ def mean(x: jax.Array, seen: jax.Array | None) -> jax.Array:
     return jnp.mean(x, 1, keepdims=True)
   seen = seen.astype(jnp.float32)
   share = seen / jnp.maximum(seen.sum(-1, keepdims=True), 1)
-  return jnp.einsum('bqn,bnm->bqm', jnp.broadcast_to(share.astype(x.dtype), (len(x), *share.shape[1:])), x)
+  return jnp.einsum(
+    'bqn,bnm->bqm', jnp.broadcast_to(share.astype(x.dtype), (len(x), *share.shape[1:])), x
+  )

@@ -34,8 +34,16 @@ from ..subset.tune import NONE
 from . import features
 
 
-def vqt(tokens: int = 1, dropout: float = 0.1, norm: bool = True, remat: bool = False, blocks: str = '{block}',
-        attention: str = '{attention}', head: str = '{head}', name: str = 'vqt') -> Method:
+def vqt(
+  tokens: int = 1,
+  dropout: float = 0.1,
+  norm: bool = True,
+  remat: bool = False,
+  blocks: str = '{block}',
+  attention: str = '{attention}',
+  head: str = '{head}',
+  name: str = 'vqt',
+) -> Method:
   """Visual query tuning (arXiv 2212.03220); trains the head too.
 
   Args:
@@ -61,10 +69,14 @@ def vqt(tokens: int = 1, dropout: float = 0.1, norm: bool = True, remat: bool = 
   def init(key, site, arrays):
     width, classes = site.input.shape[-1], features.head_of(site, head, name).out.shape[-1]
     if not [s for s in site.model.find(attention) if s.path.startswith(f'{site.path}/')]:
-      raise ValueError(f'{name}: no module of the block {site.path!r} is its attention {attention!r}')
+      raise ValueError(
+        f'{name}: no module of the block {site.path!r} is its attention {attention!r}'
+      )
     a, (one, two) = spread_of(site, width), jax.random.split(key)
-    return {'queries': jax.random.uniform(one, (tokens, width), minval=-a, maxval=a),
-            **features.begin(two, tokens * width, classes, std(classes))}
+    return {
+      'queries': jax.random.uniform(one, (tokens, width), minval=-a, maxval=a),
+      **features.begin(two, tokens * width, classes, std(classes)),
+    }
 
   def summarise(t, call, *args, **kwargs):
     fn, arrays = call.pure()
@@ -78,18 +90,24 @@ def vqt(tokens: int = 1, dropout: float = 0.1, norm: bool = True, remat: bool = 
         run((args, kwargs))
       call.local['summary'] = True
       try:
-        return jax.tree.leaves(run(on_stream(call, args, kwargs, lambda x: jnp.broadcast_to(q, (batch, *q.shape)))))[0]
+        return jax.tree.leaves(
+          run(on_stream(call, args, kwargs, lambda x: jnp.broadcast_to(q, (batch, *q.shape))))
+        )[0]
       finally:
         call.local['summary'] = False
 
-    z = (jax.checkpoint(summary) if remat else summary)(q.astype(jax.tree.leaves(out)[0].dtype)).reshape(batch, -1)
+    z = (jax.checkpoint(summary) if remat else summary)(
+      q.astype(jax.tree.leaves(out)[0].dtype)
+    ).reshape(batch, -1)
     call.tap(vote=features.vote(t, features.unit(z) if norm else z))
     return out
 
   def check(key, site, arrays):
     if site.heads is None:
-      raise ValueError(f'{name}: {site.kind} at {site.path!r} calls no attention_fn of its own that could take other '
-                       'queries; give its class that field')
+      raise ValueError(
+        f'{name}: {site.kind} at {site.path!r} calls no attention_fn of its own that could take other '
+        'queries; give its class that field'
+      )
     return {}
 
   def attend(t, call, *args, **kwargs):
@@ -102,7 +120,9 @@ def vqt(tokens: int = 1, dropout: float = 0.1, norm: bool = True, remat: bool = 
       named |= dict(zip(ARGUMENTS, rest, strict=False))
       named.pop('is_causal', None)
       if named.get('bias') is not None and named['bias'].shape[-2] != 1:
-        raise ValueError(f'{name}: the bias of {path!r} goes by the position of a query, and a summary has none')
+        raise ValueError(
+          f'{name}: the bias of {path!r} goes by the position of a query, and a summary has none'
+        )
       if named.get('mask') is not None:
         named['mask'] = named['mask'].any(-2, keepdims=True)
       return base(query, *block[path], **named)
@@ -110,6 +130,8 @@ def vqt(tokens: int = 1, dropout: float = 0.1, norm: bool = True, remat: bool = 
     with call.inject(attention_fn=attention_fn):
       return call(*args, **kwargs)
 
-  return chain(at(attention, Call(name, attend, check, memory=NONE)),
-               at(blocks, Call(name, summarise, init, fixed=features.FIXED, taps=True, memory=NONE)),
-               features.head_method(name, head, std, -math.log(99), norm))
+  return chain(
+    at(attention, Call(name, attend, check, memory=NONE)),
+    at(blocks, Call(name, summarise, init, fixed=features.FIXED, taps=True, memory=NONE)),
+    features.head_method(name, head, std, -math.log(99), norm),
+  )

@@ -24,8 +24,11 @@ def tune(targets: str, arrays: str = '.*', name: str = 'tune', memory: str = FUL
   pattern = re.compile(arrays)
 
   def init(key, site, p):
-    chosen = [n for n, leaf in site.leaves.items()
-              if pattern.fullmatch(n) and jnp.issubdtype(leaf.dtype, jnp.floating)]
+    chosen = [
+      n
+      for n, leaf in site.leaves.items()
+      if pattern.fullmatch(n) and jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
     return {n: p[n].astype(jnp.promote_types(p[n].dtype, jnp.float32)) for n in chosen}
 
   return at(targets, Weight(name, init, lambda t, site, p: t, memory=memory))

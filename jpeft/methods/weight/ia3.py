@@ -23,8 +23,12 @@ import jax.numpy as jnp
 from jpeft.core import Leaf, Method, Site, Weight, at, chain
 
 
-def ia3(targets_out: str | None = '{k}|{v}', targets_in: str | None = '{fc2}', arrays: str = '.*',
-        name: str = 'ia3') -> Method:
+def ia3(
+  targets_out: str | None = '{k}|{v}',
+  targets_in: str | None = '{fc2}',
+  arrays: str = '.*',
+  name: str = 'ia3',
+) -> Method:
   """Scales what comes out of some layers and what goes into others.
 
   Args:
@@ -40,9 +44,13 @@ def ia3(targets_out: str | None = '{k}|{v}', targets_in: str | None = '{fc2}', a
     raise ValueError('ia3 needs a pattern for targets_out or targets_in, not None for both')
   chosen = re.compile(arrays)
   outputs = _scaling(name, chosen, _outputs, lambda l, x, y, w: y * l, _biases)
-  inputs = _scaling(name, chosen, _inputs, lambda l, x, y, w: x.map(lambda v: v * _last(l, v.shape)) @ w())
-  return chain(at(targets_out, outputs) if targets_out is not None else (),
-               at(targets_in, inputs) if targets_in is not None else ())
+  inputs = _scaling(
+    name, chosen, _inputs, lambda l, x, y, w: x.map(lambda v: v * _last(l, v.shape)) @ w()
+  )
+  return chain(
+    at(targets_out, outputs) if targets_out is not None else (),
+    at(targets_in, inputs) if targets_in is not None else (),
+  )
 
 
 def _scaling(name: str, chosen: re.Pattern, axes_of, dot, added=lambda site, leaf: []) -> Weight:
@@ -79,8 +87,11 @@ def _inputs(leaf: Leaf) -> tuple[int, ...]:
 
 def _biases(site: Site, kernel: Leaf) -> list[str]:
   """What the site adds to the kernel's product: arrays of one number per output."""
-  return [n for n, leaf in site.leaves.items()
-          if leaf.use == 'add' and math.prod(leaf.shape) == _size(kernel, _outputs(kernel))]
+  return [
+    n
+    for n, leaf in site.leaves.items()
+    if leaf.use == 'add' and math.prod(leaf.shape) == _size(kernel, _outputs(kernel))
+  ]
 
 
 def _size(leaf: Leaf, axes: tuple[int, ...]) -> int:

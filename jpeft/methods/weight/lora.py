@@ -37,8 +37,15 @@ from jpeft.core import Method, Weight, at, matrix
 from ..nn import drop
 
 
-def lora(rank: int = 8, alpha: float = 8, targets: str = '{q}|{v}', dropout: float = 0.0,
-         init: str = 'default', rslora: bool = False, name: str = 'lora') -> Method:
+def lora(
+  rank: int = 8,
+  alpha: float = 8,
+  targets: str = '{q}|{v}',
+  dropout: float = 0.0,
+  init: str = 'default',
+  rslora: bool = False,
+  name: str = 'lora',
+) -> Method:
   """Low-rank adaptation.
 
   Args:
@@ -58,8 +65,15 @@ def lora(rank: int = 8, alpha: float = 8, targets: str = '{q}|{v}', dropout: flo
   return _lora(rank, alpha, targets, dropout, init, rslora, name, ())
 
 
-def qlora(rank: int = 64, alpha: float = 16, targets: str = '{linear}', dropout: float = 0.0,
-          init: str = 'default', rslora: bool = False, name: str = 'qlora') -> Method:
+def qlora(
+  rank: int = 64,
+  alpha: float = 16,
+  targets: str = '{linear}',
+  dropout: float = 0.0,
+  init: str = 'default',
+  rslora: bool = False,
+  name: str = 'qlora',
+) -> Method:
   """QLoRA (arXiv 2305.14314): LoRA on every linear layer of a backbone whose kernels are in 4 bits.
 
   The method is `lora`; what it adds is the backbone. `train` and `plan` store that as NF4 with double quantization
@@ -74,8 +88,15 @@ def qlora(rank: int = 64, alpha: float = 16, targets: str = '{linear}', dropout:
   return lora(rank, alpha, targets, dropout, init, rslora, name)
 
 
-def lora_fa(rank: int = 8, alpha: float = 8, targets: str = '{q}|{v}', dropout: float = 0.0,
-            init: str = 'default', rslora: bool = False, name: str = 'lora_fa') -> Method:
+def lora_fa(
+  rank: int = 8,
+  alpha: float = 8,
+  targets: str = '{q}|{v}',
+  dropout: float = 0.0,
+  init: str = 'default',
+  rslora: bool = False,
+  name: str = 'lora_fa',
+) -> Method:
   """LoRA whose a stays as it was drawn: the backward pass keeps x a, r numbers a token, in the place of x.
 
   Args: of `lora`; the authors train with `jpeft.optim.lora_fa` before Adam.
@@ -84,7 +105,9 @@ def lora_fa(rank: int = 8, alpha: float = 8, targets: str = '{q}|{v}', dropout: 
     ValueError: a hyperparameter outside its range, or a start that takes the matrix apart.
   """
   if init in ('pissa', 'olora'):
-    raise ValueError(f"{name}: init={init!r} needs both factors trained; use 'default' or 'gaussian'")
+    raise ValueError(
+      f"{name}: init={init!r} needs both factors trained; use 'default' or 'gaussian'"
+    )
   return _lora(rank, alpha, targets, dropout, init, rslora, name, ('a',))
 
 
@@ -99,8 +122,10 @@ def _lora(rank, alpha, targets, dropout, init, rslora, name, fixed) -> Method:
 
   def begin(key, w):
     if decomposes and rank > min(w.shape):
-      raise ValueError(f'{name}: init={init!r} takes at most rank {min(w.shape)} out of a matrix '
-                       f'{list(w.shape)}, not {rank}')
+      raise ValueError(
+        f'{name}: init={init!r} takes at most rank {min(w.shape)} out of a matrix '
+        f'{list(w.shape)}, not {rank}'
+      )
     a, b = start(key, w.astype(jnp.float32), rank, scale)
     return {'a': a, 'b': b, **({'a0': a, 'b0': b} if decomposes else {})}
 
@@ -117,8 +142,14 @@ def _lora(rank, alpha, targets, dropout, init, rslora, name, fixed) -> Method:
   return at(targets, _with_tables(kernels, rank, weight))
 
 
-def dora(rank: int = 8, alpha: float = 8, targets: str = '{q}|{v}', dropout: float = 0.0,
-         rslora: bool = False, name: str = 'dora') -> Method:
+def dora(
+  rank: int = 8,
+  alpha: float = 8,
+  targets: str = '{q}|{v}',
+  dropout: float = 0.0,
+  rslora: bool = False,
+  name: str = 'dora',
+) -> Method:
   """DoRA: a trained magnitude m for every column, and LoRA for its direction.
 
   With dropout, x~ for what enters a, the layer gives y + (m/|v| - 1) x~ w + (m/|v|) s x~ a b, as the official
@@ -186,7 +217,7 @@ def _scale(rank, alpha, rslora, dropout) -> float:
   check(rank, dropout)
   if not alpha > 0:
     raise ValueError(f'alpha must be greater than 0, not {alpha!r}')
-  return alpha / (rank ** 0.5 if rslora else rank)
+  return alpha / (rank**0.5 if rslora else rank)
 
 
 def check(rank: int, dropout: float) -> None:
@@ -217,8 +248,11 @@ def _with_tables(rule: Weight, rank: int, weight) -> Weight:
   """The rule, for embedding tables too: arrays [V, d] whose rows are gathered."""
 
   def tables(site):
-    return {name: leaf for name, leaf in site.leaves.items()
-            if leaf.use == 'gather' and len(leaf.shape) == 2 and len(leaf.ins) == 1}
+    return {
+      name: leaf
+      for name, leaf in site.leaves.items()
+      if leaf.use == 'gather' and len(leaf.shape) == 2 and len(leaf.ins) == 1
+    }
 
   def init(key, site, arrays):
     theta = rule.init(key, site, arrays)
@@ -231,7 +265,9 @@ def _with_tables(rule: Weight, rank: int, weight) -> Weight:
   def apply(theta, site, arrays):
     found = tables(site)
     new = rule.apply({name: t for name, t in theta.items() if name not in found}, site, arrays)
-    return new | {name: leaf.unfold(weight(theta[name], leaf.fold(arrays[name])))
-                  for name, leaf in found.items()}
+    return new | {
+      name: leaf.unfold(weight(theta[name], leaf.fold(arrays[name])))
+      for name, leaf in found.items()
+    }
 
   return dataclasses.replace(rule, init=init, apply=apply)

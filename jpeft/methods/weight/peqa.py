@@ -27,12 +27,15 @@ def peqa(targets: str = '{linear}', name: str = 'peqa') -> Method:
   Raises:
     ValueError: at `attach`, a kernel that is not quantized.
   """
+
   def init(key, site, arrays):
     boxes = {n: arrays.stored(n) for n in site.matrices}
     for n, box in boxes.items():
       if not isinstance(box, Quantized):
-        raise ValueError(f'{name}: {n!r} at {site.path!r} has no scales: store the backbone in integers first, by '
-                         'jpeft.quantize(model, jpeft.affine(), backbone, *example)')
+        raise ValueError(
+          f'{name}: {n!r} at {site.path!r} has no scales: store the backbone in integers first, by '
+          'jpeft.quantize(model, jpeft.affine(), backbone, *example)'
+        )
     return {n: box.scales() for n, box in boxes.items()}
 
   def apply(t, site, arrays):

@@ -27,8 +27,9 @@ from jpeft.core import Leaf, Method, Site, Weight, at
 STD = 0.02
 
 
-def ssf(targets: str = '{patch}|{norm}|{linear}|{final_norm}', init: str = 'normal',
-        name: str = 'ssf') -> Method:
+def ssf(
+  targets: str = '{patch}|{norm}|{linear}|{final_norm}', init: str = 'normal', name: str = 'ssf'
+) -> Method:
   """Scales and shifts features; merges completely.
 
   Args:
@@ -61,7 +62,9 @@ def ssf(targets: str = '{patch}|{norm}|{linear}|{final_norm}', init: str = 'norm
         new[n] = leaf.unfold(leaf.fold(arrays[n]) * t['scale'][..., None, :])
       else:
         scale = t['scale'].reshape(leaf.shape)
-        new[n] = arrays[n] * scale + leaf.offset * (scale - 1)  # gamma (g + c) = g' + c, where norms store g
+        new[n] = arrays[n] * scale + leaf.offset * (
+          scale - 1
+        )  # gamma (g + c) = g' + c, where norms store g
       if 'shift' in t:
         bias = _shifted(site)
         scale, shift = (t[k].reshape(site.leaves[bias].shape) for k in ('scale', 'shift'))
@@ -77,7 +80,11 @@ def ssf(targets: str = '{patch}|{norm}|{linear}|{final_norm}', init: str = 'norm
 
 def _channels(leaf: Leaf) -> tuple[int, ...]:
   """(matrices, outputs) of a kernel, the channels of a norm's scale."""
-  return (*(leaf.shape[i] for i in leaf.batch), leaf.fan_out) if leaf.is_matrix else (math.prod(leaf.shape),)
+  return (
+    (*(leaf.shape[i] for i in leaf.batch), leaf.fan_out)
+    if leaf.is_matrix
+    else (math.prod(leaf.shape),)
+  )
 
 
 def _scaled(site: Site) -> list[str]:
@@ -90,5 +97,7 @@ def _shifted(site: Site) -> str | None:
   if len(_scaled(site)) != 1:
     return None
   (size,) = {math.prod(_channels(site.leaves[n])) for n in _scaled(site)}
-  added = [n for n, leaf in site.leaves.items() if leaf.use == 'add' and math.prod(leaf.shape) == size]
+  added = [
+    n for n, leaf in site.leaves.items() if leaf.use == 'add' and math.prod(leaf.shape) == size
+  ]
   return added[0] if len(added) == 1 else None

@@ -22,8 +22,15 @@ from ..nn import drop
 from .lora import check
 
 
-def vera(rank: int = 256, targets: str = '{q}|{v}', d_initial: float = 0.1, dropout: float = 0.0,
-         seed: int = 0, projections: tuple[jax.Array, jax.Array] | None = None, name: str = 'vera') -> Method:
+def vera(
+  rank: int = 256,
+  targets: str = '{q}|{v}',
+  d_initial: float = 0.1,
+  dropout: float = 0.0,
+  seed: int = 0,
+  projections: tuple[jax.Array, jax.Array] | None = None,
+  name: str = 'vera',
+) -> Method:
   """Vector-based random matrix adaptation.
 
   Args:
@@ -48,9 +55,11 @@ def vera(rank: int = 256, targets: str = '{q}|{v}', d_initial: float = 0.1, drop
     if projections is not None:
       a, b = projections
       if a.shape[0] < w.shape[0] or b.shape[1] < w.shape[1]:
-        raise ValueError(f'{name}: projections for {a.shape[0]} inputs and {b.shape[1]} outputs do not reach '
-                         f'for a matrix {list(w.shape)}')
-      return a[:w.shape[0]], b[:, :w.shape[1]]
+        raise ValueError(
+          f'{name}: projections for {a.shape[0]} inputs and {b.shape[1]} outputs do not reach '
+          f'for a matrix {list(w.shape)}'
+        )
+      return a[: w.shape[0]], b[:, : w.shape[1]]
     keys = jax.random.split(jax.random.key(seed))
     draw = lambda key, shape: jax.random.uniform(key, shape, minval=-1) * (6 / shape[0]) ** 0.5
     return draw(keys[0], (w.shape[0], rank)), draw(keys[1], (rank, w.shape[1]))

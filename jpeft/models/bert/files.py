@@ -27,16 +27,29 @@ _ROWS = (
 )
 _POOLER = (('pooler', 'dense', 'pooler.dense'),)
 # Buffers, and heads that the model was not asked to have.
-_IGNORE = (r'embeddings\.(position|token_type)_ids', r'pooler\..*', r'classifier\..*', r'cls\..*',
-           r'lm_head\..*')
+_IGNORE = (
+  r'embeddings\.(position|token_type)_ids',
+  r'pooler\..*',
+  r'classifier\..*',
+  r'cls\..*',
+  r'lm_head\..*',
+)
 
-BERT = Table('bert.', _ROWS + _POOLER, (('head', 'dense', 'classifier'),), _IGNORE,
-             ('BertModel', 'BertForSequenceClassification'))
-ROBERTA = BERT._replace(base='roberta.', head=(),
-                        architectures=('RobertaModel', 'RobertaForSequenceClassification'))
+BERT = Table(
+  'bert.',
+  _ROWS + _POOLER,
+  (('head', 'dense', 'classifier'),),
+  _IGNORE,
+  ('BertModel', 'BertForSequenceClassification'),
+)
+ROBERTA = BERT._replace(
+  base='roberta.', head=(), architectures=('RobertaModel', 'RobertaForSequenceClassification')
+)
 # The classifier of RoBERTa is a pooler and a head under other names.
-ROBERTA_CLASSIFIER = ROBERTA._replace(rows=_ROWS, head=(
-  ('pooler', 'dense', 'classifier.dense'), ('head', 'dense', 'classifier.out_proj')))
+ROBERTA_CLASSIFIER = ROBERTA._replace(
+  rows=_ROWS,
+  head=(('pooler', 'dense', 'classifier.dense'), ('head', 'dense', 'classifier.out_proj')),
+)
 
 
 def _pool(config: Mapping, checkpoint: Checkpoint | None) -> str:
@@ -52,23 +65,36 @@ def _pool(config: Mapping, checkpoint: Checkpoint | None) -> str:
 def _build(config: Mapping, checkpoint: Checkpoint | None, request: Request) -> Bert:
   roberta, width = config['model_type'] == 'roberta', config['hidden_size']
   if config.get('position_embedding_type', 'absolute') != 'absolute':
-    raise ValueError(f'position_embedding_type {config["position_embedding_type"]!r} is not '
-                     "supported, only 'absolute'")
+    raise ValueError(
+      f'position_embedding_type {config["position_embedding_type"]!r} is not '
+      "supported, only 'absolute'"
+    )
   head = shape_of(checkpoint, 'classifier.out_proj.weight' if roberta else 'classifier.weight')
   pool = request.pool or _pool(config, checkpoint)
   classes = request.num_classes
   if classes is None and head and pool != 'tokens':
     classes = head[0]
-  pooled = shape_of(checkpoint, 'pooler.dense.weight') or shape_of(checkpoint, 'classifier.dense.weight')
+  pooled = shape_of(checkpoint, 'pooler.dense.weight') or shape_of(
+    checkpoint, 'classifier.dense.weight'
+  )
   return Bert(
-    width, depth_of(config, 'num_hidden_layers', request), config['num_attention_heads'],
-    config['intermediate_size'], config['vocab_size'], config['max_position_embeddings'],
-    config.get('type_vocab_size', 2), pad_id=config.get('pad_token_id', 1) if roberta else None,
-    num_classes=classes, pool=pool,
+    width,
+    depth_of(config, 'num_hidden_layers', request),
+    config['num_attention_heads'],
+    config['intermediate_size'],
+    config['vocab_size'],
+    config['max_position_embeddings'],
+    config.get('type_vocab_size', 2),
+    pad_id=config.get('pad_token_id', 1) if roberta else None,
+    num_classes=classes,
+    pool=pool,
     pooler=pool == 'cls' and (bool(pooled) or (roberta and classes is not None)),
-    eps=config.get('layer_norm_eps', 1e-12), activation=activation(config.get('hidden_act', 'gelu')),
+    eps=config.get('layer_norm_eps', 1e-12),
+    activation=activation(config.get('hidden_act', 'gelu')),
     dropout=config.get('hidden_dropout_prob', 0.1),
-    attention_dropout=config.get('attention_probs_dropout_prob', 0.1), **request.fields)
+    attention_dropout=config.get('attention_probs_dropout_prob', 0.1),
+    **request.fields,
+  )
 
 
 def _table(model: Bert) -> Table:
@@ -79,7 +105,9 @@ def _table(model: Bert) -> Table:
 
 def _describe(config: Mapping, model: Bert) -> dict:
   return with_labels(config, model.num_classes) | {
-    'num_hidden_layers': model.depth, 'jpeft_pool': model.pool}
+    'num_hidden_layers': model.depth,
+    'jpeft_pool': model.pool,
+  }
 
 
 def _example(model: Bert) -> tuple:

@@ -43,10 +43,18 @@ class TokenEmbed(nn.Module):
   def __call__(self, tokens, types=None, deterministic=True):
     longest = self.positions - (0 if self.pad_id is None else self.pad_id + 1)
     if tokens.shape[1] > longest:
-      raise ValueError(f'{tokens.shape[1]} tokens are more than the {longest} positions that the '
-                       'model knows; truncate the text')
-    embed = lambda name, rows: nn.Embed(rows, self.width, embedding_init=default_init, name=name,
-                                        dtype=self.dtype, param_dtype=self.param_dtype)
+      raise ValueError(
+        f'{tokens.shape[1]} tokens are more than the {longest} positions that the '
+        'model knows; truncate the text'
+      )
+    embed = lambda name, rows: nn.Embed(
+      rows,
+      self.width,
+      embedding_init=default_init,
+      name=name,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+    )
     if self.pad_id is None:
       position = jnp.arange(tokens.shape[1])[None]
     else:
@@ -125,11 +133,21 @@ class Bert(nn.Module):
     """
     check_pool(self.pool, POOLS, self.num_classes)
     dtypes = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
-    x = TokenEmbed(self.width, self.vocab, self.positions, self.types, self.pad_id, self.eps,
-                   self.dropout, name='embed', **dtypes)(tokens, types, deterministic)
+    x = TokenEmbed(
+      self.width,
+      self.vocab,
+      self.positions,
+      self.types,
+      self.pad_id,
+      self.eps,
+      self.dropout,
+      name='embed',
+      **dtypes,
+    )(tokens, types, deterministic)
     keys = None if mask is None else mask.astype(bool)[:, None, None, :]
     x = Encoder(block_of(self, PostNormBlock), self.depth, self.scan, self.remat, name='encoder')(
-      x, mask=keys, deterministic=deterministic)
+      x, mask=keys, deterministic=deterministic
+    )
     if self.pool == 'mean':
       x = masked_mean(x, mask)
     elif self.pool == 'cls':

@@ -14,10 +14,17 @@ from .safetensors import Checkpoint
 _SHOWN = 8  # problems named in one error
 
 
-def from_files(checkpoint: Checkpoint, table: Table, shapes: Mapping[str, tuple[int, ...]], *,
-               edits: Mapping[str, Callable[[np.ndarray], np.ndarray]], fresh: set[str],
-               layers: int | None, param_dtype: Any,
-               coded: Mapping[str, Callable[[Iterable[np.ndarray]], Any]]) -> dict[str, Any]:
+def from_files(
+  checkpoint: Checkpoint,
+  table: Table,
+  shapes: Mapping[str, tuple[int, ...]],
+  *,
+  edits: Mapping[str, Callable[[np.ndarray], np.ndarray]],
+  fresh: set[str],
+  layers: int | None,
+  param_dtype: Any,
+  coded: Mapping[str, Callable[[Iterable[np.ndarray]], Any]],
+) -> dict[str, Any]:
   """Reads our arrays from a folder.
 
   Args:
@@ -38,16 +45,21 @@ def from_files(checkpoint: Checkpoint, table: Table, shapes: Mapping[str, tuple[
   """
   names = _names(checkpoint, table)
   wanted = [place for place in places(table, shapes) if place.path not in fresh]
-  problems = [problem for place in wanted
-              for problem in _unfit(place, names, checkpoint, place.path in edits)]
+  problems = [
+    problem for place in wanted for problem in _unfit(place, names, checkpoint, place.path in edits)
+  ]
   read = {key for place in wanted for key in place.keys}
-  problems += [f'unexpected {name!r} of shape {_shape(checkpoint, name)}{_near(key, read, names)}'
-               for key, name in names.items()
-               if key not in read and not _spare(key, table, layers)]
+  problems += [
+    f'unexpected {name!r} of shape {_shape(checkpoint, name)}{_near(key, read, names)}'
+    for key, name in names.items()
+    if key not in read and not _spare(key, table, layers)
+  ]
   if problems:
     rest = [f'... and {len(problems) - _SHOWN} more'] if len(problems) > _SHOWN else []
-    raise ValueError(f'{checkpoint.folder} does not fit {table.architectures[0]}:\n  '
-                     + '\n  '.join(problems[:_SHOWN] + rest))
+    raise ValueError(
+      f'{checkpoint.folder} does not fit {table.architectures[0]}:\n  '
+      + '\n  '.join(problems[:_SHOWN] + rest)
+    )
 
   def load(place: Place):
     edit = edits.get(place.path, lambda x: x)
@@ -78,9 +90,11 @@ def keyed(table: Table, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[Pla
 
 def _names(checkpoint: Checkpoint, table: Table) -> dict[str, str]:
   """{key as the table writes it: key in the file}."""
+
   def plain(name):
     key = name.removeprefix(table.base)
     return re.sub(r'\.gamma$', '.weight', re.sub(r'\.beta$', '.bias', key))  # names of before 2019
+
   return {plain(name): name for name in checkpoint.shapes}
 
 
@@ -88,11 +102,15 @@ def _unfit(place: Place, names, checkpoint: Checkpoint, edited: bool) -> list[st
   problems = []
   for key in place.keys:
     if key not in names:
-      problems.append(f'missing {key!r}, {list(_on_disk(place))} for {place.path}'
-                      + _near(key, names, names, checkpoint))
+      problems.append(
+        f'missing {key!r}, {list(_on_disk(place))} for {place.path}'
+        + _near(key, names, names, checkpoint)
+      )
     elif not edited and checkpoint.shapes[names[key]] != _on_disk(place):
-      problems.append(f'{names[key]!r} has the shape {_shape(checkpoint, names[key])}, the model '
-                      f'needs {list(_on_disk(place))} for {place.path}')
+      problems.append(
+        f'{names[key]!r} has the shape {_shape(checkpoint, names[key])}, the model '
+        f'needs {list(_on_disk(place))} for {place.path}'
+      )
   return problems
 
 

@@ -11,11 +11,23 @@ import numpy as np
 from . import onnx, safetensors
 
 CONFIG = {
-  'architectures': ['Dinov2Model'], 'model_type': 'dinov2', 'hidden_size': 384,
-  'num_hidden_layers': 12, 'num_attention_heads': 6, 'mlp_ratio': 4, 'hidden_act': 'gelu',
-  'image_size': 518, 'patch_size': 14, 'num_channels': 3, 'qkv_bias': True, 'layer_norm_eps': 1e-6,
-  'layerscale_value': 1.0, 'hidden_dropout_prob': 0.0, 'attention_probs_dropout_prob': 0.0,
-  'use_swiglu_ffn': False, 'use_mask_token': False,
+  'architectures': ['Dinov2Model'],
+  'model_type': 'dinov2',
+  'hidden_size': 384,
+  'num_hidden_layers': 12,
+  'num_attention_heads': 6,
+  'mlp_ratio': 4,
+  'hidden_act': 'gelu',
+  'image_size': 518,
+  'patch_size': 14,
+  'num_channels': 3,
+  'qkv_bias': True,
+  'layer_norm_eps': 1e-6,
+  'layerscale_value': 1.0,
+  'hidden_dropout_prob': 0.0,
+  'attention_probs_dropout_prob': 0.0,
+  'use_swiglu_ffn': False,
+  'use_mask_token': False,
 }
 
 
@@ -30,10 +42,16 @@ def tensors(graph: onnx.Graph) -> dict[str, np.ndarray]:
   The exporter kept most names. It lost those of matrices, which are told by the bias added to the
   product, and folded the position table into two constants, told by what they are joined with.
   """
-  found = {name.removeprefix('backbone.'): array for name, array in graph.tensors.items()
-           if name.startswith('backbone.')}
-  products = {node.outputs[0]: node.inputs[1] for node in graph.nodes
-              if node.op == 'MatMul' and node.inputs[1] in graph.tensors}
+  found = {
+    name.removeprefix('backbone.'): array
+    for name, array in graph.tensors.items()
+    if name.startswith('backbone.')
+  }
+  products = {
+    node.outputs[0]: node.inputs[1]
+    for node in graph.nodes
+    if node.op == 'MatMul' and node.inputs[1] in graph.tensors
+  }
   for node in graph.nodes:
     biases = [name for name in node.inputs if name.endswith('.bias')]
     matrices = [products[name] for name in node.inputs if name in products]
@@ -41,8 +59,11 @@ def tensors(graph: onnx.Graph) -> dict[str, np.ndarray]:
       key = biases[0].removeprefix('backbone.').removesuffix('bias') + 'weight'
       found[key] = graph.tensors[matrices[0]].T
   width = found['embeddings.cls_token'].shape[-1]
-  table = [array for name, array in graph.tensors.items()
-           if name.startswith('onnx::') and array.ndim == 3 and array.shape[::2] == (1, width)]
+  table = [
+    array
+    for name, array in graph.tensors.items()
+    if name.startswith('onnx::') and array.ndim == 3 and array.shape[::2] == (1, width)
+  ]
   table.sort(key=lambda array: array.shape[1])  # the class row, then the grid
   found['embeddings.position_embeddings'] = np.concatenate(table, 1)
   return found

@@ -19,7 +19,19 @@ from .safetensors import sha256
 
 FILE = 'model.gguf'
 _MAGIC, _VERSIONS, _ALIGNMENT = b'GGUF', (2, 3), 32
-_SCALARS = {0: 'B', 1: 'b', 2: 'H', 3: 'h', 4: 'I', 5: 'i', 6: 'f', 7: '?', 10: 'Q', 11: 'q', 12: 'd'}
+_SCALARS = {
+  0: 'B',
+  1: 'b',
+  2: 'H',
+  3: 'h',
+  4: 'I',
+  5: 'i',
+  6: 'f',
+  7: '?',
+  10: 'Q',
+  11: 'q',
+  12: 'd',
+}
 _STRING, _ARRAY = 8, 9
 
 
@@ -44,7 +56,7 @@ def _plain(dtype):
 
 
 def _scale(blocks, i):
-  return np.ascontiguousarray(blocks[:, 2 * i:2 * i + 2]).view(np.float16).astype(np.float32)
+  return np.ascontiguousarray(blocks[:, 2 * i : 2 * i + 2]).view(np.float16).astype(np.float32)
 
 
 def _codes(data):
@@ -61,10 +73,17 @@ FORMATS = {
 }
 
 _BLOCK = {
-  'attn_norm': 'input_layernorm', 'ffn_norm': 'post_attention_layernorm', 'attn_q': 'self_attn.q_proj',
-  'attn_k': 'self_attn.k_proj', 'attn_v': 'self_attn.v_proj', 'attn_output': 'self_attn.o_proj',
-  'attn_q_norm': 'self_attn.q_norm', 'attn_k_norm': 'self_attn.k_norm', 'ffn_gate': 'mlp.gate_proj',
-  'ffn_up': 'mlp.up_proj', 'ffn_down': 'mlp.down_proj',
+  'attn_norm': 'input_layernorm',
+  'ffn_norm': 'post_attention_layernorm',
+  'attn_q': 'self_attn.q_proj',
+  'attn_k': 'self_attn.k_proj',
+  'attn_v': 'self_attn.v_proj',
+  'attn_output': 'self_attn.o_proj',
+  'attn_q_norm': 'self_attn.q_norm',
+  'attn_k_norm': 'self_attn.k_norm',
+  'ffn_gate': 'mlp.gate_proj',
+  'ffn_up': 'mlp.up_proj',
+  'ffn_down': 'mlp.down_proj',
 }
 _TOP = {'token_embd': 'model.embed_tokens', 'output_norm': 'model.norm', 'output': 'lm_head'}
 ARCHITECTURES = ('llama', 'qwen2', 'qwen3')
@@ -91,14 +110,17 @@ class Gguf:
 
   def __init__(self, path: str | Path):
     self.folder = Path(path)
-    self._data = np.memmap(self.folder, np.uint8, 'r') if self.folder.stat().st_size else np.empty(0, np.uint8)
+    self._data = (
+      np.memmap(self.folder, np.uint8, 'r') if self.folder.stat().st_size else np.empty(0, np.uint8)
+    )
     try:
       self.metadata, self._tensors = _parse(self._data)
     except _Unsupported as error:
       raise ValueError(f'{self.folder}: {error}') from error
     except (struct.error, UnicodeDecodeError, OverflowError, MemoryError, _Damaged) as error:
-      raise ValueError(f'{self.folder} is no readable GGUF file ({error}); it is damaged or was not copied '
-                       'whole') from error
+      raise ValueError(
+        f'{self.folder} is no readable GGUF file ({error}); it is damaged or was not copied whole'
+      ) from error
     self.shapes = {self._key(name): tensor.shape for name, tensor in self._tensors.items()}
     self._names = {self._key(name): name for name in self._tensors}
 
@@ -115,30 +137,46 @@ class Gguf:
     """
     kind = self.metadata.get('general.architecture')
     if kind not in ARCHITECTURES:
-      raise ValueError(f'{self.folder}: the architecture {kind!r} is none of {", ".join(ARCHITECTURES)}')
+      raise ValueError(
+        f'{self.folder}: the architecture {kind!r} is none of {", ".join(ARCHITECTURES)}'
+      )
     try:
       return self._config(kind)
     except KeyError as error:
-      raise ValueError(f'{self.folder} has no {f"{kind}.{error.args[0]}"!r} in its metadata') from error
+      raise ValueError(
+        f'{self.folder} has no {f"{kind}.{error.args[0]}"!r} in its metadata'
+      ) from error
 
   def _config(self, kind: str) -> dict[str, Any]:
     told = {key.removeprefix(f'{kind}.'): value for key, value in self.metadata.items()}
     heads, width = told['attention.head_count'], told['embedding_length']
     size = told.get('attention.key_length', width // heads)
     scaling = told.get('rope.scaling.type', 'none')
-    eps = float(str(np.float32(told['attention.layer_norm_rms_epsilon'])))  # 1e-5, not the float32 next to it
+    eps = float(
+      str(np.float32(told['attention.layer_norm_rms_epsilon']))
+    )  # 1e-5, not the float32 next to it
     return {
-      'model_type': kind, 'hidden_size': width, 'num_hidden_layers': told['block_count'],
-      'num_attention_heads': heads, 'num_key_value_heads': told.get('attention.head_count_kv', heads),
-      'head_dim': size, 'intermediate_size': told['feed_forward_length'],
+      'model_type': kind,
+      'hidden_size': width,
+      'num_hidden_layers': told['block_count'],
+      'num_attention_heads': heads,
+      'num_key_value_heads': told.get('attention.head_count_kv', heads),
+      'head_dim': size,
+      'intermediate_size': told['feed_forward_length'],
       'vocab_size': self.shapes.get('model.embed_tokens.weight', (0,))[0],
-      'max_position_embeddings': told['context_length'], 'rms_norm_eps': eps,
+      'max_position_embeddings': told['context_length'],
+      'rms_norm_eps': eps,
       'rope_theta': told.get('rope.freq_base', 10000.0),
-      'rope_scaling': None if scaling == 'none' else {'rope_type': scaling, 'factor': told['rope.scaling.factor']},
+      'rope_scaling': None
+      if scaling == 'none'
+      else {'rope_type': scaling, 'factor': told['rope.scaling.factor']},
       'partial_rotary_factor': told.get('rope.dimension_count', size) / size,
       'tie_word_embeddings': 'lm_head.weight' not in self.shapes,
-      **{name: self.metadata[f'tokenizer.ggml.{name}'] for name in ('bos_token_id', 'eos_token_id')
-         if f'tokenizer.ggml.{name}' in self.metadata},
+      **{
+        name: self.metadata[f'tokenizer.ggml.{name}']
+        for name in ('bos_token_id', 'eos_token_id')
+        if f'tokenizer.ggml.{name}' in self.metadata
+      },
     }
 
   def read(self, key: str) -> np.ndarray:
@@ -154,7 +192,7 @@ class Gguf:
   def tensor(self, name: str) -> np.ndarray:
     """One tensor by its own name, as float32."""
     form, shape, start = self._tensors[name]
-    blocks = self._data[start:start + _size(form, shape)].reshape(-1, form.bytes)
+    blocks = self._data[start : start + _size(form, shape)].reshape(-1, form.bytes)
     return form.decode(blocks).reshape(shape)
 
   def _key(self, name: str) -> str:
@@ -198,11 +236,15 @@ def _parse(data: np.ndarray) -> tuple[dict[str, Any], dict[str, _Tensor]]:
   found = {}
   for name, (shape, kind, offset) in heads.items():
     if kind not in FORMATS:
-      raise _Unsupported(f'{name!r} has the type {kind}, which is not supported; supported are '
-                         + ', '.join(f'{form.name} ({i})' for i, form in FORMATS.items()))
+      raise _Unsupported(
+        f'{name!r} has the type {kind}, which is not supported; supported are '
+        + ', '.join(f'{form.name} ({i})' for i, form in FORMATS.items())
+      )
     form = FORMATS[kind]
     if not shape or shape[-1] % form.weights:
-      raise _Damaged(f'{name!r} of shape {list(shape)} cannot be cut into {form.name} blocks of {form.weights}')
+      raise _Damaged(
+        f'{name!r} of shape {list(shape)} cannot be cut into {form.name} blocks of {form.weights}'
+      )
     if start + offset + _size(form, shape) > len(data):
       raise _Damaged(f'{name!r} ends at byte {start + offset + _size(form, shape)} of {len(data)}')
     found[name] = _Tensor(form, shape, start + offset)
@@ -230,7 +272,7 @@ class _Reader:
     if size > len(self.data) - self.at:
       raise _Damaged(f'a text of {size} bytes at byte {self.at} of {len(self.data)}')
     self.at += size
-    return bytes(self.data[self.at - size:self.at]).decode()
+    return bytes(self.data[self.at - size : self.at]).decode()
 
   def value(self, kind: int):
     if kind == _STRING:

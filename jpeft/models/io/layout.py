@@ -27,8 +27,10 @@ class Leaf(NamedTuple):
 KINDS: dict[str, dict[str, Leaf]] = {
   'param': {'': Leaf('')},
   'dense': {'kernel': Leaf('.weight', np.transpose, np.transpose), 'bias': Leaf('.bias')},
-  'conv': {'kernel': Leaf('.weight', lambda x: x.transpose(2, 3, 1, 0),
-                          lambda x: x.transpose(3, 2, 0, 1)), 'bias': Leaf('.bias')},
+  'conv': {
+    'kernel': Leaf('.weight', lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)),
+    'bias': Leaf('.bias'),
+  },
   'norm': {'scale': Leaf('.weight'), 'bias': Leaf('.bias')},
   'embed': {'embedding': Leaf('.weight')},
 }
@@ -100,8 +102,9 @@ def places(table: Table, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Plac
   for path, shape in shapes.items():
     generic = re.sub(r'(^|/)(?:block_(\d+)|blocks)(?=/)', r'\1block', path)
     if generic not in leaves:
-      raise ValueError(f'the parameter {path!r} has no place in the files of '
-                       f'{table.architectures[0]}')
+      raise ValueError(
+        f'the parameter {path!r} has no place in the files of {table.architectures[0]}'
+      )
     key, leaf, head = leaves[generic]
     stacked = re.search(r'(^|/)blocks/', path) is not None
     if stacked:

@@ -43,8 +43,9 @@ def read(data: bytes, name: str) -> Graph:
     nodes = [_node(value) for field, value in fields if field == 1]
     tensors = dict(_tensor(value) for field, value in fields if field == 5)
   except (IndexError, ValueError, KeyError, TypeError) as error:
-    raise ValueError(f'{name} is no readable ONNX file ({error}); it is damaged or was not copied '
-                     'whole') from error
+    raise ValueError(
+      f'{name} is no readable ONNX file ({error}); it is damaged or was not copied whole'
+    ) from error
   return Graph(tensors, nodes)
 
 
@@ -57,8 +58,12 @@ def _node(data: memoryview) -> Node:
 def _tensor(data: memoryview) -> tuple[str, np.ndarray]:
   fields = list(_fields(data))
   first = {field: value for field, value in reversed(fields)}
-  shape = [n for field, value in fields if field == 1
-           for n in ([value] if isinstance(value, int) else _varints(value))]
+  shape = [
+    n
+    for field, value in fields
+    if field == 1
+    for n in ([value] if isinstance(value, int) else _varints(value))
+  ]
   if 9 not in first:
     raise ValueError(f'the tensor {bytes(first[8]).decode()!r} is not stored as raw data')
   array = np.frombuffer(first[9], _TYPES[first[2]]).reshape(shape)
@@ -74,7 +79,7 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
       value, at = _varint(data, at)
     elif kind in (1, 2, 5):
       size, at = _varint(data, at) if kind == 2 else ({1: 8, 5: 4}[kind], at)
-      value = data[at:at + size]
+      value = data[at : at + size]
       if len(value) < size:
         raise ValueError(f'a field of {size} bytes ends after {len(value)}')
       at += size

@@ -12,8 +12,13 @@ import safetensors
 import safetensors.numpy
 
 FILE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
-PICKLES = ('pytorch_model.bin', 'pytorch_model.bin.index.json', 'model.ckpt.index', 'tf_model.h5',
-           'flax_model.msgpack')
+PICKLES = (
+  'pytorch_model.bin',
+  'pytorch_model.bin.index.json',
+  'model.ckpt.index',
+  'tf_model.h5',
+  'flax_model.msgpack',
+)
 
 
 class Checkpoint:
@@ -32,14 +37,18 @@ class Checkpoint:
     for file in sorted(set(self._file_of.values())):
       with _open(file) as f:
         present = f.keys()
-        self.shapes |= {key: tuple(f.get_slice(key).get_shape()) for key in present
-                        if self._file_of.get(key, file) == file}
+        self.shapes |= {
+          key: tuple(f.get_slice(key).get_shape())
+          for key in present
+          if self._file_of.get(key, file) == file
+        }
         self._file_of |= {key: file for key in present if key not in self._file_of}
     self._file_of.pop(None, None)
     for key, file in self._file_of.items():
       if key not in self.shapes:
-        raise ValueError(f'{self.folder / INDEX}: {key!r} is said to be in {file.name}, which does '
-                         'not hold it')
+        raise ValueError(
+          f'{self.folder / INDEX}: {key!r} is said to be in {file.name}, which does not hold it'
+        )
 
   def read(self, key: str) -> np.ndarray:
     """One tensor, in the number format of the file."""
@@ -58,9 +67,11 @@ def _files(folder: Path) -> dict[str | None, Path]:
   if not (folder / INDEX).exists():
     other = [name for name in PICKLES if (folder / name).exists()]
     if other:
-      raise ValueError(f'{folder} holds {other[0]} but no {FILE}: only safetensors is read, since '
-                       'unpickling can run code; convert it (save_pretrained of transformers '
-                       'writes safetensors)')
+      raise ValueError(
+        f'{folder} holds {other[0]} but no {FILE}: only safetensors is read, since '
+        'unpickling can run code; convert it (save_pretrained of transformers '
+        'writes safetensors)'
+      )
     raise FileNotFoundError(f'{folder} holds neither {FILE} nor {INDEX}')
   index = read_json(folder / INDEX)
   if not isinstance(index.get('weight_map'), dict):
@@ -71,8 +82,10 @@ def _files(folder: Path) -> dict[str | None, Path]:
       raise ValueError(f'{folder / INDEX}: {name!r} for {key!r} is no plain file name')
     if not (folder / name).exists():
       near = difflib.get_close_matches(name, [p.name for p in folder.iterdir()], 1)
-      raise FileNotFoundError(f'{folder / name} is missing, the index needs it for {key!r}'
-                              + (f'; there is {near[0]}' if near else ''))
+      raise FileNotFoundError(
+        f'{folder / name} is missing, the index needs it for {key!r}'
+        + (f'; there is {near[0]}' if near else '')
+      )
     files[key] = folder / name
   return files
 
@@ -81,8 +94,9 @@ def _open(file: Path):
   try:
     return safetensors.safe_open(file, 'np')
   except (safetensors.SafetensorError, OSError) as error:
-    raise ValueError(f'{file} is no readable safetensors file ({error}); it is damaged or was not '
-                     'copied whole') from error
+    raise ValueError(
+      f'{file} is no readable safetensors file ({error}); it is damaged or was not copied whole'
+    ) from error
 
 
 def write(folder: Path, tensors: Mapping[str, np.ndarray], config: Mapping) -> None:

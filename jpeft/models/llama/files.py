@@ -14,14 +14,27 @@ from ..nn.rope import Rope
 from .model import Llama
 
 _BLOCK = 'layers.{i}.'
-_LINEAR = {'attention/query': 'self_attn.q_proj', 'attention/key': 'self_attn.k_proj',
-           'attention/value': 'self_attn.v_proj', 'attention/out': 'self_attn.o_proj',
-           'mlp/gate': 'mlp.gate_proj', 'mlp/fc1': 'mlp.up_proj', 'mlp/fc2': 'mlp.down_proj'}
-_NORMS = {'norm1': 'input_layernorm', 'norm2': 'post_attention_layernorm',
-          'attention/query_norm': 'self_attn.q_norm', 'attention/key_norm': 'self_attn.k_norm'}
-_ROWS = (('embed', 'embed', 'embed_tokens'), ('final_norm', 'norm', 'norm'),
-         *((f'decoder/block/{ours}', 'dense', _BLOCK + theirs) for ours, theirs in _LINEAR.items()),
-         *((f'decoder/block/{ours}', 'norm', _BLOCK + theirs) for ours, theirs in _NORMS.items()))
+_LINEAR = {
+  'attention/query': 'self_attn.q_proj',
+  'attention/key': 'self_attn.k_proj',
+  'attention/value': 'self_attn.v_proj',
+  'attention/out': 'self_attn.o_proj',
+  'mlp/gate': 'mlp.gate_proj',
+  'mlp/fc1': 'mlp.up_proj',
+  'mlp/fc2': 'mlp.down_proj',
+}
+_NORMS = {
+  'norm1': 'input_layernorm',
+  'norm2': 'post_attention_layernorm',
+  'attention/query_norm': 'self_attn.q_norm',
+  'attention/key_norm': 'self_attn.k_norm',
+}
+_ROWS = (
+  ('embed', 'embed', 'embed_tokens'),
+  ('final_norm', 'norm', 'norm'),
+  *((f'decoder/block/{ours}', 'dense', _BLOCK + theirs) for ours, theirs in _LINEAR.items()),
+  *((f'decoder/block/{ours}', 'norm', _BLOCK + theirs) for ours, theirs in _NORMS.items()),
+)
 _HEAD = 'lm_head.weight'
 _FREQUENCIES = r'layers\.\d+\.self_attn\.rotary_emb\.inv_freq'  # in files of before 2023
 _NAMES = {'llama': 'Llama', 'mistral': 'Mistral', 'qwen2': 'Qwen2', 'qwen3': 'Qwen3'}
@@ -32,7 +45,9 @@ def _table(kind: str, model: Llama) -> Table:
   name = _NAMES[kind]
   head = () if model.tied else (('head', 'dense', 'lm_head'),)
   ignore = (_FREQUENCIES, r'lm_head\.weight') if model.tied else (_FREQUENCIES,)
-  return Table('model.', _ROWS, head, ignore, (f'{name}Model', f'{name}ForCausalLM'), tied=model.tied)
+  return Table(
+    'model.', _ROWS, head, ignore, (f'{name}Model', f'{name}ForCausalLM'), tied=model.tied
+  )
 
 
 def _build(kind: str, config: Mapping, checkpoint: Checkpoint | None, request: Request) -> Llama:
@@ -44,13 +59,25 @@ def _build(kind: str, config: Mapping, checkpoint: Checkpoint | None, request: R
     tied = shape_of(checkpoint, _HEAD) is None
   depth = depth_of(config, 'num_hidden_layers', request)
   return Llama(
-    config['hidden_size'], depth, config['num_attention_heads'], config['intermediate_size'],
-    config['vocab_size'], kv_heads=config.get('num_key_value_heads'), head_dim=config.get('head_dim'),
-    tied=tied, qkv_bias=kind == 'qwen2' or bias, out_bias=kind != 'qwen2' and bias,
-    mlp_bias=config.get('mlp_bias', False), qk_norm=kind == 'qwen3', rope=rope_of(config),
-    window=_window(kind, config, depth), eps=config.get('rms_norm_eps', 1e-6),
+    config['hidden_size'],
+    depth,
+    config['num_attention_heads'],
+    config['intermediate_size'],
+    config['vocab_size'],
+    kv_heads=config.get('num_key_value_heads'),
+    head_dim=config.get('head_dim'),
+    tied=tied,
+    qkv_bias=kind == 'qwen2' or bias,
+    out_bias=kind != 'qwen2' and bias,
+    mlp_bias=config.get('mlp_bias', False),
+    qk_norm=kind == 'qwen3',
+    rope=rope_of(config),
+    window=_window(kind, config, depth),
+    eps=config.get('rms_norm_eps', 1e-6),
     activation=activation(config.get('hidden_act', 'silu')),
-    attention_dropout=config.get('attention_dropout', 0.0), **request.fields)
+    attention_dropout=config.get('attention_dropout', 0.0),
+    **request.fields,
+  )
 
 
 def rope_of(config: Mapping) -> Rope:
@@ -70,8 +97,14 @@ def rope_of(config: Mapping) -> Rope:
     return Rope(float(theta))
   if kind == 'linear':
     return Rope(float(theta), kind, float(told['factor']))
-  return Rope(float(theta), kind, float(told['factor']), float(told['low_freq_factor']),
-              float(told['high_freq_factor']), int(told['original_max_position_embeddings']))
+  return Rope(
+    float(theta),
+    kind,
+    float(told['factor']),
+    float(told['low_freq_factor']),
+    float(told['high_freq_factor']),
+    int(told['original_max_position_embeddings']),
+  )
 
 
 def _window(kind: str, config: Mapping, depth: int) -> int | None:
@@ -88,19 +121,22 @@ def _window(kind: str, config: Mapping, depth: int) -> int | None:
   if not config.get('use_sliding_window', False):
     return None
   first = config.get('max_window_layers', 28)
-  types = config.get('layer_types') or ['full_attention' if i < first else 'sliding_attention'
-                                        for i in range(depth)]
+  types = config.get('layer_types') or [
+    'full_attention' if i < first else 'sliding_attention' for i in range(depth)
+  ]
   slides = {name == 'sliding_attention' for name in types[:depth]}
   if len(slides) > 1:
-    raise ValueError('layer_types mixes full and sliding attention, which is not supported: '
-                     'all layers must be of one type')
+    raise ValueError(
+      'layer_types mixes full and sliding attention, which is not supported: '
+      'all layers must be of one type'
+    )
   return window if slides.pop() else None
 
 
 def _describe(config: Mapping, model: Llama) -> dict:
   config = dict(config) | {'num_hidden_layers': model.depth, 'tie_word_embeddings': model.tied}
   if config.get('layer_types'):
-    config['layer_types'] = config['layer_types'][:model.depth]
+    config['layer_types'] = config['layer_types'][: model.depth]
   return config
 
 
@@ -108,5 +144,9 @@ def _example(model: Llama) -> tuple:
   return (jax.ShapeDtypeStruct((1, 8), jnp.int32),)
 
 
-LLAMA_FAMILIES = {kind: Family(functools.partial(_build, kind), functools.partial(_table, kind), _example,
-                               _describe) for kind in _NAMES}
+LLAMA_FAMILIES = {
+  kind: Family(
+    functools.partial(_build, kind), functools.partial(_table, kind), _example, _describe
+  )
+  for kind in _NAMES
+}

@@ -37,7 +37,9 @@ def grouped_attention(query, key, value, bias=None, mask=None, *, dropout_rng=No
   rngs = None if dropout_rng is None else jax.random.split(dropout_rng, grouped.shape[-2])
 
   def attend(query, rng):
-    return nn.dot_product_attention(query, key, value, bias=bias, mask=mask, dropout_rng=rng, **options)
+    return nn.dot_product_attention(
+      query, key, value, bias=bias, mask=mask, dropout_rng=rng, **options
+    )
 
   out = jax.vmap(attend, in_axes=(-2, None if rngs is None else 0), out_axes=-2)(grouped, rngs)
   return out.reshape(query.shape)
@@ -82,7 +84,9 @@ class CausalAttention(nn.Module):
   @nn.compact
   def __call__(self, x, mask=None, bias=None, deterministic=True):
     """x [B, N, D] and mask [B, N], see `Llama`, to [B, N, D]."""
-    dense = functools.partial(nn.Dense, kernel_init=default_init, dtype=self.dtype, param_dtype=self.param_dtype)
+    dense = functools.partial(
+      nn.Dense, kernel_init=default_init, dtype=self.dtype, param_dtype=self.param_dtype
+    )
 
     def heads(name, count, norm):
       y = dense(count * self.head_dim, use_bias=self.qkv_bias, name=name)(x)
@@ -99,7 +103,10 @@ class CausalAttention(nn.Module):
     if keeps:
       own = jnp.ones(x.shape[:2], jnp.int32) if own is None else own
       texts = self._kept('texts', own, start)
-    seen, positions = (places[:, None] >= jnp.arange((x if texts is None else texts).shape[1]))[None], places
+    seen, positions = (
+      (places[:, None] >= jnp.arange((x if texts is None else texts).shape[1]))[None],
+      places,
+    )
     if texts is not None:
       seen = seen & (own[:, :, None] == texts[:, None])
       positions = seen.sum(-1) - 1  # in its text
@@ -112,9 +119,17 @@ class CausalAttention(nn.Module):
     seen = seen[:, None]
     drop = self.dropout > 0 and not deterministic
     out = self.attention_fn(
-      query, key, value, bias=bias, mask=seen, broadcast_dropout=False,
+      query,
+      key,
+      value,
+      bias=bias,
+      mask=seen,
+      broadcast_dropout=False,
       dropout_rng=self.make_rng('dropout') if drop else None,
-      dropout_rate=self.dropout if drop else 0.0, deterministic=not drop, dtype=self.dtype)
+      dropout_rate=self.dropout if drop else 0.0,
+      deterministic=not drop,
+      dtype=self.dtype,
+    )
     out = out.reshape(*out.shape[:-2], self.heads * self.head_dim)
     return dense(x.shape[-1], use_bias=self.out_bias, name='out')(out)
 
@@ -128,7 +143,11 @@ class CausalAttention(nn.Module):
 
 def grown(cache, length: int) -> bool:
   """Whether a cache made for `length` tokens holds others too, which a method has added to the sequence."""
-  return any(leaf.shape[-1] != length for path, leaf in jax.tree.leaves_with_path(cache) if path[-1].key == 'texts')
+  return any(
+    leaf.shape[-1] != length
+    for path, leaf in jax.tree.leaves_with_path(cache)
+    if path[-1].key == 'texts'
+  )
 
 
 class LlamaBlock(Block):
@@ -154,9 +173,23 @@ class LlamaBlock(Block):
     types = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
     dropout = nn.Dropout(self.dropout, name='dropout')
     attention = CausalAttention(
-      self.heads, self.head_dim, self.kv_heads or self.heads, self.qkv_bias, self.out_bias, self.qk_norm,
-      self.rope, self.window, self.eps, self.attention_dropout, self.attention_fn, name='attention', **types)
-    mlp = MLP(self.mlp_dim, self.activation, gated=True, use_bias=self.mlp_bias, name='mlp', **types)
+      self.heads,
+      self.head_dim,
+      self.kv_heads or self.heads,
+      self.qkv_bias,
+      self.out_bias,
+      self.qk_norm,
+      self.rope,
+      self.window,
+      self.eps,
+      self.attention_dropout,
+      self.attention_fn,
+      name='attention',
+      **types,
+    )
+    mlp = MLP(
+      self.mlp_dim, self.activation, gated=True, use_bias=self.mlp_bias, name='mlp', **types
+    )
     y = attention(rms_norm(self, 'norm1')(x), mask=mask, bias=bias, deterministic=deterministic)
     x = x + dropout(y, deterministic=deterministic)
     y = mlp(rms_norm(self, 'norm2')(x), deterministic=deterministic)
@@ -233,10 +266,15 @@ class Llama(nn.Module):
     types = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
     embed = nn.Embed(self.vocab, self.width, embedding_init=default_init, name='embed', **types)
     own = ('kv_heads', 'qkv_bias', 'out_bias', 'mlp_bias', 'qk_norm', 'rope', 'window')
-    block = block_of(self, LlamaBlock, head_dim=self.head_dim or self.width // self.heads,
-                     **{name: getattr(self, name) for name in own})
+    block = block_of(
+      self,
+      LlamaBlock,
+      head_dim=self.head_dim or self.width // self.heads,
+      **{name: getattr(self, name) for name in own},
+    )
     x = Encoder(block, self.depth, self.scan, self.remat, name='decoder')(
-      embed(tokens), mask=mask, deterministic=deterministic)
+      embed(tokens), mask=mask, deterministic=deterministic
+    )
     x = rms_norm(self, 'final_norm')(x)
     if self.tied:
       return embed.attend(x)

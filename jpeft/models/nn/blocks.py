@@ -13,9 +13,15 @@ from .layers import MLP, Attention, Block, LayerScale, layer_norm
 def _branches(block, qkv_bias=True):
   """Attention, MLP and dropout of a block, as its fields say."""
   types = {'dtype': block.dtype, 'param_dtype': block.param_dtype}
-  attention = Attention(block.heads, block.head_dim, qkv_bias=qkv_bias,
-                        dropout=block.attention_dropout, attention_fn=block.attention_fn,
-                        name='attention', **types)
+  attention = Attention(
+    block.heads,
+    block.head_dim,
+    qkv_bias=qkv_bias,
+    dropout=block.attention_dropout,
+    attention_fn=block.attention_fn,
+    name='attention',
+    **types,
+  )
   mlp = MLP(block.mlp_dim, block.activation, name='mlp', **types)
   return attention, mlp, nn.Dropout(block.dropout, name='dropout')
 
@@ -58,11 +64,21 @@ class PostNormBlock(Block):
     return layer_norm(self, 'norm2')(x + dropout(y, deterministic=deterministic))
 
 
-Remat = bool | Literal['dots']  # recompute blocks in the backward pass; 'dots': all but their products with weights
+Remat = (
+  bool | Literal['dots']
+)  # recompute blocks in the backward pass; 'dots': all but their products with weights
 REMATS: tuple[Remat, ...] = (False, True, 'dots')
 
 
-def run_blocks(block: Callable[..., nn.Module], depth: int, x, *, scan: bool = False, remat: Remat = False, **inputs):
+def run_blocks(
+  block: Callable[..., nn.Module],
+  depth: int,
+  x,
+  *,
+  scan: bool = False,
+  remat: Remat = False,
+  **inputs,
+):
   """Runs blocks that become children of the calling compact module.
 
   Unrolled, they are block_0 .. block_{depth-1}; scanned, they are one child `blocks` whose
@@ -93,9 +109,12 @@ def run_blocks(block: Callable[..., nn.Module], depth: int, x, *, scan: bool = F
     for i in range(depth):
       x = run(block(name=f'block_{i}'), x)
     return x
-  scanned = nn.scan(lambda block, x, _: (run(block, x), None), length=depth,
-                    variable_axes={'params': 0, 'intermediates': 0, 'cache': 0},
-                    split_rngs={'params': True, 'dropout': True})
+  scanned = nn.scan(
+    lambda block, x, _: (run(block, x), None),
+    length=depth,
+    variable_axes={'params': 0, 'intermediates': 0, 'cache': 0},
+    split_rngs={'params': True, 'dropout': True},
+  )
   return scanned(block(name='blocks'), x, None)[0]
 
 
@@ -109,13 +128,30 @@ class Encoder(nn.Module):
 
   @nn.compact
   def __call__(self, x, mask=None, bias=None, deterministic=True):
-    return run_blocks(self.block, self.depth, x, scan=self.scan, remat=self.remat, mask=mask,
-                      bias=bias, deterministic=deterministic)
+    return run_blocks(
+      self.block,
+      self.depth,
+      x,
+      scan=self.scan,
+      remat=self.remat,
+      mask=mask,
+      bias=bias,
+      deterministic=deterministic,
+    )
 
 
 def block_of(model, kind: type[Block], **fields) -> Callable[..., nn.Module]:
   """A maker of blocks with the fields that a model shares with its blocks."""
-  shared = ('heads', 'mlp_dim', 'eps', 'activation', 'dropout', 'attention_dropout',
-            'attention_fn', 'dtype', 'param_dtype')
+  shared = (
+    'heads',
+    'mlp_dim',
+    'eps',
+    'activation',
+    'dropout',
+    'attention_dropout',
+    'attention_fn',
+    'dtype',
+    'param_dtype',
+  )
   fields = {'head_dim': model.width // model.heads} | fields
   return functools.partial(kind, **{name: getattr(model, name) for name in shared}, **fields)

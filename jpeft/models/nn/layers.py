@@ -77,8 +77,9 @@ class Attention(nn.Module):
       An array [B, N, D].
     """
     context = x if context is None else context
-    dense = functools.partial(nn.Dense, kernel_init=self.kernel_init, dtype=self.dtype,
-                              param_dtype=self.param_dtype)
+    dense = functools.partial(
+      nn.Dense, kernel_init=self.kernel_init, dtype=self.dtype, param_dtype=self.param_dtype
+    )
 
     def heads(name, y, **init):
       y = dense(self.heads * self.head_dim, use_bias=self.qkv_bias, name=name, **init)(y)
@@ -90,9 +91,17 @@ class Attention(nn.Module):
       query = query * jnp.sqrt(self.head_dim).astype(query.dtype)
     drop = self.dropout > 0 and not deterministic
     out = self.attention_fn(
-      query, key, value, bias=bias, mask=mask, broadcast_dropout=False,
+      query,
+      key,
+      value,
+      bias=bias,
+      mask=mask,
+      broadcast_dropout=False,
       dropout_rng=self.make_rng('dropout') if drop else None,
-      dropout_rate=self.dropout if drop else 0.0, deterministic=not drop, dtype=self.dtype)
+      dropout_rate=self.dropout if drop else 0.0,
+      deterministic=not drop,
+      dtype=self.dtype,
+    )
     out = out.reshape(*out.shape[:-2], self.heads * self.head_dim)
     return dense(x.shape[-1], use_bias=self.out_bias, name='out')(out)
 
@@ -127,8 +136,13 @@ class MLP(nn.Module):
 
   @nn.compact
   def __call__(self, x, deterministic=True):
-    dense = functools.partial(nn.Dense, use_bias=self.use_bias, kernel_init=self.kernel_init,
-                              dtype=self.dtype, param_dtype=self.param_dtype)
+    dense = functools.partial(
+      nn.Dense,
+      use_bias=self.use_bias,
+      kernel_init=self.kernel_init,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+    )
     y = dense(self.mlp_dim, name='fc1')(x)
     if self.gated:
       y = self.activation(dense(self.mlp_dim, name='gate')(x)) * y
@@ -183,8 +197,13 @@ class Block(nn.Module):
 def layer_norm(module, name):
   """The LayerNorm that a module with fields eps, dtype and param_dtype uses."""
   # The fast variance, mean(x^2) - mean(x)^2, loses digits that published checkpoints need.
-  return nn.LayerNorm(module.eps, dtype=module.dtype, param_dtype=module.param_dtype,
-                      use_fast_variance=False, name=name)
+  return nn.LayerNorm(
+    module.eps,
+    dtype=module.dtype,
+    param_dtype=module.param_dtype,
+    use_fast_variance=False,
+    name=name,
+  )
 
 
 def rms_norm(module, name):
@@ -197,5 +216,7 @@ def check_pool(pool: str, known: tuple[str, ...], num_classes: int | None) -> No
   if pool not in known:
     raise ValueError(f'pool {pool!r} is none of {", ".join(known)}')
   if pool == 'tokens' and num_classes is not None:
-    raise ValueError(f"pool 'tokens' has no single feature for a head of {num_classes} classes; "
-                     f'choose one of {", ".join(known[:-1])}')
+    raise ValueError(
+      f"pool 'tokens' has no single feature for a head of {num_classes} classes; "
+      f'choose one of {", ".join(known[:-1])}'
+    )

@@ -43,8 +43,9 @@ def _bicubic(old: int, new: int, a: float = -0.75) -> np.ndarray:
   return matrix
 
 
-def relative_buckets(queries: int, keys: int, *, buckets: int, max_distance: int,
-                     bidirectional: bool) -> np.ndarray:
+def relative_buckets(
+  queries: int, keys: int, *, buckets: int, max_distance: int, bidirectional: bool
+) -> np.ndarray:
   """The bucket of the distance from each query to each key.
 
   Near distances have a bucket each, far ones share buckets that widen logarithmically up to
@@ -92,8 +93,14 @@ class PositionBias(nn.Module):
   @nn.compact
   def __call__(self, queries: int, keys: int):
     """Returns the bias [1, heads, queries, keys]."""
-    table = self.param('embedding', nn.initializers.lecun_normal(), (self.buckets, self.heads),
-                       self.param_dtype)
-    rows = relative_buckets(queries, keys, buckets=self.buckets, max_distance=self.max_distance,
-                            bidirectional=self.bidirectional)
+    table = self.param(
+      'embedding', nn.initializers.lecun_normal(), (self.buckets, self.heads), self.param_dtype
+    )
+    rows = relative_buckets(
+      queries,
+      keys,
+      buckets=self.buckets,
+      max_distance=self.max_distance,
+      bidirectional=self.bidirectional,
+    )
     return table.astype(self.dtype)[rows].transpose(2, 0, 1)[None]

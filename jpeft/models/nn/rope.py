@@ -42,7 +42,9 @@ class Rope(NamedTuple):
     if self.scaling == 'linear':
       return (plain / self.factor).astype(np.float32)
     if self.scaling != 'llama3':
-      raise ValueError(f"the RoPE scaling {self.scaling!r} is not supported, only 'default', 'linear' and 'llama3'")
+      raise ValueError(
+        f"the RoPE scaling {self.scaling!r} is not supported, only 'default', 'linear' and 'llama3'"
+      )
     turns = self.original * plain / (2 * math.pi)  # in the original context
     fast = np.clip((turns - self.low) / (self.high - self.low), 0, 1)
     return (plain * (fast + (1 - fast) / self.factor)).astype(np.float32)

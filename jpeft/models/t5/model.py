@@ -35,17 +35,33 @@ class T5Block(Block):
     dropout = nn.Dropout(self.dropout, name='dropout')
     drop = lambda y: dropout(y, deterministic=deterministic)
     attention = lambda name: Attention(
-      self.heads, self.head_dim, qkv_bias=False, out_bias=False, scaled=False,
-      dropout=self.attention_dropout, attention_fn=self.attention_fn, name=name, **types)
+      self.heads,
+      self.head_dim,
+      qkv_bias=False,
+      out_bias=False,
+      scaled=False,
+      dropout=self.attention_dropout,
+      attention_fn=self.attention_fn,
+      name=name,
+      **types,
+    )
 
     y = rms_norm(self, 'norm1')(x)
     x = x + drop(attention('attention')(y, mask=mask, bias=bias, deterministic=deterministic))
     if self.cross:
       y = rms_norm(self, 'norm_cross')(x)
-      x = x + drop(attention('cross_attention')(y, context, mask=context_mask,
-                                                deterministic=deterministic))
-    mlp = MLP(self.mlp_dim, self.activation, self.gated, use_bias=False, dropout=self.dropout,
-              name='mlp', **types)
+      x = x + drop(
+        attention('cross_attention')(y, context, mask=context_mask, deterministic=deterministic)
+      )
+    mlp = MLP(
+      self.mlp_dim,
+      self.activation,
+      self.gated,
+      use_bias=False,
+      dropout=self.dropout,
+      name='mlp',
+      **types,
+    )
     return x + drop(mlp(rms_norm(self, 'norm2')(x), deterministic=deterministic))
 
 
@@ -78,9 +94,17 @@ class T5Stack(nn.Module):
   def __call__(self, x, mask=None, deterministic=True, **context):
     dropout = nn.Dropout(self.dropout, name='dropout')
     bias = self.position_bias(name='position_bias')(x.shape[1], x.shape[1])
-    x = run_blocks(self.block, self.depth, dropout(x, deterministic=deterministic), mask=mask,
-                   bias=bias, deterministic=deterministic, scan=self.scan, remat=self.remat,
-                   **context)
+    x = run_blocks(
+      self.block,
+      self.depth,
+      dropout(x, deterministic=deterministic),
+      mask=mask,
+      bias=bias,
+      deterministic=deterministic,
+      scan=self.scan,
+      remat=self.remat,
+      **context,
+    )
     return dropout(rms_norm(self, 'final_norm')(x), deterministic=deterministic)
 
 
@@ -149,19 +173,25 @@ class T5(nn.Module):
       Logits [B, M, vocab].
     """
     types = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
-    embed = nn.Embed(self.vocab, self.width, embedding_init=nn.initializers.normal(1.0),
-                     name='embed', **types)
+    embed = nn.Embed(
+      self.vocab, self.width, embedding_init=nn.initializers.normal(1.0), name='embed', **types
+    )
     seen = _keys(mask)
-    context = _stack(self, 'encoder', self.depth)(embed(tokens), mask=seen,
-                                                  deterministic=deterministic)
+    context = _stack(self, 'encoder', self.depth)(
+      embed(tokens), mask=seen, deterministic=deterministic
+    )
     causal = nn.make_causal_mask(decoder_tokens, dtype=bool)
     if decoder_mask is not None:
       causal = causal & _keys(decoder_mask)
     x = _stack(self, 'decoder', self.decoder_depth or self.depth)(
-      embed(decoder_tokens), mask=causal, context=context, context_mask=seen,
-      deterministic=deterministic)
+      embed(decoder_tokens),
+      mask=causal,
+      context=context,
+      context_mask=seen,
+      deterministic=deterministic,
+    )
     if self.scale_output:
-      x = x * self.width ** -0.5
+      x = x * self.width**-0.5
     if self.tied:
       return embed.attend(x)
     return nn.Dense(self.vocab, use_bias=False, kernel_init=_init, name='head', **types)(x)
@@ -171,10 +201,12 @@ def _stack(model: T5, name: str, depth: int) -> T5Stack:
   types = {'dtype': model.dtype, 'param_dtype': model.param_dtype}
   decoder = name == 'decoder'
   block = block_of(model, T5Block, head_dim=model.head_dim, gated=model.gated, cross=decoder)
-  bias = functools.partial(PositionBias, model.heads, model.buckets, model.max_distance,
-                           bidirectional=not decoder, **types)
-  return T5Stack(block, depth, bias, model.dropout, model.eps, model.scan, model.remat, name=name,
-                 **types)
+  bias = functools.partial(
+    PositionBias, model.heads, model.buckets, model.max_distance, bidirectional=not decoder, **types
+  )
+  return T5Stack(
+    block, depth, bias, model.dropout, model.eps, model.scan, model.remat, name=name, **types
+  )
 
 
 def _keys(mask):

@@ -22,8 +22,10 @@ def grid(image_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
   height, width = (image_size,) * 2 if isinstance(image_size, int) else image_size
   if height % patch_size or width % patch_size:
     near = max(1, round(height / patch_size)) * patch_size
-    raise ValueError(f'image_size {image_size} is no multiple of the patch size {patch_size}; '
-                     f'the nearest that is: {near}')
+    raise ValueError(
+      f'image_size {image_size} is no multiple of the patch size {patch_size}; '
+      f'the nearest that is: {near}'
+    )
   return height // patch_size, width // patch_size
 
 
@@ -54,21 +56,32 @@ class PatchEmbed(nn.Module):
   def __call__(self, images, masked=None, deterministic=True):
     param = lambda name, *shape: self.param(name, default_init, shape, self.param_dtype)
     patch = (self.patch_size, self.patch_size)
-    x = nn.Conv(self.width, patch, patch, 'VALID', kernel_init=default_init, dtype=self.dtype,
-                param_dtype=self.param_dtype, name='patch')(images)
+    x = nn.Conv(
+      self.width,
+      patch,
+      patch,
+      'VALID',
+      kernel_init=default_init,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      name='patch',
+    )(images)
     if x.shape[1:3] != self.grid:
       size = tuple(n * self.patch_size for n in self.grid)
-      raise ValueError(f'images of {images.shape[1]}x{images.shape[2]} pixels do not fit a model '
-                       f'made for {size[0]}x{size[1]}; load it with image_size='
-                       f'{images.shape[1]}')
+      raise ValueError(
+        f'images of {images.shape[1]}x{images.shape[2]} pixels do not fit a model '
+        f'made for {size[0]}x{size[1]}; load it with image_size='
+        f'{images.shape[1]}'
+      )
     x = x.reshape(x.shape[0], -1, self.width)
     if self.mask_token:
       mask = param('mask', 1, self.width)
       if masked is not None:
         x = jnp.where(masked[..., None], mask.astype(x.dtype), x)
     lead = ['cls', 'distill'] if self.distill else ['cls']
-    lead = [jnp.broadcast_to(param(name, 1, 1, self.width), (x.shape[0], 1, self.width))
-            for name in lead]
+    lead = [
+      jnp.broadcast_to(param(name, 1, 1, self.width), (x.shape[0], 1, self.width)) for name in lead
+    ]
     x = jnp.concatenate([token.astype(x.dtype) for token in lead] + [x], 1)
     x = x + param('position', 1, x.shape[1], self.width).astype(x.dtype)
     return nn.Dropout(self.dropout, name='dropout')(x, deterministic=deterministic)
@@ -145,12 +158,20 @@ class ViT(nn.Module):
     """
     check_pool(self.pool, POOLS, self.num_classes)
     types = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
-    x = PatchEmbed(self.width, self.patch_size, grid(self.image_size, self.patch_size),
-                   self.distill, self.mask_token, self.dropout, name='embed',
-                   **types)(images, masked=masked, deterministic=deterministic)
+    x = PatchEmbed(
+      self.width,
+      self.patch_size,
+      grid(self.image_size, self.patch_size),
+      self.distill,
+      self.mask_token,
+      self.dropout,
+      name='embed',
+      **types,
+    )(images, masked=masked, deterministic=deterministic)
     block = block_of(self, PreNormBlock, qkv_bias=self.qkv_bias, layer_scale=self.layer_scale)
     x = Encoder(block, self.depth, self.scan, self.remat, name='encoder')(
-      x, deterministic=deterministic)
+      x, deterministic=deterministic
+    )
     x = layer_norm(self, 'final_norm')(x)
     feature = _pooled(x, self.pool, lead=2 if self.distill else 1)
     dense = lambda name, size: nn.Dense(size, kernel_init=default_init, name=name, **types)

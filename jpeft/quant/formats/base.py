@@ -21,8 +21,10 @@ MAP = maps.dynamic_map()
 _FP4_LEVELS = np.argsort(maps.FP4[:8])
 TABLES = {'nf4': maps.NF4, 'fp4': maps.FP4, 'int4': maps.INT4}
 # Without a table, of a code, a scale and what is stored as `zero`: a zero point, or the least weight of the block.
-_LINEAR = {'affine': lambda code, scale, zero: (code - zero) * scale,
-           'int4_1': lambda code, scale, zero: _rounded(code * scale) + zero}
+_LINEAR = {
+  'affine': lambda code, scale, zero: (code - zero) * scale,
+  'int4_1': lambda code, scale, zero: _rounded(code * scale) + zero,
+}
 
 
 class Format(NamedTuple):
@@ -51,8 +53,13 @@ class Format(NamedTuple):
     """
     rows, block = w.astype(jnp.float32).T.reshape(-1), self.block or w.shape[0]
     blocks = jnp.pad(rows, (0, -rows.size % block)).reshape(-1, block)
-    codes, *facts = {'int4': _int4, 'int4_1': _int4_1, 'affine': self._affine}.get(self.name, self._coded)(blocks)
-    codes, arrays = codes.reshape(-1)[:rows.size], dict(zip(('absmax', 'zero'), facts, strict=False))
+    codes, *facts = {'int4': _int4, 'int4_1': _int4_1, 'affine': self._affine}.get(
+      self.name, self._coded
+    )(blocks)
+    codes, arrays = (
+      codes.reshape(-1)[: rows.size],
+      dict(zip(('absmax', 'zero'), facts, strict=False)),
+    )
     if self.aligned(w.shape):
       codes = codes.reshape(w.shape[::-1]).T
       arrays = {n: x.reshape(w.shape[1], -1).T for n, x in arrays.items()}
@@ -68,7 +75,7 @@ class Format(NamedTuple):
     groups = jnp.pad(centred, (0, -absmax.size % GROUP)).reshape(-1, GROUP)
     nested = jnp.max(jnp.abs(groups), 1)
     x = groups / jnp.where(nested == 0, 1, nested)[:, None]
-    codes = jnp.searchsorted(jnp.asarray(maps.midpoints(MAP)), x.reshape(-1)[:absmax.size])
+    codes = jnp.searchsorted(jnp.asarray(maps.midpoints(MAP)), x.reshape(-1)[: absmax.size])
     codes = codes.astype(jnp.uint8).reshape(absmax.shape)
     return {'absmax': codes.T if self.aligned(shape) else codes, 'nested': nested, 'offset': offset}
 
@@ -86,9 +93,13 @@ class Format(NamedTuple):
 
     if self.aligned(shape):
       # In halves, where no block lies in both: XLA for TPU would else store the float32 values beside the product.
-      parts = (packed & 15, packed >> 4) if shape[0] % (2 * block) == 0 else (unpack(packed)[:shape[0]],)
+      parts = (
+        (packed & 15, packed >> 4) if shape[0] % (2 * block) == 0 else (unpack(packed)[: shape[0]],)
+      )
       facts = zip(parts, jnp.split(scale, len(parts)), jnp.split(zero, len(parts)), strict=True)
-      found = [values(part.reshape(-1, block, shape[1]), s[:, None], z[:, None]) for part, s, z in facts]
+      found = [
+        values(part.reshape(-1, block, shape[1]), s[:, None], z[:, None]) for part, s, z in facts
+      ]
       return jnp.concatenate(found).reshape(shape)
     codes = jnp.pad(unpack(packed)[:size], (0, -size % block)).reshape(-1, block)
     return values(codes, scale[:, None], zero[:, None]).reshape(-1)[:size].reshape(shape[::-1]).T
@@ -99,7 +110,7 @@ class Format(NamedTuple):
     if not self.double:
       return absmax.astype(jnp.float32)
     order = absmax.T if self.aligned(shape) else absmax
-    group = jnp.repeat(arrays['nested'], GROUP)[:absmax.size].reshape(order.shape)
+    group = jnp.repeat(arrays['nested'], GROUP)[: absmax.size].reshape(order.shape)
     group = group.T if self.aligned(shape) else group
     product = jnp.asarray(MAP)[absmax.astype(jnp.int32)] * group
     return _rounded(product) + arrays['offset']
@@ -129,7 +140,9 @@ class Format(NamedTuple):
     if self.name == 'nf4':
       return _rank(x, maps.midpoints(maps.NF4)), absmax
     level = _rank(jnp.abs(x), maps.midpoints(maps.FP4[_FP4_LEVELS]))
-    return lookup(level, np.resize(_FP4_LEVELS, 16).astype(np.uint8)) | jnp.where(x < 0, 8, 0).astype(jnp.uint8), absmax
+    return lookup(level, np.resize(_FP4_LEVELS, 16).astype(np.uint8)) | jnp.where(
+      x < 0, 8, 0
+    ).astype(jnp.uint8), absmax
 
 
 def nf4(block: int = 64, double: bool = False) -> Format:
@@ -165,13 +178,23 @@ def affine(block: int | None = None, bits: int = 4) -> Format:
   """
   if bits not in (2, 3, 4):
     raise ValueError(f'affine: bits={bits} must be 2, 3 or 4')
-  return Format('affine', None, False, bits) if block is None else _checked(Format('affine', block, False, bits))
+  return (
+    Format('affine', None, False, bits)
+    if block is None
+    else _checked(Format('affine', block, False, bits))
+  )
 
 
 # By the names that configurations and the registry of methods use.
-FORMATS = {'nf4': nf4, 'nf4_double': functools.partial(nf4, double=True), 'fp4': fp4,
-           'fp4_double': functools.partial(fp4, double=True), 'int4': int4,
-           'int4_1': functools.partial(int4, minimum=True), 'affine': affine}
+FORMATS = {
+  'nf4': nf4,
+  'nf4_double': functools.partial(nf4, double=True),
+  'fp4': fp4,
+  'fp4_double': functools.partial(fp4, double=True),
+  'int4': int4,
+  'int4_1': functools.partial(int4, minimum=True),
+  'affine': affine,
+}
 
 
 def named(name: str) -> Format:
@@ -182,8 +205,11 @@ def named(name: str) -> Format:
   """
   if name not in FORMATS:
     near = difflib.get_close_matches(str(name), FORMATS, 1)
-    raise ValueError(f'no 4-bit format is called {name!r}' + (f'; did you mean {near[0]!r}?' if near else '')
-                     + f' There are: {", ".join(FORMATS)}')
+    raise ValueError(
+      f'no 4-bit format is called {name!r}'
+      + (f'; did you mean {near[0]!r}?' if near else '')
+      + f' There are: {", ".join(FORMATS)}'
+    )
   return FORMATS[name]()
 
 
@@ -237,4 +263,8 @@ def _int4_1(blocks):
   low, high = blocks.min(1), blocks.max(1)
   scale = (high - low) / 15
   x = (blocks - low[:, None]) * jnp.where(scale == 0, 0, 1 / scale)[:, None]
-  return jnp.clip(jnp.trunc(x + 0.5), 0, 15).astype(jnp.uint8), scale.astype(jnp.float16), low.astype(jnp.float16)
+  return (
+    jnp.clip(jnp.trunc(x + 0.5), 0, 15).astype(jnp.uint8),
+    scale.astype(jnp.float16),
+    low.astype(jnp.float16),
+  )

@@ -6,12 +6,19 @@ import pytest
 
 from jpeft import data
 
-CHAT = {'messages': [{'role': 'system', 'content': 's'}, {'role': 'user', 'content': 'u'},
-                     {'role': 'assistant', 'content': 'a'}]}
+CHAT = {
+  'messages': [
+    {'role': 'system', 'content': 's'},
+    {'role': 'user', 'content': 'u'},
+    {'role': 'assistant', 'content': 'a'},
+  ]
+}
 
 
 def file(path, *rows):
-  path.write_text('\n'.join(row if isinstance(row, str) else json.dumps(row) for row in rows) + '\n')
+  path.write_text(
+    '\n'.join(row if isinstance(row, str) else json.dumps(row) for row in rows) + '\n'
+  )
   return path
 
 
@@ -22,7 +29,8 @@ def test_one_file_is_divided_by_what_is_asked(tmp_path):
   assert train.classes == test.classes == [] and train.unit == 'word'
   found = [*train, *test]
   assert sorted(map(json.dumps, found)) == sorted(
-    json.dumps(x) for x in [*({k: p[k] for k in ('prompt', 'completion')} for p in pairs), CHAT])
+    json.dumps(x) for x in [*({k: p[k] for k in ('prompt', 'completion')} for p in pairs), CHAT]
+  )
   asked = [{e.get('prompt') for e in split} for split in (train, test)]
   assert not asked[0] & asked[1] and 2 <= len(asked[1]) <= 16
   assert [e.get('prompt') for e in train] != sorted(str(e.get('prompt')) for e in train)  # mixed
@@ -40,16 +48,26 @@ def test_a_folder_has_a_file_a_split_and_columns_have_other_names(tmp_path):
 MESSAGE = lambda role, content='x': {'role': role, 'content': content}
 
 
-@pytest.mark.parametrize('row,message', (
-  ({'promt': 'a', 'completion': 'b'}, "line 2 of .*own.jsonl has neither 'messages' nor 'prompt'.*mean 'promt'"),
-  ({'prompt': 'a'}, "has neither 'messages' nor 'completion'"),
-  ({'prompt': 'a', 'completion': 3}, "has 3 as its 'completion'; it must be a text"),
-  ({'messages': 'hi'}, "a chat is a list of messages, each with the texts 'role' and 'content'"),
-  ({'messages': [{'role': 'user'}]}, 'a chat is a list of messages'),
-  ({'messages': [MESSAGE('user'), MESSAGE('user')]}, "no message of 'assistant' answers another.*roles: user, user"),
-  ({'messages': [MESSAGE('assistant')]}, 'there is nothing to learn'),
-  ('{', 'is no JSON'),
-), ids=('typo', 'half', 'number', 'text', 'message', 'unanswered', 'first', 'json'))
+@pytest.mark.parametrize(
+  'row,message',
+  (
+    (
+      {'promt': 'a', 'completion': 'b'},
+      "line 2 of .*own.jsonl has neither 'messages' nor 'prompt'.*mean 'promt'",
+    ),
+    ({'prompt': 'a'}, "has neither 'messages' nor 'completion'"),
+    ({'prompt': 'a', 'completion': 3}, "has 3 as its 'completion'; it must be a text"),
+    ({'messages': 'hi'}, "a chat is a list of messages, each with the texts 'role' and 'content'"),
+    ({'messages': [{'role': 'user'}]}, 'a chat is a list of messages'),
+    (
+      {'messages': [MESSAGE('user'), MESSAGE('user')]},
+      "no message of 'assistant' answers another.*roles: user, user",
+    ),
+    ({'messages': [MESSAGE('assistant')]}, 'there is nothing to learn'),
+    ('{', 'is no JSON'),
+  ),
+  ids=('typo', 'half', 'number', 'text', 'message', 'unanswered', 'first', 'json'),
+)
 def test_what_is_no_chat_and_no_pair_is_named(row, message, tmp_path):
   path = file(tmp_path / 'own.jsonl', CHAT, row)
   with pytest.raises(ValueError, match=message):
@@ -60,5 +78,7 @@ def test_unknown_options_and_files_are_named(tmp_path):
   path = file(tmp_path / 'own.jsonl', CHAT)
   with pytest.raises(ValueError, match="unknown option 'label'"):
     data.load(f'completions:{path}?label=x', 'train')
-  with pytest.raises(FileNotFoundError, match="there is no file .*owm.jsonl; did you mean 'own.jsonl'"):
+  with pytest.raises(
+    FileNotFoundError, match="there is no file .*owm.jsonl; did you mean 'own.jsonl'"
+  ):
     data.load(f'completions:{tmp_path}/owm.jsonl', 'train')

@@ -42,13 +42,19 @@ def test_folders_of_splits(tmp_path):
     for label, size in zip('ab', sizes, strict=True):
       for i in range(size):
         image(tmp_path / split / label / 'deep' / f'{i}.jpg')
-  assert [len(data.load(f'folder:{tmp_path}', s)) for s in ('train', 'test', 'holdout')] == [5, 1, 2]
+  assert [len(data.load(f'folder:{tmp_path}', s)) for s in ('train', 'test', 'holdout')] == [
+    5,
+    1,
+    2,
+  ]
   assert data.load(f'folder:{tmp_path}', 'holdout').classes == ['a', 'b']
   assert {e['label'] for e in data.load(f'folder:{tmp_path}', 'holdout')} == {1}
   with pytest.raises(ValueError, match="has no split 'tset'; did you mean 'test'"):
     data.load(f'folder:{tmp_path}', 'tset')
   image(tmp_path / 'test' / 'bb' / '0.png')
-  with pytest.raises(ValueError, match="0.png is of class 'bb', which .*train has not; did you mean 'b'"):
+  with pytest.raises(
+    ValueError, match="0.png is of class 'bb', which .*train has not; did you mean 'b'"
+  ):
     data.load(f'folder:{tmp_path}', 'train')
 
 
@@ -72,7 +78,7 @@ def test_an_unreadable_image_is_named(flat, kind):
   noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
   noise.save(broken)
   whole = broken.read_bytes()
-  broken.write_bytes({'text': b'hello', 'cut': whole[:len(whole) // 2], 'empty': b''}[kind])
+  broken.write_bytes({'text': b'hello', 'cut': whole[: len(whole) // 2], 'empty': b''}[kind])
   with pytest.raises(ValueError, match=r'owl/3\.png is no readable image'):
     list(data.load(f'folder:{flat}', 'train+test'))
 
@@ -87,7 +93,9 @@ def test_what_is_missing_is_said(flat, tmp_path):
   with pytest.raises(FileNotFoundError, match="there is no folder .*/owls; did you mean 'owl'"):
     data.load(f'folder:{flat}/owls', 'train')
   (flat / 'owl' / 'bare').mkdir()
-  with pytest.raises(ValueError, match='no images found in .*bare: it needs a folder for each class'):
+  with pytest.raises(
+    ValueError, match='no images found in .*bare: it needs a folder for each class'
+  ):
     data.load(f'folder:{flat}/owl/bare', 'train')
   with pytest.raises(ValueError, match='no images found'):  # images, but in no class
     data.load(f'folder:{flat}/owl', 'train')

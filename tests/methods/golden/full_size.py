@@ -56,7 +56,9 @@ class Llama(nn.Module):
 
   @nn.compact
   def __call__(self, tokens):
-    stack = nn.scan(LlamaLayer, variable_axes={'params': 0}, split_rngs={'params': True}, length=self.layers)
+    stack = nn.scan(
+      LlamaLayer, variable_axes={'params': 0}, split_rngs={'params': True}, length=self.layers
+    )
     return stack(self.width, self.hidden, name='layers')(tokens, None)[0]
 
 
@@ -65,15 +67,33 @@ def llama(layers: int, width: int, hidden: int) -> FullSize:
 
 
 def roberta_base() -> FullSize:
-  config = {'model_type': 'roberta', 'vocab_size': 50265, 'hidden_size': 768, 'num_hidden_layers': 12,
-            'num_attention_heads': 12, 'intermediate_size': 3072, 'max_position_embeddings': 514,
-            'type_vocab_size': 1, 'pad_token_id': 1}
+  config = {
+    'model_type': 'roberta',
+    'vocab_size': 50265,
+    'hidden_size': 768,
+    'num_hidden_layers': 12,
+    'num_attention_heads': 12,
+    'intermediate_size': 3072,
+    'max_position_embeddings': 514,
+    'type_vocab_size': 1,
+    'pad_token_id': 1,
+  }
   return of(from_config(config, num_classes=2, scan=True), tokens())
 
 
 def t0(width: int, hidden: int, heads: int) -> FullSize:
   """T0, of the architecture of T5 v1.1: 24 layers of encoder and decoder, heads of 64 (3B) or 128 (11B)."""
-  config = {'model_type': 't5', 'vocab_size': 32128, 'd_model': width, 'd_kv': 64, 'd_ff': hidden,
-            'num_layers': 24, 'num_decoder_layers': 24, 'num_heads': heads, 'feed_forward_proj': 'gated-gelu',
-            'tie_word_embeddings': False, 'relative_attention_num_buckets': 32}
+  config = {
+    'model_type': 't5',
+    'vocab_size': 32128,
+    'd_model': width,
+    'd_kv': 64,
+    'd_ff': hidden,
+    'num_layers': 24,
+    'num_decoder_layers': 24,
+    'num_heads': heads,
+    'feed_forward_proj': 'gated-gelu',
+    'tie_word_embeddings': False,
+    'relative_attention_num_buckets': 32,
+  }
   return of(from_config(config, scan=True), tokens(), tokens())

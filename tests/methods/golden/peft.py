@@ -82,7 +82,9 @@ def kernels(tensors: dict, rows=(('layer', ''),), array: str = 'kernel') -> dict
 
 def vectors(tensors: dict, rows=(('layer', ''),)) -> dict:
   """theta of (IA)^3, {site path: {'kernel': l}}, from a peft adapter; see `kernels`."""
-  return {_path(key.removesuffix('.ia3_l'), rows): {'kernel': x.reshape(-1)} for key, x in tensors.items()}
+  return {
+    _path(key.removesuffix('.ia3_l'), rows): {'kernel': x.reshape(-1)} for key, x in tensors.items()
+  }
 
 
 def scales(tensors: dict, rows) -> dict:
@@ -91,7 +93,9 @@ def scales(tensors: dict, rows) -> dict:
   for key, x in tensors.items():
     module, _, what = key.rpartition('.vera_lambda_')
     if module:
-      theta.setdefault(_path(module, rows), {'kernel': {}})['kernel'][{'d': 'd', 'b': 'e'}[what]] = x
+      theta.setdefault(_path(module, rows), {'kernel': {}})['kernel'][
+        {'d': 'd', 'b': 'e'}[what]
+      ] = x
   return theta
 
 
@@ -113,10 +117,17 @@ def llama():
   """(model, state, args) of somebody's NNX model, with the weights that the cases 'llama_...' adapt."""
   held, model = read('peft_models', 'llama'), Llama(width=16, vocab=24, rngs=nnx.Rngs(0))
   config = json.loads(str(held['config']))
-  assert [config[k] for k in ('num_attention_heads', 'num_key_value_heads', 'rms_norm_eps')] == [4, 2, 1e-6]
+  assert [config[k] for k in ('num_attention_heads', 'num_key_value_heads', 'rms_norm_eps')] == [
+    4,
+    2,
+    1e-6,
+  ]
   state = nnx.to_flat_state(nnx.state(model))
-  names = {'embedder/embedding': 'embed_tokens.weight', 'final_norm/scale': 'norm.weight',
-           'lm_head/kernel': 'lm_head.weight'}
+  names = {
+    'embedder/embedding': 'embed_tokens.weight',
+    'final_norm/scale': 'norm.weight',
+    'lm_head/kernel': 'lm_head.weight',
+  }
 
   def value(path, old):
     name = '/'.join(map(str, path))
@@ -125,4 +136,8 @@ def llama():
     weight = weight.T if path[-1] == 'kernel' else weight
     return old.replace(jnp.asarray(weight.reshape(old.shape)))
 
-  return model, nnx.from_flat_state([(path, value(path, old)) for path, old in state]), (held['input_ids'],)
+  return (
+    model,
+    nnx.from_flat_state([(path, value(path, old)) for path, old in state]),
+    (held['input_ids'],),
+  )

@@ -17,7 +17,9 @@ from tests.fixtures import BACKBONES, noisy
 from tests.kept import residuals
 from tests.params import fast_if
 
-VIT_B = ViT(image_size=224, patch_size=16, width=768, depth=12, heads=12, mlp_dim=3072, num_classes=None)
+VIT_B = ViT(
+  image_size=224, patch_size=16, width=768, depth=12, heads=12, mlp_dim=3072, num_classes=None
+)
 IMAGES = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
 
 
@@ -36,8 +38,14 @@ def test_the_counts_of_a_vit_b():
 
 B, N, D = 4, 24, 128
 X = jnp.asarray(np.random.default_rng(0).normal(size=(B, N, D)), jnp.float32)
-ROLES = jpeft.Anatomy('bare encoder', {'block': r'block(?:s|_\d+)', 'linear': r'block.*/(?:query|key|value|out|fc[12])',
-                                       'head': 'head'})
+ROLES = jpeft.Anatomy(
+  'bare encoder',
+  {
+    'block': r'block(?:s|_\d+)',
+    'linear': r'block.*/(?:query|key|value|out|fc[12])',
+    'head': 'head',
+  },
+)
 
 
 @pytest.fixture(autouse=True)
@@ -52,21 +60,30 @@ def roles():
 @functools.cache
 def run(method: str, stack: str = ''):
   """(output, gradients, kept for the backward pass) of a method, alone or packed, on an encoder of two blocks."""
-  model = Encoder(functools.partial(PreNormBlock, 2, D // 2, 4 * D), 2, 'scan' in stack, 'remat' in stack)
+  model = Encoder(
+    functools.partial(PreNormBlock, 2, D // 2, 4 * D), 2, 'scan' in stack, 'remat' in stack
+  )
   held = noisy(model.init(jax.random.key(1), X), 0.05)
   method = METHODS[method]
   tuned = jpeft.attach(model, method, held, X)
   theta = noisy(tuned.init(jax.random.key(2), held), 0.05)
   g = jax.random.normal(jax.random.key(3), X.shape)
+
   def both(theta, held):
     out, vjp = jax.vjp(lambda theta: tuned.apply(theta, held, X), theta)
     return out, vjp(g)[0]
-  return *jax.jit(both)(theta, held), residuals(tuned.apply, theta, held, X, weights=(held, theta), given=False)
+
+  return *jax.jit(both)(theta, held), residuals(
+    tuned.apply, theta, held, X, weights=(held, theta), given=False
+  )
 
 
 METHODS = {
-  'bitfit': jpeft.bitfit(), 'lora': jpeft.lora(4, targets='{linear}'),
-  'lora+adapter': jpeft.chain(jpeft.lora(4, targets='{linear}'), jpeft.houlsby(4, targets='block.*/(?:out|fc2)')),
+  'bitfit': jpeft.bitfit(),
+  'lora': jpeft.lora(4, targets='{linear}'),
+  'lora+adapter': jpeft.chain(
+    jpeft.lora(4, targets='{linear}'), jpeft.houlsby(4, targets='block.*/(?:out|fc2)')
+  ),
 }
 METHODS |= {f'{name} packed': jpeft.chain(method, packed()) for name, method in METHODS.items()}
 METHODS |= {'prompts': s2a(side=0), 's2a': s2a(side=8), 's2a 8 bits': s2a(side=8, bits=8)}
@@ -80,8 +97,13 @@ def far(got, want) -> float:
 DIAGONAL = ('bitfit', ''), ('lora', 'scan'), ('lora+adapter', 'scan remat')
 
 
-@pytest.mark.parametrize('method, stack', fast_if(
-  lambda *pair: pair in DIAGONAL, itertools.product(['bitfit', 'lora', 'lora+adapter'], ['', 'scan', 'scan remat'])))
+@pytest.mark.parametrize(
+  'method, stack',
+  fast_if(
+    lambda *pair: pair in DIAGONAL,
+    itertools.product(['bitfit', 'lora', 'lora+adapter'], ['', 'scan', 'scan remat']),
+  ),
+)
 def test_the_output_is_exact_and_the_gradient_near(method, stack):
   out, grads, _ = run(method, stack)
   same, near, _ = run(f'{method} packed', stack)
@@ -110,20 +132,27 @@ def test_eight_bits_are_nearer_than_four():
   assert 1e-4 < far(four, eight) < 0.08
 
 
-@pytest.mark.parametrize('name', fast_if(lambda name: name != 'nnx_vit', ['linen_vit_scan', 'nnx_vit', 'nnx_llama']))
+@pytest.mark.parametrize(
+  'name', fast_if(lambda name: name != 'nnx_vit', ['linen_vit_scan', 'nnx_vit', 'nnx_llama'])
+)
 def test_dropout_and_foreign_models(name):
   b = BACKBONES[name]
   held, key = b.backbone, {'dropout': jax.random.key(7)}
   kwargs = {**b.kwargs, **b.train_kwargs, **({'rngs': key} if b.rngs_names else {})}
+
   def grads(method):
     with described(b):
       tuned = jpeft.attach(b.train_model, method, held, *b.args, **b.kwargs)
     theta = noisy(tuned.init(jax.random.key(2), held), 0.05)
-    fn = lambda theta: sum(jnp.square(y).sum() for y in jax.tree.leaves(tuned.apply(theta, held, *b.args, **kwargs)))
+    fn = lambda theta: sum(
+      jnp.square(y).sum() for y in jax.tree.leaves(tuned.apply(theta, held, *b.args, **kwargs))
+    )
     return jax.jit(jax.value_and_grad(fn))(theta)
+
   def pure(t, call, *args, **kwargs):  # which draws the dropout masks that `packed` draws
     fn, arrays = call.pure()
     return fn(arrays, *args, **kwargs)
+
   base = jpeft.lora(2, targets='{q}|{fc1}')
   plain = jpeft.chain(base, jpeft.at('{block}', jpeft.Call('packed', pure)))
   (value, want), (same, near) = grads(plain), grads(jpeft.chain(base, packed(bits=8)))
@@ -143,7 +172,9 @@ def test_bad_hyperparameters_and_places():
   tuned = jpeft.attach(model, s2a(side=4), held, X)
   theta = jax.jit(tuned.init)(jax.random.key(0), held)
   assert tuned.apply(theta, held, X[:, :9]).shape == (B, 9, D)
-  with pytest.raises(ValueError, match="prompts of 'block_0' are for 24 places, and its input has 48"):
+  with pytest.raises(
+    ValueError, match="prompts of 'block_0' are for 24 places, and its input has 48"
+  ):
     tuned.apply(theta, held, jnp.concatenate([X, X], 1))
   b = BACKBONES['linen_cnn']
   with pytest.raises(ValueError, match='a stream that keeps its shape .* use rank=0, side=0'):

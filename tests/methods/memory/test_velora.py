@@ -30,7 +30,9 @@ def at_direction(theta, v):
 
 
 def d_kernel(tuned, theta, held, x, g):
-  return jax.vjp(lambda theta: tuned.apply(theta, held, x), theta)[1](g)[0]['velora']['']['kernel']['w']
+  return jax.vjp(lambda theta: tuned.apply(theta, held, x), theta)[1](g)[0]['velora']['']['kernel'][
+    'w'
+  ]
 
 
 @pytest.mark.parametrize('scale', [1.0, 0.1])
@@ -38,7 +40,7 @@ def test_the_worked_example(scale):
   tuned, held, theta = dense(2, scale=scale)
   x, g = jnp.array([[1.0, 2, 3, 4]]), jnp.array([[1.0, -1]])
   near = np.array([1.32, 1.76, 3, 4])
-  grad = d_kernel(tuned, at_direction(theta, [.6, .8]), held, x, g)
+  grad = d_kernel(tuned, at_direction(theta, [0.6, 0.8]), held, x, g)
   np.testing.assert_allclose(grad.T, scale * np.stack([near, -near]), rtol=1e-6)
 
 
@@ -57,7 +59,9 @@ def exact(x, g):
 def test_one_group_a_channel_is_exact():
   tuned, held, theta = dense(16, 16, 3)
   x, g = draw(5, 7, 16), draw(5, 7, 3)
-  np.testing.assert_allclose(d_kernel(tuned, at_direction(theta, [1.0]), held, x, g), exact(x, g), rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(
+    d_kernel(tuned, at_direction(theta, [1.0]), held, x, g), exact(x, g), rtol=1e-4, atol=1e-4
+  )
 
 
 def test_inputs_along_the_direction_are_exact_and_others_are_projected():
@@ -68,7 +72,9 @@ def test_inputs_along_the_direction_are_exact_and_others_are_projected():
   x = (draw(5, 7, 4)[..., None] * v).reshape(5, 7, 16)
   np.testing.assert_allclose(d_kernel(tuned, theta, held, x, g), exact(x, g), rtol=1e-4, atol=1e-4)
   x, eye = draw(1, 1, 16), jnp.eye(16)[:1, None]
-  near = np.asarray(d_kernel(tuned, theta, held, x, eye))[:, 0].reshape(4, 4)  # the rebuilt x, by its gradient
+  near = np.asarray(d_kernel(tuned, theta, held, x, eye))[:, 0].reshape(
+    4, 4
+  )  # the rebuilt x, by its gradient
   groups = np.asarray(x).reshape(4, 4)
   np.testing.assert_allclose((near * (groups - near)).sum(-1), 0, atol=1e-5)
   assert (np.linalg.norm(near, axis=-1) <= np.linalg.norm(groups, axis=-1)).all()
@@ -81,12 +87,19 @@ def test_what_is_kept():
   assert sum(a.size for a in jax.tree.leaves(vjp)) == 5 * 7 * 4 + 64 * 8 + 16
 
 
-MAKE = {'velora': velora, 'projected': lambda m: projected(jpeft.lora(2, targets='{v}|{fc2}', name='velora'), m)}
+MAKE = {
+  'velora': velora,
+  'projected': lambda m: projected(jpeft.lora(2, targets='{v}|{fc2}', name='velora'), m),
+}
 
 
-@pytest.mark.parametrize('name, method', fast_if(
-  lambda name, method: (method == 'velora') == name.startswith('linen'),
-  itertools.product(['linen_vit', 'linen_vit_scan', 'nnx_llama'], MAKE)))
+@pytest.mark.parametrize(
+  'name, method',
+  fast_if(
+    lambda name, method: (method == 'velora') == name.startswith('linen'),
+    itertools.product(['linen_vit', 'linen_vit_scan', 'nnx_llama'], MAKE),
+  ),
+)
 def test_the_direction_is_the_mean_of_the_first_batch_and_is_not_trained(name, method):
   b = BACKBONES[name]
   before = dict(jpeft.ANATOMIES)
@@ -98,15 +111,21 @@ def test_the_direction_is_the_mean_of_the_first_batch_and_is_not_trained(name, m
     jpeft.ANATOMIES.update(before)
   start = jax.jit(tuned.init)(jax.random.key(0), b.backbone)
   theta = directed(tuned, start, b.backbone, *b.args, **b.kwargs)
+
   def see(t, call, *args):
     x = next(iter(call.inputs(*args).values()))
     call.tap(x=x)
     return call(*args)
+
   def read(t, call, *args, **kwargs):
     call(*args, **kwargs)
     return call.taps()
+
   for path, t in theta['velora'].items():
-    spies = (jpeft.at(where, jpeft.Call(fn.__name__, fn, taps=True)) for where, fn in ((path, see), ('', read)))
+    spies = (
+      jpeft.at(where, jpeft.Call(fn.__name__, fn, taps=True))
+      for where, fn in ((path, see), ('', read))
+    )
     spied = jpeft.attach(b.model, jpeft.chain(*spies), b.backbone, *b.args, **b.kwargs)
     seen = spied.apply({}, b.backbone, *b.args, **b.kwargs)
     x = np.asarray(seen[path]['x'], np.float64)
@@ -124,9 +143,11 @@ def test_it_composes_with_lora():
   held = jax.jit(model.init)(jax.random.key(0), x)
   alone = jpeft.attach(model, jpeft.lora(2, targets=''), held, x)
   factors = noisy(alone.init(jax.random.key(1), held))['lora']['']
+
   def grads(tuned, **more):
     out, vjp = jax.vjp(lambda t: tuned.apply({'lora': {'': {**t, **more}}}, held, x), factors)
     return out, vjp(g)[0]['kernel']
+
   out, want = grads(alone)
   for groups in (64, 8):
     tuned = jpeft.attach(model, projected(jpeft.lora(2, targets=''), groups), held, x)
@@ -141,7 +162,10 @@ def test_it_composes_with_lora():
 def test_bad_hyperparameters_and_places():
   with pytest.raises(ValueError, match='groups=0 must be a whole number'):
     velora(0)
-  with pytest.raises(ValueError, match="velora: '' must multiply one axis of its input, whose length groups=3 divides"):
+  with pytest.raises(
+    ValueError,
+    match="velora: '' must multiply one axis of its input, whose length groups=3 divides",
+  ):
     dense(3)
   with pytest.raises(ValueError, match='houlsby does not multiply the input of a layer'):
     projected(jpeft.houlsby())

@@ -28,7 +28,9 @@ class Attend(nn.Module):
 def run(arrays, rows, *rest, attention_fn=nn.dot_product_attention, **options):
   """The output of Attend on arrays (query, key, value), with rows (keys, values) in front."""
   model = Attend(attention_fn)
-  tuned = jpeft.attach(model, prefix(len(rows[0]), targets=''), {'params': {}}, *arrays, *rest, **options)
+  tuned = jpeft.attach(
+    model, prefix(len(rows[0]), targets=''), {'params': {}}, *arrays, *rest, **options
+  )
   theta = {'prefix': {'': dict(zip(('keys', 'values'), map(jnp.asarray, rows), strict=True))}}
   assert jax.tree.map(jnp.shape, theta) == jax.tree.map(jnp.shape, tuned.shapes)
   return tuned.apply(theta, {'params': {}}, *arrays, *rest, **options)
@@ -71,20 +73,26 @@ TRIANGLE, THIRD_HIDDEN = np.tril(np.ones((4, 4), bool)), np.tile(np.arange(4) !=
 CAUSAL = {'is_causal': True, 'attention_fn': jax.nn.dot_product_attention}
 
 
-@pytest.mark.parametrize('rest, options, seen', [
-  ((), {'mask': THIRD_HIDDEN[None, None]}, THIRD_HIDDEN),
-  ((), {'mask': THIRD_HIDDEN[None, None, :1]}, THIRD_HIDDEN),
-  ((None, TRIANGLE[None, None]), {}, TRIANGLE),
-  ((np.where(TRIANGLE, 0, -1e9)[None, None].astype(np.float32),), {}, TRIANGLE),
-  ((), CAUSAL, TRIANGLE),
-  ((), {**CAUSAL, 'mask': THIRD_HIDDEN[None, None]}, TRIANGLE & THIRD_HIDDEN),
-], ids=['mask', 'one row', 'by position', 'bias', 'causal', 'causal and mask'])
+@pytest.mark.parametrize(
+  'rest, options, seen',
+  [
+    ((), {'mask': THIRD_HIDDEN[None, None]}, THIRD_HIDDEN),
+    ((), {'mask': THIRD_HIDDEN[None, None, :1]}, THIRD_HIDDEN),
+    ((None, TRIANGLE[None, None]), {}, TRIANGLE),
+    ((np.where(TRIANGLE, 0, -1e9)[None, None].astype(np.float32),), {}, TRIANGLE),
+    ((), CAUSAL, TRIANGLE),
+    ((), {**CAUSAL, 'mask': THIRD_HIDDEN[None, None]}, TRIANGLE & THIRD_HIDDEN),
+  ],
+  ids=['mask', 'one row', 'by position', 'bias', 'causal', 'causal and mask'],
+)
 def test_every_query_sees_the_prefix_whatever_is_hidden(rest, options, seen):
   q, k, v = normal(2, 4, 2, 3), normal(2, 4, 2, 3), normal(2, 4, 2, 3)
   rows = normal(5, 2, 3), normal(5, 2, 3)
   out = run((q, k, v), rows, *jax.tree.map(jnp.asarray, rest), **options)
   hidden = np.concatenate([np.zeros((4, 5), bool), ~seen], 1)
-  np.testing.assert_allclose(out, attention(q, front(rows[0], k), front(rows[1], v), hidden), atol=1e-5)
+  np.testing.assert_allclose(
+    out, attention(q, front(rows[0], k), front(rows[1], v), hidden), atol=1e-5
+  )
   assert np.abs(out - attention(q, k, v, ~seen)).max() > 0.05
 
 
@@ -107,19 +115,24 @@ def test_grouped_heads_get_rows_for_each_key_head():
 def test_lengths_of_keys_are_refused():
   arrays = [jnp.zeros((2, 4, 2, 3))] * 3
   with pytest.raises(ValueError, match='key_value_seq_lengths counts keys'):
-    run(arrays, np.zeros((2, 5, 2, 3)), key_value_seq_lengths=jnp.array([4, 3]),
-        attention_fn=jax.nn.dot_product_attention)
+    run(
+      arrays,
+      np.zeros((2, 5, 2, 3)),
+      key_value_seq_lengths=jnp.array([4, 3]),
+      attention_fn=jax.nn.dot_product_attention,
+    )
 
 
 def slots(table, layers, heads):
   """theta of each layer from peft's table [m, 2 * layers * heads * size], cut by hand."""
   size = table.shape[1] // (2 * layers)
-  cut = lambda i: jnp.asarray(table[:, i * size:(i + 1) * size].reshape(len(table), heads, -1))
+  cut = lambda i: jnp.asarray(table[:, i * size : (i + 1) * size].reshape(len(table), heads, -1))
   return [{'keys': cut(2 * i), 'values': cut(2 * i + 1)} for i in range(layers)]
 
 
 def check(tuned, backbone, args, paths, held, heads):
   """Outputs, and gradients by the table, are those of peft."""
+
   def logits(table):
     theta = dict(zip(paths, slots(table, len(paths), heads), strict=True))
     return tuned.apply({'prefix': theta}, backbone, *args)
@@ -143,7 +156,9 @@ def test_bert_with_a_prefix_is_that_of_peft(tmp_path):
   table = jnp.roll(embed['position']['embedding'], -m, 0)
   params = {**variables['params'], 'embed': {**embed, 'position': {'embedding': table}}}
   tuned = jpeft.attach(model, prefix(m), {'params': params}, *args)
-  check(tuned, {'params': params}, args, [f'encoder/block_{i}/attention' for i in range(2)], held, 2)
+  check(
+    tuned, {'params': params}, args, [f'encoder/block_{i}/attention' for i in range(2)], held, 2
+  )
 
 
 def attend(call, keys, values, x, start=3):
@@ -151,7 +166,11 @@ def attend(call, keys, values, x, start=3):
   self = call.module
   turned = lambda h: rope(jnp.pad(h, ((0, 0), (start, 0), (0, 0), (0, 0))))[:, start:]
   front = lambda rows, h: jnp.concatenate([jnp.broadcast_to(rows, (len(h), *rows.shape)), h], 1)
-  q, k, v = turned(self.q_proj(x)), front(keys, turned(self.k_proj(x))), front(values, self.v_proj(x))
+  q, k, v = (
+    turned(self.q_proj(x)),
+    front(keys, turned(self.k_proj(x))),
+    front(values, self.v_proj(x)),
+  )
   b, n, h, width = q.shape
   logits = jnp.einsum('BNGRK,BMGK->BGRNM', q.reshape(b, n, k.shape[2], -1, width), k) * width**-0.5
   mask = jnp.arange(n)[:, None] + len(keys) >= jnp.arange(k.shape[1])
@@ -163,7 +182,9 @@ def attend(call, keys, values, x, start=3):
 def described():
   """Somebody's Llama as an anatomy that knows how to attend to more keys."""
   roles = {'block': r'layers/\d+', 'attention': r'layers/\d+/self_attn', 'final_norm': 'final_norm'}
-  jpeft.register_anatomy(jpeft.Anatomy('mine', roles, causal=True, attend=attend, heads=lambda site: (2, 4)))
+  jpeft.register_anatomy(
+    jpeft.Anatomy('mine', roles, causal=True, attend=attend, heads=lambda site: (2, 4))
+  )
   yield
   del jpeft.ANATOMIES['mine']
 
@@ -177,17 +198,35 @@ def test_llama_that_attends_inline_is_that_of_peft_through_its_anatomy(described
 
 def test_a_model_that_attends_inline_is_refused_with_the_way_out():
   model = Llama(rngs=nnx.Rngs(0))
-  with pytest.raises(ValueError, match="at 'layers/0/self_attn' calls no attention_fn.*register_anatomy"):
+  with pytest.raises(
+    ValueError, match="at 'layers/0/self_attn' calls no attention_fn.*register_anatomy"
+  ):
     jpeft.attach(model, prefix(3), nnx.state(model), jnp.ones((1, 4), jnp.int32))
 
 
-BERT_BASE = {'model_type': 'bert', 'vocab_size': 100, 'hidden_size': 768, 'num_hidden_layers': 12,
-             'num_attention_heads': 12, 'intermediate_size': 3072, 'max_position_embeddings': 64}
-ROBERTA_LARGE = {**BERT_BASE, 'model_type': 'roberta', 'hidden_size': 1024, 'num_hidden_layers': 24,
-                 'num_attention_heads': 16, 'intermediate_size': 4096, 'pad_token_id': 1}
+BERT_BASE = {
+  'model_type': 'bert',
+  'vocab_size': 100,
+  'hidden_size': 768,
+  'num_hidden_layers': 12,
+  'num_attention_heads': 12,
+  'intermediate_size': 3072,
+  'max_position_embeddings': 64,
+}
+ROBERTA_LARGE = {
+  **BERT_BASE,
+  'model_type': 'roberta',
+  'hidden_size': 1024,
+  'num_hidden_layers': 24,
+  'num_attention_heads': 16,
+  'intermediate_size': 4096,
+  'pad_token_id': 1,
+}
 
 
-@pytest.mark.parametrize('config, tokens, count', [(BERT_BASE, 20, 368_640), (ROBERTA_LARGE, 8, 393_216)])
+@pytest.mark.parametrize(
+  'config, tokens, count', [(BERT_BASE, 20, 368_640), (ROBERTA_LARGE, 8, 393_216)]
+)
 def test_counts_of_the_papers(config, tokens, count):
   model = jpeft.models.from_config(config, scan=True)
   model, shapes = full_size.of(model, full_size.tokens())
@@ -195,7 +234,9 @@ def test_counts_of_the_papers(config, tokens, count):
 
 
 def test_starts():
-  model, shapes = full_size.of(nn.MultiHeadDotProductAttention(4), jax.ShapeDtypeStruct((1, 3, 32), jnp.float32))
+  model, shapes = full_size.of(
+    nn.MultiHeadDotProductAttention(4), jax.ShapeDtypeStruct((1, 3, 32), jnp.float32)
+  )
   tuned = lambda **hp: jpeft.attach(model, prefix(500, targets='', **hp), *shapes)
   theta = tuned().init(jax.random.key(0), shapes[0])['prefix']['']
   rows = np.stack([theta['keys'], theta['values']])
@@ -215,13 +256,21 @@ def test_dropout_falls_on_every_row_alone_and_in_training_only():
   np.testing.assert_allclose(run(), 4000, rtol=1e-5)
   dropped = run(rngs={'dropout': jax.random.key(0)})
   np.testing.assert_allclose(dropped / 4000, 1, atol=0.05)
-  np.testing.assert_allclose(dropped * 0.75, np.round(dropped * 0.75), atol=0.02)  # whole rows, scaled by 1 / 0.75
+  np.testing.assert_allclose(
+    dropped * 0.75, np.round(dropped * 0.75), atol=0.02
+  )  # whole rows, scaled by 1 / 0.75
   assert len(set(np.round(dropped * 0.75).tolist())) == 3  # every example has its own
 
 
-@pytest.mark.parametrize('hp, message', [
-  ({'tokens': -1}, 'tokens=-1 must be a whole number'), ({'tokens': 1.5}, 'tokens=1.5'),
-  ({'dropout': 2}, r'dropout=2 must lie in \[0, 1\]'), ({'init': 'zeros'}, "init='zeros' must be 'normal'")])
+@pytest.mark.parametrize(
+  'hp, message',
+  [
+    ({'tokens': -1}, 'tokens=-1 must be a whole number'),
+    ({'tokens': 1.5}, 'tokens=1.5'),
+    ({'dropout': 2}, r'dropout=2 must lie in \[0, 1\]'),
+    ({'init': 'zeros'}, "init='zeros' must be 'normal'"),
+  ],
+)
 def test_bad_hyperparameters(hp, message):
   with pytest.raises(ValueError, match=message):
     prefix(**hp)

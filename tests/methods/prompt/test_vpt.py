@@ -23,8 +23,18 @@ both = pytest.mark.parametrize('method', METHODS.values(), ids=METHODS)
 
 @functools.cache
 def vit(**fields):
-  model = ViT(**{'width': 8, 'depth': 2, 'heads': 2, 'mlp_dim': 16, 'patch_size': 4, 'image_size': 12,
-                 'num_classes': 5, **fields})
+  model = ViT(
+    **{
+      'width': 8,
+      'depth': 2,
+      'heads': 2,
+      'mlp_dim': 16,
+      'patch_size': 4,
+      'image_size': 12,
+      'num_classes': 5,
+      **fields,
+    }
+  )
   return model, noisy(jax.jit(model.init)(jax.random.key(0), IMAGES), 0.3)
 
 
@@ -36,7 +46,9 @@ def attach(model, method, variables, *args, **kwargs):
 
 def inside(change) -> jpeft.Method:
   """A rule within those of the other methods: change(site path, the block's call, arguments)."""
-  return at('{block}', Call('inside', lambda t, call, *args, **kw: change(call.site.path, call, args, kw)))
+  return at(
+    '{block}', Call('inside', lambda t, call, *args, **kw: change(call.site.path, call, args, kw))
+  )
 
 
 @both
@@ -89,7 +101,9 @@ def test_only_shallow_prompts_travel(method):
 def test_no_prompts_are_the_backbone_and_their_order_is_nothing(method):
   model, variables = vit()
   tuned, theta = attach(model, method(0), variables, IMAGES)
-  np.testing.assert_array_equal(jax.jit(tuned.apply)(theta, variables, IMAGES), jax.jit(model.apply)(variables, IMAGES))
+  np.testing.assert_array_equal(
+    jax.jit(tuned.apply)(theta, variables, IMAGES), jax.jit(model.apply)(variables, IMAGES)
+  )
   tuned, theta = attach(model, method(4), variables, IMAGES)
   turned = jax.tree.map(lambda p: p[jnp.array([2, 0, 3, 1])], theta)
   run = jax.jit(tuned.apply)
@@ -137,13 +151,19 @@ def test_a_scanned_and_rematerialised_stack_is_an_unrolled_one(method):
     other = {'vpt_deep': {'encoder/blocks': {'prompts': jnp.stack(prompts)}}}
   else:
     other = theta
-  np.testing.assert_allclose(jax.jit(scanned.apply)(other, {'params': params}, IMAGES),
-                             jax.jit(tuned.apply)(theta, variables, IMAGES), atol=1e-5)
+  np.testing.assert_allclose(
+    jax.jit(scanned.apply)(other, {'params': params}, IMAGES),
+    jax.jit(tuned.apply)(theta, variables, IMAGES),
+    atol=1e-5,
+  )
 
 
 @both
 def test_a_mean_is_over_the_models_own_tokens(method):
-  (tokens, variables), (mean, _) = vit(pool='tokens', num_classes=None), vit(pool='mean', num_classes=None)
+  (tokens, variables), (mean, _) = (
+    vit(pool='tokens', num_classes=None),
+    vit(pool='mean', num_classes=None),
+  )
   tuned, theta = attach(tokens, method(4), variables, IMAGES)
   pooled = jpeft.attach(mean, method(4), variables, IMAGES)
   want = jax.jit(tuned.apply)(theta, variables, IMAGES)[:, 1:].mean(1)
@@ -165,8 +185,9 @@ def test_padding_stays_hidden(method, scan):
   assert np.abs(y - bare).max() > 1e-3
 
 
-@pytest.mark.parametrize('name, method', [('linen_gemma', vpt_deep), ('nnx_llama', vpt_deep),
-                                          ('nnx_llama', vpt_shallow)])
+@pytest.mark.parametrize(
+  'name, method', [('linen_gemma', vpt_deep), ('nnx_llama', vpt_deep), ('nnx_llama', vpt_shallow)]
+)
 def test_decoders_see_prompts_and_no_later_token(name, method):
   b = BACKBONES[name]
   tuned, theta = attach(b.model, method(4), b.backbone, *b.args)
@@ -212,9 +233,14 @@ def inside_of_block(x, **given):
 def test_what_goes_with_the_tokens_follows_them():
   triangle = jnp.tril(jnp.ones((3, 3), bool))
   given = {
-    'mask': jnp.broadcast_to(triangle, (2, 1, 3, 3)), 'table': triangle, 'keys': jnp.array([[1, 1, 1], [1, 1, 0]]),
-    'bias': jnp.arange(9.0).reshape(1, 1, 3, 3), 'queries': jnp.array([True, False, True])[:, None],
-    'positions': jnp.arange(3)[None], 'context': jnp.ones((2, 3, 4)), 'scale': jnp.ones(()),
+    'mask': jnp.broadcast_to(triangle, (2, 1, 3, 3)),
+    'table': triangle,
+    'keys': jnp.array([[1, 1, 1], [1, 1, 0]]),
+    'bias': jnp.arange(9.0).reshape(1, 1, 3, 3),
+    'queries': jnp.array([True, False, True])[:, None],
+    'positions': jnp.arange(3)[None],
+    'context': jnp.ones((2, 3, 4)),
+    'scale': jnp.ones(()),
   }
   x, wide = inside_of_block(jnp.ones((2, 3, 4)), **given)
   assert x.shape == (2, 5, 4)
@@ -222,7 +248,9 @@ def test_what_goes_with_the_tokens_follows_them():
   np.testing.assert_array_equal(wide['mask'], np.broadcast_to(seen, (2, 1, 5, 5)))
   np.testing.assert_array_equal(wide['table'], seen)
   np.testing.assert_array_equal(wide['keys'], [[1] * 5, [1] * 4 + [0]])
-  np.testing.assert_array_equal(wide['bias'][0, 0], [[0, 0, 0, 1, 2]] * 3 + [[0, 0, 3, 4, 5], [0, 0, 6, 7, 8]])
+  np.testing.assert_array_equal(
+    wide['bias'][0, 0], [[0, 0, 0, 1, 2]] * 3 + [[0, 0, 3, 4, 5], [0, 0, 6, 7, 8]]
+  )
   np.testing.assert_array_equal(wide['queries'][:, 0], [True, True, True, False, True])
   np.testing.assert_array_equal(wide['positions'], [range(5)])
   for name in ('context', 'scale'):
@@ -253,11 +281,19 @@ def test_the_worked_example():
   np.testing.assert_allclose(tuned.apply(theta, {'params': {}}, x)[0, 0, 0], 1)
 
 
-@pytest.mark.parametrize('method, count', [
-  (vpt_deep(50), 460_800), (vpt_deep(5), 46_080), (vpt_shallow(5), 3_840)])
+@pytest.mark.parametrize(
+  'method, count', [(vpt_deep(50), 460_800), (vpt_deep(5), 46_080), (vpt_shallow(5), 3_840)]
+)
 def test_counts_and_start_on_vit_b16(method, count):
-  config = {'model_type': 'vit', 'hidden_size': 768, 'num_hidden_layers': 12, 'num_attention_heads': 12,
-            'intermediate_size': 3072, 'patch_size': 16, 'image_size': 32}
+  config = {
+    'model_type': 'vit',
+    'hidden_size': 768,
+    'num_hidden_layers': 12,
+    'num_attention_heads': 12,
+    'intermediate_size': 3072,
+    'patch_size': 16,
+    'image_size': 32,
+  }
   images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
   model, shapes = full_size.of(jpeft.models.from_config(config, num_classes=10), images)
   tuned = jpeft.attach(model, method, *shapes)
@@ -273,7 +309,9 @@ def test_start_of_a_model_without_patches():
   model = Bert(8, 2, 2, 16, vocab=20)
   shapes = full_size.of(model, jax.ShapeDtypeStruct((1, 4), jnp.int32)).shapes
   values = jpeft.attach(model, vpt_deep(500), *shapes).init(jax.random.key(0), shapes[0])
-  np.testing.assert_allclose(max(np.abs(x).max() for x in jax.tree.leaves(values)), (6 / 16) ** 0.5, rtol=0.01)
+  np.testing.assert_allclose(
+    max(np.abs(x).max() for x in jax.tree.leaves(values)), (6 / 16) ** 0.5, rtol=0.01
+  )
 
 
 def test_a_stack_through_modules_before_and_after_it():
@@ -281,29 +319,42 @@ def test_a_stack_through_modules_before_and_after_it():
   tuned, theta = attach(b.model, vpt_shallow(4, stack='dropout|blocks|norm'), b.backbone, *b.args)
   assert list(theta['vpt_shallow']) == ['dropout']
   scanned = BACKBONES['linen_vit_scan']  # its family says so
-  linen, other = attach(scanned.model, vpt_shallow(4), scanned.backbone, *scanned.args, **scanned.kwargs)
+  linen, other = attach(
+    scanned.model, vpt_shallow(4), scanned.backbone, *scanned.args, **scanned.kwargs
+  )
   assert list(other['vpt_shallow']) == ['Transformer/posembed_input']
   for row, t, held in ((b, tuned, theta), (scanned, linen, other)):
-    y = jax.jit(lambda held, t=t, row=row: t.apply(held, row.backbone, *row.args, **row.kwargs))(held)
+    y = jax.jit(lambda held, t=t, row=row: t.apply(held, row.backbone, *row.args, **row.kwargs))(
+      held
+    )
     assert y.shape == (2, 10)
     assert np.abs(y - plain(row)).max() > 1e-3
 
 
 def test_a_sequence_cannot_grow_inside_a_scan():
   b = BACKBONES['linen_gemma']
-  with pytest.raises(ValueError, match="inside the scanned stack 'layers'; name the modules before and after"):
+  with pytest.raises(
+    ValueError, match="inside the scanned stack 'layers'; name the modules before and after"
+  ):
     jpeft.attach(b.model, vpt_shallow(4), b.backbone, *b.args)
 
 
 def test_blocks_without_tokens_are_refused():
   b = BACKBONES['linen_cnn']
-  with pytest.raises(ValueError, match=r"need tokens \[B, N, D\], and ConvBlock at 'block_0' has \(2, 8, 8, 16\)"):
+  with pytest.raises(
+    ValueError, match=r"need tokens \[B, N, D\], and ConvBlock at 'block_0' has \(2, 8, 8, 16\)"
+  ):
     jpeft.attach(b.model, vpt_deep(4, blocks=b.roles['block']), b.backbone, *b.args, **b.kwargs)
 
 
-@pytest.mark.parametrize('hp, message', [
-  ({'tokens': -1}, 'tokens=-1 must be a whole number'), ({'tokens': 0.5}, 'tokens=0.5'),
-  ({'dropout': 1.5}, r'dropout=1.5 must lie in \[0, 1\]')])
+@pytest.mark.parametrize(
+  'hp, message',
+  [
+    ({'tokens': -1}, 'tokens=-1 must be a whole number'),
+    ({'tokens': 0.5}, 'tokens=0.5'),
+    ({'dropout': 1.5}, r'dropout=1.5 must lie in \[0, 1\]'),
+  ],
+)
 @both
 def test_bad_hyperparameters(method, hp, message):
   with pytest.raises(ValueError, match=message):

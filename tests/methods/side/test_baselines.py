@@ -19,13 +19,19 @@ def test_side_tuning_mixes_two_networks():
   model, held = vit()
   tuned, theta = attached(model, held, jpeft.side_tuning(4), IMAGES)
   t = theta['side_tuning']['final_norm']
-  assert jpeft.attach(model, jpeft.side_tuning(4), held, IMAGES).init(
-    jax.random.key(0), held)['side_tuning']['final_norm']['merge'] == 0
+  assert (
+    jpeft.attach(model, jpeft.side_tuning(4), held, IMAGES).init(jax.random.key(0), held)[
+      'side_tuning'
+    ]['final_norm']['merge']
+    == 0
+  )
   head = held['params']['head']
   plain = model.apply(held, IMAGES)
 
   def run(merge, **parts):
-    return tuned.apply({'side_tuning': {'final_norm': {**t, 'merge': jnp.array(merge), **parts}}}, held, IMAGES)
+    return tuned.apply(
+      {'side_tuning': {'final_norm': {**t, 'merge': jnp.array(merge), **parts}}}, held, IMAGES
+    )
 
   np.testing.assert_allclose(run(-100.0), plain, atol=1e-6)
   nothing = jax.tree.map(jnp.zeros_like, t['up'])
@@ -45,9 +51,19 @@ def test_the_side_network_reads_no_state_of_the_backbone():
   assert set(theta['side_tuning']['final_norm']) == {'blocks', 'norm', 'in', 'up', 'merge'}
 
 
-@pytest.mark.parametrize('shape, target, size', [
-  ((2, 7, 7, 64), 32, 64), ((2, 8, 8, 16), 64, 64), ((2, 9, 9, 16), 64, 64), ((2, 8, 8, 2), 64, 128),
-  ((2, 197, 768), 512, 768), ((2, 197, 64), 512, 512), ((2, 10, 3), 7, 6), ((2, 5), 3, 5)])
+@pytest.mark.parametrize(
+  'shape, target, size',
+  [
+    ((2, 7, 7, 64), 32, 64),
+    ((2, 8, 8, 16), 64, 64),
+    ((2, 9, 9, 16), 64, 64),
+    ((2, 8, 8, 2), 64, 128),
+    ((2, 197, 768), 512, 768),
+    ((2, 197, 64), 512, 512),
+    ((2, 10, 3), 7, 6),
+    ((2, 5), 3, 5),
+  ],
+)
 def test_pooled_sizes(shape, target, size):
   assert averaged(jnp.ones(shape), target).shape == (2, size)
 
@@ -57,7 +73,7 @@ def test_pooling_is_by_windows():
   want = np.stack([x[:, :3].mean(1), x[:, 3:6].mean(1)], 1).reshape(2, -1)
   np.testing.assert_allclose(averaged(x, 8), want, atol=1e-6)
   image = np.random.default_rng(1).normal(size=(1, 4, 4, 1)).astype(np.float32)
-  want = [image[0, i:i + 2, j:j + 2].mean() for i in (0, 2) for j in (0, 2)]
+  want = [image[0, i : i + 2, j : j + 2].mean() for i in (0, 2) for j in (0, 2)]
   np.testing.assert_allclose(averaged(image, 4)[0], want, atol=1e-6)
   np.testing.assert_allclose(averaged(x, 4), x.mean(1), atol=1e-6)
 
@@ -66,13 +82,18 @@ def test_all_features_without_penalty_are_a_linear_probe_of_many_layers():
   model, held = vit()
   tuned, theta = attached(model, held, jpeft.head2toe(8, taps='{block}'), IMAGES)
   outs = []
+
   def record(t, call, x, *args, **kwargs):
     outs.append(call(x, *args, **kwargs))
     return outs[-1]
+
   def feature(t, call, x):
     outs.append(x)
     return call(x)
-  spy = jpeft.chain(jpeft.at('{block}', jpeft.Call('spy', record)), jpeft.at('{head}', jpeft.Call('spy', feature)))
+
+  spy = jpeft.chain(
+    jpeft.at('{block}', jpeft.Call('spy', record)), jpeft.at('{head}', jpeft.Call('spy', feature))
+  )
   jpeft.attach(model, spy, held, IMAGES).apply({}, held, IMAGES)
   outs[:] = outs[-4:]
   t = theta['head2toe']
@@ -91,8 +112,16 @@ def test_selection_keeps_a_share_whatever_the_order():
   t, n = theta['head2toe'], sum(s['keep'].size for s in theta['head2toe'].values())
   chosen = select(t, 0.1, fresh)
   assert sum(float(s['keep'].sum()) for s in chosen.values()) == int(0.1 * n)
-  kept = [float(jnp.linalg.norm(t[p]['kernel'][i])) for p, s in chosen.items() for i in np.flatnonzero(s['keep'])]
-  rest = [float(jnp.linalg.norm(t[p]['kernel'][i])) for p, s in chosen.items() for i in np.flatnonzero(1 - s['keep'])]
+  kept = [
+    float(jnp.linalg.norm(t[p]['kernel'][i]))
+    for p, s in chosen.items()
+    for i in np.flatnonzero(s['keep'])
+  ]
+  rest = [
+    float(jnp.linalg.norm(t[p]['kernel'][i]))
+    for p, s in chosen.items()
+    for i in np.flatnonzero(1 - s['keep'])
+  ]
   assert min(kept) >= max(rest)
   flip = lambda t: {p: {**s, 'kernel': s['kernel'][::-1]} for p, s in t.items()}
   other = select(flip(t), 0.1, flip(fresh))
@@ -114,7 +143,9 @@ def test_a_frozen_factor_stays_and_tokens_keep_r_numbers():
 
   def shapes(method):
     tuned = jpeft.attach(model, method, held, TOKENS)
-    _, vjp = jax.vjp(lambda t: tuned.apply(t, held, TOKENS), jax.jit(tuned.init)(jax.random.key(0), held))
+    _, vjp = jax.vjp(
+      lambda t: tuned.apply(t, held, TOKENS), jax.jit(tuned.init)(jax.random.key(0), held)
+    )
     return [x.shape for x in jax.tree.leaves(vjp)]
 
   hidden = (2, 6, 64)  # what fc2 reads
@@ -127,8 +158,11 @@ def test_the_correction_solves_for_the_product():
   a, g = rng.normal(size=(7, 3)), rng.normal(size=(3, 5))
   q = np.linalg.qr(a)[0]
   tx = correction(scale=2.0)
-  run = lambda a, tx=tx: tx.update({'x': {'kernel': {'a': jnp.zeros(a.shape), 'b': jnp.asarray(g)}}, 'y': jnp.ones(2)},
-                                   tx.init(None), {'x': {'kernel': {'a': jnp.asarray(a), 'b': 0}}, 'y': 0})[0]
+  run = lambda a, tx=tx: tx.update(
+    {'x': {'kernel': {'a': jnp.zeros(a.shape), 'b': jnp.asarray(g)}}, 'y': jnp.ones(2)},
+    tx.init(None),
+    {'x': {'kernel': {'a': jnp.asarray(a), 'b': 0}}, 'y': 0},
+  )[0]
   np.testing.assert_allclose(run(a)['x']['kernel']['b'], np.linalg.inv(a.T @ a) @ g / 4, rtol=1e-3)
   np.testing.assert_allclose(run(q, correction())['x']['kernel']['b'], g, rtol=1e-5)
   np.testing.assert_array_equal(run(a)['y'], 1)

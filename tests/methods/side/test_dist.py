@@ -27,7 +27,9 @@ def test_counts_as_published():
   l14 = ViT(width=1024, depth=24, heads=16, mlp_dim=4096, patch_size=14, scan=True)
   clips = jax.ShapeDtypeStruct((64, 224, 224, 3), jnp.float32)
   found = jpeft.count(shapes_of(l14, dist(64, 2, out=768), clips).shapes)
-  assert found == 32_831_712 - 3 * 96 * 5 * (16**2 - 14**2)  # published with a stem for patches of 16
+  assert found == 32_831_712 - 3 * 96 * 5 * (
+    16**2 - 14**2
+  )  # published with a stem for patches of 16
 
 
 def run(tuned, theta, held, video=VIDEO):
@@ -48,7 +50,7 @@ def conv(p, x, pad):
   size = [n - m + 1 for n, m in zip(x.shape, k.shape, strict=False)]
   out = np.zeros((*size[:3], k.shape[-1]))
   for i, j, l in np.ndindex(*k.shape[:3]):
-    out += x[i:i + size[0], j:j + size[1], l:l + size[2]] @ k[i, j, l]
+    out += x[i : i + size[0], j : j + size[1], l : l + size[2]] @ k[i, j, l]
   return out + p['bias']
 
 
@@ -66,7 +68,10 @@ def linear(p, x):
 
 
 def attended(p, q, x, heads=1):
-  softmax = lambda a: np.exp(a - a.max(-1, keepdims=True)) / np.exp(a - a.max(-1, keepdims=True)).sum(-1, keepdims=True)
+  softmax = lambda a: (
+    np.exp(a - a.max(-1, keepdims=True))
+    / np.exp(a - a.max(-1, keepdims=True)).sum(-1, keepdims=True)
+  )
   query, held = norm(p['norm'], q), norm(p['norm'], x)
   a = softmax(linear(p['q'], query) @ linear(p['k'], held).T / np.sqrt(q.shape[-1]))
   q = q + linear(p['o'], a @ linear(p['v'], held))
@@ -79,7 +84,10 @@ def by_numpy(t, video, taps):
   k = np.asarray(t['stem']['kernel'])
   pixels = np.pad(video, [(2, 2), (0, 0), (0, 0), (0, 0)])
   patches = pixels.reshape(T + 4, 2, 4, 2, 4, 3).transpose(0, 1, 3, 2, 4, 5)
-  x = sum(np.einsum('thwabc,abcd->thwd', patches[i:i + T], k[i]) for i in range(5)) + t['stem']['bias']
+  x = (
+    sum(np.einsum('thwabc,abcd->thwd', patches[i : i + T], k[i]) for i in range(5))
+    + t['stem']['bias']
+  )
   r = 0
   for i, h in enumerate(taps):
     p = row(t['layers'], i)
@@ -105,7 +113,9 @@ def states(model, held, images):
   keep = lambda module, _: module.name is not None and module.name.startswith('block_')
   run = functools.partial(model.apply, capture_intermediates=keep, mutable=['intermediates'])
   _, state = jax.jit(run)(held, images)
-  return [np.asarray(state['intermediates']['encoder'][f'block_{i}']['__call__'][0]) for i in range(3)]
+  return [
+    np.asarray(state['intermediates']['encoder'][f'block_{i}']['__call__'][0]) for i in range(3)
+  ]
 
 
 @pytest.mark.parametrize('fields', [{}, {'scan': True}])
@@ -116,17 +126,25 @@ def test_the_embedding_of_a_clip_is_that_of_the_equations(fields, small):
   t = theta['dist']['']
   if fields:
     blocks = [held['params']['encoder'][f'block_{i}'] for i in range(3)]
-    held = {'params': {**held['params'], 'encoder': {'blocks': jax.tree.map(lambda *x: jnp.stack(x), *blocks)}}}
+    held = {
+      'params': {
+        **held['params'],
+        'encoder': {'blocks': jax.tree.map(lambda *x: jnp.stack(x), *blocks)},
+      }
+    }
     tuned = jpeft.attach(vit(**fields)[0], dist(**SMALL), held, VIDEO)
   got = run(tuned, theta, held)
-  want = [by_numpy(t, clips[i], [x[i * 2:i * 2 + 2] for x in seen]) for i in range(2)]
+  want = [by_numpy(t, clips[i], [x[i * 2 : i * 2 + 2] for x in seen]) for i in range(2)]
   np.testing.assert_allclose(got, want, rtol=2e-3, atol=2e-3)
 
 
 def test_without_messages_the_encoders_are_apart(small):
   _, held, tuned, theta = small
   t = theta['dist']['']
-  layers = {**t['layers'], **{n: jax.tree.map(jnp.zeros_like, t['layers'][n]) for n in ('to_time', 'from_time')}}
+  layers = {
+    **t['layers'],
+    **{n: jax.tree.map(jnp.zeros_like, t['layers'][n]) for n in ('to_time', 'from_time')},
+  }
   apart = {'dist': {'': {**t, 'layers': layers}}}
   unseen = VIDEO.reshape(2, T, 8, 8, 3).at[:, 1::STRIDE].add(1.0).reshape(VIDEO.shape)
   assert np.abs(run(tuned, theta, held) - run(tuned, theta, held, unseen)).max() > 1e-3
@@ -140,7 +158,10 @@ def test_the_class_token_counts_twice(small):
   grads = jax.jit(jax.grad(lambda t: tuned.apply({'dist': {'': t}}, held, VIDEO).sum()))
   for off in ({}, without):
     assert np.abs(grads({**t, **off})['taps']['kernel'][-1]).max() > 0
-  assert np.abs(run(tuned, {'dist': {'': {**t, **without}}}, held) - run(tuned, theta, held)).max() > 1e-3
+  assert (
+    np.abs(run(tuned, {'dist': {'': {**t, **without}}}, held) - run(tuned, theta, held)).max()
+    > 1e-3
+  )
 
 
 def test_frames_that_are_alike_have_features_that_are_alike_but_near_the_ends(small):
@@ -155,7 +176,9 @@ def test_frames_that_are_alike_have_features_that_are_alike_but_near_the_ends(sm
 def test_clips_do_not_mix_and_nothing_of_the_encoder_moves(small):
   _, held, tuned, theta = small
   other = VIDEO.at[T:].set(0.0)
-  np.testing.assert_allclose(run(tuned, theta, held, other)[0], run(tuned, theta, held)[0], atol=1e-5)
+  np.testing.assert_allclose(
+    run(tuned, theta, held, other)[0], run(tuned, theta, held)[0], atol=1e-5
+  )
   grads = jax.jit(jax.grad(lambda held: tuned.apply(theta, held, VIDEO).sum()))(held)
   assert all(not np.any(g) for g in jax.tree.leaves(grads))
 
@@ -173,9 +196,14 @@ def test_a_model_in_nnx():
   assert jax.jit(tuned.apply)(theta, b.backbone, *b.args).shape == (len(b.args[0]) // 2, 7)
 
 
-@pytest.mark.parametrize('make, message', [
-  (lambda: dist(frames=5), 'stride=2 does not divide frames=5'), (lambda: dist(0), 'frames=0 must be'),
-  (lambda: dist(exit='{norm}'), 'names 6 modules that are called')])
+@pytest.mark.parametrize(
+  'make, message',
+  [
+    (lambda: dist(frames=5), 'stride=2 does not divide frames=5'),
+    (lambda: dist(0), 'frames=0 must be'),
+    (lambda: dist(exit='{norm}'), 'names 6 modules that are called'),
+  ],
+)
 def test_bad_options(make, message):
   model, held = vit()
   with pytest.raises(ValueError, match=message):

@@ -12,7 +12,9 @@ from jpeft.models import ViT
 from tests.methods.small import IMAGES, attached, shapes_of, vit
 from tests.params import fast_if
 
-BIG = dict(width=768, depth=12, heads=12, mlp_dim=3072, patch_size=16, image_size=224, num_classes=100)
+BIG = dict(
+  width=768, depth=12, heads=12, mlp_dim=3072, patch_size=16, image_size=224, num_classes=100
+)
 PIXELS = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
 SMALL = dict(widths=(4, 4, 8, 8), heads=(1, 2, 2, 4))
 
@@ -35,7 +37,10 @@ def test_the_maps_of_a_pyramid():
 def test_two_keys_in_any_order():
   keys = jax.random.normal(jax.random.key(0), (2, 2, 8))
   x = jax.random.normal(jax.random.key(1), (2, 5, 8))
-  t = {n: {'kernel': jax.random.normal(jax.random.key(i), (8, 8)), 'bias': jnp.ones(8)} for i, n in enumerate('qkvo')}
+  t = {
+    n: {'kernel': jax.random.normal(jax.random.key(i), (8, 8)), 'bias': jnp.ones(8)}
+    for i, n in enumerate('qkvo')
+  }
   np.testing.assert_allclose(attend(t, x, keys, 2), attend(t, x, keys[:, ::-1], 2), atol=1e-5)
   lin = lambda n, x: np.asarray(x) @ t[n]['kernel'] + 1
   q, k, v = (lin(n, a).reshape(2, -1, 2, 4) for n, a in (('q', x), ('k', keys), ('v', keys)))
@@ -46,7 +51,9 @@ def test_two_keys_in_any_order():
 
 @pytest.mark.parametrize('size', [(8, 8), (4, 4), (2, 2), (1, 1), (3, 5)])
 def test_what_is_constant_stays_so_at_every_grid(size):
-  np.testing.assert_allclose(resize(jnp.full((1, 4, 4, 2), 3.0), size), np.full((1, *size, 2), 3), rtol=1e-6)
+  np.testing.assert_allclose(
+    resize(jnp.full((1, 4, 4, 2), 3.0), size), np.full((1, *size, 2), 3), rtol=1e-6
+  )
 
 
 def test_bilinear_is_that_of_pixel_centres():
@@ -59,19 +66,29 @@ def test_the_tokens_change_the_stream_and_learn_through_later_blocks(fields):
   model, held = vit(**fields)
   tuned, theta = attached(model, held, jpeft.hst(**SMALL), IMAGES)
   names = [p for p, t in theta['hst'].items() if 'meta' in t]
+
   def loss(theta, blind):
     t = theta['hst']['']
     if blind:  # cut what the first block hands to the pyramid
-      t = {**t, 'stage0': {**t['stage0'], 'bridge': jax.tree.map(jnp.zeros_like, t['stage0']['bridge'])}}
+      t = {
+        **t,
+        'stage0': {**t['stage0'], 'bridge': jax.tree.map(jnp.zeros_like, t['stage0']['bridge'])},
+      }
     return jnp.square(tuned.apply({'hst': {**theta['hst'], '': t}}, held, IMAGES)).sum()
+
   for blind in (False, True):
     grads = jax.jit(jax.grad(loss), static_argnums=1)(theta, blind)['hst']
     first = grads[names[0]]['meta'][0] if fields else grads[names[0]]['meta']
     assert np.abs(first).max() > 0
-  assert all(np.abs(g).max() > 0 for p, t in grads.items() if 'norm' in p for g in jax.tree.leaves(t))
+  assert all(
+    np.abs(g).max() > 0 for p, t in grads.items() if 'norm' in p for g in jax.tree.leaves(t)
+  )
   trained = {p.rpartition('/')[2] for p in grads}
-  assert trained == ({'', 'blocks', 'norm1', 'norm2'} if fields else
-                     {'', 'block_0', 'block_1', 'block_2', 'norm1', 'norm2'})
+  assert trained == (
+    {'', 'blocks', 'norm1', 'norm2'}
+    if fields
+    else {'', 'block_0', 'block_1', 'block_2', 'norm1', 'norm2'}
+  )
 
 
 def test_scanned_blocks_are_unrolled_blocks_and_remat_changes_nothing():
@@ -80,8 +97,15 @@ def test_scanned_blocks_are_unrolled_blocks_and_remat_changes_nothing():
   stack = lambda t: jax.tree.map(lambda *x: jnp.stack(x), *[t[f'block_{i}'] for i in range(3)])
   stacked = {'params': {**held['params'], 'encoder': {'blocks': stack(held['params']['encoder'])}}}
   tuned, theta = attached(model, held, jpeft.hst(**SMALL), IMAGES)
-  pick = lambda end: jax.tree.map(lambda *x: jnp.stack(x), *[theta['hst'][f'encoder/block_{i}{end}'] for i in range(3)])
-  other = {'hst': {'': theta['hst'][''], **{f'encoder/blocks{end}': pick(end) for end in ('', '/norm1', '/norm2')}}}
+  pick = lambda end: jax.tree.map(
+    lambda *x: jnp.stack(x), *[theta['hst'][f'encoder/block_{i}{end}'] for i in range(3)]
+  )
+  other = {
+    'hst': {
+      '': theta['hst'][''],
+      **{f'encoder/blocks{end}': pick(end) for end in ('', '/norm1', '/norm2')},
+    }
+  }
   out = tuned.apply(theta, held, IMAGES)
   again = jpeft.attach(scanned, jpeft.hst(**SMALL, remat=True), stacked, IMAGES)
   np.testing.assert_allclose(again.apply(other, stacked, IMAGES), out, atol=1e-5)
@@ -94,7 +118,9 @@ def test_a_segmentation_head_learns_to_tell_the_sides_of_an_image():
   model = ViT(width=16, depth=4, heads=2, mlp_dim=32, patch_size=4, image_size=16, num_classes=5)
   held = jax.jit(model.init)(jax.random.key(1), images)
   labels = (images[:, 1::4, 1::4].mean(-1) > 0.5).astype(jnp.int32)
-  tuned = jpeft.attach(model, jpeft.hst(**SMALL, output='segmentation', classes=2, fpn_width=8), held, images)
+  tuned = jpeft.attach(
+    model, jpeft.hst(**SMALL, output='segmentation', classes=2, fpn_width=8), held, images
+  )
   theta = jax.jit(tuned.init)(jax.random.key(0), held)
   tx = optax.adam(1e-2)
 
@@ -115,10 +141,16 @@ def test_a_segmentation_head_learns_to_tell_the_sides_of_an_image():
   assert float((logits.argmax(-1) == labels).mean()) > 0.95
 
 
-@pytest.mark.parametrize('make, message', [
-  (lambda: jpeft.hst(output='x'), "output='x' is none of"), (lambda: jpeft.hst(classes=3), "goes with output='segm"),
-  (lambda: jpeft.hst(heads=(5, 4, 8, 12)), 'each divided by its heads'), (lambda: jpeft.hst(drop_path=1), 'below 1'),
-  (lambda: jpeft.hst(depths=(1, 1, 1, 1)), 'whose sum is 3')])
+@pytest.mark.parametrize(
+  'make, message',
+  [
+    (lambda: jpeft.hst(output='x'), "output='x' is none of"),
+    (lambda: jpeft.hst(classes=3), "goes with output='segm"),
+    (lambda: jpeft.hst(heads=(5, 4, 8, 12)), 'each divided by its heads'),
+    (lambda: jpeft.hst(drop_path=1), 'below 1'),
+    (lambda: jpeft.hst(depths=(1, 1, 1, 1)), 'whose sum is 3'),
+  ],
+)
 def test_bad_options_are_said_before_any_work(make, message):
   model, held = vit()
   with pytest.raises(ValueError, match=message):

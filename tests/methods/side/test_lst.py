@@ -18,9 +18,13 @@ IMAGES = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
 
 
 def vit(**fields):
-  model = ViT(width=32, depth=3, heads=4, mlp_dim=64, patch_size=4, image_size=8, num_classes=5, **fields)
+  model = ViT(
+    width=32, depth=3, heads=4, mlp_dim=64, patch_size=4, image_size=8, num_classes=5, **fields
+  )
   held = jax.jit(model.init)(jax.random.key(1), IMAGES)
-  return model, jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape), held)
+  return model, jax.tree.map(
+    lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape), held
+  )
 
 
 def t5(**fields):
@@ -35,12 +39,24 @@ PUBLISHED = [
 ]
 
 
-@pytest.mark.parametrize('sizes, layers, numbers, scan', fast_if(
-  lambda sizes, layers, numbers, scan: scan or layers == PUBLISHED[0][1],
-  [(*case, scan) for case in PUBLISHED for scan in (False, True)]))
+@pytest.mark.parametrize(
+  'sizes, layers, numbers, scan',
+  fast_if(
+    lambda sizes, layers, numbers, scan: scan or layers == PUBLISHED[0][1],
+    [(*case, scan) for case in PUBLISHED for scan in (False, True)],
+  ),
+)
 def test_t5_counts_are_the_papers(sizes, layers, numbers, scan):
   width, depth, heads, mlp_dim, head_dim = sizes
-  model = T5(width=width, depth=depth, heads=heads, mlp_dim=mlp_dim, vocab=32128, head_dim=head_dim, scan=scan)
+  model = T5(
+    width=width,
+    depth=depth,
+    heads=heads,
+    mlp_dim=mlp_dim,
+    vocab=32128,
+    head_dim=head_dim,
+    scan=scan,
+  )
   tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
   shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, tokens)
   tuned = jpeft.attach(model, jpeft.lst(8, layers=layers, block='own'), shapes, tokens, tokens)
@@ -82,7 +98,9 @@ def test_dropped_layers_are_not_read(scan):
   jaxpr = jax.make_jaxpr(lambda theta: tuned.apply(theta, held, IMAGES))(theta)
   assert theta['lst']['final_norm']['gate'].shape == (3,)  # one a backbone layer, unused ones too
   assert jax.tree.leaves(theta['lst']['final_norm']['blocks'])[0].shape[0] == 1
-  gate = jax.grad(lambda theta: tuned.apply(theta, held, IMAGES).sum())(theta)['lst']['final_norm']['gate']
+  gate = jax.grad(lambda theta: tuned.apply(theta, held, IMAGES).sum())(theta)['lst']['final_norm'][
+    'gate'
+  ]
   assert gate[2] != 0 and not gate[:2].any()
   assert jaxpr.out_avals[0].shape == (2, 5)
 
@@ -95,7 +113,9 @@ def test_pruned_blocks_are_cut_from_the_backbone(prune):
     loss = lambda held, image: jnp.square(model.apply(held, image[None])).sum()
     scores = jpeft.fisher(loss, held, IMAGES)
     assert all(bool((x >= 0).all()) for x in jax.tree.leaves(scores))
-  theta = jpeft.attach(model, jpeft.lst(4, prune=scores), held, IMAGES).init(jax.random.key(0), held)
+  theta = jpeft.attach(model, jpeft.lst(4, prune=scores), held, IMAGES).init(
+    jax.random.key(0), held
+  )
   small = theta['lst']['final_norm']['blocks']['attention']['query']['kernel'][0]
   whole = held['params']['encoder']['block_0']['attention']['query']['kernel']
   assert small.shape == (8, 8)
@@ -105,7 +125,9 @@ def test_pruned_blocks_are_cut_from_the_backbone(prune):
   first = jnp.abs(importance['embed']['patch']['kernel']).reshape(-1, 32).sum(0)
   kept = keep_rows(first, 8)
   norm = held['params']['encoder']['block_0']['norm1']['scale']
-  np.testing.assert_array_equal(theta['lst']['final_norm']['blocks']['norm1']['scale'][0], norm[kept])
+  np.testing.assert_array_equal(
+    theta['lst']['final_norm']['blocks']['norm1']['scale'][0], norm[kept]
+  )
 
 
 def test_the_side_decoder_attends_to_the_side_encoder():
@@ -138,13 +160,16 @@ def test_adding_starts_as_the_backbone():
   np.testing.assert_array_equal(tuned.apply(theta, held, IMAGES), model.apply(held, IMAGES))
 
 
-@pytest.mark.parametrize('options, message', [
-  ({'block': 'mpl'}, "block='mpl' is none of"),
-  ({'reduction': 5}, 'does not divide the width 32'),
-  ({'layers': [7]}, 'must name some of the 3 blocks'),
-  ({'block': 'attention', 'heads': 3}, '3 heads do not divide the side width'),
-  ({'block': 'mlp', 'prune': 'magnitude'}, "needs block='own'"),
-])
+@pytest.mark.parametrize(
+  'options, message',
+  [
+    ({'block': 'mpl'}, "block='mpl' is none of"),
+    ({'reduction': 5}, 'does not divide the width 32'),
+    ({'layers': [7]}, 'must name some of the 3 blocks'),
+    ({'block': 'attention', 'heads': 3}, '3 heads do not divide the side width'),
+    ({'block': 'mlp', 'prune': 'magnitude'}, "needs block='own'"),
+  ],
+)
 def test_bad_options_are_said_before_any_work(options, message):
   model, held = vit()
   with pytest.raises(ValueError, match=message):
@@ -157,14 +182,21 @@ def test_a_side_decoder_needs_attention():
     jpeft.attach(model, jpeft.lst(4, block='mlp'), held, TOKENS, TOKENS)
 
 
-@pytest.mark.parametrize('scan, downsample', fast_if(
-  lambda scan, downsample: scan == (downsample == 'linear'), itertools.product([False, True], ['linear', 'pool'])))
+@pytest.mark.parametrize(
+  'scan, downsample',
+  fast_if(
+    lambda scan, downsample: scan == (downsample == 'linear'),
+    itertools.product([False, True], ['linear', 'pool']),
+  ),
+)
 def test_normalized_states_weigh_the_same(scan, downsample):
   model, held = vit(scan=scan)
   tuned = jpeft.attach(model, jpeft.lst(4, downsample=downsample, normalize=True), held, IMAGES)
   run = lambda theta, held, images: tuned.apply(theta, held, images)
   features = jpeft.cut(run, tuned.shapes, held, IMAGES).first(held, IMAGES)
-  states = jnp.concatenate([f.reshape(-1, f.shape[-1]) for f in features])  # 'replace' reads nothing else
+  states = jnp.concatenate(
+    [f.reshape(-1, f.shape[-1]) for f in features]
+  )  # 'replace' reads nothing else
   np.testing.assert_allclose(states.mean(-1), 0, atol=1e-5)
   if downsample == 'linear':
     np.testing.assert_allclose(states.std(-1), 1, atol=1e-3)

@@ -23,7 +23,9 @@ TOKENS = jnp.array([[3, 9, 4, 1, 7, 7, 2], [8, 2, 2, 5, 0, 11, 6]])
 
 @functools.cache
 def llama(**fields):
-  model = Llama(**{'width': 64, 'depth': 3, 'heads': 4, 'kv_heads': 2, 'mlp_dim': 96, 'vocab': 13, **fields})
+  model = Llama(
+    **{'width': 64, 'depth': 3, 'heads': 4, 'kv_heads': 2, 'mlp_dim': 96, 'vocab': 13, **fields}
+  )
   held = jax.jit(model.init)(jax.random.key(1), TOKENS)
   return model, noisy(held, 0.1)
 
@@ -32,7 +34,9 @@ def attached(theta_seed=0, scan=True, noise=0.0, quantized=False, **options):
   """(tuned, theta, backbone) on a small decoder, its kernels in 4 bits if asked for."""
   model, held = llama(scan=scan)
   held = jpeft.quantize(model, jpeft.nf4(double=True), held, TOKENS) if quantized else held
-  tuned = jpeft.attach(model, jpeft.qst(**{'reduction': 4, 'bottleneck': 3, **options}), held, TOKENS, mask=TOKENS)
+  tuned = jpeft.attach(
+    model, jpeft.qst(**{'reduction': 4, 'bottleneck': 3, **options}), held, TOKENS, mask=TOKENS
+  )
   theta = jax.jit(tuned.init)(jax.random.key(theta_seed), held)
   return tuned, noisy(theta, noise) if noise else theta, held
 
@@ -56,7 +60,9 @@ def test_pools_by_hand(kind, want):
   assert 'down' not in theta['qst']['final_norm']
   held = jax.tree.map(jnp.zeros_like, held)
   held['params']['embed']['embedding'] += jnp.arange(1.0, 65)
-  program = jpeft.cut(lambda theta, held, tokens: tuned.apply(theta, held, tokens), tuned.shapes, held, TOKENS)
+  program = jpeft.cut(
+    lambda theta, held, tokens: tuned.apply(theta, held, tokens), tuned.shapes, held, TOKENS
+  )
   features = [np.asarray(f) for f in program.first(held, TOKENS)]
   assert any(f.shape[-1] == 4 and np.allclose(f[..., :2], want) for f in features)
 
@@ -70,8 +76,10 @@ def test_gates_and_blends_start_as_published():
     np.testing.assert_allclose(share, start, atol=1e-6)
 
 
-@pytest.mark.parametrize(('downsample', 'scan'), fast_if(
-  lambda downsample, scan: scan, (('adapter', True), ('max', False))))
+@pytest.mark.parametrize(
+  ('downsample', 'scan'),
+  fast_if(lambda downsample, scan: scan, (('adapter', True), ('max', False))),
+)
 def test_it_starts_as_the_4_bit_backbone(scan, downsample):
   tuned, theta, held = attached(scan=scan, downsample=downsample, quantized=True)
   theta = noisy(theta)
@@ -84,7 +92,9 @@ def test_bfloat16_starts_as_the_backbone_too_and_leaves_it_by_small_steps():
   model, held = llama(scan=True, dtype=jnp.bfloat16)
   tuned = jpeft.attach(model, jpeft.qst(4), held, TOKENS)
   theta = jax.jit(tuned.init)(jax.random.key(0), held)
-  np.testing.assert_array_equal(jax.jit(tuned.apply)(theta, held, TOKENS), jax.jit(model.apply)(held, TOKENS))
+  np.testing.assert_array_equal(
+    jax.jit(tuned.apply)(theta, held, TOKENS), jax.jit(model.apply)(held, TOKENS)
+  )
   theta['qst']['final_norm']['blend'] += 1e-4  # which 1 - a in bfloat16 would not tell from 0
   total = lambda t: tuned.apply(t, held, TOKENS).astype(jnp.float32).sum()
   grads = jax.jit(jax.grad(total))(theta)['qst']['final_norm']
@@ -95,7 +105,9 @@ def by_hand(model, held, t, blend, downsample, tokens):
   """Logits of the method in numpy, around the model's own blocks one after the other."""
   sigmoid = lambda x: 1 / (1 + np.exp(-np.asarray(x, np.float64)))
   params = held['params']
-  block_of = lambda module, p: lambda s: np.asarray(module.apply({'params': p}, jnp.asarray(s, jnp.float32)))
+  block_of = lambda module, p: (
+    lambda s: np.asarray(module.apply({'params': p}, jnp.asarray(s, jnp.float32)))
+  )
   wide = models.llama.LlamaBlock(heads=4, head_dim=16, mlp_dim=96, kv_heads=2)
   slim = models.llama.LlamaBlock(heads=4, head_dim=4, mlp_dim=24, kv_heads=2)
   states = [np.asarray(params['embed']['embedding'])[tokens]]
@@ -115,23 +127,37 @@ def by_hand(model, held, t, blend, downsample, tokens):
     return y * d['norm']['scale'] + d['norm']['shift']
 
   def rms(x, scale):
-    return x / np.sqrt((x ** 2).mean(-1, keepdims=True) + 1e-6) * np.asarray(scale)
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(scale)
 
   s = down(0, states[0])
   for i in range(3):
     z = sigmoid(t['gate'][i])
-    s = block_of(slim, jax.tree.map(lambda x, i=i: x[i], t['blocks']))(z * s + (1 - z) * down(i, states[i + 1]))
+    s = block_of(slim, jax.tree.map(lambda x, i=i: x[i], t['blocks']))(
+      z * s + (1 - z) * down(i, states[i + 1])
+    )
   u = rms(s, t['norm']['scale']) @ np.asarray(t['up']['kernel']) + np.asarray(t['up']['bias'])
   h = rms(states[-1], params['final_norm']['scale'])
-  a = {'alpha': lambda x: 1 - x, 'code': sigmoid, 'code_opt': lambda x: sigmoid(-x)}[blend](np.asarray(t['blend']))
+  a = {'alpha': lambda x: 1 - x, 'code': sigmoid, 'code_opt': lambda x: sigmoid(-x)}[blend](
+    np.asarray(t['blend'])
+  )
   return (a * h + (1 - a) * u) @ np.asarray(params['head']['kernel'])
 
 
-@pytest.mark.parametrize(('downsample', 'blend'), (('adapter', 'alpha'), ('lora', 'code'), ('linear', 'code_opt'),
-                                                   ('avg', 'alpha'), ('max', 'code')))
+@pytest.mark.parametrize(
+  ('downsample', 'blend'),
+  (
+    ('adapter', 'alpha'),
+    ('lora', 'code'),
+    ('linear', 'code_opt'),
+    ('avg', 'alpha'),
+    ('max', 'code'),
+  ),
+)
 def test_the_whole_against_numpy(downsample, blend):
   tuned, theta, held = attached(scan=False, noise=0.2, downsample=downsample, blend=blend)
-  want = by_hand(tuned.model, held, theta['qst']['final_norm'], blend, downsample, np.asarray(TOKENS))
+  want = by_hand(
+    tuned.model, held, theta['qst']['final_norm'], blend, downsample, np.asarray(TOKENS)
+  )
   np.testing.assert_allclose(run(tuned, theta, held), want, atol=2e-4 * np.abs(want).max())
 
 
@@ -150,7 +176,9 @@ def test_the_backbone_is_frozen_and_the_first_downsampler_is_used_twice():
     assert float(np.abs(g[0]).max()) > 1e-4 and float(np.abs(g[1:]).max()) == 0
   assert float(np.abs(embeddings - first).max()) > 1e-4
   floats = [x for x in jax.tree.leaves(held) if jnp.issubdtype(x.dtype, jnp.floating)]
-  put = lambda new: jax.tree.map(lambda x: next(new) if jnp.issubdtype(x.dtype, jnp.floating) else x, held)
+  put = lambda new: jax.tree.map(
+    lambda x: next(new) if jnp.issubdtype(x.dtype, jnp.floating) else x, held
+  )
   found = jax.jit(jax.grad(lambda new: jnp.square(run(tuned, theta, put(iter(new)))).sum()))(floats)
   assert len(found) > 5 and not any(np.asarray(g).any() for g in found)
 
@@ -161,9 +189,15 @@ def test_the_last_state_is_read_by_the_side_and_by_the_blend():
   moved = jax.tree.map(lambda x: x, held)
   moved['params']['decoder']['block_2'] = noisy(moved['params']['decoder']['block_2'], 0.3)
   apply = jax.jit(tuned.apply)
-  for share, gate in ((1.0, 0.5), (0.0, 1e3)):  # of u alone, which reads h_3; of h alone, which no side block reads
+  for share, gate in (
+    (1.0, 0.5),
+    (0.0, 1e3),
+  ):  # of u alone, which reads h_3; of h alone, which no side block reads
     t['blend'], t['gate'] = jnp.full(64, share), jnp.full((3, 16), gate)
-    assert float(np.abs(jnp.subtract(*[apply(theta, held, TOKENS) for held in (moved, held)])).max()) > 1e-2
+    assert (
+      float(np.abs(jnp.subtract(*[apply(theta, held, TOKENS) for held in (moved, held)])).max())
+      > 1e-2
+    )
 
 
 @pytest.mark.parametrize('scan', (True, False))
@@ -171,15 +205,26 @@ def test_what_is_kept_does_not_grow_with_the_backbones_inner_width(scan):
   def kept(mlp_dim):
     model, held = llama(scan=scan, mlp_dim=mlp_dim)
     tuned = jpeft.attach(model, jpeft.qst(4, block='attention', downsample='avg'), held, TOKENS)
-    residuals = jax.eval_shape(lambda t: jax.vjp(lambda t: tuned.apply(t, held, TOKENS), t)[1], tuned.shapes)
+    residuals = jax.eval_shape(
+      lambda t: jax.vjp(lambda t: tuned.apply(t, held, TOKENS), t)[1], tuned.shapes
+    )
     theta = [(x.shape, x.dtype) for x in jax.tree.leaves(tuned.shapes)]
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(residuals) if (x.shape, x.dtype) not in theta)
+    return sum(
+      math.prod(x.shape) for x in jax.tree.leaves(residuals) if (x.shape, x.dtype) not in theta
+    )
+
   assert 0 < kept(96) == kept(960)
 
 
-@pytest.mark.parametrize(('options', 'message'), (
-  ({'downsample': 'mean'}, "downsample='mean' is none of"), ({'blend': 'beta'}, "blend='beta' is none of"),
-  ({'bottleneck': 0}, 'bottleneck=0 must be at least 1'), ({'reduction': 5}, 'does not divide the width 64')))
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  (
+    ({'downsample': 'mean'}, "downsample='mean' is none of"),
+    ({'blend': 'beta'}, "blend='beta' is none of"),
+    ({'bottleneck': 0}, 'bottleneck=0 must be at least 1'),
+    ({'reduction': 5}, 'does not divide the width 64'),
+  ),
+)
 def test_bad_options_are_said_before_any_work(options, message):
   with pytest.raises(ValueError, match=message):
     attached(**options)
@@ -190,12 +235,20 @@ def test_bad_options_are_said_before_any_work(options, message):
 PROMPTS = ([5, 9, 3, 11, 7], [1, 12, 4])
 
 
-MAKE = {'adapter': jpeft.qst(4), 'layers': jpeft.qst(4, downsample='max', layers=(0, 2)),
-        'lst': jpeft.lst(4, block='own', merge='gate'), 'mlp': jpeft.lst(4, block='mlp', merge='add')}
+MAKE = {
+  'adapter': jpeft.qst(4),
+  'layers': jpeft.qst(4, downsample='max', layers=(0, 2)),
+  'lst': jpeft.lst(4, block='own', merge='gate'),
+  'mlp': jpeft.lst(4, block='mlp', merge='add'),
+}
 
 
-@pytest.mark.parametrize(('name', 'scan'), fast_if(
-  lambda name, scan: scan == (name in ('adapter', 'lst')), itertools.product(MAKE, (True, False))))
+@pytest.mark.parametrize(
+  ('name', 'scan'),
+  fast_if(
+    lambda name, scan: scan == (name in ('adapter', 'lst')), itertools.product(MAKE, (True, False))
+  ),
+)
 def test_decoding_with_caches_is_teacher_forcing(name, scan):
   make = MAKE[name]
   model, held = llama(scan=scan)
@@ -204,13 +257,21 @@ def test_decoding_with_caches_is_teacher_forcing(name, scan):
   tokens, mask = (jnp.asarray(x) for x in pad_left(PROMPTS))
   text = jnp.concatenate([tokens, TOKENS], 1)
   seen = jnp.concatenate([mask, jnp.ones_like(TOKENS)], 1)
-  want, plain = jax.jit(lambda theta, held: (tuned.apply(theta, held, text, mask=seen),
-                                             model.apply(held, text, mask=seen)))(theta, held)
-  room = jax.eval_shape(lambda: tuned.apply(theta, held, text, mask=seen, mutable=['cache'])[1]['cache'])
-  step = jax.jit(lambda cache, x, m: tuned.apply(theta, {**held, 'cache': cache}, x, mask=m, mutable=['cache']))
+  want, plain = jax.jit(
+    lambda theta, held: (
+      tuned.apply(theta, held, text, mask=seen),
+      model.apply(held, text, mask=seen),
+    )
+  )(theta, held)
+  room = jax.eval_shape(
+    lambda: tuned.apply(theta, held, text, mask=seen, mutable=['cache'])[1]['cache']
+  )
+  step = jax.jit(
+    lambda cache, x, m: tuned.apply(theta, {**held, 'cache': cache}, x, mask=m, mutable=['cache'])
+  )
   cache, got, start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), room), [], 0
   for size in (tokens.shape[1], *[1] * TOKENS.shape[1]):
-    logits, state = step(cache, text[:, start:start + size], seen[:, start:start + size])
+    logits, state = step(cache, text[:, start : start + size], seen[:, start : start + size])
     cache, start = state['cache'], start + size
     got.append(logits)
   got = jnp.concatenate(got, 1)
@@ -218,17 +279,27 @@ def test_decoding_with_caches_is_teacher_forcing(name, scan):
   assert float(np.abs(want - plain).max()) > 0.1
 
 
-@pytest.mark.parametrize(('method', 'cached'), ((jpeft.qst(4), True), (jpeft.qst(4, block='mlp'), True),
-                                                (jpeft.qst(4, block='attention'), False)),
-                         ids=('own', 'mlp', 'attention'))
+@pytest.mark.parametrize(
+  ('method', 'cached'),
+  (
+    (jpeft.qst(4), True),
+    (jpeft.qst(4, block='mlp'), True),
+    (jpeft.qst(4, block='attention'), False),
+  ),
+  ids=('own', 'mlp', 'attention'),
+)
 def test_generation_uses_the_caches_where_it_can(method, cached):
   model, held = llama(scan=True)
   tuned = jpeft.attach(model, method, held, TOKENS, mask=TOKENS)
   theta = noisy(jax.jit(tuned.init)(jax.random.key(0), held), 0.3)
   tokens, mask = pad_left([*PROMPTS, [6, 0], [10]])
-  with_cache, without = (generate(tuned, held, tokens, mask, theta=theta, new_tokens=6, cache=cache).tokens
-                         for cache in (True, False))
+  with_cache, without = (
+    generate(tuned, held, tokens, mask, theta=theta, new_tokens=6, cache=cache).tokens
+    for cache in (True, False)
+  )
   np.testing.assert_array_equal(with_cache, without)
   assert len({int(x) for x in with_cache.ravel()}) > 2
-  jaxpr = jax.make_jaxpr(lambda: generate(tuned, held, tokens, mask, theta=theta, new_tokens=6).tokens)()
+  jaxpr = jax.make_jaxpr(
+    lambda: generate(tuned, held, tokens, mask, theta=theta, new_tokens=6).tokens
+  )()
   assert ('f32[4,11,64]' not in str(jaxpr)) == cached  # states of the whole text

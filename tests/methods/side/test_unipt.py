@@ -28,7 +28,9 @@ def test_the_text_module_counts_as_published(scan):
 
 @pytest.mark.parametrize('width, numbers', [(768, 5_644_289), (512, 3_940_353)])
 def test_the_towers_of_clip_count_as_published(width, numbers):
-  model = ViT(width=width, depth=12, heads=8, mlp_dim=4 * width, patch_size=32, image_size=64, num_classes=512)
+  model = ViT(
+    width=width, depth=12, heads=8, mlp_dim=4 * width, patch_size=32, image_size=64, num_classes=512
+  )
   tuned = shapes_of(model, jpeft.unipt_global(1), jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32))
   assert count(tuned.shapes) == numbers
 
@@ -52,7 +54,10 @@ def reference(t, states, norm):
   """The output of 'tokens' in numpy, from h_0 .. h_L; `norm` is LayerNorm."""
   lin = lambda t, x: x @ np.asarray(t['kernel']) + np.asarray(t['bias'])
   pick = lambda t, i: jax.tree.map(lambda x: np.asarray(x)[i], t)
-  p = [norm(lin(pick(t['layers']['down'], i), h), pick(t['layers']['norm'], i)) for i, h in enumerate(states)]
+  p = [
+    norm(lin(pick(t['layers']['down'], i), h), pick(t['layers']['norm'], i))
+    for i, h in enumerate(states)
+  ]
   q, scores, aligned = p[-1], [], []
   for k in p[:-1]:
     a = np.maximum(np.einsum('bnm,bkm->bnk', q, k), 0)
@@ -74,14 +79,19 @@ def layer_norm(x, t):
 
 def spied():
   """A method that returns the states of a ViT beside its output."""
+
   def record(t, call, *args, **kwargs):
     call.tap(x=args[0])
     return call(*args, **kwargs)
+
   def read(t, call, *args, **kwargs):
     call(*args, **kwargs)
     return [x['x'] for x in call.taps().values()]
-  return jpeft.chain(jpeft.at('{block}|{final_norm}', jpeft.Call('spy', record, taps=True)),
-                     jpeft.at('', jpeft.Call('read', read, taps=True)))
+
+  return jpeft.chain(
+    jpeft.at('{block}|{final_norm}', jpeft.Call('spy', record, taps=True)),
+    jpeft.at('', jpeft.Call('read', read, taps=True)),
+  )
 
 
 def test_the_output_is_the_formula():
@@ -90,7 +100,9 @@ def test_the_output_is_the_formula():
   states = jpeft.attach(model, spied(), held, IMAGES).apply({}, held, IMAGES)
   want = reference(theta['unipt']['final_norm'], [np.asarray(x) for x in states], layer_norm)
   head = held['params']['head']
-  np.testing.assert_allclose(tuned.apply(theta, held, IMAGES), want[:, 0] @ head['kernel'] + head['bias'], atol=1e-4)
+  np.testing.assert_allclose(
+    tuned.apply(theta, held, IMAGES), want[:, 0] @ head['kernel'] + head['bias'], atol=1e-4
+  )
 
 
 def test_no_layer_reads_another():
@@ -136,38 +148,56 @@ def test_a_decoder_sees_no_later_token_and_reads_the_encoder():
   out = lambda a, b: np.asarray(tuned.apply(theta, held, a, b))
   later = TOKENS.at[:, 4:].set(9)
   np.testing.assert_array_equal(out(TOKENS, TOKENS)[:, :4], out(TOKENS, later)[:, :4])
-  grads = jax.grad(lambda theta: jnp.square(tuned.apply(theta, held, TOKENS, TOKENS)).sum())(theta)['unipt']
+  grads = jax.grad(lambda theta: jnp.square(tuned.apply(theta, held, TOKENS, TOKENS)).sum())(theta)[
+    'unipt'
+  ]
   for path in ('encoder/final_norm', 'decoder/final_norm'):
     del grads[path]['gate']['bias']  # adds the same to all that a softmax compares
     assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(grads[path])), path
 
 
-@pytest.mark.parametrize('make, options', [
-  (jpeft.unipt, {'reduction': 4}), (jpeft.unipt, {'reduction': 4, 'downsample': 'pool'}), (jpeft.unipt_global, {})])
+@pytest.mark.parametrize(
+  'make, options',
+  [
+    (jpeft.unipt, {'reduction': 4}),
+    (jpeft.unipt, {'reduction': 4, 'downsample': 'pool'}),
+    (jpeft.unipt_global, {}),
+  ],
+)
 def test_every_projection_learns_and_remat_changes_nothing(make, options):
   model, held = vit()
   tuned, theta = attached(model, held, make(**options), IMAGES)
   again = jpeft.attach(model, make(remat=True, **options), held, IMAGES)
-  loss = lambda tuned: jax.jit(jax.grad(lambda t: jnp.square(tuned.apply(t, held, IMAGES)).sum()))(theta)
+  loss = lambda tuned: jax.jit(jax.grad(lambda t: jnp.square(tuned.apply(t, held, IMAGES)).sum()))(
+    theta
+  )
   grads = loss(tuned)
-  (t,), = (sites.values() for sites in grads.values())
+  ((t,),) = (sites.values() for sites in grads.values())
   for layer in jax.tree.leaves(t['layers']):
     assert (np.abs(layer).reshape(len(layer), -1).max(1) > 0).all()
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), grads, loss(again))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), grads, loss(again)
+  )
 
 
 def test_a_zero_update_leaves_the_embedding():
   model, held = vit()
   tuned, theta = attached(model, held, jpeft.unipt_global(1), IMAGES)
-  theta['unipt_global']['head']['up'] = jax.tree.map(jnp.zeros_like, theta['unipt_global']['head']['up'])
+  theta['unipt_global']['head']['up'] = jax.tree.map(
+    jnp.zeros_like, theta['unipt_global']['head']['up']
+  )
   np.testing.assert_array_equal(tuned.apply(theta, held, IMAGES), model.apply(held, IMAGES))
 
 
-@pytest.mark.parametrize('make, message', [
-  (lambda: jpeft.unipt(form='tokenz'), "form='tokenz' is none of"),
-  (lambda: jpeft.unipt(0), 'must be at least 1'),
-  (lambda: jpeft.unipt_global(embedding='{embed}'), 'a pooled embedding'),
-  (lambda: jpeft.unipt(downsample='pool', width=5), 'does not divide the width 32')])
+@pytest.mark.parametrize(
+  'make, message',
+  [
+    (lambda: jpeft.unipt(form='tokenz'), "form='tokenz' is none of"),
+    (lambda: jpeft.unipt(0), 'must be at least 1'),
+    (lambda: jpeft.unipt_global(embedding='{embed}'), 'a pooled embedding'),
+    (lambda: jpeft.unipt(downsample='pool', width=5), 'does not divide the width 32'),
+  ],
+)
 def test_bad_options_are_said_before_any_work(make, message):
   model, held = vit()
   with pytest.raises(ValueError, match=message):

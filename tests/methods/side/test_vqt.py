@@ -26,7 +26,9 @@ def test_counts_are_the_papers(tokens, classes, numbers, scan):
 
 
 def test_the_start():
-  model = ViT(width=768, depth=1, heads=12, mlp_dim=64, patch_size=16, image_size=16, num_classes=100)
+  model = ViT(
+    width=768, depth=1, heads=12, mlp_dim=64, patch_size=16, image_size=16, num_classes=100
+  )
   x = jnp.zeros((1, 16, 16, 3))
   held = jax.jit(model.init)(jax.random.key(0), x)
   t = jpeft.attach(model, jpeft.vqt(10), held, x).init(jax.random.key(0), held)['vqt']
@@ -38,13 +40,18 @@ def test_the_start():
 
 def seen(model, held, theta, tuned, **kwargs):
   """(logits, the inputs of the blocks and of the head) of a run."""
+
   def record(t, call, x, *args, **kwargs):
     call.tap(input=x)
     return call(x, *args, **kwargs)
+
   def read(t, call, *args, **kwargs):
     return call(*args, **kwargs), {p: x['input'] for p, x in call.taps().items() if 'input' in x}
-  spy = jpeft.chain(jpeft.at('{block}|{head}', jpeft.Call('spy', record, taps=True)),
-                    jpeft.at('', jpeft.Call('read', read, taps=True)))
+
+  spy = jpeft.chain(
+    jpeft.at('{block}|{head}', jpeft.Call('spy', record, taps=True)),
+    jpeft.at('', jpeft.Call('read', read, taps=True)),
+  )
   both = jpeft.attach(model, jpeft.chain(tuned.method, spy) if tuned else spy, held, IMAGES)
   return both.apply(theta, held, IMAGES, **kwargs)
 
@@ -69,13 +76,18 @@ def test_a_second_stream_is_one_sequence_whose_queries_are_no_keys(remat):
   logits, inputs = seen(model, held, theta, tuned)
   sites = jpeft.attach(model, jpeft.vqt(2), held, IMAGES).sites
   t = theta['vqt']
-  want = unit(np.asarray(inputs['head'])) * t['head']['keep'] @ t['head']['kernel'] + t['head']['bias']
+  want = (
+    unit(np.asarray(inputs['head'])) * t['head']['keep'] @ t['head']['kernel'] + t['head']['bias']
+  )
   for i in range(3):
     path = f'encoder/block_{i}'
     x, q = inputs[path], jnp.broadcast_to(t[path]['queries'], (2, 2, 32))
     mask = jnp.arange(7) >= 2
-    z = sites[path].module.apply({'params': held['params']['encoder'][f'block_{i}']}, jnp.concatenate([q, x], 1),
-                                 mask=mask[None, None, None])[:, :2]
+    z = sites[path].module.apply(
+      {'params': held['params']['encoder'][f'block_{i}']},
+      jnp.concatenate([q, x], 1),
+      mask=mask[None, None, None],
+    )[:, :2]
     chunk = unit(np.asarray(z.reshape(2, -1)))
     np.testing.assert_allclose(np.linalg.norm(chunk, axis=-1), 1, rtol=1e-6)
     want = want + chunk * t[path]['keep'] @ t[path]['kernel']
@@ -89,8 +101,12 @@ def test_a_block_has_its_own_queries_and_remat_changes_no_gradient():
   for path in theta['vqt']:
     if path != 'encoder/block_1':
       theta['vqt'][path]['kernel'] = jnp.zeros_like(theta['vqt'][path]['kernel'])
-  grads, same = (jax.jit(jax.grad(lambda t, tuned=tuned: jnp.square(tuned.apply(t, held, IMAGES)).sum()))(theta)['vqt']
-                 for tuned in (tuned, again))
+  grads, same = (
+    jax.jit(jax.grad(lambda t, tuned=tuned: jnp.square(tuned.apply(t, held, IMAGES)).sum()))(theta)[
+      'vqt'
+    ]
+    for tuned in (tuned, again)
+  )
   moved = {p: bool(jnp.any(g['queries'])) for p, g in grads.items() if 'queries' in g}
   assert moved == {'encoder/block_0': False, 'encoder/block_1': True, 'encoder/block_2': False}
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, same)
@@ -98,7 +114,9 @@ def test_a_block_has_its_own_queries_and_remat_changes_no_gradient():
 
 def kept(method, **fields) -> int:
   """Bytes that the backward pass keeps, of 6 blocks of width 128 on 4 images of 64 patches; weights count once."""
-  sizes = dict(width=128, depth=6, heads=4, mlp_dim=512, patch_size=4, image_size=32, num_classes=10)
+  sizes = dict(
+    width=128, depth=6, heads=4, mlp_dim=512, patch_size=4, image_size=32, num_classes=10
+  )
   model = ViT(**{**sizes, **fields})
   images = jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.float32)
   held = jax.eval_shape(model.init, jax.random.key(0), images)
@@ -112,14 +130,18 @@ def test_no_residual_of_full_width_is_kept():
   assert stream < 5.81e6 * 65 / 64 and lean < stream  # the class token is one more
   wide = kept(jpeft.vqt(1), mlp_dim=1024)
   weights, row = 6 * 2 * 128 * 512 * 4, 6 * 4 * 512 * 4
-  assert wide - stream <= weights + 4 * row  # of the MLP its weights and the one token, not N of its hidden layer
+  assert (
+    wide - stream <= weights + 4 * row
+  )  # of the MLP its weights and the one token, not N of its hidden layer
   assert kept(jpeft.vpt_deep(1)) > 4 * stream
 
 
 def test_group_lasso_and_selection():
   t = {'a': {'kernel': jnp.array([[3.0, 4.0], [0.0, 0.0]]), 'keep': jnp.ones(2)}}
   assert float(group_lasso(t)) == 5
-  assert not np.isnan(jax.grad(group_lasso)({'a': {'kernel': t['a']['kernel']}})['a']['kernel']).any()
+  assert not np.isnan(
+    jax.grad(group_lasso)({'a': {'kernel': t['a']['kernel']}})['a']['kernel']
+  ).any()
   fresh = {'a': {'kernel': jnp.ones((2, 2)), 'keep': jnp.ones(2)}}
   chosen = select(t, 0.5, fresh)
   np.testing.assert_array_equal(chosen['a']['keep'], [1, 0])
@@ -135,7 +157,9 @@ def test_what_is_not_selected_is_not_read():
   t = select(theta['vqt'], 0.3, fresh['vqt'])
   assert jax.tree.map(jnp.shape, t) == jax.tree.map(jnp.shape, theta['vqt'])
   assert sum(float(s['keep'].sum()) for s in t.values()) == int(0.3 * (32 + 3 * 64))
-  np.testing.assert_array_equal(t['encoder/blocks']['queries'], theta['vqt']['encoder/blocks']['queries'])
+  np.testing.assert_array_equal(
+    t['encoder/blocks']['queries'], theta['vqt']['encoder/blocks']['queries']
+  )
   grads = jax.grad(lambda t: jnp.square(tuned.apply({'vqt': t}, held, IMAGES)).sum())(t)
   for path, g in grads.items():
     dropped = np.asarray(t[path]['keep']) == 0
@@ -150,11 +174,16 @@ def test_masks_let_a_summary_see_what_any_token_sees():
   np.testing.assert_array_equal(*(tuned.apply(theta, held, x, mask=MASK) for x in (TOKENS, other)))
 
 
-@pytest.mark.parametrize('make, message', [
-  (lambda: jpeft.vqt(0), 'whole number'), (lambda: jpeft.vqt(head='{norm}'), 'names 6 modules'),
-  (lambda: jpeft.vqt(head='{final_norm}'), 'one prediction'),
-  (lambda: jpeft.vqt(attention='{mlp}'), 'no attention_fn'),
-  (lambda: jpeft.vqt(attention='encoder/block_0/attention'), 'no module of the block')])
+@pytest.mark.parametrize(
+  'make, message',
+  [
+    (lambda: jpeft.vqt(0), 'whole number'),
+    (lambda: jpeft.vqt(head='{norm}'), 'names 6 modules'),
+    (lambda: jpeft.vqt(head='{final_norm}'), 'one prediction'),
+    (lambda: jpeft.vqt(attention='{mlp}'), 'no attention_fn'),
+    (lambda: jpeft.vqt(attention='encoder/block_0/attention'), 'no module of the block'),
+  ],
+)
 def test_bad_options_are_said_before_any_work(make, message):
   model, held = vit()
   with pytest.raises(ValueError, match=message):

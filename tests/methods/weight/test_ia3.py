@@ -22,10 +22,13 @@ LAYER, VARIABLES, X = nn.Dense(2), {'params': PARAMS}, jnp.array([[1, 2, 3.0]])
 OUT, IN = ia3('', None), ia3(None, '')
 
 
-@pytest.mark.parametrize('method, l, y, merged, bias', [
-  (OUT, [2, 3], [29, 94.5], [[2, 4, 6], [12, 15, 18]], [1, -1.5]),
-  (IN, [2, 3, 4], [50.5, 109.5], [[2, 6, 12], [8, 15, 24]], [0.5, -0.5]),
-])
+@pytest.mark.parametrize(
+  'method, l, y, merged, bias',
+  [
+    (OUT, [2, 3], [29, 94.5], [[2, 4, 6], [12, 15, 18]], [1, -1.5]),
+    (IN, [2, 3, 4], [50.5, 109.5], [[2, 6, 12], [8, 15, 24]], [0.5, -0.5]),
+  ],
+)
 def test_worked_examples(method, l, y, merged, bias):
   tuned = attach(LAYER, method, VARIABLES, X)
   theta = {'ia3': {'': {'kernel': jnp.array(l, jnp.float32)}}}
@@ -63,10 +66,14 @@ def test_layers_equal_peft(case):
   np.testing.assert_allclose(tuned.apply(theta, variables, x), y, atol=1e-6)
   np.testing.assert_allclose(model.apply(tuned.merge(theta, variables), x), y, atol=1e-6)
 
-  torch_order = (lambda out: jnp.moveaxis(out, -1, 1)) if case.startswith('conv') else lambda out: out
+  torch_order = (
+    (lambda out: jnp.moveaxis(out, -1, 1)) if case.startswith('conv') else lambda out: out
+  )
   weights = jnp.sin(jnp.arange(y.size))
   grads = jax.grad(lambda t: torch_order(tuned.apply(t, variables, x)).ravel() @ weights)(theta)
-  np.testing.assert_allclose(grads['ia3']['']['kernel'], peft.vectors(held['grad'])['']['kernel'], atol=1e-5)
+  np.testing.assert_allclose(
+    grads['ia3']['']['kernel'], peft.vectors(held['grad'])['']['kernel'], atol=1e-5
+  )
 
 
 # peft's own choice for BERT names 'output.dense', which is the attention's as well as the MLP's.
@@ -84,7 +91,11 @@ def test_models_equal_peft(case, tmp_path):
   assert np.abs(held['logits'] - base['logits']).max() > 0.1
   np.testing.assert_allclose(tuned.apply(theta, backbone, *args), held['logits'], atol=5e-6)
   merged = tuned.merge(theta, backbone)
-  run = nnx.merge(nnx.graphdef(model), merged) if name == 'llama' else functools.partial(model.apply, merged)
+  run = (
+    nnx.merge(nnx.graphdef(model), merged)
+    if name == 'llama'
+    else functools.partial(model.apply, merged)
+  )
   np.testing.assert_allclose(run(*args), held['merged'], atol=5e-6)
 
 
@@ -120,8 +131,9 @@ def test_heads_and_bare_weights():
   variables = jax.tree.map(lambda w: w + 0.1, jax.jit(model.init)(jax.random.key(1), x))
   method = chain(ia3('query', 'out'), ia3('', None, arrays='kv'))
   tuned = attach(model, method, variables, x)
-  assert jax.tree.map(jnp.shape, tuned.shapes) == {'ia3': {
-    'query': {'kernel': (6,)}, 'out': {'kernel': (6,)}, '': {'kv': (12,)}}}
+  assert jax.tree.map(jnp.shape, tuned.shapes) == {
+    'ia3': {'query': {'kernel': (6,)}, 'out': {'kernel': (6,)}, '': {'kv': (12,)}}
+  }
   t = {'query': jnp.arange(6.0), 'out': jnp.arange(1, 7.0), '': jnp.linspace(-1, 1, 12)}
   theta = {'ia3': {path: {'kv' if path == '' else 'kernel': l} for path, l in t.items()}}
 
@@ -141,14 +153,20 @@ def test_it_chains_with_rules_that_read_the_kernel():
   theta = jax.tree.map(lambda a: a + 0.3, jax.jit(tuned.init)(jax.random.key(1), VARIABLES))
   found = tuned.apply(theta, VARIABLES, x)
   assert np.abs(found - LAYER.apply(VARIABLES, x)).max() > 1
-  np.testing.assert_allclose(LAYER.apply(tuned.merge(theta, VARIABLES), x), found, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(
+    LAYER.apply(tuned.merge(theta, VARIABLES), x), found, rtol=1e-5, atol=1e-5
+  )
 
 
-@pytest.mark.parametrize('model, expected', [
-  (full_size.llama(layers=32, width=4096, hidden=11008), 614_400),
-  (full_size.t0(width=2048, hidden=5120, heads=32), 540_672),
-  (full_size.t0(width=4096, hidden=10240, heads=64), 1_081_344),
-], ids=['LLaMA-7B', 'T0-3B', 'T0-11B'])
+@pytest.mark.parametrize(
+  'model, expected',
+  [
+    (full_size.llama(layers=32, width=4096, hidden=11008), 614_400),
+    (full_size.t0(width=2048, hidden=5120, heads=32), 540_672),
+    (full_size.t0(width=4096, hidden=10240, heads=64), 1_081_344),
+  ],
+  ids=['LLaMA-7B', 'T0-3B', 'T0-11B'],
+)
 def test_full_size_counts(model, expected):
   assert jpeft.summary(attach(model.model, ia3(), *model.shapes)).trainable == expected
 

@@ -42,10 +42,14 @@ def random_layer(fan_in=12, fan_out=9, seed=0):
 def moved(theta, size=0.3):
   leaves, tree = jax.tree.flatten(theta)
   keys = jax.random.split(jax.random.key(7), len(leaves))
-  return tree.unflatten([x + size * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+  return tree.unflatten(
+    [x + size * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+  )
 
 
-@pytest.mark.parametrize('rslora, expected', [(False, [30.5, 47.5]), (True, [37.1274185, 54.1274185])])
+@pytest.mark.parametrize(
+  'rslora, expected', [(False, [30.5, 47.5]), (True, [37.1274185, 54.1274185])]
+)
 def test_worked_example_of_lora(rslora, expected):
   model, variables = dense()
   tuned = attach(model, lora(2, 4, '', rslora=rslora), variables, X)
@@ -59,15 +63,23 @@ def test_worked_example_of_lora(rslora, expected):
 def test_worked_example_of_dora():
   model, variables = dense()
   tuned = attach(model, dora(2, 4, ''), variables, X)
-  np.testing.assert_allclose(tuned.init(jax.random.key(0), variables)['dora']['']['kernel']['m'],
-                             [3.7416575, 8.7749643], rtol=1e-6)
+  np.testing.assert_allclose(
+    tuned.init(jax.random.key(0), variables)['dora']['']['kernel']['m'],
+    [3.7416575, 8.7749643],
+    rtol=1e-6,
+  )
   theta = at_root('dora', a=A.T, b=B.T, m=[3.7416575, 8.7749643])
-  np.testing.assert_allclose(tuned.apply(theta, variables, X)[0], [13.9164085, 27.8328629], rtol=1e-6)
+  np.testing.assert_allclose(
+    tuned.apply(theta, variables, X)[0], [13.9164085, 27.8328629], rtol=1e-6
+  )
   grads = jax.grad(lambda t: tuned.apply(t, variables, X).sum())(theta)['dora']['']['kernel']
   np.testing.assert_allclose(grads['m'], [3.5856860, 3.2288294], rtol=1e-5)
-  np.testing.assert_allclose(grads['b'].T, [[3.5777090, 3.5777090], [4.7221437, 4.7221437]], rtol=1e-5)
-  np.testing.assert_allclose(grads['a'].T, [[0.8944272, 1.7888545, 2.6832817],
-                                            [3.2554991, 6.5109982, 9.7664976]], rtol=1e-5)
+  np.testing.assert_allclose(
+    grads['b'].T, [[3.5777090, 3.5777090], [4.7221437, 4.7221437]], rtol=1e-5
+  )
+  np.testing.assert_allclose(
+    grads['a'].T, [[0.8944272, 1.7888545, 2.6832817], [3.2554991, 6.5109982, 9.7664976]], rtol=1e-5
+  )
 
 
 LAYERS = {
@@ -101,7 +113,9 @@ def test_layers_equal_peft(case):
   np.testing.assert_allclose(tuned.apply(theta, variables, x), y, atol=1e-5)
   np.testing.assert_allclose(model.apply(tuned.merge(theta, variables), x), y, atol=1e-5)
 
-  torch_order = (lambda out: jnp.moveaxis(out, -1, 1)) if case.startswith('conv') else lambda out: out
+  torch_order = (
+    (lambda out: jnp.moveaxis(out, -1, 1)) if case.startswith('conv') else lambda out: out
+  )
   weights = jnp.sin(jnp.arange(y.size))
   grads = jax.grad(lambda t: torch_order(tuned.apply(t, variables, x)).ravel() @ weights)(theta)
   for key, expected in layer_theta(case, method, 'grad')[method.names[0]][''].items():
@@ -113,10 +127,14 @@ def test_layers_equal_peft(case):
 @pytest.mark.parametrize('case', ['linear_pissa', 'linear_olora'])
 def test_decompositions_start_as_in_peft(case):
   model, variables, x, _ = peft.layer(case)
-  t = attach(model, LAYERS[case], variables, x).init(jax.random.key(0), variables)['lora']['']['kernel']
+  t = attach(model, LAYERS[case], variables, x).init(jax.random.key(0), variables)['lora'][''][
+    'kernel'
+  ]
   start = peft.kernels(peft.read('peft_layers', case)['start'])['']['kernel']
   np.testing.assert_allclose(t['a'] @ t['b'], start['a'] @ start['b'], atol=1e-5)
-  np.testing.assert_allclose(np.abs(t['a']), np.abs(start['a']), atol=1e-5)  # singular vectors up to sign
+  np.testing.assert_allclose(
+    np.abs(t['a']), np.abs(start['a']), atol=1e-5
+  )  # singular vectors up to sign
 
 
 LINEAR = '{linear}'
@@ -139,7 +157,9 @@ def backbones(tmp_path_factory):
 def model_theta(case, method):
   held = peft.read('peft_models', case)
   rows = peft.BERT if case.startswith('bert') else peft.LLAMA
-  read = functools.partial(peft.kernels, rows=rows, array='embedding' if case == 'bert_word' else 'kernel')
+  read = functools.partial(
+    peft.kernels, rows=rows, array='embedding' if case == 'bert_word' else 'kernel'
+  )
   theta = read(held['adapter'])
   for path, t in (read(held['start']) if 'start' in held else {}).items():
     theta[path]['kernel'] |= {'a0': t['kernel']['a'], 'b0': t['kernel']['b']}
@@ -155,14 +175,20 @@ def test_models_equal_peft(case, backbones):
   assert np.abs(held['logits'] - base['logits']).max() > 0.1
   np.testing.assert_allclose(tuned.apply(theta, backbone, *args), held['logits'], atol=5e-6)
   merged = tuned.merge(theta, backbone)
-  run = nnx.merge(nnx.graphdef(model), merged) if isinstance(model, nnx.Module) else functools.partial(
-    model.apply, merged)
+  run = (
+    nnx.merge(nnx.graphdef(model), merged)
+    if isinstance(model, nnx.Module)
+    else functools.partial(model.apply, merged)
+  )
   np.testing.assert_allclose(run(*args), held['merged'], atol=5e-6)
 
 
 METHODS = {
-  'lora': lora(4, 6, ''), 'gaussian': lora(4, 6, '', init='gaussian'), 'pissa': lora(4, 6, '', init='pissa'),
-  'olora': lora(4, 6, '', init='olora'), 'dora': dora(4, 6, ''),
+  'lora': lora(4, 6, ''),
+  'gaussian': lora(4, 6, '', init='gaussian'),
+  'pissa': lora(4, 6, '', init='pissa'),
+  'olora': lora(4, 6, '', init='olora'),
+  'dora': dora(4, 6, ''),
 }
 
 
@@ -175,8 +201,9 @@ def test_the_function_starts_unchanged_and_merges(name):
   np.testing.assert_allclose(found, y, atol=2e-6)
   if name in ('lora', 'gaussian'):
     np.testing.assert_array_equal(found, y)
-  np.testing.assert_allclose(tuned.merge(theta, variables)['params']['kernel'],
-                             variables['params']['kernel'], atol=1e-6)
+  np.testing.assert_allclose(
+    tuned.merge(theta, variables)['params']['kernel'], variables['params']['kernel'], atol=1e-6
+  )
   theta = moved(theta)
   found = tuned.apply(theta, variables, x)
   assert np.abs(found - y).max() > 0.1
@@ -210,7 +237,8 @@ def test_olora_starts_orthogonal():
 def test_how_a_starts():
   model, variables, x = random_layer(fan_in=400, fan_out=3)
   start = lambda **kw: attach(model, lora(50, 8, '', **kw), variables, x).init(
-    jax.random.key(0), variables)['lora']['']['kernel']
+    jax.random.key(0), variables
+  )['lora']['']['kernel']
   a = start()['a']
   assert 0.0499 < np.abs(a).max() <= 0.05
   np.testing.assert_allclose(a.std(), (3 * 400) ** -0.5, rtol=0.02)
@@ -234,14 +262,18 @@ def test_a_tied_table_is_adapted_in_both_places():
   t = theta['lora']['table']['embedding']
   assert t['a'].shape == (7, 2) and not t['a'].any()
   assert t['b'].shape == (2, 6) and t['b'].std() > 0.5
-  np.testing.assert_array_equal(tuned.apply(theta, variables, tokens), model.apply(variables, tokens))
+  np.testing.assert_array_equal(
+    tuned.apply(theta, variables, tokens), model.apply(variables, tokens)
+  )
   theta = moved(theta)
   table = np.asarray(variables['params']['table']['embedding'])
   t = theta['lora']['table']['embedding']
   table = table + 2 * np.asarray(t['a'] @ t['b'])
   expected = np.tanh(table[[0, 3, 6]]) @ table.T
   np.testing.assert_allclose(tuned.apply(theta, variables, tokens)[0], expected, atol=1e-5)
-  np.testing.assert_allclose(model.apply(tuned.merge(theta, variables), tokens)[0], expected, atol=1e-5)
+  np.testing.assert_allclose(
+    model.apply(tuned.merge(theta, variables), tokens)[0], expected, atol=1e-5
+  )
 
 
 def runs(method, keys=300):
@@ -250,15 +282,20 @@ def runs(method, keys=300):
   tuned = attach(model, method, variables, x)
   theta = moved(tuned.init(jax.random.key(0), variables))
   train = jax.vmap(lambda key: tuned.apply(theta, variables, x, rngs={'dropout': key}))
-  return (train(jax.random.split(jax.random.key(1), keys)), tuned.apply(theta, variables, x),
-          model.apply(variables, x))
+  return (
+    train(jax.random.split(jax.random.key(1), keys)),
+    tuned.apply(theta, variables, x),
+    model.apply(variables, x),
+  )
 
 
 @pytest.mark.parametrize('make', [lora, dora])
 def test_dropout_thins_the_adapters_input_alone(make):
   train, evaluation, base = runs(make(4, 6, '', dropout=0.5))
   assert train.std(0).min() > 0.01
-  np.testing.assert_allclose(train.mean(0), evaluation, atol=6 * float(train.std(0).max()) / 300**0.5)
+  np.testing.assert_allclose(
+    train.mean(0), evaluation, atol=6 * float(train.std(0).max()) / 300**0.5
+  )
   everything, _, _ = runs(make(4, 6, '', dropout=1.0), keys=2)
   np.testing.assert_array_equal(everything[0], everything[1])
   np.testing.assert_allclose(everything[0], base, rtol=1e-6)
@@ -277,7 +314,12 @@ def test_gradients_are_finite_when_all_is_dropped():
 def test_dropout_needs_an_injection_point():
   model, tokens = Tied(), jnp.array([[0, 3, 6]])
   with pytest.raises(ValueError, match="lora at 'table'.*use dropout=0"):
-    attach(model, lora(2, 4, 'table', dropout=0.1), jax.jit(model.init)(jax.random.key(0), tokens), tokens)
+    attach(
+      model,
+      lora(2, 4, 'table', dropout=0.1),
+      jax.jit(model.init)(jax.random.key(0), tokens),
+      tokens,
+    )
 
 
 class Switched(nn.Module):
@@ -326,12 +368,15 @@ def test_nothing_of_the_size_of_the_kernel_is_formed(method):
 LLAMA_7B = full_size.llama(layers=32, width=4096, hidden=11008)
 
 
-@pytest.mark.parametrize('method, expected', [
-  (lora(8), 4_194_304),
-  (lora(64, targets='{linear}'), 159_907_840),
-  (dora(32, targets='{q}|{k}|{v}|.*/up_proj|{fc2}'), 56_975_360),
-  (lora(32, targets='{q}|{k}|{v}|.*/up_proj|{fc2}'), 56_098_816),
-])
+@pytest.mark.parametrize(
+  'method, expected',
+  [
+    (lora(8), 4_194_304),
+    (lora(64, targets='{linear}'), 159_907_840),
+    (dora(32, targets='{q}|{k}|{v}|.*/up_proj|{fc2}'), 56_975_360),
+    (lora(32, targets='{q}|{k}|{v}|.*/up_proj|{fc2}'), 56_098_816),
+  ],
+)
 def test_counts_on_llama_7b(method, expected):
   assert jpeft.summary(attach(LLAMA_7B.model, method, *LLAMA_7B.shapes)).trainable == expected
 
@@ -341,23 +386,32 @@ def test_counts_on_roberta_base():
   tuned = attach(roberta.model, lora(8), *roberta.shapes)
   assert jpeft.summary(tuned).trainable == 294_912
   # What the start of PiSSA is kept for is not trained.
-  assert jpeft.summary(attach(roberta.model, lora(8, init='pissa'), *roberta.shapes)).trainable == 294_912
+  assert (
+    jpeft.summary(attach(roberta.model, lora(8, init='pissa'), *roberta.shapes)).trainable
+    == 294_912
+  )
 
 
 def test_lora_plus_speeds_up_b_alone():
   model, variables, x = random_layer()
   tuned = attach(model, dora(4, 6, ''), variables, x)
   assert factors(tuned, tuned.shapes, lora_plus=16.0) == {
-    'dora/kernel/a': 1.0, 'dora/kernel/b': 16.0, 'dora/kernel/m': 1.0}
+    'dora/kernel/a': 1.0,
+    'dora/kernel/b': 16.0,
+    'dora/kernel/m': 1.0,
+  }
 
 
 @pytest.mark.parametrize('make', [lora, dora])
-@pytest.mark.parametrize('wrong, message', [
-  ({'rank': 0}, 'rank.*at least 1.*0'),
-  ({'rank': 2.5}, 'rank.*whole.*2.5'),
-  ({'alpha': 0}, 'alpha.*greater than 0.*0'),
-  ({'dropout': 1.5}, r'dropout.*\[0, 1\].*1.5'),
-])
+@pytest.mark.parametrize(
+  'wrong, message',
+  [
+    ({'rank': 0}, 'rank.*at least 1.*0'),
+    ({'rank': 2.5}, 'rank.*whole.*2.5'),
+    ({'alpha': 0}, 'alpha.*greater than 0.*0'),
+    ({'dropout': 1.5}, r'dropout.*\[0, 1\].*1.5'),
+  ],
+)
 def test_hyperparameters_are_checked(make, wrong, message):
   with pytest.raises(ValueError, match=message):
     make(**wrong)
@@ -367,5 +421,7 @@ def test_starts_are_checked():
   with pytest.raises(ValueError, match="not 'pisa'; did you mean 'pissa'"):
     lora(init='pisa')
   model, variables, x = random_layer(12, 9)
-  with pytest.raises(ValueError, match=r"'olora' takes at most rank 9 out of a matrix \[12, 9\], not 10"):
+  with pytest.raises(
+    ValueError, match=r"'olora' takes at most rank 9 out of a matrix \[12, 9\], not 10"
+  ):
     attach(model, lora(10, targets='', init='olora'), variables, x)

@@ -78,10 +78,15 @@ def test_every_kind_of_layer_is_followed_by_the_affine_map_and_merges(name):
   model, x, channels = (SHIFTED | SCALED)[name]
   tuned, variables = tune(model, x)
   size = int(np.prod(channels))
-  pair = {'scale': RNG.normal(1, 0.5, size), **({'shift': RNG.normal(0, 0.5, size)} if name in SHIFTED else {})}
+  pair = {
+    'scale': RNG.normal(1, 0.5, size),
+    **({'shift': RNG.normal(0, 0.5, size)} if name in SHIFTED else {}),
+  }
   theta = theta_of(tuned, **pair)
   y = np.asarray(model.apply(variables, x))
-  want = y * pair['scale'].reshape(channels) + np.reshape(pair.get('shift', np.zeros(size)), channels)
+  want = y * pair['scale'].reshape(channels) + np.reshape(
+    pair.get('shift', np.zeros(size)), channels
+  )
   np.testing.assert_allclose(tuned.apply(theta, variables, x), want, atol=1e-5)
   np.testing.assert_allclose(model.apply(tuned.merge(theta, variables), x), want, atol=1e-5)
 
@@ -124,8 +129,16 @@ def test_a_site_with_nothing_affine_is_refused():
 
 
 def vit_base():
-  config = {'model_type': 'vit', 'hidden_size': 768, 'num_hidden_layers': 12, 'num_attention_heads': 12,
-            'intermediate_size': 3072, 'patch_size': 16, 'image_size': 32, 'qkv_bias': True}
+  config = {
+    'model_type': 'vit',
+    'hidden_size': 768,
+    'num_hidden_layers': 12,
+    'num_attention_heads': 12,
+    'intermediate_size': 3072,
+    'patch_size': 16,
+    'image_size': 32,
+    'qkv_bias': True,
+  }
   return jpeft.models.from_config(config, num_classes=10, scan=True)
 
 
@@ -133,27 +146,40 @@ class FusedBlock(nn.Module):
   @nn.compact
   def __call__(self, x, _):
     q, k, v = jnp.split(nn.Dense(3 * 768, name='qkv')(nn.LayerNorm(name='norm1')(x)), 3, -1)
-    x = x + nn.Dense(768, name='proj')(nn.dot_product_attention(*(t[:, :, None] for t in (q, k, v)))[:, :, 0])
-    return x + nn.Dense(768, name='fc2')(nn.gelu(nn.Dense(3072, name='fc1')(nn.LayerNorm(name='norm2')(x)))), None
+    x = x + nn.Dense(768, name='proj')(
+      nn.dot_product_attention(*(t[:, :, None] for t in (q, k, v)))[:, :, 0]
+    )
+    return x + nn.Dense(768, name='fc2')(
+      nn.gelu(nn.Dense(3072, name='fc1')(nn.LayerNorm(name='norm2')(x)))
+    ), None
 
 
 class FusedViT(nn.Module):
   @nn.compact
   def __call__(self, images):
     x = nn.Conv(768, (16, 16), (16, 16), name='patch')(images).reshape(len(images), -1, 768)
-    blocks = nn.scan(FusedBlock, variable_axes={'params': 0}, split_rngs={'params': True}, length=12)
-    return nn.Dense(10, name='head')(nn.LayerNorm(name='norm')(blocks(name='blocks')(x, None)[0]).mean(1))
+    blocks = nn.scan(
+      FusedBlock, variable_axes={'params': 0}, split_rngs={'params': True}, length=12
+    )
+    return nn.Dense(10, name='head')(
+      nn.LayerNorm(name='norm')(blocks(name='blocks')(x, None)[0]).mean(1)
+    )
 
 
-@pytest.mark.parametrize('make, targets, pairs', [
-  (vit_base, None, 12 * 8 + 2), (FusedViT, 'patch|norm|blocks/.*', 12 * 6 + 2)], ids=['q, k, v', 'fused'])
+@pytest.mark.parametrize(
+  'make, targets, pairs',
+  [(vit_base, None, 12 * 8 + 2), (FusedViT, 'patch|norm|blocks/.*', 12 * 6 + 2)],
+  ids=['q, k, v', 'fused'],
+)
 def test_count_on_vit_b16(make, targets, pairs):
   model, shapes = full_size.of(make(), jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32))
   method = ssf(targets) if targets else ssf()
   tuned = jpeft.attach(model, method, *shapes)
   assert jpeft.count(tuned.shapes) == 205_824
   assert sum(site.layers for _, site in tuned.rules) == pairs
-  assert all(set(p) == {'scale', 'shift'} for arrays in tuned.shapes['ssf'].values() for p in arrays.values())
+  assert all(
+    set(p) == {'scale', 'shift'} for arrays in tuned.shapes['ssf'].values() for p in arrays.values()
+  )
 
 
 def test_the_papers_start():

@@ -25,7 +25,9 @@ def test_a_model_equals_peft(bert):
   assert jax.tree.map(jnp.shape, theta) == jax.tree.map(jnp.shape, tuned.shapes)
   assert np.abs(held['logits'] - base['logits']).max() > 0.05
   np.testing.assert_allclose(tuned.apply(theta, variables, *tokens), held['logits'], atol=5e-6)
-  np.testing.assert_allclose(model.apply(tuned.merge(theta, variables), *tokens), held['merged'], atol=5e-6)
+  np.testing.assert_allclose(
+    model.apply(tuned.merge(theta, variables), *tokens), held['merged'], atol=5e-6
+  )
 
 
 def test_it_starts_unchanged_merges_and_shares_its_pair(bert):
@@ -33,7 +35,9 @@ def test_it_starts_unchanged_merges_and_shares_its_pair(bert):
   tuned, y = attach(model, vera(4), variables, *tokens), model.apply(variables, *tokens)
   theta = jax.jit(tuned.init)(jax.random.key(0), variables)
   np.testing.assert_array_equal(tuned.apply(theta, variables, *tokens), y)
-  assert all((t['kernel']['d'] == 0.1).all() and not t['kernel']['e'].any() for t in theta['vera'].values())
+  assert all(
+    (t['kernel']['d'] == 0.1).all() and not t['kernel']['e'].any() for t in theta['vera'].values()
+  )
 
   theta = jax.tree.map(lambda x: x + 0.3, theta)
   merged = tuned.merge(theta, variables)
@@ -68,7 +72,9 @@ def test_dropout_thins_the_adapters_input_alone(bert):
   theta = jax.tree.map(lambda x: x + 0.3, jax.jit(tuned.init)(jax.random.key(0), variables))
   y = model.apply(variables, *tokens)
   assert np.abs(tuned.apply(theta, variables, *tokens) - y).max() > 0.05
-  dropped = tuned.apply(theta, variables, *tokens, deterministic=False, rngs={'dropout': jax.random.key(0)})
+  dropped = tuned.apply(
+    theta, variables, *tokens, deterministic=False, rngs={'dropout': jax.random.key(0)}
+  )
   np.testing.assert_allclose(dropped, y, atol=1e-6)
 
 
@@ -82,8 +88,12 @@ def test_hyperparameters_are_checked(bert):
   with pytest.raises(ValueError, match='rank.*at least 1'):
     vera(0)
   pair = np.zeros((16, 3)), np.zeros((3, 16))
-  with pytest.raises(ValueError, match=r'\[fan_in, 2\] and \[2, fan_out\], not \[16, 3\] and \[3, 16\]'):
+  with pytest.raises(
+    ValueError, match=r'\[fan_in, 2\] and \[2, fan_out\], not \[16, 3\] and \[3, 16\]'
+  ):
     vera(2, projections=pair)
   short = vera(3, '{fc1}', projections=pair)
-  with pytest.raises(ValueError, match=r'16 inputs and 16 outputs do not reach for a matrix \[16, 24\]'):
+  with pytest.raises(
+    ValueError, match=r'16 inputs and 16 outputs do not reach for a matrix \[16, 24\]'
+  ):
     attach(model, short, variables, *tokens)

