@@ -2,8 +2,8 @@
 
     python -m jpeft.train --config=configs/emoji.py:lst --workdir=runs/emoji
 
-DINOv2-S/14-architecture weights at 112 pixels on 1,324 emoji of 9 Unicode groups, tested on 582 others: few
-examples a class, as in VTAB-1k. npm fetches the drawings.
+DINOv2-S/14-architecture weights at 112 pixels on 1,324 emoji of 9 Unicode groups, tested on 582
+others: few examples a class, as in VTAB-1k. npm fetches the drawings.
 """
 
 import pathlib

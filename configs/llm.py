@@ -3,14 +3,15 @@
     python -m jpeft.train --config=configs/llm.py:qlora --workdir=runs/llm-qlora
     python -m jpeft.generate --run runs/llm-qlora --prompt 'quantize:' 'side:'
 
-SmolLM2-135M-Instruct on 10,000 words of the CMU pronouncing dictionary, about 9 in a row of 128 tokens; the perplexity
-of the phonemes of 400 held-out words, and 64 of them written out. The untuned model is scored too.
+SmolLM2-135M-Instruct on 10,000 words of the CMU pronouncing dictionary, about 9 in a row of 128
+tokens; the perplexity of the phonemes of 400 held-out words, and 64 of them written out. The
+untuned model is scored too.
 """
 
 from ml_collections import ConfigDict
 
-# Learning rate and hyperparameters of each method. Side blocks of the decoder's own class keep their keys and values
-# when they write.
+# Learning rate and hyperparameters of each method. Side blocks of the decoder's own class keep
+# their keys and values when they write.
 METHODS = {
   'lora': dict(lr=2e-3, rank=8, alpha=16, targets='{linear}'),
   'pissa': dict(name='lora', lr=3e-4, rank=8, alpha=8, init='pissa', targets='{linear}'),

@@ -3,15 +3,15 @@
     python -m jpeft.train --config=configs/quickstart.py --workdir=runs/quickstart
     python -m jpeft.train --config=configs/quickstart.py:lora --workdir=runs/lora
 
-DINOv2-S/14-architecture weights at 56 pixels on 1,000 MNIST digits, tested on 1,000 others. The first
-command trains ladder side-tuning and, beside it, a linear probe, and prints both as a table: about three
-minutes of training on two CPU cores.
+DINOv2-S/14-architecture weights at 56 pixels on 1,000 MNIST digits, tested on 1,000 others. The
+first command trains ladder side-tuning and, beside it, a linear probe, and prints both as a table:
+about three minutes of training on two CPU cores.
 """
 
 from ml_collections import ConfigDict
 
-# Learning rate, epochs and hyperparameters of each method. What never runs the backbone backwards runs it once an
-# example and keeps its features (cache), so it affords many epochs.
+# Learning rate, epochs and hyperparameters of each method. What never runs the backbone backwards
+# runs it once an example and keeps its features (cache), so it affords many epochs.
 METHODS = {
   'linear': dict(lr=1e-2, epochs=40, cache=True),
   'lst': dict(

@@ -7,8 +7,8 @@ MiniLM-L6 on 7,030 sentences of movie reviews (Hutto and Gilbert, 2014), tested 
 
 from ml_collections import ConfigDict
 
-# Learning rate, epochs and hyperparameters of each method. What never runs the backbone backwards runs it once an
-# example, without dropout, and keeps its features (cache).
+# Learning rate, epochs and hyperparameters of each method. What never runs the backbone backwards
+# runs it once an example, without dropout, and keeps its features (cache).
 METHODS = {
   'linear': dict(lr=3e-3, epochs=10, cache=True),
   'lst': dict(

@@ -1,10 +1,13 @@
-"""LoRA and DoRA in the adapter folders of Hugging Face's peft: adapter_config.json and adapter_model.safetensors.
+"""LoRA and DoRA in the adapter folders of Hugging Face's peft.
+
+Such a folder holds adapter_config.json and adapter_model.safetensors.
 
     python -m jpeft.adapter --run runs/a --out adapter
 
-writes that of a run, for transformers and others to put on the same base model. In Python, `save_adapter` does so, and
-`load_adapter` gives method and theta of an adapter that was trained elsewhere. The base model stays as it is: its
-kernels may be plain or in 4 bits, its blocks unrolled or scanned.
+writes that of a run, for transformers and others to put on the same base model. In Python,
+`save_adapter` does so, and `load_adapter` gives method and theta of an adapter that was trained
+elsewhere. The base model stays as it is: its kernels may be plain or in 4 bits, its blocks unrolled
+or scanned.
 """
 
 import inspect

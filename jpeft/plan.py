@@ -2,10 +2,10 @@
 
     python -m jpeft.plan --config=configs/quickstart.py --methods=lst,lora,full --target=tpu:v5e
 
-No accelerator and no weights are needed: TPUs are compiled for by topology (tpu:v5e, tpu:v5p, tpu:v6e, or
-slices such as tpu:v5p:4x4x4 with the mesh of the config), GPUs by description (gpu:a100, gpu:h100). `cpu` is
-functional only: its bytes say nothing of an accelerator's. The step is the trainer's own: forward, backward
-and optimizer, its state donated.
+No accelerator and no weights are needed: TPUs are compiled for by topology (tpu:v5e, tpu:v5p,
+tpu:v6e, or slices such as tpu:v5p:4x4x4 with the mesh of the config), GPUs by description
+(gpu:a100, gpu:h100). `cpu` is functional only: its bytes say nothing of an accelerator's. The step
+is the trainer's own: forward, backward and optimizer, its state donated.
 
     --methods=A,B     arguments of the config file, where it takes one, else methods of the registry or presets
                       of them (lora_all, lst_mlp); the config's own if left out
@@ -18,7 +18,8 @@ and optimizer, its state donated.
 
 In a notebook:
 
-    jpeft.plan(model, ['lst', 'lora', 'full'], {'image': jnp.zeros((32, 224, 224, 3)), 'label': jnp.zeros(32, int)})
+    jpeft.plan(model, ['lst', 'lora', 'full'], {'image': jnp.zeros((32, 224, 224, 3)), 'label':
+    jnp.zeros(32, int)})
 """
 
 import argparse

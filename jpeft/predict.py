@@ -1,7 +1,9 @@
 """Labels for images or texts, by the model of a run.
 
-python -m jpeft.predict --run runs/a --input cat.png dog.png
-python -m jpeft.predict --run runs/b --input reviews.txt --json     # a text a line; - reads stdin
+    python -m jpeft.predict --run runs/a --input cat.png dog.png
+    python -m jpeft.predict --run runs/b --input reviews.txt --json
+
+A text file has one text a line; - reads stdin.
 """
 
 import json

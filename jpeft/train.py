@@ -1,14 +1,17 @@
-"""Trains a method on a backbone and a data set.
+r"""Trains a method on a backbone and a data set.
 
-    python -m jpeft.train --config=configs/quickstart.py:lst --config.optimizer.lr=1e-3 --workdir=runs/a
+    python -m jpeft.train --config=configs/quickstart.py:lst \
+        --config.optimizer.lr=1e-3 --workdir=runs/a
 
-The run folder gets config.json, metrics.jsonl, checkpoints, theta.safetensors (the end), best.safetensors
-(the best evaluation), report.json, report.md and curves.png. Started again with the same command, a run
-that was killed goes on from its last checkpoint and ends with the same bits (on a GPU with XLA_FLAGS=
---xla_gpu_deterministic_ops=true); one that is complete prints its report. --help lists the config keys.
+The run folder gets config.json, metrics.jsonl, checkpoints, theta.safetensors (the end),
+best.safetensors (the best evaluation), report.json, report.md and curves.png. Started again with
+the same command, a run that was killed goes on from its last checkpoint and ends with the same bits
+(on a GPU with XLA_FLAGS= --xla_gpu_deterministic_ops=true); one that is complete prints its report.
+--help lists the config keys.
 
-Exit codes: 0 complete; 1 a loss is not finite; 2 a mistake in config, data or files, told in one sentence
-(--traceback shows where it arose); 143 and 130 after SIGTERM and Ctrl-C, with a checkpoint written.
+Exit codes: 0 complete; 1 a loss is not finite; 2 a mistake in config, data or files, told in one
+sentence (--traceback shows where it arose); 143 and 130 after SIGTERM and Ctrl-C, with a checkpoint
+written.
 """
 
 import sys

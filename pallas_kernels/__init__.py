@@ -1,4 +1,6 @@
-"""Kernels for 4-bit matrices on TPU (Mosaic) and GPU (Triton), each beside the plain form it must equal."""
+"""Kernels for 4-bit matrices on TPU (Mosaic) and GPU (Triton), each beside the plain form it must
+equal.
+"""
 
 from .choice import Choice, choice
 from .nf4 import nf4_matmul, reference

@@ -1,4 +1,6 @@
-"""Which implementation a product takes: by platform, shape and dtype, with the reason and the tiles."""
+"""Which implementation a product takes: by platform, shape and dtype, with the reason and the
+tiles.
+"""
 
 from typing import NamedTuple
 
@@ -9,12 +11,13 @@ from jpeft.quant import Format, nf4
 NF4 = nf4()
 KERNELS = {'tpu': 'mosaic', 'cuda': 'triton'}
 
-# The most rows for which a kernel is chosen. Beyond them its decoding, which is repeated for each tile of rows, or its
-# products, which are slower than those of a library, cost more than XLA's writing the matrix out once.
+# The most rows for which a kernel is chosen. Beyond them its decoding, which is repeated for each
+# tile of rows, or its products, which are slower than those of a library, cost more than XLA's
+# writing the matrix out once.
 ROWS = {'mosaic': 8192, 'triton': 64}
 
-# (from so many rows: tiles) of bfloat16. mosaic: rows, rows of codes, columns. triton: rows, columns, splits, warps,
-# stages.
+# (from so many rows: tiles) of bfloat16. mosaic: rows, rows of codes, columns. triton: rows,
+# columns, splits, warps, stages.
 TILES = {
   'mosaic': ((0, (256, 1024, 512)), (257, (2048, 512, 512))),
   'triton': (

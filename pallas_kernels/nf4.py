@@ -24,16 +24,20 @@ def nf4_matmul(
 ) -> jax.Array:
   """x @ W for a W in 4 bits, laid out as a box of `jpeft.quant` holds it; differentiable in x.
 
-  The backward pass keeps codes and scales alone: g @ W^T decodes them again, once the cotangent is there. W is
-  constant: absmax gets no gradient. A float32 x is multiplied in full precision, bfloat16 is summed in float32.
+  The backward pass keeps codes and scales alone: g @ W^T decodes them again, once the cotangent is
+    there. W is
+  constant: absmax gets no gradient. A float32 x is multiplied in full precision, bfloat16 is summed
+    in float32.
 
   Args:
     x: [..., in], float32 or bfloat16.
     codes: uint8 [in / 2, out], the first half of `in` in the low nibbles.
-    absmax: the scales, float32 [in / block, out] (of double-quantized ones, what `Format.scales` gives).
+    absmax: the scales, float32 [in / block, out] (of double-quantized ones, what `Format.scales`
+      gives).
     form: the format; NF4 in blocks of 64 by default.
-    implementation: 'mosaic', 'triton' or 'xla'; by default what `choice` says of the platform that the program is
-      compiled for. Kernels are not partitioned by XLA: on several devices call them inside of shard_map.
+    implementation: 'mosaic', 'triton' or 'xla'; by default what `choice` says of the platform that
+      the program is compiled for. Kernels are not partitioned by XLA: on several devices call them
+      inside of shard_map.
     interpret: run a named kernel on any platform, slowly.
 
   Returns:

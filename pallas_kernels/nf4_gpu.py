@@ -1,8 +1,10 @@
-"""x @ W and g @ W^T on GPU (Pallas Triton) from 4-bit codes, for few rows, where the bytes of W are what takes time.
+"""x @ W and g @ W^T on GPU (Pallas Triton) from 4-bit codes, for few rows, where the bytes of W are
+what takes time.
 
-A program takes one block of scales' worth of rows from both halves of W at a time. Codes become values by a load from
-a table of 16, which the cache holds; scales multiply products of a block (forward) or g (backward) rather than W, once
-a column instead of once an entry. What `splits` programs found for one output is summed afterwards.
+A program takes one block of scales' worth of rows from both halves of W at a time. Codes become
+values by a load from a table of 16, which the cache holds; scales multiply products of a block
+(forward) or g (backward) rather than W, once a column instead of once an entry. What `splits`
+programs found for one output is summed afterwards.
 """
 
 import functools
@@ -17,8 +19,9 @@ def matmul(x, codes, scales, *, values, block, tiles, transposed=False, interpre
   """As `nf4_tpu.matmul`, for any number of rows.
 
   Args:
-    tiles: (rows of x, columns, splits) of a program, then its warps and stages. Rows and columns are powers of two from
-      16, and the columns divide N; of what is summed over, as many splits are made as divide it.
+    tiles: (rows of x, columns, splits) of a program, then its warps and stages. Rows and columns
+      are powers of two from 16, and the columns divide N; of what is summed over, as many splits
+      are made as divide it.
   """
   m, (half, n) = x.shape[0], codes.shape
   bm, bn, splits, warps, stages = tiles

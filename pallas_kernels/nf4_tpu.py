@@ -1,8 +1,9 @@
-"""x @ W and g @ W^T on TPU from 4-bit codes: blocks of the matrix are decoded in VMEM, just before they are used.
+"""x @ W and g @ W^T on TPU from 4-bit codes: blocks of the matrix are decoded in VMEM, just before
+they are used.
 
-A block of the forward pass holds two rows of the matrix in each byte, one from its upper and one from its lower half;
-x is therefore read as two blocks. That of the backward pass takes one of the two nibbles, since an output block has
-to be one piece. All sums are float32.
+A block of the forward pass holds two rows of the matrix in each byte, one from its upper and one
+from its lower half; x is therefore read as two blocks. That of the backward pass takes one of the
+two nibbles, since an output block has to be one piece. All sums are float32.
 """
 
 import functools
@@ -28,7 +29,8 @@ def matmul(x, codes, scales, *, values, block, tiles, transposed=False, interpre
     scales: float32 [K / block, N].
     values: what the 16 codes stand for.
     block: rows of W that share a scale.
-    tiles: (rows of x, rows of codes, columns) a step; they divide K / 2 and N, and 128 divides them.
+    tiles: (rows of x, rows of codes, columns) a step; they divide K / 2 and N, and 128 divides
+      them.
     transposed: contract N rather than K.
     interpret: run on any platform, slowly.
   """
@@ -40,7 +42,8 @@ def matmul(x, codes, scales, *, values, block, tiles, transposed=False, interpre
   scales = scales.reshape(2 * half // bk, bk // block, n)  # a block of it then spans whole axes
   fixed, steps = pl.BlockSpec((8, LANES), lambda *_: (0, 0)), half // bk
   if transposed:
-    # One after the other: rows of x, which half of K, rows of codes, columns of W, over which is summed.
+    # One after the other: rows of x, which half of K, rows of codes, columns of W, over which is
+    # summed.
     grid = (pl.cdiv(m, bm), 2, steps, n // bn)
     specs = [
       pl.BlockSpec((bm, bn), lambda i, h, j, k: (i, k)),

@@ -16,13 +16,14 @@ _TILES = (256, 512)  # rows of codes, columns
 def quantize_nf4(
   w: jax.Array, *, block: int = 64, implementation: str | None = None, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-  """(codes, absmax) of a matrix, bit for bit those of `jpeft.quant.nf4(block).encode`, which is the plain form.
+  """(codes, absmax) of a matrix, bit for bit those of `jpeft.quant.nf4(block).encode`, which is the
+  plain form.
 
   Args:
     w: [in, out], float32 or bfloat16; `block` divides in.
     block: weights of a column that share a scale.
-    implementation: 'xla' or 'mosaic'; by default the kernel on a TPU, where the shape fits it: a fifth of the
-      cycles, and nothing in memory but the result (docs/kernels.md).
+    implementation: 'xla' or 'mosaic'; by default the kernel on a TPU, where the shape fits it: a
+      fifth of the cycles, and nothing in memory but the result (docs/kernels.md).
     interpret: run the named kernel on any platform, slowly.
 
   Returns:

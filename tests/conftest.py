@@ -1,4 +1,6 @@
-"""JAX for the tests: CPU unless the environment says otherwise, 8 devices, quick compilation, compilations kept."""
+"""JAX for the tests: CPU unless the environment says otherwise, 8 devices, quick compilation,
+compilations kept.
+"""
 
 import gc
 import os
@@ -11,8 +13,9 @@ if 'JAX_PLATFORMS' not in os.environ:
   jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
 
-# Tracing and compiling are most of the time of these tests; half of compiling is optimisation that tiny arrays do not
-# need. An XLA that does not know a flag ends the process, so they are given to versions that are known to have them.
+# Tracing and compiling are most of the time of these tests; half of compiling is optimisation that
+# tiny arrays do not need. An XLA that does not know a flag ends the process, so they are given to
+# versions that are known to have them.
 QUICK = (
   '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false '
   '--xla_cpu_parallel_codegen_split_count=1'
@@ -47,7 +50,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log):
-  """With `-n`: the tests of a backbone, else those of a module, in one process, so that each thing is compiled once."""
+  """With `-n`: the tests of a backbone, else those of a module, in one process, so that each thing
+  is compiled once.
+  """
   from xdist.scheduler import LoadScopeScheduling
 
   class Scheduler(LoadScopeScheduling):
@@ -68,6 +73,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
   # Compiled programs take gigabytes in all, and memory maps of which a process may have so many.
-  # The contract, whose tests go from pair to pair rather than from module to module, sees to that by itself.
+  # The contract, whose tests go from pair to pair rather than from module to module, sees to that
+  # by itself.
   if nextitem is not None and nextitem.path != item.path and 'contract' not in item.path.parts:
     jax.clear_caches()

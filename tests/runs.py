@@ -132,7 +132,9 @@ def decoder(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope='session')
 def wide_decoder(decoder, tmp_path_factory) -> pathlib.Path:
-  """The same with words as wide as those of trained models: a side network is read by this frozen head."""
+  """The same with words as wide as those of trained models: a side network is read by this frozen
+  head.
+  """
   folder = tmp_path_factory.mktemp('wide') / 'decoder'
   shutil.copytree(decoder, folder)
   held = models.load(decoder)

@@ -22,7 +22,9 @@ def load(name):
 
 
 def by_hand(run, prompt):
-  """Greedy tokens, one whole run without padding for each; the room behind the text is never seen."""
+  """Greedy tokens, one whole run without padding for each; the room behind the text is never
+  seen.
+  """
   text = list(prompt)
   for _ in range(NEW):
     room = np.zeros((1, len(PROMPTS[0]) + NEW), np.int32)

@@ -1,17 +1,19 @@
-"""Methods x tasks x seeds: how well each method does what the others do.
+r"""Methods x tasks x seeds: how well each method does what the others do.
 
-    python -m jpeft.bench.accuracy --tasks=quickstart,sentiment,emoji --methods=linear,lst,lora --seeds=0,1,2
+    python -m jpeft.bench.accuracy --tasks=quickstart,sentiment,emoji \
+        --methods=linear,lst,lora --seeds=0,1,2
     python -m jpeft.bench.accuracy --json
 
 A task is a file of configs/ and a method an argument of it, so a cell of the table is the run that
-`python -m jpeft.train --config=configs/TASK.py:METHOD --config.seed=SEED` makes. Runs are kept below --out:
-those that are complete are not trained again, and one that was stopped goes on, so the same command may be
-given until the table is whole.
+`python -m jpeft.train --config=configs/TASK.py:METHOD --config.seed=SEED` makes. Runs are kept
+below --out: those that are complete are not trained again, and one that was stopped goes on, so the
+same command may be given until the table is whole.
 
-What a run came to replaces the run of the same task, method and seed in docs/accuracy.json, from which
-docs/accuracy.md and a plot of accuracy against memory are drawn, so that the table can be made in parts; runs of a
-method under settings that its config no longer has leave it. With --json the rows of the runs asked for go to stdout
-and no document is touched. --only-table trains nothing and shows what there is.
+What a run came to replaces the run of the same task, method and seed in docs/accuracy.json, from
+which docs/accuracy.md and a plot of accuracy against memory are drawn, so that the table can be
+made in parts; runs of a method under settings that its config no longer has leave it. With --json
+the rows of the runs asked for go to stdout and no document is touched. --only-table trains nothing
+and shows what there is.
 
 Step times are those of docs/speed/TASK.json, which is what
 `python -m jpeft.bench.speed --config=configs/TASK.py --methods=full,... --json` prints.
@@ -149,7 +151,9 @@ def rows(cells: list[dict]) -> list[dict]:
 
 
 def summed(cells: list[dict]) -> dict:
-  """One row, of the runs of a method: the mean accuracy at the end of training, its standard error over seeds."""
+  """One row, of the runs of a method: the mean accuracy at the end of training, its standard error
+  over seeds.
+  """
   scores, one = [c['accuracy'] for c in cells], cells[0]
   error = statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else None
   return {
@@ -194,7 +198,9 @@ def publish(file: pathlib.Path, cells: list[dict]) -> str:
 
 @functools.cache
 def w1_mib(method: str) -> float | None:
-  """The least total that docs/memory.json has of a method on W1 without remat, if any; else None."""
+  """The least total that docs/memory.json has of a method on W1 without remat, if any; else
+  None.
+  """
   found = [
     r['total_mib']
     for r in memory.recorded()

@@ -3,10 +3,10 @@
   python -m pallas_kernels.bench --target=tpu:v5e    # the compiler's figures; no TPU is needed (docs/kernels.md)
   python -m pallas_kernels.bench                     # on the GPU or TPU at hand: checks results, then takes times
 
-Ahead of time, a row is one compiled program: cycles are libtpu's own estimate of its schedule, the sum over what it
-runs (a model of the chip: to be compared within a group, not to be read as a speed), temp what it allocates beside
-arguments and results, and moved the bytes that XLA's cost analysis says it reads and writes (it does not see into
-kernels).
+Ahead of time, a row is one compiled program: cycles are libtpu's own estimate of its schedule, the
+sum over what it runs (a model of the chip: to be compared within a group, not to be read as a
+speed), temp what it allocates beside arguments and results, and moved the bytes that XLA's cost
+analysis says it reads and writes (it does not see into kernels).
 """
 
 import argparse
@@ -69,7 +69,9 @@ def quantizing(shape: tuple[int, int] = (4096, 4096)) -> Iterator[Case]:
 
 
 def lora(rows: int = 2048, width: int = 4096, rank: int = 16) -> Iterator[Case]:
-  """Products of one input with three W, forwards and backwards: what LoRA adds is all that a fused kernel could win."""
+  """Products of one input with three W, forwards and backwards: what LoRA adds is all that a fused
+  kernel could win.
+  """
   x, w, ab = (
     S((rows, width), BF16),
     S((width, width), BF16),
@@ -114,7 +116,9 @@ _PROFILE = re.compile(
 
 
 def compiled(name: str, only: str) -> None:
-  """Prints the table of a TPU that need not be there: the programs whose description holds a pattern."""
+  """Prints the table of a TPU that need not be there: the programs whose description holds a
+  pattern.
+  """
   with tempfile.TemporaryDirectory() as folder:
     # The profile is an option of the whole process, read when libtpu is loaded.
     os.environ['LIBTPU_INIT_ARGS'] = f'--xla_jf_dump_static_llo_profile_to={folder}'
@@ -175,7 +179,8 @@ def check(rows: int, shape: tuple[int, int], dtype) -> None:
 
 
 def timed(shapes=((4096, 4096), (4096, 11008), (8192, 28672)), copies: int = 16) -> None:
-  """Prints times on the device at hand: few rows against its copy bandwidth, many against its bfloat16 products.
+  """Prints times on the device at hand: few rows against its copy bandwidth, many against its
+  bfloat16 products.
 
   A program multiplies by `copies` matrices one after the other, so that none is found in a cache.
   """

@@ -1,14 +1,17 @@
 """The memory that one training step of every method asks for: docs/memory.md and its plot.
 
-    python -m jpeft.bench.memory [--work=w1,w2] [--methods=lst,lora] [--remat=none,block,dots] [--layers=scan,unroll]
+    python -m jpeft.bench.memory [--work=w1,w2] [--methods=lst,lora]
+        [--remat=none,block,dots] [--layers=scan,unroll]
                                  [--target=tpu:v5e] [--json]
 
-Compiles whole steps (forward, backward, AdamW, state donated) ahead of time, from shapes: no accelerator runs.
-A row: MiB of arguments, temporaries and total = arguments + outputs + temporaries - aliased, and GFLOP as XLA
-counts them, with all rounds of loops. Frozen weights are bfloat16, what is trained float32.
+Compiles whole steps (forward, backward, AdamW, state donated) ahead of time, from shapes: no
+accelerator runs. A row: MiB of arguments, temporaries and total = arguments + outputs + temporaries
+- aliased, and GFLOP as XLA counts them, with all rounds of loops. Frozen weights are bfloat16, what
+is trained float32.
 
-With --json the rows go to stdout. Without it they replace those of the same kind in docs/memory.json, from
-which docs/memory.md and docs/memory.png are drawn, so that the table can be made in parts.
+With --json the rows go to stdout. Without it they replace those of the same kind in
+docs/memory.json, from which docs/memory.md and docs/memory.png are drawn, so that the table can be
+made in parts.
 """
 
 import argparse

@@ -1,7 +1,9 @@
-"""Rows of a peer on work w1: google/qwix 0.1.8 on the same encoder, compiled for TPU v5e by the same conventions.
+"""Rows of a peer on work w1: google/qwix 0.1.8 on the same encoder, compiled for TPU v5e by the
+same conventions.
 
-Measured once with jax 0.10.2 and libtpu 0.0.51 by a script of its own (`peer_qwix_memory.py --target tpu`), a
-Linen encoder with qwix.LoraProvider and the same AdamW; they are constants here, not run again.
+Measured once with jax 0.10.2 and libtpu 0.0.51 by a script of its own (`peer_qwix_memory.py
+--target tpu`), a Linen encoder with qwix.LoraProvider and the same AdamW; they are constants here,
+not run again.
 """
 
 SOURCE = 'google/qwix, peer_qwix_memory.py'

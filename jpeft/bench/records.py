@@ -1,4 +1,6 @@
-"""Rows of measurements that docs/ keeps as JSON, so that a table can be made in parts and on several machines."""
+"""Rows of measurements that docs/ keeps as JSON, so that a table can be made in parts and on
+several machines.
+"""
 
 import json
 import pathlib

@@ -1,12 +1,13 @@
 """The time of one update by each method, as a ratio to that of the first, measured in one process.
 
-    python -m jpeft.bench.speed --config=configs/quickstart.py --methods=full,linear,lst,lora [--rounds=7] [--json]
-                                [--config.KEY=VALUE]
+    python -m jpeft.bench.speed --config=configs/quickstart.py --methods=full,linear,lst,lora
+        [--rounds=7] [--json] [--config.KEY=VALUE]
 
-Methods are arguments of the config file; the work is its model and batch size. Every update runs the backbone, even
-where the config would keep features (`data.cache_features`). All updates are compiled first, then run in turn, so that
-what slows the machine slows all of them; the ratio is the median over rounds of those within a round. GFLOP are
-those of the compiled program. Batches are noise and the labels zeros: time does not hang on them.
+Methods are arguments of the config file; the work is its model and batch size. Every update runs
+the backbone, even where the config would keep features (`data.cache_features`). All updates are
+compiled first, then run in turn, so that what slows the machine slows all of them; the ratio is the
+median over rounds of those within a round. GFLOP are those of the compiled program. Batches are
+noise and the labels zeros: time does not hang on them.
 """
 
 import argparse

@@ -30,7 +30,9 @@ def exact_softmax(query, key, value, bias=None, mask=None, **dropout):
 
 
 class TokenEncoder(nn.Module):
-  """A pre-norm encoder of ready tokens [B, N, width], with a head on their mean: no embedding, no class token."""
+  """A pre-norm encoder of ready tokens [B, N, width], with a head on their mean: no embedding, no
+  class token.
+  """
 
   width: int = 768
   depth: int = 12

@@ -1,4 +1,6 @@
-"""Configurations: Python files that read top to bottom, checked before anything heavy is imported."""
+"""Configurations: Python files that read top to bottom, checked before anything heavy is
+imported.
+"""
 
 from .load import Command, differences, from_json, load, parse, to_json
 from .schema import complete, flatten, nearest, nest, reference

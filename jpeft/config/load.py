@@ -93,7 +93,9 @@ class Command:
     return load(self.reference, self.overrides)
 
   def baseline(self, arg: str) -> 'Command':
-    """The same file with another argument; overrides of the method and its optimizer stay behind."""
+    """The same file with another argument; overrides of the method and its optimizer stay
+    behind.
+    """
     kept = {
       k: v for k, v in self.overrides.items() if k.split('.')[0] not in ('method', 'optimizer')
     }

@@ -1,10 +1,12 @@
-"""Configurations: python files that read top to bottom, checked before anything heavy is imported.
+r"""Configurations: python files that read top to bottom, checked before anything heavy is imported.
 
-    python -m jpeft.train --config=configs/quickstart.py:lora --config.optimizer.lr=1e-3 --workdir=runs/a
+    python -m jpeft.train --config=configs/quickstart.py:lora \
+        --config.optimizer.lr=1e-3 --workdir=runs/a
 
 A file defines `get_config(arg)` and returns nested values (a dict or an ml_collections.ConfigDict).
 What it leaves out takes the default in FIELDS; what FIELDS does not know is an error that names the
-nearest key. The keys of the `method` section are those of the method itself (`rank`, `tokens`, ...).
+nearest key. The keys of the `method` section are those of the method itself (`rank`, `tokens`,
+...).
 """
 
 import dataclasses

@@ -201,14 +201,18 @@ ANATOMIES: dict[str, Anatomy] = {
 
 
 def register_anatomy(anatomy: Anatomy) -> None:
-  """Makes roles known for a model family; an own family wins over those of jpeft where it fits as well."""
+  """Makes roles known for a model family; an own family wins over those of jpeft where it fits as
+  well.
+  """
   rest = {k: v for k, v in ANATOMIES.items() if k != anatomy.name}
   ANATOMIES.clear()
   ANATOMIES.update({anatomy.name: anatomy, **rest})
 
 
 def choose(sites) -> Anatomy | None:
-  """The family whose roles match the largest share of a model's sites, if any matches its blocks."""
+  """The family whose roles match the largest share of a model's sites, if any matches its
+  blocks.
+  """
 
   def fit(anatomy: Anatomy) -> tuple[bool, float]:
     hits = {r: any(re.fullmatch(p, path) for path in sites) for r, p in anatomy.roles.items()}

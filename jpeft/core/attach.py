@@ -1,4 +1,6 @@
-"""attach(model, method, backbone, *example) -> Tuned: pure functions, resolved once, from shapes."""
+"""attach(model, method, backbone, *example) -> Tuned: pure functions, resolved once, from
+shapes.
+"""
 
 import jax
 

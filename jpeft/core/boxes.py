@@ -1,4 +1,6 @@
-"""Arrays that are computed where, and each time, the model reads them: in Linen and in NNX alike."""
+"""Arrays that are computed where, and each time, the model reads them: in Linen and in NNX
+alike.
+"""
 
 import contextlib
 import dataclasses

@@ -61,7 +61,9 @@ class Bound:
     return self._run(*args, **kwargs)
 
   def tap(self, **values: jax.Array) -> None:
-    """Records arrays under this site; of a scanned layer they come stacked. In `pure` nothing is recorded."""
+    """Records arrays under this site; of a scanned layer they come stacked. In `pure` nothing is
+    recorded.
+    """
     if not _beneath.get({}):
       self._backend.tap(self.module, self._name, values)
 
@@ -79,12 +81,15 @@ class Bound:
   def held(self) -> dict | None:
     """What this rule put into the model's collection 'cache' in the call before, {} at first.
 
-    None where that collection is not mutable, or the framework has none (NNX): nothing is to be kept.
+    None where that collection is not mutable, or the framework has none (NNX): nothing is to be
+    kept.
     """
     return self._backend.held(self.module, self._name)
 
   def hold(self, values) -> None:
-    """Puts a pytree of arrays into the collection 'cache', for `held` of the call that goes on from this one."""
+    """Puts a pytree of arrays into the collection 'cache', for `held` of the call that goes on from
+    this one.
+    """
     self._backend.hold(self.module, self._name, values)
 
   def inputs(self, *args, **kwargs) -> dict[str, jax.Array]:
@@ -129,14 +134,17 @@ class Bound:
     return _under(fn, self._path, self._rank), arrays
 
   def layer(self, site: Site, index: int | None = 0):
-    """(fn, arrays): a module elsewhere in the model, called as fn(arrays, *args, **kwargs), as in `pure`.
+    """(fn, arrays): a module elsewhere in the model, called as fn(arrays, *args, **kwargs), as in
+    `pure`.
 
-    Of its rules those before the method's own act inside. It is told whether the model trains by the flag
-    that its call takes. The arrays hold the random keys of its dropout too: what it computes is the same each time.
+    Of its rules those before the method's own act inside. It is told whether the model trains by
+    the flag that its call takes. The arrays hold the random keys of its dropout too: what it
+    computes is the same each time.
 
     Args:
       site: where, outside of any other module's scan.
-      index: of a stack, which layer; None for all: the arrays lead with the layers, and fn takes those of one.
+      index: of a stack, which layer; None for all: the arrays lead with the layers, and fn takes
+        those of one.
     """
     fn, arrays, signature = self._backend.layer(self.module, site, index)
     flags = flags_of(signature, self.training)

@@ -87,7 +87,8 @@ def fused(
 
 
 def _again(base, field: str, box: Box, *args, **kwargs):
-  """base(*args), whose kernel is what the box holds: the backward pass keeps the box, not the kernel.
+  """base(*args), whose kernel is what the box holds: the backward pass keeps the box, not the
+  kernel.
 
   What a box of the backbone holds has no gradient; what theta brings into a Lazy has.
   """

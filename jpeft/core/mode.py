@@ -17,13 +17,17 @@ _TRAINS = {
 
 
 def flags_of(fn, training: bool) -> dict[str, bool]:
-  """What a module's call is told about training: {'deterministic': False}, say, by the parameters it has."""
+  """What a module's call is told about training: {'deterministic': False}, say, by the parameters
+  it has.
+  """
   parameters = python_inspect.signature(fn).parameters
   return {name: training == trains for name, trains in _TRAINS.items() if name in parameters}
 
 
 def _mode(model, args, kwargs) -> tuple[bool, jax.Array | None]:
-  """(whether dropout is on, the key for it): the model's own flag decides, else whether a key came."""
+  """(whether dropout is on, the key for it): the model's own flag decides, else whether a key
+  came.
+  """
   rngs = kwargs.get('rngs')
   key = rngs.get('dropout') if isinstance(rngs, dict) else None
   flag = _flag(model, args, {k: v for k, v in kwargs.items() if k not in ('rngs', 'mutable')})
@@ -51,6 +55,8 @@ def _flag(model, args, kwargs) -> bool | None:
 
 
 def _modules(model):
-  """The root of a Linen model; all modules of an NNX model, whose train() and eval() set them all."""
+  """The root of a Linen model; all modules of an NNX model, whose train() and eval() set them
+  all.
+  """
   backend = backend_of(model)
   return [model] if not hasattr(backend, 'modules') else backend.modules(model)

@@ -23,8 +23,9 @@ class Weight:
   Attributes:
     name: the method's name: theta[name][site path].
     init: (key, site, arrays) -> t, for one layer.
-    apply: (t, site, arrays) -> {array name: new array or box}: computed each time the model reads it. What
-      `arrays[name]` gives is plain; `arrays.stored(name)` is the box, where the backbone holds one.
+    apply: (t, site, arrays) -> {array name: new array or box}: computed each time the model reads
+      it. What `arrays[name]` gives is plain; `arrays.stored(name)` is the box, where the backbone
+      holds one.
     dot: (t, x, y, w, key) -> y', what `apply` does to y = x @ w for the site's only kernel, without
       the kernel: no gradient of its size is ever formed. What `apply` changes beside the kernel is
       computed as for a rule without `dot`. `x` multiplies matrices [fan_in, k] by `@`
@@ -32,7 +33,8 @@ class Weight:
       `key` is None outside training.
     fixed: names of entries of t that are not trained.
     exact: names of entries of t that `dot` gets as stored; the others come in the dtype of y.
-    needs_dot: the rule has no meaning without `dot`, and draws random numbers in it (dropout of the input).
+    needs_dot: the rule has no meaning without `dot`, and draws random numbers in it (dropout of the
+      input).
     needs_input: the rule has no meaning without `dot`.
     update: (t, site, step, key) -> t: a schedule or a periodic edit, after each training step.
     memory: what the backward pass must keep of the backbone, one of MEMORY_CLASSES.
@@ -62,8 +64,8 @@ class Call:
     merge: (t, site, arrays) -> {array name: new array}: the same function as plain weights, if any.
     fixed: names of entries of t that are not trained.
     taps: the rule records arrays with `call.tap`.
-    takes: names of keyword arguments that the rule takes for itself, at the model ('') alone: they are given to
-      `tuned.apply` beside those of the model, and the rule does not pass them on.
+    takes: names of keyword arguments that the rule takes for itself, at the model ('') alone: they
+      are given to `tuned.apply` beside those of the model, and the rule does not pass them on.
     update, memory: as for Weight.
     method: the method of the module that is wrapped.
   """

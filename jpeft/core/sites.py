@@ -57,7 +57,9 @@ class Leaf:
     return w.transpose(self.batch + self.ins + self.outs).reshape(*batch, self.fan_in, -1)
 
   def unfold(self, m: jax.Array, outs: tuple[int, ...] | None = None) -> jax.Array:
-    """The inverse of `fold`; `outs` replaces the sizes of the output axes (for a narrower matrix)."""
+    """The inverse of `fold`; `outs` replaces the sizes of the output axes (for a narrower
+    matrix).
+    """
     order = self.batch + self.ins + self.outs
     outs = tuple(self.shape[i] for i in self.outs) if outs is None else outs
     inverse = sorted(range(len(order)), key=order.__getitem__)
@@ -74,7 +76,8 @@ class Site:
     leaves: the arrays it owns, by name.
     inputs: shapes and dtypes of the arrays it is called with, by parameter name.
     out: shape and dtype of the first array it returns; None when it is never called.
-    fields: the injection points it offers: dot_general, einsum_op, conv_general_dilated, attention_fn.
+    fields: the injection points it offers: dot_general, einsum_op, conv_general_dilated,
+      attention_fn.
     axes: the axes that scans and vmaps around it added to its arrays, outermost first; arrays of
       theta lead with them instead.
     lengths: the sizes of those axes.
@@ -132,7 +135,9 @@ class Site:
     return self.lead(x)[np.unravel_index(index, self.lengths)]
 
   def each(self, x: jax.Array) -> jax.Array:
-    """All layers of an array stored at the site or in it, [layers, ...]; one that is not stacked is repeated."""
+    """All layers of an array stored at the site or in it, [layers, ...]; one that is not stacked is
+    repeated.
+    """
     if x.ndim < len(self.axes):
       return jnp.broadcast_to(x, (self.layers, *x.shape))
     led = self.lead(x)
@@ -201,7 +206,9 @@ def stack_axes(
 
 
 def _removals(whole: tuple[int, ...], part: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-  """Every set of axes of `whole` (counted from the front, or all from the back) that leaves `part`."""
+  """Every set of axes of `whole` (counted from the front, or all from the back) that leaves
+  `part`.
+  """
   for axes in itertools.combinations(range(len(whole)), len(whole) - len(part)):
     if tuple(n for i, n in enumerate(whole) if i not in axes) == tuple(part):
       yield axes

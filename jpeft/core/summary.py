@@ -21,7 +21,8 @@ class Summary:
   """What `summary` found; prints as a table.
 
   Attributes:
-    rows: (site path, layers, class, rule, shapes of one layer's theta, trainable numbers, mergeable).
+    rows: (site path, layers, class, rule, shapes of one layer's theta, trainable numbers,
+      mergeable).
     trainable: numbers that the optimizer sees.
     total: numbers of the backbone.
     memory: the memory class: what the backward pass must keep of the backbone.

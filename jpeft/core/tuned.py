@@ -100,8 +100,8 @@ class Tuned:
     )
 
   def merge(self, theta, backbone):
-    """Weights: a backbone that the untouched model runs as `apply` runs theta. Where the kernel was a box, what
-    replaces it is plain, unless the rule gives a box too.
+    """Weights: a backbone that the untouched model runs as `apply` runs theta. Where the kernel was
+    a box, what replaces it is plain, unless the rule gives a box too.
 
     Raises:
       ValueError: some rule changes the computation in a way that no weights express.
@@ -212,7 +212,9 @@ class Tuned:
 
   @functools.cached_property
   def _held(self) -> dict[str, str]:
-    """{path: kernel} of the sites whose kernel is a box in the backbone, and can be computed again where it is used."""
+    """{path: kernel} of the sites whose kernel is a box in the backbone, and can be computed again
+    where it is used.
+    """
     backend = backend_of(self.model)
     flat = backend.arrays(self.model, self.backbone)
     return {
@@ -321,7 +323,9 @@ class Tuned:
 
 
 class Arrays(Reader):
-  """The arrays of a site, for `init`: a mapping by name, and `model`, all arrays of the backbone."""
+  """The arrays of a site, for `init`: a mapping by name, and `model`, all arrays of the
+  backbone.
+  """
 
   def __init__(self, arrays, flat):
     super().__init__(arrays)

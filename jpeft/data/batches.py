@@ -14,9 +14,10 @@ Transform = Callable[[dict[str, Any], np.random.Generator], dict[str, Any]]
 class Batches(Iterator[dict[str, np.ndarray]]):
   """An iterator of batches {name: array [B, ...]}.
 
-  The order of an epoch hangs on (seed, epoch) alone, and what `transform` draws on (seed, epoch, number of
-  the example), so a batch is the same however one gets to it: `state` says where the iteration stands and
-  `restore` goes there without reading what lies before. The number of processes is no part of the state.
+  The order of an epoch hangs on (seed, epoch) alone, and what `transform` draws on (seed, epoch,
+  number of the example), so a batch is the same however one gets to it: `state` says where the
+  iteration stands and `restore` goes there without reading what lies before. The number of
+  processes is no part of the state.
 
   Attributes:
     steps_per_epoch: batches an epoch.
@@ -40,21 +41,22 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     Args:
       source: anything with len and [i] -> dict of an example.
       batch_size: examples a batch, of all processes together.
-      transform: (example, rng) -> dict of arrays and numbers whose shapes are the same for all examples.
-        None takes the examples as they are.
+      transform: (example, rng) -> dict of arrays and numbers whose shapes are the same for all
+        examples. None takes the examples as they are.
       seed: of the order and of what `transform` draws.
       shuffle: a new order each epoch; False keeps that of the source.
       epochs: passes over the source; None for no end.
-      drop_remainder: leave out the last len(source) % batch_size examples of an epoch. False fills the
-        last batch up with copies of its last example and adds 'mask', float32 [B], 0 at copies, to all.
-      prefetch: batches made ahead, each in a thread of its own: source and transform must be safe for that.
-        1 for a single thread, 0 for none.
+      drop_remainder: leave out the last len(source) % batch_size examples of an epoch. False fills
+        the last batch up with copies of its last example and adds 'mask', float32 [B], 0 at copies,
+        to all.
+      prefetch: batches made ahead, each in a thread of its own: source and transform must be safe
+        for that. 1 for a single thread, 0 for none.
       process_index: which part of each batch this process makes.
       process_count: equal parts that a batch is cut into.
 
     Raises:
-      ValueError: the source is empty or smaller than a batch, batch_size is not divisible by process_count,
-        or a number is out of range.
+      ValueError: the source is empty or smaller than a batch, batch_size is not divisible by
+        process_count, or a number is out of range.
     """
     for name, value, least in (
       ('batch_size', batch_size, 1),
@@ -170,7 +172,8 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     size = self._fixed['examples']
     if not self._fixed['shuffle']:
       return np.arange(size)
-    # NumPy promises the raw bits across its versions, but not what Generator.permutation makes of them.
+    # NumPy promises the raw bits across its versions, but not what Generator.permutation makes of
+    # them.
     return np.argsort(self._bits(epoch).random_raw(size), kind='stable')
 
   def _bits(self, *place: int) -> np.random.Philox:

@@ -32,16 +32,19 @@ def image_transform(
   resize: str = 'squash',
   interpolation: str = 'bicubic',
 ) -> Callable[..., dict[str, Any]]:
-  """Turns {'image': uint8 [H, W, 1 or 3], ...} into {'image': float32 [image_size, image_size, 3], ...}.
+  """Turns {'image': uint8 [H, W, 1 or 3], ...} into {'image': float32 [image_size, image_size, 3],
+  ...}.
 
   Args:
     image_size: side in pixels.
     mean: of the channels, for pixels in [0, 1].
     std: of the channels, for pixels in [0, 1].
-    augment: 'none'; 'vtab', the same with resize='squash'; 'flip_crop', a random crop of an image resized
-      to 256/224 of the side, and a random left-right flip; 'imagenet', a random crop of 8 to 100 % of the
-      area and aspect 3/4 to 4/3, resized, and a flip. Digits and texts must not be flipped.
-    resize: 'squash' both sides, or 'crop': the short side to 256/224 of image_size, then its centre.
+    augment: 'none'; 'vtab', the same with resize='squash'; 'flip_crop', a random crop of an image
+      resized to 256/224 of the side, and a random left-right flip; 'imagenet', a random crop of 8
+      to 100 % of the area and aspect 3/4 to 4/3, resized, and a flip. Digits and texts must not be
+      flipped.
+    resize: 'squash' both sides, or 'crop': the short side to 256/224 of image_size, then its
+      centre.
     interpolation: 'bicubic' or 'bilinear', with antialiasing.
 
   Returns:
@@ -105,7 +108,9 @@ def _cropped(image: Image.Image, size: int, rng: np.random.Generator | None = No
 
 
 def _random_area(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-  """A rectangle of 8 to 100 % of the area and aspect 3/4 to 4/3; the centre if none fits in 10 tries."""
+  """A rectangle of 8 to 100 % of the area and aspect 3/4 to 4/3; the centre if none fits in 10
+  tries.
+  """
   width, height = image.size
   for _ in range(10):
     area = width * height * rng.uniform(0.08, 1)

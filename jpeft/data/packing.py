@@ -15,8 +15,8 @@ Part = tuple[str, bool]  # a piece of a text, and whether it is learnt
 class Packed:
   """A source of rows of `length` tokens, each of as many whole texts as it has room for.
 
-  The order of the examples, the tokenizer and the length say which texts share a row. A text that is too long is cut
-  off, and left out where nothing of its completion stays.
+  The order of the examples, the tokenizer and the length say which texts share a row. A text that
+  is too long is cut off, and left out where nothing of its completion stays.
 
   Attributes:
     classes: none: texts have no labels.
@@ -79,8 +79,10 @@ class Packed:
     """Row i.
 
     Returns:
-      tokens: int32 [length]; token_mask: int32 [length], 1, 2, ... for the texts of the row and 0 for padding; label:
-      int32 [length], the token after each where that is learnt, else IGNORED; index: the number of its first example.
+      tokens: int32 [length]; token_mask: int32 [length], 1, 2, ... for the texts of the row and 0
+        for padding; label:
+      int32 [length], the token after each where that is learnt, else IGNORED; index: the number of
+      its first example.
     """
     out = {
       'tokens': np.full(self._length, self._pad, np.int32),
@@ -132,10 +134,12 @@ def _encoded(pieces: Sequence[Part], tokenizer, begin: bool) -> list[tuple[list[
 
 
 def parts(example: dict[str, Any], tokenizer, chat: bool = False) -> tuple[list[Part], bool]:
-  """(pieces of the text of an example, by turns given and learnt; whether a token that begins a text is missing).
+  """(pieces of the text of an example, by turns given and learnt; whether a token that begins a
+  text is missing).
 
   Raises:
-    ValueError: the tokenizer has no chat template, or one that its tokens or these messages do not fit.
+    ValueError: the tokenizer has no chat template, or one that its tokens or these messages do not
+      fit.
   """
   if 'messages' not in example and not chat:
     return [(example['prompt'], False), (example['completion'], True)], True

@@ -28,8 +28,8 @@ class Source:
   """Examples by number; whatever has len, [i] and `classes` can take its place.
 
   Attributes:
-    read: row -> example, a dict with 'label' (int) and 'image' (uint8 [H, W, C]) or 'text' (str); or, where there are
-      no labels, with 'prompt' and 'completion' (str) or with 'messages'.
+    read: row -> example, a dict with 'label' (int) and 'image' (uint8 [H, W, C]) or 'text' (str);
+      or, where there are no labels, with 'prompt' and 'completion' (str) or with 'messages'.
     rows: the rows that are examples of this source, in order.
     classes: name of each label; none where examples are texts to write.
     unit: what the parts of a completion between blanks are.
@@ -48,7 +48,9 @@ class Source:
 
 
 def in_memory(source: Source) -> Source:
-  """The source with every example read once, now, and kept: for small sets whose decoding costs time."""
+  """The source with every example read once, now, and kept: for small sets whose decoding costs
+  time.
+  """
   examples = [source[i] for i in range(len(source))]
   return dataclasses.replace(source, read=examples.__getitem__, rows=range(len(examples)))
 
@@ -60,12 +62,16 @@ def digest(key: str | bytes) -> int:
 
 
 def shuffled(keys: Sequence[str]) -> list[int]:
-  """The numbers of the keys in the order of their digests, so that files sorted by class are mixed."""
+  """The numbers of the keys in the order of their digests, so that files sorted by class are
+  mixed.
+  """
   return sorted(range(len(keys)), key=lambda i: (digest(keys[i]), i))
 
 
 def divided(keys: Sequence[str]) -> dict[str, list[int]]:
-  """'train' and 'test' of data that come undivided: 80 % train, by digest, so equal keys stay together."""
+  """'train' and 'test' of data that come undivided: 80 % train, by digest, so equal keys stay
+  together.
+  """
   order = shuffled(keys)
   return {
     'train': [i for i in order if digest(keys[i]) % 10 < 8],

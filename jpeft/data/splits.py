@@ -1,4 +1,6 @@
-"""The slicing syntax of splits: 'train', 'train[:1000]', 'train[50%:]', 'train[:800]+test[:200]'."""
+"""The slicing syntax of splits: 'train', 'train[:1000]', 'train[50%:]',
+'train[:800]+test[:200]'.
+"""
 
 import re
 from collections.abc import Sequence
@@ -12,8 +14,8 @@ def rows(split: str, splits: dict[str, Sequence[int]], where: str) -> Sequence[i
   """The rows that a split names.
 
   Args:
-    split: names joined by '+', each with an optional slice. Bounds are as in Python: rows, or percent
-      of the split rounded to the nearest row; negative ones count from the end.
+    split: names joined by '+', each with an optional slice. Bounds are as in Python: rows, or
+      percent of the split rounded to the nearest row; negative ones count from the end.
     splits: {name: its rows}.
     where: the data set, for messages.
 

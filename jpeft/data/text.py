@@ -13,20 +13,24 @@ PADS = ('[PAD]', '<pad>', '<|pad|>', '<|padding|>')
 def text_transform(
   tokenizer: Tokenizer | str | Path, max_length: int, pad_token: str | None = None
 ) -> Callable[..., dict[str, Any]]:
-  """Turns {'text', ['pair'], 'label'} into arrays of `max_length` tokens, cut off or padded at the end.
+  """Turns {'text', ['pair'], 'label'} into arrays of `max_length` tokens, cut off or padded at the
+  end.
 
   Args:
     tokenizer: of the `tokenizers` package, or the path of a tokenizer.json; it stays as it is.
     max_length: tokens kept, special ones included.
-    pad_token: what fills up; the tokenizer's own, else whichever of [PAD], <pad>, ... it knows, if left out.
+    pad_token: what fills up; the tokenizer's own, else whichever of [PAD], <pad>, ... it knows, if
+      left out.
 
   Returns:
-    A transform for `Batches`: (example, rng) -> {'tokens' int32 [max_length], 'token_mask' bool [max_length],
+    A transform for `Batches`: (example, rng) -> {'tokens' int32 [max_length], 'token_mask' bool
+    [max_length],
     False at padding, 'types' int32 [max_length], 1 at the second text of a pair, 'label'}.
 
   Raises:
     FileNotFoundError: no such tokenizer.json.
-    ValueError: it is not one, it has no pad token, or max_length leaves no room for a token of the text.
+    ValueError: it is not one, it has no pad token, or max_length leaves no room for a token of the
+      text.
   """
   tokenizer = (
     Tokenizer.from_str(tokenizer.to_str()) if isinstance(tokenizer, Tokenizer) else _read(tokenizer)

@@ -1,4 +1,6 @@
-"""LoRA and DoRA in the adapter folders of Hugging Face's peft: adapter_config.json and adapter_model.safetensors."""
+"""LoRA and DoRA in the adapter folders of Hugging Face's peft: adapter_config.json and
+adapter_model.safetensors.
+"""
 
 import difflib
 import json
@@ -46,11 +48,11 @@ def save_adapter(
 ) -> None:
   """Writes theta of LoRA or DoRA, and of modules trained whole beside it, as peft does.
 
-  Modules are named as in the base model's files; a transformers that calls them otherwise in memory (ViT, from 5 on)
-  does not find them.
+  Modules are named as in the base model's files; a transformers that calls them otherwise in memory
+  (ViT, from 5 on) does not find them.
 
-  A start that takes the matrix apart (PiSSA, OLoRA) is written as LoRA of twice the rank: the base model holds the
-  whole matrix.
+  A start that takes the matrix apart (PiSSA, OLoRA) is written as LoRA of twice the rank: the base
+  model holds the whole matrix.
 
   Args:
     folder: where to; made if needed.
@@ -103,7 +105,8 @@ def save_adapter(
   (rank, scaled), _ = Counter(found.values()).most_common(1)[0]
   odd = {module: pair for module, pair in found.items() if pair != (rank, scaled)}
   kind = family_of(pretrained.config).table(pretrained.model).architectures[1]
-  # Of a classifier peft wants the head in the folder; where it is not trained, the task is left open.
+  # Of a classifier peft wants the head in the folder; where it is not trained, the task is left
+  # open.
   tasks = {
     'ForCausalLM': 'CAUSAL_LM',
     **({'ForSequenceClassification': 'SEQ_CLS'} if whole else {}),
@@ -287,7 +290,9 @@ def _ours(part: str, x: np.ndarray, place: Place) -> np.ndarray:
 
 
 def _of(pattern: Mapping | None, module: str, default):
-  """What a rank_pattern or alpha_pattern says of a module: its keys are ends of names, or regexes of them."""
+  """What a rank_pattern or alpha_pattern says of a module: its keys are ends of names, or regexes
+  of them.
+  """
   return next(
     (x for key, x in (pattern or {}).items() if re.fullmatch(rf'(?:.*\.)?(?:{key})', module)),
     default,

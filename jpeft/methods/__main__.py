@@ -8,7 +8,9 @@ from . import REGISTRY
 
 
 def rows() -> list[dict]:
-  """One row a method: name, paper, memory class, whether it merges, hyperparameters with their defaults."""
+  """One row a method: name, paper, memory class, whether it merges, hyperparameters with their
+  defaults.
+  """
   parameters = lambda make: {n: p.default for n, p in inspect.signature(make).parameters.items()}
   return [
     {

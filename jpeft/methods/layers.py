@@ -5,14 +5,18 @@ import jax.numpy as jnp
 
 
 def pool(x: jax.Array, reduction: int) -> jax.Array:
-  """Means over groups of `reduction` neighbouring features: [..., d] to [..., d / r]; no parameters."""
+  """Means over groups of `reduction` neighbouring features: [..., d] to [..., d / r]; no
+  parameters.
+  """
   return x.reshape(*x.shape[:-1], -1, reduction).mean(-1)
 
 
 def dense(
   key, fan_in: int, fan_out: int, *lead: int, std: float | None = None
 ) -> dict[str, jax.Array]:
-  """The parameters of a linear map, normal with std 1 / sqrt(fan_in) unless given, the bias zero."""
+  """The parameters of a linear map, normal with std 1 / sqrt(fan_in) unless given, the bias
+  zero.
+  """
   kernel = jax.random.normal(key, (*lead, fan_in, fan_out)) * (fan_in**-0.5 if std is None else std)
   return {'kernel': kernel, 'bias': jnp.zeros((*lead, fan_out))}
 

@@ -9,7 +9,8 @@ _ELSEWHERE = ('context', 'cross', 'encoder', 'memory')  # in the names of masks 
 
 
 def masks(inputs: dict[str, jax.Array], taken: Sequence[str] = ()) -> dict[str, jax.Array]:
-  """Of what a block is called with, the masks: {'mask' or 'context_mask': numbers [B or 1, 1 or N, M]}.
+  """Of what a block is called with, the masks: {'mask' or 'context_mask': numbers [B or 1, 1 or N,
+  M]}.
 
   A key that is seen has 1, another 0. Floats are additive masks already.
   """
@@ -25,8 +26,8 @@ def masks(inputs: dict[str, jax.Array], taken: Sequence[str] = ()) -> dict[str, 
 
 
 def apart(mask: jax.Array) -> jax.Array:
-  """A mask of integers [B, N] numbers the texts of a row, 0 being padding: as booleans [B, 1, N, N], where a token
-  sees those of its own text, and padding all texts. Any other mask as it is."""
+  """A mask of integers [B, N] numbers the texts of a row, 0 being padding: as booleans [B, 1, N,
+  N], where a token sees those of its own text, and padding all texts. Any other mask as it is."""
   if mask.ndim != 2 or not jnp.issubdtype(mask.dtype, jnp.integer):
     return mask
   queries, keys = mask[:, None, :, None], mask[:, None, None]

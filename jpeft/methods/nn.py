@@ -4,7 +4,9 @@ import jax
 
 
 def drop(x: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:
-  """x with a share `rate` of its numbers set to zero and the others scaled up; x itself without a key."""
+  """x with a share `rate` of its numbers set to zero and the others scaled up; x itself without a
+  key.
+  """
   if key is None or not rate:
     return x
   kept = jax.random.bernoulli(key, 1 - rate, x.shape)

@@ -1,7 +1,8 @@
-"""Hyperparameters by which methods are planned and compared, where they are not the method's own defaults.
+"""Hyperparameters by which methods are planned and compared, where they are not the method's own
+defaults.
 
-The lean side networks were chosen by what XLA for TPU v5e keeps of them (docs/memory.md): taps pooled before
-they are stored, and side blocks recomputed in the backward pass.
+The lean side networks were chosen by what XLA for TPU v5e keeps of them (docs/memory.md): taps
+pooled before they are stored, and side blocks recomputed in the backward pass.
 """
 
 _PACKED = {'saved_bits': 4}
@@ -35,7 +36,9 @@ def preset(name: str) -> tuple[str, dict]:
 
 
 def names(methods) -> list[str]:
-  """All there is to compare: the methods, and behind each the presets of it that have a name of their own."""
+  """All there is to compare: the methods, and behind each the presets of it that have a name of
+  their own.
+  """
   return [
     n for m in methods for n in (m, *(p for p, (of, _) in PRESETS.items() if of == m and p != m))
   ]

@@ -39,8 +39,8 @@ class Entry:
     mergeable: whether `merge` gives plain weights.
     head: whether the method trains the head by itself.
     title: one line.
-    storage: the 4-bit format of the backbone's kernels (`quant.formats.FORMATS`) that the method is made for, used
-      where nothing else is asked for; None for the kernels as they are loaded.
+    storage: the 4-bit format of the backbone's kernels (`quant.formats.FORMATS`) that the method is
+      made for, used where nothing else is asked for; None for the kernels as they are loaded.
   """
 
   make: Callable[..., Method]
@@ -158,7 +158,8 @@ def make(name: str, head: bool = True, saved_bits: int | None = None, **hyperpar
   Args:
     name: a key of REGISTRY.
     head: also train the model's head, for methods that do not by themselves.
-    saved_bits: of a value that the backward pass keeps of a block (`packed`), 4 or 8; None for whole values.
+    saved_bits: of a value that the backward pass keeps of a block (`packed`), 4 or 8; None for
+      whole values.
     **hyperparameters: of the method's factory.
 
   Raises:

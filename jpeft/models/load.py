@@ -44,7 +44,8 @@ class Pretrained:
     config: the Hugging Face config, brought up to date with what was asked for.
     family: its model_type: vit, deit, dinov2, bert, roberta, t5, llama, mistral, qwen2 or qwen3.
     preprocess: mean and std of pixels in [0, 1], and image_size; None for text.
-    tokenizer: path of tokenizer.json, or of the GGUF file, see `load_tokenizer`; None if there is none.
+    tokenizer: path of tokenizer.json, or of the GGUF file, see `load_tokenizer`; None if there is
+      none.
     files: {file: sha256} of what the weights were read from.
   """
 
@@ -76,15 +77,16 @@ def load(
   """Loads a backbone.
 
   Args:
-    source: a folder with config.json and safetensors files (or model.gguf); a .gguf file; the name of weights
-      that a Python package carries ('dinov2-s14', 'minilm-l6', 'smollm2-135m'); or the id of a model
-      on the Hugging Face hub ('org/name', needs huggingface_hub).
+    source: a folder with config.json and safetensors files (or model.gguf); a .gguf file; the name
+      of weights that a Python package carries ('dinov2-s14', 'minilm-l6', 'smollm2-135m'); or the
+      id of a model on the Hugging Face hub ('org/name', needs huggingface_hub).
     num_classes: None keeps the head of the checkpoint, if it has one; a number makes a fresh one.
     image_size: side of the images in pixels; position tables are resized to it. None as trained.
     dtype: of the computation.
     param_dtype: of the weights.
     scan: stack the blocks and run them by nn.scan.
-    remat: recompute each block in the backward pass; with 'dots' all of it but its products with weights.
+    remat: recompute each block in the backward pass; with 'dots' all of it but its products with
+      weights.
     seed: of what is fresh.
     layers: keep the first so many blocks (T5: of each stack).
     pool: what the head reads, or what comes out without one: 'cls', 'mean', 'cls_mean' (images
@@ -154,9 +156,11 @@ def _coded(model, family: Family, form: Format, targets: str) -> dict[str, Any]:
 
 
 def describe(source: str | Path, **options) -> Pretrained:
-  """What `load` gives with the same arguments, as shapes: no weights are read, nor fetched from the hub.
+  """What `load` gives with the same arguments, as shapes: no weights are read, nor fetched from the
+  hub.
 
-  A folder with config.json alone will do; what only tensors tell (a pooler, a head) is then left out.
+  A folder with config.json alone will do; what only tensors tell (a pooler, a head) is then left
+  out.
   """
   folder, _ = find(source, weights=False)
   checkpoint, config = _opened(folder, weights=False)
@@ -188,7 +192,9 @@ def describe(source: str | Path, **options) -> Pretrained:
 
 
 def _opened(folder: Path, weights: bool = True) -> tuple[Checkpoint | Gguf | None, dict[str, Any]]:
-  """The weights of a folder or GGUF file, None if they are not needed and not there, and their config."""
+  """The weights of a folder or GGUF file, None if they are not needed and not there, and their
+  config.
+  """
   if folder.is_file():
     return (file := Gguf(folder)), file.config
   if not (folder / 'config.json').exists():

@@ -45,7 +45,9 @@ def with_method(config, name: str):
 
 
 def classes_of(config) -> int:
-  """Outputs of the head of a configuration whose data are not read; 0 for a model that writes text."""
+  """Outputs of the head of a configuration whose data are not read; 0 for a model that writes
+  text.
+  """
   return 0 if config.task == 'language' else config.model.num_classes or CLASSES
 
 

@@ -1,4 +1,6 @@
-"""Accelerators to compile for, none of which need be there: TPUs by topology, GPUs by description."""
+"""Accelerators to compile for, none of which need be there: TPUs by topology, GPUs by
+description.
+"""
 
 import contextlib
 import dataclasses
@@ -19,7 +21,9 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Tpu:
-  """A generation: the smallest topology that libtpu describes, and the memory of one chip that it hands out."""
+  """A generation: the smallest topology that libtpu describes, and the memory of one chip that it
+  hands out.
+  """
 
   topology: str
   memory: float
@@ -171,7 +175,8 @@ def _gpu(name: str, gpu: Gpu) -> Target:
   devices = topologies.get_topology_desc(
     platform='cuda', target_config=_description(gpu), topology='1x1x1'
   ).devices
-  # There is no GPU here to time kernels on, and the tiles that are guessed instead do not fit all shapes.
+  # There is no GPU here to time kernels on, and the tiles that are guessed instead do not fit all
+  # shapes.
   untimed = {'xla_gpu_autotune_level': 0, 'xla_gpu_enable_triton_gemm': False}
   return Target(name, (devices[0],), int(gpu.memory * GIB), untimed)
 

@@ -45,17 +45,19 @@ def plan(
   Args:
     model: a Linen or an NNX module; an NNX one may be made by `nnx.eval_shape`.
     methods: names of the registry or of presets (`methods.presets`), or {name: method}.
-    batch: arrays or shapes as the trainer feeds them: 'image' [B, ...] or 'tokens' [B, N] (with 'token_mask' and
-      'types', or with 'decoder_tokens' and 'token_mask'), and 'label'.
+    batch: arrays or shapes as the trainer feeds them: 'image' [B, ...] or 'tokens' [B, N] (with
+      'token_mask' and 'types', or with 'decoder_tokens' and 'token_mask'), and 'label'.
     variables: what the model holds, or its shapes; for Linen those of its `init` if left out.
-    target: 'tpu:v5e', 'tpu:v5p', 'tpu:v6e', a slice such as 'tpu:v5p:4x4x4', 'gpu:a100', 'gpu:h100' or 'cpu'.
+    target: 'tpu:v5e', 'tpu:v5p', 'tpu:v6e', a slice such as 'tpu:v5p:4x4x4', 'gpu:a100', 'gpu:h100'
+      or 'cpu'.
     optimizer: 'adamw', 'adam', 'sgd', 'lion' or 'adafactor'.
     accumulate: micro-batches that a batch is cut into.
     mesh: (data, model) devices.
     sharded: spread the backbone over the model axis.
     search: also find the largest batch that fits.
     head: named methods also train the model's head.
-    storage: the 4-bit format of the kernels (`quant.formats.FORMATS`); if left out, that of each named method.
+    storage: the 4-bit format of the kernels (`quant.formats.FORMATS`); if left out, that of each
+      named method.
     offload: the optimizer's state lies in host memory between updates.
 
   Returns:

@@ -51,7 +51,9 @@ class Work:
     )
 
   def stored(self, storage: str | None) -> 'Work':
-    """The same work on a backbone whose kernels are in 4 bits, by the name of the format; None for as they are."""
+    """The same work on a backbone whose kernels are in 4 bits, by the name of the format; None for
+    as they are.
+    """
     if storage is None:
       return self
     args, kwargs = tasks.inputs(self.batch(1))

@@ -81,7 +81,9 @@ def memory(program: jax.stages.Compiled) -> Memory | None:
 
 
 def nbytes(tree) -> int:
-  """The bytes of a tree of arrays or shapes; of what is sharded, those on one device; none of what hosts hold."""
+  """The bytes of a tree of arrays or shapes; of what is sharded, those on one device; none of what
+  hosts hold.
+  """
 
   def leaf(x):
     sharding = getattr(x, 'sharding', None)

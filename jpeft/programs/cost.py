@@ -23,7 +23,8 @@ class Flops(NamedTuple):
 def flops(traced: jax.stages.Traced) -> Flops:
   """Counts a traced program, without what no output needs; nothing is compiled.
 
-  A branch counts as its most expensive arm; a `while` loop, whose rounds are not known, as one round.
+  A branch counts as its most expensive arm; a `while` loop, whose rounds are not known, as one
+  round.
   """
   jaxpr = traced.jaxpr.jaxpr
   return _count(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])

@@ -1,4 +1,6 @@
-"""A program cut in two where theta comes in: what lies before is the same at every step, for each example."""
+"""A program cut in two where theta comes in: what lies before is the same at every step, for each
+example.
+"""
 
 import dataclasses
 import itertools
@@ -21,7 +23,8 @@ class Halves:
   """fn(theta, backbone, batch, *rest) = second(theta, backbone, first(backbone, batch), *rest).
 
   Attributes:
-    features: shapes of what crosses, for one example: `first` gives them with the axis of the batch in front.
+    features: shapes of what crosses, for one example: `first` gives them with the axis of the batch
+      in front.
   """
 
   features: tuple[jax.ShapeDtypeStruct, ...]
@@ -54,9 +57,9 @@ class Halves:
 def cut(fn: Callable[..., Any], theta, backbone, batch, *rest) -> Halves:
   """Cuts a program where theta comes in: what lies before can run once an example, not once a step.
 
-  With a method that never runs the backbone backwards that is the whole backbone; with one that trains late
-  blocks alone, all blocks before them. What an example gives must hang on that example alone (no statistics
-  over a batch) and be the same each time (no dropout before theta).
+  With a method that never runs the backbone backwards that is the whole backbone; with one that
+  trains late blocks alone, all blocks before them. What an example gives must hang on that example
+  alone (no statistics over a batch) and be the same each time (no dropout before theta).
 
   Args:
     fn: (theta, backbone, batch, *rest) -> out.
@@ -101,7 +104,8 @@ class _Step(NamedTuple):
 
 
 class _Program:
-  """A traced program as steps, and what crosses from those that hang on the batch to those that hang on theta.
+  """A traced program as steps, and what crosses from those that hang on the batch to those that
+  hang on theta.
 
   Attributes:
     tree: the structure of the output.
@@ -140,7 +144,9 @@ class _Program:
     )
 
   def run(self, wanted: Iterable, known: dict | None = None, **given) -> list:
-    """The values `wanted`, by no more steps than it takes, from inputs by section and from `known` values."""
+    """The values `wanted`, by no more steps than it takes, from inputs by section and from `known`
+    values.
+    """
     env = {**self._constants, **(known or {})}
     for section, tree in given.items():
       env |= zip(jax.tree.leaves(self._inputs[section]), jax.tree.leaves(tree), strict=True)
@@ -184,7 +190,9 @@ class _Program:
     return [read(v) for v in jaxpr.outvars]
 
   def _narrowed(self, crossing: dict, color: dict) -> dict:
-    """What crosses; where a cheap step made it larger, what that step took, and the step runs in the second half."""
+    """What crosses; where a cheap step made it larger, what that step took, and the step runs in
+    the second half.
+    """
     maker = {o: step for step in self._steps for o in step.outs}
     bytes_of = lambda names: sum(
       math.prod(self._avals[i].shape) * self._avals[i].dtype.itemsize for i in names

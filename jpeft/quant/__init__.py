@@ -1,4 +1,6 @@
-"""Few bits: 4-bit kernels of the backbone, decoded where they are read, and residuals that keep less than JAX would."""
+"""Few bits: 4-bit kernels of the backbone, decoded where they are read, and residuals that keep
+less than JAX would.
+"""
 
 from .bitsandbytes import from_bitsandbytes, to_bitsandbytes
 from .boxes import Quantized, nbytes

@@ -1,8 +1,10 @@
-"""The files of bitsandbytes (0.43 and later): NF4 and FP4 kernels to their tensors and back, byte for byte.
+"""The files of bitsandbytes (0.43 and later): NF4 and FP4 kernels to their tensors and back, byte
+for byte.
 
 A layer P has P.weight (uint8 [n / 2, 1], the even element in the high nibble, rows of [out, in]),
 P.weight.absmax, P.weight.quant_map, with double quantization P.weight.nested_absmax and
-P.weight.nested_quant_map, and P.weight.quant_state.bitsandbytes__nf4 (or fp4), a JSON text as bytes.
+P.weight.nested_quant_map, and P.weight.quant_state.bitsandbytes__nf4 (or fp4), a JSON text as
+bytes.
 """
 
 import json
@@ -25,7 +27,8 @@ def to_bitsandbytes(box: Quantized, name: str) -> dict[str, np.ndarray]:
   """The tensors of one quantized Dense kernel.
 
   Args:
-    box: of a matrix [in, out], not of a stack; of a scanned layer take one with jax.tree.map(lambda x: x[i], box).
+    box: of a matrix [in, out], not of a stack; of a scanned layer take one with jax.tree.map(lambda
+      x: x[i], box).
     name: of the weight on disk, such as 'model.layers.0.self_attn.q_proj.weight'.
 
   Raises:
@@ -70,7 +73,8 @@ def from_bitsandbytes(tensors: Mapping[str, np.ndarray], name: str) -> Quantized
     name: of the weight in it, such as 'model.layers.0.self_attn.q_proj.weight'.
 
   Raises:
-    ValueError: the tensors are missing, do not fit each other, or are of a kind that is not supported.
+    ValueError: the tensors are missing, do not fit each other, or are of a kind that is not
+      supported.
   """
   state_key = next((key for key in tensors if key.startswith(f'{name}.{_STATE}')), None)
   if state_key is None:

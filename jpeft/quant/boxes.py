@@ -1,4 +1,6 @@
-"""4-bit kernels in the backbone: boxes that are decoded where, and each time, the model reads them."""
+"""4-bit kernels in the backbone: boxes that are decoded where, and each time, the model reads
+them.
+"""
 
 import dataclasses
 import functools
@@ -21,8 +23,8 @@ class Quantized(Box):
   """A kernel, or a stack of them, in 4 bits.
 
   Attributes:
-    arrays: what `Format.encode` gives for the folded matrix; stacked layers and experts lead, or where the
-      stack of the kernel is not in front, it is where the kernel has it.
+    arrays: what `Format.encode` gives for the folded matrix; stacked layers and experts lead, or
+      where the stack of the kernel is not in front, it is where the kernel has it.
     form: the format.
     leaf: how one layer's kernel stands for a matrix.
     axes: of the stored kernel that stack layers.
@@ -109,5 +111,7 @@ def _each(fn, leaf: Leaf):
 
 
 def nbytes(tree: Any) -> int:
-  """The bytes that the arrays of a tree take as they are stored: packed where they are quantized."""
+  """The bytes that the arrays of a tree take as they are stored: packed where they are
+  quantized.
+  """
   return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))

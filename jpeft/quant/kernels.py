@@ -1,4 +1,6 @@
-"""Kernels of a backbone to 4 bits: all at once, or one layer after the other while a file is read."""
+"""Kernels of a backbone to 4 bits: all at once, or one layer after the other while a file is
+read.
+"""
 
 import functools
 import math
@@ -68,7 +70,8 @@ def _boxed(form: Format, site: Site, name: str, w) -> Quantized:
 def coded(form: Format, site: Site, name: str, layers: Iterable[np.ndarray]) -> Quantized:
   """A kernel from its layers, which are read one at a time.
 
-  Beside the result a layer is held, in the number format that it is read in, and what coding some of its columns needs.
+  Beside the result a layer is held, in the number format that it is read in, and what coding some
+  of its columns needs.
   """
   leaf, plain = site.leaves[name], form._replace(double=False)
   whole = {n: jnp.zeros((site.layers, *x.shape), x.dtype) for n, x in _shapes(plain, leaf).items()}

@@ -14,8 +14,9 @@ GROUP = 64
 def pack(codes: jax.Array, bits: int = 4) -> jax.Array:
   """Codes below 2^bits, 8 / bits a byte: exactly ceil(n bits / 8) bytes of n codes.
 
-  An axis that 8 / bits divides, the last such, is cut into that many planes, the first in the lowest bits: on
-  accelerators this moves nothing between lanes. Without one the codes are packed flat, with zeros at the end.
+  An axis that 8 / bits divides, the last such, is cut into that many planes, the first in the
+  lowest bits: on accelerators this moves nothing between lanes. Without one the codes are packed
+  flat, with zeros at the end.
 
   Args:
     codes: integers of any shape.
@@ -52,7 +53,9 @@ def bits_of(t: Table) -> int:
 
 
 def look_up(codes: jax.Array, levels: tuple[float, ...]) -> jax.Array:
-  """levels[codes] in float32, as a tree of selects, which every backend fuses; a power of two of levels."""
+  """levels[codes] in float32, as a tree of selects, which every backend fuses; a power of two of
+  levels.
+  """
   values = [jnp.float32(level) for level in levels]
   for i in range((len(levels) - 1).bit_length()):
     bit = (codes & (1 << i)) != 0
@@ -73,8 +76,8 @@ class Grouped(NamedTuple):
 def encode(x: jax.Array, bits: int = 4) -> Grouped:
   """Rounds to 2^bits levels a group of 64 neighbours along the last axis.
 
-  Axes are merged from the end until two groups lie side by side, so that no lane of an accelerator stays empty. Step
-  and least value are bfloat16: 4.5 bits a value at 4 bits.
+  Axes are merged from the end until two groups lie side by side, so that no lane of an accelerator
+  stays empty. Step and least value are bfloat16: 4.5 bits a value at 4 bits.
 
   Args:
     x: floats of any shape.
@@ -100,7 +103,9 @@ def decode(grouped: Grouped, shape: tuple[int, ...], dtype, bits: int = 4) -> ja
 
 
 def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
-  """(how many leading axes stay, the width of the merged others): groups are cut from rows of that width."""
+  """(how many leading axes stay, the width of the merged others): groups are cut from rows of that
+  width.
+  """
   kept, width = len(shape), 1
   while kept and width < 2 * GROUP:
     kept -= 1

@@ -1,23 +1,28 @@
 """What the backward pass of a function keeps, in few bits: of any function, found in its program.
 
-`compressed(fn)` computes what fn computes. For its backward pass it keeps few values and computes the others again:
+`compressed(fn)` computes what fn computes. For its backward pass it keeps few values and computes
+the others again:
 
-- what a weight matrix or a convolution gives, followed through sums to where a nonlinear operation reads it, and the
-  inputs of fn: codes of 4 bits in groups of 64;
-- the derivative of a known activation (`tables`): 4-bit codes, of ReLU one bit; and its output, where something needs
-  it. With 8 bits a value a table of 4 would be the coarsest part: then its input is kept, from which both follow;
-- operands of products between activations (query, key, value): 8 bits. The products themselves, attention's logits and
-  probabilities, are computed again: they are wide, they cost few FLOPs, and a code of theirs would be no smaller than
-  their operands. An error of the operands is magnified by the softmax, hence the 8 bits;
+- what a weight matrix or a convolution gives, followed through sums to where a nonlinear operation
+  reads it, and the inputs of fn: codes of 4 bits in groups of 64;
+- the derivative of a known activation (`tables`): 4-bit codes, of ReLU one bit; and its output,
+  where something needs it. With 8 bits a value a table of 4 would be the coarsest part: then its
+  input is kept, from which both follow;
+- operands of products between activations (query, key, value): 8 bits. The products themselves,
+  attention's logits and probabilities, are computed again: they are wide, they cost few FLOPs, and
+  a code of theirs would be no smaller than their operands. An error of the operands is magnified by
+  the softmax, hence the 8 bits;
 - what is small (a low-rank product) and what no gradient crosses (masks, positions): as it is;
 - weights and what is made of them: by reference.
 
-Norms, dropout masks (from their keys), softmax and products of activations follow from these. What a value is stored as
-does not depend on fn being a module; which of them are stored follows from the backward program: only what a live
-equation of it reads. LayerNorm from 4-bit min-max codes of its input is as exact as from codes of its output, since
-the one is an affine function of the other a row.
+Norms, dropout masks (from their keys), softmax and products of activations follow from these. What
+a value is stored as does not depend on fn being a module; which of them are stored follows from the
+backward program: only what a live equation of it reads. LayerNorm from 4-bit min-max codes of its
+input is as exact as from codes of its output, since the one is an affine function of the other a
+row.
 
-The backward pass ties what was kept to the cotangent (`ops.tied`): in unrolled layers XLA would else undo the saving.
+The backward pass ties what was kept to the cotangent (`ops.tied`): in unrolled layers XLA would
+else undo the saving.
 """
 
 import dataclasses
@@ -233,7 +238,9 @@ def _is_float(v) -> bool:
 
 
 def _followed(v, consumers, finished):
-  """Where a value ends up through sums and scales that it alone enters: there it is as good, and often two in one."""
+  """Where a value ends up through sums and scales that it alone enters: there it is as good, and
+  often two in one.
+  """
   while v not in finished and len(consumers.get(v, ())) == 1:
     (eqn,) = consumers[v]
     if eqn.primitive.name not in _THROUGH or eqn.outvars[0].aval.shape != v.aval.shape:
@@ -266,7 +273,9 @@ def _before(jaxpr, eqns, stops) -> set:
 
 
 def _activations(jaxpr, consumers, finished, active, bits: int) -> dict:
-  """{output: (input, table)} of the elementwise functions of one variable that have an exact table or one of `bits`."""
+  """{output: (input, table)} of the elementwise functions of one variable that have an exact table
+  or one of `bits`.
+  """
   root, sources = {}, {}
   for eqn in jaxpr.eqns:
     ins, out = set(variables(eqn.invars)), eqn.outvars[0]
@@ -364,7 +373,9 @@ def _(primals, tangents):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Plan:
-  """What the forward pass tells the backward pass: names of what it kept, and which inputs have a gradient."""
+  """What the forward pass tells the backward pass: names of what it kept, and which inputs have a
+  gradient.
+  """
 
   moved: tuple[int, ...]
   values: tuple
@@ -373,7 +384,9 @@ class _Plan:
 
 
 def _stored(jaxpr, n_free: int, bits: int, operand_bits: int) -> Callable:
-  """The program of a jaxpr as a function with a compressed backward pass; its first inputs are weights."""
+  """The program of a jaxpr as a function with a compressed backward pass; its first inputs are
+  weights.
+  """
   choice = _choose(jaxpr, n_free, bits, operand_bits)
   floats = [i for i, v in enumerate(jaxpr.outvars) if jnp.issubdtype(v.aval.dtype, jnp.inexact)]
 
@@ -432,7 +445,9 @@ def _stored(jaxpr, n_free: int, bits: int, operand_bits: int) -> Callable:
     return tuple(next(grads) if i in plan.moved else None for i in range(len(jaxpr.invars)))
 
   def _gradients(moved, values, codes, inputs, cotangents):
-    """The gradients of inputs `moved`; a value or code that is not there is one that they do not need."""
+    """The gradients of inputs `moved`; a value or code that is not there is one that they do not
+    need.
+    """
 
     def stand_in(v):
       def value(computed, read):

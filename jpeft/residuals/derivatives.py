@@ -1,15 +1,18 @@
 """Tables for derivatives stored as codes: a K-piece constant q in place of f'.
 
-A table is 2^k - 1 rising borders and 2^k levels: q(x) = levels[#{i : borders[i] < x}]. The optimal one minimises
+A table is 2^k - 1 rising borders and 2^k levels: q(x) = levels[#{i : borders[i] < x}]. The optimal
+one minimises
 
   E = int over R of (f'(x) - q(x))^2 dx,    K = 2^k pieces
 
-(few-bit backward, Novikov et al., 2022, arXiv 2202.00441). E is finite only if the outermost levels are the limits 0
-and 1 of f'. Inside, level = (f(b) - f(a)) / (b - a) on a piece [a, b], and f'(border) is the mean of the two levels
-beside it. f' is not monotone and has many local optima, so a dynamic program on a grid finds the right one, and
-Newton's method then solves the equations. f'(x) + f'(-x) = 1 makes the optimum symmetric: only x > 0 is computed.
+(few-bit backward, Novikov et al., 2022, arXiv 2202.00441). E is finite only if the outermost levels
+are the limits 0 and 1 of f'. Inside, level = (f(b) - f(a)) / (b - a) on a piece [a, b], and
+f'(border) is the mean of the two levels beside it. f' is not monotone and has many local optima, so
+a dynamic program on a grid finds the right one, and Newton's method then solves the equations.
+f'(x) + f'(-x) = 1 makes the optimum symmetric: only x > 0 is computed.
 
-Function-matching tables (Approx-BP, Yang et al., 2024, arXiv 2406.16282) are slopes of a sum of ReLUs near f.
+Function-matching tables (Approx-BP, Yang et al., 2024, arXiv 2406.16282) are slopes of a sum of
+ReLUs near f.
 """
 
 import functools
@@ -94,7 +97,9 @@ def table(name: str, bits: int = 4) -> Table:
 
 
 def optimal(smooth: Smooth, pieces: int) -> Table:
-  """The table with `pieces` levels for x > 0, the last of them 1, and their mirror images for x < 0."""
+  """The table with `pieces` levels for x > 0, the last of them 1, and their mirror images for x <
+  0.
+  """
   borders = _polished(smooth, _on_grid(smooth, pieces))
   levels = _levels(smooth, borders)
   return Table(
@@ -131,7 +136,9 @@ def _nodes(edges):
 
 
 def _on_grid(smooth: Smooth, pieces: int) -> np.ndarray:
-  """The best inner borders on a grid: cost of [a, b] = int f'^2 - (f(b) - f(a))^2 / (b - a); the tail is held at 1."""
+  """The best inner borders on a grid: cost of [a, b] = int f'^2 - (f(b) - f(a))^2 / (b - a); the
+  tail is held at 1.
+  """
   grid = np.arange(0, 10 + _STEP / 2, _STEP)
   x, w = _nodes(grid)
   squares = np.concatenate(

@@ -1,20 +1,20 @@
 """Operations whose backward pass keeps four bits a value, or none: for backbones that take them.
 
-The forward pass is the plain operation, bit for bit; only what is saved for the backward pass differs. Each takes any
-shape, in float32 or bfloat16, and is differentiable once, in reverse.
+The forward pass is the plain operation, bit for bit; only what is saved for the backward pass
+differs. Each takes any shape, in float32 or bfloat16, and is differentiable once, in reverse.
 
-- gelu, gelu_tanh, quick_gelu, silu: the 16-way code of the derivative (few-bit backward, arXiv 2202.00441), exactly
-  ceil(n / 2) bytes of n elements; relu: one bit, exact.
-- softmax: the output as codes of its square root, which follow small probabilities more closely than even steps do,
-  and the largest probability a row.
+- gelu, gelu_tanh, quick_gelu, silu: the 16-way code of the derivative (few-bit backward, arXiv
+  2202.00441), exactly ceil(n / 2) bytes of n elements; relu: one bit, exact.
+- softmax: the output as codes of its square root, which follow small probabilities more closely
+  than even steps do, and the largest probability a row.
 - layer_norm, rms_norm: the normalised input in 4-bit groups of 64, and 1 / std a row.
-- shared_layer_norm, shared_rms_norm: exact; they keep the output that the next layer keeps anyway (memory-sharing
-  norms, arXiv 2406.16282) once `fold` has moved scale and shift into that layer.
-- attention: exact; keeps query, key and value, and computes the probabilities again. Fits `attention_fn` of Linen and
-  NNX attention layers.
+- shared_layer_norm, shared_rms_norm: exact; they keep the output that the next layer keeps anyway
+  (memory-sharing norms, arXiv 2406.16282) once `fold` has moved scale and shift into that layer.
+- attention: exact; keeps query, key and value, and computes the probabilities again. Fits
+  `attention_fn` of Linen and NNX attention layers.
 
-The codes are tied to the cotangent by a barrier: in unrolled layers XLA would else unpack them early, or recognise
-what they were made from and keep that.
+The codes are tied to the cotangent by a barrier: in unrolled layers XLA would else unpack them
+early, or recognise what they were made from and keep that.
 """
 
 import functools

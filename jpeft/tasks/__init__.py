@@ -1,4 +1,6 @@
-"""What a run learns, by the name that the config gives it: labels of images and texts, or texts to write."""
+"""What a run learns, by the name that the config gives it: labels of images and texts, or texts to
+write.
+"""
 
 from .classification import CLASSIFICATION
 from .language import LANGUAGE

@@ -82,7 +82,9 @@ def blank(config, pretrained) -> dict[str, np.ndarray]:
 
 
 def tally(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-  """Of logits [B, C] and labels [B], loss: the sum over examples; confusion: [C, C] counts, by label and prediction."""
+  """Of logits [B, C] and labels [B], loss: the sum over examples; confusion: [C, C] counts, by
+  label and prediction.
+  """
   classes, keep = logits.shape[-1], mask.astype(jnp.float32)
   true, guess = (jax.nn.one_hot(i, classes) for i in (labels, logits.argmax(-1)))
   confusion = jnp.einsum('bt,bg,b->tg', true, guess, keep)

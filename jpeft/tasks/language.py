@@ -34,7 +34,9 @@ def source(config, split: str) -> data.Source:
 
 
 def check(config, tuned: Tuned) -> None:
-  """Raises a ValueError if a method adds tokens where several texts share a row: only the first would see them."""
+  """Raises a ValueError if a method adds tokens where several texts share a row: only the first
+  would see them.
+  """
   room = jax.ShapeDtypeStruct((1, config.data.max_length), jnp.int32)
   run = lambda theta, backbone, x: tuned.apply(theta, backbone, x, mask=x, mutable=['cache'])[1][
     'cache'
@@ -68,7 +70,9 @@ def blank(config, pretrained) -> dict[str, np.ndarray]:
 
 
 def tally(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-  """Of logits [B, N, V] and labels [B, N], sums over the tokens of completions: loss, right guesses, their number."""
+  """Of logits [B, N, V] and labels [B, N], sums over the tokens of completions: loss, right
+  guesses, their number.
+  """
   learnt = (labels >= 0) & (mask[:, None] > 0)
   right = learnt & (logits.argmax(-1) == labels)
   return {
@@ -91,9 +95,9 @@ def scores(tally: dict[str, np.ndarray]) -> dict[str, float]:
 def written(config, pretrained, source, write: Callable, stop: Callable) -> dict[str, float] | None:
   """exact_match and the error rate of greedy completions of the first `eval.generate` examples.
 
-  The error rate is the number of words to insert, delete or replace, over that of the words that were asked for;
-  phonemes are the words of the phoneme data. Blanks at the ends do not count, and a text is as long as the longest
-  of the right ones at most.
+  The error rate is the number of words to insert, delete or replace, over that of the words that
+  were asked for; phonemes are the words of the phoneme data. Blanks at the ends do not count, and a
+  text is as long as the longest of the right ones at most.
   """
   count = min(config.eval.generate, len(source))
   if not count:

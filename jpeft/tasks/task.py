@@ -14,15 +14,18 @@ class Task(NamedTuple):
 
   Attributes:
     source: (config, split) -> the examples of a split.
-    rows: (config, pretrained, source, training) -> (rows, transform), what `Batches` makes batches of. Rows have
-      'index', the number of their first example, and may say `about` themselves.
-    blank: (config, pretrained) -> a batch of one empty row: the shapes to attach a method and to compile with.
-    tally: (logits, labels, mask) -> what `scores` needs of one batch, mask [B] being False for rows that only fill
-      up the last one; tallies are added.
+    rows: (config, pretrained, source, training) -> (rows, transform), what `Batches` makes batches
+      of. Rows have 'index', the number of their first example, and may say `about` themselves.
+    blank: (config, pretrained) -> a batch of one empty row: the shapes to attach a method and to
+      compile with.
+    tally: (logits, labels, mask) -> what `scores` needs of one batch, mask [B] being False for rows
+      that only fill up the last one; tallies are added.
     scores: a summed tally -> {metric: value}.
-    check: (config, tuned) -> nothing; raises a ValueError for a method that the rows do not go with.
-    written: (config, pretrained, source, write, stop) -> {metric: value} of texts that the model writes, {} where it
-      writes none, None if stop() came true; `write` is `generate.completions` of the model.
+    check: (config, tuned) -> nothing; raises a ValueError for a method that the rows do not go
+      with.
+    written: (config, pretrained, source, write, stop) -> {metric: value} of texts that the model
+      writes, {} where it writes none, None if stop() came true; `write` is `generate.completions`
+      of the model.
     untuned: whether the untouched model can be scored, so that a report may say what it was before.
   """
 

@@ -35,7 +35,9 @@ def optimizer_of(
 
 
 def storage_of(config) -> str | None:
-  """The name of the format of the backbone's kernels: what the config says, else the method's own; None for none."""
+  """The name of the format of the backbone's kernels: what the config says, else the method's own;
+  None for none.
+  """
   return config.model.quantize or methods.REGISTRY[config.method.name].storage
 
 

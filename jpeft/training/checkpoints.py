@@ -1,8 +1,9 @@
 """What a run keeps: theta as a safetensors file, the whole training state through Orbax.
 
-A checkpoint holds theta, the optimizer's state, sums since the last line of the log and the position in
-the data. Random keys are folded from the seed and the step, so the step is their state. Orbax writes in
-the background under a temporary name and renames at the end: what a kill leaves half written is never read.
+A checkpoint holds theta, the optimizer's state, sums since the last line of the log and the
+position in the data. Random keys are folded from the seed and the step, so the step is their state.
+Orbax writes in the background under a temporary name and renames at the end: what a kill leaves
+half written is never read.
 """
 
 import hashlib
@@ -111,8 +112,8 @@ def _layout(tree) -> list:
 class Checkpoints:
   """The checkpoints of one run, in a folder of their own, named by step.
 
-  The state is one array of bytes, its leaves one after the other, and `about` says which: one array is
-  written in a fraction of the time of hundreds, and has one checksum.
+  The state is one array of bytes, its leaves one after the other, and `about` says which: one array
+  is written in a fraction of the time of hundreds, and has one checksum.
   """
 
   def __init__(self, folder: pathlib.Path, keep: int):
@@ -130,7 +131,9 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def save(self, step: int, state, about: dict) -> None:
-    """Starts writing a checkpoint. The state is copied first, since the next update donates its arrays."""
+    """Starts writing a checkpoint. The state is copied first, since the next update donates its
+    arrays.
+    """
     if step == self.latest:
       return
     data = np.concatenate([_bytes(x) for x in jax.tree.leaves(state)])

@@ -1,4 +1,6 @@
-"""Examples as the backbone's features of them, so that the backbone runs once and not once an epoch."""
+"""Examples as the backbone's features of them, so that the backbone runs once and not once an
+epoch.
+"""
 
 import os
 from collections.abc import Callable
@@ -43,7 +45,8 @@ def cached(part: Part, tuned: Tuned, batch_size: int) -> Part:
     batch_size: in which the features are computed.
 
   Raises:
-    ValueError: features cannot be kept example by example, there is nothing to keep, or no room for it.
+    ValueError: features cannot be kept example by example, there is nothing to keep, or no room for
+      it.
   """
   source = Features(part, tuned, batch_size)
   return Part(source, None, source.forward, source.blank)

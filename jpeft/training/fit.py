@@ -1,4 +1,6 @@
-"""Programs of a run, compiled from shapes: what cannot fit is refused before anything lies on a device."""
+"""Programs of a run, compiled from shapes: what cannot fit is refused before anything lies on a
+device.
+"""
 
 import dataclasses
 import time
@@ -14,9 +16,10 @@ def compiled(
 ) -> tuple[Callable, dict[str, float]]:
   """(fn compiled for these arguments, what XLA says it costs).
 
-  The costs: flops (with every round of its loops) and bytes_accessed of one call on one device, bytes of
-  arguments, output, alias, temporaries and of all, and seconds of compilation. A backend that does not say leaves
-  them out. What the program does not read is an argument all the same: it is kept on the device.
+  The costs: flops (with every round of its loops) and bytes_accessed of one call on one device,
+  bytes of arguments, output, alias, temporaries and of all, and seconds of compilation. A backend
+  that does not say leaves them out. What the program does not read is an argument all the same: it
+  is kept on the device.
 
   Raises:
     cost.TooLarge: it does not fit the device, and the compiler says so.
@@ -51,7 +54,8 @@ def fitting(update: Callable, state, backbone, batch) -> tuple[Callable, dict[st
     state, backbone, batch: shapes, as `laid`.
 
   Returns:
-    (program, costs); the costs also say the bytes of weights, state and all, where the compiler does.
+    (program, costs); the costs also say the bytes of weights, state and all, where the compiler
+    does.
 
   Raises:
     ValueError: it needs more than a device has; says how much, and for what.

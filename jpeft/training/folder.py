@@ -22,7 +22,8 @@ from .checkpoints import fingerprint, load_theta, write
 
 @contextlib.contextmanager
 def claimed(folder: pathlib.Path, config):
-  """Checks that `folder` may be, or is, the folder of this run, and keeps other processes out of it.
+  """Checks that `folder` may be, or is, the folder of this run, and keeps other processes out of
+  it.
 
   Raises:
     ValueError: it holds something else, the run of another config, or another process writes it.
@@ -83,9 +84,11 @@ def reopen(folder: pathlib.Path, best: bool = False) -> tuple[Any, Any, Any]:
 
 
 def begin(folder: pathlib.Path, config, **facts) -> None:
-  """Writes config.json and run.json, or checks that the run is still of the same backbone and labels.
+  """Writes config.json and run.json, or checks that the run is still of the same backbone and
+  labels.
 
-  Called when all that can be wrong with a config has been tried: a command put right may use the folder.
+  Called when all that can be wrong with a config has been tried: a command put right may use the
+    folder.
 
   Raises:
     ValueError: it is not.

@@ -127,7 +127,9 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
   signals = stack.enter_context(Signals())
 
   def scored(tuned, theta, mark, part, writes):
-    """What a model scores on the test split, with what it writes if that is asked for; None after a signal."""
+    """What a model scores on the test split, with what it writes if that is asked for; None after a
+    signal.
+    """
     stop = lambda: signals.caught
     scores = step.evaluate(mark, task.scores, theta, backbone, part.once(eval_size), rows, stop)
     if scores is None or not writes:

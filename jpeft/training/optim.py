@@ -2,7 +2,8 @@
 
 Everything here sees theta alone: a global norm or a weight decay over a joint tree would bring the
 backbone's gradient back to life. Layer-wise decay follows Clark et al., 2020 (ELECTRA, arXiv
-2003.10555) and Bao et al., 2022 (BEiT, arXiv 2106.08254); LoRA+ is Hayou et al., 2024 (arXiv 2402.12354).
+2003.10555) and Bao et al., 2022 (BEiT, arXiv 2106.08254); LoRA+ is Hayou et al., 2024 (arXiv
+2402.12354).
 """
 
 import difflib
@@ -59,10 +60,11 @@ def schedule(
 
 
 def lora_fa(scale: float = 1.0, eps: float = 1e-8) -> optax.GradientTransformation:
-  """Turns the gradient of each LoRA factor b into that of the product a b, as far as b can follow it.
+  """Turns the gradient of each LoRA factor b into that of the product a b, as far as b can follow
+  it.
 
-  g <- (a^T a + eps)^-1 g / scale^2, to be chained before Adam: LoRA-FA (arXiv 2308.03303), as Hugging Face peft
-  implements it, with learning rate 1e-3 and Adam's eps 1e-6.
+  g <- (a^T a + eps)^-1 g / scale^2, to be chained before Adam: LoRA-FA (arXiv 2308.03303), as
+  Hugging Face peft implements it, with learning rate 1e-3 and Adam's eps 1e-6.
 
   Args:
     scale: alpha / r, or alpha / sqrt(r) for rsLoRA.
@@ -216,7 +218,8 @@ def optimizer(
   groups: Sequence[tuple[str, float]] = (),
   lora_plus: float | None = None,
 ) -> optax.GradientTransformation:
-  """The optimizer of theta: clip, direction, decay, factors, rate; entries that a method holds fixed stay.
+  """The optimizer of theta: clip, direction, decay, factors, rate; entries that a method holds
+  fixed stay.
 
   Weight decay is decoupled for every rule but 'adam' and 'sgd', where it is part of the gradient.
 

@@ -37,12 +37,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def offloads(mesh: Mesh, asked: bool) -> bool:
-  """Whether the optimizer's state goes to host memory: where that is asked for, and the devices are no CPUs."""
+  """Whether the optimizer's state goes to host memory: where that is asked for, and the devices are
+  no CPUs.
+  """
   return asked and mesh.devices.flat[0].platform != 'cpu'
 
 
 def of_state(mesh: Mesh, state: Mapping[str, Any], offload: bool = False) -> dict:
-  """Shardings of a training state, whole on each device; the optimizer's part in pinned host memory if `offload`."""
+  """Shardings of a training state, whole on each device; the optimizer's part in pinned host memory
+  if `offload`.
+  """
   whole = replicated(mesh)
   places = {'optimizer': whole.with_memory_kind('pinned_host')} if offload else {}
   return {

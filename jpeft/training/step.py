@@ -1,4 +1,6 @@
-"""The compiled parts of a run: one update of theta, one evaluation step, and where arrays are put."""
+"""The compiled parts of a run: one update of theta, one evaluation step, and where arrays are
+put.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,7 +18,9 @@ STREAM_THETA, STREAM_STEP, STREAM_UPDATE = range(3)
 
 
 def initial_state(tuned: Tuned, tx: optax.GradientTransformation, backbone, seed: int) -> dict:
-  """What an update changes: theta, the optimizer's state, the step, sums since the last log line."""
+  """What an update changes: theta, the optimizer's state, the step, sums since the last log
+  line.
+  """
   key = jax.random.fold_in(jax.random.key(seed), STREAM_THETA)
   # Copied: a theta that starts as the backbone's own array would be donated with it.
   theta = jax.tree.map(jnp.copy, jax.jit(tuned.init)(key, backbone))
@@ -64,7 +68,8 @@ def train_step(
   accumulate: int = 1,
   offload: bool = False,
 ) -> Callable:
-  """(state, backbone, batch) -> (state, {'loss', 'grad_norm'}): one update; differentiates theta alone.
+  """(state, backbone, batch) -> (state, {'loss', 'grad_norm'}): one update; differentiates theta
+  alone.
 
   Args:
     tuned: from `attach`.
@@ -73,7 +78,8 @@ def train_step(
     seed: of dropout and of the method's own edits; the step is folded in.
     smoothing: of the labels.
     accumulate: micro-batches that a batch is cut into, one after the other.
-    offload: the optimizer's state lies in host memory, and is on the device only while it is read and written.
+    offload: the optimizer's state lies in host memory, and is on the device only while it is read
+      and written.
   """
 
   def objective(theta, backbone, batch, key, count):
@@ -123,7 +129,9 @@ def train_step(
 
 
 def eval_step(forward: Callable, tally: Callable) -> Callable:
-  """(theta, backbone, batch) -> the tally of one batch, by a `forward` of evaluation and the `tally` of a task."""
+  """(theta, backbone, batch) -> the tally of one batch, by a `forward` of evaluation and the
+  `tally` of a task.
+  """
 
   def step(theta, backbone, batch):
     logits = forward(theta, backbone, batch, jax.random.key(0))

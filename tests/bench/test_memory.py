@@ -139,7 +139,8 @@ def test_presets_are_of_the_registry_and_each_has_its_turn():
 
 
 def test_w1_holds_what_the_peers_step_holds():
-  # By the same convention: theta and two moments in float32, frozen weights in bfloat16, the batch. A TPU pads.
+  # By the same convention: theta and two moments in float32, frozen weights in bfloat16, the batch.
+  # A TPU pads.
   where, shape = targets.target('cpu'), {}
   for name in ('full', 'linear'):
     planned = memory._planned(works.WORKS['w1'], True, False)
@@ -239,7 +240,9 @@ def test_4_bits_of_what_is_kept(measured, layers, method, mib):
 @pytest.mark.aot
 @pytest.mark.slow
 def test_a_decoder_of_7b_beside_a_side_network(measured):
-  """QST on Llama-2-7B shapes: 512 tokens with the side blocks recomputed, and kept; 4 x 2048 tokens."""
+  """QST on Llama-2-7B shapes: 512 tokens with the side blocks recomputed, and kept; 4 x 2048
+  tokens.
+  """
   recomputed, kept = (measured('w4_7b', name, 'none', 'scan') for name in ('qst', 'qst_kept'))
   assert recomputed['total_mib'] <= 4150 and kept['total_mib'] <= 4500
   assert recomputed['gflop'] <= 1.35 * recomputed['forward_gflop']

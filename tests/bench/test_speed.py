@@ -1,4 +1,6 @@
-"""The table of step times: its ratios are those of one run, its FLOPs those of the compiled steps."""
+"""The table of step times: its ratios are those of one run, its FLOPs those of the compiled
+steps.
+"""
 
 import json
 

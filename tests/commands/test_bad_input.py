@@ -1,4 +1,6 @@
-"""Whatever is wrong with a command is told in one sentence, exit code 2, before long work begins."""
+"""Whatever is wrong with a command is told in one sentence, exit code 2, before long work
+begins.
+"""
 
 import json
 import os

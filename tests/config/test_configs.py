@@ -1,4 +1,6 @@
-"""The configs of the repository: each loads, for every method, with hyperparameters the method takes."""
+"""The configs of the repository: each loads, for every method, with hyperparameters the method
+takes.
+"""
 
 import pathlib
 import re

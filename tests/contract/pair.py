@@ -1,4 +1,6 @@
-"""One method on one backbone: one attach and one compiled training step, which all properties share."""
+"""One method on one backbone: one attach and one compiled training step, which all properties
+share.
+"""
 
 import functools
 
@@ -65,7 +67,9 @@ class Pair:
 
   @functools.cached_property
   def step(self):
-    """(both trees, optimizer state, args) -> (output, gradients, trees and state after the step)."""
+    """(both trees, optimizer state, args) -> (output, gradients, trees and state after the
+    step).
+    """
 
     def step(tree, optimizer, args):
       self.traces += 1

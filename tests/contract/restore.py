@@ -1,4 +1,6 @@
-"""A fresh process that is given a folder with theta: `python -m tests.contract.restore FOLDER METHOD:BACKBONE ...`"""
+"""A fresh process that is given a folder with theta: `python -m tests.contract.restore FOLDER
+METHOD:BACKBONE ...`
+"""
 
 import pathlib
 import sys

@@ -1,7 +1,7 @@
 """METHODS x BACKBONES: what the contract is run over, and what each method declares about itself.
 
-A registered method needs no row: it is tested at small sizes, and must leave the function as it was at
-step 0 on every backbone. A row says where a method differs from that.
+A registered method needs no row: it is tested at small sizes, and must leave the function as it was
+at step 0 on every backbone. A row says where a method differs from that.
 """
 
 import dataclasses
@@ -35,7 +35,8 @@ class Row:
     dead: regexes of theta paths that no gradient reaches: what is added to all keys alike moves all
       logits of a softmax alike.
     cannot: {backbone: regex of the error that says so}.
-    stored: the backbones' kernels are in the 4-bit format of the registry, without which the method has no meaning.
+    stored: the backbones' kernels are in the 4-bit format of the registry, without which the method
+      has no meaning.
   """
 
   hp: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -175,7 +176,9 @@ OTHERS = tuple(n for n in BACKBONES if n not in (*LINEN_SCAN, *NNX_SCAN, *DECODE
 
 
 def spread() -> list[tuple[str, str]]:
-  """Pairs for every run: each method on a scan and a decoder, or on as many others; each other one with two methods."""
+  """Pairs for every run: each method on a scan and a decoder, or on as many others; each other one
+  with two methods.
+  """
   chosen, load = [], Counter()
   for method in sorted(REGISTRY, key=lambda m: -len(row(m).cannot)):  # the choosiest first
     mine = []

@@ -9,7 +9,8 @@ from tests.contract.pair import far
 from tests.contract.table import error_of, made, over, takes_dropout
 from tests.fixtures import BACKBONES, leaves_equal, noisy
 
-# Scans that a flag or a mode tells, and a model without dropout of its own, where a key alone says it.
+# Scans that a flag or a mode tells, and a model without dropout of its own, where a key alone says
+# it.
 TOLD, KEYED = ('linen_vit_scan', 'nnx_vit_scan'), 'nnx_llama'
 METHODS = [m for m in REGISTRY if takes_dropout(m)]
 PAIRS = [(m, (*TOLD, KEYED)[i % 3]) for i, m in enumerate(METHODS)]

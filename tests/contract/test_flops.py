@@ -1,4 +1,6 @@
-"""What a training step costs, in forward passes: the memory class of the registry is no mere word."""
+"""What a training step costs, in forward passes: the memory class of the registry is no mere
+word.
+"""
 
 import functools
 
@@ -23,7 +25,9 @@ SIZES = {'lst': {'reduction': 8}, 'qst': {'reduction': 8}}
 
 
 def lowered(fn, *args) -> float:
-  """FLOPs before XLA optimises, with all rounds of loops; some percent off the compiled, and nothing is compiled."""
+  """FLOPs before XLA optimises, with all rounds of loops; some percent off the compiled, and
+  nothing is compiled.
+  """
   traced = jax.jit(fn).trace(*args)
   return traced.lower().cost_analysis()['flops'] + cost.uncounted(traced)
 

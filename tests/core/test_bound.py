@@ -1,4 +1,6 @@
-"""What a Call may ask of the model: the wrapped call as a function, packed residuals, doors, keys."""
+"""What a Call may ask of the model: the wrapped call as a function, packed residuals, doors,
+keys.
+"""
 
 import flax.linen as nn
 import jax
@@ -27,7 +29,9 @@ def wrapped(apply, name='wrap'):
 
 
 def run(model, *around):
-  """(output, gradients, what the vjp keeps) of a low-rank rule in every block, with rules around the blocks."""
+  """(output, gradients, what the vjp keeps) of a low-rank rule in every block, with rules around
+  the blocks.
+  """
   held = backbone(model)
   tuned = jpeft.attach(model, jpeft.chain(low_rank('.*/fc'), *around), held, X)
   theta = noisy(tuned.init(jax.random.key(0), held))

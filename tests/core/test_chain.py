@@ -1,4 +1,6 @@
-"""Rules at one site act in the order of the chain, by whatever door, and merge to what they computed."""
+"""Rules at one site act in the order of the chain, by whatever door, and merge to what they
+computed.
+"""
 
 import itertools
 

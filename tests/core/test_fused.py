@@ -1,4 +1,6 @@
-"""A product fused into a layer is the same function as changed weights, and forms no dense gradient."""
+"""A product fused into a layer is the same function as changed weights, and forms no dense
+gradient.
+"""
 
 import flax.linen as nn
 import jax

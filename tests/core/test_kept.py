@@ -1,4 +1,6 @@
-"""What a rule reads and keeps beside its call: boxes as they are stored, and a cache from one call to the next."""
+"""What a rule reads and keeps beside its call: boxes as they are stored, and a cache from one call
+to the next.
+"""
 
 import jax
 import jax.numpy as jnp

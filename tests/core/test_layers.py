@@ -1,4 +1,6 @@
-"""What a rule may ask of the whole model: its layers as one stack of arrays, arguments that the model does not have."""
+"""What a rule may ask of the whole model: its layers as one stack of arrays, arguments that the
+model does not have.
+"""
 
 import jax
 import jax.numpy as jnp

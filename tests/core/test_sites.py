@@ -1,4 +1,6 @@
-"""What one traced forward pass shows of a model: paths, calls, how arrays are used, what is stacked."""
+"""What one traced forward pass shows of a model: paths, calls, how arrays are used, what is
+stacked.
+"""
 
 import flax.linen as nn
 import jax

@@ -1,4 +1,6 @@
-"""From chats and prompts to rows of tokens: what is learnt, what shares a row, what a tokenizer must have."""
+"""From chats and prompts to rows of tokens: what is learnt, what shares a row, what a tokenizer
+must have.
+"""
 
 import numpy as np
 import pytest

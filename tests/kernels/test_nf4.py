@@ -1,4 +1,6 @@
-"""Kernels against numpy in float64: interpreted on fresh data, lowered, and (marked aot) compiled for accelerators."""
+"""Kernels against numpy in float64: interpreted on fresh data, lowered, and (marked aot) compiled
+for accelerators.
+"""
 
 import functools
 import math

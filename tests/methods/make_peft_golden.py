@@ -1,11 +1,12 @@
 """Makes golden/peft_layers.npz and golden/peft_models.npz with torch, transformers and peft.
 
-Run it as `python tests/methods/make_peft_golden.py`; the files are committed, no test needs those packages.
-golden/VERSIONS says which were used.
-Adapters look trained: every number of them is moved by noise before anything is computed.
+Run it as `python tests/methods/make_peft_golden.py`; the files are committed, no test needs those
+packages. golden/VERSIONS says which were used. Adapters look trained: every number of them is moved
+by noise before anything is computed.
 
 peft_layers.npz, one layer with an adapter around it:
-  <case>/{x, y, weight, bias, start/<key>, adapter/<key>, grad/<key>}; grad is that of sum(y * sin(arange)).
+  <case>/{x, y, weight, bias, start/<key>, adapter/<key>, grad/<key>}; grad is that of sum(y *
+  sin(arange)).
 peft_models.npz, whole models:
   <model>/{config, <inputs>, weights/<key>, logits}: the model without an adapter;
   <model>_<case>/{adapter/<key>, start/<key>, logits, merged}: with it, and merged into it.

@@ -1,10 +1,12 @@
-"""Makes golden/prefix.npz with torch, transformers and peft, on the two models of golden/peft_models.npz.
+"""Makes golden/prefix.npz with torch, transformers and peft, on the two models of
+golden/peft_models.npz.
 
-Run it as `python tests/methods/make_prefix_golden.py`, after make_peft_golden.py, and with the packages that
-golden/VERSIONS names; the file is committed, no test needs them.
+Run it as `python tests/methods/make_prefix_golden.py`, after make_peft_golden.py, and with the
+packages that golden/VERSIONS names; the file is committed, no test needs them.
 
-prefix.npz, per model (bert, llama): prompt_embeddings [m, 2 * layers * kv heads * head size] as peft saves
-them, the logits with them, and grad, that of sum(logits * sin(arange)) by prompt_embeddings.
+prefix.npz, per model (bert, llama): prompt_embeddings [m, 2 * layers * kv heads * head size] as
+peft saves them, the logits with them, and grad, that of sum(logits * sin(arange)) by
+prompt_embeddings.
 """
 
 import json

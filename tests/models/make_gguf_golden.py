@@ -1,4 +1,5 @@
-"""Makes tests/models/golden/formats.gguf and formats.npz: each tensor format, and what the gguf package reads in it.
+"""Makes tests/models/golden/formats.gguf and formats.npz: each tensor format, and what the gguf
+package reads in it.
 
 Run with gguf installed: python tests/models/make_gguf_golden.py (written with gguf 0.19.0).
 """

@@ -1,8 +1,8 @@
 """Makes tests/models/golden: tiny random models of transformers, with inputs and their outputs.
 
-Run with torch and transformers installed: python tests/models/make_golden.py [name ...] (written with
-transformers 5.23.0 and torch 2.13.0). Every parameter is moved away from its initial value, so that
-no forgotten bias or scale goes unseen. What a model computes is taken from the saved files.
+Run with torch and transformers installed: python tests/models/make_golden.py [name ...] (written
+with transformers 5.23.0 and torch 2.13.0). Every parameter is moved away from its initial value, so
+that no forgotten bias or scale goes unseen. What a model computes is taken from the saved files.
 """
 
 import sys

@@ -57,7 +57,9 @@ def test_gradients_of_scan_and_remat_equal_those_of_the_plain_stack():
 
 def test_remat_dots_keeps_products_with_weights():
   def kept(**options):
-    """(arrays as large as the scores, as the stream, as the hidden layer) kept of the scanned blocks."""
+    """(arrays as large as the scores, as the stream, as the hidden layer) kept of the scanned
+    blocks.
+    """
     model = models.ViT(
       width=32,
       depth=5,

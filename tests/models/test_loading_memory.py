@@ -1,4 +1,6 @@
-"""Kernels are coded while they are read: a folder that is too large for memory in full loads in 4 bits."""
+"""Kernels are coded while they are read: a folder that is too large for memory in full loads in 4
+bits.
+"""
 
 import json
 import os

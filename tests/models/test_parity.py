@@ -1,4 +1,6 @@
-"""Live against transformers: our folders open there, and bare models give the same hidden states."""
+"""Live against transformers: our folders open there, and bare models give the same hidden
+states.
+"""
 
 import dataclasses
 

@@ -34,7 +34,9 @@ def size(config, *inputs):
   ),
 )
 def test_t5_has_the_published_size(name, published, paper):
-  """Ladder side-tuning (arXiv:2206.06522) counts the tokenizer's 32,100 words, files hold 32,128 rows."""
+  """Ladder side-tuning (arXiv:2206.06522) counts the tokenizer's 32,100 words, files hold 32,128
+  rows.
+  """
   width, depth, heads, mlp, head = T5[name]
   config = {
     'model_type': 't5',

@@ -35,7 +35,9 @@ def vit(depth=1, **fields):
 
 @pytest.fixture
 def command(config_file, monkeypatch, capsys):
-  """command(*flags) -> (exit code, stdout, stderr) of jpeft.plan on the tiny config, for the CPU."""
+  """command(*flags) -> (exit code, stdout, stderr) of jpeft.plan on the tiny config, for the
+  CPU.
+  """
 
   def called(*flags, target='cpu'):
     monkeypatch.setattr(

@@ -20,7 +20,9 @@ SIDE = fast_if(
 
 
 def halves(model, method, held, args, kwargs=None):
-  """(fn(theta, held, batch), theta, the halves of fn, batch): batch holds the arrays of the call."""
+  """(fn(theta, held, batch), theta, the halves of fn, batch): batch holds the arrays of the
+  call.
+  """
   kwargs = kwargs or {}
   tuned = jpeft.attach(model, method, held, *args, **kwargs)
   theta = jax.tree.map(lambda a: a + 0.1, jax.jit(tuned.init)(jax.random.key(0), held))

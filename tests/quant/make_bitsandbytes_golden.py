@@ -1,7 +1,8 @@
-"""Makes tests/quant/golden/bitsandbytes.npz: what bitsandbytes stores for small matrices, and what it reads back.
+"""Makes tests/quant/golden/bitsandbytes.npz: what bitsandbytes stores for small matrices, and what
+it reads back.
 
-Run with torch and bitsandbytes installed: python tests/quant/make_bitsandbytes_golden.py (written with
-bitsandbytes 0.50.2 and torch 2.13.0, on the CPU).
+Run with torch and bitsandbytes installed: python tests/quant/make_bitsandbytes_golden.py (written
+with bitsandbytes 0.50.2 and torch 2.13.0, on the CPU).
 """
 
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""4-bit formats against published vectors, against bitsandbytes (its golden file) and against GGUF."""
+"""4-bit formats against published vectors, against bitsandbytes (its golden file) and against
+GGUF.
+"""
 
 import hashlib
 import json
@@ -113,8 +115,9 @@ def test_files_of_bitsandbytes_are_read_and_written_bit_by_bit(shape, name):
 @pytest.mark.parametrize('name', FORMATS)
 @pytest.mark.parametrize('shape', SHAPES)
 def test_weights_are_quantized_as_bitsandbytes_does(shape, name):
-  """NF4 byte for byte; of FP4, whose two zeros bitsandbytes itself mixes, the values; of 8-bit scales all but those
-  where its quantizer on the CPU, which has a coarse table, misses the nearest by one."""
+  """NF4 byte for byte; of FP4, whose two zeros bitsandbytes itself mixes, the values; of 8-bit
+  scales all but those where its quantizer on the CPU, which has a coarse table, misses the nearest
+  by one."""
   tensors, _ = held(shape, name)
   mine = to_bitsandbytes(encoded(FORMATS[name], GOLDEN[f'{shape}/w']), 'weight')
   codes, want = nibbles(mine['weight']), nibbles(tensors['weight'])

@@ -92,7 +92,8 @@ def far(got, want) -> float:
 def test_the_output_is_the_same_and_the_gradient_near(name):
   (out, grads, _), (same, near, kept) = both(name)
   np.testing.assert_allclose(same, out, atol=1e-5)
-  # Values in 4 bits of a normal block are off by 0.09 of their spread; a gate multiplies two of them.
+  # Values in 4 bits of a normal block are off by 0.09 of their spread; a gate multiplies two of
+  # them.
   assert far(near, grads) < 0.12 * (2**0.5 if name == 'gated' else 1)
   assert not [x.shape for x in kept if x.dtype == jnp.float32 and x.size >= X.size]
 
@@ -114,7 +115,9 @@ def test_what_a_frozen_mlp_keeps():
 
 
 def test_eight_bits_keep_what_an_activation_reads():
-  """Of a frozen MLP its 4 D values and the D of the input, in 8 bits; scale and least value of each group of 64."""
+  """Of a frozen MLP its 4 D values and the D of the input, in 8 bits; scale and least value of each
+  group of 64.
+  """
   _, (_, _, kept) = both('gelu', wrt=(1,), bits=8)
   n = B * N * D
   assert sum(x.nbytes for x in kept) == 5 * n + 4 * (5 * n // 64)

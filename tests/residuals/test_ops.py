@@ -1,4 +1,6 @@
-"""Few-bit operations: tables against the equations that define them, residuals counted, gradients against numpy."""
+"""Few-bit operations: tables against the equations that define them, residuals counted, gradients
+against numpy.
+"""
 
 import math
 
@@ -207,8 +209,9 @@ def test_norms(centred, dtype):
       dtype
     )
 
-  # A step is a fifteenth of the range of 64 normal numbers, 4.7: the normalised x is off by 4.7 / 15 / sqrt(12) = 9 %,
-  # and so is the gradient of the gain; that of x sees it only through two means; that of the shift does not.
+  # A step is a fifteenth of the range of 64 normal numbers, 4.7: the normalised x is off by 4.7 /
+  # 15 / sqrt(12) = 9 %, and so is the gradient of the gain; that of x sees it only through two
+  # means; that of the shift does not.
   exact = 0.01 if dtype == jnp.bfloat16 else 1e-5
   for got, true, most in zip(
     vjp(g), jax.vjp(plain, x, *rest)[1](g), (0.015, 0.11, exact), strict=False

@@ -1,4 +1,6 @@
-"""Runs on a backbone whose kernels are in 4 bits: what is stored, what stays frozen, what comes out."""
+"""Runs on a backbone whose kernels are in 4 bits: what is stored, what stays frozen, what comes
+out.
+"""
 
 import json
 import math

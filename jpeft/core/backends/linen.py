@@ -159,7 +159,9 @@ def hold(module, name: str, values) -> None:
 
 
 def _taps(root, module) -> dict[str, dict]:
-  """{path: {rule: {name: array}}}, from the root and from the lifted region that the reader is in."""
+  """{path: {rule: {name: array}}}, from the root and from the lifted region that the reader is
+  in.
+  """
   found = {}
   for scope in (root.scope, module.scope.root):
     tree = scope.variables().get('params', {})
@@ -207,7 +209,9 @@ def pure(module, path: str):
 
 
 def layer(module, site, index: int | None):
-  """(fn, arrays, its call): another module of the model `module` is in, one layer of a stack or all."""
+  """(fn, arrays, its call): another module of the model `module` is in, one layer of a stack or
+  all.
+  """
   variables = {}
   for name, tree in module.scope.root.variables().items():
     for key in site.path.split('/'):

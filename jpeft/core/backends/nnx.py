@@ -1,4 +1,6 @@
-"""NNX: boxed values and a class swap per instance, on a fresh merge: the user's model is never touched."""
+"""NNX: boxed values and a class swap per instance, on a fresh merge: the user's model is never
+touched.
+"""
 
 import contextlib
 import contextvars
@@ -198,7 +200,9 @@ def pure(module, path: str):
 
 
 def layer(module, site, index: int | None):
-  """(fn, arrays, its call): another module of the model `module` is in, one layer of a stack or all."""
+  """(fn, arrays, its call): another module of the model `module` is in, one layer of a stack or
+  all.
+  """
   found = next(m for path, m in nnx.iter_modules(_root.get()) if _name(path) == site.path)
   graphdef, state = nnx.split(found)
   state = jax.tree.map(lambda x: site.each(x) if index is None else site.take(x, index), state)

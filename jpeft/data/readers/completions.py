@@ -1,13 +1,14 @@
-"""Texts of one's own to learn to write: JSON-lines files of chats, or of prompts with their completions.
+"""Texts of one's own to learn to write: JSON-lines files of chats, or of prompts with their
+completions.
 
     completions:PATH                    a file: split by a hash of what is asked: 80 % 'train', 20 % 'test'
     completions:FOLDER                  a file for each split: train.jsonl, test.jsonl
     completions:PATH?prompt=question&completion=answer    other names than 'prompt' and 'completion'
     completions:PATH?messages=conversation                another name than 'messages'
 
-A line holds a chat, {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}, or
-a pair, {"prompt": "2 + 2 =", "completion": " 4"}, whose texts are put together as they are. The assistant's messages
-and the completions are what is learnt.
+A line holds a chat, {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant",
+"content": "Hello."}]}, or a pair, {"prompt": "2 + 2 =", "completion": " 4"}, whose texts are put
+together as they are. The assistant's messages and the completions are what is learnt.
 """
 
 import json
@@ -77,7 +78,9 @@ def _messages(where: str, messages) -> list[dict[str, str]]:
 
 
 def _asked(example: dict[str, Any]) -> str:
-  """What comes before the first answer: what the split hangs on, so that equal questions stay together."""
+  """What comes before the first answer: what the split hangs on, so that equal questions stay
+  together.
+  """
   if 'prompt' in example:
     return example['prompt']
   answer = next(i for i, m in enumerate(example['messages']) if i and m['role'] == 'assistant')

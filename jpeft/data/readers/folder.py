@@ -3,8 +3,9 @@
     PATH/<class>/*.png                 split by a hash of the relative path: 80 % 'train', 20 % 'test'
     PATH/<split>/<class>/*.png         where there is PATH/train; the folders beside it are splits as well
 
-Classes are the folder names in alphabetical order. Images are mixed by a hash of their path, so that
-'train[:1000]' holds all classes. Hidden files, and files whose suffix is none of an image, are left out.
+Classes are the folder names in alphabetical order. Images are mixed by a hash of their path, so
+that 'train[:1000]' holds all classes. Hidden files, and files whose suffix is none of an image, are
+left out.
 """
 
 from pathlib import Path
@@ -20,7 +21,8 @@ def folder(path: str) -> Dataset:
 
   Raises:
     FileNotFoundError: no such folder.
-    ValueError: no images in it, or a class that 'train' has not; on reading, a file that is no image.
+    ValueError: no images in it, or a class that 'train' has not; on reading, a file that is no
+      image.
   """
   root = Path(path).expanduser()
   if not root.is_dir():

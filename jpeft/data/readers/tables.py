@@ -6,8 +6,9 @@
     csv:PATH?text=premise&pair=hypothesis   pairs of texts
     csv:PATH?delimiter=;                    another delimiter than a comma (a tab in files named .tsv)
 
-Labels are texts or integers; `classes` has them in alphabetical order, or in that of their value if all are
-integers. Rows are mixed by a hash of their text, so that a file sorted by class can be sliced.
+Labels are texts or integers; `classes` has them in alphabetical order, or in that of their value if
+all are integers. Rows are mixed by a hash of their text, so that a file sorted by class can be
+sliced.
 """
 
 import csv

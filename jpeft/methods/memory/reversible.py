@@ -1,8 +1,9 @@
 """Two streams through coupled layers, whose backward pass makes the inputs again from the outputs.
 
-A layer maps (x1, x2) to y1 = a x1 + f(x2), y2 = b x2 + g(y1), and passes on (y1, y2), or (y2, y1) where streams swap.
-Known (y1, y2), x2 = (y2 - g(y1)) / b and x1 = (y1 - f(x2)) / a: nothing is kept of a layer, however many there are. An
-error of y1 grows by 1 / a and the slope of f a layer; hence streams can be kept every few layers too.
+A layer maps (x1, x2) to y1 = a x1 + f(x2), y2 = b x2 + g(y1), and passes on (y1, y2), or (y2, y1)
+where streams swap. Known (y1, y2), x2 = (y2 - g(y1)) / b and x1 = (y1 - f(x2)) / a: nothing is kept
+of a layer, however many there are. An error of y1 grows by 1 / a and the slope of f a layer; hence
+streams can be kept every few layers too.
 """
 
 import dataclasses
@@ -176,7 +177,9 @@ class Reversible:
   def _backward(
     self, moved, rows, consts, kept: Streams, y: Streams, d: Streams
   ) -> tuple[list, Streams]:
-    """(gradients of the leaves of rows, None where not moved; of the streams before the first layer)."""
+    """(gradients of the leaves of rows, None where not moved; of the streams before the first
+    layer).
+    """
     grads = []
     for i, part in reversed(list(enumerate(self._parts))):
       own = [n for n, flag in enumerate(jax.tree.leaves(moved[i])) if flag]

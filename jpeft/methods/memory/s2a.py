@@ -1,19 +1,23 @@
-"""S2A: little that is trained, and four bits a value for what the backward pass keeps (arXiv 2503.08154).
+"""S2A: little that is trained, and four bits a value for what the backward pass keeps (arXiv
+2503.08154).
 
-A frozen linear layer needs nothing but its own weight to pass a gradient on. What training then keeps are the inputs
-of norms, softmax and activations; S2A keeps those in 4 bits, and trains only what needs no more:
+A frozen linear layer needs nothing but its own weight to pass a gradient on. What training then
+keeps are the inputs of norms, softmax and activations; S2A keeps those in 4 bits, and trains only
+what needs no more:
 
   bias                 b, whose gradient is a sum                                   nothing
   low-rank prompt      x + A B, A [N, r], B [r, D], the same for every example      nothing of x
   lite side module     block(x) + gelu(mean_c(x) W1) W2, W1 [D/c, m], W2 [m, D]     1/c of x, by a mean of c channels
 
-The paper has no public code. Where prompts and side modules stand, their ranks, and how softmax and norms are coded
-are therefore a reconstruction: prompts enter each block with its input, the side module stands beside the block, and
-the defaults train about 0.9 % of a ViT-B, as the paper reports. What is stored how: `jpeft.quant.residuals`. Query,
-key and value are kept in 8 bits rather than 4: the probabilities that are computed from them again double their error.
+The paper has no public code. Where prompts and side modules stand, their ranks, and how softmax and
+norms are coded are therefore a reconstruction: prompts enter each block with its input, the side
+module stands beside the block, and the defaults train about 0.9 % of a ViT-B, as the paper reports.
+What is stored how: `jpeft.quant.residuals`. Query, key and value are kept in 8 bits rather than 4:
+the probabilities that are computed from them again double their error.
 
-The 4-bit storage alone is `packed()`, for any method: chain(lora(8), packed()). It wraps what stands before it in the
-chain, so it comes last. The forward pass is exact; gradients carry the rounding of what was kept.
+The 4-bit storage alone is `packed()`, for any method: chain(lora(8), packed()). It wraps what
+stands before it in the chain, so it comes last. The forward pass is exact; gradients carry the
+rounding of what was kept.
 """
 
 import math
@@ -33,7 +37,8 @@ def packed(
 ) -> Method:
   """Keeps what the backward pass of each block needs in few bits; trains nothing itself.
 
-  What a block writes (caches, running statistics) and what rules before it in the chain tap there is dropped.
+  What a block writes (caches, running statistics) and what rules before it in the chain tap there
+  is dropped.
 
   Args:
     blocks: pattern of the modules whose residuals are compressed, each as a whole.
@@ -76,8 +81,8 @@ def s2a(
     name: in theta.
 
   Raises:
-    ValueError: a hyperparameter outside its range; at `attach`, a block without a stream of features that keeps its
-      shape, or a width that `pool` does not divide.
+    ValueError: a hyperparameter outside its range; at `attach`, a block without a stream of
+      features that keeps its shape, or a width that `pool` does not divide.
   """
   for value, least, what in ((rank, 0, 'rank'), (side, 0, 'side'), (pool, 1, 'pool')):
     if int(value) != value or value < least:

@@ -1,17 +1,18 @@
-"""VeLoRA: of a trained layer's input, one number a group of channels is kept (arXiv 2405.17991, roymiles/VeLoRA).
+"""VeLoRA: of a trained layer's input, one number a group of channels is kept (arXiv 2405.17991,
+roymiles/VeLoRA).
 
-The forward pass is exact. A token x [D] is cut into M groups of s = D / M channels; its backward pass keeps z = x_g v
-of each, v [s] a fixed unit vector, and sees z v in place of the group:
+The forward pass is exact. A token x [D] is cut into M groups of s = D / M channels; its backward
+pass keeps z = x_g v of each, v [s] a fixed unit vector, and sees z v in place of the group:
 
   dx = g W (exact)        dW = scale * sum (z v)^T g
 
-The gradient is biased: z v is the projection of a group on v. Lost is sqrt(1 - sum z^2 / sum x^2) of the input, much
-where its mean is near 0 (behind a norm). v starts random; `directed` sets it to the normalised mean group of the
-first batch, as the paper does, and it stays.
+The gradient is biased: z v is the projection of a group on v. Lost is sqrt(1 - sum z^2 / sum x^2)
+of the input, much where its mean is near 0 (behind a norm). v starts random; `directed` sets it to
+the normalised mean group of the first batch, as the paper does, and it stays.
 
-`velora` trains the kernels of layers this way; `projected(lora(32, targets='{v}|{fc2}'))` does the same for what
-another method multiplies their inputs with. The gain is there only where the input is kept for nothing else: of
-layers that share an input (query, key, value), all have to be treated.
+`velora` trains the kernels of layers this way; `projected(lora(32, targets='{v}|{fc2}'))` does the
+same for what another method multiplies their inputs with. The gain is there only where the input is
+kept for nothing else: of layers that share an input (query, key, value), all have to be treated.
 """
 
 import dataclasses
@@ -36,8 +37,8 @@ def velora(
     name: in theta.
 
   Raises:
-    ValueError: a hyperparameter outside its range; at `attach`, a layer of another form, or one that offers no
-      injection point.
+    ValueError: a hyperparameter outside its range; at `attach`, a layer of another form, or one
+      that offers no injection point.
   """
   kernels = matrix(
     name,

@@ -1,22 +1,25 @@
-"""Prefix tuning and P-tuning v2: learned keys and values in front of those of every attention layer.
+"""Prefix tuning and P-tuning v2: learned keys and values in front of those of every attention
+layer.
 
-Li & Liang, 2021 (arXiv 2101.00190); Liu et al., 2022, "P-Tuning v2" (2110.07602; THUDM/P-tuning-v2). With m
-rows K_p, V_p [m, kv heads, head size] in each layer,
+Li & Liang, 2021 (arXiv 2101.00190); Liu et al., 2022, "P-Tuning v2" (2110.07602;
+THUDM/P-tuning-v2). With m rows K_p, V_p [m, kv heads, head size] in each layer,
 
   out = attention(q, [K_p; K], [V_p; V]) = (1 - l) attention(q, K, V) + l attention(q, K_p, V_p),
 
-l being the share of the softmax that falls on the prefix. Masks and biases are widened: every query sees the
-prefix. The rows are what the attention function takes, behind any rotation by position. Cross attention has
-rows of its own. They start as N(0, 1), as in Hugging Face peft, or as zero; zero keys take a share of the
-softmax too, so the function does not start as the backbone.
+l being the share of the softmax that falls on the prefix. Masks and biases are widened: every query
+sees the prefix. The rows are what the attention function takes, behind any rotation by position.
+Cross attention has rows of its own. They start as N(0, 1), as in Hugging Face peft, or as zero;
+zero keys take a share of the softmax too, so the function does not start as the backbone.
 
-Deviations. The rows are trained directly, the default of P-tuning v2 and of peft: the MLP of prefix tuning,
-over one table for all layers, is a device of training that is dropped afterwards, and would couple what theta
-holds apart layer by layer. Tokens keep their positions 0, 1, ...; libraries that pass the prefix as a cache
-count on from m, and a model with positions must do so itself to run the files that they trained.
+Deviations. The rows are trained directly, the default of P-tuning v2 and of peft: the MLP of prefix
+tuning, over one table for all layers, is a device of training that is dropped afterwards, and would
+couple what theta holds apart layer by layer. Tokens keep their positions 0, 1, ...; libraries that
+pass the prefix as a cache count on from m, and a model with positions must do so itself to run the
+files that they trained.
 
-In the file format of peft, prompt_embeddings [m, 2 * layers * kv heads * head size] holds, viewed as
-[m, 2 * layers, kv heads, head size], the keys of layer i at 2 i and its values at 2 i + 1. Not mergeable.
+In the file format of peft, prompt_embeddings [m, 2 * layers * kv heads * head size] holds, viewed
+as [m, 2 * layers, kv heads, head size], the keys of layer i at 2 i and its values at 2 i + 1. Not
+mergeable.
 """
 
 import jax
@@ -53,12 +56,13 @@ def prefix(
     tokens: m.
     dropout: rate on the entries of the rows.
     init: 'normal' or 'zero'.
-    targets: pattern of the modules that call their own `attention_fn`; others are served where their anatomy
-      has `attend`.
+    targets: pattern of the modules that call their own `attention_fn`; others are served where
+      their anatomy has `attend`.
     name: in theta: {'keys', 'values'}, [m, kv heads, head size] each.
 
   Raises:
-    ValueError: a hyperparameter outside its range; at `attach`, a module that computes attention inline.
+    ValueError: a hyperparameter outside its range; at `attach`, a module that computes attention
+      inline.
   """
   if int(tokens) != tokens or tokens < 0:
     raise ValueError(f'tokens={tokens!r} must be a whole number, at least 0')
@@ -101,7 +105,9 @@ def _heads(site: Site, name: str) -> tuple[int, int]:
 
 
 def _prefixed(attention, rows, tokens: int):
-  """attention(query, key, value, bias, mask, ...) with rows before keys [.., M, heads, size] and values."""
+  """attention(query, key, value, bias, mask, ...) with rows before keys [.., M, heads, size] and
+  values.
+  """
 
   def run(query, key, value, *args, is_causal: bool = False, **kwargs):
     length, batch = key.shape[-3], key.shape[:-3]
@@ -126,7 +132,9 @@ def _causal(queries: int, keys: int, mask) -> jax.Array:
 
 
 def _widened(x, length: int, tokens: int):
-  """A mask or bias [.., M] for `tokens` more keys, which everyone sees; one for all keys as it is."""
+  """A mask or bias [.., M] for `tokens` more keys, which everyone sees; one for all keys as it
+  is.
+  """
   if x is None or x.shape[-1] != length:
     return x
   seen = jnp.full(

@@ -1,22 +1,25 @@
 """Visual prompt tuning: learned tokens among those of a frozen transformer.
 
-Jia et al., 2022 (arXiv 2203.12119); official code KMnP/vpt. With the tokens [cls; patches] and p prompts P,
+Jia et al., 2022 (arXiv 2203.12119); official code KMnP/vpt. With the tokens [cls; patches] and p
+prompts P,
 
   shallow   z_1 = [cls; drop(P); patches] enters the first block, and the prompts travel with the others;
   deep      z_i = [cls; drop(P_i); patches] enters every block, and what it gives at the prompts is dropped.
 
-That is the official replacement of the prompts before the next block, which nothing else ever reads. Entries
-of P start as U(-a, a), a = sqrt(6 / (fan_in + D)), fan_in = 3 * patch height * width: 0.0625 for 16 x 16
-and D = 768. In a model without a patch layer fan_in is D. The function does not start as the backbone.
+That is the official replacement of the prompts before the next block, which nothing else ever
+reads. Entries of P start as U(-a, a), a = sqrt(6 / (fan_in + D)), fan_in = 3 * patch height *
+width: 0.0625 for 16 x 16 and D = 768. In a model without a patch layer fan_in is D. The function
+does not start as the backbone.
 
-The prompts stand behind the leading special tokens that the anatomy counts, first of all where there are none
-(decoders). They leave the sequence before the final norm: read-outs by index stay right, and a mean over
-tokens is a mean over the model's own tokens. The arguments of a block that go with the sequence follow it:
-everyone sees the prompts (masks True, integers one, additive biases zero), the prompts see what the first
-token sees, positions behind them move by p. The contexts of a cross attention stay as they are.
+The prompts stand behind the leading special tokens that the anatomy counts, first of all where
+there are none (decoders). They leave the sequence before the final norm: read-outs by index stay
+right, and a mean over tokens is a mean over the model's own tokens. The arguments of a block that
+go with the sequence follow it: everyone sees the prompts (masks True, integers one, additive biases
+zero), the prompts see what the first token sees, positions behind them move by p. The contexts of a
+cross attention stay as they are.
 
-Deviations. The projection of narrower prompts (off by default in the official code) is left out. The head's
-initial bias of the paper belongs to the head. Not mergeable.
+Deviations. The projection of narrower prompts (off by default in the official code) is left out.
+The head's initial bias of the paper belongs to the head. Not mergeable.
 """
 
 import math
@@ -48,7 +51,8 @@ def vpt_deep(
     name: in theta.
 
   Raises:
-    ValueError: a hyperparameter outside its range; at `attach`, a block that reads no token sequence.
+    ValueError: a hyperparameter outside its range; at `attach`, a block that reads no token
+      sequence.
   """
   _check(tokens, dropout)
 
@@ -69,15 +73,17 @@ def vpt_shallow(
   Args:
     tokens: p.
     dropout: rate on the entries of the prompts.
-    stack: pattern of what the tokens run through, in order. Into the first module it names the prompts enter
-      with the input, out of the last they leave with the output; a module that runs no others (a position
-      embedding, a norm) has them enter behind it and leave before it. By default a module that runs all
-      blocks on its input, or the blocks. Of blocks that are one scanned stack, name what comes before and
-      after them too, such as 'position_embedding|blocks|norm'.
+    stack: pattern of what the tokens run through, in order. Into the first module it names the
+      prompts enter with the input, out of the last they leave with the output; a module that runs
+      no others (a position embedding, a norm) has them enter behind it and leave before it. By
+      default a module that runs all blocks on its input, or the blocks. Of blocks that are one
+      scanned stack, name what comes before and after them too, such as
+      'position_embedding|blocks|norm'.
     name: in theta.
 
   Raises:
-    ValueError: a hyperparameter outside its range; at `attach`, a place where the sequence cannot grow.
+    ValueError: a hyperparameter outside its range; at `attach`, a place where the sequence cannot
+      grow.
   """
   _check(tokens, dropout)
 
@@ -147,7 +153,9 @@ def _prompts(t, call, rate: float):
 
 
 def enter(call, args, kwargs, tokens: int, prompts):
-  """The arguments of a call on a sequence that has prompts; `prompts` is None where they are in already."""
+  """The arguments of a call on a sequence that has prompts; `prompts` is None where they are in
+  already.
+  """
   x = next(iter(call.inputs(*args, **kwargs).values()))
   length = x.shape[1] - (0 if prompts else tokens)
   stream = (lambda x: _insert(call.site, x, prompts(x))) if prompts else lambda x: x
@@ -157,7 +165,9 @@ def enter(call, args, kwargs, tokens: int, prompts):
 
 
 def on_stream(call, args, kwargs, stream, other=lambda name, x: x):
-  """The arguments of a call: stream(x) for the first array, other(name, x) for those that go with it."""
+  """The arguments of a call: stream(x) for the first array, other(name, x) for those that go with
+  it.
+  """
   named = call.inputs(*args, **kwargs)
   names, x = {id(a): name for name, a in named.items()}, next(iter(named.values()))
   put = lambda a: stream(a) if a is x else other(names[id(a)], a) if id(a) in names else a

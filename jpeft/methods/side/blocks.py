@@ -1,4 +1,5 @@
-"""Side blocks: the backbone's own block class at reduced width, or a lean block that any backbone takes.
+"""Side blocks: the backbone's own block class at reduced width, or a lean block that any backbone
+takes.
 
 A side block maps a narrow stream [B, N, d'] to itself. It runs beside the model, never inside it.
 """
@@ -28,8 +29,8 @@ class SideBlock:
 
   Attributes:
     init: (key, s, inputs) -> params, for s [B, N, d'] and the block's further array inputs by name.
-    run: (params, s, inputs, training, key, cache) -> (s, cache): keys and values of the tokens before, where the
-      block keeps them; with None for `cache` nothing is kept.
+    run: (params, s, inputs, training, key, cache) -> (s, cache): keys and values of the tokens
+      before, where the block keeps them; with None for `cache` nothing is kept.
     takes: the names of the array inputs it uses; None for all.
     mixes: whether tokens meet in it.
   """
@@ -93,7 +94,8 @@ def lean(site: Site, heads: int, width: int, causal: bool) -> SideBlock:
   """A `Lean` block for a stream of some width.
 
   Args:
-    site: the backbone's block; of what it is called with, masks are used, and a context if it has one.
+    site: the backbone's block; of what it is called with, masks are used, and a context if it has
+      one.
     heads: see Lean.
     width: of the stream.
     causal: see Lean.

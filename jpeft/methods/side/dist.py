@@ -1,24 +1,27 @@
 """DiST: a thin network over time beside a frozen image encoder that sees every other frame.
 
-Qing et al., 2023, "Disentangling Spatial and Temporal Learning for Efficient Image-to-Video Transfer Learning"
-(arXiv 2309.07911; alibaba-mmai-research/DiST). A clip has T frames; the encoder sees every a-th of them, t = T / a, and
-gives h_l [B, t, 1 + hw, d] behind block l. With X [B, T, h, w, C] and R [B, t, 1 + hw, I], for each block
+Qing et al., 2023, "Disentangling Spatial and Temporal Learning for Efficient Image-to-Video
+Transfer Learning" (arXiv 2309.07911; alibaba-mmai-research/DiST). A clip has T frames; the encoder
+sees every a-th of them, t = T / a, and gives h_l [B, t, 1 + hw, d] behind block l. With X [B, T, h,
+w, C] and R [B, t, 1 + hw, I], for each block
 
   X <- f(X + Conv_space(f(Conv_time(LN X)))),  M = W_l h_l + R,
   X' = X + up(W_c M),  M' = M + [cls; Conv_a(X)],  R <- FFN(LN M') + TFFN(LN M'),  X <- X',
 
-f QuickGELU, up the repetition of each step a times, Conv_a with kernel and stride a in time, TFFN a bottleneck with a
-convolution over time at each place. X begins as a convolution of the pixels over 5 frames and the encoder's patches.
-F = R + M' of the last block; a query per frame attends to F, one per clip to these, in a few layers, and
+f QuickGELU, up the repetition of each step a times, Conv_a with kernel and stride a in time, TFFN a
+bottleneck with a convolution over time at each place. X begins as a convolution of the pixels over
+5 frames and the encoder's patches. F = R + M' of the last block; a query per frame attends to F,
+one per clip to these, in a few layers, and
 
   z = LN(query + W_r mean_t(cls of h_L)) P
 
-is the embedding of the clip, whose cosines with embeddings of texts are the logits (`logits`). Nothing enters the
-encoder's backward pass, and z at the start is not the encoder's.
+is the embedding of the clip, whose cosines with embeddings of texts are the logits (`logits`).
+Nothing enters the encoder's backward pass, and z at the start is not the encoder's.
 
-Frames are folded into the batch: the model is called with images [B T, height, width, 3], the frames of a clip one
-after the other, and the method gives z [B, out]. The published code drops frames behind the patch embedding, this one
-before it: the encoder's states are the same. Its mixing in of the image model's own logits is left out.
+Frames are folded into the batch: the model is called with images [B T, height, width, 3], the
+frames of a clip one after the other, and the method gives z [B, out]. The published code drops
+frames behind the patch embedding, this one before it: the encoder's states are the same. Its mixing
+in of the image model's own logits is left out.
 """
 
 import functools
@@ -60,8 +63,8 @@ def dist(
     name: in theta, at the model itself.
 
   Raises:
-    ValueError: a hyperparameter outside its range; at `attach`, a model without square images and patches and a class
-      token; at the call, images that make no whole clips.
+    ValueError: a hyperparameter outside its range; at `attach`, a model without square images and
+      patches and a class token; at the call, images that make no whole clips.
   """
   for value, what in (
     (frames, 'frames'),
@@ -233,7 +236,9 @@ def _tffn(p, m):
 
 
 def _attended(p, query, tokens, heads: int):
-  """A query [B, 1, I] that has attended to tokens [B, N, I] (one norm serves both), and an MLP of it."""
+  """A query [B, 1, I] that has attended to tokens [B, N, I] (one norm serves both), and an MLP of
+  it.
+  """
   split = lambda x: x.reshape(*x.shape[:-1], heads, -1)
   q, held = layer_norm(p['norm'], query), layer_norm(p['norm'], tokens)
   y = jax.nn.dot_product_attention(

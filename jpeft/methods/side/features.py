@@ -1,11 +1,11 @@
 """A linear head over features from many places, and the selection of the features that it needs.
 
-A head over concatenated features is a sum of products: each place adds its own, phi_i W_i, where the features
-are made, so that no list of features is carried to the head and stacked layers stay stacked. theta holds beside
-each W_i [F_i, C] a fixed mask `keep` [F_i], ones at first.
+A head over concatenated features is a sum of products: each place adds its own, phi_i W_i, where
+the features are made, so that no list of features is carried to the head and stacked layers stay
+stacked. theta holds beside each W_i [F_i, C] a fixed mask `keep` [F_i], ones at first.
 
-Selection has two stages: train with `group_lasso` in the loss, then `select` the features whose weights are
-largest and train a fresh head on those.
+Selection has two stages: train with `group_lasso` in the loss, then `select` the features whose
+weights are largest and train a fresh head on those.
 """
 
 import jax
@@ -86,14 +86,17 @@ def head_method(name: str, head: str, std, bias: float = 0.0, norm: bool = True)
 
 
 def group_lasso(t) -> jax.Array:
-  """The sum over features of the length of their row of weights; t is theta[name], [.., F, C] a kernel."""
+  """The sum over features of the length of their row of weights; t is theta[name], [.., F, C] a
+  kernel.
+  """
   squares = [jnp.square(s['kernel']).sum(-1) for s in t.values()]
   # The root has no slope at zero, where a row that the penalty has emptied must stay.
   return sum(jnp.where(s > 0, jnp.sqrt(jnp.where(s > 0, s, 1)), 0).sum() for s in squares)
 
 
 def select(t, fraction: float, fresh) -> dict:
-  """theta of the second stage: the head of `fresh`, the features that the weights of `t` are largest on.
+  """theta of the second stage: the head of `fresh`, the features that the weights of `t` are
+  largest on.
 
   Args:
     t: theta[name], trained.

@@ -1,14 +1,15 @@
 """Head2Toe: a linear head over pooled activations from everywhere in the frozen backbone.
 
-Evci et al., 2022 (arXiv 2201.03529; google-research/head2toe). Each activation [B, N, c] or [B, h, w, c] is
-averaged to about `target` values an example: over all places if c >= target; else over windows of
-floor(N / (target / c)) tokens, or of (w // floor(sqrt(target / c))) pixels squared. All of them, flattened, and
-the model's own feature are read by one linear layer. Trained with `group_lasso` in the loss, the features of the
-largest weights are kept by `select`, and a fresh head is trained on those.
+Evci et al., 2022 (arXiv 2201.03529; google-research/head2toe). Each activation [B, N, c] or [B, h,
+w, c] is averaged to about `target` values an example: over all places if c >= target; else over
+windows of floor(N / (target / c)) tokens, or of (w // floor(sqrt(target / c))) pixels squared. All
+of them, flattened, and the model's own feature are read by one linear layer. Trained with
+`group_lasso` in the loss, the features of the largest weights are kept by `select`, and a fresh
+head is trained on those.
 
-Deviations. Which activations those are is a pattern; its default, what embedding, attention and MLPs give and the
-final norm, leaves out what enters the attention. Windows that do not divide the extent drop the rest, as a
-pooling without padding does.
+Deviations. Which activations those are is a pattern; its default, what embedding, attention and
+MLPs give and the final norm, leaves out what enters the attention. Windows that do not divide the
+extent drop the rest, as a pooling without padding does.
 """
 
 import math
@@ -41,7 +42,8 @@ def head2toe(
     name: in theta: {'kernel': [F, C], 'keep': [F]} of each module, 'bias' of the head.
 
   Raises:
-    ValueError: a hyperparameter outside its range; at `attach`, a model that does not give one prediction an example.
+    ValueError: a hyperparameter outside its range; at `attach`, a model that does not give one
+      prediction an example.
   """
   if target < 1:
     raise ValueError(f'head2toe: target={target} must be at least 1')

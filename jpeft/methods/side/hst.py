@@ -1,25 +1,31 @@
-"""Hierarchical side-tuning: a four-stage pyramid beside a plain ViT, for classification and dense prediction.
+"""Hierarchical side-tuning: a four-stage pyramid beside a plain ViT, for classification and dense
+prediction.
 
-Lin et al., 2023 (arXiv 2310.05393; AFeng-x/HST). Every backbone block i gets a trained token e_i, which takes part in
-its attention and leaves with what it became, G_i; V_i are the patches behind the block. Stage j, of width C_j and at
-stride 4 2^j, owns a quarter of the blocks, and runs for each of them
+Lin et al., 2023 (arXiv 2310.05393; AFeng-x/HST). Every backbone block i gets a trained token e_i,
+which takes part in its attention and leaves with what it became, G_i; V_i are the patches behind
+the block. Stage j, of width C_j and at stride 4 2^j, owns a quarter of the blocks, and runs for
+each of them
 
   g = LN_i(T_j G_i),  f = resize(T_j V_i) to the stage's grid,  K = [g; mean of f]
   x <- x + Attention(LN(x), K, K),  x <- x + f,  x <- x + MLP(LN(x)).
 
-T_j is shared by the stage. The stem (3x3 and 2x2 convolutions of stride 2) reads the images, 3x3 convolutions of stride
-2 stand between stages, a LayerNorm ends each. The maps behind it are what dense heads read; the classifier reads the
-mean of the last. The scales and shifts of the backbone's block norms are trained as well.
+T_j is shared by the stage. The stem (3x3 and 2x2 convolutions of stride 2) reads the images, 3x3
+convolutions of stride 2 stand between stages, a LayerNorm ends each. The maps behind it are what
+dense heads read; the classifier reads the mean of the last. The scales and shifts of the backbone's
+block norms are trained as well.
 
-What crosses the backbone: everything. e_i and the norms sit inside it, so that the backward pass runs through all
-blocks. HST saves parameters and optimizer state, not activations; use remat on the backbone for those.
+What crosses the backbone: everything. e_i and the norms sit inside it, so that the backward pass
+runs through all blocks. HST saves parameters and optimizer state, not activations; use remat on the
+backbone for those.
 
-`output='segmentation'` is a semantic FPN on the maps (Kirillov et al., 2019, arXiv 1901.02446): 1x1 lateral maps, each
-level added to the finer one, a 3x3 convolution a level, all resized to stride 4 and added, 1x1 to the classes.
+`output='segmentation'` is a semantic FPN on the maps (Kirillov et al., 2019, arXiv 1901.02446): 1x1
+lateral maps, each level added to the finer one, a 3x3 convolution a level, all resized to stride 4
+and added, 1x1 to the classes.
 
-Deviations. Batch norm in stem and head would carry running statistics: LayerNorm over channels stands there, with
-as many parameters. The patches go through T_j before they are resized, the same numbers at a fraction of the memory.
-e_i stands behind the model's special tokens, not before them, which no attention tells. The dense head is ours.
+Deviations. Batch norm in stem and head would carry running statistics: LayerNorm over channels
+stands there, with as many parameters. The patches go through T_j before they are resized, the same
+numbers at a fraction of the memory. e_i stands behind the model's special tokens, not before them,
+which no attention tells. The dense head is ours.
 """
 
 import functools
@@ -58,8 +64,8 @@ def hst(
     widths: C_j of the four stages.
     heads: of each stage's attention.
     depths: how many blocks each stage owns; None for a quarter each.
-    output: what the model returns: 'logits' [B, C], 'maps', a tuple of [B, H / s, W / s, C_j] at strides s of
-      4, 8, 16 and 32, or 'segmentation', logits [B, H / 4, W / 4, classes].
+    output: what the model returns: 'logits' [B, C], 'maps', a tuple of [B, H / s, W / s, C_j] at
+      strides s of 4, 8, 16 and 32, or 'segmentation', logits [B, H / 4, W / 4, classes].
     classes: of 'segmentation'.
     fpn_width: channels of its pyramid.
     drop_path: rate at which a side branch is left out for an example.
@@ -70,8 +76,8 @@ def hst(
     name: in theta.
 
   Raises:
-    ValueError: a hyperparameter outside its range; at `attach`, a model that reads no images [B, H, W, channels] or
-      whose patches are no grid.
+    ValueError: a hyperparameter outside its range; at `attach`, a model that reads no images [B, H,
+      W, channels] or whose patches are no grid.
   """
   if output not in OUTPUTS:
     raise ValueError(f'hst: output={output!r} is none of {", ".join(map(repr, OUTPUTS))}')
@@ -208,7 +214,9 @@ def hst(
 
 
 def _side_block(t, bridge, x, token, patches, *, heads, rate, key, grid):
-  """x [B, h, w, C] after one side block; token [B, 1, d] and patches [B, N, d] are the backbone's."""
+  """x [B, h, w, C] after one side block; token [B, 1, d] and patches [B, N, d] are the
+  backbone's.
+  """
   b, h, w, c = x.shape
   f = resize(linear(bridge, patches).reshape(b, *grid, c), (h, w)).reshape(b, h * w, c)
   keys = jnp.concatenate(

@@ -45,7 +45,9 @@ class Ladder(Stack):
 
   @functools.cached_property
   def specs(self) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a side block's inputs: the stream first, then what the backbone's block is called with."""
+    """Shapes of a side block's inputs: the stream first, then what the backbone's block is called
+    with.
+    """
     block, anatomy = self.stack[0], self.site.model.anatomy
     first, *others = block.inputs
     narrow = lambda x: jax.ShapeDtypeStruct((*x.shape[:-1], self.narrow), x.dtype)
@@ -237,7 +239,8 @@ class Ladder(Stack):
   ) -> jax.Array:
     """The stream after all side blocks and the norm behind them, [B, N, d'].
 
-    Where the model's collection 'cache' is mutable, side blocks that keep keys and values keep them there too.
+    Where the model's collection 'cache' is mutable, side blocks that keep keys and values keep them
+    there too.
 
     Args:
       call: of the exit.

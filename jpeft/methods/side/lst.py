@@ -70,10 +70,11 @@ def lst(
     prune: initial weights of own side blocks cut from the backbone: 'magnitude', or scores like the
       backbone's weights (`fisher`); None for a random start.
     dropout: on x_0.
-    remat: recompute the side blocks in the backward pass: some percent more FLOPs for a fraction of the memory.
+    remat: recompute the side blocks in the backward pass: some percent more FLOPs for a fraction of
+      the memory.
     std: of the initial projections.
-    normalize: bring each state to mean 0 and variance 1 over its features before it is projected. The stream grows
-      from block to block, so that late states drown early ones; not in the paper.
+    normalize: bring each state to mean 0 and variance 1 over its features before it is projected.
+      The stream grows from block to block, so that late states drown early ones; not in the paper.
     blocks: pattern of the backbone's blocks.
     exit: pattern of the module whose output is the last hidden state, one for each stack.
     name: in theta.
@@ -205,14 +206,17 @@ def side_tuning(
   exit: str = '{exit}',
   name: str = 'side_tuning',
 ) -> Method:
-  """Side-tuning: s(a) B(x) + (1 - s(a)) S(x) of a frozen backbone B and a small network S, s the sigmoid.
+  """Side-tuning: s(a) B(x) + (1 - s(a)) S(x) of a frozen backbone B and a small network S, s the
+  sigmoid.
 
-  Zhang et al., 2020 (arXiv 1912.13503; jozhang97/side-tuning). S is a ladder whose rungs are cut, as the LST
-  paper compares with it: it reads the embeddings x_0 and no state of the backbone. theta holds -a as `merge`,
-  from 0 on; a scalar, it is not decayed. `prune` starts S as a shrunken copy of B.
+  Zhang et al., 2020 (arXiv 1912.13503; jozhang97/side-tuning). S is a ladder whose rungs are cut,
+  as the LST paper compares with it: it reads the embeddings x_0 and no state of the backbone. theta
+  holds -a as `merge`, from 0 on; a scalar, it is not decayed. `prune` starts S as a shrunken copy
+  of B.
 
   Args:
-    reduction, block, heads, layers, prune, remat, blocks, exit: see `lst`; a side block for each of `layers`.
+    reduction, block, heads, layers, prune, remat, blocks, exit: see `lst`; a side block for each of
+      `layers`.
     temperature: T of s(a / T); 1 as published, 0.1 in the LST paper's comparison.
     name: in theta.
   """

@@ -1,9 +1,9 @@
 """Structural pruning: narrow blocks cut out of a backbone's own weights.
 
 Sung et al., 2022 (arXiv 2206.06522), after the structural pruning of Li et al., 2017 (arXiv
-1608.08710): the rows of each matrix with the largest scores are kept, in forward order, and what one
-matrix keeps of its output is what the next keeps of its input. Indices of the residual stream are
-not tied between layers.
+1608.08710): the rows of each matrix with the largest scores are kept, in forward order, and what
+one matrix keeps of its output is what the next keeps of its input. Indices of the residual stream
+are not tied between layers.
 """
 
 import dataclasses
@@ -103,7 +103,9 @@ def prune_block(
 
 
 def _groups(sites: list[Site]) -> list[list[Site]]:
-  """Sites in forward order; those that share rows (q, k and v; the two halves of a gated unit) as one."""
+  """Sites in forward order; those that share rows (q, k and v; the two halves of a gated unit) as
+  one.
+  """
   groups: list[list[Site]] = []
   for site in sites:
     anatomy, mate = site.model.anatomy, groups[-1][-1] if groups else None

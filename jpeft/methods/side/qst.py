@@ -1,12 +1,14 @@
-"""Quantized side tuning: a narrow decoder beside a frozen 4-bit one, blended with its last state before the head.
+"""Quantized side tuning: a narrow decoder beside a frozen 4-bit one, blended with its last state
+before the head.
 
-Zhang et al., 2024, "Quantized Side Tuning: Fast and Memory-Efficient Tuning of Quantized Large Language Models"
-(arXiv 2401.07159; YouAreSpecialToMe/QST). With h_0 the embeddings and h_i the residual stream after block i,
+Zhang et al., 2024, "Quantized Side Tuning: Fast and Memory-Efficient Tuning of Quantized Large
+Language Models" (arXiv 2401.07159; YouAreSpecialToMe/QST). With h_0 the embeddings and h_i the
+residual stream after block i,
 
   s <- Dn_1 h_0;  for each side layer i:  s <- z_i s + (1 - z_i) Dn_i h_i,  s <- SideBlock_i(s);  u = U norm(s) + b,
 
-z_i = sigmoid(g_i) a channel. Dn_1 is used twice. The frozen head reads a blend of u and the backbone's own last
-state h, with one weight a channel:
+z_i = sigmoid(g_i) a channel. Dn_1 is used twice. The frozen head reads a blend of u and the
+backbone's own last state h, with one weight a channel:
 
   'alpha'     a h + (1 - a) u               the paper's; a starts at 1: exactly the backbone
   'code'      s(a) h + (1 - s(a)) u         the released LLaMA code, s the sigmoid; s(1) = 0.731
@@ -20,10 +22,11 @@ Dn is one of
   'avg'       means over groups of r neighbouring channels: no parameters, and taken before anything is stored
   'max'       the same with maxima
 
-Deviations. The paper's a is read as one number a channel in all blends, as both codes have it. Side blocks keep the
-backbone's own rotary positions, where the code sets their base to 10000. The LayerNorm behind 'lora' and 'linear' is
-that of 'adapter'; the paper's tables do not say. The code's dropout and `scaling` do nothing, and are left out. As
-`blend`, theta holds a, and for 'alpha' 1 - a.
+Deviations. The paper's a is read as one number a channel in all blends, as both codes have it. Side
+blocks keep the backbone's own rotary positions, where the code sets their base to 10000. The
+LayerNorm behind 'lora' and 'linear' is that of 'adapter'; the paper's tables do not say. The code's
+dropout and `scaling` do nothing, and are left out. As `blend`, theta holds a, and for 'alpha' 1 -
+a.
 """
 
 import functools
@@ -38,7 +41,8 @@ from ..subset.tune import NONE
 from .ladder import Ladder
 from .stack import record
 
-# The share of u, from what theta holds: a, but 1 - a in 'alpha', lest bfloat16 rounds what is near 1 to 1.
+# The share of u, from what theta holds: a, but 1 - a in 'alpha', lest bfloat16 rounds what is near
+# 1 to 1.
 SHARES = {'alpha': lambda b: b, 'code': lambda a: jax.nn.sigmoid(-a), 'code_opt': jax.nn.sigmoid}
 POOLS = {'avg': jnp.mean, 'max': jnp.max}
 DOWNSAMPLES = ('adapter', 'lora', 'linear', *POOLS)
@@ -61,7 +65,8 @@ def qst(
   exit: str = '{exit}',
   name: str = 'qst',
 ) -> Method:
-  """Quantized side tuning (arXiv 2401.07159). `train` and `plan` store the backbone as NF4 with double quantization.
+  """Quantized side tuning (arXiv 2401.07159). `train` and `plan` store the backbone as NF4 with
+  double quantization.
 
   Args:
     reduction: r; the side network is as wide as the backbone divided by r.
@@ -70,11 +75,13 @@ def qst(
     blend: 'alpha', 'code' or 'code_opt', see above.
     alpha_init: a at the start; with 'alpha', 1 is exactly the backbone.
     gate_init: g at the start; sigmoid(0.5) = 0.622.
-    block: 'own' for the backbone's block class at reduced width (Linen), 'attention' for a lean block with `heads`
-      heads, 'mlp' for one without attention; 'auto' is 'own' where it works, else 'attention'.
+    block: 'own' for the backbone's block class at reduced width (Linen), 'attention' for a lean
+      block with `heads` heads, 'mlp' for one without attention; 'auto' is 'own' where it works,
+      else 'attention'.
     heads: of the lean block.
     layers: the backbone layers that have a side block; None for all.
-    normalize: bring each state to mean 0 and variance 1 over its channels before Dn; not in the paper.
+    normalize: bring each state to mean 0 and variance 1 over its channels before Dn; not in the
+      paper.
     remat: recompute the side blocks in the backward pass.
     blocks: pattern of the backbone's blocks.
     exit: pattern of the module whose output the head reads, one for each stack.

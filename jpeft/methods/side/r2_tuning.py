@@ -1,26 +1,29 @@
-"""R2-Tuning: one small block walks a frozen image encoder's last layers, from the deepest up, for moments in videos.
+"""R2-Tuning: one small block walks a frozen image encoder's last layers, from the deepest up, for
+moments in videos.
 
-Liu et al., 2024, "R2-Tuning: Efficient Image-to-Video Transfer Learning for Video Temporal Grounding"
-(arXiv 2404.00801; yeliudev/R2-Tuning). The last k states of the image encoder, frame by frame, and of a text encoder
-are mapped to width D: V_i [B T, P, D], Q_i [B, L, D]. From the deepest, i = k - 1, to i = 0, with weights shared by all
+Liu et al., 2024, "R2-Tuning: Efficient Image-to-Video Transfer Learning for Video Temporal
+Grounding" (arXiv 2404.00801; yeliudev/R2-Tuning). The last k states of the image encoder, frame by
+frame, and of a text encoder are mapped to width D: V_i [B T, P, D], Q_i [B, L, D]. From the
+deepest, i = k - 1, to i = 0, with weights shared by all
 
   A = softmax((W_q Q_i)(W_v V_i)' / sqrt D) over patches,  o = max over words of (A V_i + Q_i)
   e = cls(V_i) + tanh(s_i) o,  e <- s(g_i) e + (1 - s(g_i)) last  (i < k - 1),  last <- Decoder(e, Q_i)
 
-the decoder attending to the words, then along time, then an MLP. `last` [B, T, D] feeds a pyramid of halved rates, a
-score and two boundaries at each of its points. s = g = 0 at first: no word counts, layers mix in equal parts.
+the decoder attending to the words, then along time, then an MLP. `last` [B, T, D] feeds a pyramid
+of halved rates, a score and two boundaries at each of its points. s = g = 0 at first: no word
+counts, layers mix in equal parts.
 
-Frames are folded into the batch: the model is called with images [B T, height, width, 3], frames of a video one after
-the other, and `tuned.apply` takes beside them
+Frames are folded into the batch: the model is called with images [B T, height, width, 3], frames of
+a video one after the other, and `tuned.apply` takes beside them
 
   query       [B, k, L, d_text], the last k states of the text encoder, the deepest last, frozen
   query_mask  [B, L], True for words (optional: all), and frame_mask [B, T] likewise
 
-and gives {'last': [B, T, D], 'cls': [B, k, T, D] the class tokens of V, 'query': [B, k, D] the words of Q pooled by
-weights that are trained, 'score': [B, T_s, 1] and 'boundary': [B, T_s, 2] a level}. Nothing enters the encoders'
-backward pass. Losses, targets and the choice of moments belong to the task: `points` gives the places and ranges that
-targets need; moments are compared with query[:, 0]. The words' mask acts in the decoder and in the pooled query alone,
-as published.
+and gives {'last': [B, T, D], 'cls': [B, k, T, D] the class tokens of V, 'query': [B, k, D] the
+words of Q pooled by weights that are trained, 'score': [B, T_s, 1] and 'boundary': [B, T_s, 2] a
+level}. Nothing enters the encoders' backward pass. Losses, targets and the choice of moments belong
+to the task: `points` gives the places and ranges that targets need; moments are compared with
+query[:, 0]. The words' mask acts in the decoder and in the pooled query alone, as published.
 """
 
 import math
@@ -67,8 +70,8 @@ def r2_tuning(
     name: in theta, at the model itself.
 
   Raises:
-    ValueError: a hyperparameter outside its range; at `attach`, fewer states than are asked for; at the call, images
-      that make no whole videos or a query of another shape.
+    ValueError: a hyperparameter outside its range; at `attach`, fewer states than are asked for; at
+      the call, images that make no whole videos or a query of another shape.
   """
   for value, what in ((frames, 'frames'), (states, 'states'), (width, 'width'), (heads, 'heads')):
     if int(value) != value or value < 1:
@@ -188,8 +191,8 @@ def r2_tuning(
 def points(
   frames: int, strides: Sequence[int] = (1, 2, 4, 8)
 ) -> list[dict[str, jax.Array | tuple[float, float]]]:
-  """Of each level of the pyramid: where its points lie, 'at' [T_s], in frames, and the 'range' of boundaries, in
-  frames, that are theirs to tell."""
+  """Of each level of the pyramid: where its points lie, 'at' [T_s], in frames, and the 'range' of
+  boundaries, in frames, that are theirs to tell."""
   before = [0, *strides[1:]]
   after = [*strides[1:], math.inf]
   return [

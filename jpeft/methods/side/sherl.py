@@ -1,24 +1,27 @@
-"""SHERL: states of the frozen backbone are merged, and the merged one goes through the last frozen block.
+"""SHERL: states of the frozen backbone are merged, and the merged one goes through the last frozen
+block.
 
-Diao et al., 2024, "SHERL: Synthesizing High Accuracy and Efficient Memory for Resource-Limited Transfer Learning"
-(arXiv 2407.07523; Paranioar/SHERL). With h_1 .. h_n [B, N, d] the embeddings and the outputs of some blocks before
-the last one, n the deepest, everything a token alone:
+Diao et al., 2024, "SHERL: Synthesizing High Accuracy and Efficient Memory for Resource-Limited
+Transfer Learning" (arXiv 2407.07523; Paranioar/SHERL). With h_1 .. h_n [B, N, d] the embeddings and
+the outputs of some blocks before the last one, n the deepest, everything a token alone:
 
   u_i = Down_i h_i                          gated: r = ReLU(W1 h), (W2 r + r) * s(W3 r); norm: LN(W h)
   R_i = sum_j ReLU(cos(u_i, u_j)),  a_i = L1_i(ReLU(w . (u_i * u_n)) / R_i),  v = sum_i a_i u_i + u_n     i, j < n
   x = Up ReLU(v) + tanh(g / T) h_last,  out = Norm(LastBlock(x))
 
-linear: Up x = W x; norm: Up x = LN(W x). g starts at 0, so that at first the last block sees the merged state
-alone; Norm is new and trained, where the backbone has a norm behind its blocks.
+linear: Up x = W x; norm: Up x = LN(W x). g starts at 0, so that at first the last block sees the
+merged state alone; Norm is new and trained, where the backbone has a norm behind its blocks.
 
-What crosses the backbone. The backward pass runs through one frozen block, the last, with respect to its input;
-the states before it are constants. What it keeps: that block's inside, the states (inputs of the W1), and n
-projections of width m, whatever the depth. The block runs twice, once as the backbone's own.
+What crosses the backbone. The backward pass runs through one frozen block, the last, with respect
+to its input; the states before it are constants. What it keeps: that block's inside, the states
+(inputs of the W1), and n projections of width m, whatever the depth. The block runs twice, once as
+the backbone's own.
 
-In an encoder-decoder the encoder is not entered again: its merged states (the last block's among them, h_last is
-what leaves that) are a second memory, which the last decoder block alone attends to, run again on the decoder's x.
-The earlier ones read the frozen encoder. T5 uses 'gated' and 'linear', the text tower of VSE infinity 'norm' and
-'norm'. The applications on feature maps, and CLIP4Clip's, which enters no block again, are left out.
+In an encoder-decoder the encoder is not entered again: its merged states (the last block's among
+them, h_last is what leaves that) are a second memory, which the last decoder block alone attends
+to, run again on the decoder's x. The earlier ones read the frozen encoder. T5 uses 'gated' and
+'linear', the text tower of VSE infinity 'norm' and 'norm'. The applications on feature maps, and
+CLIP4Clip's, which enters no block again, are left out.
 """
 
 import functools
@@ -58,8 +61,8 @@ def sherl(
     width: m itself.
     down: 'gated' or 'norm'.
     up: 'linear' or 'norm'.
-    layers: the layers whose outputs are merged, None for all; the last counts in an encoder alone that feeds a
-      decoder. The embeddings always are.
+    layers: the layers whose outputs are merged, None for all; the last counts in an encoder alone
+      that feeds a decoder. The embeddings always are.
     temperature: T.
     dropout: rate on what is merged, after Up.
     std: of the initial weights of 'gated' and 'linear'.
@@ -69,8 +72,8 @@ def sherl(
     name: in theta.
 
   Raises:
-    ValueError: a hyperparameter outside its range; at `attach`, a model without one stream of tokens, or whose
-      only block is the last.
+    ValueError: a hyperparameter outside its range; at `attach`, a model without one stream of
+      tokens, or whose only block is the last.
   """
   for value, choices, what in ((down, DOWNS, 'down'), (up, UPS, 'up')):
     if value not in choices:
@@ -149,7 +152,9 @@ def sherl(
     return put_first(y, v if net.wraps_blocks else norm(t['norm'], v))
 
   def also(site, inputs):
-    """What the last block is called with beside the stream, but a context, which is the side network's."""
+    """What the last block is called with beside the stream, but a context, which is the side
+    network's.
+    """
     return {n: a for n, a in list(inputs.items())[1:] if _inputs(site).get(n) != 'context'}
 
   return chain(
@@ -159,7 +164,9 @@ def sherl(
 
 
 def merged(t, u: jax.Array) -> jax.Array:
-  """v [B, N, m] of the projections u [n, B, N, m], the deepest last; t is the linear map of the scores."""
+  """v [B, N, m] of the projections u [n, B, N, m], the deepest last; t is the linear map of the
+  scores.
+  """
   shallow, deep = u[:-1].astype(jnp.float32), u[-1].astype(jnp.float32)
   square = jnp.sum(jnp.square(shallow), -1, keepdims=True)
   direction = shallow * jax.lax.rsqrt(jnp.maximum(square, 1e-12))

@@ -1,4 +1,6 @@
-"""What the side methods share: which blocks feed a side network, what is recorded of them, and how it is read."""
+"""What the side methods share: which blocks feed a side network, what is recorded of them, and how
+it is read.
+"""
 
 import dataclasses
 import functools
@@ -17,8 +19,8 @@ from ..subset.tune import NONE
 class Stack:
   """The blocks before one exit, and how to read what was recorded of them.
 
-  State 0 is the embeddings x_0, state i the residual stream after i blocks; taps hold the input of each
-  block, so that all but the last state are one record, and the last is the exit's own.
+  State 0 is the embeddings x_0, state i the residual stream after i blocks; taps hold the input of
+  each block, so that all but the last state are one record, and the last is the exit's own.
 
   Attributes:
     site: the exit, whose output is the stack's last hidden state.
@@ -164,14 +166,15 @@ class Stack:
     return self.scan(lambda s, layer: (step(s, layer), None), s, layers)[0]
 
   def scan(self, step, s, layers: dict) -> tuple[Any, Any]:
-    """(s after all layers, what each gave beside it, stacked) of step(s, layer) -> (s, more), as one scan, beside
-    unrolled blocks too: what it keeps is then stored once and narrow, where XLA would hold that of many layers at a
-    time, and it compiles once.
+    """(s after all layers, what each gave beside it, stacked) of step(s, layer) -> (s, more), as
+    one scan, beside unrolled blocks too: what it keeps is then stored once and narrow, where XLA
+    would hold that of many layers at a time, and it compiles once.
 
     Args:
       step: (s, layer) -> (s, more).
       s: what is carried, such as the stream.
-      layers: a tree of stacked arrays, or of lists by layer; a list of one and the same array is not stacked.
+      layers: a tree of stacked arrays, or of lists by layer; a list of one and the same array is
+        not stacked.
     """
     is_list = lambda x: isinstance(x, list)
     rows, tree = jax.tree.flatten(layers, is_leaf=is_list)
@@ -184,7 +187,9 @@ class Stack:
     return jax.lax.scan(body, s, rows)
 
   def last(self, call_input: jax.Array, out: jax.Array) -> jax.Array:
-    """The last state, from what the exit is called with and what it returns; no gradient crosses it."""
+    """The last state, from what the exit is called with and what it returns; no gradient crosses
+    it.
+    """
     return jax.lax.stop_gradient(out if self.wraps_blocks else call_input)
 
 
@@ -206,7 +211,8 @@ def record(
     wide = next(iter(inputs.values()))
     kept = keep(wide)
     if kept.shape != wide.shape and not call.site.axes and args and isinstance(args[0], jax.Array):
-      # The block waits for it, lest XLA narrows after the last block and keeps all wide taps until then.
+      # The block waits for it, lest XLA narrows after the last block and keeps all wide taps until
+      # then.
       kept, first = jax.lax.optimization_barrier((kept, args[0]))
       args = (first, *args[1:])
     call.tap(x=kept, **also(call.site, inputs))
@@ -216,7 +222,9 @@ def record(
 
 
 def _still(x: jax.Array) -> jax.Array:
-  """x without gradient; what has none, such as a mask that all blocks share, stays the very same array."""
+  """x without gradient; what has none, such as a mask that all blocks share, stays the very same
+  array.
+  """
   return jax.lax.stop_gradient(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
 
@@ -228,12 +236,13 @@ def around(name: str, blocks: str, exit: str, init, apply, takes: tuple[str, ...
     blocks: pattern of the blocks.
     exit: pattern of the module that their output goes to, one in the model.
     init: (net, key, site, arrays) -> t, site being the model itself.
-    apply: (t, net, run, call, *args, **kwargs) -> out; run(*args, **kwargs) runs the model, frozen, and gives
-      (what the blocks recorded, the last state) for `net`, the stack.
+    apply: (t, net, run, call, *args, **kwargs) -> out; run(*args, **kwargs) runs the model, frozen,
+      and gives (what the blocks recorded, the last state) for `net`, the stack.
     takes: keyword arguments of `apply` that the model does not have.
 
   Raises:
-    ValueError: at `attach`, the model has another number of exits than one, or blocks without one stream of tokens.
+    ValueError: at `attach`, the model has another number of exits than one, or blocks without one
+      stream of tokens.
   """
 
   @functools.lru_cache(maxsize=256)

@@ -1,13 +1,15 @@
-"""UniPT: every state of the frozen backbone is projected and aligned to the last one, and a gate weighs them.
+"""UniPT: every state of the frozen backbone is projected and aligned to the last one, and a gate
+weighs them.
 
-Diao et al., 2024, "UniPT: Universal Parallel Tuning for Transfer Learning with Efficient Parameter and Memory"
-(arXiv 2308.14316; Paranioar/UniPT). With the states h_i [B, N, d], i = 0 the embeddings, L the last, of width m:
+Diao et al., 2024, "UniPT: Universal Parallel Tuning for Transfer Learning with Efficient Parameter
+and Memory" (arXiv 2308.14316; Paranioar/UniPT). With the states h_i [B, N, d], i = 0 the
+embeddings, L the last, of width m:
 
   p_i = LN(W_i h_i),  Q = p_L,  A_i = L1(ReLU(Q p_i^T) M) + I  over keys,  t_i = A_i p_i              i < L
   c_i = w . (mean Q * mean p_i),  w_i = softmax over i,  out = Up(Q + Proj(sum_i w_i t_i))
 
-M is the mask of the model: it multiplies scores, which is right since nothing is exponentiated. No layer
-reads another, and no gradient enters the backbone.
+M is the mask of the model: it multiplies scores, which is right since nothing is exponentiated. No
+layer reads another, and no gradient enters the backbone.
 
   form        W_i                Q                          Proj                                Up
   tokens      linear, LN         state L                    linear, ReLU, linear, LN            linear
@@ -15,17 +17,19 @@ reads another, and no gradient enters the backbone.
   global      ReLU, linear       ReLU, linear of the        none                                ReLU, linear, added
                                  pooled embedding [B, e]                                        to the embedding
 
-'tokens' is what the authors run for CLIP-ViL (Proj is as wide as the backbone inside), 'retrieval' for the text
-tower of VSE infinity, `unipt_global` for CLIP4Clip, where state L is one of the aligned ones and the layer's own class
-token is added in the place of I. The first two replace the output of the exit, the third that of the module that
-makes the embedding.
+'tokens' is what the authors run for CLIP-ViL (Proj is as wide as the backbone inside), 'retrieval'
+for the text tower of VSE infinity, `unipt_global` for CLIP4Clip, where state L is one of the
+aligned ones and the layer's own class token is added in the place of I. The first two replace the
+output of the exit, the third that of the module that makes the embedding.
 
-In an encoder-decoder both stacks have such a network; as in the authors' MDETR, the p_i of the decoder first take
-up the encoder's: p_i + LN(W_c L1(ReLU(p_i S^T)) S), S = Q + Proj(..) of the encoder.
+In an encoder-decoder both stacks have such a network; as in the authors' MDETR, the p_i of the
+decoder first take up the encoder's: p_i + LN(W_c L1(ReLU(p_i S^T)) S), S = Q + Proj(..) of the
+encoder.
 
-Deviations. In a decoder a token sees those before it alone, so that M is causal there and the means are those
-over what a token sees. The applications on feature maps (convolutions, batch norm) are left out. `downsample='pool'`
-is ours: means over groups of features in the place of W_i, so that what is stored is narrow.
+Deviations. In a decoder a token sees those before it alone, so that M is causal there and the means
+are those over what a token sees. The applications on feature maps (convolutions, batch norm) are
+left out. `downsample='pool'` is ours: means over groups of features in the place of W_i, so that
+what is stored is narrow.
 """
 
 import functools
@@ -61,14 +65,16 @@ def unipt(
     form: 'tokens' or 'retrieval', see above.
     width: m itself.
     out: width of the output; None for the backbone's, which what follows in the model needs.
-    downsample: 'linear' (trained, keeps the states for its gradient) or 'pool' (means over groups of features).
+    downsample: 'linear' (trained, keeps the states for its gradient) or 'pool' (means over groups
+      of features).
     remat: recompute projections and alignments in the backward pass.
     blocks: pattern of the backbone's blocks.
     exit: pattern of the module whose output is the last hidden state, one for each stack.
     name: in theta.
 
   Raises:
-    ValueError: a hyperparameter outside its range; at `attach`, a model without one stream of tokens.
+    ValueError: a hyperparameter outside its range; at `attach`, a model without one stream of
+      tokens.
   """
   for value, choices, what in (
     (form, FORMS, 'form'),
@@ -175,8 +181,8 @@ def unipt_global(
     embedding: pattern of the module whose output is the pooled embedding [B, e].
 
   Raises:
-    ValueError: a hyperparameter outside its range; at `attach`, a model without one stream of tokens or without
-      such an embedding.
+    ValueError: a hyperparameter outside its range; at `attach`, a model without one stream of
+      tokens or without such an embedding.
   """
   _check(reduction=reduction, width=width)
   again = jax.checkpoint if remat else lambda fn: fn

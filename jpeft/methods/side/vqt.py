@@ -1,23 +1,26 @@
 """Visual query tuning: learned queries that summarise what each frozen block attends to.
 
-Tu et al., 2023 (arXiv 2212.03220; andytu28/VQT). Block i gets T tokens q_i that are queries alone: with k, v the
-block's own keys and values of its input x,
+Tu et al., 2023 (arXiv 2212.03220; andytu28/VQT). Block i gets T tokens q_i that are queries alone:
+with k, v the block's own keys and values of its input x,
 
   z = q_i + Wo attention(Wq LN1(q_i), k, v),  z <- z + MLP(LN2(z)),  Z_i = z [B, T, d],
 
-and the tokens of the model never see them. A new linear head reads the final feature and all summaries:
+and the tokens of the model never see them. A new linear head reads the final feature and all
+summaries:
 
   logits = W [n(h); n(vec Z_1); ..; n(vec Z_L)] + b,  n: to length 1.
 
-The block runs a second time on the T tokens, its attention reading the keys and values that it made in the first
-run, so that no gradient of the width of N tokens exists: the backward pass keeps k and v, or, with `remat`, x. The
-official code runs one sequence [q; x] and keeps everything. Both give the same numbers.
+The block runs a second time on the T tokens, its attention reading the keys and values that it made
+in the first run, so that no gradient of the width of N tokens exists: the backward pass keeps k and
+v, or, with `remat`, x. The official code runs one sequence [q; x] and keeps everything. Both give
+the same numbers.
 
-q ~ U(-a, a), a as for prompts; W ~ N(0, 2 / C), b = -log 99, a prior of one hundredth. `group_lasso` and `select`
-are the paper's compression; dropout falls on q.
+q ~ U(-a, a), a as for prompts; W ~ N(0, 2 / C), b = -log 99, a prior of one hundredth.
+`group_lasso` and `select` are the paper's compression; dropout falls on q.
 
-Deviations. Dropout of the backbone is what the model's own flag says; the authors run it in eval mode. Masks of
-the model let a summary see what any token sees. The ablations (pooled summaries) are left out.
+Deviations. Dropout of the backbone is what the model's own flag says; the authors run it in eval
+mode. Masks of the model let a summary see what any token sees. The ablations (pooled summaries) are
+left out.
 """
 
 import math
@@ -54,11 +57,12 @@ def vqt(
     blocks: pattern of the blocks.
     attention: pattern of the modules in them that call their own `attention_fn`.
     head: pattern of the module that maps the feature [B, d] to logits [B, C].
-    name: in theta: of a block {'queries': [T, d], 'kernel': [T d, C], 'keep'}, of the head {'kernel', 'bias', 'keep'}.
+    name: in theta: of a block {'queries': [T, d], 'kernel': [T d, C], 'keep'}, of the head
+      {'kernel', 'bias', 'keep'}.
 
   Raises:
-    ValueError: a hyperparameter outside its range; at `attach`, attention that is computed inline, or a model
-      that does not give one prediction an example.
+    ValueError: a hyperparameter outside its range; at `attach`, attention that is computed inline,
+      or a model that does not give one prediction an example.
   """
   if int(tokens) != tokens or tokens < 1:
     raise ValueError(f'tokens={tokens!r} must be a whole number, at least 1')

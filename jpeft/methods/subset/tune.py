@@ -1,6 +1,7 @@
 """Trains arrays that the model already has: a head, biases, norms, whole blocks, everything.
 
-BitFit: Ben Zaken et al., 2022 (arXiv 2106.10199). Norm tuning: Giannou et al., 2023 (arXiv 2302.07937).
+BitFit: Ben Zaken et al., 2022 (arXiv 2106.10199). Norm tuning: Giannou et al., 2023 (arXiv
+  2302.07937).
 """
 
 import re

@@ -5,14 +5,16 @@ Liu et al., 2022 (arXiv 2205.05638); official code r-three/t-few.
   keys, values   y' = l * (x w + b), one number per output       w' = w * l over its columns, b' = l * b
   MLP            y' = (l * x) w + b, one number per input        w' = w * l over its rows, b' = b
 
-All l start at one, so the function starts unchanged, bit for bit. Both forms are a plain change of weights:
-they merge exactly, and act on bare einsum weights as on layers. Of a convolution l scales channels.
+All l start at one, so the function starts unchanged, bit for bit. Both forms are a plain change of
+weights: they merge exactly, and act on bare einsum weights as on layers. Of a convolution l scales
+channels.
 
-Deviations. The paper scales the activation between the two MLP layers; scaling what enters the second one is
-the same function, for gated MLPs too (official code: what leaves the linear branch). The official code writes
-l as one factor of a rank-1 product whose other factor is held at one. The files of Hugging Face peft hold l
-of the output form as [out, 1] and of the input form as [1, in]. Weight decay must be off, or it pulls l to
-zero; the recipe's unlikelihood and length-normalised losses belong to the task, not to the method.
+Deviations. The paper scales the activation between the two MLP layers; scaling what enters the
+second one is the same function, for gated MLPs too (official code: what leaves the linear branch).
+The official code writes l as one factor of a rank-1 product whose other factor is held at one. The
+files of Hugging Face peft hold l of the output form as [out, 1] and of the input form as [1, in].
+Weight decay must be off, or it pulls l to zero; the recipe's unlikelihood and length-normalised
+losses belong to the task, not to the method.
 """
 
 import math
@@ -54,7 +56,9 @@ def ia3(
 
 
 def _scaling(name: str, chosen: re.Pattern, axes_of, dot, added=lambda site, leaf: []) -> Weight:
-  """w * l for every kernel, l along the axes that axes_of(leaf) gives; and l * what is `added` to it."""
+  """w * l for every kernel, l along the axes that axes_of(leaf) gives; and l * what is `added` to
+  it.
+  """
 
   def init(key, site, p):
     leaves = {n: site.leaves[n] for n in site.matrices if chosen.fullmatch(n)}

@@ -1,8 +1,8 @@
 """LoRA and its kin: a low-rank product beside every frozen matrix.
 
-LoRA: Hu et al., 2022 (arXiv 2106.09685). rsLoRA: Kalajdzievski, 2023 (2312.03732). PiSSA: Meng et al., 2024
-(2404.02948). OLoRA: Buyukakyuz, 2024 (2406.01775). DoRA: Liu et al., 2024 (2402.09353). LoRA-FA: Zhang et al.,
-2023 (2308.03303).
+LoRA: Hu et al., 2022 (arXiv 2106.09685). rsLoRA: Kalajdzievski, 2023 (2312.03732). PiSSA: Meng et
+al., 2024 (2404.02948). OLoRA: Buyukakyuz, 2024 (2406.01775). DoRA: Liu et al., 2024 (2402.09353).
+LoRA-FA: Zhang et al., 2023 (2308.03303).
 
 For a kernel w [fan_in, fan_out] (the papers' W is its transpose), a [fan_in, r] and b [r, fan_out]:
 
@@ -11,19 +11,21 @@ For a kernel w [fan_in, fan_out] (the papers' W is its transpose), a [fan_in, r]
   PiSSA, OLoRA  w' = w + s (a b - a0 b0)         a0, b0: a and b as they started, from the SVD or QR of w
   DoRA          w' = (m / |v|) v, v = w + s a b  |v|: the norms of v's columns, a constant for gradients
 
-Convolutions, DenseGeneral, Einsum and bare weights are folded into such matrices; of a convolution, a is
-one with the kernel's window and strides, b is 1x1. In the file format of Hugging Face peft lora_A is a.T and
-lora_B is b.T; a Dense layer that splits heads orders its columns (head, position in head).
+Convolutions, DenseGeneral, Einsum and bare weights are folded into such matrices; of a convolution,
+a is one with the kernel's window and strides, b is 1x1. In the file format of Hugging Face peft
+lora_A is a.T and lora_B is b.T; a Dense layer that splits heads orders its columns (head, position
+in head).
 
-Deviations. PiSSA and OLoRA are published as an edit of the backbone, w - s a0 b0; here the backbone is never
-edited, and the fixed entries a0, b0 ride in theta: the same function with the same gradients. |v| is
-computed from w, a and b without the product a b. Embedding tables [V, d] are adapted too where a pattern
-names them: table + s a b with a = 0, b ~ N(0, 1), as peft starts them, read off the model as what is gathered
-from; the whole table is computed at each step, so that a tied output head sees the same table.
+Deviations. PiSSA and OLoRA are published as an edit of the backbone, w - s a0 b0; here the backbone
+is never edited, and the fixed entries a0, b0 ride in theta: the same function with the same
+gradients. |v| is computed from w, a and b without the product a b. Embedding tables [V, d] are
+adapted too where a pattern names them: table + s a b with a = 0, b ~ N(0, 1), as peft starts them,
+read off the model as what is gathered from; the whole table is computed at each step, so that a
+tied output head sees the same table.
 
-Other ranks elsewhere: chain(lora(8, targets='{q}'), lora(16, targets='{v}')). LoRA+ (2402.12354), a larger
-learning rate for b, belongs to the optimizer, which multiplies rates by regex over the paths of theta, here
-'.*/b': jpeft.optim.optimizer(..., lora_plus=16).
+Other ranks elsewhere: chain(lora(8, targets='{q}'), lora(16, targets='{v}')). LoRA+ (2402.12354), a
+larger learning rate for b, belongs to the optimizer, which multiplies rates by regex over the paths
+of theta, here '.*/b': jpeft.optim.optimizer(..., lora_plus=16).
 """
 
 import dataclasses
@@ -53,14 +55,15 @@ def lora(
     alpha: the product is scaled by alpha / rank.
     targets: pattern of sites; every kernel and embedding table they own is adapted.
     dropout: rate on what enters a; the path through w is not touched.
-    init: 'default', a ~ U(-1, 1) / sqrt(fan_in); 'gaussian', a ~ N(0, 1) / rank; 'pissa', the top singular
-      triplets of w; 'olora', the first columns of its QR decomposition. The function starts unchanged.
+    init: 'default', a ~ U(-1, 1) / sqrt(fan_in); 'gaussian', a ~ N(0, 1) / rank; 'pissa', the top
+      singular triplets of w; 'olora', the first columns of its QR decomposition. The function
+      starts unchanged.
     rslora: scale by alpha / sqrt(rank) instead.
     name: in theta.
 
   Raises:
-    ValueError: a hyperparameter outside its range; at `attach`, a rank that 'pissa' or 'olora' cannot cut out
-      of a matrix.
+    ValueError: a hyperparameter outside its range; at `attach`, a rank that 'pissa' or 'olora'
+      cannot cut out of a matrix.
   """
   return _lora(rank, alpha, targets, dropout, init, rslora, name, ())
 
@@ -76,9 +79,10 @@ def qlora(
 ) -> Method:
   """QLoRA (arXiv 2305.14314): LoRA on every linear layer of a backbone whose kernels are in 4 bits.
 
-  The method is `lora`; what it adds is the backbone. `train` and `plan` store that as NF4 with double quantization
-  unless the config says otherwise; elsewhere `jpeft.quantize` does. It starts as the 4-bit model, not as the 16-bit
-  one. The authors train with dropout 0.1 (7B) or 0.05, Adam's b2 = 0.999, a constant rate and clip_norm 0.3.
+  The method is `lora`; what it adds is the backbone. `train` and `plan` store that as NF4 with
+  double quantization unless the config says otherwise; elsewhere `jpeft.quantize` does. It starts
+  as the 4-bit model, not as the 16-bit one. The authors train with dropout 0.1 (7B) or 0.05, Adam's
+  b2 = 0.999, a constant rate and clip_norm 0.3.
 
   Args: of `lora`.
 
@@ -97,7 +101,8 @@ def lora_fa(
   rslora: bool = False,
   name: str = 'lora_fa',
 ) -> Method:
-  """LoRA whose a stays as it was drawn: the backward pass keeps x a, r numbers a token, in the place of x.
+  """LoRA whose a stays as it was drawn: the backward pass keeps x a, r numbers a token, in the
+  place of x.
 
   Args: of `lora`; the authors train with `jpeft.optim.lora_fa` before Adam.
 
@@ -152,8 +157,8 @@ def dora(
 ) -> Method:
   """DoRA: a trained magnitude m for every column, and LoRA for its direction.
 
-  With dropout, x~ for what enters a, the layer gives y + (m/|v| - 1) x~ w + (m/|v|) s x~ a b, as the official
-  code and peft do: the correction to the frozen output y = x w alone sees dropout.
+  With dropout, x~ for what enters a, the layer gives y + (m/|v| - 1) x~ w + (m/|v|) s x~ a b, as
+  the official code and peft do: the correction to the frozen output y = x w alone sees dropout.
 
   Args:
     rank: r.

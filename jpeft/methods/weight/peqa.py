@@ -1,16 +1,18 @@
 """PEQA: trains the scales of kernels that are stored as integers, and nothing else.
 
-Kim et al., 2023, "Memory-Efficient Fine-Tuning of Compressed Large Language Models via sub-4-bit Integer
-Quantization" (arXiv 2305.14152). A kernel [in, out] is stored as integers q with a scale s and a zero point z for
-every output channel, or group of inputs of it:
+Kim et al., 2023, "Memory-Efficient Fine-Tuning of Compressed Large Language Models via sub-4-bit
+Integer Quantization" (arXiv 2305.14152). A kernel [in, out] is stored as integers q with a scale s
+and a zero point z for every output channel, or group of inputs of it:
 
   w = s (q - z)                   theta holds s, in float32; q and z stay
 
-It starts as the quantized model. Other tasks are other scales on the same integers, and `merge` gives such a backbone.
+It starts as the quantized model. Other tasks are other scales on the same integers, and `merge`
+gives such a backbone.
 
-The published storage is `jpeft.affine()`, whose scale and zero point are those of the least and largest weight (the
-paper searches them for the smallest error, which is left out). Any other format of `jpeft.quantize` has scales as well;
-those that are stored in 8 bits (`double`) become float32 in theta. The gradient of a scale is taken through w.
+The published storage is `jpeft.affine()`, whose scale and zero point are those of the least and
+largest weight (the paper searches them for the smallest error, which is left out). Any other format
+of `jpeft.quantize` has scales as well; those that are stored in 8 bits (`double`) become float32 in
+theta. The gradient of a scale is taken through w.
 """
 
 from jpeft.core import Method, Weight, at
@@ -18,7 +20,8 @@ from jpeft.quant import Quantized
 
 
 def peqa(targets: str = '{linear}', name: str = 'peqa') -> Method:
-  """PEQA (arXiv 2305.14152). `train` and `plan` store the backbone as `affine`; do not decay the scales.
+  """PEQA (arXiv 2305.14152). `train` and `plan` store the backbone as `affine`; do not decay the
+  scales.
 
   Args:
     targets: pattern of sites; the scales of every quantized kernel that they own are trained.

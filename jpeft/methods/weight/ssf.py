@@ -1,9 +1,10 @@
 """SSF: a learned scale and shift of every channel behind every linear map, convolution and norm.
 
-Lian et al., 2022, "Scaling & Shifting Your Features" (arXiv 2210.08823); official code dongzelian/SSF.
+Lian et al., 2022, "Scaling & Shifting Your Features" (arXiv 2210.08823); official code
+dongzelian/SSF.
 
-  y' = gamma * y + beta, per channel, behind: patch embedding, norm1, q, k, v, attention output, norm2, fc1
-  (before the activation), fc2, final norm.
+  y' = gamma * y + beta, per channel, behind: patch embedding, norm1, q, k, v, attention output,
+  norm2, fc1 (before the activation), fc2, final norm.
 
 Every one of these is affine, so the pair is a change of weights, which `merge` writes down:
 
@@ -12,10 +13,10 @@ Every one of these is affine, so the pair is a change of weights, which `merge` 
 
 gamma ~ N(1, 0.02^2) and beta ~ N(0, 0.02^2): the function does not start as the backbone.
 
-Deviations. A layer without bias, or a norm without shift, has nothing that beta could merge into, and the
-model is not changed: it has gamma alone, and everything merges. A module that owns several bare kernels has a
-gamma for each and no beta. Separate q, k and v have the channels of a fused qkv. The recipe's weight decay
-leaves gamma and beta alone; that belongs to the optimizer.
+Deviations. A layer without bias, or a norm without shift, has nothing that beta could merge into,
+and the model is not changed: it has gamma alone, and everything merges. A module that owns several
+bare kernels has a gamma for each and no beta. Separate q, k and v have the channels of a fused qkv.
+The recipe's weight decay leaves gamma and beta alone; that belongs to the optimizer.
 """
 
 import math

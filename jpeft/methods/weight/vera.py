@@ -1,16 +1,16 @@
 """VeRA: two trained vectors per layer around a random pair of projections that no layer trains.
 
-Kopiczko et al., 2023 (arXiv 2310.11454). For a kernel w [fan_in, fan_out], a [fan_in, r] and b [r, fan_out]
-as the layers share them, d [r] and e [fan_out]:
+Kopiczko et al., 2023 (arXiv 2310.11454). For a kernel w [fan_in, fan_out], a [fan_in, r] and b [r,
+fan_out] as the layers share them, d [r] and e [fan_out]:
 
   w' = w + a diag(d) b diag(e)         y' = x w + (((x a) * d) b) * e
 
-e = 0 at first, so the function starts unchanged; there is no scale alpha / r. In the files of Hugging Face
-peft d is vera_lambda_d and e is vera_lambda_b.
+e = 0 at first, so the function starts unchanged; there is no scale alpha / r. In the files of
+Hugging Face peft d is vera_lambda_d and e is vera_lambda_b.
 
-Deviations. a and b are drawn again, from a seed, wherever they are used: theta holds d and e alone. They are
-shared by the layers of one shape, where peft cuts those of all shapes out of one pair of matrices;
-`projections` takes such a pair.
+Deviations. a and b are drawn again, from a seed, wherever they are used: theta holds d and e alone.
+They are shared by the layers of one shape, where peft cuts those of all shapes out of one pair of
+matrices; `projections` takes such a pair.
 """
 
 import jax
@@ -39,8 +39,9 @@ def vera(
     d_initial: what d starts at; e starts at 0.
     dropout: rate on what enters a.
     seed: of the random pair.
-    projections: a given pair instead, a [largest fan_in, r] and b [r, largest fan_out], of which every layer
-      takes its first rows and columns; in the files of peft these are vera_A.T and vera_B.T.
+    projections: a given pair instead, a [largest fan_in, r] and b [r, largest fan_out], of which
+      every layer takes its first rows and columns; in the files of peft these are vera_A.T and
+      vera_B.T.
     name: in theta.
 
   Raises:

@@ -1,4 +1,6 @@
-"""BERT (arXiv:1810.04805), RoBERTa (arXiv:1907.11692) and MiniLM (arXiv:2002.10957) in one module."""
+"""BERT (arXiv:1810.04805), RoBERTa (arXiv:1907.11692) and MiniLM (arXiv:2002.10957) in one
+module.
+"""
 
 from collections.abc import Callable
 from typing import Any

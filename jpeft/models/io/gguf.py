@@ -105,7 +105,8 @@ class Gguf:
     files: {file name: sha256}; computed when first read.
 
   Raises:
-    ValueError: it is no GGUF file, was cut, says what cannot be, or holds a type that is not supported.
+    ValueError: it is no GGUF file, was cut, says what cannot be, or holds a type that is not
+      supported.
   """
 
   def __init__(self, path: str | Path):

@@ -1,4 +1,5 @@
-"""Which tensor of a Hugging Face file is which parameter of ours: the one mechanism for all families.
+"""Which tensor of a Hugging Face file is which parameter of ours: the one mechanism for all
+families.
 
 A table has rows (path of our module, kind, key on disk). A path says `block` for the blocks of a
 stack, its key `{i}` for their number, whether our stack is unrolled or scanned. The same rows are
@@ -43,7 +44,8 @@ class Table(NamedTuple):
     base: prefix of the keys when the file also holds a head; a bare model's file lacks it.
     rows: (path, kind, key) of the base model; the prefix is not written.
     head: the same for what lies outside the base model.
-    ignore: patterns of keys (without prefix) that a file may hold although the model does not read them.
+    ignore: patterns of keys (without prefix) that a file may hold although the model does not read
+      them.
     architectures: the names in transformers of the bare model and of the one with a head.
     tied: whether the head is an array of the base model, so that a file has the prefix without it.
   """

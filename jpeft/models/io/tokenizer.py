@@ -1,4 +1,6 @@
-"""Tokenizers with chat templates: from tokenizer.json and its neighbours, or from the metadata of a GGUF file."""
+"""Tokenizers with chat templates: from tokenizer.json and its neighbours, or from the metadata of a
+GGUF file.
+"""
 
 import dataclasses
 import functools
@@ -37,7 +39,8 @@ class Tokenizer:
 
     Args:
       text: any.
-      begin: put the token before it that begins a text, if the model is used to one. A chat template writes its own.
+      begin: put the token before it that begins a text, if the model is used to one. A chat
+        template writes its own.
     """
     ids = self.encoder.encode(text, add_special_tokens=False).ids
     used = (

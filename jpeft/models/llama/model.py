@@ -1,6 +1,7 @@
 """Decoders of the Llama family (arXiv:2302.13971): Llama, Mistral, SmolLM2, Qwen2, Qwen3.
 
-Axes: B batch, N tokens, M tokens so far, H query heads, J key and value heads, K head size, D width.
+Axes: B batch, N tokens, M tokens so far, H query heads, J key and value heads, K head size, D
+  width.
 """
 
 import functools
@@ -48,8 +49,9 @@ def grouped_attention(query, key, value, bias=None, mask=None, *, dropout_rng=No
 class CausalAttention(nn.Module):
   """Self-attention of tokens to those before them, with rotary positions and a cache.
 
-  Called with the collection 'cache' mutable, it keeps its keys and values there: the first call makes
-  room for as many tokens as it is called with, later ones put theirs behind those that are held.
+  Called with the collection 'cache' mutable, it keeps its keys and values there: the first call
+  makes room for as many tokens as it is called with, later ones put theirs behind those that are
+  held.
 
   Attributes:
     heads: query heads H.
@@ -142,7 +144,9 @@ class CausalAttention(nn.Module):
 
 
 def grown(cache, length: int) -> bool:
-  """Whether a cache made for `length` tokens holds others too, which a method has added to the sequence."""
+  """Whether a cache made for `length` tokens holds others too, which a method has added to the
+  sequence.
+  """
   return any(
     leaf.shape[-1] != length
     for path, leaf in jax.tree.leaves_with_path(cache)
@@ -255,9 +259,9 @@ class Llama(nn.Module):
 
     Args:
       tokens: word ids [B, N].
-      mask: [B, N]: 0 for padding, which may stand before the text as well as behind it. A row that packs
-        several texts numbers them 1, 2, ...: a token sees those of its own number, and its position is
-        counted among them. None for one text.
+      mask: [B, N]: 0 for padding, which may stand before the text as well as behind it. A row that
+        packs several texts numbers them 1, 2, ...: a token sees those of its own number, and its
+        position is counted among them. None for one text.
       deterministic: no dropout.
 
     Returns:

@@ -89,10 +89,11 @@ def run_blocks(
     depth: how many.
     x: the input of the first.
     scan: whether to use nn.scan.
-    remat: whether to recompute each block's inside in the backward pass (nn.remat). True keeps a block's input alone,
-      for another forward pass; 'dots' also keeps its products with weights, for the elementwise operations and the
-      attention's own products again, a few percent. A scan by itself keeps whatever the backward pass reads, two to
-      three times what XLA keeps of unrolled layers, where it recomputes what is cheap by itself.
+    remat: whether to recompute each block's inside in the backward pass (nn.remat). True keeps a
+      block's input alone, for another forward pass; 'dots' also keeps its products with weights,
+      for the elementwise operations and the attention's own products again, a few percent. A scan
+      by itself keeps whatever the backward pass reads, two to three times what XLA keeps of
+      unrolled layers, where it recomputes what is cheap by itself.
     **inputs: keyword arguments that every block gets.
 
   Returns:

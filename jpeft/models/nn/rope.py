@@ -13,8 +13,8 @@ class Rope(NamedTuple):
 
   Attributes:
     theta: the slowest feature has a wavelength of nearly 2 pi theta positions.
-    scaling: 'default'; 'linear', all slower by `factor`; or 'llama3', slow features slower by `factor`,
-      fast ones as they were, those between interpolated.
+    scaling: 'default'; 'linear', all slower by `factor`; or 'llama3', slow features slower by
+      `factor`, fast ones as they were, those between interpolated.
     factor: of the scaling.
     low: llama3: wavelengths above original / low are slow.
     high: llama3: wavelengths below original / high are fast.
@@ -50,7 +50,9 @@ class Rope(NamedTuple):
     return (plain * (fast + (1 - fast) / self.factor)).astype(np.float32)
 
   def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-    """x [.., N, H, K] turned to its positions [.., N]; computed in float32, returned in the dtype of x."""
+    """x [.., N, H, K] turned to its positions [.., N]; computed in float32, returned in the dtype
+    of x.
+    """
     angle = positions[..., None, None] * self.frequencies(x.shape[-1])
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     left, right = jnp.split(x.astype(jnp.float32), 2, -1)

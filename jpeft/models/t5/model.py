@@ -1,4 +1,5 @@
-"""T5 v1.0 (arXiv:1910.10683) and v1.1 (gated MLP, own head): encoder-decoder with relative positions.
+"""T5 v1.0 (arXiv:1910.10683) and v1.1 (gated MLP, own head): encoder-decoder with relative
+positions.
 
 No layer has a bias, norms are RMSNorm, and attention logits are not divided by sqrt(head_dim).
 """

@@ -1,9 +1,9 @@
 """Blocks of 4-bit codes: how a matrix is coded, how it lies in memory, and what it stands for.
 
-A weight [out, in] is cut along its rows into blocks that share a scale, as bitsandbytes does. In memory
-the matrix is [in, out]: the codes of its upper half are the low nibbles and those of its lower half the
-high ones, so that nothing is interleaved when they are taken apart; scales are [in / block, out]. Where
-blocks cross rows, codes and scales are flat, in the order of the rows.
+A weight [out, in] is cut along its rows into blocks that share a scale, as bitsandbytes does. In
+memory the matrix is [in, out]: the codes of its upper half are the low nibbles and those of its
+lower half the high ones, so that nothing is interleaved when they are taken apart; scales are [in /
+block, out]. Where blocks cross rows, codes and scales are flat, in the order of the rows.
 """
 
 import difflib
@@ -20,7 +20,8 @@ GROUP = 256  # absmax values that share a scale when they are quantized themselv
 MAP = maps.dynamic_map()
 _FP4_LEVELS = np.argsort(maps.FP4[:8])
 TABLES = {'nf4': maps.NF4, 'fp4': maps.FP4, 'int4': maps.INT4}
-# Without a table, of a code, a scale and what is stored as `zero`: a zero point, or the least weight of the block.
+# Without a table, of a code, a scale and what is stored as `zero`: a zero point, or the least
+# weight of the block.
 _LINEAR = {
   'affine': lambda code, scale, zero: (code - zero) * scale,
   'int4_1': lambda code, scale, zero: _rounded(code * scale) + zero,
@@ -46,10 +47,11 @@ class Format(NamedTuple):
     """The arrays that stand for a matrix [in, out].
 
     Returns:
-      {'codes': uint8, 'absmax': float32 (int4, int4_1: float16), the scales}; with `double`, absmax is uint8, and
-      there are 'nested' (float32, one a group) and 'offset' (a float32). 'affine' and 'int4_1' have 'zero', one a
-      block: uint8, the code of 0; float16, the least weight. Where blocks lie in rows of [out, in] and without
-      `double`, columns of the arrays are those of the matrix, and may be encoded alone.
+      {'codes': uint8, 'absmax': float32 (int4, int4_1: float16), the scales}; with `double`, absmax
+      is uint8, and there are 'nested' (float32, one a group) and 'offset' (a float32). 'affine' and
+      'int4_1' have 'zero', one a block: uint8, the code of 0; float16, the least weight. Where
+      blocks lie in rows of [out, in] and without `double`, columns of the arrays are those of the
+      matrix, and may be encoded alone.
     """
     rows, block = w.astype(jnp.float32).T.reshape(-1), self.block or w.shape[0]
     blocks = jnp.pad(rows, (0, -rows.size % block)).reshape(-1, block)
@@ -68,7 +70,9 @@ class Format(NamedTuple):
     return {'codes': pack(codes, self.zero), **arrays}
 
   def nest(self, absmax: jax.Array, shape: tuple[int, int]) -> dict[str, jax.Array]:
-    """Scales that were encoded without `double`, in 8 bits: the absmax, nested and offset of `encode`."""
+    """Scales that were encoded without `double`, in 8 bits: the absmax, nested and offset of
+    `encode`.
+    """
     absmax = absmax.T if self.aligned(shape) else absmax  # groups follow the rows of [out, in]
     offset = jnp.mean(absmax)
     centred = absmax.reshape(-1) - offset
@@ -92,7 +96,8 @@ class Format(NamedTuple):
       return lookup(codes, TABLES[self.name]) * scale
 
     if self.aligned(shape):
-      # In halves, where no block lies in both: XLA for TPU would else store the float32 values beside the product.
+      # In halves, where no block lies in both: XLA for TPU would else store the float32 values
+      # beside the product.
       parts = (
         (packed & 15, packed >> 4) if shape[0] % (2 * block) == 0 else (unpack(packed)[: shape[0]],)
       )
@@ -125,7 +130,9 @@ class Format(NamedTuple):
     return 0 if self.name in _LINEAR else int(np.argmin(np.abs(TABLES[self.name])))
 
   def _affine(self, blocks):
-    """Round to nearest between the least and the largest of a block, 0 among them: what is 0 stays so."""
+    """Round to nearest between the least and the largest of a block, 0 among them: what is 0 stays
+    so.
+    """
     low, high = jnp.minimum(blocks.min(1), 0), jnp.maximum(blocks.max(1), 0)
     scale = (high - low) / (2**self.bits - 1)
     wide = jnp.where(scale == 0, 1, scale)
@@ -164,13 +171,15 @@ def int4(minimum: bool = False) -> Format:
   """4-bit integers in blocks of 32 with a float16 scale: Q4_0 of GGUF, 4.5 bits a weight.
 
   Args:
-    minimum: also store the least weight of a block in float16, from which its codes count: Q4_1, 5 bits a weight.
+    minimum: also store the least weight of a block in float16, from which its codes count: Q4_1, 5
+      bits a weight.
   """
   return Format('int4_1' if minimum else 'int4', 32, False)
 
 
 def affine(block: int | None = None, bits: int = 4) -> Format:
-  """Integers with a scale and a zero point for every output channel, or block of it: (code - zero) * scale.
+  """Integers with a scale and a zero point for every output channel, or block of it: (code - zero)
+  * scale.
 
   Args:
     block: weights of a channel that share both; None for the whole channel.
@@ -233,7 +242,9 @@ def unpack(packed: jax.Array) -> jax.Array:
 
 
 def lookup(codes: jax.Array, table: np.ndarray) -> jax.Array:
-  """table[codes] for 16 entries, by four levels of selections: no gather, which accelerators are slow at."""
+  """table[codes] for 16 entries, by four levels of selections: no gather, which accelerators are
+  slow at.
+  """
   values = [jnp.asarray(x) for x in table]
   for bit in range(4):
     one = (codes & (1 << bit)) != 0
@@ -242,7 +253,9 @@ def lookup(codes: jax.Array, table: np.ndarray) -> jax.Array:
 
 
 def _rounded(product):
-  """A product to which something is added: a choice between them, lest a compiler makes one operation of both."""
+  """A product to which something is added: a choice between them, lest a compiler makes one
+  operation of both.
+  """
   return jnp.where(product == product, product, 0)
 
 

@@ -1,4 +1,6 @@
-"""The numbers that codes of few bits stand for: NF4, FP4, int4, and the 8-bit map of double quantization."""
+"""The numbers that codes of few bits stand for: NF4, FP4, int4, and the 8-bit map of double
+quantization.
+"""
 
 import numpy as np
 
@@ -31,7 +33,8 @@ INT4 = np.arange(-8, 8, dtype=np.float32)
 
 
 def dynamic_map() -> np.ndarray:
-  """The 256 values of the 8-bit code with an exponent of changing length (arXiv:2110.02861), float32, ascending.
+  """The 256 values of the 8-bit code with an exponent of changing length (arXiv:2110.02861),
+  float32, ascending.
 
   Between powers of ten, the means of neighbouring points of an even grid, finer for larger powers;
   each grid point is rounded once, from the nearer end.

@@ -1,4 +1,6 @@
-"""Bottleneck adapters: what each reads and where it adds, starts, scales, and the counts of the papers."""
+"""Bottleneck adapters: what each reads and where it adds, starts, scales, and the counts of the
+papers.
+"""
 
 import flax.linen as nn
 import jax
@@ -23,7 +25,9 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-  """A block whose attention is one projection; `post`: norms come last; `gain`: of the MLP's branch."""
+  """A block whose attention is one projection; `post`: norms come last; `gain`: of the MLP's
+  branch.
+  """
 
   post: bool = False
   gain: float = 0.5

@@ -82,7 +82,9 @@ def roberta_base() -> FullSize:
 
 
 def t0(width: int, hidden: int, heads: int) -> FullSize:
-  """T0, of the architecture of T5 v1.1: 24 layers of encoder and decoder, heads of 64 (3B) or 128 (11B)."""
+  """T0, of the architecture of T5 v1.1: 24 layers of encoder and decoder, heads of 64 (3B) or 128
+  (11B).
+  """
   config = {
     'model_type': 't5',
     'vocab_size': 32128,

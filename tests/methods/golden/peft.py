@@ -31,7 +31,9 @@ LLAMA = ((r'model\.layers\.(\d+)\.(\w+)\.(\w+)', r'layers/\1/\2/\3'),)
 
 @functools.cache
 def read(file: str, case: str) -> dict:
-  """What a file holds of one case: {key: array}, or one dict deeper for start/, adapter/, grad/, weights/."""
+  """What a file holds of one case: {key: array}, or one dict deeper for start/, adapter/, grad/,
+  weights/.
+  """
   out: dict = {}
   with np.load(HERE / f'{file}.npz') as stored:
     for key in stored.files:
@@ -45,7 +47,9 @@ def read(file: str, case: str) -> dict:
 
 
 def layer(case: str):
-  """(module, variables, x, y) of a case of peft_layers: a layer, and y as peft gives it with the adapter."""
+  """(module, variables, x, y) of a case of peft_layers: a layer, and y as peft gives it with the
+  adapter.
+  """
   held = read('peft_layers', case)
   x, y, weight = held['x'], held['y'], held['weight']
   if case.startswith('table'):
@@ -105,7 +109,9 @@ def _path(module: str, rows) -> str:
 
 
 def bert(folder: Path, **fields):
-  """(model, variables, args) of the BERT that the cases 'bert_...' adapt; `folder` is written to."""
+  """(model, variables, args) of the BERT that the cases 'bert_...' adapt; `folder` is written
+  to.
+  """
   held = read('peft_models', 'bert')
   save_file(held['weights'], folder / 'model.safetensors')
   (folder / 'config.json').write_text(str(held['config']))
@@ -114,7 +120,9 @@ def bert(folder: Path, **fields):
 
 
 def llama():
-  """(model, state, args) of somebody's NNX model, with the weights that the cases 'llama_...' adapt."""
+  """(model, state, args) of somebody's NNX model, with the weights that the cases 'llama_...'
+  adapt.
+  """
   held, model = read('peft_models', 'llama'), Llama(width=16, vocab=24, rngs=nnx.Rngs(0))
   config = json.loads(str(held['config']))
   assert [config[k] for k in ('num_attention_heads', 'num_key_value_heads', 'rms_norm_eps')] == [

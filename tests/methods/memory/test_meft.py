@@ -1,4 +1,6 @@
-"""MEFT: the inverse, counts, gradients beside autodiff of the same network, what is kept, the start."""
+"""MEFT: the inverse, counts, gradients beside autodiff of the same network, what is kept, the
+start.
+"""
 
 import functools
 

@@ -1,4 +1,6 @@
-"""Prefix tuning: the attention with more keys, masks, models that attend inline, parity with HF peft."""
+"""Prefix tuning: the attention with more keys, masks, models that attend inline, parity with HF
+peft.
+"""
 
 import flax.linen as nn
 import jax
@@ -42,7 +44,9 @@ def softmax(scores):
 
 
 def attention(q, k, v, hidden=None):
-  """numpy: q [B, N, H, K], k and v [B, M, H, K]; `hidden` [.., N, M], True where a key is not seen."""
+  """numpy: q [B, N, H, K], k and v [B, M, H, K]; `hidden` [.., N, M], True where a key is not
+  seen.
+  """
   scores = np.einsum('bnhk,bmhk->bhnm', q, k) / np.sqrt(q.shape[-1])
   if hidden is not None:
     scores = np.where(hidden, -np.inf, scores)
@@ -162,7 +166,9 @@ def test_bert_with_a_prefix_is_that_of_peft(tmp_path):
 
 
 def attend(call, keys, values, x, start=3):
-  """The attention of somebody's Llama, with keys and values in front; positions count from `start`."""
+  """The attention of somebody's Llama, with keys and values in front; positions count from
+  `start`.
+  """
   self = call.module
   turned = lambda h: rope(jnp.pad(h, ((0, 0), (start, 0), (0, 0), (0, 0))))[:, start:]
   front = lambda rows, h: jnp.concatenate([jnp.broadcast_to(rows, (len(h), *rows.shape)), h], 1)

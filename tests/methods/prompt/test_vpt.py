@@ -1,4 +1,6 @@
-"""Visual prompt tuning: the sequence inside and outside of blocks, what goes with it, starts and counts."""
+"""Visual prompt tuning: the sequence inside and outside of blocks, what goes with it, starts and
+counts.
+"""
 
 import functools
 

@@ -1,4 +1,6 @@
-"""HST: counts, the pyramid, its two keys, what crosses the backbone, and a head for dense prediction."""
+"""HST: counts, the pyramid, its two keys, what crosses the backbone, and a head for dense
+prediction.
+"""
 
 import jax
 import jax.numpy as jnp

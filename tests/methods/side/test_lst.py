@@ -1,4 +1,6 @@
-"""Ladder side-tuning: counts, gates, layer dropping, pruning, and what crosses between the stacks."""
+"""Ladder side-tuning: counts, gates, layer dropping, pruning, and what crosses between the
+stacks.
+"""
 
 import itertools
 

@@ -1,4 +1,6 @@
-"""Texts packed into one row see each other in no method: what is said of one hangs on that one alone."""
+"""Texts packed into one row see each other in no method: what is said of one hangs on that one
+alone.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,6 @@
-"""QST: counts, downsamplers, gates and blends by hand, what reads what, what is kept, and decoding with two caches."""
+"""QST: counts, downsamplers, gates and blends by hand, what reads what, what is kept, and decoding
+with two caches.
+"""
 
 import functools
 import itertools
@@ -167,7 +169,9 @@ def test_the_backbone_is_frozen_and_the_first_downsampler_is_used_twice():
   grad = jax.jit(jax.grad(lambda theta: jnp.square(run(tuned, theta, held)).sum()))
 
   def grads(z):
-    """Gradients where layer 1 takes the share z of the stream, and the others all of it: no state but h_1 is read."""
+    """Gradients where layer 1 takes the share z of the stream, and the others all of it: no state
+    but h_1 is read.
+    """
     t['gate'] = jnp.stack([jnp.full(16, z), *[jnp.full(16, 1e3)] * 2])
     return grad(theta)['qst']['final_norm']['down']['a']
 

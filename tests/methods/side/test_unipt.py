@@ -106,7 +106,9 @@ def test_the_output_is_the_formula():
 
 
 def test_no_layer_reads_another():
-  """Exchanging two blocks' states with their parameters changes nothing: blocks that do nothing give equal states."""
+  """Exchanging two blocks' states with their parameters changes nothing: blocks that do nothing
+  give equal states.
+  """
   model, held = vit()
   tuned, theta = attached(model, held, jpeft.unipt(4), IMAGES)
   t = theta['unipt']['final_norm']

@@ -113,7 +113,9 @@ def test_a_block_has_its_own_queries_and_remat_changes_no_gradient():
 
 
 def kept(method, **fields) -> int:
-  """Bytes that the backward pass keeps, of 6 blocks of width 128 on 4 images of 64 patches; weights count once."""
+  """Bytes that the backward pass keeps, of 6 blocks of width 128 on 4 images of 64 patches; weights
+  count once.
+  """
   sizes = dict(
     width=128, depth=6, heads=4, mlp_dim=512, patch_size=4, image_size=32, num_classes=10
   )
@@ -125,7 +127,9 @@ def kept(method, **fields) -> int:
 
 
 def test_no_residual_of_full_width_is_kept():
-  """The residuals of one sequence with prompts are 28 MB by the paper's code, those of a second stream 5.8 MB."""
+  """The residuals of one sequence with prompts are 28 MB by the paper's code, those of a second
+  stream 5.8 MB.
+  """
   stream, lean = kept(jpeft.vqt(1)), kept(jpeft.vqt(1, remat=True))
   assert stream < 5.81e6 * 65 / 64 and lean < stream  # the class token is one more
   wide = kept(jpeft.vqt(1), mlp_dim=1024)

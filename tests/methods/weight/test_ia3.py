@@ -1,4 +1,6 @@
-"""(IA)^3: worked numbers, Hugging Face peft's numbers, the paper's counts, bare and fused weights."""
+"""(IA)^3: worked numbers, Hugging Face peft's numbers, the paper's counts, bare and fused
+weights.
+"""
 
 import dataclasses
 import functools

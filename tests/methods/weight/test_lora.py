@@ -1,4 +1,6 @@
-"""LoRA, rsLoRA, PiSSA, OLoRA and DoRA: worked numbers, Hugging Face peft's numbers, the papers' counts."""
+"""LoRA, rsLoRA, PiSSA, OLoRA and DoRA: worked numbers, Hugging Face peft's numbers, the papers'
+counts.
+"""
 
 import dataclasses
 import functools
@@ -277,7 +279,9 @@ def test_a_tied_table_is_adapted_in_both_places():
 
 
 def runs(method, keys=300):
-  """(outputs under dropout [keys, ...], output in evaluation, base output) of a layer with a moved theta."""
+  """(outputs under dropout [keys, ...], output in evaluation, base output) of a layer with a moved
+  theta.
+  """
   model, variables, x = random_layer()
   tuned = attach(model, method, variables, x)
   theta = moved(tuned.init(jax.random.key(0), variables))

@@ -1,4 +1,6 @@
-"""PEQA: vectors and counts of the paper, gradients against the dense kernel's, what stays and what is swapped."""
+"""PEQA: vectors and counts of the paper, gradients against the dense kernel's, what stays and what
+is swapped.
+"""
 
 import functools
 import itertools

@@ -1,4 +1,6 @@
-"""VeRA: Hugging Face peft's numbers, the paper's count, and a pair of projections that no layer holds."""
+"""VeRA: Hugging Face peft's numbers, the paper's count, and a pair of projections that no layer
+holds.
+"""
 
 import jax
 import jax.numpy as jnp

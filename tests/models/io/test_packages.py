@@ -133,7 +133,9 @@ def test_dinov2_features_equal_transformers(size):
 
 @pytest.mark.assets
 def test_the_4_bit_kernels_of_smollm2_are_kept_as_they_are():
-  """SmolLM2's package holds Q4_1: storing its kernels so loses nothing, and takes a third of float32."""
+  """SmolLM2's package holds Q4_1: storing its kernels so loses nothing, and takes a third of
+  float32.
+  """
   box = lambda x: isinstance(x, jpeft.Box)
   plain, small = (
     jpeft.load('smollm2-135m', scan=True, **options).variables
