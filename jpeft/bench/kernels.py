@@ -1,7 +1,7 @@
 """What the kernels cost beside XLA alone.
 
-  python -m pallas_kernels.bench --target=tpu:v5e    # the compiler's figures; no TPU is needed (docs/kernels.md)
-  python -m pallas_kernels.bench                     # on the GPU or TPU at hand: checks results, then takes times
+  python -m jpeft.bench.kernels --target=tpu:v5e    # the compiler's figures; no TPU is needed (docs/kernels.md)
+  python -m jpeft.bench.kernels                     # on the GPU or TPU at hand: checks results, then takes times
 
 Ahead of time, a row is one compiled program: cycles are libtpu's own estimate of its schedule, the
 sum over what it runs (a model of the chip: to be compared within a group, not to be read as a
