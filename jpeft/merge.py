@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 
 from jpeft import cli, models, tasks, training
-from jpeft.core import Call
 from jpeft.models import FILES as TOKENIZER_FILES
 from jpeft.models import save_tokenizer
 
@@ -28,7 +27,7 @@ def main(argv: list[str]) -> int:
   with cli.inputs_checked():
     config, about = training.describe(flags.run)
     for _, rule in training.method_of(config):  # before a backbone is loaded
-      if isinstance(rule, Call) and rule.merge is None:
+      if not rule.mergeable:
         raise ValueError(
           f'{config.method.name} cannot be merged: {rule.name} changes the computation, not '
           'the weights; jpeft.predict runs it as it is'

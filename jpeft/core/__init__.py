@@ -10,7 +10,22 @@ from .freeze import freeze, join, mask, split
 from .fused import Operand
 from .mode import flags_of
 from .paths import RIDER, join_path, natural
-from .rules import MEMORY_CLASSES, Call, Method, Weight, at, chain, matrix
+from .rules import (
+  FULL_CROSSING,
+  MEMORY_CLASSES,
+  NO_BACKPROP,
+  PARTIAL_REENTRY,
+  REQUIREMENTS,
+  Call,
+  Method,
+  Origin,
+  Rule,
+  Weight,
+  at,
+  chain,
+  factory,
+  matrix,
+)
 from .sites import Leaf, Site, Sites
 from .summary import count, summary
 from .tuned import Tuned
@@ -21,11 +36,17 @@ __all__ = [
   'Bound',
   'Box',
   'Call',
+  'FULL_CROSSING',
   'Leaf',
   'MEMORY_CLASSES',
   'Method',
+  'NO_BACKPROP',
   'Operand',
+  'Origin',
+  'PARTIAL_REENTRY',
+  'REQUIREMENTS',
   'RIDER',
+  'Rule',
   'Site',
   'Sites',
   'Tuned',
@@ -35,6 +56,7 @@ __all__ = [
   'backend_of',
   'chain',
   'count',
+  'factory',
   'flags_of',
   'freeze',
   'join',

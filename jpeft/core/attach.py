@@ -5,7 +5,7 @@ shapes.
 import jax
 
 from .discover import sites_of
-from .rules import Call, Method, Rule
+from .rules import Call, Method, Rule, Weight
 from .sites import Site, Sites
 from .tuned import Tuned, _changes
 
@@ -40,16 +40,7 @@ def attach(model, method: Method, backbone, /, *args, **kwargs) -> Tuned:
     seen.add(what)
   tuned = Tuned(model, tuple(rules), sites, Method(method), jax.eval_shape(lambda: backbone))
   for rule, site, _ in tuned._plan[0]:
-    if (rule.needs_dot or rule.needs_input) and (rule, site) not in tuned._plan[1].get(
-      site.path, ()
-    ):
-      what, way_out = (
-        ('dropout acts', '; use dropout=0') if rule.needs_dot else ('the rule acts', '')
-      )
-      raise ValueError(
-        f'{rule.name} at {site.path!r}: {what} on the input of a layer, and '
-        f'{site.kind or "this module"} offers no injection point for it{way_out}'
-      )
+    _check_requirement(rule, site, fused=(rule, site) in tuned._plan[1].get(site.path, ()))
   jax.tree.leaves(tuned.shapes)  # what a rule's `init` refuses is said here, not at the first step
   return tuned
 
@@ -67,3 +58,16 @@ def _match(pattern: str, rule: Rule, sites: Sites) -> list[Site]:
       f'{", ".join(sites.nearest(pattern))}'
     )
   return good
+
+
+def _check_requirement(rule: Weight, site: Site, fused: bool) -> None:
+  """Raises a ValueError if a rule must act on the input of a layer and cannot."""
+  if rule.requires == 'nothing' or fused:
+    return
+  what, way_out = 'the rule acts', ''
+  if rule.requires == 'input in training':
+    what, way_out = 'dropout acts', '; use dropout=0'
+  raise ValueError(
+    f'{rule.name} at {site.path!r}: {what} on the input of a layer, and '
+    f'{site.kind or "this module"} offers no injection point for it{way_out}'
+  )

@@ -1,6 +1,9 @@
 """What a method is: rules, each a pure value, at the sites that a pattern names."""
 
 import dataclasses
+import functools
+import inspect
+import itertools
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -9,15 +12,83 @@ import jax
 
 from .sites import Leaf
 
-MEMORY_CLASSES = ('no backbone backprop', 'partial re-entry', 'full crossing')
+# What the backward pass must keep of the backbone, from least to most.
+NO_BACKPROP = 'no backbone backprop'
+PARTIAL_REENTRY = 'partial re-entry'
+FULL_CROSSING = 'full crossing'
+MEMORY_CLASSES = (NO_BACKPROP, PARTIAL_REENTRY, FULL_CROSSING)
+
+# What a Weight needs of the layer that it acts on.
+REQUIREMENTS = ('nothing', 'input', 'input in training')
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Origin:
+  """The call of a factory that made a rule, such as `lora(rank=8)`.
+
+  Attributes:
+    factory: its name.
+    hyperparameters: the values of all its arguments, defaults included.
+    position: which of the rules that the call made.
+  """
+
+  factory: str
+  hyperparameters: dict[str, Any]
+  position: int
+
+  def __eq__(self, other) -> bool:
+    if not isinstance(other, Origin):
+      return NotImplemented
+    if (self.factory, self.position) != (other.factory, other.position):
+      return False
+    if self.hyperparameters.keys() != other.hyperparameters.keys():
+      return False
+    return all(_same(x, other.hyperparameters[n]) for n, x in self.hyperparameters.items())
+
+  def __hash__(self) -> int:
+    return hash((self.factory, self.position))
+
+  def __str__(self) -> str:
+    shown = ', '.join(f'{name}={value!r}' for name, value in self.hyperparameters.items())
+    return f'{self.factory}({shown})'
+
+
+def _same(a: Any, b: Any) -> bool:
+  """Whether two hyperparameters are equal; arrays, whose `==` is an array, are compared by identity."""
+  if a is b:
+    return True
+  try:
+    return bool(a == b)
+  except (TypeError, ValueError):
+    return False
+
+
+class _Made:
+  """Equality of rules: by the factory call that made them, else by all their fields."""
+
+  def _identity(self) -> tuple:
+    if self.origin is not None:
+      return self.name, self.origin
+    return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
+  def __eq__(self, other) -> bool:
+    if type(self) is not type(other):
+      return NotImplemented
+    return self._identity() == other._identity()
+
+  def __hash__(self) -> int:
+    return hash((type(self), self._identity()))
+
+  def __repr__(self) -> str:
+    return f'{type(self).__name__}({self.name!r})'
 
 
 def _nothing(key, site, arrays) -> dict:
   return {}
 
 
-@dataclasses.dataclass(frozen=True)
-class Weight:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Weight(_Made):
   """Reparametrises arrays that a site owns.
 
   Attributes:
@@ -33,11 +104,13 @@ class Weight:
       `key` is None outside training.
     fixed: names of entries of t that are not trained.
     exact: names of entries of t that `dot` gets as stored; the others come in the dtype of y.
-    needs_dot: the rule has no meaning without `dot`, and draws random numbers in it (dropout of the
-      input).
-    needs_input: the rule has no meaning without `dot`.
+    requires: what the rule needs of a layer, one of REQUIREMENTS. 'input': it acts on the layer's
+      input, so `attach` refuses layers without an injection point; 'input in training': the same,
+      since dropout acts there.
     update: (t, site, step, key) -> t: a schedule or a periodic edit, after each training step.
     memory: what the backward pass must keep of the backbone, one of MEMORY_CLASSES.
+    head: the rule makes the model's prediction itself, so that no other head has to be trained.
+    origin: the factory call that made the rule; set by `factory`.
   """
 
   name: str
@@ -46,14 +119,20 @@ class Weight:
   dot: Callable[..., jax.Array] | None = None
   fixed: tuple[str, ...] = ()
   exact: tuple[str, ...] = ()
-  needs_dot: bool = False
-  needs_input: bool = False
+  requires: str = REQUIREMENTS[0]
   update: Callable[..., Any] | None = None
-  memory: str = MEMORY_CLASSES[-1]
+  memory: str = FULL_CROSSING
+  head: bool = False
+  origin: Origin | None = None
+
+  @property
+  def mergeable(self) -> bool:
+    """Whether plain weights express the rule."""
+    return True
 
 
-@dataclasses.dataclass(frozen=True)
-class Call:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Call(_Made):
   """Wraps a site's call.
 
   Attributes:
@@ -66,7 +145,7 @@ class Call:
     taps: the rule records arrays with `call.tap`.
     takes: names of keyword arguments that the rule takes for itself, at the model ('') alone: they
       are given to `tuned.apply` beside those of the model, and the rule does not pass them on.
-    update, memory: as for Weight.
+    update, memory, head, origin: as for Weight.
     method: the method of the module that is wrapped.
   """
 
@@ -78,8 +157,15 @@ class Call:
   taps: bool = False
   takes: tuple[str, ...] = ()
   update: Callable[..., Any] | None = None
-  memory: str = MEMORY_CLASSES[-1]
+  memory: str = FULL_CROSSING
   method: str = '__call__'
+  head: bool = False
+  origin: Origin | None = None
+
+  @property
+  def mergeable(self) -> bool:
+    """Whether plain weights express the rule."""
+    return self.merge is not None
 
 
 Rule = Weight | Call
@@ -93,6 +179,15 @@ class Method(tuple[tuple[str, Rule], ...]):
   @property
   def names(self) -> tuple[str, ...]:
     return tuple(dict.fromkeys(rule.name for _, rule in self))
+
+  def __repr__(self) -> str:
+    calls = []
+    for pattern, rule in self:
+      if rule.origin is None:
+        calls.append(f'at({pattern!r}, {rule!r})')
+      elif rule.origin.position == 0:  # the other rules are of the same call
+        calls.append(str(rule.origin))
+    return calls[0] if len(calls) == 1 else f'chain({", ".join(calls)})'
 
 
 def at(pattern: str, rule: Rule) -> Method:
@@ -109,6 +204,30 @@ def at(pattern: str, rule: Rule) -> Method:
 def chain(*methods: Method) -> Method:
   """All rules of several methods. At one site Weights act before Calls, each in chain order."""
   return Method(pair for method in methods for pair in method)
+
+
+def factory(make: Callable[..., Method]) -> Callable[..., Method]:
+  """Decorates a function that makes methods: they are equal, and print, by its arguments.
+
+  >>> lora(rank=8) == lora(rank=8)
+  True
+  """
+  signature = inspect.signature(make)
+
+  @functools.wraps(make)
+  def made(*args, **kwargs) -> Method:
+    method = make(*args, **kwargs)
+    given = signature.bind(*args, **kwargs)
+    given.apply_defaults()
+    position = itertools.count()
+
+    def named(rule: Rule) -> Rule:
+      origin = Origin(make.__name__, dict(given.arguments), next(position))
+      return dataclasses.replace(rule, origin=origin)
+
+    return Method((pattern, named(rule)) for pattern, rule in method)
+
+  return made
 
 
 def matrix(name: str, init, weight, dot=None, **options) -> Weight:

@@ -130,7 +130,7 @@ class Tuned:
 
   @property
   def unmergeable(self) -> list[tuple[Rule, Site]]:
-    return [(r, s) for r, s in self.rules if isinstance(r, Call) and r.merge is None]
+    return [(r, s) for r, s in self.rules if not r.mergeable]
 
   def _check_mergeable(self) -> None:
     for rule, site in self.unmergeable:
@@ -242,7 +242,7 @@ class Tuned:
       else None
     )
     if weights or box is not None:
-      random = [rule.name for rule, _ in weights if rule.needs_dot]
+      random = [rule.name for rule, _ in weights if rule.requires == 'input in training']
       if training and key is None and random:
         raise ValueError(
           f'{random[0]} dropout at {path!r} needs a random key: call '

@@ -2,10 +2,11 @@
 
 import dataclasses
 import difflib
+import functools
 import inspect
 from collections.abc import Callable
 
-from jpeft.core import Method, chain
+from jpeft.core import MEMORY_CLASSES, NO_BACKPROP, Method, Rule, chain
 
 from .adapter.bottleneck import adaptformer, houlsby, parallel, pfeiffer
 from .memory.meft import meft
@@ -20,7 +21,7 @@ from .side.qst import qst
 from .side.sherl import sherl
 from .side.unipt import unipt, unipt_global
 from .side.vqt import vqt
-from .subset.tune import FULL, NONE, PARTIAL, bitfit, full, linear, norm, tune
+from .subset.tune import bitfit, full, linear, norm, tune
 from .weight.ia3 import ia3
 from .weight.lora import dora, lora, lora_fa, qlora
 from .weight.peqa import peqa
@@ -35,9 +36,6 @@ class Entry:
   Attributes:
     make: the factory; its keyword arguments are the method's hyperparameters.
     paper: arXiv id, or '-'.
-    memory: what the backward pass must keep of the backbone.
-    mergeable: whether `merge` gives plain weights.
-    head: whether the method trains the head by itself.
     title: one line.
     storage: the 4-bit format of the backbone's kernels (`quant.formats.FORMATS`) that the method is
       made for, used where nothing else is asked for; None for the kernels as they are loaded.
@@ -45,110 +43,77 @@ class Entry:
 
   make: Callable[..., Method]
   paper: str
-  memory: str
-  mergeable: bool
   title: str
-  head: bool = False
   storage: str | None = None
+
+  @functools.cached_property
+  def rules(self) -> tuple[Rule, ...]:
+    """The rules of the method with its default hyperparameters."""
+    return tuple(rule for _, rule in self.make())
+
+  @property
+  def memory(self) -> str:
+    """What the backward pass must keep of the backbone."""
+    return max((rule.memory for rule in self.rules), key=MEMORY_CLASSES.index)
+
+  @property
+  def mergeable(self) -> bool:
+    """Whether `merge` gives plain weights."""
+    return all(rule.mergeable for rule in self.rules)
+
+  @property
+  def head(self) -> bool:
+    """Whether the method trains the head by itself."""
+    return any(rule.head for rule in self.rules)
 
 
 REGISTRY: dict[str, Entry] = {
-  'linear': Entry(linear, '-', NONE, True, 'linear probe: the head alone', head=True),
-  'full': Entry(full, '-', FULL, True, 'full fine-tuning', head=True),
-  'bitfit': Entry(bitfit, '2106.10199', FULL, True, 'BitFit: biases'),
-  'norm': Entry(norm, '2302.07937', FULL, True, 'norm tuning: scales and shifts'),
+  'linear': Entry(linear, '-', 'linear probe: the head alone'),
+  'full': Entry(full, '-', 'full fine-tuning'),
+  'bitfit': Entry(bitfit, '2106.10199', 'BitFit: biases'),
+  'norm': Entry(norm, '2302.07937', 'norm tuning: scales and shifts'),
   'lora': Entry(
-    lora,
-    '2106.09685',
-    FULL,
-    True,
-    'LoRA, rsLoRA, PiSSA, OLoRA: a low-rank product beside each matrix',
+    lora, '2106.09685', 'LoRA, rsLoRA, PiSSA, OLoRA: a low-rank product beside each matrix'
   ),
-  'lora_fa': Entry(
-    lora_fa, '2308.03303', FULL, True, 'LoRA-FA: LoRA whose first factor stays as drawn'
-  ),
+  'lora_fa': Entry(lora_fa, '2308.03303', 'LoRA-FA: LoRA whose first factor stays as drawn'),
   'qlora': Entry(
-    qlora,
-    '2305.14314',
-    FULL,
-    True,
-    'QLoRA: LoRA on every linear map of a 4-bit backbone',
-    storage='nf4_double',
+    qlora, '2305.14314', 'QLoRA: LoRA on every linear map of a 4-bit backbone', storage='nf4_double'
   ),
-  'peqa': Entry(
-    peqa, '2305.14152', FULL, True, 'PEQA: the scales of integer kernels', storage='affine'
-  ),
-  'dora': Entry(dora, '2402.09353', FULL, True, 'DoRA: LoRA for directions, a magnitude a column'),
-  'vera': Entry(vera, '2310.11454', FULL, True, 'VeRA: two vectors around a shared random pair'),
-  'ia3': Entry(ia3, '2205.05638', FULL, True, '(IA)^3: scales keys, values and inner activations'),
-  'ssf': Entry(ssf, '2210.08823', FULL, True, 'SSF: a scale and a shift after every operation'),
-  'houlsby': Entry(houlsby, '1902.00751', FULL, False, 'adapters after attention and MLP'),
-  'pfeiffer': Entry(pfeiffer, '2005.00247', FULL, False, 'adapters after the MLP'),
-  'parallel': Entry(parallel, '2110.04366', FULL, False, 'scaled adapters beside the MLP'),
-  'adaptformer': Entry(
-    adaptformer, '2205.13535', FULL, False, 'AdaptFormer: adapters beside norm and MLP'
-  ),
-  'vpt_shallow': Entry(
-    vpt_shallow, '2203.12119', FULL, False, 'VPT: prompt tokens before the first block'
-  ),
-  'vpt_deep': Entry(
-    vpt_deep, '2203.12119', FULL, False, 'VPT: fresh prompt tokens before every block'
-  ),
-  'prefix': Entry(
-    prefix, '2101.00190', FULL, False, 'prefix tuning: keys and values in every attention'
-  ),
-  'velora': Entry(
-    velora, '2405.17991', FULL, True, 'VeLoRA: kernels trained from projections of their inputs'
-  ),
+  'peqa': Entry(peqa, '2305.14152', 'PEQA: the scales of integer kernels', storage='affine'),
+  'dora': Entry(dora, '2402.09353', 'DoRA: LoRA for directions, a magnitude a column'),
+  'vera': Entry(vera, '2310.11454', 'VeRA: two vectors around a shared random pair'),
+  'ia3': Entry(ia3, '2205.05638', '(IA)^3: scales keys, values and inner activations'),
+  'ssf': Entry(ssf, '2210.08823', 'SSF: a scale and a shift after every operation'),
+  'houlsby': Entry(houlsby, '1902.00751', 'adapters after attention and MLP'),
+  'pfeiffer': Entry(pfeiffer, '2005.00247', 'adapters after the MLP'),
+  'parallel': Entry(parallel, '2110.04366', 'scaled adapters beside the MLP'),
+  'adaptformer': Entry(adaptformer, '2205.13535', 'AdaptFormer: adapters beside norm and MLP'),
+  'vpt_shallow': Entry(vpt_shallow, '2203.12119', 'VPT: prompt tokens before the first block'),
+  'vpt_deep': Entry(vpt_deep, '2203.12119', 'VPT: fresh prompt tokens before every block'),
+  'prefix': Entry(prefix, '2101.00190', 'prefix tuning: keys and values in every attention'),
+  'velora': Entry(velora, '2405.17991', 'VeLoRA: kernels trained from projections of their inputs'),
   'meft': Entry(
-    meft,
-    '2306.00477',
-    FULL,
-    False,
-    'MEFT: the backbone made reversible; nothing is kept of a layer',
+    meft, '2306.00477', 'MEFT: the backbone made reversible; nothing is kept of a layer'
   ),
-  's2a': Entry(
-    s2a, '2503.08154', FULL, False, 'S2A: biases, prompts, side modules; 4-bit storage for backprop'
-  ),
-  'lst': Entry(
-    lst, '2206.06522', NONE, False, 'ladder side-tuning: a narrow network fed by the blocks'
-  ),
+  's2a': Entry(s2a, '2503.08154', 'S2A: biases, prompts, side modules; 4-bit storage for backprop'),
+  'lst': Entry(lst, '2206.06522', 'ladder side-tuning: a narrow network fed by the blocks'),
   'qst': Entry(
     qst,
     '2401.07159',
-    NONE,
-    False,
     'QST: a narrow decoder beside a 4-bit one, blended before the head',
     storage='nf4_double',
   ),
   'side_tuning': Entry(
-    side_tuning, '1912.13503', NONE, False, 'side-tuning: a small network beside the frozen one'
+    side_tuning, '1912.13503', 'side-tuning: a small network beside the frozen one'
   ),
-  'head2toe': Entry(
-    head2toe, '2201.03529', NONE, False, 'Head2Toe: a linear head over all activations', head=True
-  ),
-  'vqt': Entry(
-    vqt,
-    '2212.03220',
-    NONE,
-    False,
-    'VQT: learned queries summarise each block for the head',
-    head=True,
-  ),
+  'head2toe': Entry(head2toe, '2201.03529', 'Head2Toe: a linear head over all activations'),
+  'vqt': Entry(vqt, '2212.03220', 'VQT: learned queries summarise each block for the head'),
   'unipt': Entry(
-    unipt,
-    '2308.14316',
-    NONE,
-    False,
-    'UniPT: all states projected, aligned to the last, and weighed',
+    unipt, '2308.14316', 'UniPT: all states projected, aligned to the last, and weighed'
   ),
-  'hst': Entry(hst, '2310.05393', FULL, False, 'HST: a pyramid beside a plain ViT', head=True),
-  'sherl': Entry(
-    sherl, '2407.07523', PARTIAL, False, 'SHERL: merged states go through the last frozen block'
-  ),
-  'unipt_global': Entry(
-    unipt_global, '2308.14316', NONE, False, 'UniPT of one pooled embedding, for retrieval'
-  ),
+  'hst': Entry(hst, '2310.05393', 'HST: a pyramid beside a plain ViT'),
+  'sherl': Entry(sherl, '2407.07523', 'SHERL: merged states go through the last frozen block'),
+  'unipt_global': Entry(unipt_global, '2308.14316', 'UniPT of one pooled embedding, for retrieval'),
 }
 
 
@@ -180,5 +145,7 @@ def make(name: str, head: bool = True, saved_bits: int | None = None, **hyperpar
   if saved_bits is not None:
     method = chain(method, packed(bits=saved_bits))
   return (
-    method if entry.head or not head else chain(method, tune('{head}', name='head', memory=NONE))
+    method
+    if entry.head or not head
+    else chain(method, tune('{head}', name='head', memory=NO_BACKPROP, head=True))
   )

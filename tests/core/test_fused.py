@@ -136,15 +136,15 @@ def test_a_rule_that_needs_the_layers_input_is_refused_where_no_layer_hands_it_o
   held = backbone(Bare(), x)
   assert jpeft.attach(Bare(), low_rank(''), held, x).sites[''].matrices == ['kernel']
   with pytest.raises(ValueError, match='Bare offers no injection point for it; use dropout=0'):
-    jpeft.attach(Bare(), low_rank('', needs_dot=True), held, x)
+    jpeft.attach(Bare(), low_rank('', requires='input in training'), held, x)
   with pytest.raises(ValueError, match="low at '': the rule acts on the input of a layer"):
-    jpeft.attach(Bare(), low_rank('', needs_input=True), held, x)
+    jpeft.attach(Bare(), low_rank('', requires='input'), held, x)
 
 
 def test_a_boxed_rule_behind_it_takes_the_input_away():
   model, x = nn.Dense(3), jnp.ones((2, 5))
   held = backbone(model, x)
-  needs, boxed = low_rank('', needs_dot=True), low_rank('', 'after', dot=False)
+  needs, boxed = low_rank('', requires='input in training'), low_rank('', 'after', dot=False)
   jpeft.attach(model, jpeft.chain(boxed, needs), held, x)
   with pytest.raises(ValueError, match='use dropout=0'):
     jpeft.attach(model, jpeft.chain(needs, boxed), held, x)

@@ -98,7 +98,7 @@ def test_who_decides_about_training(case):
 
 @pytest.mark.parametrize(
   'method',
-  [spy('fc', lambda call: call.rng('noise')), low_rank('fc', needs_dot=True)],
+  [spy('fc', lambda call: call.rng('noise')), low_rank('fc', requires='input in training')],
   ids=['call', 'weight'],
 )
 def test_training_without_a_key(method):

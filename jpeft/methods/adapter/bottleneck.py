@@ -28,7 +28,7 @@ before the residual. Not mergeable: f is not linear.
 import jax
 import jax.numpy as jnp
 
-from jpeft.core import Call, Method, Site, at, chain
+from jpeft.core import Call, Method, Site, at, chain, factory
 
 from ..nn import drop, on_first
 
@@ -41,6 +41,7 @@ ACTIVATIONS = {
 }
 
 
+@factory
 def houlsby(
   bottleneck: int = 64,
   targets: str = '{o}|{fc2}',
@@ -70,6 +71,7 @@ def houlsby(
   return at(targets, Call(name, apply, lambda key, site, arrays: make(key, site.out, site.out)))
 
 
+@factory
 def pfeiffer(
   reduction: float = 16,
   targets: str = '{block_end}',
@@ -103,6 +105,7 @@ def pfeiffer(
   return at(targets, Call(name, apply, lambda key, site, arrays: make(key, site.out, site.out)))
 
 
+@factory
 def parallel(
   bottleneck: int = 512,
   scale: float | str = 4.0,
@@ -135,6 +138,7 @@ def parallel(
   return at(targets, Call(name, apply, lambda key, site, arrays: make(key, site.input, site.out)))
 
 
+@factory
 def adaptformer(
   bottleneck: int = 64,
   scale: float | str = 0.1,

@@ -34,7 +34,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jpeft.core import Call, Method, Tuned, at, chain
+from jpeft.core import Call, Method, Tuned, at, chain, factory
 
 from ..adapter.bottleneck import maker, through
 from ..layers import put_first
@@ -56,6 +56,7 @@ _errors: contextvars.ContextVar[dict | None] = contextvars.ContextVar(
 )
 
 
+@factory
 def meft(
   bottleneck: int = 8,
   variant: int = 1,

@@ -26,12 +26,13 @@ import jax
 import jax.numpy as jnp
 
 from jpeft import residuals
-from jpeft.core import Call, Method, at, chain
+from jpeft.core import Call, Method, at, chain, factory
 from jpeft.residuals import compressed
 
 from ..subset.tune import tune
 
 
+@factory
 def packed(
   blocks: str = '{block}', bits: int = 4, operand_bits: int = 8, name: str = 'packed'
 ) -> Method:
@@ -58,6 +59,7 @@ def packed(
   return at(blocks, Call(name, apply))
 
 
+@factory
 def s2a(
   rank: int = 8,
   side: int = 48,

@@ -21,10 +21,11 @@ import re
 import jax
 import jax.numpy as jnp
 
-from jpeft.core import Call, Method, Operand, Tuned, Weight, at, attach, chain, matrix
+from jpeft.core import Call, Method, Operand, Tuned, Weight, at, attach, chain, factory, matrix
 from jpeft.residuals import tied
 
 
+@factory
 def velora(
   groups: int = 32, scale: float = 1.0, targets: str = '{v}|{fc2}', name: str = 'velora'
 ) -> Method:
@@ -49,6 +50,7 @@ def velora(
   return projected(at(targets, kernels), groups, scale)
 
 
+@factory
 def projected(method: Method, groups: int = 32, scale: float = 1.0) -> Method:
   """A method whose rules see projected inputs in the backward pass.
 
@@ -135,7 +137,7 @@ def _projected(rule: Weight, groups: int, scale: float) -> Weight:
     dot=dot,
     fixed=(*rule.fixed, 'direction'),
     exact=(*rule.exact, 'direction'),
-    needs_input=True,
+    requires='input',
   )
 
 

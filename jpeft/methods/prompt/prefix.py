@@ -25,7 +25,7 @@ mergeable.
 import jax
 import jax.numpy as jnp
 
-from jpeft.core import Call, Method, Site, at
+from jpeft.core import Call, Method, Site, at, factory
 
 from ..nn import drop
 
@@ -43,6 +43,7 @@ ARGUMENTS = (
 _REFUSED = ('key_value_seq_lengths', 'local_window_size')
 
 
+@factory
 def prefix(
   tokens: int = 20,
   dropout: float = 0.0,

@@ -27,7 +27,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jpeft.core import Call, Method, Site, at
+from jpeft.core import Call, Method, Site, at, factory
 
 from ..nn import drop, on_first
 
@@ -39,6 +39,7 @@ _ELSEWHERE = (
 )  # in the names of arguments about another sequence
 
 
+@factory
 def vpt_deep(
   tokens: int = 5, dropout: float = 0.0, blocks: str = '{block}', name: str = 'vpt_deep'
 ) -> Method:
@@ -65,6 +66,7 @@ def vpt_deep(
   )
 
 
+@factory
 def vpt_shallow(
   tokens: int = 5, dropout: float = 0.0, stack: str = '{stack}', name: str = 'vpt_shallow'
 ) -> Method:

@@ -30,12 +30,13 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jpeft.core import Method
+from jpeft.core import Method, factory
 
 from ..layers import dense, layer_norm, linear, scales
 from .stack import around
 
 
+@factory
 def dist(
   frames: int = 16,
   stride: int = 2,

@@ -12,9 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpeft.core import Call, Method, Site, at
-
-from ..subset.tune import NONE
+from jpeft.core import NO_BACKPROP, Call, Method, Site, at
 
 FIXED = ('keep',)
 
@@ -82,7 +80,7 @@ def head_method(name: str, head: str, std, bias: float = 0.0, norm: bool = True)
       call.site.out.dtype
     )  # features may be wider than the model's numbers, behind norms
 
-  return at(head, Call(name, apply, init, fixed=FIXED, taps=True, memory=NONE))
+  return at(head, Call(name, apply, init, fixed=FIXED, taps=True, memory=NO_BACKPROP, head=True))
 
 
 def group_lasso(t) -> jax.Array:

@@ -17,12 +17,12 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jpeft.core import Call, Method, at, chain
+from jpeft.core import NO_BACKPROP, Call, Method, at, chain, factory
 
-from ..subset.tune import NONE
 from . import features
 
 
+@factory
 def head2toe(
   target: int = 512,
   norm: bool = True,
@@ -65,7 +65,7 @@ def head2toe(
     return out
 
   return chain(
-    at(taps, Call(name, apply, init, fixed=features.FIXED, taps=True, memory=NONE)),
+    at(taps, Call(name, apply, init, fixed=features.FIXED, taps=True, memory=NO_BACKPROP)),
     features.head_method(name, head, lambda classes: std, 0.0, norm),
   )
 

@@ -34,16 +34,17 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jpeft.core import Call, Method, Site, at, chain
+from jpeft.core import FULL_CROSSING, Call, Method, Site, at, chain, factory
 
 from ..layers import layer_norm, linear, put_first, scales
 from ..prompt.vpt import enter, lead_of, remove_tokens
-from ..subset.tune import FULL, tune
+from ..subset.tune import tune
 from .stack import Stack
 
 OUTPUTS = ('logits', 'maps', 'segmentation')
 
 
+@factory
 def hst(
   widths: tuple[int, ...] = (32, 48, 64, 72),
   heads: tuple[int, ...] = (2, 4, 8, 12),
@@ -208,8 +209,8 @@ def hst(
 
   return chain(
     tune(norms, name=name),
-    at(blocks, Call(name, token, begin_token, taps=True, memory=FULL)),
-    at(root, Call(name, apply, init, taps=True, memory=FULL)),
+    at(blocks, Call(name, token, begin_token, taps=True, memory=FULL_CROSSING)),
+    at(root, Call(name, apply, init, taps=True, memory=FULL_CROSSING, head=True)),
   )
 
 

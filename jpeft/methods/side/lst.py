@@ -19,10 +19,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jpeft.core import Call, Method, Site, at, chain
+from jpeft.core import NO_BACKPROP, Call, Method, Site, at, chain, factory
 
 from ..layers import dense, layer_norm, linear, pool, put_first
-from ..subset.tune import NONE
 from .ladder import Ladder
 from .stack import record
 
@@ -32,6 +31,7 @@ MERGES = ('replace', 'add', 'gate')
 _GATE_STARTS = {'learned': 0.0, 'linear': 0.1, 'hyperbolic': 0.9}
 
 
+@factory
 def lst(
   reduction: int = 8,
   block: str = 'auto',
@@ -186,7 +186,7 @@ def lst(
         apply,
         init,
         taps=True,
-        memory=NONE,
+        memory=NO_BACKPROP,
         fixed=('gate',) if scheduled else (),
         update=update if scheduled else None,
       ),
@@ -194,6 +194,7 @@ def lst(
   )
 
 
+@factory
 def side_tuning(
   reduction: int = 8,
   block: str = 'auto',

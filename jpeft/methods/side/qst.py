@@ -34,10 +34,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jpeft.core import Call, Method, Site, at, chain
+from jpeft.core import NO_BACKPROP, Call, Method, Site, at, chain, factory
 
 from ..layers import layer_norm, linear, put_first, scales
-from ..subset.tune import NONE
 from .ladder import Ladder
 from .stack import record
 
@@ -49,6 +48,7 @@ DOWNSAMPLES = ('adapter', 'lora', 'linear', *POOLS)
 BLOCKS = ('auto', 'own', 'attention', 'mlp')
 
 
+@factory
 def qst(
   reduction: int = 16,
   bottleneck: int = 16,
@@ -179,5 +179,5 @@ def qst(
 
   return chain(
     record(name, blocks, keep, lambda site, inputs: ladder_of(site).further(inputs)),
-    at(exit, Call(name, apply, init, taps=True, memory=NONE)),
+    at(exit, Call(name, apply, init, taps=True, memory=NO_BACKPROP)),
   )

@@ -32,13 +32,14 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jpeft.core import Method
+from jpeft.core import Method, factory
 
 from ..layers import dense, layer_norm, linear, scales
 from ..nn import drop
 from .stack import around
 
 
+@factory
 def r2_tuning(
   frames: int,
   states: int = 4,

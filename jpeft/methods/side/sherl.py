@@ -30,16 +30,16 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jpeft.core import Call, Method, Site, at, chain
+from jpeft.core import PARTIAL_REENTRY, Call, Method, Site, at, chain, factory
 
 from ..layers import dense, layer_norm, linear, put_first, rms_norm, scales
 from ..nn import drop
-from ..subset.tune import PARTIAL
 from .stack import Stack, record
 
 DOWNS, UPS = ('gated', 'norm'), ('linear', 'norm')
 
 
+@factory
 def sherl(
   reduction: int = 8,
   width: int | None = None,
@@ -158,8 +158,8 @@ def sherl(
     return {n: a for n, a in list(inputs.items())[1:] if _inputs(site).get(n) != 'context'}
 
   return chain(
-    record(name, blocks, also=also, memory=PARTIAL),
-    at(exit, Call(name, apply, init, taps=True, memory=PARTIAL)),
+    record(name, blocks, also=also, memory=PARTIAL_REENTRY),
+    at(exit, Call(name, apply, init, taps=True, memory=PARTIAL_REENTRY)),
   )
 
 

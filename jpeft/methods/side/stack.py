@@ -10,9 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jpeft.core import Call, Method, Site, at, chain, natural
-
-from ..subset.tune import NONE
+from jpeft.core import NO_BACKPROP, Call, Method, Site, at, chain, natural
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +192,7 @@ class Stack:
 
 
 def record(
-  name: str, blocks: str, keep=lambda x: x, also=lambda site, inputs: {}, memory: str = NONE
+  name: str, blocks: str, keep=lambda x: x, also=lambda site, inputs: {}, memory: str = NO_BACKPROP
 ) -> Method:
   """Records the input of every block, before anything else happens to it.
 
@@ -274,7 +272,7 @@ def around(name: str, blocks: str, exit: str, init, apply, takes: tuple[str, ...
 
   return chain(
     record(name, blocks),
-    at(exit, Call(name, leave, taps=True, memory=NONE)),
+    at(exit, Call(name, leave, taps=True, memory=NO_BACKPROP)),
     at(
       '',
       Call(
@@ -283,7 +281,7 @@ def around(name: str, blocks: str, exit: str, init, apply, takes: tuple[str, ...
         lambda key, site, arrays: init(stack(site), key, site, arrays),
         taps=True,
         takes=takes,
-        memory=NONE,
+        memory=NO_BACKPROP,
       ),
     ),
   )

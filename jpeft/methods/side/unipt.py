@@ -37,16 +37,16 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jpeft.core import Call, Method, Site, at, chain
+from jpeft.core import NO_BACKPROP, Call, Method, Site, at, chain, factory
 
 from ..layers import dense, layer_norm, linear, pool, put_first, scales
 from ..masks import masks
-from ..subset.tune import NONE
 from .stack import Stack, record
 
 FORMS = ('tokens', 'retrieval')
 
 
+@factory
 def unipt(
   reduction: int = 2,
   form: str = 'tokens',
@@ -157,10 +157,11 @@ def unipt(
 
   return chain(
     record(name, blocks, keep, lambda site, inputs: masks(inputs)),
-    at(exit, Call(name, apply, init, taps=True, memory=NONE)),
+    at(exit, Call(name, apply, init, taps=True, memory=NO_BACKPROP)),
   )
 
 
+@factory
 def unipt_global(
   reduction: int = 1,
   width: int | None = None,
@@ -238,8 +239,8 @@ def unipt_global(
 
   return chain(
     record(name, blocks, also=lambda site, inputs: masks(inputs)),
-    at(exit, Call(name, last, taps=True, memory=NONE)),
-    at(embedding, Call(name, apply, init, taps=True, memory=NONE)),
+    at(exit, Call(name, last, taps=True, memory=NO_BACKPROP)),
+    at(embedding, Call(name, apply, init, taps=True, memory=NO_BACKPROP)),
   )
 
 

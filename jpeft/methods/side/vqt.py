@@ -28,15 +28,15 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jpeft.core import Call, Method, at, chain
+from jpeft.core import NO_BACKPROP, Call, Method, at, chain, factory
 
 from ..nn import drop
 from ..prompt.prefix import ARGUMENTS
 from ..prompt.vpt import on_stream, spread_of
-from ..subset.tune import NONE
 from . import features
 
 
+@factory
 def vqt(
   tokens: int = 1,
   dropout: float = 0.1,
@@ -135,7 +135,7 @@ def vqt(
       return call(*args, **kwargs)
 
   return chain(
-    at(attention, Call(name, attend, check, memory=NONE)),
-    at(blocks, Call(name, summarise, init, fixed=features.FIXED, taps=True, memory=NONE)),
+    at(attention, Call(name, attend, check, memory=NO_BACKPROP)),
+    at(blocks, Call(name, summarise, init, fixed=features.FIXED, taps=True, memory=NO_BACKPROP)),
     features.head_method(name, head, std, -math.log(99), norm),
   )

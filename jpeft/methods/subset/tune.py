@@ -8,12 +8,17 @@ import re
 
 import jax.numpy as jnp
 
-from jpeft.core import Method, Weight, at
-
-FULL, PARTIAL, NONE = 'full crossing', 'partial re-entry', 'no backbone backprop'
+from jpeft.core import FULL_CROSSING, NO_BACKPROP, Method, Weight, at, factory
 
 
-def tune(targets: str, arrays: str = '.*', name: str = 'tune', memory: str = FULL) -> Method:
+@factory
+def tune(
+  targets: str,
+  arrays: str = '.*',
+  name: str = 'tune',
+  memory: str = FULL_CROSSING,
+  head: bool = False,
+) -> Method:
   """Trains a site's own arrays: theta is a float32 copy that stands in for them.
 
   Args:
@@ -21,6 +26,7 @@ def tune(targets: str, arrays: str = '.*', name: str = 'tune', memory: str = FUL
     arrays: regex of the names of the arrays to train, such as 'bias'.
     name: in theta.
     memory: the memory class; 'no backbone backprop' where nothing before the sites is trained.
+    head: whether the model's head is among them.
   """
   pattern = re.compile(arrays)
 
@@ -32,19 +38,22 @@ def tune(targets: str, arrays: str = '.*', name: str = 'tune', memory: str = FUL
     ]
     return {n: p[n].astype(jnp.promote_types(p[n].dtype, jnp.float32)) for n in chosen}
 
-  return at(targets, Weight(name, init, lambda t, site, p: t, memory=memory))
+  return at(targets, Weight(name, init, lambda t, site, p: t, memory=memory, head=head))
 
 
+@factory
 def linear(name: str = 'head') -> Method:
   """A linear probe: trains the head alone."""
-  return tune('{head}', name=name, memory=NONE)
+  return tune('{head}', name=name, memory=NO_BACKPROP, head=True)
 
 
+@factory
 def full(name: str = 'full') -> Method:
   """Full fine-tuning: trains every array of the model."""
-  return tune('.*', name=name)
+  return tune('.*', name=name, head=True)
 
 
+@factory
 def bitfit(targets: str = '{block}(?:/.*)?', name: str = 'bitfit') -> Method:
   """BitFit (arXiv 2106.10199): trains the biases.
 
@@ -55,6 +64,7 @@ def bitfit(targets: str = '{block}(?:/.*)?', name: str = 'bitfit') -> Method:
   return tune(targets, 'bias', name)
 
 
+@factory
 def norm(targets: str = '{norm}|{final_norm}', name: str = 'norm') -> Method:
   """Norm tuning (arXiv 2302.07937): trains the scales and shifts of the normalisation layers."""
   return tune(targets, name=name)

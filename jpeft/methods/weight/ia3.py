@@ -22,9 +22,10 @@ import re
 
 import jax.numpy as jnp
 
-from jpeft.core import Leaf, Method, Site, Weight, at, chain
+from jpeft.core import Leaf, Method, Site, Weight, at, chain, factory
 
 
+@factory
 def ia3(
   targets_out: str | None = '{k}|{v}',
   targets_in: str | None = '{fc2}',

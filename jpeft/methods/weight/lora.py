@@ -34,11 +34,12 @@ import difflib
 import jax
 import jax.numpy as jnp
 
-from jpeft.core import Method, Weight, at, matrix
+from jpeft.core import Method, Weight, at, factory, matrix
 
 from ..nn import drop
 
 
+@factory
 def lora(
   rank: int = 8,
   alpha: float = 8,
@@ -68,6 +69,7 @@ def lora(
   return _lora(rank, alpha, targets, dropout, init, rslora, name, ())
 
 
+@factory
 def qlora(
   rank: int = 64,
   alpha: float = 16,
@@ -92,6 +94,7 @@ def qlora(
   return lora(rank, alpha, targets, dropout, init, rslora, name)
 
 
+@factory
 def lora_fa(
   rank: int = 8,
   alpha: float = 8,
@@ -143,10 +146,18 @@ def _lora(rank, alpha, targets, dropout, init, rslora, name, fixed) -> Method:
     return y + scale * ((x.map(lambda v: drop(v, key, dropout)) @ a) @ b)
 
   fixed = ('a0', 'b0') if decomposes else fixed
-  kernels = matrix(name, begin, weight, dot, needs_dot=dropout > 0, fixed=fixed)
+  kernels = matrix(
+    name,
+    begin,
+    weight,
+    dot,
+    requires='input in training' if dropout > 0 else 'nothing',
+    fixed=fixed,
+  )
   return at(targets, _with_tables(kernels, rank, weight))
 
 
+@factory
 def dora(
   rank: int = 8,
   alpha: float = 8,
@@ -190,7 +201,17 @@ def dora(
     x = x.map(lambda v: drop(v, key, dropout))
     return y + (g - 1) * (x @ w()) + g * scale * ((x @ t['a']) @ t['b'])
 
-  return at(targets, matrix(name, begin, weight, dot, needs_dot=dropout > 0, exact=('m',)))
+  return at(
+    targets,
+    matrix(
+      name,
+      begin,
+      weight,
+      dot,
+      requires='input in training' if dropout > 0 else 'nothing',
+      exact=('m',),
+    ),
+  )
 
 
 def _uniform(key, w, rank, scale):

@@ -15,10 +15,11 @@ of `jpeft.quantize` has scales as well; those that are stored in 8 bits (`double
 theta. The gradient of a scale is taken through w.
 """
 
-from jpeft.core import Method, Weight, at
+from jpeft.core import Method, Weight, at, factory
 from jpeft.quant import Quantized
 
 
+@factory
 def peqa(targets: str = '{linear}', name: str = 'peqa') -> Method:
   """PEQA (arXiv 2305.14152). `train` and `plan` store the backbone as `affine`; do not decay the
   scales.

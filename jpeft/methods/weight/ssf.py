@@ -23,11 +23,12 @@ import math
 
 import jax
 
-from jpeft.core import Leaf, Method, Site, Weight, at
+from jpeft.core import Leaf, Method, Site, Weight, at, factory
 
 STD = 0.02
 
 
+@factory
 def ssf(
   targets: str = '{patch}|{norm}|{linear}|{final_norm}', init: str = 'normal', name: str = 'ssf'
 ) -> Method:

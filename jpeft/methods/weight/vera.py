@@ -16,12 +16,13 @@ matrices; `projections` takes such a pair.
 import jax
 import jax.numpy as jnp
 
-from jpeft.core import Method, at, matrix
+from jpeft.core import Method, at, factory, matrix
 
 from ..nn import drop
 from .lora import check
 
 
+@factory
 def vera(
   rank: int = 256,
   targets: str = '{q}|{v}',
@@ -77,4 +78,7 @@ def vera(
     h = x.map(lambda v: drop(v, key, dropout)) @ a
     return y + (h * t['d']) @ b.astype(h.dtype) * t['e']
 
-  return at(targets, matrix(name, begin, weight, dot, needs_dot=dropout > 0))
+  return at(
+    targets,
+    matrix(name, begin, weight, dot, requires='input in training' if dropout > 0 else 'nothing'),
+  )
