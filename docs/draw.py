@@ -1,6 +1,7 @@
 """Draws the pictures of architecture.md: python docs/draw.py"""
 
 import pathlib
+import re
 
 import matplotlib
 
@@ -11,16 +12,15 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch  # noqa: E402
 HERE = pathlib.Path(__file__).parent
 BLUE, ORANGE, GREY, INK = '#dbe7f5', '#fbe3cd', '#eeeeee', '#222222'
 
-# From the top; the table in architecture.md has the same floors.
-FLOORS = (
-  ('commands', 'train  plan  predict  merge  generate  adapter  methods  bench'),
-  ('runs', 'training  planning  export  decoding'),
-  ('tasks', 'classification  language  metrics'),
-  ('inputs', 'models  data'),
-  ('methods', 'methods  optim  quant'),
-  ('mechanism', 'core'),
-  ('arrays and programs', 'residuals  programs  config'),
-)
+PAGE = HERE / 'architecture.md'
+
+
+def table() -> list[tuple[str, str]]:
+  """(floor, packages) of the table in architecture.md, the highest first."""
+  floors = {}
+  for floor, name in re.findall(r'\| (\d+) \| `([\w.]+)` \|', PAGE.read_text()):
+    floors.setdefault(int(floor), []).append(name.removeprefix('jpeft.'))
+  return [(str(floor), '  '.join(floors[floor])) for floor in sorted(floors, reverse=True)]
 
 
 def canvas(width: float, height: float):
@@ -99,9 +99,10 @@ def trees() -> None:
 
 
 def floors() -> None:
+  rows = table()
   height = 0.62
-  figure, axes = canvas(9, height * len(FLOORS) + 0.3)
-  for i, (name, packages) in enumerate(reversed(FLOORS)):
+  figure, axes = canvas(9, height * len(rows) + 0.3)
+  for i, (name, packages) in enumerate(reversed(rows)):
     y = 0.15 + i * height
     shape = FancyBboxPatch(
       (2.3, y),
@@ -109,14 +110,14 @@ def floors() -> None:
       height - 0.1,
       boxstyle='round,pad=0,rounding_size=0.06',
       edgecolor=INK,
-      facecolor=ORANGE if name == 'methods' else BLUE,
+      facecolor=ORANGE if 'methods' in packages.split() else BLUE,
     )
     axes.add_patch(shape)
     middle = y + (height - 0.1) / 2
     axes.text(2.1, middle, name, ha='right', va='center', color=INK, size=10)
     axes.text(2.5, middle, packages, va='center', color=INK, size=9, family='monospace')
-  arrow(axes, (0.25, height * len(FLOORS)), (0.25, 0.2))
-  axes.text(0.4, height * len(FLOORS) - 0.1, 'imports', rotation=90, va='top', size=9, color=INK)
+  arrow(axes, (0.25, height * len(rows)), (0.25, 0.2))
+  axes.text(0.4, height * len(rows) - 0.1, 'imports', rotation=90, va='top', size=9, color=INK)
   save(figure, 'floors.svg')
 
 

@@ -1,0 +1,54 @@
+"""Words for people: the nearest valid choice, and tables of text."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+  """The known word that is most like `word`; None if none is near.
+
+  Args:
+    word: as it was given.
+    known: the valid choices.
+    cutoff: how near a word must be, from 0 (any) to 1 (equal); see `difflib.get_close_matches`.
+  """
+  found = difflib.get_close_matches(str(word), list(known), 1, cutoff)
+  return found[0] if found else None
+
+
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+  """ "; did you mean 'lora'?", or nothing if no known word is near: for the end of an error message."""
+  near = nearest(word, known, cutoff)
+  return '' if near is None else f'; did you mean {near!r}?'
+
+
+def columns(rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+  """Lines of a table whose columns are padded to one width and two blanks apart.
+
+  Args:
+    rows: cells; the first row is the head.
+    right: numbers of the columns that are aligned to the right.
+  """
+  rows = [tuple(row) for row in rows]
+  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+
+  def padded(row: Sequence[str]) -> str:
+    cells = [
+      cell.rjust(width) if i in right else cell.ljust(width)
+      for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ]
+    return '  '.join(cells).rstrip()
+
+  return [padded(row) for row in rows]
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+  """A Markdown table."""
+  rows = [tuple(head), *(tuple(row) for row in rows)]
+  widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+  rows.insert(1, tuple('-' * width for width in widths))
+  lines = []
+  for row in rows:
+    cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+    lines.append(f'| {" | ".join(cells)} |')
+  return '\n'.join(lines)
