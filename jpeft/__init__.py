@@ -74,7 +74,7 @@ from jpeft.methods import (
   vqt,
 )
 from jpeft.programs import Halves, cut
-from jpeft.quant import affine, fp4, int4, nbytes, nf4, quantize
+from jpeft.quant import affine, fp4, int4, nbytes, nf4, quantize, register_format
 from jpeft.version import __version__
 
 # Backbones and what trains are imported when they are first asked for: `import jpeft` is light.
@@ -84,6 +84,8 @@ _LAZY = {
   'load_adapter': 'export',
   'save_adapter': 'export',
   'plan': 'plan',
+  'register_dataset': 'data',
+  'register_metric': 'tasks',
 }
 
 
@@ -159,6 +161,9 @@ __all__ = [
   'r2_tuning',
   'reconstruction_error',
   'register_anatomy',
+  'register_dataset',
+  'register_format',
+  'register_metric',
   's2a',
   'save_adapter',
   'save_pretrained',

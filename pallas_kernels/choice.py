@@ -6,9 +6,20 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from jpeft.quant import Format, nf4
 
-NF4 = nf4()
+class Coding(NamedTuple):
+  """How a matrix is coded; whatever has the two attributes can take its place.
+
+  Attributes:
+    name: of the values of the codes, a key of `codes.VALUES`.
+    block: rows of a column that share a scale.
+  """
+
+  name: str = 'nf4'
+  block: int = 64
+
+
+NF4 = Coding()
 KERNELS = {'tpu': 'mosaic', 'cuda': 'triton'}
 
 # The most rows for which a kernel is chosen. Beyond them its decoding, which is repeated for each
@@ -45,7 +56,7 @@ class Choice(NamedTuple):
 
 
 def choice(
-  rows: int, shape: tuple[int, int], dtype=jnp.bfloat16, platform: str = 'tpu', form: Format = NF4
+  rows: int, shape: tuple[int, int], dtype=jnp.bfloat16, platform: str = 'tpu', form: Coding = NF4
 ) -> Choice:
   """What `nf4_matmul` runs on a platform, forwards and backwards.
 
@@ -67,7 +78,7 @@ def choice(
   return found
 
 
-def fit(kernel: str, rows: int, shape: tuple[int, int], dtype, form: Format) -> Choice:
+def fit(kernel: str, rows: int, shape: tuple[int, int], dtype, form: Coding) -> Choice:
   """The kernel with its tiles, or 'xla' where the kernel cannot do it."""
   half, n, dtype = shape[0] // 2, shape[1], jnp.dtype(dtype)
   if dtype not in (jnp.float32, jnp.bfloat16):

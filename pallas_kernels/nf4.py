@@ -5,10 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jpeft.quant import TABLES, Format
-
 from . import nf4_gpu, nf4_tpu
-from .choice import KERNELS, NF4, choice, fit
+from .choice import KERNELS, NF4, Coding, choice, fit
+from .codes import VALUES, decode
 
 _RUN = {'mosaic': nf4_tpu.matmul, 'triton': nf4_gpu.matmul}
 
@@ -18,7 +17,7 @@ def nf4_matmul(
   codes: jax.Array,
   absmax: jax.Array,
   *,
-  form: Format = NF4,
+  form: Coding = NF4,
   implementation: str | None = None,
   interpret: bool = False,
 ) -> jax.Array:
@@ -60,15 +59,15 @@ def nf4_matmul(
     raise ValueError(
       f'no implementation is called {implementation!r}; there are {", ".join(_RUN)} and xla'
     )
-  return _matmul(x, codes, absmax, form._replace(double=False), implementation, interpret)
+  return _matmul(x, codes, absmax, Coding(form.name, form.block), implementation, interpret)
 
 
 def reference(
-  x: jax.Array, codes: jax.Array, absmax: jax.Array, form: Format = NF4, transposed: bool = False
+  x: jax.Array, codes: jax.Array, absmax: jax.Array, form: Coding = NF4, transposed: bool = False
 ) -> jax.Array:
   """The same by plain operations: W is decoded, then multiplied; x @ W^T if `transposed`."""
-  shape = 2 * codes.shape[0], codes.shape[1]
-  w = form.decode({'codes': codes, 'absmax': absmax}, shape).astype(x.dtype)
+  scales = absmax.astype(jnp.float32)
+  w = decode(codes, scales, VALUES[form.name], form.block).astype(x.dtype)
   precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
   return jax.lax.dot_general(
     x, w, (((x.ndim - 1,), (int(transposed),)), ((), ())), precision=precision
@@ -102,7 +101,7 @@ def _product(x, codes, absmax, form, implementation, interpret, transposed):
         x.reshape(rows, x.shape[-1]),
         codes,
         absmax.astype(jnp.float32),
-        values=tuple(map(float, TABLES[form.name])),
+        values=tuple(map(float, VALUES[form.name])),
         block=form.block,
         tiles=chosen.tiles,
         transposed=transposed,

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jpeft.quant import lookup
+from .codes import lookup
 
 LANES = 128
 VMEM = 48 * 2**20  # of the 64 MiB or more that a core has

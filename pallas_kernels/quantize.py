@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jpeft import quant
-from jpeft.quant import nf4
+from .codes import NF4, encode_nf4, midpoints
 
 _TILES = (256, 512)  # rows of codes, columns
 
@@ -45,13 +44,10 @@ def quantize_nf4(
   if implementation == 'mosaic':
     return kernel(w)
   if implementation == 'xla' or tiles is None:
-    return _plain(w, block)
-  return jax.lax.platform_dependent(w, tpu=kernel, default=functools.partial(_plain, block=block))
-
-
-def _plain(w, block):
-  arrays = nf4(block).encode(w)
-  return arrays['codes'], arrays['absmax']
+    return encode_nf4(w, block)
+  return jax.lax.platform_dependent(
+    w, tpu=kernel, default=functools.partial(encode_nf4, block=block)
+  )
 
 
 def tiles_of(shape: tuple[int, int], block: int) -> tuple[int, int] | None:
@@ -88,5 +84,5 @@ def _kernel(low, high, codes, low_absmax, high_absmax, *, block):
     most = jnp.max(jnp.abs(blocks), 1)
     x = (blocks * jnp.where(most == 0, 0, 1 / most)[:, None]).reshape(w.shape)
     absmax[0] = most
-    parts.append(sum((x > float(t)).astype(jnp.int32) for t in quant.midpoints(quant.NF4)))
+    parts.append(sum((x > float(t)).astype(jnp.int32) for t in midpoints(NF4)))
   codes[...] = (parts[0] | parts[1] << 4).astype(jnp.uint8)

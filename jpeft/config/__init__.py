@@ -3,10 +3,11 @@ imported.
 """
 
 from .load import Command, differences, from_json, load, parse, to_json
-from .schema import complete, flatten, nearest, nest, reference
+from .schema import allow, complete, flatten, nearest, nest, reference
 
 __all__ = [
   'Command',
+  'allow',
   'complete',
   'differences',
   'flatten',

@@ -206,6 +206,20 @@ FIELDS: dict[str, Field] = {
 OPEN = ('method',)
 
 
+# {key: values beside those of FIELDS}, of what was registered from outside jpeft.
+_ALLOWED: dict[str, set[str]] = {}
+
+
+def allow(key: str, value: str) -> None:
+  """Lets a key of a configuration take one value more, such as a metric that was registered.
+
+  Args:
+    key: of FIELDS.
+    value: which `complete` then accepts.
+  """
+  _ALLOWED.setdefault(key, set()).add(value)
+
+
 def complete(values) -> ConfigDict:
   """A whole configuration from nested values: defaults filled in, every key and value checked.
 
@@ -259,6 +273,8 @@ def _checked(key: str, field: Field, value):
   if not isinstance(value, field.types) or isinstance(value, bool) and bool not in field.types:
     kinds = ' or '.join('None' if t is type(None) else t.__name__ for t in field.types)
     raise ValueError(f'config.{key} must be of type {kinds}, not {type(value).__name__} {value!r}')
+  if isinstance(value, str) and value in _ALLOWED.get(key, ()):
+    return value
   if isinstance(value, float) and not math.isfinite(value) or not field.check(value):
     raise ValueError(f'config.{key} must be {field.must or "finite"}, not {value!r}')
   return value

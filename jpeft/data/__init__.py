@@ -3,13 +3,14 @@
 from .batches import Batches
 from .decode import decode
 from .image import image_transform
-from .load import load
+from .load import load, register_dataset, registered_module
 from .packing import Packed, prompt
-from .source import Source, in_memory
+from .source import Dataset, Source, in_memory
 from .text import text_transform
 
 __all__ = [
   'Batches',
+  'Dataset',
   'Packed',
   'Source',
   'decode',
@@ -17,5 +18,7 @@ __all__ = [
   'in_memory',
   'load',
   'prompt',
+  'register_dataset',
+  'registered_module',
   'text_transform',
 ]

@@ -1,5 +1,6 @@
 """From the name of a data set to a source."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from . import splits
@@ -7,9 +8,34 @@ from .readers.completions import completions
 from .readers.folder import folder
 from .readers.tables import csv_table, jsonl_table
 from .sets.prepare import PACKAGED, packaged
-from .source import Source, nearest
+from .source import Dataset, Source, nearest
 
 READERS = {'folder': folder, 'csv': csv_table, 'jsonl': jsonl_table, 'completions': completions}
+# Data sets from outside jpeft.
+_REGISTERED: dict[str, Callable[[str | Path | None], Dataset]] = {}
+
+
+def register_dataset(name: str, make: Callable[[str | Path | None], Dataset]) -> None:
+  """Makes a data set known by name: to `load`, and to `data.name` of a config.
+
+  Args:
+    name: in configurations; without a colon, which the readers of files have.
+    make: (data_dir) -> the data set; data_dir is `data.dir` of the config, None if left out.
+
+  Raises:
+    ValueError: a name of jpeft's, or one with a colon.
+  """
+  if name in PACKAGED:
+    raise ValueError(f'{name!r} is a data set of jpeft: choose another name')
+  if ':' in name:
+    raise ValueError(f'the name {name!r} of a data set must not have a colon')
+  _REGISTERED[name] = make
+
+
+def registered_module(name: str) -> str | None:
+  """The module that registered a data set; None for a data set of jpeft or one's own files."""
+  make = _REGISTERED.get(name)
+  return None if make is None else make.__module__
 
 
 def load(name: str, split: str, data_dir: str | Path | None = None) -> Source:
@@ -37,12 +63,14 @@ def load(name: str, split: str, data_dir: str | Path | None = None) -> Source:
     RuntimeError: the archive of a packaged set could not be downloaded.
   """
   kind, colon, path = name.partition(':')
-  if name in PACKAGED:
+  if name in _REGISTERED:
+    dataset = _REGISTERED[name](data_dir)
+  elif name in PACKAGED:
     dataset = packaged(name, data_dir)
   elif kind in READERS and path:
     dataset = READERS[kind](path)
   else:
-    known = [*PACKAGED, *(f'{reader}:PATH' for reader in READERS)]
+    known = [*PACKAGED, *_REGISTERED, *(f'{reader}:PATH' for reader in READERS)]
     raise ValueError(
       f'unknown data set {name!r}; {nearest(f"{kind}:PATH" if colon else name, known)}'
     )

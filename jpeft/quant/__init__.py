@@ -4,26 +4,36 @@ less than JAX would.
 
 from .bitsandbytes import from_bitsandbytes, to_bitsandbytes
 from .boxes import Quantized, nbytes
-from .formats.base import TABLES, Format, affine, fp4, int4, lookup, named, nf4
-from .formats.maps import NF4, midpoints
+from .formats import (
+  FORMATS,
+  Blocks,
+  Format,
+  affine,
+  fp4,
+  int4,
+  named,
+  nf4,
+  register_format,
+  registered_module,
+)
 from .kernels import coded, kernels, quantize
 
 __all__ = [
+  'Blocks',
+  'FORMATS',
   'Format',
-  'NF4',
   'Quantized',
-  'TABLES',
   'affine',
   'coded',
   'fp4',
   'from_bitsandbytes',
   'int4',
   'kernels',
-  'lookup',
-  'midpoints',
   'named',
   'nbytes',
   'nf4',
   'quantize',
+  'register_format',
+  'registered_module',
   'to_bitsandbytes',
 ]

@@ -16,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpeft.core import Leaf
+from pallas_kernels import codes as arithmetic
+from pallas_kernels import pack, unpack
 
 from .boxes import Quantized
-from .formats.base import GROUP, MAP, TABLES, Format, pack, unpack
+from .formats import GROUP, MAP, Format, Fp4, Nf4
 
 _STATE = 'quant_state.bitsandbytes__'
 
@@ -52,7 +54,7 @@ def to_bitsandbytes(box: Quantized, name: str) -> dict[str, np.ndarray]:
   tensors = {
     '': (codes[::2] << 4 | codes[1::2])[:, None],
     'absmax': _rows(np.asarray(box.arrays['absmax']), form, shape),
-    'quant_map': TABLES[form.name],
+    'quant_map': arithmetic.VALUES[form.name],
   }
   if form.double:
     tensors |= {'nested_absmax': np.asarray(box.arrays['nested']), 'nested_quant_map': MAP}
@@ -87,7 +89,8 @@ def from_bitsandbytes(tensors: Mapping[str, np.ndarray], name: str) -> Quantized
     raise ValueError(
       f'{name!r} has groups of {state["nested_blocksize"]} scales, only {GROUP} is supported'
     )
-  form, (fan_out, fan_in) = Format(kind, state['blocksize'], double), state['shape']
+  form = {'nf4': Nf4, 'fp4': Fp4}[kind](state['blocksize'], double)
+  fan_out, fan_in = state['shape']
   size, shape = fan_in * fan_out, (fan_in, fan_out)
   packed = np.ascontiguousarray(tensors[name]).view(np.uint8).reshape(-1)
   absmax = np.asarray(tensors[f'{name}.absmax'])
@@ -97,7 +100,7 @@ def from_bitsandbytes(tensors: Mapping[str, np.ndarray], name: str) -> Quantized
     )
   codes = np.stack([packed >> 4, packed & 15], 1).reshape(-1)[:size]
   arrays = {
-    'codes': pack(jnp.asarray(_columns(codes, form, shape)), form.zero),
+    'codes': pack(jnp.asarray(_columns(codes, form, shape)), fill=form.zero),
     'absmax': jnp.asarray(_columns(absmax, form, shape)),
   }
   if double:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jpeft.core import Box, Leaf
 
-from .formats.base import Format
+from .formats import Format
 
 
 @functools.partial(
@@ -63,9 +63,7 @@ class Quantized(Box):
   def rescaled(self, scales: jax.Array) -> 'Quantized':
     """The same codes with other scales, which are then stored as they are given."""
     rest = {n: x for n, x in self.arrays.items() if n not in ('nested', 'offset')}
-    return dataclasses.replace(
-      self, arrays={**rest, 'absmax': scales}, form=self.form._replace(double=False)
-    )
+    return dataclasses.replace(self, arrays={**rest, 'absmax': scales}, form=self.form.single())
 
   @functools.cached_property
   def _own(self) -> dict[str, jax.ShapeDtypeStruct]:

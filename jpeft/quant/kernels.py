@@ -13,7 +13,7 @@ import numpy as np
 from jpeft.core import Box, Leaf, Site, Sites, backend_of, join_path, sites_of
 
 from .boxes import Quantized, _each, _encoded, _shapes
-from .formats.base import Format
+from .formats import Format
 
 _SLICE = 2**18  # weights of a kernel that are coded at once
 
@@ -73,7 +73,7 @@ def coded(form: Format, site: Site, name: str, layers: Iterable[np.ndarray]) -> 
   Beside the result a layer is held, in the number format that it is read in, and what coding some
   of its columns needs.
   """
-  leaf, plain = site.leaves[name], form._replace(double=False)
+  leaf, plain = site.leaves[name], form.single()
   whole = {n: jnp.zeros((site.layers, *x.shape), x.dtype) for n, x in _shapes(plain, leaf).items()}
   cut = form.aligned((leaf.fan_in, leaf.fan_out))
   columns = 2 ** int(math.log2(max(1, _SLICE // leaf.fan_in))) if cut else leaf.fan_out

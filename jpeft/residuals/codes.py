@@ -5,6 +5,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+import pallas_kernels
 
 from .derivatives import Table
 
@@ -12,34 +15,34 @@ GROUP = 64
 
 
 def pack(codes: jax.Array, bits: int = 4) -> jax.Array:
-  """Codes below 2^bits, 8 / bits a byte: exactly ceil(n bits / 8) bytes of n codes.
+  """Codes below 2^bits, 8 / bits to a byte: exactly ceil(n bits / 8) bytes of n codes.
 
-  An axis that 8 / bits divides, the last such, is cut into that many planes, the first in the
-  lowest bits: on accelerators this moves nothing between lanes. Without one the codes are packed
-  flat, with zeros at the end.
+  The last axis that 8 / bits divides is packed, see `pallas_kernels.pack`. If there is none, the
+  codes are packed flat, with zeros at the end.
 
   Args:
     codes: integers of any shape.
     bits: 1, 2, 4 or 8.
   """
-  axis, planes = _axis(codes.shape, bits), 8 // bits
-  codes = codes.astype(jnp.uint8)
+  axis = _packed_axis(codes.shape, bits)
   if axis is None:
-    codes, axis = jnp.pad(codes.ravel(), (0, -codes.size % planes)), 0
-  parts = jnp.split(codes, planes, axis)
-  return sum((part << (bits * i) for i, part in enumerate(parts[1:], 1)), parts[0])
+    return pallas_kernels.pack(codes.ravel(), bits)
+  return pallas_kernels.pack(codes, bits, axis)
 
 
 def unpack(packed: jax.Array, shape: tuple[int, ...], bits: int = 4) -> jax.Array:
   """The inverse of `pack`: uint8 codes of a shape."""
-  axis, planes = _axis(shape, bits), 8 // bits
-  mask = jnp.uint8(2**bits - 1)
-  codes = jnp.concatenate([(packed >> (bits * i)) & mask for i in range(planes)], axis or 0)
-  return codes if axis is not None else codes[: math.prod(shape)].reshape(shape)
+  axis = _packed_axis(shape, bits)
+  if axis is None:
+    return pallas_kernels.unpack(packed, bits)[: math.prod(shape)].reshape(shape)
+  return pallas_kernels.unpack(packed, bits, axis)
 
 
-def _axis(shape: tuple[int, ...], bits: int) -> int | None:
-  return next((i for i in reversed(range(len(shape))) if shape[i] % (8 // bits) == 0), None)
+def _packed_axis(shape: tuple[int, ...], bits: int) -> int | None:
+  for axis in reversed(range(len(shape))):
+    if shape[axis] % (8 // bits) == 0:
+      return axis
+  return None
 
 
 def derivative_codes(x: jax.Array, t: Table) -> jax.Array:
@@ -53,16 +56,8 @@ def bits_of(t: Table) -> int:
 
 
 def look_up(codes: jax.Array, levels: tuple[float, ...]) -> jax.Array:
-  """levels[codes] in float32, as a tree of selects, which every backend fuses; a power of two of
-  levels.
-  """
-  values = [jnp.float32(level) for level in levels]
-  for i in range((len(levels) - 1).bit_length()):
-    bit = (codes & (1 << i)) != 0
-    values = [
-      jnp.where(bit, high, low) for low, high in zip(values[::2], values[1::2], strict=True)
-    ]
-  return values[0]
+  """levels[codes] in float32; the number of levels is a power of two."""
+  return pallas_kernels.lookup(codes, np.asarray(levels, np.float32))
 
 
 class Grouped(NamedTuple):

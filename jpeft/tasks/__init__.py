@@ -1,10 +1,9 @@
-"""What a run learns, by the name that the config gives it: labels of images and texts, or texts to
-write.
-"""
+"""What a run learns: labels of images and texts, or texts to write."""
 
-from .classification import CLASSIFICATION
+from .classification import CLASSIFICATION, transform
 from .language import LANGUAGE
-from .task import Task, best, better, inputs, loss
+from .metrics import METRICS, Metric, best, better, register_metric, registered_module
+from .task import Task, inputs, loss
 
 TASKS: dict[str, Task] = {'classification': CLASSIFICATION, 'language': LANGUAGE}
 
@@ -14,16 +13,19 @@ def of(config) -> Task:
   return TASKS[config.task]
 
 
-from .classification import transform
-
 __all__ = [
   'CLASSIFICATION',
   'LANGUAGE',
+  'METRICS',
+  'Metric',
+  'TASKS',
   'Task',
   'best',
   'better',
   'inputs',
   'loss',
   'of',
+  'register_metric',
+  'registered_module',
   'transform',
 ]

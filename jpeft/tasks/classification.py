@@ -8,6 +8,7 @@ import numpy as np
 
 from jpeft import data
 
+from .metrics import registered_scores
 from .task import Task, loss
 
 
@@ -98,7 +99,8 @@ def scores(tally: dict[str, np.ndarray]) -> dict[str, float]:
   seen = confusion.sum(0) + confusion.sum(1)
   f1 = 2 * hits[seen > 0] / seen[seen > 0]
   found = {'accuracy': hits.sum() / total, 'macro_f1': f1.mean(), 'loss': tally['loss'] / total}
-  return {name: float(value) for name, value in found.items()}
+  own = {name: float(value) for name, value in found.items()}
+  return own | registered_scores('classification', tally)
 
 
 CLASSIFICATION = Task(source, rows, blank, tally, scores)

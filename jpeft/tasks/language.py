@@ -11,6 +11,7 @@ from jpeft import data, models
 from jpeft.core import Tuned
 from jpeft.models import grown
 
+from .metrics import registered_scores
 from .task import Task, loss
 
 
@@ -85,11 +86,12 @@ def tally(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, ja
 def scores(tally: dict[str, np.ndarray]) -> dict[str, float]:
   """perplexity, loss and accuracy a token of the completions."""
   mean = float(tally['loss'] / tally['tokens'])
-  return {
+  own = {
     'perplexity': math.exp(min(mean, 700)),
     'loss': mean,
     'accuracy': float(tally['right'] / tally['tokens']),
   }
+  return own | registered_scores('language', tally)
 
 
 def written(config, pretrained, source, write: Callable, stop: Callable) -> dict[str, float] | None:

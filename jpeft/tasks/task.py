@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-LOWER = ('loss', 'perplexity')  # metrics that are better when they are lower
-
 
 class Task(NamedTuple):
   """One kind of thing to learn. Its batches hold 'label', whose negative entries are not learnt.
@@ -68,13 +66,3 @@ def loss(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Ar
     return jax.nn.logsumexp(logits, -1) - (1 - smoothing) * own - smoothing * logits.mean(-1)
 
   return jnp.where(labels < 0, 0.0, entropy(logits))
-
-
-def best(metric: str, rows: list[dict]) -> dict:
-  """The evaluation that is best by a metric, the first of equals; see LOWER."""
-  return min(rows, key=lambda row: row[metric] if metric in LOWER else -row[metric])
-
-
-def better(metric: str, new: dict, rows: list[dict]) -> bool:
-  """Whether an evaluation is better than all before it."""
-  return best(metric, [*rows, new]) is new

@@ -15,7 +15,7 @@ import pytest
 
 from jpeft import Method, quantize
 from jpeft.methods import REGISTRY
-from jpeft.quant.formats import base
+from jpeft.quant import named
 from tests.contract.anatomies import described
 from tests.fixtures import BACKBONES
 from tests.fixtures.backbone import Backbone
@@ -157,7 +157,7 @@ def stored(method: str, b: Backbone) -> Backbone:
 @functools.cache
 def _stored(storage: str, b: Backbone) -> Backbone:
   with described(b):
-    held = quantize(b.model, base.named(storage), b.backbone, *b.args, **b.kwargs)
+    held = quantize(b.model, named(storage), b.backbone, *b.args, **b.kwargs)
   return dataclasses.replace(b, backbone=held)
 
 

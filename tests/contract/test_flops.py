@@ -11,7 +11,7 @@ import pytest
 import jpeft
 from jpeft.methods import REGISTRY
 from jpeft.programs import cost
-from jpeft.quant.formats import base
+from jpeft.quant import named
 from tests.contract.anatomies import described
 from tests.contract.table import made, row
 from tests.fixtures import BACKBONES
@@ -44,7 +44,7 @@ def backbone(storage: str | None):
   if storage is None:
     return HELD
   return jax.eval_shape(
-    lambda held: jpeft.quantize(MODEL, base.named(storage), held, X, train=False), HELD
+    lambda held: jpeft.quantize(MODEL, named(storage), held, X, train=False), HELD
   )
 
 

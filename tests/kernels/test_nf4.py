@@ -12,8 +12,8 @@ import pytest
 
 from jpeft.planning.devices import GPUS, TPUS, target
 from jpeft.quant import fp4, int4, nf4, quantize
-from jpeft.quant.formats.maps import FP4, INT4, NF4
 from pallas_kernels import choice, nf4_gpu, nf4_matmul, nf4_tpu, quantize_nf4, reference
+from pallas_kernels.codes import FP4, INT4, NF4
 
 LIMIT = {'float32': 1e-5, 'bfloat16': 1e-2}
 KERNELS = ('mosaic', 'triton')

@@ -13,7 +13,7 @@ import pytest
 
 from jpeft.core.sites import Leaf
 from jpeft.quant import Quantized, fp4, from_bitsandbytes, int4, nf4, to_bitsandbytes
-from jpeft.quant.formats.maps import dynamic_map
+from pallas_kernels.codes import dynamic_map
 
 GOLDEN = np.load(Path(__file__).parent / 'golden' / 'bitsandbytes.npz')
 SHAPES = ('rows', 'short', 'odd', 'deep')

@@ -16,8 +16,7 @@ from jpeft.methods import REGISTRY
 from jpeft.planning import configs, search
 from jpeft.planning import devices as targets
 from jpeft.programs import compile
-from jpeft.quant import Quantized
-from jpeft.quant.formats import base
+from jpeft.quant import FORMATS, Quantized, named
 from jpeft.training import watch
 from jpeft.training.checkpoints import fingerprint
 from tests.config.test_schema import SMALL
@@ -47,11 +46,11 @@ def qlora(config_file, tmp_path_factory):
 
 
 def test_the_names_are_those_of_the_formats():
-  assert set(STORAGES) == set(base.FORMATS)
-  assert base.named('nf4_double') == jpeft.nf4(double=True)
+  assert set(STORAGES) == set(FORMATS)
+  assert named('nf4_double') == jpeft.nf4(double=True)
   with pytest.raises(ValueError, match="no 4-bit format is called 'nf5'; did you mean 'nf4'"):
-    base.named('nf5')
-  assert {e.storage for e in REGISTRY.values()} <= {None, *base.FORMATS}
+    named('nf5')
+  assert {e.storage for e in REGISTRY.values()} <= {None, *FORMATS}
 
 
 def test_an_unknown_format_is_one_sentence():
@@ -75,7 +74,7 @@ def test_the_config_comes_before_the_method(load, method, asked, stored):
   assert training.storage_of(settings) == stored
   for source in (models.load, models.describe):
     held = training.build(settings, 2, source)[0].variables
-    assert {x.form for x in boxes(held)} == ({base.named(stored)} if stored else set())
+    assert {x.form for x in boxes(held)} == ({named(stored)} if stored else set())
 
 
 def test_a_run_says_what_is_stored_and_keeps_it(qlora, load):

@@ -110,8 +110,8 @@ def by_hand(model, held, t, blend, downsample, tokens):
   block_of = lambda module, p: (
     lambda s: np.asarray(module.apply({'params': p}, jnp.asarray(s, jnp.float32)))
   )
-  wide = models.llama.LlamaBlock(heads=4, head_dim=16, mlp_dim=96, kv_heads=2)
-  slim = models.llama.LlamaBlock(heads=4, head_dim=4, mlp_dim=24, kv_heads=2)
+  wide = models.LlamaBlock(heads=4, head_dim=16, mlp_dim=96, kv_heads=2)
+  slim = models.LlamaBlock(heads=4, head_dim=4, mlp_dim=24, kv_heads=2)
   states = [np.asarray(params['embed']['embedding'])[tokens]]
   for i in range(3):
     states.append(block_of(wide, params['decoder'][f'block_{i}'])(states[-1]))

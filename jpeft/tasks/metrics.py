@@ -1,0 +1,89 @@
+"""Metrics: what an evaluation reports, computed from a tally that is summed over its batches."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from jpeft.config import allow
+
+Tally = Mapping[str, object]
+
+
+class Metric(NamedTuple):
+  """A number that says how good theta is.
+
+  Attributes:
+    compute: summed tally -> float.
+    task: the name of the task whose tally it reads.
+    lower_is_better: whether the best theta has the least value.
+    module: where it was registered; None for a metric of jpeft.
+  """
+
+  compute: Callable[[Tally], float] | None
+  task: str
+  lower_is_better: bool
+  module: str | None = None
+
+
+# Those of jpeft are computed together, by the tasks; see `Task.scores`.
+_OWN = {
+  'accuracy': Metric(None, 'both', False),
+  'macro_f1': Metric(None, 'classification', False),
+  'loss': Metric(None, 'both', True),
+  'perplexity': Metric(None, 'language', True),
+}
+METRICS: dict[str, Metric] = dict(_OWN)
+
+
+def register_metric(
+  name: str,
+  compute: Callable[[Tally], float],
+  *,
+  task: str = 'classification',
+  lower_is_better: bool = False,
+) -> None:
+  """Adds a metric to every evaluation of a task, and to the choices of `eval.metric`.
+
+  Args:
+    name: in metrics.jsonl, reports and configurations.
+    compute: summed tally -> float. The tally of 'classification' has 'loss', a sum over examples,
+      and 'confusion' [C, C], counts by label and prediction; that of 'language' has 'loss',
+      'right' and 'tokens', sums over the tokens of completions.
+    task: 'classification' or 'language'.
+    lower_is_better: whether the best theta has the least value.
+
+  Raises:
+    ValueError: jpeft has a metric of that name, or no such task.
+  """
+  if name in _OWN:
+    raise ValueError(f'{name!r} is a metric of jpeft: choose another name')
+  if task not in ('classification', 'language'):
+    raise ValueError(f"task={task!r} must be 'classification' or 'language'")
+  METRICS[name] = Metric(compute, task, lower_is_better, compute.__module__)
+  allow('eval.metric', name)
+
+
+def registered_module(name: str) -> str | None:
+  """The module that registered a metric; None for a metric of jpeft."""
+  return METRICS[name].module
+
+
+def registered_scores(task: str, tally: Tally) -> dict[str, float]:
+  """{name: value} of the metrics of a task that were registered from outside jpeft."""
+  chosen = {name: metric for name, metric in METRICS.items() if metric.task == task}
+  return {
+    name: float(metric.compute(tally))
+    for name, metric in chosen.items()
+    if metric.compute is not None
+  }
+
+
+def best(metric: str, rows: list[dict]) -> dict:
+  """The evaluation that is best by a metric, the first of equals."""
+  if METRICS[metric].lower_is_better:
+    return min(rows, key=lambda row: row[metric])
+  return max(rows, key=lambda row: row[metric])
+
+
+def better(metric: str, new: dict, rows: list[dict]) -> bool:
+  """Whether an evaluation is better than all before it."""
+  return best(metric, [*rows, new]) is new
