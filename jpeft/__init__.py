@@ -2,6 +2,7 @@
 
 import importlib
 
+from jpeft.contract import Checks, check
 from jpeft.core import (
   ANATOMIES,
   Anatomy,
@@ -103,6 +104,7 @@ __all__ = [
   'Bound',
   'Box',
   'Call',
+  'Checks',
   'Entry',
   'Halves',
   'Leaf',
@@ -119,6 +121,7 @@ __all__ = [
   'attach',
   'bitfit',
   'chain',
+  'check',
   'count',
   'cut',
   'directed',

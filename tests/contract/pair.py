@@ -6,13 +6,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import jpeft
+from jpeft.contract import distance as far
+from jpeft.contract import largest
 from tests.contract.anatomies import described
 from tests.contract.table import made, row, stored
-from tests.fixtures import BACKBONES, leaf_paths, noisy, plain
+from tests.fixtures import BACKBONES, noisy, plain
 
 
 class Pair:
@@ -106,13 +107,4 @@ def pair_of(method: str, backbone: str) -> Pair:
   return Pair(method, backbone)
 
 
-def far(got, want) -> float:
-  """The largest difference between two trees, in units of the largest entry of `want`."""
-  pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
-  pairs = [(np.asarray(g, np.float32), np.asarray(w, np.float32)) for g, w in pairs]
-  return float(max(np.abs(g - w).max() for g, w in pairs) / max(np.abs(w).max() for _, w in pairs))
-
-
-def largest(tree) -> dict[str, float]:
-  """{path: largest magnitude} of every leaf."""
-  return {path: float(np.max(np.abs(x))) for path, x in leaf_paths(tree).items()}
+__all__ = ['Pair', 'far', 'largest', 'pair_of']

@@ -3,6 +3,7 @@
 import jax
 
 import jpeft
+from jpeft import contract
 from jpeft.methods import REGISTRY
 from tests.contract.pair import far
 from tests.contract.table import SERVED, one_each, over, row
@@ -15,7 +16,7 @@ EXACT = [p for p in UNCHANGED if row(p[0]).start == 0 and p[1] == 'linen_vit']
 
 @over(UNCHANGED)
 def test_the_function_starts_unchanged(pair):
-  assert far(pair.trained[0], pair.plain) <= max(pair.row.start, 1e-5)
+  assert contract.start_fault(pair.trained[0], pair.plain, max(pair.row.start, 1e-5)) is None
 
 
 @over(EXACT, always=EXACT)
@@ -31,8 +32,7 @@ def test_the_function_starts_elsewhere(pair):
 
 @over(SERVED)
 def test_output_keeps_structure_shape_and_dtype(pair):
-  specs = [jax.eval_shape(lambda: y) for y in (pair.trained[0], pair.plain)]
-  assert specs[0] == specs[1]
+  assert contract.output_fault(pair.trained[0], pair.plain) is None
 
 
 @over(SERVED)
