@@ -1,7 +1,6 @@
 """Trains arrays that the model already has: a head, biases, norms, whole blocks, everything.
 
-BitFit: Ben Zaken et al., 2022 (arXiv 2106.10199). Norm tuning: Giannou et al., 2023 (arXiv
-  2302.07937).
+BitFit: Ben Zaken et al., 2022 (arXiv 2106.10199). Norm tuning: Giannou et al., 2023 (2302.07937).
 """
 
 import re
@@ -30,15 +29,19 @@ def tune(
   """
   pattern = re.compile(arrays)
 
-  def init(key, site, p):
-    chosen = [
-      n
-      for n, leaf in site.leaves.items()
-      if pattern.fullmatch(n) and jnp.issubdtype(leaf.dtype, jnp.floating)
-    ]
-    return {n: p[n].astype(jnp.promote_types(p[n].dtype, jnp.float32)) for n in chosen}
+  def init(key, site, arrays):
+    theta = {}
+    for array, leaf in site.leaves.items():
+      if pattern.fullmatch(array) and jnp.issubdtype(leaf.dtype, jnp.floating):
+        # Small updates are lost in bfloat16, so theta has at least float32.
+        dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+        theta[array] = arrays[array].astype(dtype)
+    return theta
 
-  return at(targets, Weight(name, init, lambda t, site, p: t, memory=memory, head=head))
+  def apply(theta, site, arrays):
+    return theta
+
+  return at(targets, Weight(name, init, apply, memory=memory, head=head))
 
 
 @factory

@@ -2,17 +2,18 @@
 
 Liu et al., 2022 (arXiv 2205.05638); official code r-three/t-few.
 
-  keys, values   y' = l * (x w + b), one number per output       w' = w * l over its columns, b' = l * b
-  MLP            y' = (l * x) w + b, one number per input        w' = w * l over its rows, b' = b
+  keys, values   y' = l * (x w + b)    one number an output   w' = w * l over its columns, b' = l * b
+  MLP            y' = (l * x) w + b    one number an input    w' = w * l over its rows, b' = b
 
-All l start at one, so the function starts unchanged, bit for bit. Both forms are a plain change of
+All l start at one, so the function starts unchanged, bit for bit. theta of a site is {kernel name:
+l}. Both forms are a plain change of
 weights: they merge exactly, and act on bare einsum weights as on layers. Of a convolution l scales
 channels.
 
 Deviations. The paper scales the activation between the two MLP layers; scaling what enters the
 second one is the same function, for gated MLPs too (official code: what leaves the linear branch).
 The official code writes l as one factor of a rank-1 product whose other factor is held at one. The
-files of Hugging Face peft hold l of the output form as [out, 1] and of the input form as [1, in].
+files of Hugging Face peft have l of the output form as [out, 1] and of the input form as [1, in].
 Weight decay must be off, or it pulls l to zero; the recipe's unlikelihood and length-normalised
 losses belong to the task, not to the method.
 """
@@ -20,6 +21,7 @@ losses belong to the task, not to the method.
 import math
 import re
 
+import jax
 import jax.numpy as jnp
 
 from jpeft.core import Leaf, Method, Site, Weight, at, chain, factory
@@ -45,57 +47,83 @@ def ia3(
   """
   if targets_out is None and targets_in is None:
     raise ValueError('ia3 needs a pattern for targets_out or targets_in, not None for both')
-  chosen = re.compile(arrays)
-  outputs = _scaling(name, chosen, _outputs, lambda l, x, y, w: y * l, _biases)
-  inputs = _scaling(
-    name, chosen, _inputs, lambda l, x, y, w: x.map(lambda v: v * _last(l, v.shape)) @ w()
-  )
-  return chain(
-    at(targets_out, outputs) if targets_out is not None else (),
-    at(targets_in, inputs) if targets_in is not None else (),
-  )
+  pattern = re.compile(arrays)
+  methods = []
+  if targets_out is not None:
+    methods.append(at(targets_out, _scaled_outputs(name, pattern)))
+  if targets_in is not None:
+    methods.append(at(targets_in, _scaled_inputs(name, pattern)))
+  return chain(*methods)
 
 
-def _scaling(name: str, chosen: re.Pattern, axes_of, dot, added=lambda site, leaf: []) -> Weight:
-  """w * l for every kernel, l along the axes that axes_of(leaf) gives; and l * what is `added` to
-  it.
-  """
+def _scaled_outputs(name: str, pattern: re.Pattern) -> Weight:
+  """y' = l * (x w + b)."""
 
-  def init(key, site, p):
-    leaves = {n: site.leaves[n] for n in site.matrices if chosen.fullmatch(n)}
-    return {n: jnp.ones(_size(leaf, axes_of(leaf))) for n, leaf in leaves.items()}
+  def init(key, site, arrays):
+    return {n: _ones(leaf, _output_axes(leaf)) for n, leaf in _kernels(site, pattern).items()}
 
-  def apply(t, site, p):
+  def apply(theta, site, arrays):
     new = {}
-    for n, l in t.items():
-      leaf = site.leaves[n]
-      new[n] = p[n] * l.reshape([d if i in axes_of(leaf) else 1 for i, d in enumerate(leaf.shape)])
-      new |= {b: p[b] * l.reshape(site.leaves[b].shape) for b in added(site, leaf)}
+    for kernel, l in theta.items():
+      leaf = site.leaves[kernel]
+      new[kernel] = arrays[kernel] * _along(l, leaf, _output_axes(leaf))
+      for bias in _biases(site, leaf):
+        new[bias] = arrays[bias] * l.reshape(site.leaves[bias].shape)
     return new
 
-  def dot_site(t, x, y, w, key):
-    (l,) = t.values()
-    return dot(l, x, y, w)
+  def dot(theta, x, y, w, key):
+    (l,) = theta.values()
+    return y * l
 
-  return Weight(name, init, apply, dot_site)
+  return Weight(name, init, apply, dot)
 
 
-def _outputs(leaf: Leaf) -> tuple[int, ...]:
+def _scaled_inputs(name: str, pattern: re.Pattern) -> Weight:
+  """y' = (l * x) w + b."""
+
+  def init(key, site, arrays):
+    return {n: _ones(leaf, _input_axes(leaf)) for n, leaf in _kernels(site, pattern).items()}
+
+  def apply(theta, site, arrays):
+    new = {}
+    for kernel, l in theta.items():
+      leaf = site.leaves[kernel]
+      new[kernel] = arrays[kernel] * _along(l, leaf, _input_axes(leaf))
+    return new
+
+  def dot(theta, x, y, w, key):
+    (l,) = theta.values()
+    scaled = x.map(lambda v: v * _as_last_axes(l, v.shape))
+    return scaled @ w()
+
+  return Weight(name, init, apply, dot)
+
+
+def _kernels(site: Site, pattern: re.Pattern) -> dict[str, Leaf]:
+  """The kernels of a site whose names match."""
+  return {name: site.leaves[name] for name in site.matrices if pattern.fullmatch(name)}
+
+
+def _output_axes(leaf: Leaf) -> tuple[int, ...]:
+  """The axes of a kernel that l of the output form scales; of experts, each has an l of its own."""
   return tuple(sorted(leaf.batch + leaf.outs))
 
 
-def _inputs(leaf: Leaf) -> tuple[int, ...]:
+def _input_axes(leaf: Leaf) -> tuple[int, ...]:
   """All contracted axes; of a convolution the last, its channels."""
-  ins = leaf.ins[-1:] if leaf.use == 'conv_general_dilated' else leaf.ins
-  return tuple(sorted(leaf.batch + ins))
+  inputs = leaf.ins
+  if leaf.use == 'conv_general_dilated':
+    inputs = inputs[-1:]
+  return tuple(sorted(leaf.batch + inputs))
 
 
 def _biases(site: Site, kernel: Leaf) -> list[str]:
   """What the site adds to the kernel's product: arrays of one number per output."""
+  size = _size(kernel, _output_axes(kernel))
   return [
-    n
-    for n, leaf in site.leaves.items()
-    if leaf.use == 'add' and math.prod(leaf.shape) == _size(kernel, _outputs(kernel))
+    name
+    for name, leaf in site.leaves.items()
+    if leaf.use == 'add' and math.prod(leaf.shape) == size
   ]
 
 
@@ -103,7 +131,23 @@ def _size(leaf: Leaf, axes: tuple[int, ...]) -> int:
   return math.prod(leaf.shape[i] for i in axes)
 
 
-def _last(l, shape: tuple[int, ...]):
-  """The vector l in the shape of the last axes of `shape`, as many as it fills."""
-  n = next(n for n in range(1, len(shape) + 1) if math.prod(shape[-n:]) == l.size)
-  return l.reshape(shape[-n:])
+def _ones(leaf: Leaf, axes: tuple[int, ...]) -> jax.Array:
+  """l as it starts, one number for each index along `axes` of a kernel."""
+  return jnp.ones(_size(leaf, axes))
+
+
+def _along(l: jax.Array, leaf: Leaf, axes: tuple[int, ...]) -> jax.Array:
+  """l in a shape that broadcasts over the kernel, along `axes`."""
+  shape = [1] * len(leaf.shape)
+  for axis in axes:
+    shape[axis] = leaf.shape[axis]
+  return l.reshape(shape)
+
+
+def _as_last_axes(l: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """l in the shape of the last axes of `shape`: of as many as its size fills."""
+  # A layer that contracts several axes, such as heads and head size, has one number for each index.
+  count = 1
+  while math.prod(shape[-count:]) != l.size:
+    count += 1
+  return l.reshape(shape[-count:])

@@ -4,12 +4,18 @@ LoRA: Hu et al., 2022 (arXiv 2106.09685). rsLoRA: Kalajdzievski, 2023 (2312.0373
 al., 2024 (2404.02948). OLoRA: Buyukakyuz, 2024 (2406.01775). DoRA: Liu et al., 2024 (2402.09353).
 LoRA-FA: Zhang et al., 2023 (2308.03303).
 
-For a kernel w [fan_in, fan_out] (the papers' W is its transpose), a [fan_in, r] and b [r, fan_out]:
+For a kernel w [fan_in, fan_out] (the papers' W is its transpose), a [fan_in, r] and b [r, fan_out];
+x [.., fan_in] is what the layer multiplies with w, y = x w:
 
-  LoRA          w' = w + s a b                   s = alpha / r, or alpha / sqrt(r) for rsLoRA; b = 0 at first
-  LoRA-FA       the same; a stays as drawn
-  PiSSA, OLoRA  w' = w + s (a b - a0 b0)         a0, b0: a and b as they started, from the SVD or QR of w
-  DoRA          w' = (m / |v|) v, v = w + s a b  |v|: the norms of v's columns, a constant for gradients
+  LoRA          w' = w + s a b                   s = alpha / r, or alpha / sqrt(r) for rsLoRA; b
+                                                 starts at 0
+  LoRA-FA       the same                         a stays as drawn
+  PiSSA, OLoRA  w' = w + s (a b - a0 b0)         a0, b0: a and b as they started, from the SVD or
+                                                 QR of w
+  DoRA          w' = (m / |v|) v, v = w + s a b  |v|: the norms of v's columns, a constant for
+                                                 gradients
+
+The product w' is formed by `merge` alone. In training the layer computes y' = y + s (x a) b.
 
 Convolutions, DenseGeneral, Einsum and bare weights are folded into such matrices; of a convolution,
 a is one with the kernel's window and strides, b is 1x1. In the file format of Hugging Face peft
@@ -17,7 +23,7 @@ lora_A is a.T and lora_B is b.T; a Dense layer that splits heads orders its colu
 in head).
 
 Deviations. PiSSA and OLoRA are published as an edit of the backbone, w - s a0 b0; here the backbone
-is never edited, and the fixed entries a0, b0 ride in theta: the same function with the same
+is never edited, and theta has a0 and b0 as fixed entries: the same function with the same
 gradients. |v| is computed from w, a and b without the product a b. Embedding tables [V, d] are
 adapted too where a pattern names them: table + s a b with a = 0, b ~ N(0, 1), as peft starts them,
 read off the model as what is gathered from; the whole table is computed at each step, so that a
@@ -29,13 +35,14 @@ of theta, here '.*/b': jpeft.optim.optimizer(..., lora_plus=16).
 """
 
 import dataclasses
-import difflib
 
 import jax
 import jax.numpy as jnp
 
-from jpeft.core import Method, Weight, at, factory, matrix
+from jpeft.core import Leaf, Method, Site, Weight, at, factory, matrix
+from jpeft.messages import did_you_mean
 
+from ..check import is_whole
 from ..nn import drop
 
 
@@ -66,7 +73,7 @@ def lora(
     ValueError: a hyperparameter outside its range; at `attach`, a rank that 'pissa' or 'olora'
       cannot cut out of a matrix.
   """
-  return _lora(rank, alpha, targets, dropout, init, rslora, name, ())
+  return _low_rank(rank, alpha, targets, dropout, init, rslora, name)
 
 
 @factory
@@ -104,56 +111,51 @@ def lora_fa(
   rslora: bool = False,
   name: str = 'lora_fa',
 ) -> Method:
-  """LoRA whose a stays as it was drawn: the backward pass keeps x a, r numbers a token, in the
-  place of x.
+  """LoRA whose a stays as it was drawn: the backward pass keeps x a, r numbers a token, and not x.
 
   Args: of `lora`; the authors train with `jpeft.optim.lora_fa` before Adam.
 
   Raises:
     ValueError: a hyperparameter outside its range, or a start that takes the matrix apart.
   """
-  if init in ('pissa', 'olora'):
+  if init in DECOMPOSITIONS:
     raise ValueError(
       f"{name}: init={init!r} needs both factors trained; use 'default' or 'gaussian'"
     )
-  return _lora(rank, alpha, targets, dropout, init, rslora, name, ('a',))
+  return _low_rank(rank, alpha, targets, dropout, init, rslora, name, fixed=('a',))
 
 
-def _lora(rank, alpha, targets, dropout, init, rslora, name, fixed) -> Method:
+def _low_rank(rank, alpha, targets, dropout, init, rslora, name, fixed=()) -> Method:
+  """What `lora` and `lora_fa` share; `fixed` names the factors that are not trained."""
   scale = _scale(rank, alpha, rslora, dropout)
   if init not in STARTS:
-    near = difflib.get_close_matches(str(init), STARTS, 1)
-    hint = f'; did you mean {near[0]!r}?' if near else ''
+    hint = did_you_mean(init, STARTS)
     raise ValueError(f'init must be one of {", ".join(STARTS)}, not {init!r}{hint}')
-  start = STARTS[init]
-  decomposes = start in (_pissa, _olora)
+  decomposes = init in DECOMPOSITIONS
+  if decomposes:
+    fixed = ('a0', 'b0')
 
-  def begin(key, w):
+  def init_kernel(key, w):
     if decomposes and rank > min(w.shape):
       raise ValueError(
         f'{name}: init={init!r} takes at most rank {min(w.shape)} out of a matrix '
         f'{list(w.shape)}, not {rank}'
       )
-    a, b = start(key, w.astype(jnp.float32), rank, scale)
-    return {'a': a, 'b': b, **({'a0': a, 'b0': b} if decomposes else {})}
+    a, b = STARTS[init](key, w.astype(jnp.float32), rank, scale)
+    if decomposes:
+      return {'a': a, 'b': b, 'a0': a, 'b0': b}
+    return {'a': a, 'b': b}
 
-  def weight(t, w):
-    a, b = _factors(t)
+  def weight(theta, w):
+    a, b = _factors(theta)
     return w + scale * (a @ b)
 
-  def dot(t, x, y, w, key):
-    a, b = _factors(t)
-    return y + scale * ((x.map(lambda v: drop(v, key, dropout)) @ a) @ b)
+  def dot(theta, x, y, w, key):
+    a, b = _factors(theta)
+    dropped = x.map(lambda v: drop(v, key, dropout))
+    return y + scale * ((dropped @ a) @ b)
 
-  fixed = ('a0', 'b0') if decomposes else fixed
-  kernels = matrix(
-    name,
-    begin,
-    weight,
-    dot,
-    requires='input in training' if dropout > 0 else 'nothing',
-    fixed=fixed,
-  )
+  kernels = matrix(name, init_kernel, weight, dot, requires=required(dropout), fixed=fixed)
   return at(targets, _with_tables(kernels, rank, weight))
 
 
@@ -184,34 +186,28 @@ def dora(
   """
   scale = _scale(rank, alpha, rslora, dropout)
 
-  def begin(key, w):
+  def init_kernel(key, w):
     a, b = _uniform(key, w, rank, scale)
-    return {'a': a, 'b': b, 'm': _norms(w, a, b, scale)}
+    return {'a': a, 'b': b, 'm': _column_norms(w, a, b, scale)}
 
-  def gain(t, w):
-    return t['m'].astype(jnp.float32) / _norms(w, t['a'], t['b'], scale)
+  def gain(theta, w):
+    """m / |v|, one number a column: [fan_out]."""
+    return theta['m'].astype(jnp.float32) / _column_norms(w, theta['a'], theta['b'], scale)
 
-  def weight(t, w):
-    return gain(t, w) * (w + scale * (t['a'] @ t['b']))
+  def weight(theta, w):
+    return gain(theta, w) * (w + scale * (theta['a'] @ theta['b']))
 
-  def dot(t, x, y, w, key):
-    g = gain(t, w()).astype(y.dtype)
+  def dot(theta, x, y, w, key):
+    factor = gain(theta, w()).astype(y.dtype)
     if key is None or not dropout:
-      return g * (y + scale * ((x @ t['a']) @ t['b']))
+      return factor * (y + scale * ((x @ theta['a']) @ theta['b']))
     x = x.map(lambda v: drop(v, key, dropout))
-    return y + (g - 1) * (x @ w()) + g * scale * ((x @ t['a']) @ t['b'])
+    low_rank = scale * ((x @ theta['a']) @ theta['b'])
+    return y + (factor - 1) * (x @ w()) + factor * low_rank
 
-  return at(
-    targets,
-    matrix(
-      name,
-      begin,
-      weight,
-      dot,
-      requires='input in training' if dropout > 0 else 'nothing',
-      exact=('m',),
-    ),
-  )
+  # m is exact: rounded to the dtype of y, m / |v| would not be 1 at the start.
+  rule = matrix(name, init_kernel, weight, dot, requires=required(dropout), exact=('m',))
+  return at(targets, rule)
 
 
 def _uniform(key, w, rank, scale):
@@ -231,69 +227,91 @@ def _pissa(key, w, rank, scale):
 
 
 def _olora(key, w, rank, scale):
+  # Of the transpose, as published: w.T = q r, so that w = r.T q.T.
   q, r = jnp.linalg.qr(w.T)
   return r[:rank].T, q[:, :rank].T
 
 
+# (key, w, rank, scale) -> (a, b).
 STARTS = {'default': _uniform, 'gaussian': _gaussian, 'pissa': _pissa, 'olora': _olora}
+# Those whose a b is a part of w, which a0 b0 takes off again.
+DECOMPOSITIONS = ('pissa', 'olora')
 
 
-def _scale(rank, alpha, rslora, dropout) -> float:
-  """The factor of a b, from hyperparameters that are checked first."""
-  check(rank, dropout)
-  if not alpha > 0:
-    raise ValueError(f'alpha must be greater than 0, not {alpha!r}')
-  return alpha / (rank**0.5 if rslora else rank)
+def required(dropout: float) -> str:
+  """What a rule requires of a layer whose input it drops out (`Weight.requires`)."""
+  if dropout > 0:
+    return 'input in training'
+  return 'nothing'
 
 
-def check(rank: int, dropout: float) -> None:
+def check_rank(rank: int, dropout: float) -> None:
   """Raises ValueError for a rank or a rate outside its range."""
-  if int(rank) != rank or rank < 1:
+  if not is_whole(rank, 1):
     raise ValueError(f'rank must be a whole number, at least 1, not {rank!r}')
   if not 0 <= dropout <= 1:
     raise ValueError(f'dropout must lie in [0, 1], not {dropout!r}')
 
 
-def _factors(t):
-  """(a, b) of all that is added, the start of a decomposition taken off."""
-  if 'a0' not in t:
-    return t['a'], t['b']
-  return jnp.concatenate([t['a'], t['a0']], 1), jnp.concatenate([t['b'], -t['b0']])
+def _scale(rank, alpha, rslora, dropout) -> float:
+  """s, the factor of a b, from hyperparameters that are checked first."""
+  check_rank(rank, dropout)
+  if not alpha > 0:
+    raise ValueError(f'alpha must be greater than 0, not {alpha!r}')
+  if rslora:
+    return alpha / rank**0.5
+  return alpha / rank
 
 
-def _norms(w, a, b, scale):
-  """The norm of each column of w + scale a b, without that matrix; a constant for gradients."""
+def _factors(theta):
+  """(a, b) of all that is added: of a decomposition [a, a0] and [b; -b0], rank 2 r."""
+  if 'a0' not in theta:
+    return theta['a'], theta['b']
+  a = jnp.concatenate([theta['a'], theta['a0']], 1)
+  b = jnp.concatenate([theta['b'], -theta['b0']])
+  return a, b
+
+
+def _column_norms(w, a, b, scale):
+  """|v| of v = w + scale a b [fan_out], without forming a b; a constant for gradients."""
   w, a, b = (x.astype(jnp.float32) for x in (w, a, b))
-  cross = jnp.sum((a.T @ w) * b, 0)
-  square = jnp.sum(w * w, 0) + 2 * scale * cross + scale**2 * jnp.sum((a.T @ a @ b) * b, 0)
+  # Column by column |v|^2 = |w|^2 + 2 s <w, a b> + s^2 |a b|^2.
+  inner = jnp.sum((a.T @ w) * b, 0)
+  of_product = jnp.sum((a.T @ a @ b) * b, 0)
+  square = jnp.sum(w * w, 0) + 2 * scale * inner + scale**2 * of_product
   # A column of zeros (an untrained head) has m = 0 as well and must stay zero.
   return jax.lax.stop_gradient(jnp.sqrt(jnp.maximum(square, jnp.finfo(jnp.float32).tiny)))
 
 
 def _with_tables(rule: Weight, rank: int, weight) -> Weight:
-  """The rule, for embedding tables too: arrays [V, d] whose rows are gathered."""
-
-  def tables(site):
-    return {
-      name: leaf
-      for name, leaf in site.leaves.items()
-      if leaf.use == 'gather' and len(leaf.shape) == 2 and len(leaf.ins) == 1
-    }
+  """The rule for kernels, extended to the embedding tables that a site owns."""
 
   def init(key, site, arrays):
     theta = rule.init(key, site, arrays)
-    for i, (name, leaf) in enumerate(tables(site).items()):
-      a, b = jnp.zeros((leaf.fan_in, rank)), jnp.zeros((rank, leaf.fan_out))
-      drawn = lambda x, i=i: jax.random.normal(jax.random.fold_in(key, i), x.shape)
-      theta[name] = {'a': drawn(a), 'b': b} if 'a' in rule.fixed else {'a': a, 'b': drawn(b)}
+    # Tables start as in peft, b drawn and a zero; where a is fixed it has to be a that is drawn.
+    drawn = 'a' if 'a' in rule.fixed else 'b'
+    for number, (name, leaf) in enumerate(_tables(site).items()):
+      factors = {'a': jnp.zeros((leaf.fan_in, rank)), 'b': jnp.zeros((rank, leaf.fan_out))}
+      own_key = jax.random.fold_in(key, number)
+      factors[drawn] = jax.random.normal(own_key, factors[drawn].shape)
+      theta[name] = factors
     return theta
 
   def apply(theta, site, arrays):
-    found = tables(site)
-    new = rule.apply({name: t for name, t in theta.items() if name not in found}, site, arrays)
-    return new | {
-      name: leaf.unfold(weight(theta[name], leaf.fold(arrays[name])))
-      for name, leaf in found.items()
-    }
+    tables = _tables(site)
+    kernels = {name: t for name, t in theta.items() if name not in tables}
+    new = rule.apply(kernels, site, arrays)
+    for name, leaf in tables.items():
+      new[name] = leaf.unfold(weight(theta[name], leaf.fold(arrays[name])))
+    return new
 
   return dataclasses.replace(rule, init=init, apply=apply)
+
+
+def _tables(site: Site) -> dict[str, Leaf]:
+  """The embedding tables of a site: arrays [V, d] whose rows are gathered."""
+  found = {}
+  for name, leaf in site.leaves.items():
+    if leaf.use == 'gather' and len(leaf.shape) == 2 and len(leaf.ins) == 1:
+      found[name] = leaf
+  return found

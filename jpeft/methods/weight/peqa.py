@@ -4,7 +4,7 @@ Kim et al., 2023, "Memory-Efficient Fine-Tuning of Compressed Large Language Mod
 Integer Quantization" (arXiv 2305.14152). A kernel [in, out] is stored as integers q with a scale s
 and a zero point z for every output channel, or group of inputs of it:
 
-  w = s (q - z)                   theta holds s, in float32; q and z stay
+  w = s (q - z)                   theta has s, in float32; q and z stay
 
 It starts as the quantized model. Other tasks are other scales on the same integers, and `merge`
 gives such a backbone.
@@ -21,8 +21,10 @@ from jpeft.quant import Quantized
 
 @factory
 def peqa(targets: str = '{linear}', name: str = 'peqa') -> Method:
-  """PEQA (arXiv 2305.14152). `train` and `plan` store the backbone as `affine`; do not decay the
-  scales.
+  """PEQA (arXiv 2305.14152): trains the scales of a quantized backbone.
+
+  `train` and `plan` store the backbone as `affine`. Weight decay must be off: it would pull every
+  kernel to zero.
 
   Args:
     targets: pattern of sites; the scales of every quantized kernel that they own are trained.
@@ -33,16 +35,18 @@ def peqa(targets: str = '{linear}', name: str = 'peqa') -> Method:
   """
 
   def init(key, site, arrays):
-    boxes = {n: arrays.stored(n) for n in site.matrices}
-    for n, box in boxes.items():
+    theta = {}
+    for kernel in site.matrices:
+      box = arrays.stored(kernel)
       if not isinstance(box, Quantized):
         raise ValueError(
-          f'{name}: {n!r} at {site.path!r} has no scales: store the backbone in integers first, by '
-          'jpeft.quantize(model, jpeft.affine(), backbone, *example)'
+          f'{name}: {kernel!r} at {site.path!r} has no scales: store the backbone in integers '
+          'first, by jpeft.quantize(model, jpeft.affine(), backbone, *example)'
         )
-    return {n: box.scales() for n, box in boxes.items()}
+      theta[kernel] = box.scales()
+    return theta
 
-  def apply(t, site, arrays):
-    return {n: arrays.stored(n).rescaled(s) for n, s in t.items()}
+  def apply(theta, site, arrays):
+    return {kernel: arrays.stored(kernel).rescaled(scales) for kernel, scales in theta.items()}
 
   return at(targets, Weight(name, init, apply))

@@ -6,7 +6,8 @@ dongzelian/SSF.
   y' = gamma * y + beta, per channel, behind: patch embedding, norm1, q, k, v, attention output,
   norm2, fc1 (before the activation), fc2, final norm.
 
-Every one of these is affine, so the pair is a change of weights, which `merge` writes down:
+Every one of these is affine, so the pair is a change of weights, which `merge` writes down. With w,
+b the kernel and bias of a layer, g, c the scale and shift of a norm:
 
   linear, convolution   w' = w * gamma (columns), b' = gamma * b + beta
   norm                  g' = gamma * g,           c' = gamma * c + beta
@@ -25,7 +26,10 @@ import jax
 
 from jpeft.core import Leaf, Method, Site, Weight, at, factory
 
-STD = 0.02
+from ..check import require
+
+# The standard deviation of gamma and beta at the start.
+STARTS = {'normal': 0.02, 'identity': 0.0}
 
 
 @factory
@@ -42,64 +46,70 @@ def ssf(
   Raises:
     ValueError: an unknown init.
   """
-  if init not in ('normal', 'identity'):
-    raise ValueError(f"ssf: init={init!r} must be 'normal' or 'identity'")
-  std = STD if init == 'normal' else 0.0
+  require(init in STARTS, 'ssf', 'init', init, "must be 'normal' or 'identity'")
+  std = STARTS[init]
 
-  def begin(key, site, arrays):
+  def init_site(key, site, arrays):
     keys = iter(jax.random.split(key, 2 * max(len(site.leaves), 1)))
-    draw = lambda leaf, mean: mean + std * jax.random.normal(next(keys), _channels(leaf))
     theta = {}
-    for n in _scaled(site):
-      theta[n] = {'scale': draw(site.leaves[n], 1.0)}
+    for array in _scaled(site):
+      channels = _channels(site.leaves[array])
+      theta[array] = {'scale': 1.0 + std * jax.random.normal(next(keys), channels)}
       if _shifted(site) is not None:
-        theta[n]['shift'] = draw(site.leaves[n], 0.0)
+        theta[array]['shift'] = std * jax.random.normal(next(keys), channels)
     return theta
 
   def apply(theta, site, arrays):
     new = {}
-    for n, t in theta.items():
-      leaf = site.leaves[n]
+    for array, t in theta.items():
+      leaf = site.leaves[array]
+      gamma = t['scale']
       if leaf.is_matrix:
-        new[n] = leaf.unfold(leaf.fold(arrays[n]) * t['scale'][..., None, :])
+        columns = gamma[..., None, :]  # [*matrices, 1, outputs]
+        new[array] = leaf.unfold(leaf.fold(arrays[array]) * columns)
       else:
-        scale = t['scale'].reshape(leaf.shape)
-        new[n] = arrays[n] * scale + leaf.offset * (
-          scale - 1
-        )  # gamma (g + c) = g' + c, where norms store g
+        gamma = gamma.reshape(leaf.shape)
+        # Some norms store g - 1: gamma (g - 1 + offset) = g' - 1 + offset.
+        new[array] = arrays[array] * gamma + leaf.offset * (gamma - 1)
       if 'shift' in t:
         bias = _shifted(site)
-        scale, shift = (t[k].reshape(site.leaves[bias].shape) for k in ('scale', 'shift'))
-        new[bias] = scale * arrays[bias] + shift
+        shape = site.leaves[bias].shape
+        new[bias] = t['scale'].reshape(shape) * arrays[bias] + t['shift'].reshape(shape)
     return new
 
   def dot(theta, x, y, w, key):
+    # The bias, with beta in it, is added by the layer behind this product.
     (t,) = theta.values()
     return y * t['scale']
 
-  return at(targets, Weight(name, begin, apply, dot))
+  return at(targets, Weight(name, init_site, apply, dot))
 
 
 def _channels(leaf: Leaf) -> tuple[int, ...]:
-  """(matrices, outputs) of a kernel, the channels of a norm's scale."""
-  return (
-    (*(leaf.shape[i] for i in leaf.batch), leaf.fan_out)
-    if leaf.is_matrix
-    else (math.prod(leaf.shape),)
-  )
+  """The shape of gamma: (*matrices, outputs) of a kernel, the channels of a norm's scale."""
+  if leaf.is_matrix:
+    matrices = [leaf.shape[axis] for axis in leaf.batch]
+    return (*matrices, leaf.fan_out)
+  return (math.prod(leaf.shape),)
 
 
 def _scaled(site: Site) -> list[str]:
   """The kernels of a site; where there are none, what multiplies the features of a norm."""
-  return site.matrices or [n for n, leaf in site.leaves.items() if leaf.use == 'mul' and leaf.shape]
+  if site.matrices:
+    return site.matrices
+  return [name for name, leaf in site.leaves.items() if leaf.use == 'mul' and leaf.shape]
 
 
 def _shifted(site: Site) -> str | None:
-  """The array that is added behind the site's only kernel or scale, and can hold beta."""
-  if len(_scaled(site)) != 1:
+  """The array that is added behind the site's only kernel or scale, and can take up beta."""
+  scaled = _scaled(site)
+  if len(scaled) != 1:
     return None
-  (size,) = {math.prod(_channels(site.leaves[n])) for n in _scaled(site)}
-  added = [
-    n for n, leaf in site.leaves.items() if leaf.use == 'add' and math.prod(leaf.shape) == size
-  ]
-  return added[0] if len(added) == 1 else None
+  size = math.prod(_channels(site.leaves[scaled[0]]))
+  added = []
+  for name, leaf in site.leaves.items():
+    if leaf.use == 'add' and math.prod(leaf.shape) == size:
+      added.append(name)
+  if len(added) != 1:
+    return None
+  return added[0]

@@ -8,7 +8,7 @@ fan_out] as the layers share them, d [r] and e [fan_out]:
 e = 0 at first, so the function starts unchanged; there is no scale alpha / r. In the files of
 Hugging Face peft d is vera_lambda_d and e is vera_lambda_b.
 
-Deviations. a and b are drawn again, from a seed, wherever they are used: theta holds d and e alone.
+Deviations. a and b are drawn again, from a seed, wherever they are used: theta has d and e alone.
 They are shared by the layers of one shape, where peft cuts those of all shapes out of one pair of
 matrices; `projections` takes such a pair.
 """
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jpeft.core import Method, at, factory, matrix
 
 from ..nn import drop
-from .lora import check
+from .lora import check_rank, required
 
 
 @factory
@@ -48,37 +48,49 @@ def vera(
   Raises:
     ValueError: a hyperparameter outside its range; at `attach`, a layer larger than `projections`.
   """
-  check(rank, dropout)
-  if projections is not None and (projections[0].shape[1], projections[1].shape[0]) != (rank, rank):
-    shapes = ' and '.join(str(list(p.shape)) for p in projections)
-    raise ValueError(f'projections must be [fan_in, {rank}] and [{rank}, fan_out], not {shapes}')
+  check_rank(rank, dropout)
+  if projections is not None:
+    a, b = projections
+    if a.shape[1] != rank or b.shape[0] != rank:
+      raise ValueError(
+        f'projections must be [fan_in, {rank}] and [{rank}, fan_out], not {list(a.shape)} and '
+        f'{list(b.shape)}'
+      )
 
   def pair(w):
+    """(a, b) of a kernel."""
+    fan_in, fan_out = w.shape
     if projections is not None:
-      a, b = projections
-      if a.shape[0] < w.shape[0] or b.shape[1] < w.shape[1]:
-        raise ValueError(
-          f'{name}: projections for {a.shape[0]} inputs and {b.shape[1]} outputs do not reach '
-          f'for a matrix {list(w.shape)}'
-        )
-      return a[: w.shape[0]], b[:, : w.shape[1]]
-    keys = jax.random.split(jax.random.key(seed))
-    draw = lambda key, shape: jax.random.uniform(key, shape, minval=-1) * (6 / shape[0]) ** 0.5
-    return draw(keys[0], (w.shape[0], rank)), draw(keys[1], (rank, w.shape[1]))
+      return _cut(projections, fan_in, fan_out, name)
+    key_a, key_b = jax.random.split(jax.random.key(seed))
+    return _kaiming(key_a, (fan_in, rank)), _kaiming(key_b, (rank, fan_out))
 
-  def begin(key, w):
+  def init(key, w):
     return {'d': jnp.full(rank, d_initial, jnp.float32), 'e': jnp.zeros(w.shape[1])}
 
-  def weight(t, w):
+  def weight(theta, w):
     a, b = pair(w)
-    return w + (a * t['d']) @ b * t['e']
+    return w + (a * theta['d']) @ b * theta['e']
 
-  def dot(t, x, y, w, key):
+  def dot(theta, x, y, w, key):
     a, b = pair(w())
-    h = x.map(lambda v: drop(v, key, dropout)) @ a
-    return y + (h * t['d']) @ b.astype(h.dtype) * t['e']
+    low = x.map(lambda v: drop(v, key, dropout)) @ a  # [.., r]
+    return y + (low * theta['d']) @ b.astype(low.dtype) * theta['e']
 
-  return at(
-    targets,
-    matrix(name, begin, weight, dot, requires='input in training' if dropout > 0 else 'nothing'),
-  )
+  return at(targets, matrix(name, init, weight, dot, requires=required(dropout)))
+
+
+def _kaiming(key, shape: tuple[int, int]) -> jax.Array:
+  """Uniform numbers of variance 2 / fan_in."""
+  return jax.random.uniform(key, shape, minval=-1) * (6 / shape[0]) ** 0.5
+
+
+def _cut(projections, fan_in: int, fan_out: int, name: str) -> tuple[jax.Array, jax.Array]:
+  """The first rows of a and columns of b, for a smaller layer."""
+  a, b = projections
+  if a.shape[0] < fan_in or b.shape[1] < fan_out:
+    raise ValueError(
+      f'{name}: projections for {a.shape[0]} inputs and {b.shape[1]} outputs do not reach '
+      f'for a matrix {[fan_in, fan_out]}'
+    )
+  return a[:fan_in], b[:, :fan_out]
