@@ -37,8 +37,7 @@ import jax.numpy as jnp
 from jpeft.core import Call, Method, Tuned, at, chain, factory
 
 from ..adapter.bottleneck import maker, through
-from ..layers import put_first
-from ..nn import on_first
+from ..nn import on_first, put_first
 from ..side.stack import Stack
 from .reversible import Layers, Reversible
 

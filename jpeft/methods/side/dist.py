@@ -32,7 +32,7 @@ import jax.numpy as jnp
 
 from jpeft.core import Method, factory
 
-from ..layers import dense, layer_norm, linear, scales
+from ..nn import dense, layer_norm, linear, scales
 from .stack import around
 
 

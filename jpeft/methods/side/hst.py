@@ -1,12 +1,17 @@
-"""Hierarchical side-tuning: a four-stage pyramid beside a plain ViT, for classification and dense
-prediction.
+"""Hierarchical side-tuning: a four-stage pyramid beside a plain ViT.
 
-Lin et al., 2023 (arXiv 2310.05393; AFeng-x/HST). Every backbone block i gets a trained token e_i,
-which takes part in its attention and leaves with what it became, G_i; V_i are the patches behind
-the block. Stage j, of width C_j and at stride 4 2^j, owns a quarter of the blocks, and runs for
-each of them
+Lin et al., 2023 (arXiv 2310.05393; AFeng-x/HST), for classification and dense prediction. The
+letters:
 
-  g = LN_i(T_j G_i),  f = resize(T_j V_i) to the stage's grid,  K = [g; mean of f]
+  e_i [1, d]     a trained token that takes part in the attention of backbone block i
+  G_i [B, 1, d]  what e_i has become behind the block
+  V_i [B, N, d]  the patches behind the block
+  C_j            the width of stage j = 0 .. 3, at stride 4 2^j of the image
+  x   [B, h, w, C_j]  the map of stage j
+
+Each stage owns a quarter of the blocks, and runs for each of them, with T_j a linear map d -> C_j,
+
+  g = LN_i(T_j G_i),  f = resize(T_j V_i) to h x w,  K = [g; mean of f]
   x <- x + Attention(LN(x), K, K),  x <- x + f,  x <- x + MLP(LN(x)).
 
 T_j is shared by the stage. The stem (3x3 and 2x2 convolutions of stride 2) reads the images, 3x3
@@ -25,23 +30,43 @@ and added, 1x1 to the classes.
 Deviations. Batch norm in stem and head would carry running statistics: LayerNorm over channels
 stands there, with as many parameters. The patches go through T_j before they are resized, the same
 numbers at a fraction of the memory. e_i stands behind the model's special tokens, not before them,
-which no attention tells. The dense head is ours.
+which makes no difference to attention. The dense head is ours.
 """
 
+import dataclasses
 import functools
+import itertools
 import math
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from jpeft.core import FULL_CROSSING, Call, Method, Site, at, chain, factory
 
-from ..layers import layer_norm, linear, put_first, scales
+from ..nn import (
+  attend,
+  conv,
+  convolve,
+  dense,
+  drop_path,
+  glorot_bound,
+  layer_norm,
+  linear,
+  put_first,
+  remat_if,
+  scales,
+  truncated_normal,
+  uniform,
+)
 from ..prompt.vpt import enter, lead_of, remove_tokens
 from ..subset.tune import tune
 from .stack import Stack
 
 OUTPUTS = ('logits', 'maps', 'segmentation')
+STAGES = range(4)
+
+_dense = functools.partial(dense, std=0.02, draw=truncated_normal)
 
 
 @factory
@@ -90,171 +115,273 @@ def hst(
     )
   if not 0 <= drop_path < 1:
     raise ValueError(f'hst: drop_path={drop_path} must be at least 0 and below 1')
+  if depths is not None:
+    depths = tuple(depths)
+  return _HST(
+    widths=tuple(widths),
+    heads=tuple(heads),
+    depths=depths,
+    output=output,
+    classes=classes,
+    fpn_width=fpn_width,
+    drop_path=drop_path,
+    remat=remat,
+    blocks=blocks,
+    norms=norms,
+    root=root,
+    name=name,
+  ).method()
 
-  @functools.lru_cache(maxsize=64)
-  def stages(site: Site) -> tuple[Stack, list[list[int]], tuple[int, int]]:
-    """(the backbone's blocks, those of each stage, rows and columns of patches)."""
-    images = site.input.shape if site.input is not None else ()
+
+@dataclasses.dataclass(frozen=True)
+class _HST:
+  """The rules of `hst`; the fields are its arguments."""
+
+  widths: tuple[int, ...]
+  heads: tuple[int, ...]
+  depths: tuple[int, ...] | None
+  output: str
+  classes: int | None
+  fpn_width: int
+  drop_path: float
+  remat: bool
+  blocks: str
+  norms: str
+  root: str
+  name: str
+
+  def method(self) -> Method:
+    """The trained norms, a token in every block, and the pyramid at the model."""
+    token = Call(self.name, self.apply_token, self.init_token, taps=True, memory=FULL_CROSSING)
+    pyramid = Call(self.name, self.apply, self.init, taps=True, memory=FULL_CROSSING, head=True)
+    return chain(
+      tune(self.norms, name=self.name),
+      at(self.blocks, token),
+      at(self.root, pyramid),
+    )
+
+  # Shapes
+
+  def stack(self, site: Site) -> Stack:
+    """The backbone's blocks, in a model that reads images."""
+    images = _shape_of_images(site)
     if len(images) != 4:
       raise ValueError(
-        f'{name}: a pyramid is built on images [B, H, W, channels], and {site.kind} is called with '
-        f'{images}'
+        f'{self.name}: a pyramid is built on images [B, H, W, channels], and {site.kind} is called '
+        f'with {images}'
       )
-    net = Stack(site, blocks, root)
-    net.check_tokens(name)
-    patches = net.stack[0].input.shape[1] - lead_of(site)
-    side = math.isqrt(max(1, images[1] * images[2] // max(patches, 1)))
-    grid = (images[1] // side, images[2] // side)
-    if grid[0] * grid[1] != patches:
-      raise ValueError(
-        f'{name}: {patches} patches are no grid over images of {images[1]}x{images[2]}'
-      )
-    if depths is not None and (len(depths) != 4 or sum(depths) != net.depth):
-      raise ValueError(f'{name}: depths={depths} must be four numbers whose sum is {net.depth}')
-    stage = (
-      [i * 4 // net.depth for i in range(net.depth)]
-      if depths is None
-      else [j for j, n in enumerate(depths) for _ in range(n)]
-    )
-    return net, [[i for i in range(net.depth) if stage[i] == j] for j in range(4)], grid
+    net = Stack(site, self.blocks, self.root)
+    net.check_tokens(self.name)
+    return net
 
-  def begin_token(key, site, arrays):
+  def grid(self, net: Stack) -> tuple[int, int]:
+    """Rows and columns of patches."""
+    _, height, width, _ = _shape_of_images(net.site)
+    patches = net.stack[0].input.shape[1] - lead_of(net.site)
+    patch_size = math.isqrt(max(1, height * width // max(patches, 1)))
+    rows, columns = height // patch_size, width // patch_size
+    if rows * columns != patches:
+      raise ValueError(
+        f'{self.name}: {patches} patches are no grid over images of {height}x{width}'
+      )
+    return rows, columns
+
+  def owned(self, depth: int) -> list[list[int]]:
+    """The blocks of each stage."""
+    if self.depths is None:
+      return [[i for i in range(depth) if i * 4 // depth == j] for j in STAGES]
+    if len(self.depths) != 4 or sum(self.depths) != depth:
+      raise ValueError(
+        f'{self.name}: depths={self.depths} must be four numbers whose sum is {depth}'
+      )
+    ends = itertools.accumulate(self.depths)
+    return [list(range(end - count, end)) for count, end in zip(self.depths, ends, strict=True)]
+
+  # The tokens in the backbone
+
+  def init_token(self, key, site: Site, arrays) -> dict:
+    """{'meta': e_i [1, d]} of one block."""
     if len(site.input.shape) != 3:
       raise ValueError(
-        f'{name}: reads one stream of tokens [B, N, d], and the block {site.path!r} is called with '
-        f'{site.input.shape}'
+        f'{self.name}: reads one stream of tokens [B, N, d], and the block {site.path!r} is called '
+        f'with {site.input.shape}'
       )
     width = site.input.shape[-1]
-    bound = math.sqrt(6 / (1 + width))
-    return {'meta': jax.random.uniform(key, (1, width), minval=-bound, maxval=bound)}
+    return {'meta': uniform(key, (1, width), glorot_bound(1, width))}
 
-  def token(t, call, *args, **kwargs):
-    meta = lambda x: jnp.broadcast_to(t['meta'].astype(x.dtype), (len(x), *t['meta'].shape))
-    args, kwargs = enter(call, args, kwargs, 1, meta)
+  def apply_token(self, t, call, *args, **kwargs):
+    """Runs a block with e_i among its tokens, records G_i and V_i, and returns the other tokens."""
+
+    def token(x):
+      return jnp.broadcast_to(t['meta'].astype(x.dtype), (len(x), *t['meta'].shape))  # [B, 1, d]
+
+    args, kwargs = enter(call, args, kwargs, 1, token)
     out = call(*args, **kwargs)
-    x, lead = jax.tree.leaves(out)[0], lead_of(call.site)
-    rest = remove_tokens(call.site, x, 1)
-    call.tap(meta=x[:, lead : lead + 1], patches=rest[:, lead:])
+    x = jax.tree.leaves(out)[0]  # [B, special + 1 + N, d]
+    special = lead_of(call.site)
+    rest = remove_tokens(call.site, x, 1)  # [B, special + N, d]
+    call.tap(meta=x[:, special : special + 1], patches=rest[:, special:])
     return put_first(out, rest)
 
-  def init(key, site, arrays):
-    net, owned, _ = stages(site)
+  # The pyramid beside it
+
+  def init(self, key, site: Site, arrays) -> dict:
+    """{'stem', 'stage0' .. 'stage3', and 'head' or 'fpn'}: the parameters beside the backbone."""
+    net = self.stack(site)
+    self.grid(net)  # refuses patches that are no grid
+    owned = self.owned(net.depth)
     keys = iter(jax.random.split(key, 64))
     channels = site.input.shape[-1]
-    t = {
-      'stem': {
-        'conv1': _conv(next(keys), 3, channels, widths[0], False),
-        'norm1': scales(widths[0]),
-        'conv2': _conv(next(keys), 2, widths[0], widths[0]),
-        'norm2': scales(widths[0]),
-      }
-    }
-    for j, c in enumerate(widths):
-      stage = {'norm': scales(c)}
-      if j:
-        stage |= {'down': _conv(next(keys), 3, widths[j - 1], c), 'down_norm': scales(c)}
-      if n := len(owned[j]):
-        stage['bridge'] = _dense(next(keys), net.width, c)
-        stage['blocks'] = {
-          'token_norm': scales(c, n),
-          'norm1': scales(c, n),
-          'norm2': scales(c, n),
-          **{part: _dense(next(keys), c, c, n) for part in 'qkvo'},
-          'fc1': _dense(next(keys), c, 4 * c, n),
-          'fc2': _dense(next(keys), 4 * c, c, n),
-        }
-      t[f'stage{j}'] = stage
-    if output == 'logits':
-      t['head'] = _dense(next(keys), widths[-1], site.out.shape[-1])
-    if output == 'segmentation':
-      t['fpn'] = {
-        **{f'lateral{j}': _conv(next(keys), 1, c, fpn_width) for j, c in enumerate(widths)},
-        **{f'smooth{j}': _conv(next(keys), 3, fpn_width, fpn_width) for j in range(4)},
-        'classes': _conv(next(keys), 1, fpn_width, classes),
-      }
+    t = {'stem': self.init_stem(keys, channels)}
+    for j in STAGES:
+      t[f'stage{j}'] = self.init_stage(keys, j, net.width, len(owned[j]))
+    if self.output == 'logits':
+      t['head'] = _dense(next(keys), self.widths[-1], site.out.shape[-1])
+    if self.output == 'segmentation':
+      t['fpn'] = self.init_fpn(keys)
     return t
 
-  def apply(t, call, *args, **kwargs):
-    net, owned, grid = stages(call.site)
+  def init_stem(self, keys, channels: int) -> dict:
+    """The stem of images of some channels."""
+    width = self.widths[0]
+    return {
+      'conv1': _conv(next(keys), 3, channels, width, bias=False),
+      'norm1': scales(width),
+      'conv2': _conv(next(keys), 2, width, width),
+      'norm2': scales(width),
+    }
+
+  def init_stage(self, keys, j: int, backbone_width: int, blocks: int) -> dict:
+    """Stage j with some side blocks, their parameters stacked."""
+    width = self.widths[j]
+    t = {'norm': scales(width)}
+    if j > 0:
+      t['down'] = _conv(next(keys), 3, self.widths[j - 1], width)
+      t['down_norm'] = scales(width)
+    if blocks == 0:
+      return t
+    t['bridge'] = _dense(next(keys), backbone_width, width)
+    t['blocks'] = {
+      'token_norm': scales(width, blocks),
+      'norm1': scales(width, blocks),
+      'norm2': scales(width, blocks),
+      **{name: _dense(next(keys), width, width, blocks) for name in 'qkvo'},
+      'fc1': _dense(next(keys), width, 4 * width, blocks),
+      'fc2': _dense(next(keys), 4 * width, width, blocks),
+    }
+    return t
+
+  def init_fpn(self, keys) -> dict:
+    """The semantic FPN."""
+    width = self.fpn_width
+    laterals = {f'lateral{j}': _conv(next(keys), 1, self.widths[j], width) for j in STAGES}
+    smooths = {f'smooth{j}': _conv(next(keys), 3, width, width) for j in STAGES}
+    return {**laterals, **smooths, 'classes': _conv(next(keys), 1, width, self.classes)}
+
+  def apply(self, t, call, *args, **kwargs):
+    """The model's output, made from the maps of the four stages."""
+    net = self.stack(call.site)
+    grid = self.grid(net)
     images = next(iter(call.inputs(*args, **kwargs).values()))
     y = call(*args, **kwargs)
-    taps, key = call.taps(), call.rng('hst drop path') if drop_path else None
-    again = jax.checkpoint if remat else lambda fn: fn
-    dtype = net.recorded(taps, 'patches', 0).dtype  # the images may be of another than the stream
-    t = jax.tree.map(lambda a: a.astype(dtype), t)
-    stem = t['stem']
-    x = jax.nn.relu(layer_norm(stem['norm1'], _convolve(stem['conv1'], images.astype(dtype), 2, 1)))
-    x = layer_norm(stem['norm2'], _convolve(stem['conv2'], x, 2, 0))
+    taps = call.taps()
+    key = None
+    if self.drop_path:
+      key = call.rng('hst drop path')
+    # The images may have another dtype than the stream.
+    dtype = net.recorded(taps, 'patches', 0).dtype
+    t = jax.tree.map(lambda array: array.astype(dtype), t)
+
+    x = stem(t['stem'], images.astype(dtype))
     maps = []
-    for j, n_heads in enumerate(heads):
+    for j, blocks in enumerate(self.owned(net.depth)):
       stage = t[f'stage{j}']
-      if j:
-        x = layer_norm(stage['down_norm'], _convolve(stage['down'], x, 2, 1))
-      for k, i in enumerate(owned[j]):
-        sub = None if key is None else jax.random.fold_in(key, i)
-        block = jax.tree.map(lambda a, k=k: a[k], stage['blocks'])
-        run = again(
-          functools.partial(_side_block, heads=n_heads, rate=drop_path, key=sub, grid=grid)
+      if j > 0:
+        x = layer_norm(stage['down_norm'], convolve(stage['down'], x, strides=2, padding=1))
+      for k, i in enumerate(blocks):
+        side_block = functools.partial(
+          self.side_block,
+          heads=self.heads[j],
+          grid=grid,
+          key=None if key is None else jax.random.fold_in(key, i),
         )
-        x = run(
-          block, stage['bridge'], x, net.recorded(taps, 'meta', i), net.recorded(taps, 'patches', i)
+        x = remat_if(self.remat, side_block)(
+          jax.tree.map(lambda array, k=k: array[k], stage['blocks']),
+          stage['bridge'],
+          x,
+          net.recorded(taps, 'meta', i),
+          net.recorded(taps, 'patches', i),
         )
       x = layer_norm(stage['norm'], x)
       maps.append(x)
-    if output == 'maps':
+
+    if self.output == 'maps':
       return tuple(maps)
-    if output == 'segmentation':
-      return _pyramid(t['fpn'], maps)
-    return put_first(y, linear(t['head'], layer_norm({}, maps[-1].mean((1, 2)))))
+    if self.output == 'segmentation':
+      return segmentation(t['fpn'], maps)
+    feature = maps[-1].mean((1, 2))  # [B, C_3]
+    return put_first(y, linear(t['head'], layer_norm({}, feature)))
 
-  return chain(
-    tune(norms, name=name),
-    at(blocks, Call(name, token, begin_token, taps=True, memory=FULL_CROSSING)),
-    at(root, Call(name, apply, init, taps=True, memory=FULL_CROSSING, head=True)),
-  )
+  def side_block(self, t, bridge, x, token, patches, *, heads: int, grid: tuple[int, int], key):
+    """The map x after the side block beside backbone block i.
 
+    Args:
+      t: the parameters of the side block.
+      bridge: those of T_j.
+      x: [B, h, w, C_j].
+      token: G_i [B, 1, d].
+      patches: V_i [B, N, d].
+      heads: of the attention.
+      grid: rows and columns of the N patches.
+      key: for drop path; None for none.
+    """
+    height, width = x.shape[1:3]
+    rows, columns = grid
+    g = layer_norm(t['token_norm'], linear(bridge, token))  # [B, 1, C]
+    f = rearrange(linear(bridge, patches), 'b (r c) w -> b r c w', r=rows, c=columns)
+    f = rearrange(resize(f, (height, width)), 'b h w c -> b (h w) c')
+    keys = jnp.concatenate([g, f.mean(1, keepdims=True)], 1)  # [B, 2, C]
 
-def _side_block(t, bridge, x, token, patches, *, heads, rate, key, grid):
-  """x [B, h, w, C] after one side block; token [B, 1, d] and patches [B, N, d] are the
-  backbone's.
-  """
-  b, h, w, c = x.shape
-  f = resize(linear(bridge, patches).reshape(b, *grid, c), (h, w)).reshape(b, h * w, c)
-  keys = jnp.concatenate(
-    [layer_norm(t['token_norm'], linear(bridge, token)), f.mean(1, keepdims=True)], 1
-  )
-  dropped = lambda y, i: (
-    y
-    if key is None
-    else y
-    * (jax.random.bernoulli(jax.random.fold_in(key, i), 1 - rate, (b, 1, 1)) / (1 - rate)).astype(
-      y.dtype
-    )
-  )
-  x = x.reshape(b, h * w, c)
-  x = x + dropped(attend(t, layer_norm(t['norm1'], x), keys, heads), 0) + f
-  x = x + dropped(linear(t['fc2'], jax.nn.gelu(linear(t['fc1'], layer_norm(t['norm2'], x)))), 1)
-  return x.reshape(b, h, w, c)
-
-
-def attend(t, x: jax.Array, keys: jax.Array, heads: int) -> jax.Array:
-  """Attention from x [B, N, C] to keys [B, M, C]."""
-  split = lambda y: y.reshape(*y.shape[:-1], heads, -1)
-  y = jax.nn.dot_product_attention(
-    split(linear(t['q'], x)), split(linear(t['k'], keys)), split(linear(t['v'], keys))
-  )
-  return linear(t['o'], y.reshape(x.shape))
+    attention_key = None
+    mlp_key = None
+    if key is not None:
+      attention_key = jax.random.fold_in(key, 0)
+      mlp_key = jax.random.fold_in(key, 1)
+    x = rearrange(x, 'b h w c -> b (h w) c')
+    y = attend(t, layer_norm(t['norm1'], x), keys, heads)
+    x = x + drop_path(y, attention_key, self.drop_path) + f
+    y = linear(t['fc1'], layer_norm(t['norm2'], x))
+    y = linear(t['fc2'], jax.nn.gelu(y))
+    x = x + drop_path(y, mlp_key, self.drop_path)
+    return rearrange(x, 'b (h w) c -> b h w c', h=height, w=width)
 
 
-def _pyramid(t, maps) -> jax.Array:
-  """Logits [B, H / 4, W / 4, classes] of the four maps."""
-  total, above = 0, None
-  for j in reversed(range(4)):
-    x = _convolve(t[f'lateral{j}'], maps[j], 1, 0)
-    above = x if above is None else x + resize(above, x.shape[1:3])
-    level = jax.nn.relu(_convolve(t[f'smooth{j}'], above, 1, 1))
-    total = total + resize(level, maps[0].shape[1:3])
-  return _convolve(t['classes'], total, 1, 0)
+def _shape_of_images(site: Site) -> tuple[int, ...]:
+  if site.input is None:
+    return ()
+  return site.input.shape
+
+
+def stem(t, images: jax.Array) -> jax.Array:
+  """The first map: images [B, H, W, channels] to [B, H / 4, W / 4, C_0]."""
+  x = layer_norm(t['norm1'], convolve(t['conv1'], images, strides=2, padding=1))
+  x = jax.nn.relu(x)
+  return layer_norm(t['norm2'], convolve(t['conv2'], x, strides=2, padding=0))
+
+
+def segmentation(t, maps: list[jax.Array]) -> jax.Array:
+  """Logits [B, H / 4, W / 4, classes] of the four maps, by a semantic FPN."""
+  finest = maps[0].shape[1:3]
+  levels = []
+  above = None
+  for j in reversed(STAGES):
+    x = convolve(t[f'lateral{j}'], maps[j], padding=0)
+    if above is not None:
+      x = x + resize(above, x.shape[1:3])
+    level = jax.nn.relu(convolve(t[f'smooth{j}'], x, padding=1))
+    levels.append(resize(level, finest))
+    above = x
+  return convolve(t['classes'], sum(levels), padding=0)
 
 
 def resize(x: jax.Array, size: tuple[int, int]) -> jax.Array:
@@ -264,24 +391,7 @@ def resize(x: jax.Array, size: tuple[int, int]) -> jax.Array:
   return jax.image.resize(x, (len(x), *size, x.shape[-1]), 'bilinear', antialias=False)
 
 
-def _dense(key, fan_in: int, fan_out: int, *lead: int) -> dict:
-  kernel = 0.02 * jax.random.truncated_normal(key, -2, 2, (*lead, fan_in, fan_out))
-  return {'kernel': kernel, 'bias': jnp.zeros((*lead, fan_out))}
-
-
 def _conv(key, size: int, fan_in: int, fan_out: int, bias: bool = True) -> dict:
-  kernel = math.sqrt(2 / (size * size * fan_out)) * jax.random.normal(
-    key, (size, size, fan_in, fan_out)
-  )
-  return {'kernel': kernel, **({'bias': jnp.zeros(fan_out)} if bias else {})}
-
-
-def _convolve(t, x: jax.Array, stride: int, padding: int) -> jax.Array:
-  y = jax.lax.conv_general_dilated(
-    x,
-    t['kernel'].astype(x.dtype),
-    (stride, stride),
-    [(padding, padding)] * 2,
-    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-  )
-  return y + t['bias'] if 'bias' in t else y
+  """A square convolution, whose std is that of He et al. for the width of the output."""
+  std = math.sqrt(2 / (size * size * fan_out))
+  return conv(key, (size, size), fan_in, fan_out, std=std, bias=bias)

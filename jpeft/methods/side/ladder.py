@@ -12,7 +12,7 @@ from flax import traverse_util
 
 from jpeft.core import Bound, Site
 
-from ..layers import linear
+from ..nn import linear
 from . import blocks
 from .prune import keep_count, keep_rows, prune_block
 from .stack import Stack

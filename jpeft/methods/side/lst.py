@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from jpeft.core import NO_BACKPROP, Call, Method, Site, at, chain, factory
 
-from ..layers import dense, layer_norm, linear, pool, put_first
+from ..nn import dense, layer_norm, linear, pool, put_first
 from .ladder import Ladder
 from .stack import record
 

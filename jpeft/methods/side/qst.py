@@ -36,7 +36,7 @@ import jax.numpy as jnp
 
 from jpeft.core import NO_BACKPROP, Call, Method, Site, at, chain, factory
 
-from ..layers import layer_norm, linear, put_first, scales
+from ..nn import layer_norm, linear, put_first, scales
 from .ladder import Ladder
 from .stack import record
 

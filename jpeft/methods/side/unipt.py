@@ -39,7 +39,7 @@ import jax.numpy as jnp
 
 from jpeft.core import NO_BACKPROP, Call, Method, Site, at, chain, factory
 
-from ..layers import dense, layer_norm, linear, pool, put_first, scales
+from ..nn import dense, layer_norm, linear, pool, put_first, scales
 from ..masks import masks
 from .stack import Stack, record
 

@@ -9,7 +9,8 @@ import optax
 import pytest
 
 import jpeft
-from jpeft.methods.side.hst import attend, resize
+from jpeft.methods.nn import attend
+from jpeft.methods.side.hst import resize
 from jpeft.models import ViT
 from tests.methods.small import IMAGES, attached, shapes_of, vit
 from tests.params import fast_if
