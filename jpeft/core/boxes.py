@@ -1,8 +1,5 @@
-"""Arrays that are computed where, and each time, the model reads them: in Linen and in NNX
-alike.
-"""
+"""Arrays that are computed each time the model reads them, in Linen and in NNX alike."""
 
-import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,7 +9,7 @@ from flax.core import meta
 
 
 class Box(meta.AxisMetadata):
-  """An array in the backbone that is computed when it is read.
+  """An array of the backbone that is computed when it is read.
 
   Linen unboxes it in `self.param`, NNX in `variable[...]` and through on_get_value. A subclass is
   a pytree that gives `unbox()`, `shape` and `dtype`; under a scan each layer sees its own slice.
@@ -46,7 +43,8 @@ class Lazy(Box):
   name: str
 
   def unbox(self) -> jax.Array:
-    return read(self.fn(self.theta, Reader(self.arrays))[self.name]).astype(self.dtype)
+    new = self.fn(self.theta, Reader(self.arrays))[self.name]
+    return read(new).astype(self.dtype)
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -65,21 +63,23 @@ class Lazy(Box):
 
 
 def read(x):
-  """The plain array behind a box; any other value as it is."""
-  return x.unbox() if isinstance(x, Box) else x
+  """The array that a box stands for; any other value as it is."""
+  if isinstance(x, Box):
+    return x.unbox()
+  return x
 
 
 class Reader(Mapping):
-  """The arrays of a site by name; a box is computed only when it is asked for."""
+  """Arrays by name; a box is computed each time it is read."""
 
-  def __init__(self, arrays: Mapping[str, Any], transform=read):
-    self._arrays, self._transform = arrays, transform
+  def __init__(self, arrays: Mapping[str, Any]):
+    self._arrays = arrays
 
   def __getitem__(self, name: str):
-    return self._transform(self._arrays[name])
+    return read(self._arrays[name])
 
   def stored(self, name: str):
-    """The array as it is held: a box stays one."""
+    """The array as it is stored: a box stays one."""
     return self._arrays[name]
 
   def __iter__(self) -> Iterator[str]:
@@ -89,14 +89,13 @@ class Reader(Mapping):
     return len(self._arrays)
 
 
-@contextlib.contextmanager
-def inject(module, **fields):
-  """Sets a module's own injection points (dot_general, attention_fn) for the length of one call."""
-  old = {name: getattr(module, name) for name in fields}
-  try:
-    for name, value in fields.items():
-      object.__setattr__(module, name, value)
-    yield
-  finally:
-    for name, value in old.items():
-      object.__setattr__(module, name, value)
+class Arrays(Reader):
+  """The arrays of a site by name, as the `init` of a rule gets them.
+
+  Attributes:
+    model: all arrays of the backbone by 'path/name', as stored: stacked layers with their stack.
+  """
+
+  def __init__(self, arrays: Mapping[str, Any], model: Mapping[str, Any]):
+    super().__init__(arrays)
+    self.model = Reader(model)

@@ -1,15 +1,24 @@
-"""Paths of modules and arrays, and the names of what jpeft stores beside them."""
+"""Paths of modules and arrays, and the names of what is stored beside a module's parameters."""
 
 import re
 
-RIDER, TAP = 'jpeft', 'jpeft_tap'
+# Extra variables on their way into a module: theta and random keys.
+EXTRAS = 'jpeft'
+# Recorded arrays on their way out of it.
+TAP = 'jpeft_tap'
 
 
 def join_path(*parts: str) -> str:
   """The parts of a path that are not empty, joined by '/'."""
-  return '/'.join(p for p in parts if p)
+  return '/'.join(part for part in parts if part)
 
 
 def natural(path: str) -> list[tuple[int, str]]:
   """A sort key that puts block_10 after block_9."""
-  return [(int(t), '') if t.isdigit() else (-1, t) for t in re.split(r'(\d+)', path)]
+  key = []
+  for token in re.split(r'(\d+)', path):
+    if token.isdigit():
+      key.append((int(token), ''))
+    else:
+      key.append((-1, token))
+  return key

@@ -2,10 +2,8 @@
 
 import dataclasses
 import difflib
-import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -54,16 +52,22 @@ class Leaf:
   def fold(self, w: jax.Array) -> jax.Array:
     """The kernel as the matrix [*batch, fan_in, fan_out] that it stands for."""
     batch = [self.shape[i] for i in self.batch]
-    return w.transpose(self.batch + self.ins + self.outs).reshape(*batch, self.fan_in, -1)
+    ordered = w.transpose(self.batch + self.ins + self.outs)
+    return ordered.reshape(*batch, self.fan_in, -1)
 
   def unfold(self, m: jax.Array, outs: tuple[int, ...] | None = None) -> jax.Array:
-    """The inverse of `fold`; `outs` replaces the sizes of the output axes (for a narrower
-    matrix).
+    """The inverse of `fold`.
+
+    Args:
+      m: [*batch, fan_in, fan_out].
+      outs: sizes of the output axes; those of the kernel by default, others for a narrower matrix.
     """
+    if outs is None:
+      outs = tuple(self.shape[i] for i in self.outs)
+    leading = [self.shape[i] for i in self.batch + self.ins]
     order = self.batch + self.ins + self.outs
-    outs = tuple(self.shape[i] for i in self.outs) if outs is None else outs
     inverse = sorted(range(len(order)), key=order.__getitem__)
-    return m.reshape([self.shape[i] for i in self.batch + self.ins] + list(outs)).transpose(inverse)
+    return m.reshape([*leading, *outs]).transpose(inverse)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,8 +82,8 @@ class Site:
     out: shape and dtype of the first array it returns; None when it is never called.
     fields: the injection points it offers: dot_general, einsum_op, conv_general_dilated,
       attention_fn.
-    axes: the axes that scans and vmaps around it added to its arrays, outermost first; arrays of
-      theta lead with them instead.
+    axes: the axes that scans and vmaps around it added to its arrays, outermost first; in arrays of
+      theta they come first instead.
     lengths: the sizes of those axes.
     heads: (key/value heads, head size) where the module calls its own `attention_fn`.
     module: an unbound copy of a Linen module, for side networks that reuse its class.
@@ -117,31 +121,38 @@ class Site:
     """How many layers the site stands for: the size of its stack."""
     return math.prod(self.lengths)
 
-  def lead(self, x: jax.Array) -> jax.Array:
-    """A stored array, with its stacking axes moved to the front."""
-    return jnp.moveaxis(x, self.axes, range(len(self.axes))) if self.axes else x
-
-  def place(self, x: jax.Array) -> jax.Array:
-    """The inverse of `lead`; an array of too few axes for it gets axes of one behind."""
+  def stack_first(self, x: jax.Array) -> jax.Array:
+    """A stored array with its stacking axes moved to the front: [*lengths, ...]."""
     if not self.axes:
       return x
-    missing = max(0, *(a + 1 - x.ndim for a in self.axes))
-    return jnp.moveaxis(x.reshape(x.shape + (1,) * missing), range(len(self.axes)), self.axes)
+    return jnp.moveaxis(x, self.axes, range(len(self.axes)))
+
+  def stack_restore(self, x: jax.Array) -> jax.Array:
+    """The inverse of `stack_first`.
+
+    An array with too few axes to have the stacking axes in their place gets axes of one behind.
+    """
+    if not self.axes:
+      return x
+    missing = max(0, *(axis + 1 - x.ndim for axis in self.axes))
+    padded = x.reshape(x.shape + (1,) * missing)
+    return jnp.moveaxis(padded, range(len(self.axes)), self.axes)
 
   def take(self, x: jax.Array, index: int) -> jax.Array:
-    """One layer of an array stored at the site or in it; an array that is not stacked as it is."""
+    """One layer of an array stored at the site or in it; one that is not stacked as it is."""
     if not self.axes or x.ndim < len(self.axes):
       return x
-    return self.lead(x)[np.unravel_index(index, self.lengths)]
+    return self.stack_first(x)[np.unravel_index(index, self.lengths)]
 
   def each(self, x: jax.Array) -> jax.Array:
-    """All layers of an array stored at the site or in it, [layers, ...]; one that is not stacked is
-    repeated.
+    """All layers of an array stored at the site or in it, [layers, ...].
+
+    An array that is not stacked is repeated.
     """
     if x.ndim < len(self.axes):
       return jnp.broadcast_to(x, (self.layers, *x.shape))
-    led = self.lead(x)
-    return led.reshape(self.layers, *led.shape[len(self.axes) :])
+    stacked = self.stack_first(x)
+    return stacked.reshape(self.layers, *stacked.shape[len(self.axes) :])
 
   def per_layer(self, fn):
     """vmaps `fn` over the leading stack axes of all its arguments."""
@@ -151,9 +162,17 @@ class Site:
 
 
 class Sites(dict[str, Site]):
-  """Path -> Site, in the order of the forward pass; finds sites by pattern or role."""
+  """Path -> Site, in the order of the forward pass; finds sites by pattern or role.
 
-  anatomy: Any = None
+  Attributes:
+    anatomy: the naming scheme that fits the model; None without one.
+    arrays: {'path/name': shape, or box of shapes} of all arrays of the backbone.
+  """
+
+  def __init__(self, *args, **kwargs):
+    super().__init__(*args, **kwargs)
+    self.anatomy: Any = None
+    self.arrays: dict[str, Any] = {}
 
   def expand(self, pattern: str) -> str:
     """Replaces roles such as {q} or {block} by the anatomy's patterns."""
@@ -162,8 +181,9 @@ class Sites(dict[str, Site]):
       if self.anatomy is None:
         some = ', '.join(list(self)[:8])
         raise ValueError(
-          f'{pattern!r} uses the role {match[0]}, and no known anatomy fits this model: give a regex '
-          f'over its paths ({some}, ...), or describe the model by jpeft.register_anatomy(...)'
+          f'{pattern!r} uses the role {match[0]}, and no known anatomy fits this model: give a '
+          f'regex over its paths ({some}, ...), or describe the model by '
+          'jpeft.register_anatomy(...)'
         )
       return f'(?:{self.anatomy.role(match[1])})'
 
@@ -177,40 +197,5 @@ class Sites(dict[str, Site]):
   def nearest(self, pattern: str, n: int = 5) -> list[str]:
     """Paths that look like the pattern, for error messages."""
     words = re.sub(r'[^\w/]+', ' ', pattern).strip() or pattern
-    paths = [p for p in self if p]
+    paths = [path for path in self if path]
     return difflib.get_close_matches(words, paths, n, 0.2) or paths[:n]
-
-
-def stack_axes(
-  outer: Sequence[tuple[int, ...]], inner: Sequence[tuple[int, ...]]
-) -> tuple[int, ...]:
-  """The axes that lifting added, from the stored shapes and those that one call of the layer sees.
-
-  One lift adds the same axis to every array of a module, so the answer is what all the arrays
-  agree on; where shapes leave a choice, the leading axes, as all practice has it.
-
-  Args:
-    outer: the shapes as stored.
-    inner: the shapes as the module sees them inside its call, in the same order.
-
-  Raises:
-    ValueError: no choice of axes explains the shapes.
-  """
-  common: set[tuple[int, ...]] | None = None
-  for whole, part in zip(outer, inner, strict=True):
-    found = set(_removals(whole, part))
-    common = found if common is None else common & found
-  if not common:
-    raise ValueError(f'cannot tell which axes of {list(outer)} are stacked layers of {list(inner)}')
-  return min(common, key=lambda axes: ([a < 0 for a in axes], axes))
-
-
-def _removals(whole: tuple[int, ...], part: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-  """Every set of axes of `whole` (counted from the front, or all from the back) that leaves
-  `part`.
-  """
-  for axes in itertools.combinations(range(len(whole)), len(whole) - len(part)):
-    if tuple(n for i, n in enumerate(whole) if i not in axes) == tuple(part):
-      yield axes
-      if axes:
-        yield tuple(a - len(whole) for a in axes)

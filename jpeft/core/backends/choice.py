@@ -3,10 +3,15 @@
 from flax import nnx as flax_nnx
 
 from . import linen, nnx
+from .protocol import Backend
 
 
-def backend_of(model):
-  """The module of jpeft that knows the framework a model is written in."""
+def backend_of(model) -> Backend:
+  """The backend for the framework that a model is written in.
+
+  Raises:
+    TypeError: the model is neither a Linen nor an NNX module.
+  """
   if isinstance(model, flax_nnx.Module):
     return nnx
   if isinstance(model, linen.nn.Module):

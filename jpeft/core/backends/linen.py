@@ -1,13 +1,14 @@
-"""Linen: boxed params and nn.intercept_methods.
+"""Linen: boxed params and `nn.intercept_methods`. See protocol.py for what each function does.
 
-Whatever rides along (theta, random keys) and whatever comes out (taps) sits in the 'params'
-collection beside the module's own arrays: whoever lifted a layer with nn.scan, nn.remat or nn.vmap
-let only named collections in and out, and 'params' is always among them.
+Extra variables (theta, random keys) and recorded arrays (taps) are stored in the collection
+'params', beside the module's own arrays. A layer lifted by nn.scan, nn.remat or nn.vmap lets only
+named collections in and out, and 'params' is always among them.
 """
 
 import contextlib
 import contextvars
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,122 +16,134 @@ from flax import traverse_util
 from flax.core import FrozenDict, meta
 
 from ..boxes import Box
-from ..paths import RIDER, TAP, join_path
+from ..paths import EXTRAS, TAP, join_path
 
+# Where a module that runs as a pure function stands in the model; '' for the model itself.
 _prefix: contextvars.ContextVar[str] = contextvars.ContextVar('jpeft_prefix', default='')
 _outside: contextvars.ContextVar[bool] = contextvars.ContextVar('jpeft_outside', default=False)
 
 
-def arrays(model, backbone) -> dict:
-  """{'path/name': array or box} of all params."""
+def arrays(model, backbone) -> dict[str, Any]:
   if 'params' not in backbone:
     raise ValueError(
       "the backbone of a Linen model is its variables, a dict with the key 'params'; "
       f'got the keys {sorted(backbone)}'
     )
-  flat = traverse_util.flatten_dict(
-    dict(backbone['params']), is_leaf=lambda _, x: not isinstance(x, Mapping)
-  )
-  return {'/'.join(k): v if isinstance(v, Box) else meta.unbox(v) for k, v in flat.items()}
+  return {path: _plain(leaf) for path, leaf in _flat(backbone['params']).items()}
 
 
-def replace(model, backbone, flat: Mapping) -> dict:
-  """The backbone with other params; metadata such as partition names stays where it was."""
-
-  def value(key, new):
-    old = before.get(key)
-    return (
-      old.replace_boxed(new)
-      if isinstance(old, meta.AxisMetadata)
-      and not isinstance(old, Box)
-      and not isinstance(new, Box)
-      else new
-    )
-
-  before = {
-    '/'.join(k): v
-    for k, v in traverse_util.flatten_dict(
-      dict(backbone['params']), is_leaf=lambda _, x: not isinstance(x, Mapping)
-    ).items()
+def replace(model, backbone, flat: Mapping):
+  before = _flat(backbone['params'])
+  nested = {
+    tuple(path.split('/')): _with_metadata(before.get(path), new) for path, new in flat.items()
   }
-  nested = {tuple(k.split('/')): value(k, v) for k, v in flat.items()}
-  new = {**backbone, 'params': traverse_util.unflatten_dict(nested)}
-  return FrozenDict(new) if isinstance(backbone, FrozenDict) else new
+  replaced = {**backbone, 'params': traverse_util.unflatten_dict(nested)}
+  if isinstance(backbone, FrozenDict):
+    return FrozenDict(replaced)
+  return replaced
+
+
+def _flat(params: Mapping) -> dict[str, Any]:
+  """{'path/name': leaf} of nested params; boxes and metadata are leaves."""
+  flat = traverse_util.flatten_dict(dict(params), is_leaf=lambda _, x: not isinstance(x, Mapping))
+  return {'/'.join(keys): leaf for keys, leaf in flat.items()}
+
+
+def _plain(leaf):
+  """A parameter without its metadata (partition names, say); a box stays one."""
+  if isinstance(leaf, Box):
+    return leaf
+  return meta.unbox(leaf)
+
+
+def _with_metadata(old, new):
+  """A new value under the metadata of the parameter that it replaces."""
+  if isinstance(old, Box) or isinstance(new, Box) or not isinstance(old, meta.AxisMetadata):
+    return new
+  return old.replace_boxed(new)
 
 
 def shapes_inside(module) -> dict[str, tuple[int, ...]]:
-  """The shapes of all arrays in a module, as it sees them inside its call."""
-  flat = traverse_util.flatten_dict(
-    dict(module.variables.get('params', {})), is_leaf=lambda _, x: not isinstance(x, Mapping)
-  )
-  return {'/'.join(k): tuple(meta.unbox(v).shape) for k, v in flat.items() if TAP not in k}
+  flat = _flat(module.variables.get('params', {}))
+  return {
+    path: tuple(meta.unbox(leaf).shape)
+    for path, leaf in flat.items()
+    if TAP not in path.split('/')
+  }
 
 
 def stored(module, name: str):
-  """An array that a module owns as it is held: a box stays one."""
   return module.get_variable('params', name)
 
 
 def template(module):
-  """An unbound copy of a module: its class and fields."""
   return module.clone(parent=None, name=None)
+
+
+def flagged_modules(model) -> list:
+  return [model]
 
 
 def fresh(inputs):
   return inputs
 
 
-def run(model, backbone, flat, riders, hook, wanted, taps, args, kwargs):
-  """model.apply with `flat` as its params and hook(path, module, call, rider, taps) around calls.
+def run(model, backbone, flat, extras, hook, wanted, taps, args, kwargs):
+  beside = {join_path(path, EXTRAS): value for path, value in extras.items()}
+  variables = replace(model, backbone, {**flat, **beside})
+  returned = _collections(kwargs.pop('mutable', False), backbone)
+  mutable = list(returned)
+  if taps and 'params' not in returned:
+    mutable.append('params')
+  with nn.intercept_methods(_interceptor(hook, wanted)):
+    if not mutable:
+      return model.apply(variables, *args, **kwargs)
+    out, state = model.apply(variables, *args, mutable=mutable, **kwargs)
+  if not returned:
+    return out
+  return out, {name: state[name] for name in returned if name in state}
 
-  Args:
-    model: the module.
-    backbone: its variables; collections other than params are passed through.
-    flat: {'path/name': array or box} for params.
-    riders: {path: pytree} what modules find beside their arrays.
-    hook: (path, method, module, call, rider, taps) -> callable.
-    wanted: {(path, method)} where to hook; None for every call of every module.
-    taps: whether some rule records arrays.
-    args, kwargs: of model.apply.
-  """
-  flat = {**flat, **{join_path(path, RIDER): rider for path, rider in riders.items()}}
-  first = []  # the module called first: the root, or the one that `method` names
+
+def _collections(mutable, backbone) -> list[str]:
+  """The names of the collections that `mutable`, as `Module.apply` takes it, returns."""
+  if mutable is True:
+    return [name for name in backbone if name != 'params']
+  if mutable is False:
+    return []
+  if isinstance(mutable, str):
+    return [mutable]
+  return list(mutable)
+
+
+def _interceptor(hook, wanted):
+  """An interceptor for `nn.intercept_methods` that calls `hook`."""
+  root = []  # the module called first: the model, or the one that `method` names
   running = set()
 
-  def interceptor(call, a, kw, context):
-    module, method = context.module, context.method_name
-    if (
-      _outside.get() or method == 'setup' or method[0] == '<'
-    ):  # the shells of lifted classes are lambdas
-      return call(*a, **kw)
-    if not first:
-      first.append(module)
+  def interceptor(call, args, kwargs, context):
+    module = context.module
+    method = context.method_name
+    # The shells that nn.scan and others put around a class have lambdas, called '<lambda>'.
+    if _outside.get() or method == 'setup' or method[0] == '<':
+      return call(*args, **kwargs)
+    if not root:
+      root.append(module)
     path = join_path(_prefix.get(), *module.path)
     if wanted is not None and (path, method) not in wanted:
-      return call(*a, **kw)
-    if (id(module), method) in running:  # a subclass calls super().__call__: one call to the rules
-      return call(*a, **kw)
-    rider = module.get_variable('params', RIDER, {})
-    running.add((id(module), method))
+      return call(*args, **kwargs)
+    # A subclass that calls super().__call__ comes here twice; the rules must act once.
+    here = (id(module), method)
+    if here in running:
+      return call(*args, **kwargs)
+    extras = module.get_variable('params', EXTRAS, {})
+    recorded = lambda: _recorded(root[0], module)
+    running.add(here)
     try:
-      return hook(path, method, module, call, rider, lambda: _taps(first[0], module))(*a, **kw)
+      return hook(path, method, module, call, extras, recorded)(*args, **kwargs)
     finally:
-      running.discard((id(module), method))
+      running.discard(here)
 
-  kept = _names(kwargs.pop('mutable', False), backbone)
-  mutable = [*kept, *(['params'] if taps and 'params' not in kept else [])]
-  with nn.intercept_methods(interceptor):
-    out = model.apply(replace(model, backbone, flat), *args, mutable=mutable or False, **kwargs)
-  if not mutable:
-    return out
-  out, state = out
-  return (out, {name: state[name] for name in kept if name in state}) if kept else out
-
-
-def _names(mutable, backbone) -> list[str]:
-  if isinstance(mutable, bool):
-    return [name for name in backbone if name != 'params'] if mutable else []
-  return [mutable] if isinstance(mutable, str) else list(mutable)
+  return interceptor
 
 
 def tap(module, name: str, values: Mapping[str, jax.Array]) -> None:
@@ -147,25 +160,15 @@ def tap(module, name: str, values: Mapping[str, jax.Array]) -> None:
   module.put_variable('params', TAP, {**before, name: dict(values)})
 
 
-def held(module, name: str) -> dict | None:
-  """What a rule keeps in the collection 'cache'; None where that is not mutable."""
-  if not module.is_mutable_collection('cache'):
-    return None
-  return module.get_variable('cache', RIDER, {}).get(name, {})
+def _recorded(root, module) -> dict[str, dict]:
+  """{path: {rule: {name: array}}} as `module` sees it.
 
-
-def hold(module, name: str, values) -> None:
-  module.put_variable('cache', RIDER, {**module.get_variable('cache', RIDER, {}), name: values})
-
-
-def _taps(root, module) -> dict[str, dict]:
-  """{path: {rule: {name: array}}}, from the root and from the lifted region that the reader is
-  in.
+  A lifted region has a scope of its own, so both its root and that of the model are read.
   """
   found = {}
   for scope in (root.scope, module.scope.root):
-    tree = scope.variables().get('params', {})
-    _collect('/'.join(scope.path), tree, found)
+    params = scope.variables().get('params', {})
+    _collect('/'.join(scope.path), params, found)
   return found
 
 
@@ -173,13 +176,23 @@ def _collect(path: str, tree: Mapping, found: dict) -> None:
   for name, value in tree.items():
     if name == TAP:
       found[path] = dict(value)
-    elif isinstance(value, Mapping) and name != RIDER:
+    elif isinstance(value, Mapping) and name != EXTRAS:
       _collect(join_path(path, name), value, found)
+
+
+def read_cache(module, name: str) -> dict | None:
+  if not module.is_mutable_collection('cache'):
+    return None
+  return module.get_variable('cache', EXTRAS, {}).get(name, {})
+
+
+def write_cache(module, name: str, values) -> None:
+  before = module.get_variable('cache', EXTRAS, {})
+  module.put_variable('cache', EXTRAS, {**before, name: values})
 
 
 @contextlib.contextmanager
 def outside():
-  """Linen modules run here are no part of the model: no rule sees them."""
   token = _outside.set(True)
   try:
     yield
@@ -187,7 +200,14 @@ def outside():
     _outside.reset(token)
 
 
+def pure(module, path: str):
+  unbound, variables = module.unbind()
+  return _applied(unbound, path, _dropout_key(module)), variables
+
+
 def _applied(unbound, path: str, rngs: dict):
+  """unbound.apply as fn(variables, *args, **kwargs); its calls have their paths in the model."""
+
   def fn(variables, *args, **kwargs):
     token = _prefix.set(path)
     try:
@@ -198,35 +218,26 @@ def _applied(unbound, path: str, rngs: dict):
   return fn
 
 
-def _rngs(module) -> dict:
-  return {name: module.make_rng(name) for name in ('dropout',) if module.has_rng(name)}
-
-
-def pure(module, path: str):
-  """(fn, arrays): what the module computes, as a pure function of all that it reads."""
-  unbound, variables = module.unbind()
-  return _applied(unbound, path, _rngs(module)), variables
+def _dropout_key(module) -> dict[str, jax.Array]:
+  if not module.has_rng('dropout'):
+    return {}
+  return {'dropout': module.make_rng('dropout')}
 
 
 def layer(module, site, index: int | None):
-  """(fn, arrays, its call): another module of the model `module` is in, one layer of a stack or
-  all.
-  """
   variables = {}
-  for name, tree in module.scope.root.variables().items():
+  for collection, tree in module.scope.root.variables().items():
     for key in site.path.split('/'):
       tree = tree.get(key, {})
-    variables[name] = tree
-  is_box = lambda x: isinstance(x, meta.AxisMetadata)
-  plain = lambda x: x if isinstance(x, Box) else meta.unbox(x)
-  params = jax.tree.map(plain, _without_taps(variables['params']), is_leaf=is_box)
-  variables['params'] = jax.tree.map(
-    lambda x: site.each(x) if index is None else site.take(x, index), params
-  )
-  rngs = {
-    name: key if index is not None else jax.random.split(key, site.layers)
-    for name, key in _rngs(module).items()
-  }
+    variables[collection] = tree
+  is_metadata = lambda leaf: isinstance(leaf, meta.AxisMetadata)
+  params = jax.tree.map(_plain, _without_taps(variables['params']), is_leaf=is_metadata)
+  rngs = _dropout_key(module)
+  if index is None:
+    variables['params'] = jax.tree.map(site.each, params)
+    rngs = {name: jax.random.split(key, site.layers) for name, key in rngs.items()}
+  else:
+    variables['params'] = jax.tree.map(lambda x: site.take(x, index), params)
 
   def fn(arrays, *args, **kwargs):
     variables, rngs = arrays
@@ -235,5 +246,11 @@ def layer(module, site, index: int | None):
   return fn, (variables, rngs), type(site.module).__call__
 
 
-def _without_taps(tree):
-  return {k: _without_taps(v) if isinstance(v, Mapping) else v for k, v in tree.items() if k != TAP}
+def _without_taps(tree: Mapping) -> dict:
+  kept = {}
+  for name, value in tree.items():
+    if isinstance(value, Mapping):
+      value = _without_taps(value)
+    if name != TAP:
+      kept[name] = value
+  return kept

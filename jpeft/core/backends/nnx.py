@@ -1,5 +1,7 @@
-"""NNX: boxed values and a class swap per instance, on a fresh merge: the user's model is never
-touched.
+"""NNX: boxed values, and a subclass for each hooked module. See protocol.py for each function.
+
+A call runs on a fresh merge of the model, whose modules get the subclasses: the user's model is
+never touched.
 """
 
 import contextlib
@@ -7,158 +9,188 @@ import contextvars
 import functools
 import inspect
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 from flax import nnx
 
-from ..boxes import Box
+from ..boxes import Box, read
+from ..paths import EXTRAS, TAP
 
-RIDER, TAP = 'jpeft', 'jpeft_tap'
-
+# The merged model of the call that runs.
 _root: contextvars.ContextVar = contextvars.ContextVar('jpeft_root')
 
 
-class _Rider(nnx.Param):
-  """What a module finds beside its arrays. A Param, so that the user's scans slice it like one; it
-  lives in the fresh copy alone, where no optimizer looks."""
+class _Extras(nnx.Param):
+  """Extra variables of a module: theta, a random key.
+
+  A Param, so that the scans of the user's model slice it like one. It exists in the merged copy
+  alone, where no optimizer sees it.
+  """
 
 
 class _Tap(nnx.Variable):
-  """What a rule recorded at a module."""
+  """What rules recorded at a module."""
 
 
-def _name(path) -> str:
+def _joined(path: tuple) -> str:
   return '/'.join(map(str, path))
 
 
-def arrays(model, backbone) -> dict:
-  """{'path/name': array or box} of all weights: every Variable but caches, statistics and rngs."""
-  kinds = {
-    _name(k): v.type if isinstance(v, nnx.VariableMetadata) else type(v)
-    for k, v in nnx.to_flat_state(nnx.state(model))
-  }
+def arrays(model, backbone) -> dict[str, Any]:
+  kinds = {}
+  for path, variable in nnx.to_flat_state(nnx.state(model)):
+    kinds[_joined(path)] = _kind(variable)
   flat = _flat(backbone)
-  if unknown := sorted(set(flat) - set(kinds)):
+  unknown = sorted(set(flat) - set(kinds))
+  if unknown:
     raise ValueError(
       f'the backbone of an NNX model is nnx.state(model); this model has no {unknown[0]!r}'
     )
-  return {k: v for k, v in flat.items() if _is_weight(kinds[k])}
+  return {path: value for path, value in flat.items() if _is_weight(kinds[path])}
+
+
+def _kind(variable) -> type:
+  """The class of a Variable, also where a state has its metadata in its place."""
+  if isinstance(variable, nnx.VariableMetadata):
+    return variable.type
+  return type(variable)
 
 
 def _is_weight(kind: type) -> bool:
   return not issubclass(kind, (nnx.RngState, nnx.BatchStat, nnx.Cache, nnx.Intermediate, _Tap))
 
 
-def _flat(backbone) -> dict:
-  return {_name(k): v for k, v in nnx.to_flat_state(nnx.as_pure(backbone))}
+def _flat(backbone) -> dict[str, Any]:
+  """{'path/name': value} of all Variables."""
+  return {_joined(path): value for path, value in nnx.to_flat_state(nnx.as_pure(backbone))}
 
 
 def replace(model, backbone, flat: Mapping):
-  """The backbone with other arrays; Variables keep their type and metadata."""
-
-  def new(key, old):
-    if not isinstance(old, nnx.Variable):
-      return flat.get(_name(key), old)
-    return old.replace(flat.get(_name(key), old.get_raw_value()))
-
-  return nnx.from_flat_state([(k, new(k, v)) for k, v in nnx.to_flat_state(backbone)])
+  replaced = []
+  for path, old in nnx.to_flat_state(backbone):
+    name = _joined(path)
+    if isinstance(old, nnx.Variable):
+      new = old.replace(flat.get(name, old.get_raw_value()))
+    else:
+      new = flat.get(name, old)
+    replaced.append((path, new))
+  return nnx.from_flat_state(replaced)
 
 
 def shapes_inside(module) -> dict[str, tuple[int, ...]]:
-  """The shapes of all arrays in a module, as it sees them inside its call."""
-  inside = nnx.to_flat_state(nnx.state(module))
-  return {_name(k): tuple(v.get_raw_value().shape) for k, v in inside if _is_weight(type(v))}
+  shapes = {}
+  for path, variable in nnx.to_flat_state(nnx.state(module)):
+    if _is_weight(type(variable)):
+      shapes[_joined(path)] = tuple(variable.get_raw_value().shape)
+  return shapes
 
 
 def stored(module, name: str):
-  """An array that a module owns as it is held: a box stays one."""
   return getattr(module, name).get_raw_value()
 
 
 def template(module):
-  """Nothing: an NNX module cannot be made again at another width."""
   return None
 
 
-def modules(model) -> list:
+def flagged_modules(model) -> list:
   return [module for _, module in nnx.iter_modules(model)]
 
 
 def fresh(inputs):
-  """A cache passed as an argument is written to: work on a copy."""
   return nnx.clone(inputs)
 
 
-def run(model, backbone, flat, riders, hook, wanted, taps, args, kwargs):
-  """A new module with the arrays of `flat` and hook(path, ...) around its calls; see linen.run."""
+def run(model, backbone, flat, extras, hook, wanted, taps, args, kwargs):
   root = nnx.merge(*nnx.split(model), copy=True)
   values = _flat(backbone) | dict(flat)
-  for path, variable in nnx.iter_graph(root):
-    if isinstance(variable, nnx.Variable) and (value := values.get(_name(path))) is not None:
-      if isinstance(value, Box):
-        variable.set_metadata(on_get_value=_unboxed)
-      variable.set_raw_value(value)
-  mutable, rngs = kwargs.pop('mutable', False), kwargs.get('rngs')
+  _set_values(root, values)
+  mutable = kwargs.pop('mutable', False)
   method = kwargs.pop('method', '__call__')
-  if isinstance(rngs, dict):  # keys by stream name, as Linen takes them
+  if isinstance(kwargs.get('rngs'), dict):  # keys by the names of streams, as Linen takes them
     _reseed(root, kwargs.pop('rngs'))
   for path, module in list(nnx.iter_modules(root)):
-    name = _name(path)
-    methods = _methods(type(module)) if wanted is None else tuple(m for p, m in wanted if p == name)
-    if methods:
-      if riders.get(name):
-        module.jpeft = _Rider(riders[name])
-      module.__class__ = _hooked(type(module), hook, name, methods)
+    name = _joined(path)
+    if wanted is None:
+      methods = _methods(type(module))
+    else:
+      methods = tuple(method for path, method in wanted if path == name)
+    if not methods:
+      continue
+    if extras.get(name):
+      setattr(module, EXTRAS, _Extras(extras[name]))
+    module.__class__ = _hooked(type(module), hook, name, methods)
   token = _root.set(root)
   try:
     out = getattr(root, method)(*args, **kwargs)
   finally:
     _root.reset(token)
-  return (out, _state(root, mutable, values)) if mutable else out
+  if not mutable:
+    return out
+  return out, _written(root, mutable, values)
+
+
+def _set_values(root, values: Mapping[str, Any]) -> None:
+  """Gives the Variables of a model other values; a box is computed when it is read."""
+  for path, variable in nnx.iter_graph(root):
+    if not isinstance(variable, nnx.Variable):
+      continue
+    value = values.get(_joined(path))
+    if value is None:
+      continue
+    if isinstance(value, Box):
+      variable.set_metadata(on_get_value=lambda _, value: read(value))
+    variable.set_raw_value(value)
 
 
 def _reseed(root, keys: Mapping[str, jax.Array]) -> None:
-  """Seeds the model's streams; one that has no key of its own name draws on the dropout key."""
+  """Seeds the model's streams; the stream 'default' takes the dropout key if it has none."""
   streams = {v.tag for _, v in nnx.iter_graph(root) if isinstance(v, nnx.RngStream)}
-  found = {name: keys.get(name, keys.get('dropout')) for name in streams & {*keys, 'default'}}
-  nnx.reseed(root, policy='match_shape', **{n: key for n, key in found.items() if key is not None})
+  seeds = {}
+  for name in streams & {*keys, 'default'}:
+    key = keys.get(name, keys.get('dropout'))
+    if key is not None:
+      seeds[name] = key
+  nnx.reseed(root, policy='match_shape', **seeds)
 
 
 def _methods(cls) -> tuple[str, ...]:
-  """The public methods that a user's class defines, and its call."""
-  own = [c for c in cls.__mro__ if issubclass(c, nnx.Module) and c is not nnx.Module]
-  return tuple(
-    dict.fromkeys(
-      n
-      for c in own
-      for n, f in vars(c).items()
-      if inspect.isfunction(f) and (n == '__call__' or n[0] != '_')
-    )
-  )
+  """The public methods that a user's class and its bases define, and `__call__`."""
+  names = []
+  for base in cls.__mro__:
+    if not issubclass(base, nnx.Module) or base is nnx.Module:
+      continue
+    for name, value in vars(base).items():
+      if inspect.isfunction(value) and (name == '__call__' or name[0] != '_'):
+        names.append(name)
+  return tuple(dict.fromkeys(names))
 
 
-def _unboxed(_, value):
-  return value.unbox() if isinstance(value, Box) else value
+def _written(root, mutable, known: Mapping[str, Any]):
+  """The state of the Variables that a filter selects, without weights and what jpeft added."""
+  if mutable is True:
+    mutable = ...
+  kept = []
+  for path, variable in nnx.to_flat_state(nnx.state(root, mutable)):
+    if _joined(path) in known and not isinstance(variable, (nnx.Param, _Tap)):
+      kept.append((path, variable))
+  return nnx.from_flat_state(kept)
 
 
-def _state(root, wanted, known):
-  """What the call wrote: the Variables of a filter, without what rode along."""
-  flat = nnx.to_flat_state(nnx.state(root, wanted if wanted is not True else ...))
-  return nnx.from_flat_state(
-    [(k, v) for k, v in flat if _name(k) in known and not isinstance(v, (nnx.Param, _Tap))]
-  )
-
-
+# The same class for the same hook, since nnx.jit and nnx.scan cache what they trace by the class.
 @functools.lru_cache(maxsize=1024)
 def _hooked(cls, hook, path: str, methods: tuple[str, ...]):
-  """A subclass whose methods pass through hook; one class for one hook, so jit caches hold."""
+  """A subclass of a module's class whose methods run what `hook` makes of them."""
 
   def wrap(method):
     @functools.wraps(getattr(cls, method))
     def wrapped(self, *args, **kwargs):
-      rider = self.jpeft.get_value() if hasattr(self, 'jpeft') else {}
+      extras = {}
+      if hasattr(self, EXTRAS):
+        extras = getattr(self, EXTRAS).get_value()
       call = functools.partial(getattr(cls, method), self)
-      return hook(path, method, self, call, rider, _taps)(*args, **kwargs)
+      return hook(path, method, self, call, extras, _recorded)(*args, **kwargs)
 
     return wrapped
 
@@ -167,7 +199,9 @@ def _hooked(cls, hook, path: str, methods: tuple[str, ...]):
 
 
 def tap(module, name: str, values: Mapping[str, jax.Array]) -> None:
-  before = getattr(module, TAP).get_value() if hasattr(module, TAP) else {}
+  before = {}
+  if hasattr(module, TAP):
+    before = getattr(module, TAP).get_value()
   if name in before:
     raise ValueError(
       f'a {type(module).__name__} is called more than once, so what a tap records '
@@ -176,35 +210,52 @@ def tap(module, name: str, values: Mapping[str, jax.Array]) -> None:
   setattr(module, TAP, _Tap({**before, name: dict(values)}))
 
 
-def held(module, name: str) -> None:
-  """What a rule keeps between calls: nothing, for NNX decoders have no one collection for it."""
+def _recorded() -> dict[str, dict]:
+  """{path: {rule: {name: array}}} of the model that runs."""
+  found = {}
+  for path, variable in nnx.iter_graph(_root.get()):
+    if isinstance(variable, _Tap):
+      found[_joined(path[:-1])] = dict(variable.get_value())
+  return found
 
 
-def _taps() -> dict[str, dict]:
-  graph = nnx.iter_graph(_root.get())
-  return {_name(path[:-1]): dict(v.get_value()) for path, v in graph if isinstance(v, _Tap)}
+def read_cache(module, name: str) -> None:
+  return None
+
+
+def write_cache(module, name: str, values) -> None:
+  raise NotImplementedError(
+    f'{name}: NNX decoders have no common collection for a cache; read_cache() gives None there, '
+    'and nothing is to be written'
+  )
 
 
 @contextlib.contextmanager
 def outside():
-  """Modules made by a rule are never hooked in NNX."""
+  # Only modules of the merged model have hooks.
   yield
 
 
 def pure(module, path: str):
-  """(fn, arrays): what the module computes, as a pure function of all that it reads."""
   graphdef, state = nnx.split(module)
-  return (
-    lambda state, *args, **kwargs: nnx.merge(graphdef, state, copy=True)(*args, **kwargs)
-  ), state
+  return _merged(graphdef), state
+
+
+def _merged(graphdef):
+  """fn(state, *args, **kwargs), which calls a module on a copy of its state."""
+
+  def fn(state, *args, **kwargs):
+    return nnx.merge(graphdef, state, copy=True)(*args, **kwargs)
+
+  return fn
 
 
 def layer(module, site, index: int | None):
-  """(fn, arrays, its call): another module of the model `module` is in, one layer of a stack or
-  all.
-  """
-  found = next(m for path, m in nnx.iter_modules(_root.get()) if _name(path) == site.path)
+  modules = nnx.iter_modules(_root.get())
+  found = next(other for path, other in modules if _joined(path) == site.path)
   graphdef, state = nnx.split(found)
-  state = jax.tree.map(lambda x: site.each(x) if index is None else site.take(x, index), state)
-  fn = lambda state, *args, **kwargs: nnx.merge(graphdef, state, copy=True)(*args, **kwargs)
-  return fn, state, type(found).__call__
+  if index is None:
+    state = jax.tree.map(site.each, state)
+  else:
+    state = jax.tree.map(lambda x: site.take(x, index), state)
+  return _merged(graphdef), state, type(found).__call__
