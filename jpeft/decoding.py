@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from jpeft.core import RIDER, Call, Tuned
+from jpeft.core import EXTRAS, Call, Tuned
 from jpeft.models import grown
 
 AT_ONCE = 32  # prompts of a batch
@@ -231,9 +231,9 @@ def _cached(run, model, backbone, tokens, mask, new_tokens):
   if grown(held, room.shape[1]):
     return None, None, None
   holders = {
-    path[path.index(RIDER) + 1]
+    path[path.index(EXTRAS) + 1]
     for path in traverse_util.flatten_dict(held, keep_empty_nodes=True)
-    if RIDER in path
+    if EXTRAS in path
   }
   if isinstance(model, Tuned) and any(
     isinstance(r, Call) and r.taps and r.name not in holders for r, _ in model.rules

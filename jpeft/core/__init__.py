@@ -9,7 +9,7 @@ from .discover import sites_of
 from .freeze import freeze, join, mask, split
 from .fused import Operand
 from .mode import flags_of
-from .paths import RIDER, join_path, natural
+from .paths import EXTRAS, join_path, natural
 from .rules import (
   FULL_CROSSING,
   MEMORY_CLASSES,
@@ -36,6 +36,7 @@ __all__ = [
   'Bound',
   'Box',
   'Call',
+  'EXTRAS',
   'FULL_CROSSING',
   'Leaf',
   'MEMORY_CLASSES',
@@ -45,7 +46,6 @@ __all__ = [
   'Origin',
   'PARTIAL_REENTRY',
   'REQUIREMENTS',
-  'RIDER',
   'Rule',
   'Site',
   'Sites',

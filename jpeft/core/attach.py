@@ -1,13 +1,12 @@
-"""attach(model, method, backbone, *example) -> Tuned: pure functions, resolved once, from
-shapes.
-"""
+"""attach(model, method, backbone, *example) -> Tuned, resolved once, from shapes."""
 
 import jax
 
 from .discover import sites_of
+from .resolve import changes, plan
 from .rules import Call, Method, Rule, Weight
 from .sites import Site, Sites
-from .tuned import Tuned, _changes
+from .tuned import Tuned
 
 
 def attach(model, method: Method, backbone, /, *args, **kwargs) -> Tuned:
@@ -16,7 +15,7 @@ def attach(model, method: Method, backbone, /, *args, **kwargs) -> Tuned:
   Args:
     model: a Linen or an NNX module; it is read, never changed.
     method: such as `lora(8)` or `chain(lora(8), tune('{head}'))`.
-    backbone: what the model holds: Linen's variables, or `nnx.state(model)`; shapes will do.
+    backbone: what the model stores: Linen's variables, or `nnx.state(model)`; shapes will do.
     *args: an example input; shapes (jax.ShapeDtypeStruct) will do.
     **kwargs: keyword arguments of the forward pass.
 
@@ -26,38 +25,54 @@ def attach(model, method: Method, backbone, /, *args, **kwargs) -> Tuned:
   """
   sites = sites_of(model, backbone, *args, **kwargs)
   rules = [(rule, site) for pattern, rule in method for site in _match(pattern, rule, sites)]
-  rules.sort(
-    key=lambda pair: isinstance(pair[0], Call)
-  )  # arrays come before the call that reads them
-  seen = set()
-  for rule, site in rules:
-    what = (rule.name, site.path, getattr(rule, 'method', '__call__'))
-    if what in seen:
-      raise ValueError(
-        f'two rules called {rule.name!r} meet at {site.path!r}; give one of the methods '
-        'another name='
-      )
-    seen.add(what)
+  # Weights first: arrays come before the call that reads them.
+  rules.sort(key=lambda pair: isinstance(pair[0], Call))
+  _check_names(rules)
+  decided = plan(rules, sites)
+  for rule, site, _ in decided.boxed:
+    _check_requirement(rule, site, fused=(rule, site) in decided.wrapped.get(site.path, ()))
   tuned = Tuned(model, tuple(rules), sites, Method(method), jax.eval_shape(lambda: backbone))
-  for rule, site, _ in tuned._plan[0]:
-    _check_requirement(rule, site, fused=(rule, site) in tuned._plan[1].get(site.path, ()))
   jax.tree.leaves(tuned.shapes)  # what a rule's `init` refuses is said here, not at the first step
   return tuned
 
 
 def _match(pattern: str, rule: Rule, sites: Sites) -> list[Site]:
-  """The sites a rule acts on; says what was near when there are none."""
-  hits = sites.find(pattern)
-  good = [
-    s for s in hits if (rule.method in s.methods if isinstance(rule, Call) else _changes(rule, s))
-  ]
-  if not good:
-    why = f'{len(hits)} sites match, but none has what it adapts' if hits else 'no site matches'
-    raise ValueError(
-      f'{rule.name}: {why}: {pattern!r}. Near it, of {len(sites)} sites: '
-      f'{", ".join(sites.nearest(pattern))}'
-    )
-  return good
+  """The sites that a rule acts on.
+
+  Raises:
+    ValueError: there are none; says what was near.
+  """
+  matching = sites.find(pattern)
+  found = [site for site in matching if _can_act(rule, site)]
+  if found:
+    return found
+  why = 'no site matches'
+  if matching:
+    why = f'{len(matching)} sites match, but none has what it adapts'
+  raise ValueError(
+    f'{rule.name}: {why}: {pattern!r}. Near it, of {len(sites)} sites: '
+    f'{", ".join(sites.nearest(pattern))}'
+  )
+
+
+def _can_act(rule: Rule, site: Site) -> bool:
+  """Whether a site has the method that a Call wraps, or arrays that a Weight replaces."""
+  if isinstance(rule, Call):
+    return rule.method in site.methods
+  return bool(changes(rule, site))
+
+
+def _check_names(rules: list[tuple[Rule, Site]]) -> None:
+  """Raises a ValueError if two rules of one name meet."""
+  seen = set()
+  for rule, site in rules:
+    here = (rule.name, site.path, rule.method)
+    if here in seen:
+      raise ValueError(
+        f'two rules called {rule.name!r} meet at {site.path!r}; give one of the methods '
+        'another name='
+      )
+    seen.add(here)
 
 
 def _check_requirement(rule: Weight, site: Site, fused: bool) -> None:

@@ -1,112 +1,134 @@
-"""What a Call may ask of the model around it."""
+"""What a Call can use of the model around it."""
 
 import contextvars
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from .boxes import inject
 from .discover import named_arrays
+from .injection import inject
 from .mode import flags_of
 from .paths import natural
+from .rules import Call
 from .sites import Site
 
-# (method, scratch) of the wrapped calls that are running, the outermost first.
+# (method, its `local`) of the wrapped calls that are running, the outermost first.
 _running: contextvars.ContextVar[tuple[tuple[str, dict], ...]] = contextvars.ContextVar(
   'jpeft_running', default=()
 )
-# {path: how many of the rules there act}, where a rule runs what it wraps as a pure function.
-_beneath: contextvars.ContextVar[dict[str, int]] = contextvars.ContextVar('jpeft_beneath')
+# {path: how many of the rules there act}, while a rule runs a module as a pure function.
+_limits: contextvars.ContextVar[dict[str, int]] = contextvars.ContextVar('jpeft_limits')
 
 
 class Bound:
-  """What a Call receives: the call it wraps, and what it may ask of the model around it.
+  """What a Call receives: the call that it wraps, and what it can use of the model around it.
 
   Attributes:
     site: where it is.
     module: the module in the user's model, bound.
     training: whether dropout and noise are on.
-    local: scratch that lives as long as this call: the method's rules inside it write there.
+    local: a dict that lives as long as this call; the method's rules inside of it can read it.
     outer: the `local` of the nearest call around this one that the method wraps; None without one.
   """
 
   def __init__(
     self,
-    run,
+    run: Callable,
     *,
-    name: str,
+    rule: Call,
     site: Site,
     module,
     backend,
-    path: str,
-    method: str,
-    rank: int,
-    taps,
-    key,
+    position: int,
+    position_at: Callable[[str], int],
+    taps: Callable[[], dict],
+    key: jax.Array | None,
     training: bool,
-    rank_at=None,
   ):
-    self._name, self._run, self._backend, self._path, self._method, self._rank = (
-      name,
-      run,
-      backend,
-      path,
-      method,
-      rank,
-    )
-    self._taps, self._key, self._rank_at = taps, key, rank_at
-    self.site, self.module, self.training = site, module, training
-    self.local, self.outer = {}, None
+    """Made by Tuned.
+
+    Args:
+      run: the call that is wrapped.
+      rule: which wraps it.
+      site: where.
+      module: bound.
+      backend: of the model.
+      position: how many rules at the site act before this one.
+      position_at: path -> how many rules there act before those of this method.
+      taps: () -> what was recorded so far.
+      key: for one layer and step, None without one.
+      training: whether the model trains.
+    """
+    self.site = site
+    self.module = module
+    self.training = training
+    self.local: dict[str, Any] = {}
+    self.outer: dict[str, Any] | None = None
+    self._run = run
+    self._rule = rule
+    self._backend = backend
+    self._position = position
+    self._position_at = position_at
+    self._taps = taps
+    self._key = key
 
   def __call__(self, *args, **kwargs):
     return self._run(*args, **kwargs)
 
   def tap(self, **values: jax.Array) -> None:
-    """Records arrays under this site; of a scanned layer they come stacked. In `pure` nothing is
-    recorded.
+    """Records arrays under this site; those of a scanned layer come out stacked.
+
+    In `pure` and `layer` nothing is recorded.
     """
-    if not _beneath.get({}):
-      self._backend.tap(self.module, self._name, values)
+    if not _limits.get({}):
+      self._backend.tap(self.module, self._rule.name, values)
 
   def taps(self) -> dict[str, dict[str, jax.Array]]:
     """{site path: {name: array}} recorded so far, in the order of the layers.
 
-    A method sees what its own rules recorded; one whose rules recorded nothing sees everything.
+    A method gets what its own rules recorded; one whose rules recorded nothing gets everything.
     """
-    taps = dict(sorted(self._taps().items(), key=lambda item: natural(item[0])))
-    own = {path: by_rule[self._name] for path, by_rule in taps.items() if self._name in by_rule}
-    return own or {
-      path: {n: x for t in by_rule.values() for n, x in t.items()} for path, by_rule in taps.items()
-    }
+    by_path = dict(sorted(self._taps().items(), key=lambda item: natural(item[0])))
+    name = self._rule.name
+    own = {path: by_rule[name] for path, by_rule in by_path.items() if name in by_rule}
+    if own:
+      return own
+    everything = {}
+    for path, by_rule in by_path.items():
+      everything[path] = {}
+      for recorded in by_rule.values():
+        everything[path].update(recorded)
+    return everything
 
-  def held(self) -> dict | None:
-    """What this rule put into the model's collection 'cache' in the call before, {} at first.
+  def read_cache(self) -> dict | None:
+    """What this rule wrote into the model's collection 'cache' in the call before, {} at first.
 
-    None where that collection is not mutable, or the framework has none (NNX): nothing is to be
-    kept.
+    None where that collection is not mutable, or the framework has none (NNX): then nothing is to
+    be written.
     """
-    return self._backend.held(self.module, self._name)
+    return self._backend.read_cache(self.module, self._rule.name)
 
-  def hold(self, values) -> None:
-    """Puts a pytree of arrays into the collection 'cache', for `held` of the call that goes on from
-    this one.
-    """
-    self._backend.hold(self.module, self._name, values)
+  def write_cache(self, values) -> None:
+    """Writes a pytree of arrays into the collection 'cache', for `read_cache` of the next call."""
+    self._backend.write_cache(self.module, self._rule.name, values)
 
   def inputs(self, *args, **kwargs) -> dict[str, jax.Array]:
     """The array arguments of the call by parameter name, the first one first."""
-    return named_arrays(getattr(type(self.module), self._method), args, kwargs)
+    return named_arrays(getattr(type(self.module), self._rule.method), args, kwargs)
 
   def inject(self, **fields):
-    """Sets the module's own injection points (attention_fn, ...) for the length of one call."""
+    """Sets the module's own injection points (attention_fn, ...) while the context lasts."""
     return inject(self.module, **fields)
 
   def outside(self):
-    """A context in which modules of the rule's own run; no other rule sees them."""
+    """A context in which modules of the rule's own run; no other rule acts on them."""
     return self._backend.outside()
 
   @property
   def key(self) -> jax.Array | None:
-    """A random key for one layer and step, where training gave one."""
+    """A random key for one layer and step in training, if one was given."""
     return self._key if self.training else None
 
   def rng(self, what: str) -> jax.Array | None:
@@ -124,48 +146,48 @@ class Bound:
       )
     return self._key
 
-  def pure(self):
+  def pure(self) -> tuple[Callable, Any]:
     """(fn, arrays): the wrapped module as a pure function fn(arrays, *args, **kwargs).
 
-    What reverses, recomputes, compresses or runs a block again is written on it. Other rules act
-    inside; what the module writes (caches, statistics, taps) is dropped.
+    It serves to reverse, recompute or compress a block, or to run it again. The rules that act
+    before this one act inside; what the module writes (caches, statistics, taps) is dropped.
     """
-    fn, arrays = self._backend.pure(self.module, self._path)
-    return _under(fn, self._path, self._rank), arrays
+    fn, arrays = self._backend.pure(self.module, self.site.path)
+    return _limited(fn, self.site.path, self._position), arrays
 
-  def layer(self, site: Site, index: int | None = 0):
-    """(fn, arrays): a module elsewhere in the model, called as fn(arrays, *args, **kwargs), as in
-    `pure`.
+  def layer(self, site: Site, index: int | None = 0) -> tuple[Callable, Any]:
+    """(fn, arrays): a module elsewhere in the model as a pure function, as in `pure`.
 
-    Of its rules those before the method's own act inside. It is told whether the model trains by
-    the flag that its call takes. The arrays hold the random keys of its dropout too: what it
-    computes is the same each time.
+    Of its rules those before the method's own act inside. Its train flag is set to `training`. The
+    arrays include the random keys of its dropout: what it computes is the same each time.
 
     Args:
       site: where, outside of any other module's scan.
-      index: of a stack, which layer; None for all: the arrays lead with the layers, and fn takes
-        those of one.
+      index: which layer of a stack; None for all: then the arrays are [layers, ...], and fn takes
+        those of one layer.
     """
     fn, arrays, signature = self._backend.layer(self.module, site, index)
     flags = flags_of(signature, self.training)
-    rank = self._rank_at(site.path)
-    return _under(
-      lambda arrays, *a, **kw: fn(arrays, *a, **{**flags, **kw}), site.path, rank
-    ), arrays
 
-  def saving(self, pack, unpack):
-    """The wrapped call, with what its backward pass keeps stored as pack(array).
+    def with_flags(arrays, *args, **kwargs):
+      return fn(arrays, *args, **{**flags, **kwargs})
+
+    return _limited(with_flags, site.path, self._position_at(site.path)), arrays
+
+  def saving(self, pack: Callable, unpack: Callable) -> Callable:
+    """The wrapped call, with what its backward pass stores as pack(array).
 
     Args:
-      pack: array -> pytree, for every array that the backward pass keeps and that the module does
-        not hold itself.
+      pack: array -> pytree, for every array that the backward pass stores and that is no array of
+        the module itself.
       unpack: the inverse.
 
     Returns:
       A function of positional arguments, differentiable once in them and in what the module reads.
     """
     fn, arrays = self.pure()
-    structure = []
+    # The structure of the vjp, and which of its leaves are arrays of the module.
+    traced = []
 
     @jax.custom_vjp
     def run(arrays, args):
@@ -174,31 +196,86 @@ class Bound:
     def forward(arrays, args):
       out, vjp = jax.vjp(lambda arrays, args: fn(arrays, *args), arrays, args)
       leaves, tree = jax.tree.flatten(vjp)
-      held = [id(x) for x in jax.tree.leaves(arrays)]
-      kept = [held.index(id(x)) if id(x) in held else None for x in leaves]
-      structure[:] = [(tree, kept)]
-      packed = [pack(x) for x, i in zip(leaves, kept, strict=True) if i is None]
+      own = [id(x) for x in jax.tree.leaves(arrays)]
+      places = [own.index(id(x)) if id(x) in own else None for x in leaves]
+      traced[:] = [(tree, places)]
+      packed = [pack(x) for x, place in zip(leaves, places, strict=True) if place is None]
       return out, (packed, arrays)
 
     def backward(residuals, cotangent):
-      # Tied to the cotangent, lest XLA unpacks early or keeps the wide values after all.
+      # Tied to the cotangent: XLA could else unpack early, or keep the wide values after all.
       (packed, arrays), cotangent = jax.lax.optimization_barrier((residuals, cotangent))
-      (tree, kept), own, wide = structure[0], jax.tree.leaves(arrays), iter(packed)
-      leaves = [unpack(next(wide)) if i is None else own[i] for i in kept]
+      tree, places = traced[0]
+      own = jax.tree.leaves(arrays)
+      stored = iter(packed)
+      leaves = [unpack(next(stored)) if place is None else own[place] for place in places]
       return jax.tree.unflatten(tree, leaves)(cotangent)
 
     run.defvjp(forward, backward)
     return lambda *args: run(arrays, args)
 
 
-def _under(fn, path: str, rank: int):
-  """fn(arrays, ...) with as many of the rules at a path as `rank` says, and nothing recorded."""
+def acting(rules: list, path: str) -> list:
+  """The rules at a path that act: all, or the first ones where a rule runs what it wraps."""
+  return rules[: _limits.get({}).get(path, len(rules))]
+
+
+def _limited(fn: Callable, path: str, count: int) -> Callable:
+  """fn(arrays, ...) with the first `count` of the rules at a path, and nothing recorded."""
 
   def run(arrays, *args, **kwargs):
-    token = _beneath.set({**_beneath.get({}), path: rank})
+    token = _limits.set({**_limits.get({}), path: count})
     try:
       return fn(arrays, *args, **kwargs)
     finally:
-      _beneath.reset(token)
+      _limits.reset(token)
 
   return run
+
+
+def run_call(rule: Call, theta, bound: Bound, *args, **kwargs):
+  """Runs a Call in the dtype of its input; its output has the dtypes of what it wraps."""
+  wrapped = bound._run
+  dtypes = []
+
+  def recording(*args, **kwargs):
+    out = wrapped(*args, **kwargs)
+    dtypes.append([getattr(x, 'dtype', None) for x in jax.tree.leaves(out)])
+    return out
+
+  bound._run = recording
+  around = _running.get()
+  # The nearest call of the same method.
+  bound.outer = next((local for name, local in reversed(around) if name == rule.name), None)
+  token = _running.set((*around, (rule.name, bound.local)))
+  try:
+    dtype = _input_dtype(bound.site, args, kwargs)
+    out = rule.apply(_cast(theta, dtype), bound, *args, **kwargs)
+  finally:
+    _running.reset(token)
+  leaves, tree = jax.tree.flatten(out)
+  if not dtypes or len(dtypes[-1]) != len(leaves):  # the rule returns something of its own
+    return out
+  leaves = [_with_dtype(x, dtype) for x, dtype in zip(leaves, dtypes[-1], strict=True)]
+  return jax.tree.unflatten(tree, leaves)
+
+
+def _input_dtype(site: Site, args, kwargs):
+  """The dtype of the first array of floats that a call gets, else that of its output."""
+  for x in jax.tree.leaves((args, kwargs)):
+    if hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, jnp.floating):
+      return x.dtype
+  return site.out.dtype
+
+
+def _cast(tree, dtype):
+  """A tree with its floats in a dtype."""
+  return jax.tree.map(
+    lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+  )
+
+
+def _with_dtype(x, dtype):
+  if dtype is None or not hasattr(x, 'astype') or x.dtype == dtype:
+    return x
+  return x.astype(dtype)

@@ -1,26 +1,40 @@
 """Reads the sites of a model off one forward pass, traced on shapes."""
 
+import dataclasses
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 
-from . import anatomy, paths
+from . import anatomy
 from .backends.choice import backend_of
-from .boxes import Box, inject
-from .sites import Leaf, Site, Sites, stack_axes
+from .boxes import Box
+from .injection import inject, offered
+from .paths import join_path
+from .sites import Leaf, Site, Sites
+from .stacks import Shape, stack_axes
 from .trace import Use, uses
 
-_UNSEEN = {
-  'kind': '',
-  'inputs': {},
-  'out': None,
-  'fields': (),
-  'heads': None,
-  'module': None,
-  'methods': (),
-}
-FIELDS = ('dot_general', 'einsum_op', 'conv_general_dilated', 'attention_fn')
+
+@dataclasses.dataclass
+class _Seen:
+  """What one forward pass shows of a module; the defaults are those of one that is never called.
+
+  Attributes:
+    shapes: {'path/name': shape} of the arrays in it, as one call sees them.
+    Others: see `Site`.
+  """
+
+  kind: str = ''
+  inputs: dict[str, jax.ShapeDtypeStruct] = dataclasses.field(default_factory=dict)
+  out: jax.ShapeDtypeStruct | None = None
+  fields: tuple[str, ...] = ()
+  heads: tuple[int, int] | None = None
+  module: Any = None
+  methods: tuple[str, ...] = ()
+  shapes: dict[str, Shape] = dataclasses.field(default_factory=dict)
 
 
 def sites_of(model, backbone, /, *args, **kwargs) -> Sites:
@@ -32,113 +46,135 @@ def sites_of(model, backbone, /, *args, **kwargs) -> Sites:
     *args: an example input; shapes will do.
     **kwargs: keyword arguments of the forward pass.
   """
-  backend = backend_of(model)
-  seen: dict[str, dict] = {}
-  held = backend.arrays(model, backbone)
-  stored = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in held.items()}
-  given, tree = jax.tree.flatten((args, kwargs))
-  traced = {i: x for i, x in enumerate(given) if _is_array(x)}
+  arrays = backend_of(model).arrays(model, backbone)
+  specs = {key: _spec(x) for key, x in arrays.items()}
+  seen, used = _traced(model, backbone, specs, args, kwargs)
 
-  def forward(flat, traced):
-    inputs = tree.unflatten([traced.get(i, x) for i, x in enumerate(given)])
-    fresh_args, fresh_kwargs = backend.fresh(inputs)
-    hook = _recorder(seen, backend)
-    return backend.run(model, backbone, flat, {}, hook, None, False, fresh_args, dict(fresh_kwargs))
-
-  found = uses(
-    forward, stored, {i: jax.ShapeDtypeStruct(x.shape, x.dtype) for i, x in traced.items()}
-  )
   owned: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
-  for key, spec in stored.items():
+  for key, spec in specs.items():
     path, _, name = key.rpartition('/')
     owned.setdefault(path, {})[name] = spec
 
   sites = Sites()
+  sites.arrays = jax.eval_shape(lambda: arrays)
   for path in dict.fromkeys([*seen, *owned]):
-    axes, own = _stack(path, stored, seen, found), owned.get(path, {})
-    leaves = {
-      name: _leaf(spec, found.get(paths.join_path(path, name), Use()), axes)
-      for name, spec in own.items()
-    }
-    inside = next(
-      (v for k, v in stored.items() if f'{k}/'.startswith(f'{path}/'.lstrip('/'))), None
-    )
-    facts = {**_UNSEEN, **{k: v for k, v in seen.get(path, {}).items() if k != 'shapes'}}
+    facts = seen.get(path, _Seen())
+    axes = _stack(path, specs, facts.shapes, used)
+    leaves = {}
+    for name, spec in owned.get(path, {}).items():
+      leaves[name] = _leaf(spec, used.get(join_path(path, name), Use()), axes)
     site = Site(
       path=path,
+      kind=facts.kind,
       leaves=leaves,
+      inputs=facts.inputs,
+      out=facts.out,
+      fields=facts.fields,
       axes=axes,
-      model=sites,
+      lengths=_lengths(path, specs, axes),
+      heads=facts.heads,
+      module=facts.module,
+      methods=facts.methods,
       boxes={},
-      **facts,
-      lengths=tuple(inside.shape[a] for a in axes) if axes else (),
+      model=sites,
     )
-    for name in own:
-      if isinstance(box := held[paths.join_path(path, name)], Box):
-        site.boxes[name] = jax.eval_shape(
-          lambda box, site=site: jax.tree.map(lambda x: site.take(x, 0), box), box
-        )
+    for name in leaves:
+      box = sites.arrays[join_path(path, name)]
+      if isinstance(box, Box):
+        site.boxes[name] = _one_layer(site, box)
     sites[path] = site
   sites.anatomy = anatomy.choose(sites)
   return sites
+
+
+def _traced(model, backbone, specs: dict, args, kwargs) -> tuple[dict[str, _Seen], dict[str, Use]]:
+  """({path: what is seen of a module}, {'path/name': how an array is used}) of a forward pass."""
+  backend = backend_of(model)
+  seen: dict[str, _Seen] = {}
+  leaves, tree = jax.tree.flatten((args, kwargs))
+  # What is no array (a flag, None) keeps its value.
+  traced = {i: _spec(x) for i, x in enumerate(leaves) if _is_array(x)}
+
+  def forward(flat, traced):
+    inputs = tree.unflatten([traced.get(i, x) for i, x in enumerate(leaves)])
+    args, kwargs = backend.fresh(inputs)
+    hook = _recorder(seen, backend)
+    return backend.run(model, backbone, flat, {}, hook, None, False, args, dict(kwargs))
+
+  return seen, uses(forward, specs, traced)
+
+
+def _spec(x) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def _is_array(x) -> bool:
   return isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
 
 
-def named_arrays(fn, args, kwargs) -> dict:
+def _looks_like_array(x) -> bool:
+  return hasattr(x, 'shape') and hasattr(x, 'dtype')
+
+
+def named_arrays(fn: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
   """The array arguments of a method call by parameter name, the first one first."""
+  named = _named(fn, args, kwargs)
+  return {name: x for name, x in named.items() if _looks_like_array(x)}
+
+
+def _named(fn: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
+  """All arguments of a method call by parameter name; positions where there is no name."""
   try:
     given = inspect.signature(fn).bind(None, *args, **kwargs)
   except (TypeError, ValueError):
-    spread = {**{str(i): x for i, x in enumerate(args)}, **kwargs}
-  else:
-    spread = {}
-    for name, value in given.arguments.items():
-      kind = given.signature.parameters[name].kind
-      if kind is inspect.Parameter.VAR_POSITIONAL:
-        value = {str(i): x for i, x in enumerate(value)}
-      spread |= value if kind in (kind.VAR_POSITIONAL, kind.VAR_KEYWORD) else {name: value}
-  return {n: x for n, x in spread.items() if hasattr(x, 'shape') and hasattr(x, 'dtype')}
-
-
-def _inputs(fn, args, kwargs) -> dict[str, jax.ShapeDtypeStruct]:
-  return {n: _first(x) for n, x in named_arrays(fn, args, kwargs).items()}
+    return {**{str(i): x for i, x in enumerate(args)}, **kwargs}
+  named = {}
+  for name, value in given.arguments.items():
+    kind = given.signature.parameters[name].kind
+    if kind is inspect.Parameter.VAR_POSITIONAL:
+      named |= {str(i): x for i, x in enumerate(value)}
+    elif kind is inspect.Parameter.VAR_KEYWORD:
+      named |= value
+    else:
+      named[name] = value
+  return named
 
 
 def _first(tree) -> jax.ShapeDtypeStruct | None:
-  arrays = [x for x in jax.tree.leaves(tree) if hasattr(x, 'shape') and hasattr(x, 'dtype')]
-  return jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype) if arrays else None
+  """Shape and dtype of the first array of a tree."""
+  for x in jax.tree.leaves(tree):
+    if _looks_like_array(x):
+      return _spec(x)
+  return None
 
 
-def _recorder(seen: dict, backend):
-  """A hook that writes down what each module is called with, returns, and offers."""
+def _recorder(seen: dict[str, _Seen], backend):
+  """A hook that records what each module is called with, returns and offers."""
 
-  def hook(path, method, module, call, rider, taps):
+  def hook(path, method, module, call, extras, taps):
     def recorded(*args, **kwargs):
-      fields = tuple(f for f in FIELDS if _offers(module, f))
-      facts = {
-        'kind': type(module).__name__,
-        'inputs': _inputs(getattr(type(module), method), args, kwargs),
-        'fields': fields,
-        'shapes': backend.shapes_inside(module),
-      }
+      fields = offered(module)
+      inputs = named_arrays(getattr(type(module), method), args, kwargs)
+      shapes = backend.shapes_inside(module)
       heads = []
       if 'attention_fn' in fields:
-        with inject(module, attention_fn=_counting_heads(module.attention_fn, heads)):
+        with inject(module, attention_fn=_recording_heads(module.attention_fn, heads)):
           out = call(*args, **kwargs)
       else:
         out = call(*args, **kwargs)
-      methods = tuple(dict.fromkeys((*seen.get(path, {}).get('methods', ()), method)))
-      if method == '__call__' or path not in seen:
-        seen[path] = {
-          **facts,
-          'out': _first(out),
-          'heads': heads[0] if heads else None,
-          'module': backend.template(module),
-        }
-      seen[path]['methods'] = methods
+      before = seen.get(path)
+      methods = before.methods if before else ()
+      if method == '__call__' or before is None:
+        seen[path] = _Seen(
+          kind=type(module).__name__,
+          inputs={name: _spec(x) for name, x in inputs.items()},
+          out=_first(out),
+          fields=fields,
+          heads=heads[0] if heads else None,
+          module=backend.template(module),
+          shapes=shapes,
+        )
+      seen[path].methods = tuple(dict.fromkeys((*methods, method)))
       return out
 
     return recorded
@@ -146,45 +182,59 @@ def _recorder(seen: dict, backend):
   return hook
 
 
-def _offers(module, field: str) -> bool:
-  if not hasattr(module, field) or getattr(module, f'{field}_cls', None) is not None:
-    return False
-  return field != 'conv_general_dilated' or getattr(module, 'feature_group_count', 1) == 1
+def _recording_heads(attention: Callable, heads: list) -> Callable:
+  """An attention function that also records (key heads, head size)."""
 
-
-def _counting_heads(attention, heads: list):
-  def counted(query, key, value, *args, **kwargs):
+  def recording(query, key, value, *args, **kwargs):
     heads.append(tuple(key.shape[-2:]))
     return attention(query, key, value, *args, **kwargs)
 
-  return counted
+  return recording
 
 
-def _stack(path: str, stored: dict, seen: dict, found: dict) -> tuple[int, ...]:
+def _stack(path: str, specs: dict, shapes: dict[str, Shape], used: dict[str, Use]):
   """The axes that scans and vmaps around a module added to the arrays in it.
 
-  A module that was called saw its own slice of them; of one whose arrays are read by others, the
-  jaxpr tells the scans.
+  A module that was called saw its own slice of them. Where the arrays of a module are read by
+  others, the jaxpr shows the scans.
   """
-  shapes = seen.get(path, {}).get('shapes', {})
   if shapes:
-    return stack_axes(
-      [stored[paths.join_path(path, n)].shape for n in shapes], list(shapes.values())
-    )
-  own = [use for key, use in found.items() if key.rpartition('/')[0] == path]
-  return min((use.scanned for use in own), key=len, default=())
+    stored = [specs[join_path(path, name)].shape for name in shapes]
+    return stack_axes(stored, list(shapes.values()))
+  own = [use.scanned for key, use in used.items() if key.rpartition('/')[0] == path]
+  return min(own, key=len, default=())
+
+
+def _lengths(path: str, specs: dict, axes: tuple[int, ...]) -> tuple[int, ...]:
+  """The sizes of the stacking axes of a module, from the first array in it."""
+  if not axes:
+    return ()
+  prefix = f'{path}/' if path else ''
+  for key, spec in specs.items():
+    if f'{key}/'.startswith(prefix):
+      return tuple(spec.shape[axis] for axis in axes)
+  return ()
+
+
+def _one_layer(site: Site, box: Box):
+  """The shapes of one layer of a box."""
+  return jax.eval_shape(lambda box: jax.tree.map(lambda x: site.take(x, 0), box), box)
 
 
 def _leaf(spec: jax.ShapeDtypeStruct, use: Use, axes: tuple[int, ...]) -> Leaf:
-  gone = {a % len(spec.shape) for a in axes}
-  kept = [i for i in range(len(spec.shape)) if i not in gone]
-  index = {axis: i for i, axis in enumerate(kept)}
-  local = lambda dims: tuple(index[a] for a in dims if a in index)
+  """An array as a single layer sees it: the stacking axes are removed."""
+  stacked = {axis % len(spec.shape) for axis in axes}
+  own = [axis for axis in range(len(spec.shape)) if axis not in stacked]
+  position = {axis: i for i, axis in enumerate(own)}
+
+  def in_layer(axes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(position[axis] for axis in axes if axis in position)
+
   return Leaf(
-    tuple(spec.shape[i] for i in kept),
-    spec.dtype,
-    use.primitive,
-    local(use.ins),
-    local(use.batch),
-    use.offset,
+    shape=tuple(spec.shape[axis] for axis in own),
+    dtype=spec.dtype,
+    use=use.primitive,
+    ins=in_layer(use.ins),
+    batch=in_layer(use.batch),
+    offset=use.offset,
   )

@@ -7,15 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .boxes import Box, Lazy, inject
+from .boxes import Box, Lazy
+from .injection import PRODUCTS, inject
 from .rules import Weight
 from .sites import Leaf, Site
-
-_DEFAULTS = {
-  'dot_general': jax.lax.dot_general,
-  'einsum_op': jnp.einsum,
-  'conv_general_dilated': jax.lax.conv_general_dilated,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +33,12 @@ class Operand:
 
 def field_of(site: Site) -> str | None:
   """The injection point through which the site's only kernel is applied, if it has one."""
-  fields = [f for f in _DEFAULTS if f in site.fields]
-  if len(site.matrices) != 1 or not fields or site.leaves[site.matrices[0]].batch:
+  if len(site.matrices) != 1 or site.leaves[site.matrices[0]].batch:
     return None
-  return fields[0]
+  for field in PRODUCTS:
+    if field in site.fields:
+      return field
+  return None
 
 
 def fused(
@@ -57,27 +54,34 @@ def fused(
     key: for dropout, or None.
     box: the backbone's kernel, where that is a box: the backward pass computes it again.
   """
-  field, (array,) = field_of(site), site.matrices
-  leaf, base = site.leaves[array], getattr(module, field) or _DEFAULTS[field]
+  field = field_of(site)
+  (array,) = site.matrices
+  leaf = site.leaves[array]
+  base = getattr(module, field) or PRODUCTS[field]
   split = {'dot_general': _dot, 'einsum_op': _einsum, 'conv_general_dilated': _conv}[field]
   used = []
 
-  def op(*args, **kwargs):
-    x, kernel, to_rows, from_rows = split(base, leaf, *args, **kwargs)
-    out = base(*args, **kwargs) if box is None else _again(base, field, box, *args, **kwargs)
+  def product(*args, **kwargs):
     used.append(field)
-    y, arrays = to_rows(out), {n: jnp.zeros(l.shape, l.dtype) for n, l in site.leaves.items()}
-    arrays[array] = kernel  # the others are boxed: what `w` makes of them here is not used
+    x, kernel, to_rows, from_rows = split(base, leaf, *args, **kwargs)
+    if box is None:
+      out = base(*args, **kwargs)
+    else:
+      out = _recomputed(base, field, box, *args, **kwargs)
+    y = to_rows(out)
+    # Arrays beside the kernel are boxed: what `w` makes of them here is not used.
+    arrays = {name: jnp.zeros(l.shape, l.dtype) for name, l in site.leaves.items()}
+    arrays[array] = kernel
     for i, (rule, t) in enumerate(rules):
       t = _cast(t, y.dtype, rule.exact)
-      w = lambda arrays=arrays: leaf.fold(arrays[array])
-      sub = None if key is None else jax.random.fold_in(key, i)
-      y = rule.dot(t, x, y, w, sub).astype(out.dtype)
-      arrays = _after(rule, t, site, arrays)
+      own_key = None if key is None else jax.random.fold_in(key, i)
+      w = _folded(leaf, arrays, array)
+      y = rule.dot(t, x, y, w, own_key).astype(out.dtype)
+      arrays = _After(rule, t, site, arrays)
     return from_rows(y, out.shape)
 
   def run(*args, **kwargs):
-    with inject(module, **{field: op}):
+    with inject(module, **{field: product}):
       out = call(*args, **kwargs)
     if not used:
       raise ValueError(f'{site.kind} at {site.path!r} never used the {field} it offers')
@@ -86,30 +90,42 @@ def fused(
   return run
 
 
-def _again(base, field: str, box: Box, *args, **kwargs):
-  """base(*args), whose kernel is what the box holds: the backward pass keeps the box, not the
-  kernel.
+def _folded(leaf: Leaf, arrays, name: str) -> Callable[[], jax.Array]:
+  """() -> the kernel [fan_in, fan_out] as the rules so far leave it."""
+  return lambda: leaf.fold(arrays[name])
 
-  What a box of the backbone holds has no gradient; what theta brings into a Lazy has.
+
+def _recomputed(base, field: str, box: Box, *args, **kwargs):
+  """base(*args) of a kernel that is a box: the backward pass keeps the box, not the kernel.
+
+  The arrays of a box of the backbone get no gradient; the theta in a Lazy does.
   """
   i = 1 if field == 'einsum_op' else 0  # behind the text of the equation
   dtype = args[i + 1].dtype
-  product = lambda x, box: base(*args[:i], x, box.unbox().astype(dtype), *args[i + 2 :], **kwargs)
+
+  def product(x, box):
+    kernel = box.unbox().astype(dtype)
+    return base(*args[:i], x, kernel, *args[i + 2 :], **kwargs)
+
   if isinstance(box, Lazy):
     return jax.checkpoint(product)(args[i], box)
   spec = jax.ShapeDtypeStruct(args[i].shape, args[i].dtype)
 
+  def forward(x, box):
+    return product(x, box), box
+
   def backward(box, g):
-    # Tied to the cotangent, lest XLA keeps the kernel of the forward pass after all.
+    # Tied to the cotangent: XLA would else keep the kernel of the forward pass after all.
     box, g = jax.lax.optimization_barrier((box, g))
-    return *jax.linear_transpose(lambda x: product(x, box), spec)(g), None
+    (gradient,) = jax.linear_transpose(lambda x: product(x, box), spec)(g)
+    return gradient, None
 
   run = jax.custom_vjp(product)
-  run.defvjp(lambda x, box: (product(x, box), box), backward)
+  run.defvjp(forward, backward)
   return run(args[i], box)
 
 
-class _after(dict):
+class _After(dict):
   """The arrays as a rule leaves them, computed when a later rule asks."""
 
   def __init__(self, rule, t, site, before):

@@ -6,7 +6,7 @@ import inspect
 import itertools
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -124,6 +124,15 @@ class Weight(_Made):
   memory: str = FULL_CROSSING
   head: bool = False
   origin: Origin | None = None
+
+  def __post_init__(self):
+    if self.requires not in REQUIREMENTS:
+      choices = ', '.join(map(repr, REQUIREMENTS))
+      raise ValueError(f'{self.name}: requires={self.requires!r} must be one of {choices}')
+
+  # A Weight acts on the call of its module, and takes no arguments of that call.
+  method: ClassVar[str] = '__call__'
+  takes: ClassVar[tuple[str, ...]] = ()
 
   @property
   def mergeable(self) -> bool:

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from .backends.choice import backend_of
-from .boxes import Box, Lazy, Reader
-from .context import Bound, _beneath, _running
-from .fused import field_of, fused
-from .mode import _mode
+from .boxes import Arrays, Box, Lazy, Reader
+from .context import Bound, acting, run_call
+from .fused import fused
+from .mode import mode_of
 from .paths import join_path
+from .resolve import Plan, plan
 from .rules import Call, Method, Rule, Weight
 from .sites import Site, Sites
 
@@ -27,7 +28,7 @@ class Tuned:
     rules: (rule, site), in the order in which they act.
     sites: all sites of the model.
     method: as given to `attach`.
-    backbone: the shapes of what the model holds.
+    backbone: the shapes of what the model stores.
   """
 
   model: Any
@@ -36,17 +37,19 @@ class Tuned:
   method: Method
   backbone: Any
 
+  # ---- Theta.
+
   @functools.cached_property
   def shapes(self):
     """theta as shapes; nothing is computed."""
     return jax.eval_shape(self.init, jax.random.key(0), self.backbone)
 
   def init(self, key: jax.Array, backbone) -> dict:
-    """theta = {method name: {site path: arrays}}; arrays of stacked layers lead with the stack."""
-    backend, theta = backend_of(self.model), {}
-    flat = backend.arrays(self.model, backbone)
+    """theta = {method name: {site path: arrays}}; in stacked layers the stack comes first."""
+    flat = backend_of(self.model).arrays(self.model, backbone)
+    theta = {}
     for rule, site in self.rules:
-      t = self._init_rule(rule, site, _key(key, rule, site), flat)
+      t = self._init_rule(rule, site, _key_of(key, rule, site), flat)
       # A weak type would turn strong at the first update, and compile the training step again.
       t = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), t)
       if jax.tree.leaves(t):
@@ -54,90 +57,28 @@ class Tuned:
     return theta
 
   def _init_rule(self, rule: Rule, site: Site, key, flat):
-    whole = {name: flat[join_path(site.path, name)] for name in site.leaves}
+    whole = _arrays_of(site, flat)
     if not site.axes:
       return rule.init(key, site, Arrays(whole, flat))
-    arrays = {name: jax.tree.map(site.lead, x) for name, x in whole.items()}
+    stacked = jax.tree.map(site.stack_first, whole)
     keys = jax.random.split(key, site.lengths)
-    return site.per_layer(lambda k, a: rule.init(k, site, Arrays(a, flat)))(keys, arrays)
 
-  def apply(self, theta, backbone, *args, **kwargs):
-    """The model's output under the method; differentiable in theta alone.
+    def one_layer(key, arrays):
+      return rule.init(key, site, Arrays(arrays, flat))
 
-    Args:
-      theta: from `init`.
-      backbone: as given to `attach`; under stop_gradient.
-      *args, **kwargs: of the model's call. For Linen `rngs`, `mutable` and `method` are those of
-        `Module.apply`; for NNX `rngs={'dropout': key}` seeds the model's streams, `mutable=True` or
-        a filter also returns the Variables that the call wrote, `method` names the method.
+    return site.per_layer(one_layer)(keys, stacked)
 
-    Returns:
-      The output, or (output, state) with `mutable`.
-    """
-    backend = backend_of(self.model)
-    backbone = jax.tree.map(_frozen, backbone)
-    theta = self._fix(theta)
-    flat = dict(backend.arrays(self.model, backbone))
-    taken = {name for rule, _ in self.rules for name in getattr(rule, 'takes', ())}
-    training, key = _mode(self.model, args, {n: x for n, x in kwargs.items() if n not in taken})
-    boxed, wrapped = self._plan
-    for rule, site, names in boxed:
-      whole = {name: flat[join_path(site.path, name)] for name in site.leaves}
-      t = jax.tree.map(site.place, self._theta(theta, rule, site))
-      flat |= {join_path(site.path, n): Lazy(whole, t, _Applied(rule, site), n) for n in names}
-    riders = {path: self._rider(theta, path, key) for path in wrapped}
-    wanted = frozenset(
-      (path, method)
-      for path, rules in wrapped.items()
-      for method in (
-        *(getattr(rule, 'method', '__call__') for rule, _ in rules),
-        *(['__call__'] if path in self._held else []),
-      )
-    )
-    taps = any(isinstance(rule, Call) and rule.taps for rule, _ in self.rules)
-    return backend.run(
-      self.model, backbone, flat, riders, self._hooks[training], wanted, taps, args, dict(kwargs)
-    )
-
-  def merge(self, theta, backbone):
-    """Weights: a backbone that the untouched model runs as `apply` runs theta. Where the kernel was
-    a box, what replaces it is plain, unless the rule gives a box too.
-
-    Raises:
-      ValueError: some rule changes the computation in a way that no weights express.
-    """
-    self._check_mergeable()
-    backend, theta = backend_of(self.model), self._fix(theta)
-    flat = dict(backend.arrays(self.model, backbone))
+  def trainable(self, theta) -> Any:
+    """A tree of bools: False for the entries that a rule names in `fixed`."""
+    fixed = {}
     for rule, site in self.rules:
-      change = rule.merge if isinstance(rule, Call) else rule.apply
-      arrays = {name: flat[join_path(site.path, name)] for name in site.leaves}
-      fn = site.per_layer(lambda t, a, change=change, site=site: change(t, site, Reader(a)))
-      t = self._theta(theta, rule, site)
-      new = fn(t, jax.tree.map(site.lead, arrays)) if arrays else {}
-      flat |= {
-        join_path(site.path, n): jax.tree.map(site.place, w)
-        if isinstance(w, Box)
-        else site.place(w).astype(arrays[n].dtype)
-        for n, w in new.items()
-      }
-    return backend.replace(self.model, backbone, flat)
+      fixed.setdefault((rule.name, site.path), set()).update(rule.fixed)
 
-  @property
-  def mergeable(self) -> bool:
-    """Whether `merge` can be called."""
-    return not self.unmergeable
+    def is_trained(path, _):
+      rule, site, *entries = [getattr(part, 'key', None) for part in path]
+      return not fixed.get((rule, site), set()) & set(entries)
 
-  @property
-  def unmergeable(self) -> list[tuple[Rule, Site]]:
-    return [(r, s) for r, s in self.rules if not r.mergeable]
-
-  def _check_mergeable(self) -> None:
-    for rule, site in self.unmergeable:
-      raise ValueError(
-        f'{rule.name} at {site.path!r} changes the computation, not the weights: it '
-        'cannot be merged'
-      )
+    return jax.tree_util.tree_map_with_path(is_trained, theta)
 
   @property
   def updates(self) -> bool:
@@ -154,24 +95,16 @@ class Tuned:
     """
     theta = {name: dict(sites) for name, sites in theta.items()}
     for rule, site in self.rules:
-      if rule.update and site.path in theta.get(rule.name, {}):
-        fn = lambda t, k, rule=rule, site=site: rule.update(t, site, step, k)
-        sub = _key(key, rule, site)
-        keys = jax.random.split(sub, site.lengths) if site.axes else sub
-        theta[rule.name][site.path] = site.per_layer(fn)(theta[rule.name][site.path], keys)
+      if not rule.update or site.path not in theta.get(rule.name, {}):
+        continue
+
+      def edit(t, key, rule=rule, site=site):
+        return rule.update(t, site, step, key)
+
+      keys = _layer_keys(_key_of(key, rule, site), site)
+      entries = theta[rule.name]
+      entries[site.path] = site.per_layer(edit)(entries[site.path], keys)
     return theta
-
-  def trainable(self, theta) -> Any:
-    """A tree of bools: False for the entries that a rule holds fixed."""
-    fixed = {}
-    for rule, site in self.rules:
-      fixed.setdefault((rule.name, site.path), set()).update(rule.fixed)
-
-    def leaf(path, _):
-      names = [getattr(k, 'key', None) for k in path]
-      return not fixed.get((names[0], names[1]), set()) & set(names[2:])
-
-    return jax.tree_util.tree_map_with_path(leaf, theta)
 
   def only(self, *names: str) -> 'Tuned':
     """The same model with some of its adapters; they read the same theta.
@@ -183,153 +116,231 @@ class Tuned:
     for name in names:
       if name not in known:
         raise ValueError(f'no adapter is called {name!r}; there are {", ".join(known)}')
-    rules = tuple((r, s) for r, s in self.rules if r.name in names)
-    return dataclasses.replace(
-      self, rules=rules, method=Method(pair for pair in self.method if pair[1].name in names)
-    )
+    rules = tuple((rule, site) for rule, site in self.rules if rule.name in names)
+    method = Method((pattern, rule) for pattern, rule in self.method if rule.name in names)
+    return dataclasses.replace(self, rules=rules, method=method)
 
-  # What follows is resolved once and read at every trace.
+  # ---- The model under the method.
 
-  @functools.cached_property
-  def _plan(self) -> tuple[list, dict]:
-    """([(rule, site, names of the arrays that it boxes)], {path: rules that wrap calls}).
+  def apply(self, theta, backbone, *args, **kwargs):
+    """The model's output under the method; differentiable in theta alone.
 
-    A Weight is fused when every Weight after it that changes the kernel is: merge equals apply in
-    any order. What a fused one changes beside the kernel, such as a bias, is boxed all the same.
-    """
-    boxed, wrapped, kernels = [], {}, set()
-    for rule, site in reversed(self.rules):
-      names = () if isinstance(rule, Call) else _changes(rule, site)
-      if isinstance(rule, Call) or _fusible(rule, site) and site.path not in kernels:
-        wrapped.setdefault(site.path, []).insert(0, (rule, site))
-        names = tuple(n for n in names if n not in site.matrices)
-      elif set(names) & set(site.matrices):
-        kernels.add(site.path)
-      if names:
-        boxed.insert(0, (rule, site, names))
-    wrapped |= {path: [] for path in self._held if path not in wrapped}
-    return boxed, wrapped
+    Args:
+      theta: from `init`.
+      backbone: as given to `attach`; under stop_gradient.
+      *args, **kwargs: of the model's call. For Linen `rngs`, `mutable` and `method` are those of
+        `Module.apply`; for NNX `rngs={'dropout': key}` seeds the model's streams, `mutable=True` or
+        a filter also returns the Variables that the call wrote, `method` names the method.
 
-  @functools.cached_property
-  def _held(self) -> dict[str, str]:
-    """{path: kernel} of the sites whose kernel is a box in the backbone, and can be computed again
-    where it is used.
+    Returns:
+      The output, or (output, state) with `mutable`.
     """
     backend = backend_of(self.model)
-    flat = backend.arrays(self.model, self.backbone)
-    return {
-      path: site.matrices[0]
-      for path, site in self.sites.items()
-      if field_of(site) and isinstance(flat[join_path(path, site.matrices[0])], Box)
-    }
-
-  @functools.cached_property
-  def _hooks(self) -> dict:
-    return {training: functools.partial(self._hook, training) for training in (True, False)}
-
-  def _hook(self, training, path, method, module, call, rider, taps):
-    """Wraps one call of one module; holds no arrays, so that traces may be cached by it."""
-    backend, key = backend_of(self.model), rider.get('key')
-    if key is not None:
-      key = jax.random.wrap_key_data(key)
-    here = [(r, s) for r, s in self._plan[1][path] if getattr(r, 'method', '__call__') == method]
-    here = here[: _beneath.get({}).get(path, len(here))]
-    theta = {name: self._slim(t, name, path) for name, t in rider['theta'].items()}
-    weights = [(r, theta.get(r.name, {})) for r, _ in here if isinstance(r, Weight)]
-    box = (
-      backend.stored(module, self._held[path])
-      if path in self._held and method == '__call__'
-      else None
+    backbone = jax.tree.map(_stop_gradient, backbone)
+    theta = self._stop_fixed(theta)
+    flat = self._boxed(theta, backend.arrays(self.model, backbone))
+    training, key = mode_of(self.model, args, self._kwargs_of_model(kwargs))
+    extras = {path: self._extras(theta, path, key) for path in self._plan.wrapped}
+    records = any(isinstance(rule, Call) and rule.taps for rule, _ in self.rules)
+    return backend.run(
+      self.model,
+      backbone,
+      flat,
+      extras,
+      self._hooks[training],
+      self._wanted,
+      records,
+      args,
+      dict(kwargs),
     )
-    if weights or box is not None:
-      random = [rule.name for rule, _ in weights if rule.requires == 'input in training']
-      if training and key is None and random:
-        raise ValueError(
-          f'{random[0]} dropout at {path!r} needs a random key: call '
-          "tuned.apply(..., rngs={'dropout': key})"
-        )
-      call = fused(weights, self.sites[path], module, call, key if training else None, box)
-    for rank, (rule, site) in enumerate(here):
-      if isinstance(rule, Call):
-        sub = None if key is None else jax.random.fold_in(key, zlib.crc32(rule.name.encode()))
-        bound = Bound(
-          call,
-          name=rule.name,
-          site=site,
-          module=module,
-          backend=backend,
-          path=path,
-          method=method,
-          rank=rank,
-          taps=taps,
-          key=sub,
-          training=training,
-          rank_at=functools.partial(self._rank_at, rule.name),
-        )
-        call = functools.partial(_called, rule, theta.get(rule.name, {}), bound)
-    return call
 
-  def _rank_at(self, name: str, path: str) -> int:
-    """How many of the rules that wrap the call at a path come before those of one name."""
-    there = [
-      r.name
-      for r, _ in self._plan[1].get(path, ())
-      if getattr(r, 'method', '__call__') == '__call__'
-    ]
-    return there.index(name) if name in there else len(there)
+  def _kwargs_of_model(self, kwargs: dict) -> dict:
+    """The keyword arguments of a call without those that rules take for themselves."""
+    taken = {name for rule, _ in self.rules for name in rule.takes}
+    return {name: value for name, value in kwargs.items() if name not in taken}
 
-  def _slim(self, t, name: str, path: str):
-    """One layer's theta, without the axes of one that placing it added."""
+  def _boxed(self, theta, flat: dict) -> dict:
+    """The arrays of the backbone with boxes in place of those that a Weight replaces."""
+    flat = dict(flat)
+    for rule, site, names in self._plan.boxed:
+      whole = _arrays_of(site, flat)
+      t = jax.tree.map(site.stack_restore, self._entry(theta, rule, site))
+      for name in names:
+        flat[join_path(site.path, name)] = Lazy(whole, t, _Applied(rule, site), name)
+    return flat
+
+  def _extras(self, theta, path: str, key):
+    """Extra variables stored beside the parameters of the module at `path`.
+
+    They are the theta of the rules there and, in training, a random key. The dummy entry changes
+    the structure of the pytree, so that a jitted layer that was traced under another Tuned is
+    traced again.
+    """
     site = self.sites[path]
-    if not site.axes or not t:
-      return t
-    return jax.tree.map(
-      lambda x, s: x.reshape(s.shape[len(site.axes) :]), t, self.shapes[name][path]
-    )
+    entries = {}
+    for rule, _ in self._plan.wrapped[path]:
+      entries[rule.name] = self._entry(theta, rule, site)
+    extras = {'theta': entries, f'id{id(self)}': jnp.zeros(site.lengths)}
+    if key is not None:
+      own = jax.random.fold_in(key, zlib.crc32(site.path.encode()))
+      extras['key'] = jax.random.key_data(_layer_keys(own, site))
+    return jax.tree.map(site.stack_restore, extras)
 
-  def _theta(self, theta, rule: Rule, site: Site):
-    """One rule's entry of theta; a clear error where theta is of another method."""
+  def _entry(self, theta, rule: Rule, site: Site):
+    """The theta of one rule at one site; {} for a rule without any.
+
+    Raises:
+      ValueError: there should be some: theta is of another method.
+    """
     try:
       return theta[rule.name][site.path]
     except KeyError:
-      if site.path in self.shapes.get(rule.name, {}):
-        held = ', '.join(theta) or 'nothing'
-        raise ValueError(
-          f'theta has no entry {rule.name!r} for {site.path!r} (it holds {held}): was it '
-          'made by another method?'
-        ) from None
-      return {}
+      if site.path not in self.shapes.get(rule.name, {}):
+        return {}
+      there = ', '.join(theta) or 'nothing'
+      raise ValueError(
+        f'theta has no entry {rule.name!r} for {site.path!r} (it holds {there}): was it '
+        'made by another method?'
+      ) from None
 
-  def _rider(self, theta, path: str, key):
-    """What rides into the modules of one path: theta, a random key, and a mark of this Tuned, so
-    that a jitted layer cached for another method is traced again."""
-    site, rules = self.sites[path], self._plan[1][path]
-    rider = {
-      'theta': {rule.name: self._theta(theta, rule, site) for rule, site in rules},
-      f'id{id(self)}': jnp.zeros(site.lengths),
-    }
-    if key is not None:
-      sub = jax.random.fold_in(key, zlib.crc32(site.path.encode()))
-      keys = jax.random.split(sub, site.lengths) if site.axes else sub
-      rider['key'] = jax.random.key_data(keys)
-    return jax.tree.map(site.place, rider)
-
-  def _fix(self, theta):
+  def _stop_fixed(self, theta):
+    """theta with stop_gradient on the entries that are not trained."""
     if not any(rule.fixed for rule, _ in self.rules):
       return theta
-    return jax.tree.map(
-      lambda x, train: x if train else jax.lax.stop_gradient(x), theta, self.trainable(theta)
-    )
 
+    def leaf(x, trained):
+      return x if trained else jax.lax.stop_gradient(x)
 
-class Arrays(Reader):
-  """The arrays of a site, for `init`: a mapping by name, and `model`, all arrays of the
-  backbone.
-  """
+    return jax.tree.map(leaf, theta, self.trainable(theta))
 
-  def __init__(self, arrays, flat):
-    super().__init__(arrays)
-    self.model = Reader(flat)
+  # ---- Merging.
+
+  @property
+  def mergeable(self) -> bool:
+    """Whether `merge` can be called."""
+    return not self.unmergeable
+
+  @property
+  def unmergeable(self) -> list[tuple[Rule, Site]]:
+    """The rules that change the computation in a way that no weights express."""
+    return [(rule, site) for rule, site in self.rules if not rule.mergeable]
+
+  def merge(self, theta, backbone):
+    """A backbone that the untouched model runs as `apply` runs theta.
+
+    Where a kernel is a box, what replaces it is plain, unless the rule returns a box too.
+
+    Raises:
+      ValueError: some rule changes the computation in a way that no weights express.
+    """
+    for rule, site in self.unmergeable:
+      raise ValueError(
+        f'{rule.name} at {site.path!r} changes the computation, not the weights: it '
+        'cannot be merged'
+      )
+    backend = backend_of(self.model)
+    theta = self._stop_fixed(theta)
+    flat = dict(backend.arrays(self.model, backbone))
+    for rule, site in self.rules:
+      flat |= self._merge_rule(rule, site, self._entry(theta, rule, site), flat)
+    return backend.replace(self.model, backbone, flat)
+
+  def _merge_rule(self, rule: Rule, site: Site, t, flat) -> dict[str, Any]:
+    """{'path/name': new array or box} of what a rule replaces at a site."""
+    change = rule.merge if isinstance(rule, Call) else rule.apply
+    arrays = _arrays_of(site, flat)
+    if not arrays:
+      return {}
+
+    def one_layer(t, arrays):
+      return change(t, site, Reader(arrays))
+
+    stacked = jax.tree.map(site.stack_first, arrays)
+    merged = {}
+    for name, new in site.per_layer(one_layer)(t, stacked).items():
+      new = jax.tree.map(site.stack_restore, new)
+      if not isinstance(new, Box):
+        new = new.astype(arrays[name].dtype)
+      merged[join_path(site.path, name)] = new
+    return merged
+
+  # ---- What is resolved once and read at every trace.
+
+  @functools.cached_property
+  def _plan(self) -> Plan:
+    return plan(self.rules, self.sites)
+
+  @functools.cached_property
+  def _wanted(self) -> frozenset[tuple[str, str]]:
+    """(path, method) of the calls that are wrapped."""
+    wanted = {(path, '__call__') for path in self._plan.quantized}
+    for path, rules in self._plan.wrapped.items():
+      wanted |= {(path, rule.method) for rule, _ in rules}
+    return frozenset(wanted)
+
+  @functools.cached_property
+  def _hooks(self) -> dict:
+    """The hook of a call in training and of one in evaluation.
+
+    Each is one object, since the frameworks cache jitted layers by it.
+    """
+    return {training: functools.partial(self._hook, training) for training in (True, False)}
+
+  def _hook(self, training, path, method, module, call, extras, taps):
+    """Wraps one call of one module. It has no arrays of its own, so that traces can be cached."""
+    key = extras.get('key')
+    if key is not None:
+      key = jax.random.wrap_key_data(key)
+    rules = [(rule, site) for rule, site in self._plan.wrapped[path] if rule.method == method]
+    rules = acting(rules, path)
+    theta = {name: self._one_layer(t, name, path) for name, t in extras['theta'].items()}
+    call = self._fused(rules, theta, training, path, method, module, call, key)
+    for position, (rule, site) in enumerate(rules):
+      if not isinstance(rule, Call):
+        continue
+      bound = Bound(
+        call,
+        rule=rule,
+        site=site,
+        module=module,
+        backend=backend_of(self.model),
+        position=position,
+        position_at=functools.partial(self._position, rule.name),
+        taps=taps,
+        key=_key_of_rule(key, rule),
+        training=training,
+      )
+      call = functools.partial(run_call, rule, theta.get(rule.name, {}), bound)
+    return call
+
+  def _fused(self, rules, theta, training, path, method, module, call, key):
+    """The call of a module with the Weights that act on its product; the call itself without."""
+    weights = [(rule, theta.get(rule.name, {})) for rule, _ in rules if isinstance(rule, Weight)]
+    box = None
+    if path in self._plan.quantized and method == '__call__':
+      box = backend_of(self.model).stored(module, self._plan.quantized[path])
+    if not weights and box is None:
+      return call
+    for rule, _ in weights:
+      if training and key is None and rule.requires == 'input in training':
+        raise ValueError(
+          f'{rule.name} dropout at {path!r} needs a random key: call '
+          "tuned.apply(..., rngs={'dropout': key})"
+        )
+    return fused(weights, self.sites[path], module, call, key if training else None, box)
+
+  def _position(self, name: str, path: str) -> int:
+    """How many of the rules around the call at a path come before those called `name`."""
+    names = [rule.name for rule, _ in self._plan.wrapped.get(path, ()) if rule.method == '__call__']
+    return names.index(name) if name in names else len(names)
+
+  def _one_layer(self, t, name: str, path: str):
+    """The theta of one layer, without the axes of one that restoring the stack added."""
+    site = self.sites[path]
+    if not site.axes or not t:
+      return t
+    shapes = self.shapes[name][path]
+    return jax.tree.map(lambda x, shape: x.reshape(shape.shape[len(site.axes) :]), t, shapes)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -343,71 +354,32 @@ class _Applied:
     return self.rule.apply(theta, self.site, arrays)
 
 
-def _shapes(site: Site) -> dict[str, Any]:
-  plain = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in site.leaves.items()}
-  return {**plain, **site.boxes}
+def _arrays_of(site: Site, flat) -> dict[str, Any]:
+  """The arrays that a site owns, as they are stored."""
+  return {name: flat[join_path(site.path, name)] for name in site.leaves}
 
 
-@functools.lru_cache(maxsize=65536)
-def _changes(rule: Weight, site: Site) -> tuple[str, ...]:
-  """The names of the arrays that a Weight replaces at a site, from shapes."""
-
-  def new(key, arrays):
-    return rule.apply(rule.init(key, site, Arrays(arrays, {})), site, Reader(arrays))
-
-  return tuple(jax.eval_shape(new, jax.random.key(0), _shapes(site)))
+def _stop_gradient(x):
+  """A leaf of the backbone without gradient; integers and keys have none."""
+  if hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, jnp.inexact):
+    return jax.lax.stop_gradient(x)
+  return x
 
 
-def _fusible(rule: Weight, site: Site) -> bool:
-  if rule.dot is None or field_of(site) is None:
-    return False
-  return set(site.matrices) <= set(_changes(rule, site))
-
-
-def _frozen(x):
-  return (
-    jax.lax.stop_gradient(x) if hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, jnp.inexact) else x
-  )
-
-
-def _key(key, rule: Rule, site: Site):
+def _key_of(key, rule: Rule, site: Site):
   """A key for a rule at a site that no other rule or site changes."""
   return jax.random.fold_in(key, zlib.crc32(f'{rule.name} {site.path}'.encode()))
 
 
-def _called(rule: Call, theta, bound: Bound, *args, **kwargs):
-  """Runs a Call in the dtype of its input, and gives back the dtype that the layer gives."""
-  dtypes = []
-
-  def call(*a, **kw):
-    out = bound_run(*a, **kw)
-    dtypes.append([getattr(x, 'dtype', None) for x in jax.tree.leaves(out)])
-    return out
-
-  bound_run, bound._run = bound._run, call
-  floats = [
-    x.dtype
-    for x in jax.tree.leaves((args, kwargs))
-    if hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, jnp.floating)
-  ]
-  dtype = floats[0] if floats else bound.site.out.dtype
-  around = _running.get()
-  bound.outer = next((local for name, local in reversed(around) if name == rule.name), None)
-  token = _running.set((*around, (rule.name, bound.local)))
-  try:
-    out = rule.apply(_cast(theta, dtype), bound, *args, **kwargs)
-  finally:
-    _running.reset(token)
-  leaves, tree = jax.tree.flatten(out)
-  if dtypes and len(dtypes[-1]) == len(leaves):
-    leaves = [
-      x.astype(d) if d is not None and hasattr(x, 'astype') and x.dtype != d else x
-      for x, d in zip(leaves, dtypes[-1], strict=True)
-    ]
-  return jax.tree.unflatten(tree, leaves)
+def _key_of_rule(key, rule: Rule):
+  """A key for a rule, of the key of its site."""
+  if key is None:
+    return None
+  return jax.random.fold_in(key, zlib.crc32(rule.name.encode()))
 
 
-def _cast(tree, dtype):
-  return jax.tree.map(
-    lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
-  )
+def _layer_keys(key, site: Site):
+  """The key of each layer of a stack; the key itself without a stack."""
+  if not site.axes:
+    return key
+  return jax.random.split(key, site.lengths)

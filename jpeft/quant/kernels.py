@@ -60,7 +60,7 @@ def kernels(sites: Sites, targets: str) -> dict[str, tuple[Site, str]]:
 
 
 def _boxed(form: Format, site: Site, name: str, w) -> Quantized:
-  layers = site.lead(w).reshape(-1, *site.leaves[name].shape)
+  layers = site.stack_first(w).reshape(-1, *site.leaves[name].shape)
   # One layer after the other: what encoding needs beside its result is that of one layer.
   return _placed(
     form, site, name, jax.lax.map(functools.partial(_encoded_jit, form, site.leaves[name]), layers)
@@ -99,7 +99,9 @@ def _placed(form: Format, site: Site, name: str, arrays) -> Quantized:
       f'the layers at {site.path!r} are stacked on the axes {site.axes}, counted from the back, '
       'which 4-bit storage does not support'
     )
-  arrays = {n: site.place(x.reshape(*site.lengths, *x.shape[1:])) for n, x in arrays.items()}
+  arrays = {
+    n: site.stack_restore(x.reshape(*site.lengths, *x.shape[1:])) for n, x in arrays.items()
+  }
   return Quantized(arrays, form, site.leaves[name], site.axes)
 
 

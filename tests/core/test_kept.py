@@ -36,11 +36,11 @@ def test_a_weight_rule_reads_plain_arrays_and_by_stored_the_box():
 
 def counting(t, call, *args, **kwargs):
   """Adds how often it was called before, where that can be known."""
-  before = call.held()
+  before = call.read_cache()
   if before is None:
     return call(*args, **kwargs)
   count = before.get('count', jnp.zeros(()))
-  call.hold({'count': count + 1})
+  call.write_cache({'count': count + 1})
   return call(*args, **kwargs) + count
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import jpeft
-from jpeft.core.sites import stack_axes
+from jpeft.core.stacks import stack_axes
 from tests.core.small import Blocks, NnxBlocks, X, backbone
 from tests.fixtures import BACKBONES, EDGES
 

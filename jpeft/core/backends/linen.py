@@ -66,9 +66,7 @@ def _with_metadata(old, new):
 def shapes_inside(module) -> dict[str, tuple[int, ...]]:
   flat = _flat(module.variables.get('params', {}))
   return {
-    path: tuple(meta.unbox(leaf).shape)
-    for path, leaf in flat.items()
-    if TAP not in path.split('/')
+    path: tuple(meta.unbox(leaf).shape) for path, leaf in flat.items() if TAP not in path.split('/')
   }
 
 

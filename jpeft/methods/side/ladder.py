@@ -180,7 +180,7 @@ class Ladder(Stack):
       }
       of_layer = lambda flat, layer=layer, inside=inside: {
         s.path: {
-          n: s.lead(flat[f'{s.path}/{n}']).reshape(-1, *leaf.shape)[layer]
+          n: s.stack_first(flat[f'{s.path}/{n}']).reshape(-1, *leaf.shape)[layer]
           for n, leaf in s.leaves.items()
         }
         for s in inside.values()
@@ -251,7 +251,7 @@ class Ladder(Stack):
       key: for dropout in the side blocks; None for none.
       remat: recompute the side blocks in the backward pass.
     """
-    held = call.held()
+    held = call.read_cache()
     with call.outside():
       context = self.context(t, call.taps(), s.shape[1])
 
@@ -277,7 +277,7 @@ class Ladder(Stack):
     if held is not None and (
       jax.tree.leaves(cache) or not self.block.mixes
     ):  # else a text has to be run as a whole
-      call.hold(cache)
+      call.write_cache(cache)
     with call.outside():
       return self.norm(t, s)
 

@@ -34,8 +34,7 @@ import jax.numpy as jnp
 
 from jpeft.core import Method, factory
 
-from ..nn import dense, layer_norm, linear, scales
-from ..nn import drop
+from ..nn import dense, drop, layer_norm, linear, scales
 from .stack import around
 
 

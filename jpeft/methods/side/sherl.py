@@ -32,8 +32,7 @@ import jax.numpy as jnp
 
 from jpeft.core import PARTIAL_REENTRY, Call, Method, Site, at, chain, factory
 
-from ..nn import dense, layer_norm, linear, put_first, rms_norm, scales
-from ..nn import drop
+from ..nn import dense, drop, layer_norm, linear, put_first, rms_norm, scales
 from .stack import Stack, record
 
 DOWNS, UPS = ('gated', 'norm'), ('linear', 'norm')

@@ -39,8 +39,8 @@ import jax.numpy as jnp
 
 from jpeft.core import NO_BACKPROP, Call, Method, Site, at, chain, factory
 
-from ..nn import dense, layer_norm, linear, pool, put_first, scales
 from ..masks import masks
+from ..nn import dense, layer_norm, linear, pool, put_first, scales
 from .stack import Stack, record
 
 FORMS = ('tokens', 'retrieval')
