@@ -7,7 +7,7 @@ from .memory.velora import directed, projected, velora
 from .presets import names, preset
 from .prompt.prefix import prefix
 from .prompt.vpt import vpt_deep, vpt_shallow
-from .registry import REGISTRY, Entry, make
+from .registry import REGISTRY, Entry, make, register_method
 from .side.dist import dist
 from .side.features import group_lasso, select
 from .side.head2toe import head2toe
@@ -60,6 +60,7 @@ __all__ = [
   'qst',
   'r2_tuning',
   'reconstruction_error',
+  'register_method',
   's2a',
   'select',
   'sherl',

@@ -1,12 +1,12 @@
 """One file a method, one row a method: what it is, where it comes from, what it costs."""
 
 import dataclasses
-import difflib
 import functools
 import inspect
 from collections.abc import Callable
 
 from jpeft.core import MEMORY_CLASSES, NO_BACKPROP, Method, Rule, chain
+from jpeft.messages import did_you_mean
 
 from .adapter.bottleneck import adaptformer, houlsby, parallel, pfeiffer
 from .memory.meft import meft
@@ -39,12 +39,14 @@ class Entry:
     title: one line.
     storage: the 4-bit format of the backbone's kernels (`quant.formats.FORMATS`) that the method is
       made for, used where nothing else is asked for; None for the kernels as they are loaded.
+    module: where the method was registered; None for a method of jpeft.
   """
 
   make: Callable[..., Method]
   paper: str
   title: str
   storage: str | None = None
+  module: str | None = None
 
   @functools.cached_property
   def rules(self) -> tuple[Rule, ...]:
@@ -117,6 +119,40 @@ REGISTRY: dict[str, Entry] = {
 }
 
 
+def register_method(
+  name: str,
+  make: Callable[..., Method],
+  *,
+  title: str,
+  paper: str = '-',
+  storage: str | None = None,
+) -> None:
+  """Makes a method known by name: to configs, the commands, `jpeft.make` and `jpeft.plan`.
+
+  Its memory class, whether it merges and whether it trains the head follow from the rules that
+  `make()` returns.
+
+  Args:
+    name: in configurations; a Python identifier.
+    make: the factory. It works without arguments; its keyword arguments are the hyperparameters.
+    title: what it is, in one line.
+    paper: arXiv id.
+    storage: the 4-bit format that it is made for, if any.
+
+  Raises:
+    ValueError: a name of jpeft's, or none that a config could use.
+    TypeError: `make()` returns no Method.
+  """
+  if name in REGISTRY and REGISTRY[name].module is None:
+    raise ValueError(f'{name!r} is a method of jpeft: choose another name')
+  if not name.isidentifier():
+    raise ValueError(f'the name {name!r} of a method must be a Python identifier')
+  method = make()
+  if not isinstance(method, Method):
+    raise TypeError(f'{name}: make() must return a Method, not {type(method).__name__}')
+  REGISTRY[name] = Entry(make, paper, title, storage, make.__module__)
+
+
 def make(name: str, head: bool = True, saved_bits: int | None = None, **hyperparameters) -> Method:
   """A method of the registry by name.
 
@@ -131,21 +167,17 @@ def make(name: str, head: bool = True, saved_bits: int | None = None, **hyperpar
     ValueError: an unknown method or hyperparameter.
   """
   if name not in REGISTRY:
-    near = difflib.get_close_matches(name, REGISTRY, 1)
-    hint = f'; did you mean {near[0]!r}?' if near else ''
+    hint = did_you_mean(name, REGISTRY)
     raise ValueError(f'no method is called {name!r}{hint} There are: {", ".join(REGISTRY)}')
   entry = REGISTRY[name]
   known = list(inspect.signature(entry.make).parameters)
   for key in hyperparameters:
     if key not in known:
-      near = difflib.get_close_matches(key, known, 1)
-      hint = f'; did you mean {near[0]!r}?' if near else ''
+      hint = did_you_mean(key, known)
       raise ValueError(f'{name} has no hyperparameter {key!r}{hint} It has: {", ".join(known)}')
   method = entry.make(**hyperparameters)
   if saved_bits is not None:
     method = chain(method, packed(bits=saved_bits))
-  return (
-    method
-    if entry.head or not head
-    else chain(method, tune('{head}', name='head', memory=NO_BACKPROP, head=True))
-  )
+  if head and not entry.head:
+    method = chain(method, tune('{head}', name='head', memory=NO_BACKPROP, head=True))
+  return method

@@ -1,0 +1,53 @@
+"""The registry: what it says of a method, and methods from outside jpeft."""
+
+import pytest
+
+import jpeft
+from jpeft.methods import REGISTRY, registry
+from tests.core.small import gain, shift
+
+
+def scaled(targets: str = '.*/fc', name: str = 'scaled'):
+  return gain(targets, name)
+
+
+def shifted(targets: str = '.*/fc'):
+  return jpeft.chain(shift(targets), jpeft.tune('{head}', head=True))
+
+
+@pytest.fixture
+def registered(monkeypatch):
+  monkeypatch.setattr(registry, 'REGISTRY', dict(REGISTRY))
+  jpeft.register_method('scaled', scaled, title='a gain a column', paper='2401.00001')
+  return registry.REGISTRY
+
+
+def test_what_the_registry_says_follows_from_the_rules(registered):
+  entry = registered['scaled']
+  assert (entry.memory, entry.mergeable, entry.head) == ('full crossing', True, False)
+  assert entry.module == 'tests.methods.test_registry' or entry.module == __name__
+  jpeft.register_method('shifted', shifted, title='a shift')
+  assert registered['shifted'].head
+  assert REGISTRY['lora'].module is None
+
+
+def test_it_is_made_by_name_with_the_head(registered):
+  method = jpeft.make('scaled', targets='block_0/fc')
+  assert method.names == ('scaled', 'head')
+  with pytest.raises(ValueError, match="scaled has no hyperparameter 'target'; did you mean"):
+    jpeft.make('scaled', target='x')
+  with pytest.raises(ValueError, match="no method is called 'scald'; did you mean 'scaled'"):
+    jpeft.make('scald')
+
+
+@pytest.mark.parametrize(
+  ('name', 'make', 'error', 'message'),
+  (
+    ('lora', scaled, ValueError, "'lora' is a method of jpeft"),
+    ('my-method', scaled, ValueError, 'must be a Python identifier'),
+    ('mine', lambda: None, TypeError, r'make\(\) must return a Method, not NoneType'),
+  ),
+)
+def test_what_cannot_be_registered(registered, name, make, error, message):
+  with pytest.raises(error, match=message):
+    jpeft.register_method(name, make, title='')
