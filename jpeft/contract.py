@@ -226,10 +226,10 @@ class _Trial:
 
   def _with(self, floats: list) -> Any:
     """The backbone with other float arrays."""
-    floats = iter(floats)
+    others = iter(floats)
     leaves = []
     for leaf, is_float in zip(self._leaves, self._is_float, strict=True):
-      leaves.append(next(floats) if is_float else leaf)
+      leaves.append(next(others) if is_float else leaf)
     return jax.tree.unflatten(self._structure, leaves)
 
   def _apply(self, tuned: Tuned, theta) -> Any:

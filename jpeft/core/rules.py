@@ -66,10 +66,13 @@ def _same(a: Any, b: Any) -> bool:
 class _Made:
   """Equality of rules: by the factory call that made them, else by all their fields."""
 
+  name: str
+  origin: 'Origin | None'
+
   def _identity(self) -> tuple:
     if self.origin is not None:
       return self.name, self.origin
-    return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+    return tuple(getattr(self, field.name) for field in dataclasses.fields(self))  # type: ignore[arg-type]
 
   def __eq__(self, other) -> bool:
     if type(self) is not type(other):

@@ -30,9 +30,17 @@ class Format(Protocol):
     double: whether the scales are stored in 8 bits.
   """
 
-  name: ClassVar[str]
-  block: int | None
-  double: bool
+  @property
+  def name(self) -> str:
+    """See above."""
+
+  @property
+  def block(self) -> int | None:
+    """See above."""
+
+  @property
+  def double(self) -> bool:
+    """See above."""
 
   def encode(self, w: jax.Array) -> Arrays:
     """The arrays that stand for a matrix [in, out], 'codes' (uint8) and 'absmax' among them.
