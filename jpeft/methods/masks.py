@@ -1,34 +1,93 @@
-"""Attention masks in the forms that models use."""
+"""The attention masks that a block is called with, in one form."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
 
-_ELSEWHERE = ('context', 'cross', 'encoder', 'memory')  # in the names of masks of another sequence
+# Parts of the names of masks whose keys are another sequence, as of a decoder that attends to an
+# encoder: `context_mask`, `cross_attention_mask`, `encoder_mask`, `memory_mask`.
+_OTHER_SEQUENCE = ('context', 'cross', 'encoder', 'memory')
 
 
-def masks(inputs: dict[str, jax.Array], taken: Sequence[str] = ()) -> dict[str, jax.Array]:
-  """Of what a block is called with, the masks: {'mask' or 'context_mask': numbers [B or 1, 1 or N,
-  M]}.
+def mask_names(names: Iterable[str]) -> dict[str, str]:
+  """Which inputs of a block are masks, and of which sequence.
 
-  A key that is seen has 1, another 0. Floats are additive masks already.
+  Args:
+    names: the block's inputs by parameter name.
+
+  Returns:
+    {name: 'mask' for keys of the block's own sequence, 'context_mask' for those of another}.
+  """
+  kinds = {}
+  for name in names:
+    if 'mask' not in name:
+      continue
+    elsewhere = any(part in name for part in _OTHER_SEQUENCE)
+    kinds[name] = 'context_mask' if elsewhere else 'mask'
+  return kinds
+
+
+def masks(inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  """The masks among a block's inputs: booleans [B or 1, 1 or N, M], True where a key is seen.
+
+  Args:
+    inputs: what the block is called with, by parameter name. Masks of floats are biases of logits,
+      those of integers number the texts of a row (see `segment_mask`).
+
+  Returns:
+    {'mask': of the block's own sequence, 'context_mask': of another}, those that there are.
   """
   found = {}
-  for name, mask in inputs.items():
-    if 'mask' in name:
-      mask = mask if any(word in name for word in _ELSEWHERE) else apart(mask)
-      seen = mask > -1 if jnp.issubdtype(mask.dtype, jnp.floating) else mask != 0
-      seen = seen[:, None] if seen.ndim == 2 and seen.shape[0] != seen.shape[1] else seen
-      seen = seen[:, 0] if seen.ndim == 4 else seen.reshape((1,) * (3 - seen.ndim) + seen.shape)
-      found['context_mask' if any(word in name for word in _ELSEWHERE) else 'mask'] = seen
+  for name, kind in mask_names(inputs).items():
+    mask = inputs[name]
+    if kind == 'mask':
+      mask = segment_mask(mask)
+    found[kind] = _seen(mask)
   return found
 
 
-def apart(mask: jax.Array) -> jax.Array:
-  """A mask of integers [B, N] numbers the texts of a row, 0 being padding: as booleans [B, 1, N,
-  N], where a token sees those of its own text, and padding all texts. Any other mask as it is."""
+def _seen(mask: jax.Array) -> jax.Array:
+  """A mask as booleans [B or 1, 1 or N, M]."""
+  if jnp.issubdtype(mask.dtype, jnp.floating):
+    seen = mask > -1
+  else:
+    seen = mask != 0
+  if is_per_key(seen):
+    return seen[:, None]  # [B, 1, M]
+  if seen.ndim == 4:
+    return seen[:, 0]  # [B, heads, N, M]: the heads share one mask
+  return seen.reshape((1,) * (3 - seen.ndim) + seen.shape)
+
+
+def is_per_key(mask: jax.Array) -> bool:
+  """Whether a mask is [B, M], one entry a key; a square one is taken for a map [N, M] of tokens."""
+  return mask.ndim == 2 and mask.shape[0] != mask.shape[1]
+
+
+def segment_mask(mask: jax.Array) -> jax.Array:
+  """The attention mask of rows that several texts are packed into.
+
+  Args:
+    mask: integers [B, N] that number the texts of a row from 1 on, 0 for padding. Any other mask is
+      returned as it is.
+
+  Returns:
+    Booleans [B, 1, N, N]: a token sees those of its own text, and padding all texts.
+  """
   if mask.ndim != 2 or not jnp.issubdtype(mask.dtype, jnp.integer):
     return mask
-  queries, keys = mask[:, None, :, None], mask[:, None, None]
+  queries = mask[:, None, :, None]
+  keys = mask[:, None, None, :]
+  # A row of the softmax must have some key, so that padding sees all texts.
   return (keys != 0) & ((queries == keys) | (queries == 0))
+
+
+def additive(mask: jax.Array, dtype) -> jax.Array:
+  """A mask as a bias of attention logits [B or 1, 1, 1 or N, M]; one of floats already is one."""
+  if not jnp.issubdtype(mask.dtype, jnp.floating):
+    # Half the least number, so that the sum of two biases is finite.
+    mask = jnp.where(mask != 0, 0.0, jnp.finfo(dtype).min / 2)
+  if is_per_key(mask):
+    mask = mask[:, None, None]
+  return mask.astype(dtype).reshape((1,) * (4 - mask.ndim) + mask.shape)

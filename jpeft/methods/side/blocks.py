@@ -7,17 +7,19 @@ A side block maps a narrow stream [B, N, d'] to itself. It runs beside the model
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from jpeft.core import Site, flags_of
 
-from ..masks import apart
+from ..masks import additive, mask_names, segment_mask
 
+# Names of fields that hold a width; numbers of heads are none.
 _WIDTH = re.compile(
   r'(?!.*heads)(.*_)?(dim|width|features|size|hidden|inner|d_model|d_ff|d_kv)(_.*)?'
 )
@@ -29,10 +31,10 @@ class SideBlock:
 
   Attributes:
     init: (key, s, inputs) -> params, for s [B, N, d'] and the block's further array inputs by name.
-    run: (params, s, inputs, training, key, cache) -> (s, cache): keys and values of the tokens
-      before, where the block keeps them; with None for `cache` nothing is kept.
+    run: (params, s, inputs, training, key, cache) -> (s, cache). `cache` are keys and values of the
+      tokens before, {} at first, where the block stores them; None to store none.
     takes: the names of the array inputs it uses; None for all.
-    mixes: whether tokens meet in it.
+    mixes: whether tokens attend to each other in it.
   """
 
   init: Callable[..., Any]
@@ -42,7 +44,7 @@ class SideBlock:
 
 
 class Lean(nn.Module):
-  """A pre-norm residual block without biases that asks little memory.
+  """A pre-norm residual block without biases that needs little memory.
 
   One attention head keeps one [N, N] map a layer where the backbone's head count would keep many;
   without heads the block is an MLP, and tokens mix in the backbone alone.
@@ -58,43 +60,52 @@ class Lean(nn.Module):
   causal: bool = False
 
   @nn.compact
-  def __call__(self, s, bias=None, context=None, context_bias=None):
-    """s [B, N, d'], context [B, M, d'] or None, biases of the logits [B, 1, 1 or N, N or M]."""
+  def __call__(self, s, mask=None, context=None, context_mask=None):
+    """s after the block, [B, N, d'].
+
+    Args:
+      s: the stream [B, N, d'].
+      mask: bias of the logits [B or 1, 1, 1 or N, N]; None for none.
+      context: another sequence [B, M, d'] to attend to; None for none.
+      context_mask: bias of the logits [B or 1, 1, 1 or N, M] for it.
+    """
     width = s.shape[-1]
-    dense = lambda n, name: nn.Dense(n, use_bias=False, dtype=s.dtype, name=name)
-    norm = lambda name: nn.RMSNorm(dtype=s.dtype, name=name)(s)
+
+    def dense(features, name):
+      return nn.Dense(features, use_bias=False, dtype=s.dtype, name=name)
+
+    def norm(name):
+      return nn.RMSNorm(dtype=s.dtype, name=name)
 
     def attend(prefix, x, source, bias):
-      split = lambda y: y.reshape(*y.shape[:-1], self.heads, width // self.heads)
-      q = split(dense(width, f'{prefix}query')(x))
-      k, v = (split(dense(width, f'{prefix}{n}')(source)) for n in ('key', 'value'))
-      y = nn.dot_product_attention(q, k, v, bias=bias)
-      return dense(width, f'{prefix}out')(y.reshape(s.shape))
+      def project(name, y):
+        y = dense(width, f'{prefix}{name}')(y)
+        return rearrange(y, 'b n (h c) -> b n h c', h=self.heads)
+
+      query = project('query', x)
+      key = project('key', source)
+      value = project('value', source)
+      y = nn.dot_product_attention(query, key, value, bias=bias)
+      return dense(width, f'{prefix}out')(rearrange(y, 'b n h c -> b n (h c)'))
 
     if self.heads:
       if self.causal:
-        causal = additive(jnp.tril(jnp.ones((s.shape[1], s.shape[1]), bool)), s.dtype)
-        bias = causal if bias is None else bias + causal
-      x = norm('norm1')
-      s = s + attend('', x, x, bias)
+        length = s.shape[1]
+        before = additive(jnp.tril(jnp.ones((length, length), bool)), s.dtype)
+        mask = before if mask is None else mask + before
+      x = norm('norm1')(s)
+      s = s + attend('', x, x, mask)
       if context is not None:
-        s = s + attend('cross_', norm('norm_cross'), context, context_bias)
-    return s + dense(width, 'fc2')(nn.gelu(dense(self.expand * width, 'fc1')(norm('norm2'))))
+        s = s + attend('cross_', norm('norm_cross')(s), context, context_mask)
+    hidden = nn.gelu(dense(self.expand * width, 'fc1')(norm('norm2')(s)))
+    return s + dense(width, 'fc2')(hidden)
 
 
-def additive(mask: jax.Array, dtype) -> jax.Array:
-  """Any mask as a bias of attention logits [B or 1, 1, 1 or N, N]: floats are one already."""
-  if not jnp.issubdtype(mask.dtype, jnp.floating):
-    mask = jnp.where(mask != 0, 0.0, jnp.finfo(dtype).min / 2)
-  mask = mask[:, None, None] if mask.ndim == 2 and mask.shape[0] != mask.shape[1] else mask
-  return mask.astype(dtype).reshape((1,) * (4 - mask.ndim) + mask.shape)
-
-
-def lean(site: Site, heads: int, width: int, causal: bool) -> SideBlock:
+def lean_block(site: Site, heads: int, width: int, causal: bool) -> SideBlock:
   """A `Lean` block for a stream of some width.
 
   Args:
-    site: the backbone's block; of what it is called with, masks are used, and a context if it has
+    site: the backbone's block. Of its inputs the side block uses masks, and `context` if there is
       one.
     heads: see Lean.
     width: of the stream.
@@ -106,25 +117,36 @@ def lean(site: Site, heads: int, width: int, causal: bool) -> SideBlock:
   if heads and width % heads:
     raise ValueError(f'{heads} heads do not divide the side width {width}')
   block = Lean(heads, causal=causal)
-  masks = [n for n in list(site.inputs)[1:] if 'mask' in n] if heads else []
-  roles = {n: 'context_bias' if re.search('context|cross|encoder', n) else 'bias' for n in masks}
-  takes = (*masks, *(n for n in site.inputs if heads and n == 'context'))
+  kinds = {}
+  takes = ()
+  if heads:
+    kinds = mask_names(list(site.inputs)[1:])
+    takes = (*kinds, *(name for name in site.inputs if name == 'context'))
 
-  def named(s, inputs):
-    own = {n: apart(inputs[n]) if roles[n] == 'bias' else inputs[n] for n in masks if n in inputs}
-    biases = {roles[n]: additive(mask, s.dtype) for n, mask in own.items()}
-    return biases | {n: x for n, x in inputs.items() if n == 'context' and heads}
+  def arguments(s, inputs):
+    """The keyword arguments of `Lean`."""
+    found = {}
+    for name, kind in kinds.items():
+      if name not in inputs:
+        continue
+      mask = inputs[name]
+      if kind == 'mask':
+        mask = segment_mask(mask)
+      found[kind] = additive(mask, s.dtype)
+    if 'context' in takes and 'context' in inputs:
+      found['context'] = inputs['context']
+    return found
 
   def init(key, s, inputs):
-    return block.init(key, s, **named(s, inputs))['params']
+    return block.init(key, s, **arguments(s, inputs))['params']
 
   def run(params, s, inputs, training, key, cache=None):
-    return block.apply({'params': params}, s, **named(s, inputs)), cache
+    return block.apply({'params': params}, s, **arguments(s, inputs)), cache
 
-  return SideBlock(init, run, takes, bool(heads))
+  return SideBlock(init, run, takes, mixes=bool(heads))
 
 
-def own(site: Site, reduction: int) -> SideBlock:
+def own_block(site: Site, reduction: int) -> SideBlock:
   """The block at a site, its class and fields, with every width divided by `reduction`.
 
   Args:
@@ -132,50 +154,67 @@ def own(site: Site, reduction: int) -> SideBlock:
     reduction: r.
 
   Raises:
-    ValueError: the class is not Linen, or does not work at the reduced width.
+    ValueError: the class is not Linen.
   """
   if site.module is None:
     raise ValueError(
       f'the {site.kind} at {site.path!r} cannot be made again at another width (only '
       "Linen blocks can); use block='attention' or block='mlp'"
     )
-  fields = {f.name: getattr(site.module, f.name) for f in dataclasses.fields(site.module)}
-  widths = {n: v // reduction for n, v in fields.items() if type(v) is int and _WIDTH.fullmatch(n)}
+  widths = {}
+  for field in dataclasses.fields(site.module):
+    value = getattr(site.module, field.name)
+    if type(value) is int and _WIDTH.fullmatch(field.name):  # bool is an int to isinstance
+      widths[field.name] = value // reduction
   block = site.module.clone(**widths)
-  call = functools.partial(flags_of, type(block).__call__)
+  flags = functools.partial(flags_of, type(block).__call__)
 
   def init(key, s, inputs):
     keys = {'params': key, 'dropout': key}
-    return block.init(keys, s, **inputs, **call(False))['params']
+    return block.init(keys, s, **inputs, **flags(False))['params']
 
   def run(params, s, inputs, training, key, cache=None):
-    rngs = {} if key is None else {'dropout': key}
+    variables = {'params': params}
+    rngs = {}
+    if key is not None:
+      rngs['dropout'] = key
+    apply = functools.partial(block.apply, **inputs, **flags(training), rngs=rngs)
     if cache is None:
-      out = block.apply({'params': params}, s, **inputs, **call(training), rngs=rngs)
+      out = apply(variables, s)
     else:
-      variables = {'params': params, **({'cache': cache} if cache else {})}
-      out, state = block.apply(
-        variables, s, **inputs, **call(training), rngs=rngs, mutable=['cache']
-      )
+      if cache:
+        variables['cache'] = cache
+      out, state = apply(variables, s, mutable=['cache'])
       cache = state.get('cache', {})
     return jax.tree.leaves(out)[0], cache
 
-  return SideBlock(init, run, None, True)
+  return SideBlock(init, run, None, mixes=True)
 
 
-def check(block: SideBlock, s: jax.ShapeDtypeStruct, inputs: dict, what: str) -> None:
-  """Tries a side block on shapes.
+def check_block(
+  block: SideBlock, s: jax.ShapeDtypeStruct, inputs: Mapping[str, Any], what: str
+) -> None:
+  """Runs a side block on shapes alone.
+
+  Args:
+    block: the side block.
+    s: shape of the stream.
+    inputs: shapes of the further inputs.
+    what: name of the block in the error.
 
   Raises:
     ValueError: it fails, or does not return the stream it was given.
   """
 
   def run(key, s, inputs):
-    return block.run(block.init(key, s, inputs), s, inputs, False, None)[0]
+    out, _ = block.run(block.init(key, s, inputs), s, inputs, False, None)
+    return out
 
+  problem = None
   try:
     out = jax.eval_shape(run, jax.random.key(0), s, inputs)
-    problem = None if out.shape == s.shape else f'it returns {out.shape} for {s.shape}'
+    if out.shape != s.shape:
+      problem = f'it returns {out.shape} for {s.shape}'
   except Exception as error:  # whatever a third party's block raises at a width it was not made for
     problem = str(error).splitlines()[0]
   if problem:

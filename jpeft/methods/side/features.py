@@ -8,11 +8,17 @@ Selection has two stages: train with `group_lasso` in the loss, then `select` th
 weights are largest and train a fresh head on those.
 """
 
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jpeft.core import NO_BACKPROP, Call, Method, Site, at
+
+from .stack import called
 
 FIXED = ('keep',)
 
@@ -20,25 +26,32 @@ FIXED = ('keep',)
 def head_of(site: Site, head: str, name: str) -> Site:
   """The module whose output the new head makes.
 
+  Args:
+    site: any module of the model.
+    head: pattern of the head.
+    name: the method's, for errors.
+
   Raises:
     ValueError: there is not one such module, or it does not give one row an example.
   """
-  heads = [s for s in site.model.find(head) if s.out is not None]
+  heads = called(site, head)
   if len(heads) != 1:
+    paths = ', '.join(found.path for found in heads) or 'none'
     raise ValueError(
       f'{name}: {head!r} names {len(heads)} modules that are called, and one makes the prediction: '
-      f'{", ".join(s.path for s in heads) or "none"}'
+      f'{paths}'
     )
-  if len(heads[0].out.shape) != 2 or len(heads[0].input.shape) != 2:
+  (found,) = heads
+  if len(found.out.shape) != 2 or len(found.input.shape) != 2:
     raise ValueError(
-      f'{name}: features of an example give one prediction [B, C], and {heads[0].path!r} maps '
-      f'{heads[0].input.shape} to {heads[0].out.shape}'
+      f'{name}: features of an example give one prediction [B, C], and {found.path!r} maps '
+      f'{found.input.shape} to {found.out.shape}'
     )
-  return heads[0]
+  return found
 
 
-def begin(key, features: int, classes: int, std: float) -> dict:
-  """{'kernel': [F, C], 'keep': [F]}."""
+def begin(key: jax.Array, features: int, classes: int, std: float) -> dict[str, jax.Array]:
+  """The parameters of F features: {'kernel': [F, C], normal with that std, 'keep': ones [F]}."""
   return {'kernel': std * jax.random.normal(key, (features, classes)), 'keep': jnp.ones(features)}
 
 
@@ -53,72 +66,93 @@ def unit(x: jax.Array) -> jax.Array:
   return (x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))).astype(x.dtype)
 
 
-def head_method(name: str, head: str, std, bias: float = 0.0, norm: bool = True) -> Method:
+def head_method(
+  name: str, head: str, std: Callable[[int], float], bias: float = 0.0, norm: bool = True
+) -> Method:
   """A new head over its own input and all that was recorded as `vote`.
 
   Args:
     name: the method's.
     head: pattern of the module whose output it makes.
-    std: classes -> of the initial weights.
-    bias: at first.
-    norm: whether features are normalised.
+    std: number of classes -> std of the initial weights.
+    bias: initial bias.
+    norm: whether features are brought to length one.
   """
+  rule = _Head(name, head, std, bias, norm)
+  call = Call(name, rule.apply, rule.init, fixed=FIXED, taps=True, memory=NO_BACKPROP, head=True)
+  return at(head, call)
 
-  def init(key, site, arrays):
-    classes = head_of(site, head, name).out.shape[-1]
-    return {
-      **begin(key, site.input.shape[-1], classes, std(classes)),
-      'bias': jnp.full(classes, bias),
-    }
 
-  def apply(t, call, x, *args, **kwargs):
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Head:
+  name: str
+  head: str
+  std: Callable[[int], float]
+  bias: float
+  norm: bool
+
+  def init(self, key, site, arrays):
+    classes = head_of(site, self.head, self.name).out.shape[-1]
+    t = begin(key, site.input.shape[-1], classes, self.std(classes))
+    t['bias'] = jnp.full(classes, self.bias)
+    return t
+
+  def apply(self, t, call, x, *args, **kwargs):
     x = jax.lax.stop_gradient(x)
-    logits = vote(t, unit(x) if norm else x) + t['bias']
-    votes = [v['vote'] for path, v in call.taps().items() if 'vote' in v]
+    if self.norm:
+      x = unit(x)
+    logits = vote(t, x) + t['bias']
+    votes = [taps['vote'] for taps in call.taps().values() if 'vote' in taps]
+    # A scanned layer's votes come stacked, [layers, B, C].
     logits = logits + sum(v.reshape(-1, *logits.shape).sum(0) for v in votes)
-    return logits.astype(
-      call.site.out.dtype
-    )  # features may be wider than the model's numbers, behind norms
-
-  return at(head, Call(name, apply, init, fixed=FIXED, taps=True, memory=NO_BACKPROP, head=True))
+    # Behind norms features may be wider than the model's numbers.
+    return logits.astype(call.site.out.dtype)
 
 
-def group_lasso(t) -> jax.Array:
-  """The sum over features of the length of their row of weights; t is theta[name], [.., F, C] a
-  kernel.
+def group_lasso(t: Mapping[str, Any]) -> jax.Array:
+  """The penalty that empties features: the sum over features of the length of their row of weights.
+
+  Args:
+    t: theta[name], with a 'kernel' [.., F, C] at each site.
   """
-  squares = [jnp.square(s['kernel']).sum(-1) for s in t.values()]
-  # The root has no slope at zero, where a row that the penalty has emptied must stay.
-  return sum(jnp.where(s > 0, jnp.sqrt(jnp.where(s > 0, s, 1)), 0).sum() for s in squares)
+  total = 0
+  for site in t.values():
+    square = jnp.square(site['kernel']).sum(-1)
+    # The root has no slope at zero, where a row that the penalty has emptied must stay. The inner
+    # `where` keeps its infinite derivative out of the gradient, where 0 * inf is nan.
+    length = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+    total = total + length.sum()
+  return total
 
 
-def select(t, fraction: float, fresh) -> dict:
-  """theta of the second stage: the head of `fresh`, the features that the weights of `t` are
-  largest on.
+def select(t: Mapping[str, Any], fraction: float, fresh: Mapping[str, Any]) -> dict:
+  """theta of the second stage: a fresh head over the features with the largest weights.
 
   Args:
     t: theta[name], trained.
     fraction: of the features of all places together that are kept, rounded down.
-    fresh: theta[name] as initialised; what is no weight of the head (queries) is taken from t.
+    fresh: theta[name] as initialised, whose head it is. Other arrays (queries) are taken from t.
 
   Raises:
     ValueError: no feature would be kept.
   """
-  scores = {path: np.linalg.norm(np.asarray(s['kernel']), axis=-1) for path, s in t.items()}
-  flat = np.concatenate([s.ravel() for s in scores.values()])
-  kept = int(fraction * len(flat) + 1e-9)
+  scores = {}
+  for path, site in t.items():
+    scores[path] = np.linalg.norm(np.asarray(site['kernel']), axis=-1)
+  flat = np.concatenate([score.ravel() for score in scores.values()])
+  kept = int(fraction * len(flat) + 1e-9)  # 0.29 * 100 is 28.999...
   if not 0 < kept <= len(flat):
     raise ValueError(f'fraction={fraction} keeps {kept} of {len(flat)} features')
   chosen = np.zeros(len(flat), np.float32)
   chosen[np.argsort(-flat, kind='stable')[:kept]] = 1
-  parts = np.split(chosen, np.cumsum([s.size for s in scores.values()])[:-1])
-  keep = {
-    path: jnp.asarray(p.reshape(scores[path].shape)) for path, p in zip(scores, parts, strict=True)
-  }
-  head = ('kernel', 'bias')
-  return {
-    path: {
-      n: keep[path] if n == 'keep' else fresh[path][n] if n in head else x for n, x in s.items()
-    }
-    for path, s in t.items()
-  }
+  selected = {}
+  start = 0
+  for path, score in scores.items():
+    new = dict(t[path])
+    for name in ('kernel', 'bias'):
+      if name in new:
+        new[name] = fresh[path][name]
+    new['keep'] = jnp.asarray(chosen[start : start + score.size].reshape(score.shape))
+    start += score.size
+    selected[path] = new
+  return selected

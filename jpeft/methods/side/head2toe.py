@@ -12,10 +12,11 @@ MLPs give and the final norm, leaves out what enters the attention. Windows that
 extent drop the rest, as a pooling without padding does.
 """
 
+import dataclasses
 import math
 
 import jax
-import jax.numpy as jnp
+from einops import rearrange, reduce
 
 from jpeft.core import NO_BACKPROP, Call, Method, at, chain, factory
 
@@ -45,43 +46,68 @@ def head2toe(
     ValueError: a hyperparameter outside its range; at `attach`, a model that does not give one
       prediction an example.
   """
-  if target < 1:
-    raise ValueError(f'head2toe: target={target} must be at least 1')
+  return _Head2Toe(target, norm, std, taps, head, name).method()
 
-  def init(key, site, arrays):
-    classes = features.head_of(site, head, name).out.shape[-1]
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Head2Toe:
+  """The hyperparameters of `head2toe`, and its rules as methods."""
+
+  target: int
+  norm: bool
+  std: float
+  taps: str
+  head: str
+  name: str
+
+  def __post_init__(self):
+    if self.target < 1:
+      raise ValueError(f'head2toe: target={self.target} must be at least 1')
+
+  def method(self) -> Method:
+    """Each activation adds its own part of the logits; the head sums them."""
+    part = Call(
+      self.name, self.apply, self.init, fixed=features.FIXED, taps=True, memory=NO_BACKPROP
+    )
+    head = features.head_method(self.name, self.head, lambda classes: self.std, norm=self.norm)
+    return chain(at(self.taps, part), head)
+
+  def init(self, key, site, arrays):
+    classes = features.head_of(site, self.head, self.name).out.shape[-1]
     if site.out is None or len(site.out.shape) not in (2, 3, 4):
+      shape = None if site.out is None else site.out.shape
       raise ValueError(
-        f'{name}: {site.path!r} gives {None if site.out is None else site.out.shape}, and activations '
-        'are [B, c], [B, N, c] or [B, h, w, c]'
+        f'{self.name}: {site.path!r} gives {shape}, and activations are [B, c], [B, N, c] or '
+        '[B, h, w, c]'
       )
-    width = jax.eval_shape(lambda x: averaged(x, target), site.out).shape[-1]
-    return features.begin(key, width, classes, std)
+    pooled = jax.eval_shape(lambda x: averaged(x, self.target), site.out)
+    return features.begin(key, pooled.shape[-1], classes, self.std)
 
-  def apply(t, call, *args, **kwargs):
+  def apply(self, t, call, *args, **kwargs):
     out = call(*args, **kwargs)
-    x = averaged(jax.lax.stop_gradient(jax.tree.leaves(out)[0]), target)
-    call.tap(vote=features.vote(t, features.unit(x) if norm else x))
+    x = averaged(jax.lax.stop_gradient(jax.tree.leaves(out)[0]), self.target)
+    if self.norm:
+      x = features.unit(x)
+    call.tap(vote=features.vote(t, x))
     return out
-
-  return chain(
-    at(taps, Call(name, apply, init, fixed=features.FIXED, taps=True, memory=NO_BACKPROP)),
-    features.head_method(name, head, lambda classes: std, 0.0, norm),
-  )
 
 
 def averaged(x: jax.Array, target: int) -> jax.Array:
   """About `target` values [B, F] of an activation [B, c], [B, N, c] or [B, h, w, c]."""
-  c = x.shape[-1]
+  channels = x.shape[-1]
   if x.ndim == 2:
     return x
-  if c >= target:
-    return x.mean(tuple(range(1, x.ndim - 1)))
+  if channels >= target:
+    return reduce(x, 'b ... c -> b c', 'mean')
   if x.ndim == 3:
-    size = max(1, int(x.shape[1] / (target / c)))
-    n = x.shape[1] // size
-    return x[:, : n * size].reshape(len(x), n, size, c).mean(2).reshape(len(x), -1)
-  size = max(1, x.shape[2] // math.isqrt(target // c))
-  h, w = x.shape[1] // size, x.shape[2] // size
-  x = x[:, : h * size, : w * size].reshape(len(x), h, size, w, size, c)
-  return jnp.mean(x, (2, 4)).reshape(len(x), -1)
+    size = max(1, int(x.shape[1] / (target / channels)))
+    count = x.shape[1] // size
+    x = x[:, : count * size]  # the rest makes no whole window
+    windows = reduce(x, 'b (n size) c -> b n c', 'mean', size=size)
+    return rearrange(windows, 'b n c -> b (n c)')
+  size = max(1, x.shape[2] // math.isqrt(target // channels))
+  rows = x.shape[1] // size
+  columns = x.shape[2] // size
+  x = x[:, : rows * size, : columns * size]
+  windows = reduce(x, 'b (h i) (w j) c -> b h w c', 'mean', i=size, j=size)
+  return rearrange(windows, 'b h w c -> b (h w c)')

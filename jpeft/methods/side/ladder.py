@@ -8,23 +8,28 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
 
 from jpeft.core import Bound, Site
 
 from ..nn import linear
-from . import blocks
-from .prune import keep_count, keep_rows, prune_block
-from .stack import Stack
+from .blocks import SideBlock, check_block, lean_block, own_block
+from .prune import flatten, float32, prune_ladder
+from .stack import Stack, called
+
+BLOCKS = ('auto', 'own', 'attention', 'mlp')
 
 
 @dataclasses.dataclass(frozen=True)
 class Ladder(Stack):
-  """The side network at one exit: the stack of blocks that feeds it, and its shapes.
+  """The side network at one exit: the stack of blocks that feeds it, and its own blocks.
+
+  theta of a ladder is {'blocks': the parameters of the side blocks, stacked, 'norm': of the narrow
+  stream, and a table for each of `tables`}. Methods add the projections around them.
 
   Attributes:
-    reduction: r.
-    kind: 'auto', 'own', 'attention' or 'mlp'.
+    site, blocks, exit: see Stack.
+    reduction: r; the side network's stream is as wide as the backbone's divided by r.
+    kind: one of BLOCKS.
     heads: of a lean block.
     only: the layers with a side block; None for all.
   """
@@ -34,8 +39,27 @@ class Ladder(Stack):
   heads: int
   only: Sequence[int] | None
 
+  # What the side network is made of, from shapes alone.
+
+  def check(self, name: str, prune: Any) -> None:
+    """Raises a ValueError where the widths cannot be divided, or nothing can be pruned."""
+    self.check_tokens(name)
+    if self.width % self.reduction:
+      raise ValueError(
+        f'reduction={self.reduction} does not divide the width {self.width} of the blocks'
+      )
+    takes = self.block.takes
+    is_decoder = self.is_last and len(self.exits) > 1
+    if is_decoder and takes is not None and 'context' not in takes:
+      raise ValueError(
+        "a side decoder without attention never reads the side encoder; use block='attention'"
+      )
+    if prune is not None and takes is not None:
+      raise ValueError("prune cuts the backbone's own blocks, and this model's cannot be narrowed")
+
   @property
   def narrow(self) -> int:
+    """d' = d / r, the width of the side network's stream."""
     return self.width // self.reduction
 
   @functools.cached_property
@@ -43,83 +67,72 @@ class Ladder(Stack):
     """The backbone layers that have a side block, ascending."""
     return self.chosen(self.only)
 
+  @property
+  def roles(self) -> dict[str, str]:
+    """{input of a block: role that makes it} for the inputs that a side network makes itself."""
+    anatomy = self.site.model.anatomy
+    if anatomy is None:
+      return {}
+    return dict(anatomy.side)
+
   @functools.cached_property
   def specs(self) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a side block's inputs: the stream first, then what the backbone's block is called
-    with.
-    """
-    block, anatomy = self.stack[0], self.site.model.anatomy
-    first, *others = block.inputs
-    narrow = lambda x: jax.ShapeDtypeStruct((*x.shape[:-1], self.narrow), x.dtype)
-    own = dict(anatomy.side) if anatomy else {}
-    specs = {first: narrow(block.inputs[first])}
-    for name in others:
-      spec = block.inputs[name]
-      specs[name] = narrow(spec) if own.get(name) == 'context' else spec
+    """Shapes of a side block's inputs, by the names of the backbone's block; the stream first."""
+    inputs = self.stack[0].inputs
+    stream = next(iter(inputs))
+    specs = {}
+    for name, spec in inputs.items():
+      shape = spec.shape
+      if name == stream or self.roles.get(name) == 'context':
+        shape = (*shape[:-1], self.narrow)
+      specs[name] = jax.ShapeDtypeStruct(shape, spec.dtype)
     return specs
 
   @functools.cached_property
-  def block(self) -> blocks.SideBlock:
-    """The side block."""
-    stream, *others = self.specs
-    s, inputs = self.specs[stream], {n: self.specs[n] for n in others}
-    anatomy = self.site.model.anatomy
+  def block(self) -> SideBlock:
+    """The side block.
+
+    Raises:
+      ValueError: kind is 'own' and the backbone's block class does not work at the narrow width, or
+        the heads of a lean block do not divide that width.
+    """
+    site = self.stack[0]
     if self.kind in ('auto', 'own'):
       try:
-        block = blocks.own(self.stack[0], self.reduction)
-        blocks.check(
-          block, s, inputs, f'the block class {self.stack[0].kind} at {self.stack[0].path!r}'
-        )
-        return block
+        return self._own_block()
       except ValueError:
         if self.kind == 'own':
           raise
-    heads = 0 if self.kind == 'mlp' else self.heads
-    return blocks.lean(self.stack[0], heads, self.narrow, bool(anatomy and anatomy.causal))
+    heads = self.heads
+    if self.kind == 'mlp':
+      heads = 0
+    anatomy = site.model.anatomy
+    causal = anatomy is not None and anatomy.causal
+    return lean_block(site, heads, self.narrow, causal)
 
-  def further(self, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Of the arrays that a backbone's block is called with, those that its side block needs too."""
-    anatomy, takes = self.site.model.anatomy, self.block.takes
-    own = dict(anatomy.side) if anatomy else {}
-    others = list(inputs)[1:]
-    return {n: inputs[n] for n in others if n not in own and (takes is None or n in takes)}
+  def _own_block(self) -> SideBlock:
+    site = self.stack[0]
+    block = own_block(site, self.reduction)
+    stream, inputs = _stream_first(self.specs)
+    check_block(block, stream, inputs, f'the block class {site.kind} at {site.path!r}')
+    return block
 
   @functools.cached_property
-  def _zeros(self) -> tuple[jax.Array, dict[str, jax.Array]]:
-    stream, *others = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in self.specs.values()]
-    return stream, dict(zip(list(self.specs)[1:], others, strict=True))
-
-  def _fresh(self, key) -> Any:
-    """The parameters of one side block, by the initialisers of its class."""
-    stream, inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self._zeros)
-    return _float32(self.block.init(key, stream, inputs))
-
-  def init(self, key, arrays, prune) -> dict:
-    """{'blocks': with a leading layer axis, 'norm': of the narrow stream, further own tables}."""
-    if prune is None:
-      blocks, kept = jax.jit(jax.vmap(self._fresh))(jax.random.split(key, len(self.layers))), None
-    else:
-      pruned, kept = self._pruned(arrays, arrays.model if prune == 'magnitude' else _flat(prune))
-      blocks = jax.tree.map(lambda *x: jnp.stack(x), *pruned)
-    tables = {
-      n: {k: arrays.model[f'{s.path}/{k}'].astype(jnp.float32) for k in s.leaves}
-      for n, s in self.tables.items()
-    }
-    return {'blocks': blocks, **self._init_norm(arrays, kept), **tables}
-
-  def _init_norm(self, arrays, kept) -> dict:
-    if self.wraps_blocks:
-      return {}  # blocks that end with a norm need none after the last
-    if not self._own_norm:
-      return {'norm': {'scale': jnp.ones(self.narrow)}}
-    if kept is None:
-      return {
-        'norm': _float32(
-          self.site.module.init(jax.random.key(0), jnp.zeros((1, self.narrow)))['params']
-        )
-      }
-    wide = {n: arrays.model[f'{self.site.path}/{n}'] for n in self.site.leaves}
-    return {'norm': {n: jnp.take(x, kept).astype(jnp.float32) for n, x in wide.items()}}
+  def tables(self) -> dict[str, Site]:
+    """{input of the block: the backbone's module that makes it} for the modules that the side
+    network has a trained copy of, such as a table of relative positions.
+    """
+    model = self.site.model
+    parent = _parent(self.stack[0])
+    takes = self.specs if self.block.takes is None else self.block.takes
+    tables = {}
+    for name, role in self.roles.items():
+      if role not in model.anatomy.roles or name not in self.specs or name not in takes:
+        continue
+      # The encoder has one table, the decoder another: the one beside the blocks is meant.
+      made_by = [site for site in model.find(f'{{{role}}}') if _parent(site) == parent]
+      tables[name] = made_by[0]
+    return tables
 
   @property
   def _own_norm(self) -> bool:
@@ -127,105 +140,82 @@ class Ladder(Stack):
     shapes = {leaf.shape for leaf in self.site.leaves.values()}
     return self.site.module is not None and shapes == {(self.width,)}
 
-  def norm(self, t, s: jax.Array) -> jax.Array:
-    """The norm after the last side block, where blocks do not end with one."""
-    if 'norm' not in t:
-      return s
-    module = self.site.module if self._own_norm else nn.RMSNorm(dtype=s.dtype)
-    return module.apply({'params': t['norm']}, s)
+  # Parameters.
 
-  @functools.cached_property
-  def tables(self) -> dict[str, Site]:
-    """{input of the block: the module that makes it} for what the side network makes by a copy of
-    its own, such as a relative position bias."""
-    anatomy = self.site.model.anatomy
-    prefix = self.stack[0].path.rpartition('/')[0]
-    takes = self.specs if self.block.takes is None else self.block.takes
-    roles = {
-      n: r
-      for n, r in (anatomy.side if anatomy else {}).items()
-      if r in anatomy.roles and n in self.specs and n in takes
-    }
-    return {
-      n: next(s for s in self.site.model.find(f'{{{r}}}') if s.path.rpartition('/')[0] == prefix)
-      for n, r in roles.items()
-    }
+  def init(self, key: jax.Array, arrays, prune: Any) -> dict:
+    """theta of the ladder.
 
-  def context(self, t, taps, length: int) -> dict[str, jax.Array]:
-    """The inputs of the side blocks that the side network makes itself."""
-    made = {
-      n: site.module.apply({'params': t[n]}, length, length) for n, site in self.tables.items()
-    }
-    anatomy = self.site.model.anatomy
-    for name, role in (anatomy.side if anatomy else {}).items():
-      if (
-        role == 'context'
-        and name in self.specs
-        and len(self.exits) > 1
-        and self.exits[0] is not self.site
-      ):
-        made[name] = taps[self.exits[0].path]['side']
-    return made
+    Args:
+      key: random key.
+      arrays: of the exit; arrays.model are those of the whole backbone.
+      prune: None for fresh blocks. For blocks cut from the backbone: 'magnitude', or a tree of
+        scores like the backbone's weights.
+    """
+    if prune is None:
+      keys = jax.random.split(key, len(self.layers))
+      side = jax.jit(jax.vmap(self.fresh))(keys)
+      kept = None
+    else:
+      scores = arrays.model if prune == 'magnitude' else flatten(prune)
+      pruned, kept = prune_ladder(self, arrays.model, scores)
+      side = jax.tree.map(lambda *rows: jnp.stack(rows), *pruned)
+    t = {'blocks': side}
+    if not self.wraps_blocks:  # blocks that end with a norm need none after the last
+      t['norm'] = self._init_norm(arrays, kept)
+    for name, site in self.tables.items():
+      t[name] = float32({n: arrays.model[f'{site.path}/{n}'] for n in site.leaves})
+    return t
 
-  def _pruned(self, arrays, scores) -> tuple[list, jax.Array]:
-    """(the narrow blocks, the indices of the stream that the last one keeps)."""
-    shapes = traverse_util.flatten_dict(jax.eval_shape(self._fresh, jax.random.key(0)), sep='/')
-    kept, blocks = self._kept_before(arrays, scores), []
-    for i in self.layers:
-      block, layer = self.layer(i)
-      inside = {
-        s.path[len(block.path) + 1 :]: s
-        for s in self.site.model.values()
-        if s.leaves and s.path.startswith(f'{block.path}/')
-      }
-      of_layer = lambda flat, layer=layer, inside=inside: {
-        s.path: {
-          n: s.stack_first(flat[f'{s.path}/{n}']).reshape(-1, *leaf.shape)[layer]
-          for n, leaf in s.leaves.items()
-        }
-        for s in inside.values()
-      }
-      narrow = {
-        s.path: {n: shapes[f'{local}/{n}'].shape for n in s.leaves} for local, s in inside.items()
-      }
-      pruned, kept = prune_block(
-        list(inside.values()), of_layer(arrays.model), of_layer(scores), narrow, kept
-      )
-      flat = {f'{local}/{n}': x for local, s in inside.items() for n, x in pruned[s.path].items()}
-      blocks.append(_float32(traverse_util.unflatten_dict(flat, sep='/')))
-    return blocks, kept
+  def fresh(self, key: jax.Array) -> Any:
+    """The parameters of one side block, by the initialisers of its class."""
+    zeros = {name: jnp.zeros(spec.shape, spec.dtype) for name, spec in self.specs.items()}
+    stream, inputs = _stream_first(zeros)
+    return float32(self.block.init(key, stream, inputs))
 
-  def _kept_before(self, arrays, scores) -> jax.Array:
-    """What the first block keeps of its input: the best columns of the embedding, or in a decoder
-    what the encoder kept last."""
-    position = self.exits.index(self.site)
-    if position:
-      return dataclasses.replace(self, site=self.exits[position - 1])._pruned(arrays, scores)[1]
-    model = self.site.model
-    tables = [
-      f'{s.path}/{n}'
-      for s in model.find('(?:{embed})(?:/.*)?')
-      for n, leaf in s.leaves.items()
-      if leaf.use in ('gather', 'conv_general_dilated') and leaf.shape[-1] == self.width
-    ]
-    if not tables:
-      raise ValueError("prune: found no embedding of the blocks' width at the role {embed}")
-    columns = jnp.sum(jnp.abs(scores[tables[0]]).reshape(-1, self.width), 0)
-    return keep_rows(columns, keep_count(self.width, self.reduction))
+  def _init_norm(self, arrays, kept: jax.Array | None) -> dict:
+    """The parameters of the last norm, at `kept` channels of the backbone's where it is pruned."""
+    if not self._own_norm:
+      return {'scale': jnp.ones(self.narrow)}
+    if kept is None:
+      variables = self.site.module.init(jax.random.key(0), jnp.zeros((1, self.narrow)))
+      return float32(variables['params'])
+    wide = {name: arrays.model[f'{self.site.path}/{name}'] for name in self.site.leaves}
+    return float32({name: jnp.take(x, kept) for name, x in wide.items()})
 
-  def narrowed(self, taps, last: jax.Array, down) -> list[jax.Array] | jax.Array:
+  # The forward pass.
+
+  def further(self, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The arrays that a backbone's block is called with and its side block needs too.
+
+    Args:
+      inputs: by parameter name, the stream first.
+    """
+    takes = self.block.takes
+    _, others = _stream_first(inputs)
+    needed = {}
+    for name, x in others.items():
+      if name not in self.roles and (takes is None or name in takes):
+        needed[name] = x
+    return needed
+
+  def narrowed(self, taps, last: jax.Array, down: Any) -> list[jax.Array] | jax.Array:
     """What each side layer reads: D_i h_i + c_i, or the pooled h_i, [B, N, d'] a layer.
-
-    h_i, the output of block i, was recorded as the input of block i + 1; the last is the exit's.
-    All are projected before anything else happens, so that no second copy of them is wide.
 
     Args:
       taps: from the call.
       last: the last hidden state, pooled if the taps are.
       down: {'kernel': [layers, d, d'], 'bias': [layers, d']} or None for pooled taps.
     """
-    project = lambda h, layer: h if layer is None else linear(layer, h)
-    return self.each(project, taps, last, [i + 1 for i in self.layers], down)
+
+    def project(h, layer):
+      return h if layer is None else linear(layer, h)
+
+    return self.each(project, taps, last, self.states, down)
+
+  @property
+  def states(self) -> list[int]:
+    """The states h_i that the side layers read: the outputs of their blocks."""
+    return [i + 1 for i in self.layers]
 
   def climb(
     self,
@@ -234,12 +224,12 @@ class Ladder(Stack):
     s: jax.Array,
     mix: Callable[[jax.Array, dict], jax.Array],
     rows: dict,
-    key,
+    key: jax.Array | None,
     remat: bool,
   ) -> jax.Array:
     """The stream after all side blocks and the norm behind them, [B, N, d'].
 
-    Where the model's collection 'cache' is mutable, side blocks that keep keys and values keep them
+    Where the model's collection 'cache' is mutable, the keys and values of side blocks are stored
     there too.
 
     Args:
@@ -251,63 +241,107 @@ class Ladder(Stack):
       key: for dropout in the side blocks; None for none.
       remat: recompute the side blocks in the backward pass.
     """
-    held = call.read_cache()
+    cache = call.read_cache()
     with call.outside():
-      context = self.context(t, call.taps(), s.shape[1])
+      made = self.made_inputs(t, call.taps(), s.shape[1])
+    layers = {'block': t['blocks'], 'inputs': self.inputs(call.taps()), **rows}
+    if cache is not None:
+      layers['cache'] = cache
+    if key is not None:
+      layers['key'] = jax.random.split(key, len(self.layers))
 
     def step(s, layer):
-      inputs = {**layer['inputs'], **context}
+      inputs = {**layer['inputs'], **made}
       with call.outside():
-        out, cache = self.block.run(
+        out, layer_cache = self.block.run(
           layer['block'], mix(s, layer), inputs, call.training, layer.get('key'), layer.get('cache')
         )
-      return out.astype(s.dtype), cache
+      return out.astype(s.dtype), layer_cache
 
-    s, cache = self.scan(
-      jax.checkpoint(step, prevent_cse=False) if remat else step,
-      s,
-      {
-        'block': t['blocks'],
-        'inputs': self.inputs(call.taps()),
-        **rows,
-        **({} if held is None else {'cache': held}),
-        **({} if key is None else {'key': jax.random.split(key, len(self.layers))}),
-      },
-    )
-    if held is not None and (
-      jax.tree.leaves(cache) or not self.block.mixes
-    ):  # else a text has to be run as a whole
-      call.write_cache(cache)
+    if remat:
+      # Inside a scan XLA cannot merge the second computation with the first: no barrier is needed.
+      step = jax.checkpoint(step, prevent_cse=False)
+    s, new_cache = self.scan(step, s, layers)
+    # A block that mixes tokens and stores no keys and values cannot go on from a text's beginning:
+    # without an entry in the cache, generation runs the text as a whole.
+    if cache is not None and (jax.tree.leaves(new_cache) or not self.block.mixes):
+      call.write_cache(new_cache)
     with call.outside():
       return self.norm(t, s)
 
-  def inputs(self, taps) -> dict:
+  def inputs(self, taps) -> dict[str, Any]:
     """The further inputs of the side blocks, recorded beside the stream."""
-    names = [n for n in taps[self.stack[0].path] if n != 'x']
-    if self.scanned:
-      return {n: self._stacked(taps, n)[jnp.array(self.layers)] for n in names}
-    rows = {n: self._unrolled(taps, n) for n in names}
-    return {n: [rows[n][i] for i in self.layers] for n in names}
+    inputs = {}
+    for name in taps[self.stack[0].path]:
+      if name == 'x':
+        continue
+      rows = self.by_layer(taps, name)
+      if self.scanned:
+        inputs[name] = rows[jnp.array(self.layers)]
+      else:
+        inputs[name] = [rows[i] for i in self.layers]
+    return inputs
 
-  def check(self, name: str, prune) -> None:
-    """Raises a ValueError where the widths cannot be divided, or nothing can be pruned."""
-    self.check_tokens(name)
-    if self.width % self.reduction:
-      raise ValueError(
-        f'reduction={self.reduction} does not divide the width {self.width} of the blocks'
-      )
-    reads = self.block.takes is None or 'context' in self.block.takes
-    if self.is_last and len(self.exits) > 1 and not reads:
-      raise ValueError(
-        "a side decoder without attention never reads the side encoder; use block='attention'"
-      )
-    if prune is not None and self.block.takes is not None:
-      raise ValueError("prune cuts the backbone's own blocks, and this model's cannot be narrowed")
+  def made_inputs(self, t, taps, length: int) -> dict[str, jax.Array]:
+    """The inputs of the side blocks that the side network makes itself, alike for all layers."""
+    made = {}
+    for name, site in self.tables.items():
+      made[name] = site.module.apply({'params': t[name]}, length, length)
+    encoder = self.exits[0]
+    if encoder is self.site:
+      return made
+    for name, role in self.roles.items():
+      if role == 'context' and name in self.specs:
+        made[name] = taps[encoder.path]['side']
+    return made
+
+  def norm(self, t, s: jax.Array) -> jax.Array:
+    """The norm after the last side block, where blocks do not end with one."""
+    if 'norm' not in t:
+      return s
+    module = self.site.module if self._own_norm else nn.RMSNorm(dtype=s.dtype)
+    return module.apply({'params': t['norm']}, s)
 
 
-def _float32(tree):
-  return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+def _stream_first(inputs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+  """(the stream, the other inputs) of what a block is called with; the stream is the first."""
+  (_, stream), *others = inputs.items()
+  return stream, dict(others)
 
 
-def _flat(scores) -> dict:
-  return traverse_util.flatten_dict(dict(scores.get('params', scores)), sep='/')
+def _parent(site: Site) -> str:
+  return site.path.rpartition('/')[0]
+
+
+@functools.lru_cache(maxsize=256)
+def ladder_at(
+  site: Site,
+  blocks: str,
+  exit: str,
+  reduction: int,
+  kind: str,
+  heads: int,
+  only: tuple[int, ...] | None,
+) -> Ladder:
+  """The `Ladder` at an exit. Every trace asks for it, and its side block is tried on shapes only
+  once.
+  """
+  return Ladder(site, blocks, exit, reduction, kind, heads, only)
+
+
+def ladder_beside(block: Site, exit: str, ladder: Callable[[Site], Ladder]) -> Ladder:
+  """The ladder that a block of the backbone feeds.
+
+  Args:
+    block: the block.
+    exit: pattern of the exits.
+    ladder: exit -> the ladder there.
+
+  Raises:
+    ValueError: the block lies before no exit.
+  """
+  for site in called(block, exit):
+    found = ladder(site)
+    if block in found.stack:
+      return found
+  raise ValueError(f'the block {block.path!r} lies before none of the exits {exit!r}')

@@ -12,7 +12,7 @@ In an encoder-decoder both stacks have a ladder, and the side decoder attends to
 is 'replace'. The paper's relative position table of the side network is trained with it.
 """
 
-import functools
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,13 +21,15 @@ import jax.numpy as jnp
 
 from jpeft.core import NO_BACKPROP, Call, Method, Site, at, chain, factory
 
-from ..nn import dense, layer_norm, linear, pool, put_first
-from .ladder import Ladder
+from ..check import choice
+from ..nn import dense, drop, layer_norm, linear, pool, put_first
+from .ladder import BLOCKS, Ladder, ladder_at, ladder_beside
 from .stack import record
 
-BLOCKS = ('auto', 'own', 'attention', 'mlp')
 GATES = ('learned', None, 'one', 'linear', 'hyperbolic')
 MERGES = ('replace', 'add', 'gate')
+DOWNSAMPLES = ('linear', 'pool')
+# What `gate` in theta is at first: a_i of learned gates, else g_i itself.
 _GATE_STARTS = {'learned': 0.0, 'linear': 0.1, 'hyperbolic': 0.9}
 
 
@@ -79,119 +81,186 @@ def lst(
     exit: pattern of the module whose output is the last hidden state, one for each stack.
     name: in theta.
   """
-  for value, choices, what in (
-    (block, BLOCKS, 'block'),
-    (gate, GATES, 'gate'),
-    (merge, MERGES, 'merge'),
-    (downsample, ('linear', 'pool'), 'downsample'),
-  ):
-    if value not in choices:
-      raise ValueError(f'lst: {what}={value!r} is none of {", ".join(map(repr, choices))}')
-  if reduction < 1:
-    raise ValueError(f'lst: reduction={reduction} must be at least 1')
-  if not 0 <= dropout < 1:
-    raise ValueError(f'lst: dropout={dropout} must be at least 0 and below 1')
-  layers = None if layers is None else tuple(layers)
-  pooled = downsample == 'pool'
-  if prune is not None and block not in ('auto', 'own'):
-    raise ValueError("lst: prune cuts the backbone's own blocks: it needs block='own'")
+  if layers is not None:
+    layers = tuple(layers)
+  return _LST(
+    reduction=reduction,
+    block=block,
+    heads=heads,
+    downsample=downsample,
+    gate=gate,
+    temperature=temperature,
+    gate_steps=gate_steps,
+    layers=layers,
+    merge=merge,
+    prune=prune,
+    dropout=dropout,
+    remat=remat,
+    std=std,
+    normalize=normalize,
+    blocks=blocks,
+    exit=exit,
+    name=name,
+  ).method()
 
-  @functools.lru_cache(maxsize=256)
-  def ladder(site: Site) -> Ladder:
-    return Ladder(site, blocks, exit, reduction, block, heads, layers)
 
-  @functools.lru_cache(maxsize=1024)
-  def ladder_of(block_site: Site) -> Ladder:
-    exits = [e for e in block_site.model.find(exit) if e.out is not None]
-    return next(net for net in map(ladder, exits) if block_site in net.stack)
+@dataclasses.dataclass(frozen=True, eq=False)
+class _LST:
+  """The hyperparameters of `lst`, and its rules as methods.
 
-  def keep(x):
-    x = layer_norm({}, x) if normalize else x
-    return pool(x, reduction) if pooled else x
+  theta[name][exit] is {'blocks', 'norm' and further tables of the ladder, 'in': W_in, 'down': all
+  D_i, 'gate': [backbone layers], 'up': U, 'merge': a scalar}, those that the hyperparameters need.
+  """
 
-  def init(key, site, arrays):
-    net = ladder(site)
-    net.check(name, prune)
-    keys = dict(zip(('in', 'down', 'up', 'net'), jax.random.split(key, 4), strict=True))
-    t = net.init(keys['net'], arrays, prune)
-    if not pooled:
-      t['in'] = dense(keys['in'], net.width, net.narrow, std=std)
-      if gate != 'one':
-        t['down'] = dense(keys['down'], net.width, net.narrow, len(net.layers), std=std)
-    if gate in _GATE_STARTS:
-      t['gate'] = jnp.full((net.depth,), _GATE_STARTS[gate])
+  reduction: int
+  block: str
+  heads: int
+  downsample: str
+  gate: str | None
+  temperature: float
+  gate_steps: int
+  layers: tuple[int, ...] | None
+  merge: str
+  prune: Any
+  dropout: float
+  remat: bool
+  std: float
+  normalize: bool
+  blocks: str
+  exit: str
+  name: str
+
+  def __post_init__(self):
+    choice('lst', 'block', self.block, BLOCKS)
+    choice('lst', 'gate', self.gate, GATES)
+    choice('lst', 'merge', self.merge, MERGES)
+    choice('lst', 'downsample', self.downsample, DOWNSAMPLES)
+    if self.reduction < 1:
+      raise ValueError(f'lst: reduction={self.reduction} must be at least 1')
+    if not 0 <= self.dropout < 1:
+      raise ValueError(f'lst: dropout={self.dropout} must be at least 0 and below 1')
+    if self.prune is not None and self.block not in ('auto', 'own'):
+      raise ValueError("lst: prune cuts the backbone's own blocks: it needs block='own'")
+
+  def method(self) -> Method:
+    """The blocks record their inputs; the side network runs at each exit."""
+    options = {}
+    if self.gate in ('linear', 'hyperbolic'):  # a schedule: not trained
+      options = {'fixed': ('gate',), 'update': self.update}
+    side = Call(self.name, self.apply, self.init, taps=True, memory=NO_BACKPROP, **options)
+    return chain(
+      record(self.name, self.blocks, self.tap, self.tap_inputs),
+      at(self.exit, side),
+    )
+
+  @property
+  def pooled(self) -> bool:
+    """Whether states are brought to the side width by means, without parameters."""
+    return self.downsample == 'pool'
+
+  def ladder(self, site: Site) -> Ladder:
+    """The side network at an exit."""
+    return ladder_at(
+      site, self.blocks, self.exit, self.reduction, self.block, self.heads, self.layers
+    )
+
+  # What blocks record.
+
+  def tap(self, x: jax.Array) -> jax.Array:
+    """What is recorded of a state [B, N, d]: itself, or pooled [B, N, d / r]."""
+    if self.normalize:
+      x = layer_norm({}, x)
+    if self.pooled:
+      x = pool(x, self.reduction)
+    return x
+
+  def tap_inputs(self, site: Site, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """What a block records beside its state: the inputs that its side block needs too."""
+    return ladder_beside(site, self.exit, self.ladder).further(inputs)
+
+  # The side network, at an exit.
+
+  def init(self, key, site, arrays):
+    net = self.ladder(site)
+    net.check(self.name, self.prune)
+    key_in, key_down, key_up, key_net = jax.random.split(key, 4)
+    t = net.init(key_net, arrays, self.prune)
+    if not self.pooled:
+      t['in'] = dense(key_in, net.width, net.narrow, std=self.std)
+      if self.gate != 'one':
+        t['down'] = dense(key_down, net.width, net.narrow, len(net.layers), std=self.std)
+    if self.gate in _GATE_STARTS:
+      t['gate'] = jnp.full((net.depth,), _GATE_STARTS[self.gate])
     if net.is_last:
-      t['up'] = dense(keys['up'], net.narrow, net.width, std=std)
-      if merge == 'add':
+      t['up'] = dense(key_up, net.narrow, net.width, std=self.std)
+      if self.merge == 'add':
         t['up'] = jax.tree.map(jnp.zeros_like, t['up'])
-      if merge == 'gate':
+      if self.merge == 'gate':
         t['merge'] = jnp.zeros(())
     return t
 
-  def apply(t, call, x, *args, **kwargs):
-    net = ladder(call.site)
+  def apply(self, t, call, x, *args, **kwargs):
+    net = self.ladder(call.site)
     y = call(x, *args, **kwargs)
     out = jax.tree.leaves(y)[0]
-    last = keep(net.last(x, out))
-    key = call.rng('lst dropout') if dropout else call.key
-    s = net.embeddings(call.taps())
-    if dropout and key is not None:
-      s = s * jax.random.bernoulli(jax.random.fold_in(key, 0), 1 - dropout, s.shape) / (1 - dropout)
-    s = s if pooled else linear(t['in'], s)
+    taps = call.taps()
 
-    def mix(s, layer):
-      h, g = layer.get('h'), layer.get('gate')
-      return s if h is None else s + h if g is None else g * s + (1 - g) * h
+    s = net.embeddings(taps)  # [B, N, d], or [B, N, d'] if pooled
+    key = call.key
+    if self.dropout:
+      key = call.rng('lst dropout')
+      if key is not None:
+        s = drop(s, jax.random.fold_in(key, 0), self.dropout)
+    if not self.pooled:
+      s = linear(t['in'], s)
 
-    s = net.climb(
-      call,
-      t,
-      s,
-      mix,
-      {
-        **gates_of(t, net, s.dtype),
-        **({} if gate == 'one' else {'h': net.narrowed(call.taps(), last, t.get('down'))}),
-      },
-      key,
-      remat,
-    )
-    if not net.is_last:
+    rows = {}
+    if 'gate' in t:
+      rows['gate'] = self.gates(t, net).astype(s.dtype)
+    if self.gate != 'one':
+      last = self.tap(net.last(x, out))
+      rows['h'] = net.narrowed(taps, last, t.get('down'))
+    s = net.climb(call, t, s, self.mix, rows, key, self.remat)
+
+    if not net.is_last:  # the side decoder attends to it
       call.tap(side=s)
       return y
-    o = linear(t['up'], s)
-    if merge != 'replace':
-      held = jax.lax.stop_gradient(out)
-      g = jax.nn.sigmoid(t['merge'] / temperature) if merge == 'gate' else None
-      o = held + o if g is None else g * o + (1 - g) * held
-    return put_first(y, o)
+    return put_first(y, self.merged(t, linear(t['up'], s), jax.lax.stop_gradient(out)))
 
-  def gates_of(t, net, dtype):
-    if 'gate' not in t:
-      return {}
-    values = jax.nn.sigmoid(t['gate'] / temperature) if gate == 'learned' else t['gate']
-    return {'gate': values[jnp.array(net.layers)].astype(dtype)}
+  def gates(self, t, net: Ladder) -> jax.Array:
+    """g_i of each side layer."""
+    values = t['gate']
+    if self.gate == 'learned':
+      values = jax.nn.sigmoid(values / self.temperature)
+    return values[jnp.array(net.layers)]
 
-  def update(t, site, step, key):
-    part = step / gate_steps
-    value = 0.1 + 0.8 * part if gate == 'linear' else 1 / (1 + part)
-    return {**t, 'gate': jnp.full_like(t['gate'], jnp.clip(value, 0.1, 0.9))} if 'gate' in t else t
+  def mix(self, s, layer):
+    """What a side block reads: g_i s + (1 - g_i) D_i h_i."""
+    if 'h' not in layer:
+      return s
+    h = layer['h']
+    if 'gate' not in layer:
+      return s + h
+    g = layer['gate']
+    return g * s + (1 - g) * h
 
-  scheduled = gate in ('linear', 'hyperbolic')
-  return chain(
-    record(name, blocks, keep, lambda site, inputs: ladder_of(site).further(inputs)),
-    at(
-      exit,
-      Call(
-        name,
-        apply,
-        init,
-        taps=True,
-        memory=NO_BACKPROP,
-        fixed=('gate',) if scheduled else (),
-        update=update if scheduled else None,
-      ),
-    ),
-  )
+  def merged(self, t, side: jax.Array, backbone: jax.Array) -> jax.Array:
+    """The last state that the model goes on with, of U norm(s) and of the backbone's own."""
+    if self.merge == 'replace':
+      return side
+    if self.merge == 'add':
+      return backbone + side
+    g = jax.nn.sigmoid(t['merge'] / self.temperature)
+    return g * side + (1 - g) * backbone
+
+  def update(self, t, site, step, key):
+    """The gates that the schedule gives after `step` updates."""
+    part = step / self.gate_steps
+    if self.gate == 'linear':
+      value = 0.1 + 0.8 * part
+    else:
+      value = 1 / (1 + part)
+    return {**t, 'gate': jnp.full_like(t['gate'], jnp.clip(value, 0.1, 0.9))}
 
 
 @factory
@@ -222,12 +291,11 @@ def side_tuning(
     name: in theta.
   """
   return lst(
-    reduction,
-    block,
-    heads,
-    'linear',
-    'one',
-    temperature,
+    reduction=reduction,
+    block=block,
+    heads=heads,
+    gate='one',
+    temperature=temperature,
     layers=layers,
     merge='gate',
     prune=prune,

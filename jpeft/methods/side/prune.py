@@ -9,23 +9,16 @@ are not tied between layers.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from jpeft.core import Site
 
-
-def keep_count(n: int, reduction: float) -> int:
-  """How many of n rows stay: n - round(n (1 - 1/r)), half to even, at least one."""
-  return max(1, n - round(n * (1 - 1 / reduction)))
-
-
-def keep_rows(scores: jax.Array, count: int) -> jax.Array:
-  """The indices of the `count` largest scores [n], ascending."""
-  return jnp.sort(jax.lax.top_k(scores, count)[1])
+# Scores.
 
 
 def fisher(loss: Callable[[Any, Any], jax.Array], params: Any, samples: Iterable[Any]) -> Any:
@@ -39,15 +32,114 @@ def fisher(loss: Callable[[Any, Any], jax.Array], params: Any, samples: Iterable
   Returns:
     A tree like params.
   """
-  square = jax.jit(
-    lambda total, sample: jax.tree.map(
-      lambda t, g: t + jnp.square(g.astype(jnp.float32)), total, jax.grad(loss)(params, sample)
-    )
-  )
+
+  def add_square(total, gradient):
+    return total + jnp.square(gradient.astype(jnp.float32))
+
+  @jax.jit
+  def add_sample(total, sample):
+    return jax.tree.map(add_square, total, jax.grad(loss)(params, sample))
+
   total = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
   for sample in samples:
-    total = square(total, sample)
+    total = add_sample(total, sample)
   return total
+
+
+def flatten(scores: Mapping[str, Any]) -> dict[str, jax.Array]:
+  """A tree of scores like the backbone's variables, or like its parameters, as {path: scores}."""
+  params = scores.get('params', scores)
+  return traverse_util.flatten_dict(dict(params), sep='/')
+
+
+def float32(tree: Any) -> Any:
+  """A tree of arrays in float32, or in their own type where it is wider."""
+  return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+
+
+def keep_count(n: int, reduction: float) -> int:
+  """How many of n rows stay: n - round(n (1 - 1/r)), half to even, at least one."""
+  return max(1, n - round(n * (1 - 1 / reduction)))
+
+
+def keep_rows(scores: jax.Array, count: int) -> jax.Array:
+  """The indices of the `count` largest scores [n], ascending."""
+  _, indices = jax.lax.top_k(scores, count)
+  return jnp.sort(indices)
+
+
+# All blocks of a side network.
+
+
+def prune_ladder(
+  net, arrays: Mapping[str, jax.Array], scores: Mapping[str, jax.Array]
+) -> tuple[list[Any], jax.Array]:
+  """The side blocks of a ladder, cut from the backbone's blocks beside them.
+
+  Args:
+    net: the `Ladder`.
+    arrays: {path: array} of the backbone.
+    scores: {path: importance} of these.
+
+  Returns:
+    (the parameters of each side block, the indices of the stream that the last one keeps).
+  """
+  narrow = traverse_util.flatten_dict(jax.eval_shape(net.fresh, jax.random.key(0)), sep='/')
+  kept = _kept_before(net, arrays, scores)
+  pruned = []
+  for i in net.layers:
+    block, index = net.layer(i)
+    prefix = f'{block.path}/'
+    sites = [s for s in net.site.model.values() if s.leaves and s.path.startswith(prefix)]
+    shapes = {}
+    for site in sites:
+      local = site.path.removeprefix(prefix)
+      shapes[site.path] = {name: narrow[f'{local}/{name}'].shape for name in site.leaves}
+    of_layer = _of_layer(arrays, sites, index)
+    scores_of_layer = _of_layer(scores, sites, index)
+    cut, kept = prune_block(sites, of_layer, scores_of_layer, shapes, kept)
+    flat = {}
+    for path, own in cut.items():
+      for name, x in own.items():
+        flat[f'{path.removeprefix(prefix)}/{name}'] = x
+    pruned.append(float32(traverse_util.unflatten_dict(flat, sep='/')))
+  return pruned, kept
+
+
+def _of_layer(
+  arrays: Mapping[str, jax.Array], sites: list[Site], index: int
+) -> dict[str, dict[str, jax.Array]]:
+  """{site path: {name: array}} of one layer of the sites of a block."""
+  found = {}
+  for site in sites:
+    found[site.path] = {n: site.take(arrays[f'{site.path}/{n}'], index) for n in site.leaves}
+  return found
+
+
+def _kept_before(
+  net, arrays: Mapping[str, jax.Array], scores: Mapping[str, jax.Array]
+) -> jax.Array:
+  """The indices that the first block keeps of its input: the best columns of the embedding, or in
+  a decoder those that the encoder kept last.
+  """
+  position = net.exits.index(net.site)
+  if position:
+    encoder = dataclasses.replace(net, site=net.exits[position - 1])
+    _, kept = prune_ladder(encoder, arrays, scores)
+    return kept
+  tables = []
+  for site in net.site.model.find('(?:{embed})(?:/.*)?'):
+    for name, leaf in site.leaves.items():
+      makes_tokens = leaf.use in ('gather', 'conv_general_dilated')
+      if makes_tokens and leaf.shape[-1] == net.width:
+        tables.append(f'{site.path}/{name}')
+  if not tables:
+    raise ValueError("prune: found no embedding of the blocks' width at the role {embed}")
+  columns = jnp.sum(jnp.abs(scores[tables[0]]).reshape(-1, net.width), 0)
+  return keep_rows(columns, keep_count(net.width, net.reduction))
+
+
+# One block.
 
 
 def prune_block(
@@ -82,24 +174,41 @@ def prune_block(
         )
       pruned[site.path] = {n: jnp.take(x, kept) for n, x in arrays[site.path].items()}
       continue
-    importance = 1.0
+    rows = _rows_of(group, scores, shapes, kept)
     for site in group:
-      (name,) = site.matrices
-      importance = importance * jnp.take(site.leaves[name].fold(scores[site.path][name]), kept, 0)
-    narrow = {site.path: shapes[site.path][site.matrices[0]] for site in group}
-    count = math.prod(narrow[group[0].path][i] for i in group[0].leaves[group[0].matrices[0]].outs)
-    rows = keep_rows(jnp.sum(jnp.abs(importance), 0), count)
-    for site in group:
-      (name,), own = site.matrices, arrays[site.path]
-      leaf = site.leaves[name]
-      cut = jnp.take(jnp.take(leaf.fold(own[name]), kept, 0), rows, 1)
-      pruned[site.path] = {name: dataclasses.replace(leaf, shape=narrow[site.path]).unfold(cut)}
-      for other in set(own) - {name}:
-        pruned[site.path][other] = jnp.take(own[other].reshape(-1), rows).reshape(
-          shapes[site.path][other]
-        )
+      pruned[site.path] = _cut(site, arrays[site.path], shapes[site.path], kept, rows)
     kept = rows
   return pruned, kept
+
+
+def _rows_of(
+  group: list[Site], scores: dict[str, dict], shapes: dict[str, dict], kept: jax.Array
+) -> jax.Array:
+  """The indices that linear maps keep of their output, one choice for the group."""
+  importance = 1.0
+  for site in group:
+    (name,) = site.matrices
+    folded = site.leaves[name].fold(scores[site.path][name])  # [fan_in, fan_out]
+    importance = importance * jnp.take(folded, kept, 0)
+  first = group[0]
+  (name,) = first.matrices
+  narrow = shapes[first.path][name]
+  count = math.prod(narrow[i] for i in first.leaves[name].outs)
+  return keep_rows(jnp.sum(jnp.abs(importance), 0), count)
+
+
+def _cut(
+  site: Site, arrays: dict, shapes: dict, kept: jax.Array, rows: jax.Array
+) -> dict[str, jax.Array]:
+  """The arrays of a linear map with some of its inputs (`kept`) and of its outputs (`rows`)."""
+  (kernel,) = site.matrices
+  leaf = site.leaves[kernel]
+  cut = jnp.take(jnp.take(leaf.fold(arrays[kernel]), kept, 0), rows, 1)
+  new = {kernel: dataclasses.replace(leaf, shape=shapes[kernel]).unfold(cut)}
+  for name, x in arrays.items():
+    if name != kernel:
+      new[name] = jnp.take(x.reshape(-1), rows).reshape(shapes[name])
+  return new
 
 
 def _groups(sites: list[Site]) -> list[list[Site]]:
@@ -108,19 +217,23 @@ def _groups(sites: list[Site]) -> list[list[Site]]:
   """
   groups: list[list[Site]] = []
   for site in sites:
-    anatomy, mate = site.model.anatomy, groups[-1][-1] if groups else None
-    together = mate is not None and any(
-      re.fullmatch(pattern, site.path)
-      and re.fullmatch(pattern, mate.path)
-      and site.path.rpartition('/')[0] == mate.path.rpartition('/')[0]
-      for pattern in _shared(anatomy)
-    )
-    groups[-1].append(site) if together else groups.append([site])
+    if groups and _share_rows(groups[-1][-1], site):
+      groups[-1].append(site)
+    else:
+      groups.append([site])
   return groups
 
 
-def _shared(anatomy) -> list[str]:
-  if anatomy is None:
-    return []
-  qkv = [anatomy.roles[r] for r in 'qkv' if r in anatomy.roles]
-  return ['|'.join(qkv)] * bool(qkv) + [anatomy.roles[r] for r in ('fc1',) if r in anatomy.roles]
+def _share_rows(a: Site, b: Site) -> bool:
+  """Whether one choice of rows is made for both: they stand in one module, with roles that go
+  together.
+  """
+  anatomy = a.model.anatomy
+  if anatomy is None or a.path.rpartition('/')[0] != b.path.rpartition('/')[0]:
+    return False
+  together = (('q', 'k', 'v'), ('fc1',))
+  for roles in together:
+    pattern = '|'.join(anatomy.roles[role] for role in roles if role in anatomy.roles)
+    if pattern and re.fullmatch(pattern, a.path) and re.fullmatch(pattern, b.path):
+      return True
+  return False

@@ -5,7 +5,8 @@ Zhang et al., 2024, "Quantized Side Tuning: Fast and Memory-Efficient Tuning of 
 Language Models" (arXiv 2401.07159; YouAreSpecialToMe/QST). With h_0 the embeddings and h_i the
 residual stream after block i,
 
-  s <- Dn_1 h_0;  for each side layer i:  s <- z_i s + (1 - z_i) Dn_i h_i,  s <- SideBlock_i(s);  u = U norm(s) + b,
+  s <- Dn_1 h_0;  for each side layer i:  s <- z_i s + (1 - z_i) Dn_i h_i,  s <- SideBlock_i(s);
+  u = U norm(s) + b,
 
 z_i = sigmoid(g_i) a channel. Dn_1 is used twice. The frozen head reads a blend of u and the
 backbone's own last state h, with one weight a channel:
@@ -19,7 +20,8 @@ Dn is one of
   'adapter'   LN(swish(x A) B)              A [d, b], B [b, d']; the paper's choice
   'lora'      LN(x A B)
   'linear'    LN(x W)                       W [d, d']
-  'avg'       means over groups of r neighbouring channels: no parameters, and taken before anything is stored
+  'avg'       means over groups of r neighbouring channels: no parameters, and taken before anything
+              is stored
   'max'       the same with maxima
 
 Deviations. The paper's a is read as one number a channel in all blends, as both codes have it. Side
@@ -29,23 +31,29 @@ dropout and `scaling` do nothing, and are left out. As `blend`, theta holds a, a
 a.
 """
 
-import functools
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import reduce
 
 from jpeft.core import NO_BACKPROP, Call, Method, Site, at, chain, factory
 
+from ..check import choice
 from ..nn import layer_norm, linear, put_first, scales
-from .ladder import Ladder
+from .ladder import BLOCKS, Ladder, ladder_at, ladder_beside
 from .stack import record
 
-# The share of u, from what theta holds: a, but 1 - a in 'alpha', lest bfloat16 rounds what is near
+# The share of u, from what theta holds: a, but 1 - a in 'alpha', since bfloat16 rounds what is near
 # 1 to 1.
-SHARES = {'alpha': lambda b: b, 'code': lambda a: jax.nn.sigmoid(-a), 'code_opt': jax.nn.sigmoid}
-POOLS = {'avg': jnp.mean, 'max': jnp.max}
+SHARES = {
+  'alpha': lambda b: b,
+  'code': lambda a: jax.nn.sigmoid(-a),
+  'code_opt': lambda a: jax.nn.sigmoid(a),
+}
+POOLS = {'avg': 'mean', 'max': 'max'}
 DOWNSAMPLES = ('adapter', 'lora', 'linear', *POOLS)
-BLOCKS = ('auto', 'own', 'attention', 'mlp')
 
 
 @factory
@@ -90,94 +98,165 @@ def qst(
   Raises:
     ValueError: a hyperparameter outside its choices.
   """
-  for value, choices, what in (
-    (block, BLOCKS, 'block'),
-    (downsample, DOWNSAMPLES, 'downsample'),
-    (blend, SHARES, 'blend'),
-  ):
-    if value not in choices:
-      raise ValueError(f'qst: {what}={value!r} is none of {", ".join(map(repr, choices))}')
-  for value, what in ((reduction, 'reduction'), (bottleneck, 'bottleneck')):
-    if value < 1:
-      raise ValueError(f'qst: {what}={value} must be at least 1')
-  layers = None if layers is None else tuple(layers)
-  pooled = downsample in POOLS
+  if layers is not None:
+    layers = tuple(layers)
+  return _QST(
+    reduction=reduction,
+    bottleneck=bottleneck,
+    downsample=downsample,
+    blend=blend,
+    alpha_init=alpha_init,
+    gate_init=gate_init,
+    block=block,
+    heads=heads,
+    layers=layers,
+    normalize=normalize,
+    remat=remat,
+    blocks=blocks,
+    exit=exit,
+    name=name,
+  ).method()
 
-  @functools.lru_cache(maxsize=256)
-  def ladder(site: Site) -> Ladder:
-    return Ladder(site, blocks, exit, reduction, block, heads, layers)
 
-  @functools.lru_cache(maxsize=1024)
-  def ladder_of(block_site: Site) -> Ladder:
-    exits = [e for e in block_site.model.find(exit) if e.out is not None]
-    return next(net for net in map(ladder, exits) if block_site in net.stack)
+@dataclasses.dataclass(frozen=True, eq=False)
+class _QST:
+  """The hyperparameters of `qst`, and its rules as methods.
 
-  def keep(x):
-    x = layer_norm({}, x) if normalize else x
-    return POOLS[downsample](x.reshape(*x.shape[:-1], -1, reduction), -1) if pooled else x
+  theta[name][exit] is {'blocks', 'norm' and further tables of the ladder, 'gate': g [layers, d'],
+  'down': Dn of all layers, 'up': U and b, 'blend': [d]}, those that the hyperparameters need.
+  """
 
-  def down(h, t):
-    """Dn of a state [B, N, d], [B, N, d']."""
-    if pooled:
-      return h
-    if downsample == 'linear':
-      return layer_norm(t['norm'], h @ t['kernel'], 1e-5)
-    h = h @ t['a']
-    return layer_norm(t['norm'], (jax.nn.swish(h) if downsample == 'adapter' else h) @ t['b'], 1e-5)
+  reduction: int
+  bottleneck: int
+  downsample: str
+  blend: str
+  alpha_init: float
+  gate_init: float
+  block: str
+  heads: int
+  layers: tuple[int, ...] | None
+  normalize: bool
+  remat: bool
+  blocks: str
+  exit: str
+  name: str
 
-  def init(key, site, arrays):
-    net = ladder(site)
-    net.check(name, None)
-    keys = dict(zip(('a', 'b', 'kernel', 'bias', 'net'), jax.random.split(key, 5), strict=True))
-    drawn = lambda n, fan_in, *shape: (
-      jax.random.uniform(keys[n], shape, minval=-1, maxval=1) * fan_in**-0.5
+  def __post_init__(self):
+    choice('qst', 'block', self.block, BLOCKS)
+    choice('qst', 'downsample', self.downsample, DOWNSAMPLES)
+    choice('qst', 'blend', self.blend, SHARES)
+    if self.reduction < 1:
+      raise ValueError(f'qst: reduction={self.reduction} must be at least 1')
+    if self.bottleneck < 1:
+      raise ValueError(f'qst: bottleneck={self.bottleneck} must be at least 1')
+
+  def method(self) -> Method:
+    """The blocks record their inputs; the side network runs at each exit."""
+    side = Call(self.name, self.apply, self.init, taps=True, memory=NO_BACKPROP)
+    return chain(
+      record(self.name, self.blocks, self.tap, self.tap_inputs),
+      at(self.exit, side),
     )
-    wide, narrow, count = net.width, net.narrow, len(net.layers)
-    t = {**net.init(keys['net'], arrays, None), 'gate': jnp.full((count, narrow), gate_init)}
-    if downsample == 'linear':
-      t['down'] = {'kernel': drawn('a', wide, count, wide, narrow), 'norm': scales(narrow, count)}
-    elif not pooled:
+
+  @property
+  def pooled(self) -> bool:
+    """Whether states are brought to the side width by a pool, without parameters."""
+    return self.downsample in POOLS
+
+  def ladder(self, site: Site) -> Ladder:
+    """The side network at an exit."""
+    return ladder_at(
+      site, self.blocks, self.exit, self.reduction, self.block, self.heads, self.layers
+    )
+
+  # What blocks record.
+
+  def tap(self, x: jax.Array) -> jax.Array:
+    """What is recorded of a state [B, N, d]: itself, or pooled [B, N, d / r]."""
+    if self.normalize:
+      x = layer_norm({}, x)
+    if self.pooled:
+      x = reduce(x, '... (d r) -> ... d', POOLS[self.downsample], r=self.reduction)
+    return x
+
+  def tap_inputs(self, site: Site, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """What a block records beside its state: the inputs that its side block needs too."""
+    return ladder_beside(site, self.exit, self.ladder).further(inputs)
+
+  # The side network, at an exit.
+
+  def init(self, key, site, arrays):
+    net = self.ladder(site)
+    net.check(self.name, None)
+    key_a, key_b, key_kernel, key_bias, key_net = jax.random.split(key, 5)
+    count = len(net.layers)
+    t = net.init(key_net, arrays, None)
+    t['gate'] = jnp.full((count, net.narrow), self.gate_init)
+    if self.downsample == 'linear':
       t['down'] = {
-        'a': drawn('a', wide, count, wide, bottleneck),
-        'norm': scales(narrow, count),
-        'b': drawn('b', bottleneck, count, bottleneck, narrow),
+        'kernel': _uniform(key_a, net.width, (count, net.width, net.narrow)),
+        'norm': scales(net.narrow, count),
+      }
+    elif not self.pooled:
+      t['down'] = {
+        'a': _uniform(key_a, net.width, (count, net.width, self.bottleneck)),
+        'norm': scales(net.narrow, count),
+        'b': _uniform(key_b, self.bottleneck, (count, self.bottleneck, net.narrow)),
       }
     if net.is_last:
       t['up'] = {
-        'kernel': drawn('kernel', narrow, narrow, wide),
-        'bias': drawn('bias', narrow, wide),
+        'kernel': _uniform(key_kernel, net.narrow, (net.narrow, net.width)),
+        'bias': _uniform(key_bias, net.narrow, (net.width,)),
       }
-      t['blend'] = jnp.full(
-        (wide,), 1 - alpha_init if blend == 'alpha' else alpha_init, jnp.float32
-      )
+      blend = self.alpha_init
+      if self.blend == 'alpha':
+        blend = 1 - blend
+      t['blend'] = jnp.full((net.width,), blend, jnp.float32)
     return t
 
-  def apply(t, call, x, *args, **kwargs):
-    net = ladder(call.site)
+  def apply(self, t, call, x, *args, **kwargs):
+    net = self.ladder(call.site)
     y = call(x, *args, **kwargs)
-    out, taps = jax.tree.leaves(y)[0], call.taps()
-    last = keep(net.last(x, out))
-    s = down(net.embeddings(taps), jax.tree.map(lambda a: a[0], t.get('down')))
-    mix = lambda s, layer: layer['gate'] * s + (1 - layer['gate']) * layer['h']
-    s = net.climb(
-      call,
-      t,
-      s,
-      mix,
-      {
-        'gate': jax.nn.sigmoid(t['gate']),
-        'h': net.each(down, taps, last, [i + 1 for i in net.layers], t.get('down')),
-      },
-      call.key,
-      remat,
-    )
-    if not net.is_last:
+    out = jax.tree.leaves(y)[0]
+    taps = call.taps()
+    last = self.tap(net.last(x, out))
+
+    first = jax.tree.map(lambda p: p[0], t.get('down'))
+    s = self.down(net.embeddings(taps), first)  # [B, N, d']
+    rows = {
+      'gate': jax.nn.sigmoid(t['gate']),
+      'h': net.each(self.down, taps, last, net.states, t.get('down')),
+    }
+    s = net.climb(call, t, s, self.mix, rows, call.key, self.remat)
+
+    if not net.is_last:  # the side decoder attends to it
       call.tap(side=s)
       return y
-    still = jax.lax.stop_gradient(out)
-    return put_first(y, still + SHARES[blend](t['blend']) * (linear(t['up'], s) - still))
+    u = linear(t['up'], s)
+    backbone = jax.lax.stop_gradient(out)
+    share = SHARES[self.blend](t['blend'])
+    # As a step from the backbone's state: with a share of 0 the sum is that state to the bit.
+    return put_first(y, backbone + share * (u - backbone))
 
-  return chain(
-    record(name, blocks, keep, lambda site, inputs: ladder_of(site).further(inputs)),
-    at(exit, Call(name, apply, init, taps=True, memory=NO_BACKPROP)),
-  )
+  def down(self, h: jax.Array, t: Any) -> jax.Array:
+    """Dn of a state [B, N, d], [B, N, d']; t is the layer's entry of 'down'. Pooled states are
+    returned as they were recorded.
+    """
+    if self.pooled:
+      return h
+    if self.downsample == 'linear':
+      return layer_norm(t['norm'], h @ t['kernel'], 1e-5)
+    inner = h @ t['a']
+    if self.downsample == 'adapter':
+      inner = jax.nn.swish(inner)
+    return layer_norm(t['norm'], inner @ t['b'], 1e-5)
+
+  def mix(self, s, layer):
+    """What a side block reads: z_i s + (1 - z_i) Dn_i h_i."""
+    z = layer['gate']
+    return z * s + (1 - z) * layer['h']
+
+
+def _uniform(key: jax.Array, fan_in: int, shape: tuple[int, ...]) -> jax.Array:
+  """Numbers between -1 / sqrt(fan_in) and 1 / sqrt(fan_in)."""
+  return jax.random.uniform(key, shape, minval=-1, maxval=1) * fan_in**-0.5

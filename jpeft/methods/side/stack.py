@@ -1,10 +1,10 @@
-"""What the side methods share: which blocks feed a side network, what is recorded of them, and how
-it is read.
+"""What side methods share: which blocks feed a side network, and how their states are recorded and
+read.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,12 +13,20 @@ import jax.numpy as jnp
 from jpeft.core import NO_BACKPROP, Call, Method, Site, at, chain, natural
 
 
+def called(site: Site, pattern: str) -> list[Site]:
+  """The sites of a model that match a pattern and that the forward pass calls."""
+  return [found for found in site.model.find(pattern) if found.out is not None]
+
+
 @dataclasses.dataclass(frozen=True)
 class Stack:
   """The blocks before one exit, and how to read what was recorded of them.
 
-  State 0 is the embeddings x_0, state i the residual stream after i blocks; taps hold the input of
-  each block, so that all but the last state are one record, and the last is the exit's own.
+  State 0 is the embeddings x_0, state i the residual stream after i blocks. The tap of a block is
+  its input, so that the taps are all states but the last, which is read at the exit.
+
+  `taps` is {path of a block: {name: array}}, from `call.taps()`. Arrays of a scanned block lead
+  with the axes of the scan.
 
   Attributes:
     site: the exit, whose output is the stack's last hidden state.
@@ -32,7 +40,8 @@ class Stack:
 
   @functools.cached_property
   def exits(self) -> list[Site]:
-    return [e for e in self.site.model.find(self.exit) if e.out is not None]
+    """All exits of the model; an encoder-decoder has two."""
+    return called(self.site, self.exit)
 
   @property
   def is_last(self) -> bool:
@@ -41,21 +50,23 @@ class Stack:
 
   @functools.cached_property
   def stack(self) -> list[Site]:
-    """The blocks before the exit, in order."""
-    blocks = sorted(
-      (b for b in self.site.model.find(self.blocks) if b.out is not None),
-      key=lambda b: natural(b.path),
-    )
-    within = [b for b in blocks if b.path.startswith(f'{self.site.path}/')]
+    """The blocks before the exit, in order.
+
+    Raises:
+      ValueError: there is none.
+    """
+    blocks = sorted(called(self.site, self.blocks), key=lambda block: natural(block.path))
+    within = [block for block in blocks if block.path.startswith(f'{self.site.path}/')]
     if within:
       return within
-    parent = self.site.path.rpartition('/')[0]
-    found = [b for b in blocks if f'{b.path}/'.startswith(f'{parent}/'.lstrip('/'))]
-    if not found:
+    # An exit such as a final norm runs no blocks: they are elsewhere in the module around it.
+    parent = self.site.path[: self.site.path.rfind('/') + 1]
+    beside = [block for block in blocks if f'{block.path}/'.startswith(parent)]
+    if not beside:
       raise ValueError(
         f'no block that {self.blocks!r} names lies before the exit {self.site.path!r}'
       )
-    return found
+    return beside
 
   @property
   def wraps_blocks(self) -> bool:
@@ -64,14 +75,17 @@ class Stack:
 
   @property
   def scanned(self) -> bool:
+    """Whether all blocks are one stacked module, so that their taps come as one array."""
     return len(self.stack) == 1 and bool(self.stack[0].axes)
 
   @property
   def depth(self) -> int:
+    """How many layers the blocks stand for."""
     return sum(block.layers for block in self.stack)
 
   @property
   def width(self) -> int:
+    """d, of the residual stream."""
     return self.stack[0].input.shape[-1]
 
   def check_tokens(self, name: str) -> None:
@@ -84,13 +98,20 @@ class Stack:
         )
 
   def chosen(self, layers: Sequence[int] | None, depth: int | None = None) -> tuple[int, ...]:
-    """The layers that are asked for, ascending; None for all of the first `depth`.
+    """Some of the first `depth` layers (all of the stack's by default), ascending.
+
+    Args:
+      layers: indices of layers; None for all.
+      depth: how many layers there are to choose from.
 
     Raises:
       ValueError: there are no such layers.
     """
-    depth = self.depth if depth is None else depth
-    layers = tuple(range(depth)) if layers is None else tuple(sorted(layers))
+    if depth is None:
+      depth = self.depth
+    if layers is None:
+      layers = range(depth)
+    layers = tuple(sorted(layers))
     if not layers or min(layers) < 0 or max(layers) >= depth:
       raise ValueError(
         f'layers={list(layers)} must name some of the {depth} blocks 0 to {depth - 1} '
@@ -99,189 +120,262 @@ class Stack:
     return layers
 
   def layer(self, i: int) -> tuple[Site, int]:
-    """The site of layer i, and its index in that site's stack."""
+    """(the block that layer i belongs to, the layer's index in that block's stack)."""
+    index = i
     for block in self.stack:
-      if i < block.layers:
-        return block, i
-      i -= block.layers
+      if index < block.layers:
+        return block, index
+      index -= block.layers
     raise IndexError(i)
 
-  def _stacked(self, taps, name: str) -> jax.Array:
-    """What a scanned stack recorded: [layers, ...]."""
-    (block,) = self.stack
-    x = taps[block.path][name]
-    return x.reshape(block.layers, *x.shape[len(block.lengths) :])
-
-  def _unrolled(self, taps, name: str) -> list[jax.Array]:
-    """What unrolled blocks (some of them stacks, perhaps) recorded, one array a layer."""
-    rows = [(b, taps[b.path][name]) for b in self.stack]
-    return [
-      x
-      for b, t in rows
-      for x in (t.reshape(b.layers, *t.shape[len(b.lengths) :]) if b.axes else [t])
-    ]
+  def by_layer(self, taps, name: str) -> jax.Array | list[jax.Array]:
+    """What every layer recorded under a name: [layers, ...] of a scanned stack, else a list."""
+    if self.scanned:
+      (block,) = self.stack
+      return _layers_first(block, taps[block.path][name])
+    rows = []
+    for block in self.stack:
+      tap = taps[block.path][name]
+      if block.axes:
+        rows.extend(_layers_first(block, tap))
+      else:
+        rows.append(tap)
+    return rows
 
   def recorded(self, taps, name: str, layer: int) -> jax.Array:
     """What one layer recorded under a name."""
-    return self._stacked(taps, name)[layer] if self.scanned else self._unrolled(taps, name)[layer]
+    return self.by_layer(taps, name)[layer]
 
   def shared(self, taps, name: str) -> jax.Array | None:
-    """What the first layer recorded under a name that all have alike, or none."""
-    return self.recorded(taps, name, 0) if name in taps[self.stack[0].path] else None
+    """A recorded value that is the same for every block (such as the attention mask); None if
+    nothing was recorded.
+    """
+    if name not in taps[self.stack[0].path]:
+      return None
+    return self.recorded(taps, name, 0)
 
   def embeddings(self, taps) -> jax.Array:
     """x_0, the input of the first block, [B, N, d]."""
     return self.recorded(taps, 'x', 0)
 
   def each(
-    self, fn: Callable[..., Any], taps, last: jax.Array, states: Sequence[int], layers
+    self,
+    fn: Callable[[jax.Array, Any], Any],
+    taps,
+    last: jax.Array,
+    states: Sequence[int],
+    layers: Any,
   ) -> Any:
-    """fn(h, layer) for some states h [B, N, d]: a list, or stacked where the backbone is one scan.
+    """fn(h, layer) for some states h [B, N, d]: stacked if the backbone is one scan, else a list.
 
-    Nothing else happens to the states before, so that no second copy of them is wide.
+    fn reads the states as they were recorded: they are never copied at full width.
 
     Args:
       fn: what each state goes through first, a projection.
       taps: from the call.
       last: the last state.
-      states: which, ascending.
-      layers: a tree of arrays that lead with an axis of the states' length, or None.
+      states: their indices, ascending.
+      layers: the parameters of fn, a tree of arrays [len(states), ...], or None.
     """
     if not self.scanned:
-      wide = [*self._unrolled(taps, 'x'), last]
-      return [fn(wide[i], jax.tree.map(lambda x, j=j: x[j], layers)) for j, i in enumerate(states)]
-    inner = [i for i in states if i < self.depth]
-    stacked = self._stacked(taps, 'x')
-    run = range(inner[0], inner[0] + len(inner)) if inner else range(0)
-    wide = stacked[run.start : run.stop] if inner == list(run) else stacked[jnp.array(inner, int)]
-    rows = [(wide, slice(0, len(inner)))] if inner else []
-    rows += [(last[None], slice(len(inner), len(states)))] if len(inner) < len(states) else []
-    parts = [jax.vmap(fn)(x, jax.tree.map(lambda y, at=at: y[at], layers)) for x, at in rows]
-    return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+      wide = [*self.by_layer(taps, 'x'), last]
+      outs = []
+      for position, state in enumerate(states):
+        layer = jax.tree.map(lambda x, position=position: x[position], layers)
+        outs.append(fn(wide[state], layer))
+      return outs
+    tapped = [state for state in states if state < self.depth]
+    count = len(tapped)
+    parts = []
+    if tapped:
+      wide = _rows(self.by_layer(taps, 'x'), tapped)
+      parts.append(jax.vmap(fn)(wide, jax.tree.map(lambda x: x[:count], layers)))
+    if count < len(states):
+      parts.append(jax.vmap(fn)(last[None], jax.tree.map(lambda x: x[count:], layers)))
+    return jax.tree.map(lambda *rows: jnp.concatenate(rows), *parts)
 
-  def run(self, step, s, layers: dict) -> Any:
+  def run(self, step: Callable[[Any, Any], Any], s: Any, layers: Any) -> Any:
     """s after step(s, layer) -> s for each layer; see `scan`."""
-    return self.scan(lambda s, layer: (step(s, layer), None), s, layers)[0]
+    s, _ = self.scan(lambda s, layer: (step(s, layer), None), s, layers)
+    return s
 
-  def scan(self, step, s, layers: dict) -> tuple[Any, Any]:
-    """(s after all layers, what each gave beside it, stacked) of step(s, layer) -> (s, more), as
-    one scan, beside unrolled blocks too: what it keeps is then stored once and narrow, where XLA
-    would hold that of many layers at a time, and it compiles once.
+  def scan(self, step: Callable[[Any, Any], tuple], s: Any, layers: Any) -> tuple[Any, Any]:
+    """Runs the layers of a side network as one scan, also beside unrolled blocks.
+
+    The scan compiles once, and stores what the backward pass needs of a layer as soon as the layer
+    is done. Of unrolled layers XLA would keep full-width values of many at a time.
 
     Args:
-      step: (s, layer) -> (s, more).
+      step: (s, layer) -> (s, out).
       s: what is carried, such as the stream.
-      layers: a tree of stacked arrays, or of lists by layer; a list of one and the same array is
-        not stacked.
+      layers: a tree of stacked arrays, or of lists by layer.
+
+    Returns:
+      (s after all layers, out of all layers, stacked).
     """
-    is_list = lambda x: isinstance(x, list)
-    rows, tree = jax.tree.flatten(layers, is_leaf=is_list)
-    shared = {i: x[0] for i, x in enumerate(rows) if is_list(x) and all(row is x[0] for row in x)}
-    rows = [None if i in shared else jnp.stack(x) if is_list(x) else x for i, x in enumerate(rows)]
+    leaves, tree = jax.tree.flatten(layers, is_leaf=lambda x: isinstance(x, list))
+    stacked = {}
+    shared = {}  # one array for all layers, such as a mask, is not stored once a layer
+    for i, leaf in enumerate(leaves):
+      if not isinstance(leaf, list):
+        stacked[i] = leaf
+      elif all(row is leaf[0] for row in leaf):
+        shared[i] = leaf[0]
+      else:
+        stacked[i] = jnp.stack(leaf)
 
     def body(s, row):
-      return step(s, jax.tree.unflatten(tree, [shared.get(i, x) for i, x in enumerate(row)]))
+      row = {**shared, **row}
+      return step(s, jax.tree.unflatten(tree, [row[i] for i in range(len(leaves))]))
 
-    return jax.lax.scan(body, s, rows)
+    return jax.lax.scan(body, s, stacked)
 
   def last(self, call_input: jax.Array, out: jax.Array) -> jax.Array:
-    """The last state, from what the exit is called with and what it returns; no gradient crosses
-    it.
+    """The last state, under stop_gradient.
+
+    Args:
+      call_input: what the exit is called with.
+      out: what it returns.
     """
-    return jax.lax.stop_gradient(out if self.wraps_blocks else call_input)
+    state = out if self.wraps_blocks else call_input
+    return jax.lax.stop_gradient(state)
+
+
+def _layers_first(block: Site, tap: jax.Array) -> jax.Array:
+  """A tap of a scanned block, its axes of the scan folded into one: [layers, ...]."""
+  return tap.reshape(block.layers, *tap.shape[len(block.lengths) :])
+
+
+def _rows(x: jax.Array, indices: Sequence[int]) -> jax.Array:
+  """Some rows of x, the indices ascending."""
+  first, last = indices[0], indices[-1]
+  if last - first + 1 == len(indices):
+    return x[first : last + 1]  # XLA reads a slice in place, where it would copy a gather
+  return x[jnp.array(indices)]
 
 
 def record(
-  name: str, blocks: str, keep=lambda x: x, also=lambda site, inputs: {}, memory: str = NO_BACKPROP
+  name: str,
+  blocks: str,
+  keep: Callable[[jax.Array], jax.Array] = lambda x: x,
+  also: Callable[..., Mapping[str, jax.Array]] = lambda site, inputs: {},
+  memory: str = NO_BACKPROP,
 ) -> Method:
-  """Records the input of every block, before anything else happens to it.
+  """A method that records the input of every block, under stop_gradient, as the tap `x`.
 
   Args:
     name: the method's.
     blocks: pattern of the blocks.
-    keep: of the stream, such as a mean over groups of features.
+    keep: what is recorded of the stream, such as means over groups of features.
     also: (site, {parameter name: array}) -> what else is recorded of what a block is called with.
     memory: the method's memory class.
   """
 
   def apply(t, call, *args, **kwargs):
-    inputs = {n: _still(a) for n, a in call.inputs(*args, **kwargs).items()}
-    wide = next(iter(inputs.values()))
-    kept = keep(wide)
-    if kept.shape != wide.shape and not call.site.axes and args and isinstance(args[0], jax.Array):
-      # The block waits for it, lest XLA narrows after the last block and keeps all wide taps until
-      # then.
-      kept, first = jax.lax.optimization_barrier((kept, args[0]))
+    inputs = {n: stop_gradient(x) for n, x in call.inputs(*args, **kwargs).items()}
+    stream = next(iter(inputs.values()))
+    tap = keep(stream)
+    pooled = tap.shape != stream.shape
+    if pooled and not call.site.axes and args and isinstance(args[0], jax.Array):
+      # Makes the block depend on the pooled tap. Without this XLA may pool all taps after the last
+      # block and keep every full-width one alive until then.
+      tap, first = jax.lax.optimization_barrier((tap, args[0]))
       args = (first, *args[1:])
-    call.tap(x=kept, **also(call.site, inputs))
+    call.tap(x=tap, **also(call.site, inputs))
     return call(*args, **kwargs)
 
   return at(blocks, Call(name, apply, taps=True, memory=memory))
 
 
-def _still(x: jax.Array) -> jax.Array:
-  """x without gradient; what has none, such as a mask that all blocks share, stays the very same
-  array.
+def stop_gradient(x: jax.Array) -> jax.Array:
+  """x without gradient. An array of integers or booleans has none and is returned as the same
+  object, by which `Stack.scan` sees that all blocks share a mask.
   """
-  return jax.lax.stop_gradient(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+  if not jnp.issubdtype(x.dtype, jnp.inexact):
+    return x
+  return jax.lax.stop_gradient(x)
 
 
-def around(name: str, blocks: str, exit: str, init, apply, takes: tuple[str, ...] = ()) -> Method:
-  """A method of the whole model, whose output is its own: it reads what the frozen blocks gave.
+def around(
+  name: str,
+  blocks: str,
+  exit: str,
+  init: Callable[..., Any],
+  apply: Callable[..., Any],
+  takes: tuple[str, ...] = (),
+) -> Method:
+  """A method of the whole model, which reads the states of the frozen blocks and makes the output.
 
   Args:
     name: the method's.
     blocks: pattern of the blocks.
     exit: pattern of the module that their output goes to, one in the model.
-    init: (net, key, site, arrays) -> t, site being the model itself.
-    apply: (t, net, run, call, *args, **kwargs) -> out; run(*args, **kwargs) runs the model, frozen,
-      and gives (what the blocks recorded, the last state) for `net`, the stack.
+    init: (net, key, site, arrays) -> t; `net` is the stack, `site` the model itself.
+    apply: (t, net, run, call, *args, **kwargs) -> out. run(*args, **kwargs) runs the frozen model
+      and returns (what the blocks recorded, the last state), which `net` reads.
     takes: keyword arguments of `apply` that the model does not have.
 
   Raises:
     ValueError: at `attach`, the model has another number of exits than one, or blocks without one
       stream of tokens.
   """
+  return _Around(name, blocks, exit, init, apply, takes).method()
 
-  @functools.lru_cache(maxsize=256)
-  def stack(model: Site) -> Stack:
-    exits = [e for e in model.model.find(exit) if e.out is not None]
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Around:
+  name: str
+  blocks: str
+  exit: str
+  init: Callable[..., Any]
+  apply: Callable[..., Any]
+  takes: tuple[str, ...]
+
+  def method(self) -> Method:
+    model = Call(
+      self.name,
+      self.apply_model,
+      self.init_model,
+      taps=True,
+      takes=self.takes,
+      memory=NO_BACKPROP,
+    )
+    return chain(
+      record(self.name, self.blocks),
+      at(self.exit, Call(self.name, self.apply_exit, taps=True, memory=NO_BACKPROP)),
+      at('', model),
+    )
+
+  def stack(self, model: Site) -> Stack:
+    """The stack before the model's one exit."""
+    exits = called(model, self.exit)
     if len(exits) != 1:
+      paths = ', '.join(site.path for site in exits) or 'none'
       raise ValueError(
-        f'{name}: {exit!r} names {len(exits)} modules that are called, and one ends the stack it reads: '
-        f'{", ".join(e.path for e in exits) or "none"}'
+        f'{self.name}: {self.exit!r} names {len(exits)} modules that are called, and one ends '
+        f'the stack it reads: {paths}'
       )
-    net = Stack(exits[0], blocks, exit)
-    net.check_tokens(name)
+    net = Stack(exits[0], self.blocks, self.exit)
+    net.check_tokens(self.name)
     return net
 
-  def leave(t, call, x, *args, **kwargs):
+  def init_model(self, key, site, arrays):
+    return self.init(self.stack(site), key, site, arrays)
+
+  def apply_exit(self, t, call, x, *args, **kwargs):
+    """Records the last state."""
     y = call(x, *args, **kwargs)
-    call.tap(last=Stack(call.site, blocks, exit).last(x, jax.tree.leaves(y)[0]))
+    net = Stack(call.site, self.blocks, self.exit)
+    call.tap(last=net.last(x, jax.tree.leaves(y)[0]))
     return y
 
-  def whole(t, call, *args, **kwargs):
-    net = stack(call.site)
+  def apply_model(self, t, call, *args, **kwargs):
+    """Runs the method in place of the model."""
+    net = self.stack(call.site)
 
     def run(*args, **kwargs):
       call(*args, **kwargs)
       taps = call.taps()
       return taps, taps[net.site.path]['last']
 
-    return apply(t, net, run, call, *args, **kwargs)
-
-  return chain(
-    record(name, blocks),
-    at(exit, Call(name, leave, taps=True, memory=NO_BACKPROP)),
-    at(
-      '',
-      Call(
-        name,
-        whole,
-        lambda key, site, arrays: init(stack(site), key, site, arrays),
-        taps=True,
-        takes=takes,
-        memory=NO_BACKPROP,
-      ),
-    ),
-  )
+    return self.apply(t, net, run, call, *args, **kwargs)
