@@ -39,12 +39,14 @@ class Entry:
     title: one line.
     storage: the 4-bit format of the backbone's kernels (`quant.formats.FORMATS`) that the method is
       made for, used where nothing else is asked for; None for the kernels as they are loaded.
+    module: where it was registered, for a method from outside jpeft; None for jpeft's own.
   """
 
   make: Callable[..., Method]
   paper: str
   title: str
   storage: str | None = None
+  module: str | None = None
 
   @functools.cached_property
   def rules(self) -> tuple[Rule, ...]:
