@@ -10,23 +10,21 @@ elsewhere. The base model stays as it is: its kernels may be plain or in 4 bits,
 or scanned.
 """
 
-import inspect
 import sys
 
 from jpeft import cli, training
 from jpeft.export import CONFIG, FILE, save_adapter
-from jpeft.methods import REGISTRY
 
 
 def main(argv: list[str]) -> int:
-  flags = cli.parser('jpeft.adapter', __doc__, out=True).parse_args(argv)
+  flags = cli.run_parser('jpeft.adapter', __doc__, out=True).parse_args(argv)
   with cli.inputs_checked():
     config, _ = training.describe(flags.run)
-    takes = inspect.signature(REGISTRY[config.method.name].make).parameters.values()
-    values = {p.name: p.default for p in takes} | config.method.to_dict()
+    values = training.hyperparameters(config)
     if 'alpha' not in values:
       raise ValueError(
-        f'{config.method.name} is neither LoRA nor DoRA; jpeft.merge writes plain weights where it can'
+        f'{config.method.name} is neither LoRA nor DoRA; jpeft.merge writes plain weights where it '
+        'can'
       )
     cli.check_new(flags.out)
     pretrained, _, theta = training.reopen(flags.run, flags.best)
@@ -34,9 +32,9 @@ def main(argv: list[str]) -> int:
       flags.out,
       pretrained,
       theta,
-      values['alpha'],
-      values.get('rslora', False),
-      config.model.source,
+      alpha=values['alpha'],
+      rslora=values.get('rslora', False),
+      base=config.model.source,
     )
   print(f'{flags.out}: {CONFIG} and {FILE}, for {config.model.source}')
   return 0

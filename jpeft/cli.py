@@ -1,15 +1,30 @@
-"""Command lines: mistakes told in one sentence, exit codes, the flags that commands share."""
+"""Command lines: mistakes in one sentence, exit codes, the flags that commands share.
+
+Every command takes `--import MODULE` (repeatable; a name, or the path of a .py file), which imports
+a module before anything else, and `--traceback`, which shows where a mistake arose.
+"""
 
 import argparse
 import contextlib
+import importlib
+import importlib.machinery
+import importlib.util
+import os
 import pathlib
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+SHARED = (
+  '--import MODULE imports a module or a .py file first, such as one that registers a method '
+  '(repeatable); --traceback shows where a mistake arose'
+)
 
 
 class Mistake(Exception):
-  """What the user can put right: told in one sentence, exit code 2."""
+  """What the user can put right: shown in one sentence, exit code 2."""
+
+  code = 2
 
 
 class Stopped(Exception):
@@ -23,45 +38,174 @@ class Stopped(Exception):
 class Diverged(Exception):
   """A loss or gradient is not finite: exit code 1."""
 
+  code = 1
+
 
 @contextlib.contextmanager
 def inputs_checked():
-  """Within it, what is raised about files, values and missing packages is a Mistake."""
+  """Turns errors about files, values and missing packages into a Mistake."""
   try:
     yield
   except (ValueError, OSError, RuntimeError, ImportError) as error:
     raise Mistake(' '.join(str(error).split())) from error
 
 
-def command(name: str, main: Callable[[list[str]], int]) -> int:
-  """Runs a command line: mistakes are one sentence on stderr; --traceback shows where they
-  arose.
+def command(
+  name: str, main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None
+) -> int:
+  """Runs a command line and returns its exit code; a mistake is one sentence on stderr.
+
+  Args:
+    name: of the command, in front of the sentence.
+    main: gets the arguments that are left after the shared flags; None is exit code 0.
+    argv: the arguments; those of the process if left out.
   """
-  argv = [a for a in sys.argv[1:] if a != '--traceback']
+  if argv is None:
+    argv = sys.argv[1:]
+  traceback = '--traceback' in argv
   try:
-    return main(argv)
+    rest, modules = _without_imports([word for word in argv if word != '--traceback'])
+    for module in modules:
+      import_module(module)
+    return main(rest) or 0
   except (Mistake, Stopped, Diverged) as error:
-    if '--traceback' in sys.argv:
+    if traceback:
       raise
-    print(f'{name}: {"" if isinstance(error, Stopped) else "error: "}{error}', file=sys.stderr)
-    return error.code if isinstance(error, Stopped) else 2 if isinstance(error, Mistake) else 1
+    kind = '' if isinstance(error, Stopped) else 'error: '
+    print(f'{name}: {kind}{error}', file=sys.stderr)
+    return error.code
 
 
-def parser(name: str, doc: str, out: bool = False) -> argparse.ArgumentParser:
-  """The flags of a command that opens a run: --run, --best and, where it writes a folder, --out."""
-  found = argparse.ArgumentParser(name, description=doc.splitlines()[0])
+def _without_imports(argv: list[str]) -> tuple[list[str], list[str]]:
+  """(the other arguments, the values of --import)."""
+  rest = []
+  modules = []
+  words = iter(argv)
+  for word in words:
+    flag, equals, value = word.partition('=')
+    if flag != '--import':
+      rest.append(word)
+      continue
+    if not equals:
+      value = next(words, '')
+    if not value or value.startswith('--'):
+      raise Mistake('--import needs a value: --import MODULE')
+    modules.append(value)
+  return rest, modules
+
+
+# ---- Modules from outside.
+
+
+def import_module(reference: str) -> None:
+  """Imports a module once.
+
+  Args:
+    reference: its name, or the path of its file: what ends in .py is a path.
+
+  Raises:
+    Mistake: there is no such module, or it raises.
+  """
+  if is_imported(reference):
+    return
+  try:
+    if reference.endswith('.py'):
+      _import_file(pathlib.Path(reference))
+    else:
+      # The console script starts with its own folder on the path, and not with the current one.
+      if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+      importlib.import_module(reference)
+  except Exception as error:
+    raise Mistake(f'--import {reference}: {type(error).__name__}: {error}') from error
+
+
+def _import_file(path: pathlib.Path) -> None:
+  spec = importlib.util.spec_from_file_location(f'jpeft_import_{path.stem}', path)
+  module = importlib.util.module_from_spec(spec)
+  sys.modules[spec.name] = module
+  try:
+    spec.loader.exec_module(module)
+  except BaseException:
+    del sys.modules[spec.name]
+    raise
+
+
+def is_imported(reference: str) -> bool:
+  """Whether a module has been imported, by its name or by the path of its file."""
+  if not reference.endswith('.py'):
+    return reference in sys.modules
+  wanted = os.path.realpath(reference)
+  files = [_file_of(name) for name in list(sys.modules)]
+  return any(file is not None and os.path.realpath(file) == wanted for file in files)
+
+
+def _file_of(module: str) -> str | None:
+  # Not by getattr, which makes lazy modules import more.
+  return getattr(sys.modules.get(module), '__dict__', {}).get('__file__')
+
+
+def reference_of(module: str) -> str:
+  """What `import_module` takes for an imported module: its name, or the path of its file.
+
+  A config file and a script (`__main__`) cannot be imported by name.
+  """
+  if importlib.machinery.PathFinder.find_spec(module.partition('.')[0]) is not None:
+    return module
+  file = _file_of(module)
+  if file is None:
+    return module
+  return os.path.realpath(file)
+
+
+# ---- Arguments.
+
+
+def parser(name: str, doc: str) -> argparse.ArgumentParser:
+  """A parser that describes a command by the first line of its docstring."""
+  return argparse.ArgumentParser(name, description=doc.splitlines()[0], epilog=SHARED)
+
+
+def run_parser(name: str, doc: str, out: bool = False) -> argparse.ArgumentParser:
+  """The parser of a command that opens a run: --run, --best and, if it writes a folder, --out."""
+  found = parser(name, doc)
   found.add_argument('--run', type=pathlib.Path, required=True, help='folder of a complete run')
   if out:
     found.add_argument(
       '--out', type=pathlib.Path, required=True, help='folder to write, new or empty'
     )
-  found.add_argument(
-    '--best', action='store_true', help='theta of the best evaluation, not of the end'
-  )
+  add_best(found)
   return found
 
 
+def add_best(found: argparse.ArgumentParser) -> None:
+  """Adds --best."""
+  found.add_argument(
+    '--best', action='store_true', help='theta of the best evaluation, not of the end'
+  )
+
+
 def check_new(folder: pathlib.Path) -> None:
-  """Raises ValueError where a command would write into a folder that holds something."""
+  """Raises a ValueError unless `folder` is missing or an empty folder."""
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise ValueError(f'--out {folder} is there already; give a new or empty folder')
+
+
+def check_input(name: str) -> None:
+  """Raises a FileNotFoundError unless `name` is a file, or '-' for stdin."""
+  if name != '-' and not pathlib.Path(name).is_file():
+    raise FileNotFoundError(f'there is no file {name}')
+
+
+def lines(name: str) -> list[str]:
+  """The lines of a text file that are not empty, without their line ends; '-' is stdin.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+  """
+  check_input(name)
+  if name == '-':
+    found = [line.rstrip('\n') for line in sys.stdin]
+  else:
+    found = pathlib.Path(name).read_text().splitlines()
+  return [line for line in found if line.strip()]

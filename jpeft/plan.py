@@ -7,14 +7,16 @@ tpu:v6e, or slices such as tpu:v5p:4x4x4 with the mesh of the config), GPUs by d
 (gpu:a100, gpu:h100). `cpu` is functional only: its bytes say nothing of an accelerator's. The step
 is the trainer's own: forward, backward and optimizer, its state donated.
 
-    --methods=A,B     arguments of the config file, where it takes one, else methods of the registry or presets
-                      of them (lora_all, lst_mlp); the config's own if left out
+    --methods=A,B     arguments of the config file, where it takes one, else methods of the registry
+                      or presets of them (lora_all, lst_mlp); the config's own if left out
     --target=T        what to compile for (tpu:v5e)
-    --batch=N --seq=N --remat[=dots]  in place of data.batch_size, data.max_length and model.remat of the config
+    --batch=N --seq=N --remat[=dots]  in place of data.batch_size, data.max_length and model.remat
+                      of the config
     --search-batch    also find the largest batch that fits, to an eighth, by bisection
     --json            rows as JSON on stdout
     --plot=FILE.png   memory against FLOPs
     --config.KEY=VALUE            as for jpeft.train
+    --import=MODULE   import a module or a .py file first; may be repeated
 
 In a notebook:
 
@@ -24,17 +26,14 @@ In a notebook:
 
 import argparse
 import dataclasses
-import difflib
 import json
 import sys
 import types
 from typing import Any
 
-import jax
-
-from jpeft import cli, models
+from jpeft import cli, models, planning
 from jpeft import config as config_lib
-from jpeft import planning as targets
+from jpeft.messages import did_you_mean
 from jpeft.planning import Plans, of_configs, plan, plot, with_method
 
 
@@ -42,38 +41,43 @@ def main(argv: list[str]) -> int:
   if '--help' in argv:
     print(__doc__)
     return 0
+  planning.leave_accelerators()
   with cli.inputs_checked():
     flags, rest = _flags(argv)
     command = config_lib.parse(rest)
-    where = targets.target(flags.target)
+    where = planning.target(flags.target)
     plans = of_configs(_configs(command, flags), where, flags.search_batch)
     if flags.plot:
       plot(plans, flags.plot)
-  print(json.dumps([p.row() for p in plans], indent=2) if flags.json else plans)
+  if flags.json:
+    print(json.dumps([plan.row() for plan in plans], indent=2))
+  else:
+    print(plans)
   return 0
 
 
+VALUES = ('--methods', '--plot', '--target', '--batch', '--seq', '--remat')
+SWITCHES = ('--search-batch', '--json')
+
+
 def _flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-  """(what is the planner's, what is left for the config)."""
-  parser = argparse.ArgumentParser(
-    prog='jpeft.plan', add_help=False, allow_abbrev=False, exit_on_error=False
-  )
-  for name in ('--methods', '--plot'):
-    parser.add_argument(name)
-  parser.add_argument('--target', default='tpu:v5e')
-  for name in ('--batch', '--seq'):
-    parser.add_argument(name, type=int)
-  parser.add_argument('--remat', nargs='?', const='true')
-  for name in ('--search-batch', '--json'):
-    parser.add_argument(name, action='store_true')
-  known = [a for action in parser._actions for a in action.option_strings]
+  """(the planner's flags, the arguments that are left for the config)."""
+  known = [*VALUES, *SWITCHES]
   for word in argv:
     flag = word.partition('=')[0]
     if flag.startswith('--') and flag not in known and not flag.startswith('--config'):
-      near = difflib.get_close_matches(flag, [*known, '--config'], 1)
-      raise ValueError(
-        f'unknown argument {flag!r}' + (f'; did you mean {near[0]!r}?' if near else '')
-      )
+      raise ValueError(f'unknown argument {flag!r}{did_you_mean(flag, [*known, "--config"])}')
+  parser = argparse.ArgumentParser(
+    prog='jpeft.plan', add_help=False, allow_abbrev=False, exit_on_error=False
+  )
+  parser.add_argument('--methods')
+  parser.add_argument('--plot')
+  parser.add_argument('--target', default='tpu:v5e')
+  parser.add_argument('--batch', type=int)
+  parser.add_argument('--seq', type=int)
+  parser.add_argument('--remat', nargs='?', const='true')
+  for name in SWITCHES:
+    parser.add_argument(name, action='store_true')
   try:
     return parser.parse_known_args(argv)
   except argparse.ArgumentError as error:
@@ -82,8 +86,8 @@ def _flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _configs(command: config_lib.Command, flags) -> dict[str, Any]:
   """{name: configuration} of what the command line asks for."""
-  asked = {'data.batch_size': flags.batch, 'data.max_length': flags.seq, 'model.remat': flags.remat}
-  overrides = {key: str(value) for key, value in asked.items() if value is not None}
+  given = {'data.batch_size': flags.batch, 'data.max_length': flags.seq, 'model.remat': flags.remat}
+  overrides = {key: str(value) for key, value in given.items() if value is not None}
   command = dataclasses.replace(command, overrides={**command.overrides, **overrides})
   if not flags.methods:
     config = command.load()
@@ -108,6 +112,4 @@ class _Callable(types.ModuleType):
 sys.modules[__name__].__class__ = _Callable
 
 if __name__ == '__main__':
-  if jax.config.jax_platforms is None:  # an accelerator that is there is left to those who use it
-    jax.config.update('jax_platforms', 'cpu')
   sys.exit(cli.command('jpeft.plan', main))

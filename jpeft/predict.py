@@ -11,18 +11,12 @@ import pathlib
 import sys
 from typing import Any
 
-import jax
-import numpy as np
-
-from jpeft import cli, data, tasks, training
+from jpeft import cli, training
 from jpeft.data import decode
-from jpeft.tasks import transform as transform_of
-
-ROWS = 32
 
 
 def main(argv: list[str]) -> int:
-  parser = cli.parser('jpeft.predict', __doc__)
+  parser = cli.run_parser('jpeft.predict', __doc__)
   parser.add_argument(
     '--input', nargs='+', required=True, help='images, or files of texts; - is stdin'
   )
@@ -32,35 +26,27 @@ def main(argv: list[str]) -> int:
   flags = parser.parse_args(argv)
 
   with cli.inputs_checked():
-    config, about = training.describe(flags.run)
+    config, info = training.describe(flags.run)
     if config.task == 'language':
       raise ValueError(f'{flags.run} writes texts: python -m jpeft.generate --run {flags.run}')
-    names, examples = read(flags.input, about['reads'])
+    names, examples = read(flags.input, info['reads'])
     pretrained, tuned, theta = training.reopen(flags.run, flags.best)
-    transform = transform_of(config, pretrained, False)
+  rows = training.predictions(config, pretrained, tuned, theta, examples)
 
-  @jax.jit
-  def probabilities(theta, backbone, batch):
-    args, kwargs = tasks.inputs(batch)
-    return jax.nn.softmax(
-      tuned.apply(theta, backbone, *args, **kwargs, deterministic=True).astype('float32')
-    )
-
-  batches = data.Batches(
-    examples, min(ROWS, len(examples)), transform, shuffle=False, epochs=1, drop_remainder=False
-  )
-  found = [
-    np.asarray(probabilities(theta, pretrained.variables, b))[b['mask'] > 0] for b in batches
-  ]
-  for name, row in zip(names, np.concatenate(found), strict=True):
-    label, share = about['labels'][row.argmax()], float(row.max())
-    if flags.json:
-      every = dict(zip(about['labels'], map(float, row), strict=True))
-      print(
-        json.dumps({'input': name, 'label': label, 'probability': share, 'probabilities': every})
-      )
-    else:
-      print(f'{name}\t{label}\t{share:.4f}')
+  labels = info['labels']
+  for name, row in zip(names, rows, strict=True):
+    label = labels[row.argmax()]
+    probability = float(row.max())
+    if not flags.json:
+      print(f'{name}\t{label}\t{probability:.4f}')
+      continue
+    result = {
+      'input': name,
+      'label': label,
+      'probability': probability,
+      'probabilities': dict(zip(labels, map(float, row), strict=True)),
+    }
+    print(json.dumps(result))
   return 0
 
 
@@ -71,16 +57,10 @@ def read(inputs: list[str], kind: str) -> tuple[list[str], list[dict[str, Any]]]
     FileNotFoundError, ValueError: a file is missing or cannot be read, or there is no text.
   """
   for name in inputs:
-    if name != '-' and not pathlib.Path(name).is_file():
-      raise FileNotFoundError(f'there is no file {name}')
+    cli.check_input(name)
   if kind == 'image':
     return inputs, [{'image': decode(pathlib.Path(name), name)} for name in inputs]
-  texts = [
-    line.strip()
-    for name in inputs
-    for line in (sys.stdin if name == '-' else pathlib.Path(name).read_text().splitlines())
-  ]
-  texts = [text for text in texts if text]
+  texts = [line.strip() for name in inputs for line in cli.lines(name)]
   if not texts:
     raise ValueError(f'there is no text in {", ".join(inputs)}')
   return texts, [{'text': text} for text in texts]

@@ -7,7 +7,8 @@ The run folder gets config.json, metrics.jsonl, checkpoints, theta.safetensors (
 best.safetensors (the best evaluation), report.json, report.md and curves.png. Started again with
 the same command, a run that was killed goes on from its last checkpoint and ends with the same bits
 (on a GPU with XLA_FLAGS= --xla_gpu_deterministic_ops=true); one that is complete prints its report.
---help lists the config keys.
+--import MODULE imports a module or a .py file first, such as one that registers a method. --help
+lists the config keys.
 
 Exit codes: 0 complete; 1 a loss is not finite; 2 a mistake in config, data or files, told in one
 sentence (--traceback shows where it arose); 143 and 130 after SIGTERM and Ctrl-C, with a checkpoint
@@ -27,8 +28,11 @@ def main(argv: list[str]) -> int:
     return 0
   with cli.inputs_checked():
     command = config_lib.parse(argv)
-    config, folder = command.load(), command.folder()
-    baseline = command.baseline(config.baseline).load() if config.baseline else None
+    config = command.load()
+    folder = command.folder()
+    baseline = None
+    if config.baseline:
+      baseline = command.baseline(config.baseline).load()
   reports = [train(config, folder)]
   if baseline:
     reports.append(train(baseline, folder / config.baseline))

@@ -124,7 +124,7 @@ def _planned(work: Work, scan: bool, remat: Remat) -> planning.Work:
   model, one = work.model(scan, remat), work.batch(1)
   args, kwargs = tasks.inputs(one)
   held = jax.eval_shape(model.init, jax.random.key(0), *args, **kwargs)
-  return planning.Work(model, held, work.batch, work.size, remat)
+  return planning.Work(model, held, work.batch, work.size, training.Memory(remat=remat))
 
 
 def rows(works, chosen, remats, layers, where: targets.Target, note=print):

@@ -1,17 +1,19 @@
 """What a training step needs of a device that need not be there."""
 
 from .configs import classes_of, of_configs, with_method
-from .devices import Target, target
+from .devices import Target, leave_accelerators, target
 from .plan import plan
 from .plot import plot
-from .result import Plans
+from .result import Plan, Plans
 from .work import Work
 
 __all__ = [
+  'Plan',
   'Plans',
   'Target',
   'Work',
   'classes_of',
+  'leave_accelerators',
   'of_configs',
   'plan',
   'plot',

@@ -1,10 +1,10 @@
-"""Accelerators to compile for, none of which need be there: TPUs by topology, GPUs by
-description.
+"""Accelerators to compile for, none of which need be there.
+
+TPUs are described by topology, GPUs by a text of facts that XLA compiles by.
 """
 
 import contextlib
 import dataclasses
-import difflib
 import importlib.util
 import os
 import re
@@ -16,13 +16,18 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from jpeft.messages import did_you_mean
+
 GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Tpu:
-  """A generation: the smallest topology that libtpu describes, and the memory of one chip that it
-  hands out.
+  """A generation of TPUs.
+
+  Attributes:
+    topology: the smallest one that libtpu describes.
+    memory: GiB of one chip that programs can use.
   """
 
   topology: str
@@ -74,7 +79,7 @@ class Target:
   Attributes:
     name: such as 'tpu:v5e' or 'tpu:v5p:4x4x4'.
     devices: as the compiler describes them.
-    memory: bytes of one device; None where there is no limit to speak of.
+    memory: bytes of one device; None if there is no limit to speak of.
     options: of the compiler.
   """
 
@@ -105,59 +110,69 @@ def target(name: str) -> Target:
     ImportError: the compiler of the platform is not installed; says the command that installs it.
   """
   match = re.fullmatch(r'(?:(tpu):(\w+)(?::(\d+(?:x\d+)*))?|(gpu):(\w+)|(cpu))', name)
-  kinds = [*(f'tpu:{k}' for k in TPUS), *(f'gpu:{k}' for k in GPUS), 'cpu']
-  known = match and (match[2] in TPUS or match[5] in GPUS or match[6])
-  if not known:
-    near = difflib.get_close_matches(name, kinds, 1)
-    raise ValueError(
-      f'no target is called {name!r}'
-      + (f'; did you mean {near[0]!r}?' if near else '')
-      + f' There are: {", ".join(kinds)}, and TPU topologies such as tpu:v5p:4x4x4'
-    )
-  if match[1]:
-    return _tpu(name, TPUS[match[2]], match[2], match[3])
-  if match[4]:
-    return _gpu(name, GPUS[match[5]])
-  return Target(name, tuple(jax.devices('cpu')), None)
+  if match:
+    tpu, shape, gpu, cpu = match[2], match[3], match[5], match[6]
+    if tpu in TPUS:
+      return _tpu(name, tpu, shape)
+    if gpu in GPUS:
+      return _gpu(name, GPUS[gpu])
+    if cpu:
+      return Target(name, tuple(jax.devices('cpu')), None)
+  kinds = [*(f'tpu:{kind}' for kind in TPUS), *(f'gpu:{kind}' for kind in GPUS), 'cpu']
+  raise ValueError(
+    f'no target is called {name!r}{did_you_mean(name, kinds)} There are: {", ".join(kinds)}, '
+    'and TPU topologies such as tpu:v5p:4x4x4'
+  )
 
 
-def _tpu(name: str, tpu: Tpu, kind: str, shape: str | None) -> Target:
+def leave_accelerators() -> None:
+  """Runs this process on the CPU, so that an accelerator that is there stays free for others.
+
+  Not if the user chose a platform (JAX_PLATFORMS).
+  """
+  if jax.config.jax_platforms is None:
+    jax.config.update('jax_platforms', 'cpu')
+
+
+def _tpu(name: str, kind: str, shape: str | None) -> Target:
+  """One chip of a generation, or all chips of a topology."""
   if importlib.util.find_spec('libtpu') is None:
     raise ImportError(
       f'compiling for {name} needs libtpu, the TPU compiler (no TPU is needed): '
       "pip install 'jpeft[plan]'"
     )
+  tpu = TPUS[kind]
+  topology = f'{kind}:{shape or tpu.topology}'
   with _described():
     try:
-      devices = topologies.get_topology_desc(
-        platform='tpu', topology_name=f'{kind}:{shape or tpu.topology}'
-      ).devices
+      devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
     except Exception as error:  # of libtpu, whose types differ by version
       if shape is None or 'INVALID_ARGUMENT' not in str(error):
         raise
       raise ValueError(
         f'libtpu knows no topology {shape} of {kind}: {str(error).splitlines()[0]}'
       ) from error
-  return Target(name, tuple(devices) if shape else (devices[0],), int(tpu.memory * GIB))
+  if shape is None:
+    devices = devices[:1]
+  return Target(name, tuple(devices), int(tpu.memory * GIB))
 
 
 @contextlib.contextmanager
 def _described():
   """The environment in which libtpu describes topologies on a machine without a TPU.
 
-  It would ask a metadata server for the machine's own TPU, and let one process at a time load it.
+  Without it libtpu asks a metadata server for the machine's own TPU, and lets one process at a time
+  load it.
   """
-  here = (
-    {}
-    if jax.default_backend() == 'tpu'
-    else {
+  wanted = {}
+  if jax.default_backend() != 'tpu':
+    wanted = {
       'TPU_SKIP_MDS_QUERY': '1',
       'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
       'TPU_WORKER_HOSTNAMES': 'localhost',
       'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
     }
-  )
-  added = {k: v for k, v in here.items() if k not in os.environ}
+  added = {key: value for key, value in wanted.items() if key not in os.environ}
   os.environ.update(added)
   try:
     yield
@@ -167,7 +182,7 @@ def _described():
 
 
 def _gpu(name: str, gpu: Gpu) -> Target:
-  if not any(importlib.util.find_spec(f'jax_cuda{n}_plugin') for n in (12, 13)):
+  if not any(importlib.util.find_spec(f'jax_cuda{version}_plugin') for version in (12, 13)):
     raise ImportError(
       f'compiling for {name} needs the CUDA plugin (no GPU is needed): pip install --no-deps '
       f'jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__}'
@@ -175,7 +190,7 @@ def _gpu(name: str, gpu: Gpu) -> Target:
   devices = topologies.get_topology_desc(
     platform='cuda', target_config=_description(gpu), topology='1x1x1'
   ).devices
-  # There is no GPU here to time kernels on, and the tiles that are guessed instead do not fit all
+  # Without a GPU XLA cannot time kernels, and the tiles that it guesses instead do not fit all
   # shapes.
   untimed = {'xla_gpu_autotune_level': 0, 'xla_gpu_enable_triton_gemm': False}
   return Target(name, (devices[0],), int(gpu.memory * GIB), untimed)
@@ -210,7 +225,9 @@ def _description(gpu: Gpu) -> str:
     'name': f'"{gpu.title}"',
     'device_vendor': '"NVIDIA Corporation"',
     'platform_version': f'"Compute Capability {major}.{minor}"',
-    **{f'{what}_version': '"13.0.0"' for what in ('driver', 'runtime', 'compile_time_toolkit')},
+    'driver_version': '"13.0.0"',
+    'runtime_version': '"13.0.0"',
+    'compile_time_toolkit_version': '"13.0.0"',
     'dnn_version': '"9.12.0"',
   }
   lines = ' '.join(f'{key}: {value}' for key, value in facts.items())

@@ -10,7 +10,7 @@ import optax
 from jpeft import programs, training
 from jpeft.core import Tuned, summary
 
-from . import devices as targets
+from .devices import Target
 from .result import Plan
 from .work import Work
 
@@ -20,7 +20,7 @@ def measure(
   name: str,
   tuned: Tuned,
   tx: optax.GradientTransformation,
-  where: targets.Target,
+  where: Target,
   size: int | None = None,
 ) -> Plan:
   """The plan of one method at one batch size.
@@ -36,57 +36,47 @@ def measure(
   Raises:
     ValueError: the mesh is larger than the target, or does not divide the batch.
   """
-  start, size = time.perf_counter(), size or work.size
+  start = time.perf_counter()
+  size = size or work.size
   mesh = where.mesh(*work.mesh)
   if size % (work.mesh[0] * work.accumulate):
     raise ValueError(
       f'a batch of {size} does not divide over {work.mesh[0]} devices and {work.accumulate} '
       'micro-batches'
     )
-  state, held, batch = work.placed(mesh, training.state_shapes(tuned, tx, work.variables), size)
-  fn = training.train_step(
-    tuned,
-    training.forward(tuned, True, work.mode(True)),
-    tx,
-    0,
-    work.smoothing,
-    work.accumulate,
-    training.offloads(mesh, work.offload),
-  )
-  traced = jax.jit(fn, donate_argnums=0, keep_unused=True).trace(state, held, batch)
-  known = programs.nbytes((state, held, batch))
-  found = {'argument': known, 'temp': None, 'total': known, 'exact': False}
+  shapes = training.state_shapes(tuned, tx, work.variables)
+  state, backbone, batch = work.placed(mesh, shapes, size)
+  step = jax.jit(work.step(tuned, tx, mesh), donate_argnums=0, keep_unused=True)
+  traced = step.trace(state, backbone, batch)
+  known = programs.nbytes((state, backbone, batch))
+  needed = {'argument': known, 'temp': None, 'total': known, 'exact': False}
   if where.memory is None or known <= where.memory:
-    found = _compiled(traced, known, where.options)
+    needed = compiled(traced, known, where.options)
   facts = summary(tuned)
   return Plan(
     method=name,
     target=where.name,
     batch=size,
     devices=mesh.size,
-    remat=work.remat,
+    remat=work.memory.remat,
     trainable=facts.trainable,
     memory_class=facts.memory,
-    weights=programs.nbytes(held),
+    weights=programs.nbytes(backbone),
     theta=programs.nbytes(state['theta']),
     optimizer=programs.nbytes(state['optimizer']),
     limit=where.memory,
     flops=programs.flops(traced).all,
     forward=work.forward(size),
     seconds=time.perf_counter() - start,
-    **found,
+    **needed,
   )
 
 
-def _compiled(traced, known: int, options: Mapping[str, Any]) -> dict[str, Any]:
-  """The memory of a step; the compiler's own count where it refuses a step that does not fit."""
+def compiled(traced, known: int, options: Mapping[str, Any]) -> dict[str, Any]:
+  """The memory of a step; the compiler's own count if it refuses a step that does not fit."""
   try:
     memory = programs.memory(programs.compiled(traced, options, known))
   except programs.TooLarge as refused:
-    return {
-      'argument': known,
-      'temp': max(0, refused.bytes - known),
-      'total': refused.bytes,
-      'exact': True,
-    }
+    temp = max(0, refused.bytes - known)
+    return {'argument': known, 'temp': temp, 'total': refused.bytes, 'exact': True}
   return {'argument': memory.argument, 'temp': memory.temp, 'total': memory.total, 'exact': True}

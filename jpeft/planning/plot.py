@@ -18,27 +18,20 @@ def plot(plans: Iterable[Plan], path: str) -> None:
   figure = Figure(figsize=(7, 4.5), layout='constrained')
   FigureCanvasAgg(figure)
   axis = figure.subplots()
-  for p in plans:
-    axis.plot(
-      p.total / 2**20,
-      p.flops / 1e9,
-      'o' if p.exact else '>',
-      color='C3' if p.fits is False else 'C0',
-    )
-    axis.annotate(
-      p.method,
-      (p.total / 2**20, p.flops / 1e9),
-      xytext=(4, 4),
-      textcoords='offset points',
-      fontsize=8,
-    )
-  if plans[0].limit is not None:
-    axis.axvline(plans[0].limit / 2**20, color='grey', linestyle='--', linewidth=1)
+  for plan in plans:
+    point = plan.total / 2**20, plan.flops / 1e9
+    marker = 'o' if plan.exact else '>'
+    color = 'C3' if plan.fits is False else 'C0'
+    axis.plot(*point, marker, color=color)
+    axis.annotate(plan.method, point, xytext=(4, 4), textcoords='offset points', fontsize=8)
+  first = plans[0]
+  if first.limit is not None:
+    axis.axvline(first.limit / 2**20, color='grey', linestyle='--', linewidth=1)
   axis.set(
-    xlabel=f'MiB on {plans[0].target}',
+    xlabel=f'MiB on {first.target}',
     ylabel='GFLOP an update',
     xscale='log',
-    title=f'batch {plans[0].batch}; red: does not fit',
+    title=f'batch {first.batch}; red: does not fit',
   )
   axis.set_ylim(0)
   axis.grid(alpha=0.3)

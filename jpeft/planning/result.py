@@ -1,37 +1,39 @@
-"""What a plan says of one training step, and plans side by side."""
+"""The plan of one training step, and plans side by side."""
 
 import dataclasses
 from typing import Any
 
 from jpeft import programs
-from jpeft.core import MEMORY_CLASSES
+from jpeft.messages import columns
 from jpeft.models import Remat
+
+from .advice import advice
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What one training step of a method asks of one device of a target.
+  """What one training step of a method needs of one device of a target.
 
   Attributes:
     method: its name.
-    target: see `target.target`.
+    target: see `devices.target`.
     batch: examples an update, over all devices.
     devices: of the mesh.
-    remat: what is recomputed in the backward pass, see `models.blocks.run_blocks`.
+    remat: what is recomputed in the backward pass, see `models`.
     trainable: numbers that the optimizer sees.
-    memory_class: what the backward pass must keep of the backbone.
-    weights: bytes of the backbone, which is kept whether or not the step reads it.
+    memory_class: what the backward pass must store of the backbone.
+    weights: bytes of the backbone, which is on the device whether or not the step reads it.
     theta: bytes of what is trained.
     optimizer: bytes of the optimizer's state.
     argument: bytes of all that the step is called with.
-    temp: bytes it allocates in between; None where it was not compiled.
+    temp: bytes it allocates in between; None if it was not compiled.
     total: bytes it needs, at least those of the arguments.
-    exact: False where `total` is that lower bound alone.
-    limit: bytes of the device; None where there is no limit to speak of.
+    exact: False if `total` is that lower bound alone.
+    limit: bytes of the device; None if it has no limit to speak of.
     flops: of the matrix products of a step, over all devices.
     forward: the same of the untouched model's forward pass.
     seconds: of tracing and compiling.
-    largest: the largest batch that fits, where it was searched for; 0 where none does.
+    largest: the largest batch that fits, if it was searched for; 0 if none does.
   """
 
   method: str
@@ -56,8 +58,10 @@ class Plan:
 
   @property
   def fits(self) -> bool | None:
-    """None where the target has no limit."""
-    return None if self.limit is None else self.total <= self.limit
+    """Whether the step fits the device; None if the target has no limit."""
+    if self.limit is None:
+      return None
+    return self.total <= self.limit
 
   @property
   def passes(self) -> float:
@@ -67,39 +71,31 @@ class Plan:
   @property
   def dominant(self) -> str:
     """The part that takes most of the memory."""
+    activations = self.temp
+    if activations is None:
+      activations = self.total - self.argument
     parts = {
       'weights': self.weights,
       'trained weights': self.theta,
       'optimizer state': self.optimizer,
       'batch': self.argument - self.weights - self.theta - self.optimizer,
-      'activations': self.total - self.argument if self.temp is None else self.temp,
+      'activations': activations,
     }
     return max(parts, key=parts.get)
 
   @property
   def advice(self) -> str:
     """What to do about the part that dominates."""
-    if self.dominant == 'weights':
-      return (
-        'hold the backbone in bfloat16 (model.param_dtype) or in 4 bits (model.quantize=nf4), or spread it over '
-        'chips (mesh.backbone=sharded)'
-      )
-    if self.dominant in ('trained weights', 'optimizer state'):
-      return (
-        'train fewer numbers (lora, lst), take an optimizer with less state (lion, adafactor), or hold its state '
-        'in host memory (optimizer.offload)'
-      )
-    if self.dominant == 'batch':
-      return 'take a smaller batch, or shorter inputs'
-    if self.memory_class == MEMORY_CLASSES[0]:
-      return 'take a smaller batch, or a leaner side network (downsample=pool): the backbone stores nothing'
-    if not self.remat:
-      return 'recompute blocks in the backward pass (--remat[=dots]), or a method without backbone backprop (lst)'
-    return 'take a smaller batch (optimizer.accumulate keeps the update), or a method without backbone backprop (lst)'
+    return advice(self.dominant, self.memory_class, self.remat)
 
   def row(self) -> dict[str, Any]:
     """As JSON: sizes in MiB (2**20 bytes), FLOPs in 1e9."""
-    size = lambda n: None if n is None else round(n / 2**20, 3)
+
+    def size(count: int | None) -> float | None:
+      if count is None:
+        return None
+      return round(count / 2**20, 3)
+
     return {
       'method': self.method,
       'target': self.target,
@@ -133,46 +129,60 @@ class Plans(tuple[Plan, ...]):
   __slots__ = ()
 
   def __str__(self) -> str:
-    head = (
-      'method',
-      'trainable',
-      'optimizer',
-      'arguments',
-      'temp',
-      'total MiB',
-      'GFLOP',
-      'x forward',
-      'fits',
-      'largest batch',
-    )
-    size = lambda n: '-' if n is None else f'{n / 2**20:,.0f}'
-    giga = lambda n: f'{n / 1e9:,.0f}' if n > 1e11 else f'{n / 1e9:.3g}'
-    answer = {None: '-', True: 'yes', False: 'no'}
-    remat = {False: '', True: ' + remat'}
-    rows = [
-      (
-        p.method + remat.get(p.remat, f' + remat {p.remat}'),
-        f'{p.trainable:,}',
-        size(p.optimizer),
-        size(p.argument),
-        size(p.temp),
-        size(p.total) if p.exact else f'over {size(p.total)}',
-        giga(p.flops),
-        f'{p.passes:.2f}',
-        answer[p.fits],
-        '-' if p.largest is None else str(p.largest),
-      )
-      for p in self
+    rows = columns([HEAD, *map(_cells, self)], right=range(1, len(HEAD)))
+    notes = [
+      f'{plan.method}: most is {plan.dominant}; to need less, {plan.advice}' for plan in self
     ]
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    pad = lambda i, cell: cell.rjust(widths[i]) if i else cell.ljust(widths[i])
-    line = lambda row: '  '.join(pad(i, cell) for i, cell in enumerate(row))
-    first = self[0]
-    limit = (
-      f'{programs.mib(first.limit)} each'
-      if first.limit is not None
-      else 'functional only: its bytes say nothing of an accelerator'
-    )
-    title = f'{first.target}, {first.devices} device{"s" * (first.devices > 1)}, {limit}; batch {first.batch}'
-    notes = [f'{p.method}: most is {p.dominant}; to need less, {p.advice}' for p in self]
-    return '\n'.join([title, line(head), *map(line, rows), *notes])
+    return '\n'.join([_title(self[0]), *rows, *notes])
+
+
+HEAD = (
+  'method',
+  'trainable',
+  'optimizer',
+  'arguments',
+  'temp',
+  'total MiB',
+  'GFLOP',
+  'x forward',
+  'fits',
+  'largest batch',
+)
+
+
+def _title(plan: Plan) -> str:
+  limit = 'functional only: its bytes say nothing of an accelerator'
+  if plan.limit is not None:
+    limit = f'{programs.mib(plan.limit)} each'
+  plural = 's' if plan.devices > 1 else ''
+  return f'{plan.target}, {plan.devices} device{plural}, {limit}; batch {plan.batch}'
+
+
+def _cells(plan: Plan) -> tuple[str, ...]:
+  """A row of the table."""
+  remat = {False: '', True: ' + remat'}.get(plan.remat, f' + remat {plan.remat}')
+  bound = '' if plan.exact else 'over '
+  return (
+    f'{plan.method}{remat}',
+    f'{plan.trainable:,}',
+    _mib(plan.optimizer),
+    _mib(plan.argument),
+    _mib(plan.temp),
+    f'{bound}{_mib(plan.total)}',
+    _gflop(plan.flops),
+    f'{plan.passes:.2f}',
+    {None: '-', True: 'yes', False: 'no'}[plan.fits],
+    '-' if plan.largest is None else str(plan.largest),
+  )
+
+
+def _mib(count: int | None) -> str:
+  if count is None:
+    return '-'
+  return f'{count / 2**20:,.0f}'
+
+
+def _gflop(count: float) -> str:
+  if count > 1e11:
+    return f'{count / 1e9:,.0f}'
+  return f'{count / 1e9:.3g}'

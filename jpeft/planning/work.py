@@ -1,19 +1,16 @@
 """A model and its batches, as shapes."""
 
 import dataclasses
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import Mesh
 
-from jpeft import programs, tasks
-from jpeft import quant as formats
-from jpeft.core import Method, Tuned, attach, backend_of
-from jpeft.models import Remat
-from jpeft.quant import quantize
-from jpeft.training import laid, of_state, offloads, over_data, over_model, replicated
+from jpeft import programs, quant, tasks, training
+from jpeft.core import Method, Tuned, attach, backend_of, flags_of
+from jpeft.training import Memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,77 +19,79 @@ class Work:
 
   Attributes:
     model: the module.
-    variables: what it holds.
+    variables: its arrays.
     batch: size -> {name: shape}, as the trainer feeds them.
     size: examples an update.
-    remat: of the model.
+    memory: what is done to need less memory; `model` and `variables` are already as it says.
     mesh: (data, model) devices.
     sharded: whether the backbone is spread over the model axis.
-    accumulate, smoothing: see `step.train_step`.
-    offload: whether the optimizer's state lies in host memory.
+    accumulate, smoothing: see `training.train_step`.
   """
 
   model: Any
   variables: Any
   batch: Callable[[int], dict[str, jax.ShapeDtypeStruct]]
   size: int
-  remat: Remat = False
+  memory: Memory = dataclasses.field(default_factory=Memory)
   mesh: tuple[int, int] = (1, 1)
   sharded: bool = False
   accumulate: int = 1
   smoothing: float = 0.0
-  offload: bool = False
 
   def mode(self, training: bool) -> dict[str, bool]:
-    """The argument by which the model is told whether it trains; none where it takes none."""
-    takes = inspect.signature(type(self.model).__call__).parameters
-    return next(
-      ({name: training == trains} for name, trains in _MODES.items() if name in takes), {}
-    )
+    """The arguments by which the model's call knows whether it trains; empty if it takes none."""
+    return flags_of(type(self.model).__call__, training)
 
   def stored(self, storage: str | None) -> 'Work':
-    """The same work on a backbone whose kernels are in 4 bits, by the name of the format; None for
-    as they are.
-    """
+    """The same work on a backbone whose kernels are in a 4-bit format, by name; None: as it is."""
     if storage is None:
       return self
     args, kwargs = tasks.inputs(self.batch(1))
-    coded = lambda held: quantize(
-      self.model, formats.named(storage), held, *args, **kwargs, **self.mode(False)
+
+    def coded(variables):
+      form = quant.named(storage)
+      return quant.quantize(self.model, form, variables, *args, **kwargs, **self.mode(False))
+
+    return dataclasses.replace(
+      self,
+      variables=jax.eval_shape(coded, self.variables),
+      memory=dataclasses.replace(self.memory, storage=storage),
     )
-    return dataclasses.replace(self, variables=jax.eval_shape(coded, self.variables))
 
   def tuned(self, method: Method) -> Tuned:
+    """The method attached to the model."""
     args, kwargs = tasks.inputs(self.batch(1))
     return attach(self.model, method, self.variables, *args, **kwargs, **self.mode(False))
 
   def placed(self, mesh: Mesh, state, size: int) -> tuple[Any, Any, Any]:
-    """(state, variables, batch) as shapes that lie where the trainer puts the arrays."""
-    whole = replicated(mesh)
-    backbone = over_model(mesh, self.variables) if self.sharded else whole
-    state = laid(state, of_state(mesh, state, offloads(mesh, self.offload)))
-    return state, laid(self.variables, backbone), laid(self.batch(size), over_data(mesh))
+    """(state, variables, batch) as shapes with the shardings that the trainer gives the arrays."""
+    offload = training.offloads(mesh, self.memory.offload)
+    state = training.with_sharding(state, training.state_sharding(mesh, state, offload))
+    backbone = training.of_backbone(mesh, self.variables, self.sharded)
+    variables = training.with_sharding(self.variables, backbone)
+    batch = training.with_sharding(self.batch(size), training.over_data(mesh))
+    return state, variables, batch
+
+  def step(self, tuned: Tuned, tx: optax.GradientTransformation, mesh: Mesh) -> Callable:
+    """(state, backbone, batch) -> (state, ...): the trainer's update."""
+    return training.train_step(
+      tuned,
+      training.forward(tuned, True, self.mode(True)),
+      tx,
+      seed=0,
+      smoothing=self.smoothing,
+      accumulate=self.accumulate,
+      offload=training.offloads(mesh, self.memory.offload),
+    )
 
   def forward(self, size: int) -> float:
     """FLOPs of the untouched model's forward pass."""
-
-    def fn(variables, batch):
-      args, kwargs = tasks.inputs(batch)
-      flat = backend.arrays(self.model, variables)
-      return backend.run(
-        self.model,
-        variables,
-        flat,
-        {},
-        None,
-        frozenset(),
-        False,
-        args,
-        {**kwargs, **self.mode(False)},
-      )
-
     backend = backend_of(self.model)
-    return programs.flops(jax.jit(fn).trace(self.variables, self.batch(size))).all
 
+    def run(variables, batch):
+      args, kwargs = tasks.inputs(batch)
+      kwargs = kwargs | self.mode(False)
+      arrays = backend.arrays(self.model, variables)
+      return backend.run(self.model, variables, arrays, {}, None, frozenset(), False, args, kwargs)
 
-_MODES = {'deterministic': False, 'train': True, 'training': True, 'is_training': True}
+    return programs.flops(jax.jit(run).trace(self.variables, self.batch(size))).all

@@ -1,35 +1,53 @@
-"""The training run: what is built, compiled, kept, resumed and reported."""
+"""The training run: what it builds, compiles, stores, resumes and reports."""
 
-from .build import build, method_of, optimizer_of, storage_of
+from jpeft.messages import markdown
+
+from .build import build, hyperparameters, method_of, optimizer_of
 from .checkpoints import Checkpoints, fingerprint, load_theta, save_theta, write
 from .feature_cache import Features, Part, cached
 from .fit import compiled, fitting
 from .folder import claimed, describe, reopen
+from .imports import check_imported, imports_of
 from .loop import train
+from .memory import Memory
+from .metrics import Metrics, values
 from .optim import optimizer, schedule
-from .report import Metrics, Progress, asks, line, markdown, table, values, write_report
-from .sharding import laid, mesh, of_state, offloads, over_data, over_model, replicated
+from .predictions import predictions
+from .progress import Progress
+from .report import line, needs, table, write_report
+from .sharding import (
+  mesh,
+  of_backbone,
+  offloads,
+  over_data,
+  over_model,
+  replicated,
+  state_sharding,
+  with_sharding,
+)
 from .step import (
+  batch_shapes,
   eval_step,
   evaluate,
   forward,
   initial_state,
   means,
-  no_sums,
-  rows_of,
   state_shapes,
   train_step,
+  zero_sums,
 )
 
 __all__ = [
   'Checkpoints',
   'Features',
+  'Memory',
   'Metrics',
   'Part',
   'Progress',
-  'asks',
+  'batch_shapes',
   'build',
   'cached',
+  'check_imported',
   'claimed',
   'compiled',
   'describe',
@@ -38,32 +56,35 @@ __all__ = [
   'fingerprint',
   'fitting',
   'forward',
+  'hyperparameters',
+  'imports_of',
   'initial_state',
-  'laid',
   'line',
   'load_theta',
   'markdown',
   'means',
   'mesh',
   'method_of',
-  'no_sums',
-  'of_state',
+  'needs',
+  'of_backbone',
   'offloads',
   'optimizer',
   'optimizer_of',
   'over_data',
   'over_model',
-  'reopen',
+  'predictions',
   'replicated',
-  'rows_of',
+  'reopen',
   'save_theta',
   'schedule',
   'state_shapes',
-  'storage_of',
+  'state_sharding',
   'table',
   'train',
   'train_step',
   'values',
+  'with_sharding',
   'write',
   'write_report',
+  'zero_sums',
 ]

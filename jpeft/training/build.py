@@ -1,5 +1,6 @@
 """The tuned model, the method and the optimizer that a configuration names."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ from jpeft import methods, models, quant, tasks
 from jpeft.core import Tuned, attach
 
 from . import optim
+from .memory import Memory
 
 
 def method_of(config):
@@ -18,11 +20,20 @@ def method_of(config):
     ValueError: no such method or hyperparameter, or a value that it does not take.
   """
   values = config.method.to_dict()
-  name, head = values.pop('name'), values.pop('head')
+  name = values.pop('name')
+  head = values.pop('head')
+  values['saved_bits'] = Memory.of(config).saved_bits
   try:
     return methods.make(name, head=head, **values)
   except TypeError as error:
     raise ValueError(f'config.method: {name} does not take {values}: {error}') from error
+
+
+def hyperparameters(config) -> dict[str, Any]:
+  """{name: value} of the method section of a config, with the defaults of the method's factory."""
+  parameters = inspect.signature(methods.REGISTRY[config.method.name].make).parameters.values()
+  defaults = {parameter.name: parameter.default for parameter in parameters}
+  return defaults | config.method.to_dict()
 
 
 def optimizer_of(
@@ -30,15 +41,10 @@ def optimizer_of(
 ) -> tuple[optax.Schedule, optax.GradientTransformation]:
   """(the learning rate of each of `steps` updates, the update rule) that the config names."""
   rate = optim.schedule(lr=config.optimizer.lr, steps=steps, **config.schedule)
-  choices = {k: v for k, v in config.optimizer.items() if k not in ('lr', 'accumulate', 'offload')}
+  choices = config.optimizer.to_dict()
+  for key in ('lr', 'accumulate', 'offload'):  # not of the update rule
+    del choices[key]
   return rate, optim.optimizer(tuned, tuned.shapes, rate, **choices)
-
-
-def storage_of(config) -> str | None:
-  """The name of the format of the backbone's kernels: what the config says, else the method's own;
-  None for none.
-  """
-  return config.model.quantize or methods.REGISTRY[config.method.name].storage
 
 
 def build(config, num_classes: int, load: Callable = models.load) -> tuple[Any, Any]:
@@ -47,20 +53,24 @@ def build(config, num_classes: int, load: Callable = models.load) -> tuple[Any, 
   Args:
     config: of the run.
     num_classes: outputs of a fresh head; 0 for a model that writes text with its own.
-    load: `models.load`, or `models.describe` where shapes will do.
+    load: `models.load`, or `models.describe` if shapes are enough.
 
   Raises:
     ValueError, OSError, RuntimeError: whatever is wrong with weights, method or patterns.
   """
   method = method_of(config)
-  storage = storage_of(config)
-  fields = config.model.to_dict() | {
-    'num_classes': num_classes or None,
-    'seed': config.seed,
-    'quantize': storage and quant.named(storage),
-  }
-  pretrained = load(fields.pop('source'), **fields)
+  memory = Memory.of(config)
+  fields = config.model.to_dict()
+  source = fields.pop('source')
+  fields['num_classes'] = num_classes or None
+  fields['seed'] = config.seed
+  fields['remat'] = memory.remat
+  fields['quantize'] = None
+  if memory.storage is not None:
+    fields['quantize'] = quant.named(memory.storage)
+  pretrained = load(source, **fields)
   args, kwargs = tasks.inputs(tasks.of(config).blank(config, pretrained))
-  return pretrained, attach(
+  tuned = attach(
     pretrained.model, method, pretrained.variables, *args, **kwargs, deterministic=True
   )
+  return pretrained, tuned

@@ -1,6 +1,4 @@
-"""Examples as the backbone's features of them, so that the backbone runs once and not once an
-epoch.
-"""
+"""Examples as the backbone's features of them: the backbone runs once and not once an epoch."""
 
 import os
 from collections.abc import Callable
@@ -19,37 +17,37 @@ class Part(NamedTuple):
 
   Attributes:
     source: the examples.
-    transform: (example, rng) -> arrays of a batch's row; None where they are that already.
+    transform: (example, rng) -> arrays of a batch's row; None if the examples are such arrays.
     forward: (theta, backbone, batch, key) -> logits.
-    blank: a batch of one empty example.
+    example: a batch of one empty example.
   """
 
   source: Any
   transform: Callable | None
   forward: Callable
-  blank: dict[str, np.ndarray]
+  example: dict[str, np.ndarray]
 
   def once(self, batch_size: int) -> data.Batches:
-    """One pass over the examples in their order, filled up."""
+    """One pass over the examples in their order, the last batch filled up."""
     return data.Batches(
       self.source, batch_size, self.transform, shuffle=False, epochs=1, drop_remainder=False
     )
 
 
 def cached(part: Part, tuned: Tuned, batch_size: int) -> Part:
-  """The same examples as features: what the program computes before theta comes in.
+  """The same examples as features: the values that the program computes before theta comes in.
 
   Args:
     part: raw examples.
-    tuned: whose theta it is.
+    tuned: from `attach`.
     batch_size: in which the features are computed.
 
   Raises:
-    ValueError: features cannot be kept example by example, there is nothing to keep, or no room for
-      it.
+    ValueError: features cannot be stored example by example, there is nothing to store, or no room
+      for it.
   """
   source = Features(part, tuned, batch_size)
-  return Part(source, None, source.forward, source.blank)
+  return Part(source, None, source.forward, source.example)
 
 
 class Features:
@@ -57,41 +55,54 @@ class Features:
 
   Attributes:
     nbytes: of all features.
-    blank: a batch of one empty example.
+    example: a batch of one empty example.
   """
 
   def __init__(self, part: Part, tuned: Tuned, batch_size: int):
-    inputs = {k: v for k, v in part.blank.items() if k != 'label'}
+    self._part = part
+    self._batch_size = batch_size
+    inputs = {name: x for name, x in part.example.items() if name != 'label'}
+    self._reads = tuple(inputs)
     self._halves = cut(part.forward, tuned.shapes, tuned.backbone, inputs, jax.random.key(0))
-    self._part, self._batch_size, self._reads = part, batch_size, tuple(inputs)
-    crossing = self._halves.features
-    self._names = [f'feature_{i}' for i in range(len(crossing))]
-    self.nbytes = len(part.source) * self._halves.nbytes
-    self.blank = {
-      name: np.zeros((1, *x.shape), x.dtype) for name, x in zip(self._names, crossing, strict=True)
-    }
-    self.blank['label'] = part.blank['label']
+    shapes = self._halves.features
+    self._names = [f'feature_{i}' for i in range(len(shapes))]
     self._columns: dict[str, np.ndarray] = {}
-    abstract = tuned.shapes, tuned.backbone
-    whole, late = (
-      programs.flops(jax.jit(fn).trace(*abstract, batch, jax.random.key(0))).all
-      for fn, batch in ((part.forward, inputs), (self.forward, self.blank))
-    )
+    self.nbytes = len(part.source) * self._halves.nbytes
+    self.example = {
+      name: np.zeros((1, *x.shape), x.dtype) for name, x in zip(self._names, shapes, strict=True)
+    }
+    self.example['label'] = part.example['label']
+    self._check_gain(tuned, inputs)
+    self._check_room()
+
+  def _check_gain(self, tuned: Tuned, inputs: dict[str, np.ndarray]) -> None:
+    """Raises a ValueError if nearly all of the forward pass reads theta or a random key."""
+
+    def flops(forward, batch) -> float:
+      key = jax.random.key(0)
+      return programs.flops(jax.jit(forward).trace(tuned.shapes, tuned.backbone, batch, key)).all
+
+    whole = flops(self._part.forward, inputs)
+    late = flops(self.forward, self.example)
     if late > 0.9 * whole:
       raise ValueError(
-        f'config.data.cache_features: {late / whole:.0%} of the FLOPs of a forward pass come after the '
-        'first trained number or the first dropout; leave it out, or set config.model.dropout=0'
+        f'config.data.cache_features: {late / whole:.0%} of the FLOPs of a forward pass come after '
+        'the first trained number or the first dropout; leave it out, or set config.model.dropout=0'
       )
+
+  def _check_room(self) -> None:
+    """Raises a ValueError if the features do not fit into the free memory of the host."""
     room = os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
     if self.nbytes > 0.8 * room:
       raise ValueError(
-        f'config.data.cache_features: the features of {len(part.source)} examples take '
+        f'config.data.cache_features: the features of {len(self)} examples take '
         f'{self.nbytes / 2**30:.1f} GiB, of {room / 2**30:.1f} GiB of free memory; leave it out'
       )
 
   def forward(self, theta, backbone, batch, key):
-    """The program on a batch of this source."""
-    return self._halves.second(theta, backbone, [batch[name] for name in self._names], key)
+    """The rest of the program, on a batch of this source."""
+    features = [batch[name] for name in self._names]
+    return self._halves.second(theta, backbone, features, key)
 
   def fill(self, backbone, put: Callable[[Any], Any], stop: Callable[[], Any]) -> None:
     """Computes the features.
@@ -99,19 +110,19 @@ class Features:
     Args:
       backbone: whose features.
       put: puts a batch on its devices.
-      stop: asked between batches; when true the rest stays undone.
+      stop: called between batches; when it returns true the rest is not computed.
     """
-    first, done = jax.jit(self._halves.first), 0
+    first = jax.jit(self._halves.first)
+    done = 0
     for batch in self._part.once(self._batch_size):
       if stop():
         return
-      found = jax.device_get(first(backbone, put({name: batch[name] for name in self._reads})))
-      rows = {
-        **dict(zip(self._names, found, strict=True)),
-        'label': batch['label'],
-        'index': batch['index'],
-      }
-      size = min(len(batch['label']), len(self) - done)
+      inputs = put({name: batch[name] for name in self._reads})
+      features = jax.device_get(first(backbone, inputs))
+      rows = dict(zip(self._names, features, strict=True))
+      rows['label'] = batch['label']
+      rows['index'] = batch['index']
+      size = min(len(batch['label']), len(self) - done)  # without the rows that fill up the last
       for name, x in rows.items():
         if name not in self._columns:
           self._columns[name] = np.empty((len(self), *x.shape[1:]), x.dtype)

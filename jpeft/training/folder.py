@@ -1,7 +1,7 @@
-"""A run and its folder: claiming it, building the tuned model that config.json describes, stopping.
+"""The folder of a run: entering it, and opening the run that it describes.
 
 config.json      the whole configuration; the same command goes on with the run
-run.json         labels, SHA-256 of the backbone and of the files it came from
+run.json         labels, SHA-256 of the backbone and of the files it came from, modules to import
 checkpoints/     the training state, by step
 metrics.jsonl    one line a log interval and an evaluation
 best.safetensors, theta.safetensors     theta of the best evaluation, and of the end
@@ -18,24 +18,20 @@ from jpeft import config as config_lib
 
 from .build import build
 from .checkpoints import fingerprint, load_theta, write
+from .imports import check_imported
 
 
 @contextlib.contextmanager
 def claimed(folder: pathlib.Path, config):
-  """Checks that `folder` may be, or is, the folder of this run, and keeps other processes out of
-  it.
+  """Checks that `folder` may be the folder of this run, and locks it against other processes.
 
   Raises:
-    ValueError: it holds something else, the run of another config, or another process writes it.
+    ValueError: it has other files, the run of another config, or another process writes it.
   """
   kept = folder / 'config.json'
   if folder.exists() and not folder.is_dir():
     raise ValueError(f'--workdir {folder} is a file, not a folder')
-  if (
-    folder.is_dir()
-    and not kept.exists()
-    and any(not p.name.startswith('.') for p in folder.iterdir())
-  ):
+  if folder.is_dir() and not kept.exists() and _visible(folder):
     raise ValueError(
       f'{folder} holds files but no config.json, so it is not the folder of a run: '
       'choose another --workdir'
@@ -56,42 +52,18 @@ def claimed(folder: pathlib.Path, config):
     yield
 
 
-def reopen(folder: pathlib.Path, best: bool = False) -> tuple[Any, Any, Any]:
-  """(pretrained, tuned, theta) of a run folder.
-
-  Args:
-    folder: of a run.
-    best: theta of the best evaluation rather than of the end.
-
-  Raises:
-    ValueError, FileNotFoundError: not a run folder, not far enough, or the backbone has changed.
-  """
-  config, about = describe(folder)
-  file = folder / ('best.safetensors' if best else 'theta.safetensors')
-  if not file.exists():
-    raise FileNotFoundError(
-      f'{folder} has no {file.name}: the run is not complete; start its training '
-      'command again, it goes on where it stopped'
-    )
-  pretrained, tuned = build(config, len(about['labels']))
-  theta, _ = load_theta(file, tuned.shapes)
-  if fingerprint(pretrained.variables) != about['backbone_sha256']:
-    raise ValueError(
-      f'the backbone {config.model.source} is not the one that {folder} was trained on: '
-      'its SHA-256 has changed'
-    )
-  return pretrained, tuned, theta
+def _visible(folder: pathlib.Path) -> list[pathlib.Path]:
+  return [path for path in folder.iterdir() if not path.name.startswith('.')]
 
 
 def begin(folder: pathlib.Path, config, **facts) -> None:
-  """Writes config.json and run.json, or checks that the run is still of the same backbone and
-  labels.
+  """Writes config.json and run.json, or checks that backbone and labels of the run are the same.
 
-  Called when all that can be wrong with a config has been tried: a command put right may use the
-    folder.
+  To be called when everything that can be wrong with a config has been tried: then a corrected
+  command may use the folder.
 
   Raises:
-    ValueError: it is not.
+    ValueError: they have changed.
   """
   write(folder / 'config.json', config_lib.to_json(config))
   file = folder / 'run.json'
@@ -110,11 +82,42 @@ def describe(folder: pathlib.Path) -> tuple[Any, dict]:
   """(config, run.json) of a run folder.
 
   Raises:
-    FileNotFoundError, ValueError: it is not one.
+    FileNotFoundError, ValueError: it is not one, or a module has to be imported first.
   """
   if not folder.is_dir():
     raise FileNotFoundError(f'there is no run folder {folder}')
   for name in ('config.json', 'run.json'):
     if not (folder / name).exists():
       raise FileNotFoundError(f'{folder} is not the folder of a run: it has no {name}')
-  return config_lib.from_json(folder / 'config.json'), json.loads((folder / 'run.json').read_text())
+  info = json.loads((folder / 'run.json').read_text())
+  # Before the config is read, whose values may be known only after the import.
+  check_imported(folder, info.get('imports', ()))
+  return config_lib.from_json(folder / 'config.json'), info
+
+
+def reopen(folder: pathlib.Path, best: bool = False) -> tuple[Any, Any, Any]:
+  """(pretrained, tuned, theta) of a run folder.
+
+  Args:
+    folder: of a run.
+    best: theta of the best evaluation rather than of the end.
+
+  Raises:
+    ValueError, FileNotFoundError: not a run folder, not far enough, a module that has to be
+      imported first, or the backbone has changed.
+  """
+  config, info = describe(folder)
+  file = folder / ('best.safetensors' if best else 'theta.safetensors')
+  if not file.exists():
+    raise FileNotFoundError(
+      f'{folder} has no {file.name}: the run is not complete; start its training '
+      'command again, it goes on where it stopped'
+    )
+  pretrained, tuned = build(config, len(info['labels']))
+  theta, _ = load_theta(file, tuned.shapes)
+  if fingerprint(pretrained.variables) != info['backbone_sha256']:
+    raise ValueError(
+      f'the backbone {config.model.source} is not the one that {folder} was trained on: '
+      'its SHA-256 has changed'
+    )
+  return pretrained, tuned, theta

@@ -15,16 +15,20 @@ from jpeft.decoding import completions
 from jpeft.quant import nbytes
 from jpeft.version import __version__
 
-from . import feature_cache as features
-from . import fit, report, sharding, step
-from .build import build, optimizer_of, storage_of
+from . import feature_cache, fit, report, sharding, step
+from .build import build, optimizer_of
 from .checkpoints import Checkpoints, fingerprint, save_theta
+from .feature_cache import Features, Part
 from .folder import begin, claimed
+from .imports import imports_of
+from .memory import Memory
+from .metrics import Metrics, values
+from .progress import Progress
 from .watch import Signals, Watch
 
 
 def train(config, folder: pathlib.Path) -> dict:
-  """Trains `config` in `folder`, or goes on with it; returns what report.json holds.
+  """Trains `config` in `folder`, or goes on with it; returns the values of report.json.
 
   Raises:
     cli.Mistake: something in config, data or files is wrong.
@@ -42,145 +46,181 @@ def train(config, folder: pathlib.Path) -> dict:
 def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
   # ---- Data, backbone, method, optimizer.
   with cli.inputs_checked():
-    mesh, task = sharding.mesh(config.mesh.data, config.mesh.model), tasks.of(config)
-    source, test = (task.source(config, split) for split in (config.data.train, config.data.test))
-    size, eval_size = config.data.batch_size, config.data.eval_batch_size or config.data.batch_size
-    pretrained, tuned = build(config, len(source.classes))
+    mesh = sharding.mesh(config.mesh.data, config.mesh.model)
+    task = tasks.of(config)
+    train_source = task.source(config, config.data.train)
+    eval_source = task.source(config, config.data.test)
+    pretrained, tuned = build(config, len(train_source.classes))
     task.check(config, tuned)
-    blank = task.blank(config, pretrained)
-    learn, judge = (
-      features.Part(
-        *task.rows(config, pretrained, examples, training), step.forward(tuned, training), blank
-      )
-      for examples, training in ((source, True), (test, False))
-    )
-    raw, about = judge, getattr(learn.source, 'about', None)
-    if config.data.cache_features:
-      learn, judge = (features.cached(part, tuned, eval_size) for part in (learn, judge))
-    batches = data.Batches(learn.source, size, learn.transform, config.seed)
+    memory = Memory.of(config)
+
+    def part_of(source, training: bool) -> Part:
+      rows, transform = task.rows(config, pretrained, source, training)
+      forward = step.forward(tuned, training)
+      return Part(rows, transform, forward, task.blank(config, pretrained))
+
+    train_size = config.data.batch_size
+    eval_size = config.data.eval_batch_size or train_size
+    train_part = part_of(train_source, True)
+    eval_part = part_of(eval_source, False)
+    untuned_part = eval_part  # the untuned model reads raw examples, not features
+    source_info = getattr(train_part.source, 'about', None)
+    if memory.cached_features:
+      train_part = feature_cache.cached(train_part, tuned, eval_size)
+      eval_part = feature_cache.cached(eval_part, tuned, eval_size)
+    batches = data.Batches(train_part.source, train_size, train_part.transform, config.seed)
     steps = config.steps or max(1, round(config.epochs * batches.steps_per_epoch))
     rate, tx = optimizer_of(config, tuned, steps)
     facts = summary(tuned)
 
-  # ---- Compilation, from shapes: what cannot fit is told before anything is put on a device.
-  whole, rows = sharding.replicated(mesh), sharding.over_data(mesh)
-  split = (
-    sharding.over_model(mesh, pretrained.variables) if config.mesh.backbone == 'sharded' else whole
+  # ---- Compilation, from shapes: an update that cannot fit is refused before anything is put on a
+  # device.
+  rows = sharding.over_data(mesh)
+  offload = sharding.offloads(mesh, memory.offload)
+  state_shapes = step.state_shapes(tuned, tx, pretrained.variables)
+  state_sharding = sharding.state_sharding(mesh, state_shapes, offload)
+  state_shapes = sharding.with_sharding(state_shapes, state_sharding)
+  backbone_sharding = sharding.of_backbone(
+    mesh, pretrained.variables, config.mesh.backbone == 'sharded'
   )
-  offload = sharding.offloads(mesh, config.optimizer.offload)
-  fn = step.train_step(
+  backbone_shapes = sharding.with_sharding(pretrained.variables, backbone_sharding)
+  train_step = step.train_step(
     tuned,
-    learn.forward,
+    train_part.forward,
     tx,
     config.seed,
     config.loss.label_smoothing,
     config.optimizer.accumulate,
     offload,
   )
-  shapes = step.state_shapes(tuned, tx, pretrained.variables)
-  placed = sharding.of_state(mesh, shapes, offload)
-  shapes = sharding.laid(shapes, placed)
-  held = sharding.laid(pretrained.variables, split)
+  batch_shapes = step.batch_shapes(train_part.example, train_size, rows)
   with cli.inputs_checked():
-    update, cost = fit.fitting(fn, shapes, held, step.rows_of(learn.blank, size, rows))
+    update, cost = fit.fitting(train_step, state_shapes, backbone_shapes, batch_shapes)
 
-  def marker(part, theta):
-    marked = step.rows_of(part.blank | {'mask': np.ones(1, np.float32)}, eval_size, rows)
-    return fit.compiled(step.eval_step(part.forward, task.tally), theta, held, marked)[0]
+  def compiled_eval(part: Part, theta_shapes):
+    example = part.example | {'mask': np.ones(1, np.float32)}
+    shapes = step.batch_shapes(example, eval_size, rows)
+    fn = step.eval_step(part.forward, task.tally)
+    return fit.compiled(fn, theta_shapes, backbone_shapes, shapes)[0]
 
-  mark = marker(judge, shapes['theta'])
+  eval_step = compiled_eval(eval_part, state_shapes['theta'])
 
   # ---- Arrays on their devices.
-  backbone = jax.device_put(pretrained.variables, split)
+  backbone = jax.device_put(pretrained.variables, backbone_sharding)
   backbone_sha256 = fingerprint(backbone)
-  state = jax.device_put(step.initial_state(tuned, tx, backbone, config.seed), placed)
+  state = jax.device_put(step.initial_state(tuned, tx, backbone, config.seed), state_sharding)
 
-  # ---- Where the run stands.
+  # ---- The folder, and where the run was when it stopped.
   with cli.inputs_checked():
     begin(
       folder,
       config,
-      labels=source.classes,
+      labels=train_source.classes,
       reads='image' if pretrained.preprocess else 'text',
+      imports=imports_of(config),
       backbone_sha256=backbone_sha256,
       files=pretrained.files,
       jpeft=__version__,
     )
     checkpoints = Checkpoints(folder / 'checkpoints', config.checkpoint.keep)
     stack.callback(checkpoints.close)
-    start, before = checkpoints.latest or 0, 0.0
+    start = checkpoints.latest or 0
+    seconds_before = 0.0
     if start:
       state, kept = checkpoints.restore(state)
-      before = kept['seconds']
+      seconds_before = kept['seconds']
       batches.restore(kept['data'])
-    metrics = report.Metrics(folder / 'metrics.jsonl', start, config.log.tensorboard)
+    metrics = Metrics(folder / 'metrics.jsonl', start, config.log.tensorboard)
     stack.callback(metrics.close)
-  progress = report.Progress(steps, start)
-  progress.note(
+
+  progress = Progress(steps, start)
+  first_line = (
     f'{config.method.name} on {config.model.source}, {config.data.name}: {facts.trainable:,} '
-    f'trainable numbers beside {facts.total:,}, {facts.memory}; {steps} updates of {size}'
-    + (f', going on after {start}' if start else '')
+    f'trainable numbers beside {facts.total:,}, {facts.memory}; {steps} updates of {train_size}'
   )
-  progress.note(report.asks(cost))
-  if about:
-    progress.note(about)
+  if start:
+    first_line += f', going on after {start}'
+  progress.note(first_line)
+  progress.note(report.needs(cost))
+  if source_info:
+    progress.note(source_info)
   signals = stack.enter_context(Signals())
 
-  def scored(tuned, theta, mark, part, writes):
-    """What a model scores on the test split, with what it writes if that is asked for; None after a
-    signal.
-    """
-    stop = lambda: signals.caught
-    scores = step.evaluate(mark, task.scores, theta, backbone, part.once(eval_size), rows, stop)
+  def stop():
+    return signals.caught
+
+  def put(batch):
+    return jax.device_put(batch, rows)
+
+  # ---- Evaluation.
+  def evaluated(model, theta, eval_step, part: Part, writes: bool):
+    """The scores of a model on the test split, of its texts too if `writes`; None after a signal."""
+    batches = part.once(eval_size)
+    scores = step.evaluate(eval_step, task.scores, theta, backbone, batches, rows, stop)
     if scores is None or not writes:
       return scores
-    write = functools.partial(completions, tuned, backbone, theta=theta)
-    written = task.written(config, pretrained, test, write, stop)
-    return None if written is None else scores | written
+    write = functools.partial(completions, model, backbone, theta=theta)
+    written = task.written(config, pretrained, eval_source, write, stop)
+    if written is None:
+      return None
+    return scores | written
 
-  if task.untuned and not metrics.has(0, 'untuned') and not start:
-    bare = tuned.only()
-    plain = raw._replace(forward=step.forward(bare, False))
-    if scores := scored(bare, {}, marker(plain, {}), plain, writes=True):
+  if task.untuned and not start and not metrics.has(0, 'untuned'):
+    untuned = tuned.only()
+    part = untuned_part._replace(forward=step.forward(untuned, False))
+    scores = evaluated(untuned, {}, compiled_eval(part, {}), part, writes=True)
+    if scores is not None:
       metrics.add(0, 'untuned', **scores)
       progress.note(report.line('untuned', scores))
 
+  # ---- Features of the backbone, once an example.
+  began = time.perf_counter()
+
+  def seconds() -> float:
+    return seconds_before + time.perf_counter() - began
+
+  for part in (train_part, eval_part):
+    if isinstance(part.source, Features) and not stop():
+      size = f'{part.source.nbytes / 2**20:.0f} MiB'
+      progress.note(f'features of {len(part.source)} examples: {size}')
+      part.source.fill(backbone, put, stop)
+
   # ---- The loop. With `number` updates made: evaluate, save, and make one more.
-  number, began = start, time.perf_counter()
-  seconds = lambda: before + time.perf_counter() - began
+  number = start
   watch = Watch(config.data.train, checkpoints)
-  for part in (learn, judge):
-    if isinstance(part.source, features.Features) and not signals.caught:
-      progress.note(
-        f'features of {len(part.source)} examples: {part.source.nbytes / 2**20:.0f} MiB'
-      )
-      part.source.fill(
-        backbone, lambda batch: jax.device_put(batch, rows), stop=lambda: signals.caught
-      )
+
+  def save_checkpoint():
+    checkpoints.save(number, state, {'data': batches.state(), 'seconds': seconds()})
+
+  def is_due(every: int | None) -> bool:
+    if number == steps:
+      return True
+    return bool(every) and number > 0 and number % every == 0
+
   while True:
-    due = lambda every: number == steps or bool(every and number and number % every == 0)
-    if signals.caught or due(config.eval.every) or due(config.checkpoint.every):
-      watch.catch_up()
-    if due(config.eval.every) and not metrics.has(number, 'test'):
-      scores = scored(tuned, state['theta'], mark, judge, writes=number == steps)
+    # A state that is not finite is neither evaluated nor saved.
+    if stop() or is_due(config.eval.every) or is_due(config.checkpoint.every):
+      watch.check()
+    if is_due(config.eval.every) and not metrics.has(number, 'test'):
+      scores = evaluated(tuned, state['theta'], eval_step, eval_part, writes=number == steps)
       if scores is not None:
         if tasks.better(config.eval.metric, scores, metrics.of('test')):
           save_theta(folder / 'best.safetensors', state['theta'], step=number, **scores)
         metrics.add(number, 'test', **scores)
         progress.note(report.line(f'step {number}', scores))
-    if signals.caught or number == steps:
+    if stop() or number == steps:
       break
-    if due(config.checkpoint.every) and number > start:
-      checkpoints.save(number, state, {'data': batches.state(), 'seconds': seconds()})
+    if is_due(config.checkpoint.every) and number > start:
+      save_checkpoint()
 
     with cli.inputs_checked():
       batch = next(batches)
     indices = batch.pop('index')
-    state, out = update(state, backbone, jax.device_put(batch, rows))
+    state, out = update(state, backbone, put(batch))
     number += 1
-    watch.see(number, indices, out)
+    watch.add(number, indices, out)
     if number % config.log.every == 0 or number == steps:
-      watch.catch_up()
+      watch.check()
       metrics.add(
         number,
         'train',
@@ -188,22 +228,22 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
         lr=float(rate(number - 1)),
         grad_norm=float(out['grad_norm']),
       )
-      state['sums'] = jax.device_put(step.no_sums(), whole)
+      state['sums'] = jax.device_put(step.zero_sums(), sharding.replicated(mesh))
     progress.show(number, loss=watch.loss)
 
-  checkpoints.save(number, state, {'data': batches.state(), 'seconds': seconds()})
+  save_checkpoint()
   checkpoints.wait()
   if not metrics.has(steps, 'test'):
     raise cli.Stopped(
       signals.caught, f'checkpoint {number} of {steps} is in {folder}; the same command goes on'
     )
 
-  # ---- What comes out.
+  # ---- The report.
   if fingerprint(backbone) != backbone_sha256:
     raise RuntimeError('training has changed the backbone')
   save_theta(folder / 'theta.safetensors', state['theta'], step=number)
   best = tasks.best(config.eval.metric, metrics.of('test'))
-  told = {
+  result = {
     'method': config.method.name,
     'model': config.model.source,
     'data': config.data.name,
@@ -211,19 +251,19 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     'total': facts.total,
     'memory': facts.memory,
     'mergeable': facts.mergeable,
-    'eval': report.values(metrics.of('test')[-1]),
-    **{row['split']: report.values(row) for row in metrics.of('untuned')},
+    'eval': values(metrics.of('test')[-1]),
+    **{row['split']: values(row) for row in metrics.of('untuned')},
     'best': {'step': best['step'], 'metric': config.eval.metric, 'value': best[config.eval.metric]},
-    'storage': storage_of(config),
+    'storage': memory.storage,
     'backbone_bytes': nbytes(backbone),
     'steps': steps,
-    'batch_size': size,
+    'batch_size': train_size,
     'seconds': round(seconds(), 2),
     'step_cost': cost,
     'device': f'{mesh.size} x {mesh.devices.flat[0].device_kind}',
     'backbone_sha256': backbone_sha256,
     'theta_sha256': fingerprint(state['theta']),
   }
-  report.write_report(folder, told, metrics.rows)
-  progress.note(report.line(folder, told['eval']))
-  return told
+  report.write_report(folder, result, metrics.rows)
+  progress.note(report.line(folder, result['eval']))
+  return result

@@ -17,7 +17,9 @@ import numpy as np
 import optax
 
 from jpeft.core import Site, Tuned, freeze
+from jpeft.messages import did_you_mean
 
+# The number of a block in the path of a leaf.
 _BLOCK_NUMBER = re.compile(r'(?:block|layer)s?[_/](\d+)(?:/|$)')
 
 
@@ -29,13 +31,13 @@ def schedule(
   warmup_fraction: float = 0.0,
   final: float = 0.0,
 ) -> optax.Schedule:
-  """A learning rate that climbs for the warm-up and then follows `name`.
+  """A learning rate that rises during the warm-up and then follows `name`.
 
   Args:
     name: 'cosine' or 'linear' (down to final * lr at the last update), or 'constant'.
     lr: at its highest.
     steps: updates in all.
-    warmup_steps: updates of linear climb from lr / (warmup_steps + 1).
+    warmup_steps: updates of linear rise from lr / (warmup_steps + 1).
     warmup_fraction: the same as a share of `steps`; give one of both.
     final: share of lr at the end.
 
@@ -46,22 +48,22 @@ def schedule(
   if warmup > steps:
     raise ValueError(f'a warm-up of {warmup} updates is longer than the run of {steps}')
   rest = max(steps - warmup, 1)
-  after = {
+  known = {
     'cosine': lambda: optax.cosine_decay_schedule(lr, rest, alpha=final),
     'linear': lambda: optax.linear_schedule(lr, final * lr, rest),
     'constant': lambda: optax.constant_schedule(lr),
   }
-  if name not in after:
-    raise ValueError(f'no schedule is called {name!r}, there are {", ".join(after)}')
+  if name not in known:
+    raise ValueError(f'no schedule is called {name!r}, there are {", ".join(known)}')
+  after = known[name]()
   if not warmup:
-    return after[name]()
-  climb = optax.linear_schedule(lr / (warmup + 1), lr, warmup)
-  return optax.join_schedules([climb, after[name]()], [warmup])
+    return after
+  rise = optax.linear_schedule(lr / (warmup + 1), lr, warmup)
+  return optax.join_schedules([rise, after], [warmup])
 
 
 def lora_fa(scale: float = 1.0, eps: float = 1e-8) -> optax.GradientTransformation:
-  """Turns the gradient of each LoRA factor b into that of the product a b, as far as b can follow
-  it.
+  """Turns the gradient of each LoRA factor b into that of the product a b, projected on b.
 
   g <- (a^T a + eps)^-1 g / scale^2, to be chained before Adam: LoRA-FA (arXiv 2308.03303), as
   Hugging Face peft implements it, with learning rate 1e-3 and Adam's eps 1e-6.
@@ -71,31 +73,32 @@ def lora_fa(scale: float = 1.0, eps: float = 1e-8) -> optax.GradientTransformati
     eps: on the diagonal.
   """
 
-  def follow(g, theta):
+  def projected(g, theta):
     if not isinstance(g, dict):
       return g
     if not {'a', 'b'} <= g.keys():
-      return {name: follow(x, theta[name]) for name, x in g.items()}
+      return {name: projected(x, theta[name]) for name, x in g.items()}
     a = theta['a'].astype(jnp.float32)
+    b = g['b'].astype(jnp.float32)
     gram = jnp.swapaxes(a, -1, -2) @ a + eps * jnp.eye(a.shape[-1])
-    return {
-      **g,
-      'b': (jnp.linalg.solve(gram, g['b'].astype(jnp.float32)) / scale**2).astype(g['b'].dtype),
-    }
+    solved = jnp.linalg.solve(gram, b) / scale**2
+    return g | {'b': solved.astype(g['b'].dtype)}
 
   def update(updates, state, params=None):
     if params is None:
       raise ValueError('lora_fa reads a off the parameters: call update(grads, state, params)')
-    return follow(updates, params), state
+    return projected(updates, params), state
 
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+# ---- Factors of the learning rate.
+
+
 def _name(path) -> str:
   """A leaf of theta as one word: 'lora/encoder/block_0/attention/query/kernel/a'."""
-  return '/'.join(
-    str(getattr(k, 'key', getattr(k, 'idx', k))) for k in path if getattr(k, 'key', k) != ''
-  )
+  keys = [getattr(key, 'key', getattr(key, 'idx', key)) for key in path]
+  return '/'.join(str(key) for key in keys if key != '')
 
 
 def _site(tuned: Tuned, path) -> Site:
@@ -113,39 +116,47 @@ def factors(
   """What the learning rate of each leaf is multiplied by.
 
   Args:
-    tuned: says which leaves are stacked over layers.
-    theta: shapes will do.
+    tuned: from `attach`; its sites know which leaves are stacked over layers.
+    theta: shapes are enough.
     groups: ((regex for whole theta paths, factor), ...); factors of all that match are multiplied.
     layer_decay: factor for each block between a leaf and the output; what belongs to no block
       counts as after the last, embeddings as before the first.
     lora_plus: factor of the leaves called 'b'.
 
   Returns:
-    {path: factor}; of a stacked leaf an array that leads with the stack.
+    {path: factor}; of a stacked leaf an array whose first axes are those of the stack.
 
   Raises:
     ValueError: a pattern that matches no leaf.
   """
-  flat = {
-    _name(path): (leaf, _site(tuned, path))
-    for path, leaf in jax.tree_util.tree_flatten_with_path(theta)[0]
-  }
-  out = dict.fromkeys(flat, 1.0)
-  for pattern, factor in [*groups, *([(r'.*/b', lora_plus)] if lora_plus is not None else [])]:
-    hits = [name for name in flat if re.fullmatch(pattern, name)]
+  leaves = {}
+  sites = {}
+  for path, leaf in jax.tree_util.tree_flatten_with_path(theta)[0]:
+    leaves[_name(path)] = leaf
+    sites[_name(path)] = _site(tuned, path)
+  out = dict.fromkeys(leaves, 1.0)
+
+  patterns = list(groups)
+  if lora_plus is not None:
+    patterns.append((r'.*/b', lora_plus))
+  for pattern, factor in patterns:
+    hits = [name for name in leaves if re.fullmatch(pattern, name)]
     if not hits:
-      near = difflib.get_close_matches(pattern, flat, 3, 0)
+      near = difflib.get_close_matches(pattern, leaves, 3, 0)
       raise ValueError(
         f'the learning rate group {pattern!r} matches no leaf of theta; '
         f'near it are {", ".join(near)}'
       )
-    out |= {name: out[name] * factor for name in hits}
+    for name in hits:
+      out[name] = out[name] * factor
+
   if layer_decay != 1.0:
-    depths = {name: _depth(name, *leaf_and_site) for name, leaf_and_site in flat.items()}
-    # Blocks count from 0; the output lies one after the last.
-    top = 1 + max((int(np.max(d)) for d in depths.values() if d is not None), default=-1)
+    depths = {name: _depth(name, leaf, sites[name]) for name, leaf in leaves.items()}
+    # Blocks count from 0, and the output is one after the last.
+    output = 1 + max((int(np.max(d)) for d in depths.values() if d is not None), default=-1)
     for name, depth in depths.items():
-      out[name] = out[name] * layer_decay ** (top - (top if depth is None else depth))
+      if depth is not None:
+        out[name] = out[name] * layer_decay ** (output - depth)
   return out
 
 
@@ -157,20 +168,26 @@ def _depth(name: str, leaf, site: Site) -> int | np.ndarray | None:
   if site.lengths:
     rest = leaf.ndim - len(site.lengths)
     return np.arange(site.layers, dtype=np.float32).reshape(*site.lengths, *[1] * rest)
-  return -1 if re.match(r'[^/]*/embed', name) else None
+  if re.match(r'[^/]*/embed', name):
+    return -1
+  return None
 
 
 def scale_by_factors(factors: dict) -> optax.GradientTransformation:
   """Multiplies each update by the factor of its path."""
 
   def update(updates, state, params=None):
-    return jax.tree_util.tree_map_with_path(lambda p, u: u * factors[_name(p)], updates), state
+    scaled = jax.tree_util.tree_map_with_path(lambda path, u: u * factors[_name(path)], updates)
+    return scaled, state
 
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+# ---- The update rule.
+
+
 def matrices(tuned: Tuned):
-  """params -> bools: True for what is a matrix or more in one layer: the leaves to decay."""
+  """params -> bools: True for the leaves to decay, which are a matrix or more in one layer."""
 
   def leaf(path, x):
     return x.ndim - len(_site(tuned, path).lengths) > 1
@@ -194,10 +211,8 @@ def rule(
     'adafactor': lambda: optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
   }
   if name not in known:
-    near = difflib.get_close_matches(name, known, 1)
     raise ValueError(
-      f'no optimizer is called {name!r}, there are {", ".join(known)}'
-      + (f'; did you mean {near[0]!r}?' if near else '')
+      f'no optimizer is called {name!r}, there are {", ".join(known)}{did_you_mean(name, known)}'
     )
   return known[name]()
 
@@ -218,14 +233,15 @@ def optimizer(
   groups: Sequence[tuple[str, float]] = (),
   lora_plus: float | None = None,
 ) -> optax.GradientTransformation:
-  """The optimizer of theta: clip, direction, decay, factors, rate; entries that a method holds
-  fixed stay.
+  """The optimizer of theta: clip, direction, decay, factors, rate.
+
+  Entries that a method fixes are left as they are.
 
   Weight decay is decoupled for every rule but 'adam' and 'sgd', where it is part of the gradient.
 
   Args:
     tuned: from `attach`.
-    theta: from `tuned.init`; shapes will do.
+    theta: from `tuned.init`; shapes are enough.
     rate: the learning rate by update.
     name, b1, b2, eps: see `rule`.
     weight_decay: of matrices alone, unless `decay_vectors`.
@@ -236,18 +252,25 @@ def optimizer(
   Raises:
     ValueError: an unknown name, a pattern that matches nothing.
   """
-  decay = optax.add_decayed_weights(weight_decay, None if decay_vectors else matrices(tuned))
+  decayed = None if decay_vectors else matrices(tuned)
+  decay = optax.add_decayed_weights(weight_decay, decayed)
   coupled = name in ('adam', 'sgd')
   scales = factors(tuned, theta, groups, layer_decay, lora_plus)
-  plain = all(isinstance(f, float) and math.isclose(f, 1.0) for f in scales.values())
-  parts = [
-    optax.clip_by_global_norm(clip_norm) if clip_norm else None,
-    decay if weight_decay and coupled else None,
-    rule(name, b1, b2, eps),
-    decay if weight_decay and not coupled else None,
-    None if plain else scale_by_factors(scales),
-    optax.scale_by_learning_rate(rate),
-  ]
-  tx = optax.chain(*[part for part in parts if part is not None])
+
+  parts = []
+  if clip_norm:
+    parts.append(optax.clip_by_global_norm(clip_norm))
+  if weight_decay and coupled:
+    parts.append(decay)
+  parts.append(rule(name, b1, b2, eps))
+  if weight_decay and not coupled:
+    parts.append(decay)
+  if not all(isinstance(f, float) and math.isclose(f, 1.0) for f in scales.values()):
+    parts.append(scale_by_factors(scales))
+  parts.append(optax.scale_by_learning_rate(rate))
+  tx = optax.chain(*parts)
+
   trainable = tuned.trainable(theta)
-  return tx if all(jax.tree.leaves(trainable)) else freeze(tx, trainable)
+  if all(jax.tree.leaves(trainable)):
+    return tx
+  return freeze(tx, trainable)

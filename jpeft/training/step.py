@@ -1,6 +1,4 @@
-"""The compiled parts of a run: one update of theta, one evaluation step, and where arrays are
-put.
-"""
+"""One update of theta and one evaluation step, as functions to be compiled."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,8 +16,9 @@ STREAM_THETA, STREAM_STEP, STREAM_UPDATE = range(3)
 
 
 def initial_state(tuned: Tuned, tx: optax.GradientTransformation, backbone, seed: int) -> dict:
-  """What an update changes: theta, the optimizer's state, the step, sums since the last log
-  line.
+  """The arrays that an update changes.
+
+  These are theta, the optimizer's state, the step, and the sums since the last line of the log.
   """
   key = jax.random.fold_in(jax.random.key(seed), STREAM_THETA)
   # Copied: a theta that starts as the backbone's own array would be donated with it.
@@ -28,17 +27,34 @@ def initial_state(tuned: Tuned, tx: optax.GradientTransformation, backbone, seed
     'theta': theta,
     'optimizer': tx.init(theta),
     'step': jnp.zeros((), jnp.int32),
-    'sums': no_sums(),
+    'sums': zero_sums(),
   }
 
 
 def state_shapes(tuned: Tuned, tx: optax.GradientTransformation, backbone) -> dict:
   """The shapes of `initial_state`; nothing is computed."""
-  return jax.eval_shape(lambda held: initial_state(tuned, tx, held, 0), backbone)
+  return jax.eval_shape(lambda backbone: initial_state(tuned, tx, backbone, 0), backbone)
 
 
-def no_sums() -> dict:
+def zero_sums() -> dict:
+  """The sums of no update."""
   return {'loss': jnp.zeros(()), 'correct': jnp.zeros(()), 'labels': jnp.zeros(())}
+
+
+def means(sums: dict) -> dict[str, float]:
+  """loss and accuracy over the labels that were summed."""
+  count = float(sums['labels'])
+  return {'loss': float(sums['loss']) / count, 'accuracy': float(sums['correct']) / count}
+
+
+def batch_shapes(
+  example: dict[str, np.ndarray], size: int, sharding
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """The shapes of a batch of `size`, from a batch of one example."""
+  return {
+    name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype, sharding=sharding)
+    for name, x in example.items()
+  }
 
 
 def forward(tuned: Tuned, training: bool, mode: Mapping[str, bool] | None = None) -> Callable:
@@ -47,14 +63,15 @@ def forward(tuned: Tuned, training: bool, mode: Mapping[str, bool] | None = None
   Args:
     tuned: from `attach`.
     training: whether the key is read, for dropout.
-    mode: the argument by which the model is told whether it trains; `deterministic` if left out.
+    mode: the argument by which the model knows whether it trains; `deterministic` if left out.
   """
-  mode = {'deterministic': not training} if mode is None else mode
+  options = {'deterministic': not training} if mode is None else mode
 
   def run(theta, backbone, batch, key):
     args, kwargs = tasks.inputs(batch)
-    rngs = {'rngs': {'dropout': key}} if training else {}
-    return tuned.apply(theta, backbone, *args, **kwargs, **mode, **rngs)
+    if training:
+      kwargs = kwargs | {'rngs': {'dropout': key}}
+    return tuned.apply(theta, backbone, *args, **kwargs, **options)
 
   return run
 
@@ -68,8 +85,9 @@ def train_step(
   accumulate: int = 1,
   offload: bool = False,
 ) -> Callable:
-  """(state, backbone, batch) -> (state, {'loss', 'grad_norm'}): one update; differentiates theta
-  alone.
+  """(state, backbone, batch) -> (state, {'loss', 'grad_norm'}): one update of theta.
+
+  Only theta is differentiated.
 
   Args:
     tuned: from `attach`.
@@ -78,59 +96,70 @@ def train_step(
     seed: of dropout and of the method's own edits; the step is folded in.
     smoothing: of the labels.
     accumulate: micro-batches that a batch is cut into, one after the other.
-    offload: the optimizer's state lies in host memory, and is on the device only while it is read
-      and written.
+    offload: the optimizer's state is in host memory, and on the device only while it is read and
+      written.
   """
 
   def objective(theta, backbone, batch, key, count):
     logits = forward(theta, backbone, batch, key)
     loss = tasks.loss(logits, batch['label'], smoothing).sum() / count
-    return loss, (logits.argmax(-1) == batch['label']).sum()
+    correct = (logits.argmax(-1) == batch['label']).sum()
+    return loss, correct
 
   gradient = jax.value_and_grad(objective, has_aux=True)
 
-  def accumulated(theta, backbone, batch, key, count):
-    cut = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+  def accumulated_gradient(theta, backbone, batch, key, count):
+    # [accumulate, B / accumulate, ...] each
+    parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
 
-    def add(total, micro):
-      i, part = micro
+    def add(total, numbered):
+      i, part = numbered
       new = gradient(theta, backbone, part, jax.random.fold_in(key, i), count)
       return jax.tree.map(jnp.add, total, new), None
 
-    shapes = jax.eval_shape(
-      gradient, theta, backbone, jax.tree.map(lambda x: x[0], cut), key, count
-    )
+    first = jax.tree.map(lambda x: x[0], parts)
+    shapes = jax.eval_shape(gradient, theta, backbone, first, key, count)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return jax.lax.scan(add, zeros, (jnp.arange(accumulate), cut))[0]
+    total, _ = jax.lax.scan(add, zeros, (jnp.arange(accumulate), parts))
+    return total
 
   def step(state, backbone, batch):
-    number, theta = state['step'], state['theta']
+    number = state['step']
+    theta = state['theta']
+    optimizer = state['optimizer']
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STREAM_STEP), number)
-    run = gradient if accumulate == 1 else accumulated
+
+    # Losses are divided by the labels of the whole batch, not of each micro-batch: micro-batches of
+    # texts have different numbers of them, and a mean of means would be another loss.
     count = (batch['label'] >= 0).sum()
-    (loss, correct), grads = run(theta, backbone, batch, key, count)
-    optimizer = (
-      jax.device_put(state['optimizer'], jax.memory.Space.Device) if offload else state['optimizer']
-    )
+    differentiate = gradient if accumulate == 1 else accumulated_gradient
+    (loss, correct), grads = differentiate(theta, backbone, batch, key, count)
+
+    if offload:
+      optimizer = jax.device_put(optimizer, jax.memory.Space.Device)
     updates, optimizer = tx.update(grads, optimizer, theta)
     if offload:
       optimizer = jax.device_put(optimizer, jax.memory.Space.Host)
     theta = optax.apply_updates(theta, updates)
     if tuned.updates:
       theta = tuned.update(theta, number + 1, jax.random.fold_in(key, STREAM_UPDATE))
+
     new = {'loss': loss * count, 'correct': correct, 'labels': count}
     sums = jax.tree.map(lambda total, x: total + x, state['sums'], new)
-    # Entries that the method holds fixed have a gradient of zero.
+    # Entries that the method fixes have a gradient of zero.
     norm = jnp.sqrt(sum(jnp.square(g).sum() for g in jax.tree.leaves(grads)))
-    out = {'loss': loss, 'grad_norm': norm}
-    return {'theta': theta, 'optimizer': optimizer, 'step': number + 1, 'sums': sums}, out
+    state = {'theta': theta, 'optimizer': optimizer, 'step': number + 1, 'sums': sums}
+    return state, {'loss': loss, 'grad_norm': norm}
 
   return step
 
 
 def eval_step(forward: Callable, tally: Callable) -> Callable:
-  """(theta, backbone, batch) -> the tally of one batch, by a `forward` of evaluation and the
-  `tally` of a task.
+  """(theta, backbone, batch) -> the tally of one batch.
+
+  Args:
+    forward: of evaluation.
+    tally: of a task.
   """
 
   def step(theta, backbone, batch):
@@ -141,7 +170,7 @@ def eval_step(forward: Callable, tally: Callable) -> Callable:
 
 
 def evaluate(
-  mark: Callable,
+  eval_step: Callable,
   scores: Callable,
   theta,
   backbone,
@@ -152,33 +181,22 @@ def evaluate(
   """The scores over all batches.
 
   Args:
-    mark: a compiled `eval_step`.
+    eval_step: compiled.
     scores: of its task.
     theta: what is evaluated.
     backbone: beside it.
-    batches: one pass, filled up.
-    rows: where a batch is put.
-    stop: asked between batches; when true there are no scores.
+    batches: one pass, the last batch filled up.
+    rows: the sharding of a batch.
+    stop: called between batches; when it returns true there are no scores.
   """
   total = None
   for batch in batches:
     if stop():
       return None
     batch.pop('index')
-    found = jax.device_get(mark(theta, backbone, jax.device_put(batch, rows)))
-    total = found if total is None else jax.tree.map(np.add, total, found)
+    tally = jax.device_get(eval_step(theta, backbone, jax.device_put(batch, rows)))
+    if total is None:
+      total = tally
+    else:
+      total = jax.tree.map(np.add, total, tally)
   return scores(total)
-
-
-def means(sums: dict) -> dict[str, float]:
-  """loss and accuracy over the labels that were summed."""
-  held = {name: float(x) for name, x in sums.items()}
-  return {'loss': held['loss'] / held['labels'], 'accuracy': held['correct'] / held['labels']}
-
-
-def rows_of(blank: dict[str, np.ndarray], size: int, sharding) -> dict[str, jax.ShapeDtypeStruct]:
-  """The shapes of a batch of `size`, from one of one example."""
-  return {
-    k: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype, sharding=sharding)
-    for k, x in blank.items()
-  }

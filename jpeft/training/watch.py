@@ -1,4 +1,4 @@
-"""What a running loop looks out for: losses that are not finite, and signals."""
+"""What a running loop watches for: losses that are not finite, and signals."""
 
 import math
 import signal
@@ -7,56 +7,70 @@ from jpeft.cli import Diverged
 
 
 class Watch:
-  """Sees that losses and gradients are finite, one update late: the device need not be waited for.
+  """Checks that loss and gradient norm are finite.
+
+  It reads the values of the previous update, so that the check never blocks on the device.
 
   Attributes:
-    loss: the last one that is known.
+    loss: of the last update that was checked.
   """
 
   def __init__(self, split: str, checkpoints):
-    self.loss, self._split, self._checkpoints, self._pending = (
-      float('nan'),
-      split,
-      checkpoints,
-      None,
-    )
+    self.loss = float('nan')
+    self._split = split
+    self._checkpoints = checkpoints
+    self._pending = None
 
-  def see(self, number: int, indices, out: dict) -> None:
-    """Takes note of an update, after a look at the one before."""
-    self.catch_up()
+  def add(self, number: int, indices, out: dict) -> None:
+    """Checks the update before, and notes this one to be checked next.
+
+    Args:
+      number: of the update.
+      indices: of its examples.
+      out: what its `train_step` returned.
+    """
+    self.check()
     self._pending = number, indices, out
 
-  def catch_up(self) -> None:
-    """Looks at the last update.
+  def check(self) -> None:
+    """Checks the last update.
 
     Raises:
       Diverged: its loss or gradient is not finite.
     """
     if self._pending is None:
       return
-    (number, indices, out), self._pending = self._pending, None
-    self.loss, norm = float(out['loss']), float(out['grad_norm'])
+    number, indices, out = self._pending
+    self._pending = None
+    self.loss = float(out['loss'])
+    norm = float(out['grad_norm'])
     if math.isfinite(self.loss) and math.isfinite(norm):
       return
     self._checkpoints.wait()
     last = self._checkpoints.latest
+    rest = 'there is no checkpoint yet'
+    if last:
+      rest = f'the checkpoint of update {last} is intact'
     raise Diverged(
       f'loss {self.loss}, gradient norm {norm} at update {number}, on the examples '
-      f'{", ".join(map(str, indices))} of {self._split!r}; '
-      + (f'the checkpoint of update {last} is intact' if last else 'there is no checkpoint yet')
-      + '; a lower optimizer.lr or an optimizer.clip_norm may help'
+      f'{", ".join(map(str, indices))} of {self._split!r}; {rest}; '
+      'a lower optimizer.lr or an optimizer.clip_norm may help'
     )
 
 
 class Signals:
-  """While open, SIGTERM and SIGINT ask for a clean end; a second one ends at once."""
+  """While it is open, SIGTERM and SIGINT ask for a clean end; a second one ends at once.
+
+  Attributes:
+    caught: the number of the signal that came; None before.
+  """
 
   def __enter__(self):
     self.caught = None
-    self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+    self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
     return self
 
-  def _ask(self, number, frame):
+  def _note(self, number, frame):
     self.caught = number
     signal.signal(number, self._before[number])
 

@@ -13,7 +13,7 @@ import pytest
 from jpeft import cli, config, generate, merge, models, predict, tasks, training
 from jpeft.tasks.language import distance
 from jpeft.training import step
-from jpeft.training.report import read_metrics
+from jpeft.training.metrics import read_metrics
 
 TASK = tasks.TASKS['language']
 
@@ -140,7 +140,7 @@ def test_micro_batches_give_the_update_of_the_whole_batch(settings):
       'theta': theta,
       'optimizer': tx.init(theta),
       'step': jnp.zeros((), jnp.int32),
-      'sums': step.no_sums(),
+      'sums': step.zero_sums(),
     }
     state, out = jax.jit(update)(state, pretrained.variables, batch)
     found.append((state['theta'], out, step.means(state['sums'])))

@@ -270,7 +270,7 @@ def test_the_table_and_the_plot(command, tmp_path, flag, told):
 
 def test_what_would_fit_is_named_where_nothing_does(command, monkeypatch):
   held = lambda traced, known, options: dict(argument=known, temp=0, total=known, exact=True)
-  monkeypatch.setattr(measure, '_compiled', held)
+  monkeypatch.setattr(measure, 'compiled', held)
   full, linear = json.loads(command('--methods=full,linear', '--json')[1])
   cpu, between = targets.target('cpu'), (full['arguments_mib'] + linear['arguments_mib']) / 2
   for module in (targets, planning):
@@ -387,3 +387,22 @@ def test_state_on_the_host_takes_no_device_memory():
     for offload in (False, True)
   )
   assert there.optimizer == 0 and here.argument - there.argument > 0.9 * here.optimizer > 0
+
+
+class Inference(nn.Module):
+  @nn.compact
+  def __call__(self, images, inference):
+    return nn.Dense(3, name='head')(images.reshape(len(images), -1))
+
+
+class Eval(nn.Module):
+  @nn.compact
+  def __call__(self, images, eval):
+    return nn.Dense(3, name='head')(images.reshape(len(images), -1))
+
+
+@pytest.mark.parametrize('model', (Inference(), Eval()), ids=('inference', 'eval'))
+def test_every_name_of_a_train_flag_is_known(uncompiled, model):
+  # The flag has no default: a call without it is a TypeError.
+  (plan, *_) = jpeft.plan(model, {'full': jpeft.tune('head')}, IMAGES)
+  assert plan.trainable == 8 * 8 * 3 * 3 + 3

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jpeft import tasks
-from jpeft.training import report
+from jpeft.training import metrics, progress, report
 
 
 def test_loss_against_numpy():
@@ -44,24 +44,24 @@ def test_best_evaluation_is_the_first_of_equals():
 
 def test_log_goes_on_without_repeating_lines(tmp_path):
   file = tmp_path / 'metrics.jsonl'
-  log = report.Metrics(file, 0)
+  log = metrics.Metrics(file, 0)
   for step in (2, 4, 6):
     log.add(step, 'train', loss=1 / 3 + step)
   with file.open('a') as f:
     f.write('{"step": 8, "spl')  # a kill in the middle of a line
-  again = report.Metrics(file, 4)
+  again = metrics.Metrics(file, 4)
   again.add(6, 'train', loss=0.5)
-  rows = report.read_metrics(file)
+  rows = metrics.read_metrics(file)
   assert [row['step'] for row in rows] == [2, 4, 6]
-  assert report.values(rows[1]) == {'loss': 1 / 3 + 4} and report.values(rows[2]) == {'loss': 0.5}
+  assert metrics.values(rows[1]) == {'loss': 1 / 3 + 4} and metrics.values(rows[2]) == {'loss': 0.5}
   assert again.has(6, 'train') and not again.has(6, 'test')
 
 
 def test_progress_off_a_terminal_is_plain_lines():
   out = io.StringIO()
-  progress = report.Progress(10, 4, out, every=0)
-  progress.show(6, loss=0.5)
-  progress.note('done')
+  shown = progress.Progress(10, 4, out, every=0)
+  shown.show(6, loss=0.5)
+  shown.note('done')
   assert out.getvalue().splitlines()[0].startswith('step 6/10  loss 0.5  ')
   assert out.getvalue().endswith('left\ndone\n') and '\r' not in out.getvalue()
 
@@ -69,11 +69,11 @@ def test_progress_off_a_terminal_is_plain_lines():
 def test_progress_on_a_terminal_is_one_line():
   out = io.StringIO()
   out.isatty = lambda: True
-  progress = report.Progress(10, 0, out)
+  shown = progress.Progress(10, 0, out)
   for step in range(3):
-    progress.last = 0
-    progress.show(step, loss=1.0)
-  progress.note('done')
+    shown.last = 0
+    shown.show(step, loss=1.0)
+  shown.note('done')
   assert out.getvalue().count('\n') == 1 and out.getvalue().count('\rstep') == 3
 
 
@@ -81,7 +81,7 @@ def test_progress_on_a_terminal_is_one_line():
   ('seconds', 'text'), [(0, '0:00'), (187, '3:07'), (3753, '1:02:33'), (float('inf'), '?')]
 )
 def test_clock(seconds, text):
-  assert report.clock(seconds) == text
+  assert progress.clock(seconds) == text
 
 
 def test_table_is_aligned_markdown():

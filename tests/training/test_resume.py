@@ -12,7 +12,7 @@ import time
 import pytest
 from safetensors.numpy import load_file
 
-from jpeft.training.report import read_metrics, values
+from jpeft.training.metrics import read_metrics, values
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 60

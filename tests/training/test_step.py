@@ -123,12 +123,13 @@ def test_the_optimizers_state_alone_goes_to_the_host():
   _, _, _, state = prepared(jpeft.tune('head'), optax.adam(0.1))
   for offload in (False, True):
     kinds = jax.tree.map(
-      lambda place: place.memory_kind == 'pinned_host', sharding.of_state(mesh, state, offload)
+      lambda place: place.memory_kind == 'pinned_host',
+      sharding.state_sharding(mesh, state, offload),
     )
     assert {name: set(jax.tree.leaves(part)) for name, part in kinds.items()} == {
       name: {offload and name == 'optimizer'} for name in ('theta', 'optimizer', 'step', 'sums')
     }
-  held = sharding.laid(state, sharding.of_state(mesh, state, True))
+  held = sharding.with_sharding(state, sharding.state_sharding(mesh, state, True))
   assert compile.nbytes(held) == compile.nbytes({**state, 'optimizer': ()})
   assert not sharding.offloads(mesh, True)  # a CPU's memory is the host's
 

@@ -71,7 +71,7 @@ def test_an_unknown_format_is_one_sentence():
 )
 def test_the_config_comes_before_the_method(load, method, asked, stored):
   settings = load(method, **({'model.quantize': asked} if asked else {}))
-  assert training.storage_of(settings) == stored
+  assert training.Memory.of(settings).storage == stored
   for source in (models.load, models.describe):
     held = training.build(settings, 2, source)[0].variables
     assert {x.form for x in boxes(held)} == ({named(stored)} if stored else set())

@@ -14,7 +14,7 @@ from jpeft import cli, data, train, training
 from jpeft.tasks import classification
 from jpeft.training import feature_cache
 from jpeft.training.checkpoints import fingerprint, load_theta
-from jpeft.training.report import read_metrics
+from jpeft.training.metrics import read_metrics
 
 
 def loss_of(folder):

@@ -1,0 +1,84 @@
+"""Merged weights in the layout of Hugging Face: the untouched model computes what was trained."""
+
+import json
+import pathlib
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jpeft import models, tasks
+from jpeft.core import Method, Tuned
+
+
+def check_mergeable(method: Method) -> None:
+  """Raises a ValueError if no weights express a method."""
+  for _, rule in method:
+    if not rule.mergeable:
+      raise ValueError(
+        f'{method.names[0]} cannot be merged: {rule.name} changes the computation, not '
+        'the weights; jpeft.predict runs it as it is'
+      )
+
+
+def save_merged(
+  folder: pathlib.Path,
+  pretrained: models.Pretrained,
+  tuned: Tuned,
+  theta: Any,
+  example: dict,
+  labels: Sequence[str],
+) -> float:
+  """Writes merged weights, config, tokenizer and preprocessing of a tuned backbone.
+
+  Args:
+    folder: new or empty.
+    pretrained: the backbone.
+    tuned: a method attached to it, which merges.
+    theta: as trained.
+    example: a batch on which merged and tuned model are compared.
+    labels: of the head; none for a model that writes text.
+
+  Returns:
+    The largest difference of the logits of both on the example.
+  """
+  merged = jax.jit(tuned.merge)(theta, pretrained.variables)
+  args, kwargs = tasks.inputs(example)
+  tuned_logits = tuned.apply(theta, pretrained.variables, *args, **kwargs, deterministic=True)
+  plain_logits = pretrained.model.apply(merged, *args, **kwargs, deterministic=True)
+
+  config = dict(pretrained.config)
+  if labels:
+    config['id2label'] = dict(enumerate(labels))
+    config['label2id'] = {name: i for i, name in enumerate(labels)}
+  models.save_pretrained(folder, pretrained.model, merged, config)
+  _save_tokenizer(folder, pretrained.tokenizer)
+  _save_preprocessing(folder, pretrained.preprocess)
+  return float(jnp.abs(tuned_logits - plain_logits).max())
+
+
+def _save_tokenizer(folder: pathlib.Path, tokenizer: str | None) -> None:
+  if tokenizer is None:
+    return
+  path = pathlib.Path(tokenizer)
+  if path.suffix == '.gguf':
+    models.save_tokenizer(models.load_tokenizer(tokenizer), folder)
+    return
+  for name in models.FILES:
+    beside = path.with_name(name)
+    if beside.exists():
+      shutil.copy(beside, folder)
+
+
+def _save_preprocessing(folder: pathlib.Path, preprocess: dict | None) -> None:
+  if preprocess is None:
+    return
+  size = preprocess['image_size']
+  config = {
+    'image_mean': preprocess['mean'],
+    'image_std': preprocess['std'],
+    'size': {'height': size, 'width': size},
+  }
+  (folder / 'preprocessor_config.json').write_text(json.dumps(config, indent=2) + '\n')

@@ -1,0 +1,38 @@
+"""What to do about the part of a step that takes most of the memory."""
+
+from jpeft.core import NO_BACKPROP
+from jpeft.models import Remat
+
+
+def advice(dominant: str, memory_class: str, remat: Remat) -> str:
+  """How to need less memory, in words that end a sentence.
+
+  Args:
+    dominant: the part that takes most: 'weights', 'trained weights', 'optimizer state', 'batch' or
+      'activations'.
+    memory_class: of the method.
+    remat: of the model.
+  """
+  if dominant == 'weights':
+    return (
+      'hold the backbone in bfloat16 (model.param_dtype) or in 4 bits (model.quantize=nf4), or '
+      'spread it over chips (mesh.backbone=sharded)'
+    )
+  if dominant in ('trained weights', 'optimizer state'):
+    return (
+      'train fewer numbers (lora, lst), take an optimizer with less state (lion, adafactor), or '
+      'hold its state in host memory (optimizer.offload)'
+    )
+  if dominant == 'batch':
+    return 'take a smaller batch, or shorter inputs'
+  if memory_class == NO_BACKPROP:
+    return 'take a smaller batch, or a leaner side network (downsample=pool): the backbone stores nothing'
+  if not remat:
+    return (
+      'recompute blocks in the backward pass (--remat[=dots]), or a method without backbone '
+      'backprop (lst)'
+    )
+  return (
+    'take a smaller batch (optimizer.accumulate keeps the update), or a method without backbone '
+    'backprop (lst)'
+  )
