@@ -1,6 +1,7 @@
 """jpeft: parameter- and memory-efficient transfer learning for JAX and Flax."""
 
 import importlib
+from typing import TYPE_CHECKING
 
 from jpeft.contract import Checks, check
 from jpeft.core import (
@@ -79,6 +80,12 @@ from jpeft.programs import Halves, cut
 from jpeft.quant import affine, fp4, int4, nbytes, nf4, quantize, register_format
 from jpeft.version import __version__
 
+if TYPE_CHECKING:
+  from jpeft.data import register_dataset
+  from jpeft.export import load_adapter, save_adapter
+  from jpeft.models import load, save_pretrained  # type: ignore[no-redef]
+  from jpeft.tasks import register_metric
+
 # Backbones and what trains are imported when they are first asked for: `import jpeft` is light.
 _LAZY = {
   'load': 'models',
@@ -97,6 +104,11 @@ def __getattr__(name: str):
     module = importlib.import_module(f'.{_LAZY[name]}', __name__)
     return module if name == _LAZY[name] else getattr(module, name)
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__() -> list[str]:
+  """All public names, those that are not imported yet among them."""
+  return sorted({*globals(), *__all__})
 
 
 __all__ = [

@@ -197,7 +197,8 @@ def test_what_cannot_fit_is_not_compiled(uncompiled):
       25.5 * 2**30,
     ),
     (
-      'E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries (61.97G) exceeds '
+      'E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO '
+      'temporaries (61.97G) exceeds '
       'available HBM (15.75G). HLO module: jit_step.',
       int(61.97 * 2**30) + 7,
     ),

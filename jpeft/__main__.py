@@ -1,0 +1,75 @@
+"""The command `jpeft`: `jpeft train ...` is `python -m jpeft.train ...`, and so on."""
+
+import runpy
+import sys
+
+from jpeft.messages import columns, did_you_mean
+
+# What each command does; its module is imported when it runs.
+COMMANDS = {
+  'train': 'train a method on a backbone and a data set',
+  'plan': 'say what a training step needs of a device that need not be there',
+  'predict': 'label images or texts by the model of a run',
+  'merge': 'write plain weights of a run',
+  'generate': 'write text with a decoder',
+  'adapter': "write LoRA or DoRA of a run as Hugging Face's peft does",
+  'methods': 'list the methods',
+}
+BENCHES = {
+  'accuracy': 'methods x tasks x seeds',
+  'memory': 'the memory of a training step of every method',
+  'speed': 'step times as ratios',
+  'kernels': 'what the 4-bit kernels cost beside XLA alone',
+}
+
+
+def usage() -> str:
+  """The commands, a line each."""
+  rows = [('command', 'what it does')]
+  rows += [(f'jpeft {name}', text) for name, text in COMMANDS.items()]
+  rows += [(f'jpeft bench {name}', text) for name, text in BENCHES.items()]
+  return '\n'.join([*columns(rows), '', 'jpeft COMMAND --help lists the flags of a command.'])
+
+
+def module_of(words: list[str]) -> tuple[str, list[str]]:
+  """(the module of a command, its own arguments) of a command line.
+
+  Raises:
+    ValueError: no such command.
+  """
+  name, *rest = words
+  if name == 'bench':
+    if not rest or rest[0] not in BENCHES:
+      given = rest[0] if rest else ''
+      raise ValueError(
+        f'there is no benchmark {given!r}{did_you_mean(given, BENCHES)}; '
+        f'there are {", ".join(BENCHES)}'
+      )
+    return f'jpeft.bench.{rest[0]}', rest[1:]
+  if name not in COMMANDS:
+    known = [*COMMANDS, 'bench']
+    raise ValueError(
+      f'there is no command {name!r}{did_you_mean(name, known)}; there are {", ".join(known)}'
+    )
+  return f'jpeft.{name}', rest
+
+
+def main() -> int:
+  """Runs the command that the command line names."""
+  words = sys.argv[1:]
+  if not words or words[0] in ('-h', '--help'):
+    print(usage())
+    return 0
+  try:
+    module, rest = module_of(words)
+  except ValueError as error:
+    print(f'jpeft: error: {error}', file=sys.stderr)
+    return 2
+  # As `python -m` runs it, with its exit code.
+  sys.argv = [module, *rest]
+  runpy.run_module(module, run_name='__main__', alter_sys=True)
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())
