@@ -2,6 +2,8 @@
 
 import importlib
 
+# Registers naming schemes; the backbones are imported on first use, as the names in _LAZY.
+from jpeft import models as models
 from jpeft.core import (
   ANATOMIES,
   Anatomy,
