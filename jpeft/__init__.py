@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING
 
+# Registers naming schemes; the backbones are imported on first use, as the names in _LAZY.
+from jpeft import models as models
 from jpeft.contract import Checks, check
 from jpeft.core import (
   ANATOMIES,
@@ -83,7 +85,7 @@ from jpeft.version import __version__
 if TYPE_CHECKING:
   from jpeft.data import register_dataset
   from jpeft.export import load_adapter, save_adapter
-  from jpeft.models import load, save_pretrained  # type: ignore[no-redef]
+  from jpeft.models import load, save_pretrained
   from jpeft.tasks import register_metric
 
 # Backbones and what trains are imported when they are first asked for: `import jpeft` is light.

@@ -68,87 +68,15 @@ class Anatomy:
 # Parts that methods name beside others, and that a family may lack: nothing matches there.
 _NOT_EVERYWHERE = ('patch', 'final_norm')
 
-_BLOCK = r'(?:.*/)?(?:block_\d+|blocks)'
 _VIT_BLOCK = r'(?:.*/)?encoderblock(?:_\d+)?'
 _MHA = r'(?:.*/)?MultiHeadDotProductAttention_\d+'
 _LAYER = r'(?:.*/)?layers(?:/\d+)?'
 
-_OWN = {
-  'block': _BLOCK,
-  'encoder_block': r'encoder/(?:block_\d+|blocks)',
-  'decoder_block': r'decoder/(?:block_\d+|blocks)',
-  'attention': rf'{_BLOCK}/(?:cross_)?attention',
-  'mlp': rf'{_BLOCK}/mlp',
-  'q': rf'{_BLOCK}/(?:cross_)?attention/query',
-  'k': rf'{_BLOCK}/(?:cross_)?attention/key',
-  'v': rf'{_BLOCK}/(?:cross_)?attention/value',
-  'o': rf'{_BLOCK}/(?:cross_)?attention/out',
-  'fc1': rf'{_BLOCK}/mlp/(?:fc1|gate)',
-  'fc2': rf'{_BLOCK}/mlp/fc2',
-  'linear': rf'{_BLOCK}/(?:(?:cross_)?attention/(?:query|key|value|out)|mlp/(?:fc1|gate|fc2))',
-  'norm': rf'{_BLOCK}/norm(?:1|2|_cross)',
-  'head': r'head(?:_\w+)?',
-  'stack': r'encoder',
-}
-_PRE_NORM = {'norm1': rf'{_BLOCK}/norm1', 'norm2': rf'{_BLOCK}/norm2', 'block_end': _BLOCK}
-
-# The first of the families that fit best is chosen, so the order matters only between equals.
+# The first of the families that fit best is chosen, so the order matters only between equals. Here
+# are those of other projects; jpeft.models puts its own before them.
 ANATOMIES: dict[str, Anatomy] = {
   a.name: a
   for a in (
-    Anatomy(
-      'vit',
-      {
-        **_OWN,
-        **_PRE_NORM,
-        'embed': r'embed',
-        'patch': r'embed/patch',
-        'encoder': r'encoder',
-        'final_norm': r'final_norm',
-      },
-      lead=1,
-    ),
-    Anatomy(
-      'bert',
-      {
-        **_OWN,
-        'embed': r'embed',
-        'encoder': r'encoder',
-        'pooler': r'pooler',
-        'word': r'embed/word',
-        'block_end': rf'{_BLOCK}/norm2',
-      },
-      lead=1,
-      exit='encoder',
-    ),
-    Anatomy(
-      't5',
-      {
-        **_OWN,
-        **_PRE_NORM,
-        'embed': r'embed',
-        'encoder': r'encoder',
-        'decoder': r'decoder',
-        'final_norm': r'(?:en|de)coder/final_norm',
-        'encoder_norm': r'encoder/final_norm',
-        'decoder_norm': r'decoder/final_norm',
-        'position_bias': r'(?:en|de)coder/position_bias',
-      },
-      side={'bias': 'position_bias', 'context': 'context'},
-    ),
-    Anatomy(
-      'llama',
-      {
-        **_OWN,
-        **_PRE_NORM,
-        'embed': r'embed',
-        'encoder': r'decoder',
-        'stack': r'decoder',
-        'encoder_block': r'decoder/(?:block_\d+|blocks)',
-        'final_norm': r'final_norm',
-      },
-      causal=True,
-    ),
     Anatomy(
       'vision_transformer',
       {

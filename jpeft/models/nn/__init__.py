@@ -1,1 +1,40 @@
 """What the backbones share: layers, blocks, positions."""
+
+from .blocks import REMATS, Encoder, PostNormBlock, PreNormBlock, Remat, block_of, run_blocks
+from .layers import (
+  MLP,
+  Attention,
+  Block,
+  activation,
+  check_pool,
+  default_init,
+  gelu,
+  gelu_tanh,
+  layer_norm,
+  rms_norm,
+)
+from .positions import PositionBias, resize_grid
+from .rope import Rope
+
+__all__ = [
+  'Attention',
+  'Block',
+  'Encoder',
+  'MLP',
+  'PositionBias',
+  'PostNormBlock',
+  'PreNormBlock',
+  'REMATS',
+  'Remat',
+  'Rope',
+  'activation',
+  'block_of',
+  'check_pool',
+  'default_init',
+  'gelu',
+  'gelu_tanh',
+  'layer_norm',
+  'resize_grid',
+  'rms_norm',
+  'run_blocks',
+]

@@ -1,1 +1,16 @@
 """T5."""
+
+from typing import TYPE_CHECKING
+
+from ..lazy import on_first_use
+
+if TYPE_CHECKING:
+  from .files import T5_FAMILIES
+  from .model import T5, T5Block, shift_right
+
+__all__ = ['T5', 'T5Block', 'T5_FAMILIES', 'shift_right']
+
+__getattr__ = on_first_use(
+  __name__,
+  {'T5': '.model', 'T5Block': '.model', 'T5_FAMILIES': '.files', 'shift_right': '.model'},
+)

@@ -1,1 +1,13 @@
 """ViT, DeiT and DINOv2."""
+
+from typing import TYPE_CHECKING
+
+from ..lazy import on_first_use
+
+if TYPE_CHECKING:
+  from .files import VIT_FAMILIES
+  from .model import ViT
+
+__all__ = ['VIT_FAMILIES', 'ViT']
+
+__getattr__ = on_first_use(__name__, {'VIT_FAMILIES': '.files', 'ViT': '.model'})
