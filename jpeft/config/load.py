@@ -7,6 +7,8 @@ import inspect
 import json
 import pathlib
 import re
+import sys
+import zlib
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
@@ -59,11 +61,16 @@ def _get_config(reference: str) -> tuple[Callable, pathlib.Path, str | None]:
 
 
 def _module(path: pathlib.Path):
-  spec = importlib.util.spec_from_file_location(f'jpeft_config_{path.stem}', path)
+  """The module of a config file; it may register methods, data sets, metrics and formats."""
+  # A name for each file: by it a run folder finds the file that registered something.
+  number = zlib.crc32(str(path.resolve()).encode())
+  spec = importlib.util.spec_from_file_location(f'jpeft_config_{path.stem}_{number}', path)
   module = importlib.util.module_from_spec(spec)
+  sys.modules[spec.name] = module
   try:
     spec.loader.exec_module(module)
   except Exception as error:
+    del sys.modules[spec.name]
     raise ValueError(f'{path} cannot be read as python: {type(error).__name__}: {error}') from error
   return module
 
