@@ -1,26 +1,32 @@
-"""UniPT: every state of the frozen backbone is projected and aligned to the last one, and a gate
-weighs them.
+"""UniPT: all states of the frozen backbone are projected, aligned to the last one, and weighed.
 
 Diao et al., 2024, "UniPT: Universal Parallel Tuning for Transfer Learning with Efficient Parameter
-and Memory" (arXiv 2308.14316; Paranioar/UniPT). With the states h_i [B, N, d], i = 0 the
-embeddings, L the last, of width m:
+and Memory" (arXiv 2308.14316; Paranioar/UniPT). The letters:
 
-  p_i = LN(W_i h_i),  Q = p_L,  A_i = L1(ReLU(Q p_i^T) M) + I  over keys,  t_i = A_i p_i              i < L
-  c_i = w . (mean Q * mean p_i),  w_i = softmax over i,  out = Up(Q + Proj(sum_i w_i t_i))
+  h_i [B, N, d]  state i of the backbone: i = 0 the embeddings, L the last
+  p_i [B, N, m]  its projection, by W_i
+  Q   [B, N, m]  the anchor that the others are aligned to
+  M   [B, N, N]  the mask of the model, 1 where a token sees another
 
-M is the mask of the model: it multiplies scores, which is right since nothing is exponentiated. No
-layer reads another, and no gradient enters the backbone.
+With I the identity and L1 dividing by the sum over keys, for i < L
 
-  form        W_i                Q                          Proj                                Up
-  tokens      linear, LN         state L                    linear, ReLU, linear, LN            linear
-  retrieval   linear, LN         state L                    linear, LN                          ReLU, linear
-  global      ReLU, linear       ReLU, linear of the        none                                ReLU, linear, added
-                                 pooled embedding [B, e]                                        to the embedding
+  p_i = LN(W_i h_i),  Q = p_L,  A_i = L1(ReLU(Q p_i^T) M) + I,  t_i = A_i p_i
+  c_i = w . (mean Q * mean p_i),  w_i = softmax of c_i over i,  out = Up(Q + Proj(sum_i w_i t_i))
+
+M multiplies scores, which is right since nothing is exponentiated. No layer reads another, and no
+gradient enters the backbone.
+
+  form        W_i            Q                    Proj                       Up
+  tokens      linear, LN     state L              linear, ReLU, linear, LN   linear
+  retrieval   linear, LN     state L              linear, LN                 ReLU, linear
+  global      ReLU, linear   ReLU, linear of      none                       ReLU, linear, added
+                             the embedding                                   to the embedding
 
 'tokens' is what the authors run for CLIP-ViL (Proj is as wide as the backbone inside), 'retrieval'
 for the text tower of VSE infinity, `unipt_global` for CLIP4Clip, where state L is one of the
-aligned ones and the layer's own class token is added in the place of I. The first two replace the
-output of the exit, the third that of the module that makes the embedding.
+aligned ones, Q is made of the pooled embedding [B, e], and the layer's own class token is added in
+the place of I. The first two replace the output of the exit, the third that of the module that
+makes the embedding.
 
 In an encoder-decoder both stacks have such a network; as in the authors' MDETR, the p_i of the
 decoder first take up the encoder's: p_i + LN(W_c L1(ReLU(p_i S^T)) S), S = Q + Proj(..) of the
@@ -32,7 +38,7 @@ left out. `downsample='pool'` is ours: means over groups of features in the plac
 what is stored is narrow.
 """
 
-import functools
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +46,7 @@ import jax.numpy as jnp
 from jpeft.core import NO_BACKPROP, Call, Method, Site, at, chain, factory
 
 from ..masks import masks
-from ..nn import dense, layer_norm, linear, pool, put_first, scales
+from ..nn import dense, layer_norm, linear, pool, put_first, remat_if, scales
 from .stack import Stack, record
 
 FORMS = ('tokens', 'retrieval')
@@ -83,82 +89,145 @@ def unipt(
     if value not in choices:
       raise ValueError(f'unipt: {what}={value!r} is none of {", ".join(map(repr, choices))}')
   _check(reduction=reduction, width=width, out=out)
-  pooled = downsample == 'pool'
-  narrow = lambda d: width or (out or d) // reduction
-  keep = lambda x: pool(x, x.shape[-1] // narrow(x.shape[-1])) if pooled else x
-  again = jax.checkpoint if remat else lambda fn: fn
+  return _UniPT(reduction, form, width, out, downsample, remat, blocks, exit, name).method()
 
-  @functools.lru_cache(maxsize=256)
-  def stack(site: Site) -> Stack:
-    net = Stack(site, blocks, exit)
-    net.check_tokens(name)
-    if pooled and net.width % narrow(net.width):
+
+@dataclasses.dataclass(frozen=True)
+class _UniPT:
+  """The rules of `unipt`; the fields are its arguments."""
+
+  reduction: int
+  form: str
+  width: int | None
+  out: int | None
+  downsample: str
+  remat: bool
+  blocks: str
+  exit: str
+  name: str
+
+  def method(self) -> Method:
+    """Records the states, and replaces the output of each exit."""
+    side = Call(self.name, self.apply, self.init, taps=True, memory=NO_BACKPROP)
+    return chain(
+      record(self.name, self.blocks, self.keep, _masks),
+      at(self.exit, side),
+    )
+
+  @property
+  def pooled(self) -> bool:
+    """Whether groups of features are averaged in the place of W_i."""
+    return self.downsample == 'pool'
+
+  def narrow(self, width: int) -> int:
+    """m, beside a backbone of some width."""
+    if self.width is not None:
+      return self.width
+    if self.out is not None:
+      return self.out // self.reduction
+    return width // self.reduction
+
+  def keep(self, state: jax.Array) -> jax.Array:
+    """What is recorded of h_i: the whole state, or its pooled features."""
+    if not self.pooled:
+      return state
+    width = state.shape[-1]
+    return pool(state, width // self.narrow(width))
+
+  def stack(self, site: Site) -> Stack:
+    """The blocks before an exit."""
+    net = Stack(site, self.blocks, self.exit)
+    net.check_tokens(self.name)
+    narrow = self.narrow(net.width)
+    if self.pooled and net.width % narrow:
       raise ValueError(
-        f'{name}: m={narrow(net.width)} does not divide the width {net.width} of the blocks, whose '
+        f'{self.name}: m={narrow} does not divide the width {net.width} of the blocks, whose '
         'features are pooled'
       )
     return net
 
-  def init(key, site, arrays):
-    net = stack(site)
-    d, m, to, n = net.width, narrow(net.width), out or net.width, net.depth + 1
-    inner = to if form == 'tokens' else m
+  def init(self, key, site: Site, arrays) -> dict:
+    """W_i and LN as 'layers', w as 'gate', 'proj'; at the last exit 'up', in a decoder 'cross'."""
+    net = self.stack(site)
+    states = net.depth + 1
+    narrow = self.narrow(net.width)
+    out = self.out or net.width
+    inner = narrow
+    if self.form == 'tokens':
+      inner = out
     keys = jax.random.split(key, 6)
     t = {
-      'layers': {'norm': scales(m, n), **({} if pooled else {'down': dense(keys[0], d, m, n)})},
-      'gate': dense(keys[1], m, 1),
-      'proj': {'in': dense(keys[2], m, inner), 'norm': scales(m)},
+      'layers': {'norm': scales(narrow, states)},
+      'gate': dense(keys[1], narrow, 1),
+      'proj': {'in': dense(keys[2], narrow, inner), 'norm': scales(narrow)},
     }
-    if form == 'tokens':
-      t['proj']['out'] = dense(keys[3], inner, m)
+    if not self.pooled:
+      t['layers']['down'] = dense(keys[0], net.width, narrow, states)
+    if self.form == 'tokens':
+      t['proj']['out'] = dense(keys[3], inner, narrow)
     if net.is_last:
-      t['up'] = dense(keys[4], m, to)
-      if len(net.exits) > 1:
-        t['cross'] = {'out': dense(keys[5], m, m), 'norm': scales(m)}
+      t['up'] = dense(keys[4], narrow, out)
+    if net.is_last and len(net.exits) > 1:
+      t['cross'] = {'out': dense(keys[5], narrow, narrow), 'norm': scales(narrow)}
     return t
 
-  def project(h, t):
-    return layer_norm(t['norm'], linear(t['down'], h) if 'down' in t else h)
-
-  def apply(t, call, x, *args, **kwargs):
-    net = stack(call.site)
+  def apply(self, t, call, x, *args, **kwargs):
+    """The output of the exit, made of all states before it; an encoder's stays the backbone's."""
+    net = self.stack(call.site)
     y = call(x, *args, **kwargs)
     taps = call.taps()
-    p = net.each(
-      again(project),
-      taps,
-      keep(net.last(x, jax.tree.leaves(y)[0])),
-      range(net.depth + 1),
-      t['layers'],
-    )
-    anchor, early = p[-1], p[:-1]
+    last = self.keep(net.last(x, jax.tree.leaves(y)[0]))
+    states = range(net.depth + 1)
+    p = net.each(remat_if(self.remat, project), taps, last, states, t['layers'])
     if 'cross' in t:
-      source, seen = taps[net.exits[0].path]['side'], net.shared(taps, 'context_mask')
-      met = again(
-        lambda p: (
-          p + layer_norm(t['cross']['norm'], linear(t['cross']['out'], align(p, source, seen)))
-        )
-      )
-      anchor, early = (
-        met(anchor),
-        [met(p) for p in early] if isinstance(early, list) else jax.lax.map(met, early),
-      )
+      p = self.read_encoder(t['cross'], net, taps, p)
+    anchor = p[-1]  # Q [B, N, m]
     seen = visible(net, taps, anchor.shape[1])
-    about = mean(anchor, seen)
-    trust = lambda p: linear(t['gate'], about * mean(p, seen))
-    total = _weighted(net, early, trust, lambda p: align(anchor, p, seen) + p, again, anchor)
-    side = linear(t['proj']['in'], total)
-    side = linear(t['proj']['out'], jax.nn.relu(side)) if form == 'tokens' else side
-    side = anchor + layer_norm(t['proj']['norm'], side)
+    mean_of_anchor = mean(anchor, seen)
+
+    def score(p):  # c_i [B, 1 or N, 1]
+      return linear(t['gate'], mean_of_anchor * mean(p, seen))
+
+    def aligned(p):  # t_i [B, N, m]
+      return align(anchor, p, seen) + p
+
+    total = weighted_sum(net, p[:-1], score, aligned, anchor, self.remat)
+    side = anchor + self.project_total(t['proj'], total)
     if not net.is_last:
       call.tap(side=side)
       return y
-    return put_first(y, linear(t['up'], side if form == 'tokens' else jax.nn.relu(side)))
+    if self.form == 'retrieval':
+      side = jax.nn.relu(side)
+    return put_first(y, linear(t['up'], side))
 
-  return chain(
-    record(name, blocks, keep, lambda site, inputs: masks(inputs)),
-    at(exit, Call(name, apply, init, taps=True, memory=NO_BACKPROP)),
-  )
+  def project_total(self, t, total: jax.Array) -> jax.Array:
+    """Proj: [B, N, m] to [B, N, m]."""
+    y = linear(t['in'], total)
+    if self.form == 'tokens':
+      y = linear(t['out'], jax.nn.relu(y))
+    return layer_norm(t['norm'], y)
+
+  def read_encoder(self, t, net: Stack, taps, p):
+    """The p_i of a decoder, each plus what it takes up of the encoder's S."""
+    source = taps[net.exits[0].path]['side']
+    seen = net.shared(taps, 'context_mask')
+
+    def read(p):
+      return p + layer_norm(t['norm'], linear(t['out'], align(p, source, seen)))
+
+    read = remat_if(self.remat, read)
+    if isinstance(p, list):
+      return [read(layer) for layer in p]
+    # One layer at a time: together they would take the scores [B, N, M] of all of them.
+    early = jax.lax.map(read, p[:-1])
+    return jnp.concatenate([early, read(p[-1])[None]])
+
+
+def project(state: jax.Array, t) -> jax.Array:
+  """p_i [B, N, m] of a state h_i [B, N, d], or of one that is pooled already."""
+  if 'down' in t:
+    state = linear(t['down'], state)
+  return layer_norm(t['norm'], state)
 
 
 @factory
@@ -186,62 +255,103 @@ def unipt_global(
       tokens or without such an embedding.
   """
   _check(reduction=reduction, width=width)
-  again = jax.checkpoint if remat else lambda fn: fn
+  return _GlobalUniPT(reduction, width, token, remat, blocks, exit, embedding, name).method()
 
-  @functools.lru_cache(maxsize=64)
-  def stack(site: Site) -> Stack:
-    net = Stack(site, blocks, exit)
-    net.check_tokens(name)
+
+@dataclasses.dataclass(frozen=True)
+class _GlobalUniPT:
+  """The rules of `unipt_global`; the fields are its arguments."""
+
+  reduction: int
+  width: int | None
+  token: int
+  remat: bool
+  blocks: str
+  exit: str
+  embedding: str
+  name: str
+
+  def method(self) -> Method:
+    """Records the states and the last one, and replaces the embedding."""
+    last = Call(self.name, self.record_last, taps=True, memory=NO_BACKPROP)
+    side = Call(self.name, self.apply, self.init, taps=True, memory=NO_BACKPROP)
+    return chain(
+      record(self.name, self.blocks, also=_masks),
+      at(self.exit, last),
+      at(self.embedding, side),
+    )
+
+  def stack(self, site: Site) -> Stack:
+    """The blocks before an exit."""
+    net = Stack(site, self.blocks, self.exit)
+    net.check_tokens(self.name)
     return net
 
-  def stack_of(site: Site) -> Stack:
-    exits = [e for e in site.model.find(exit) if e.out is not None]
-    if len(exits) != 1 or site.out is None or len(site.out.shape) != 2:
+  def stack_of(self, site: Site) -> Stack:
+    """The blocks whose states an embedding is made of, the only ones of the model."""
+    exits = [found for found in site.model.find(self.exit) if found.out is not None]
+    shape = None
+    if site.out is not None:
+      shape = site.out.shape
+    if len(exits) != 1 or shape is None or len(shape) != 2:
       raise ValueError(
-        f'{name}: needs one stack of blocks and a pooled embedding [B, e]; {site.path!r} gives '
-        f'{None if site.out is None else site.out.shape}, and there are {len(exits)} exits'
+        f'{self.name}: needs one stack of blocks and a pooled embedding [B, e]; {site.path!r} gives '
+        f'{shape}, and there are {len(exits)} exits'
       )
-    return stack(exits[0])
+    return self.stack(exits[0])
 
-  def init(key, site, arrays):
-    net, e = stack_of(site), site.out.shape[-1]
-    m, keys = width or e // reduction, jax.random.split(key, 4)
-    if not m:
+  def init(self, key, site: Site, arrays) -> dict:
+    """W_i as 'layers', w as 'gate', the map of the embedding to Q as 'anchor', 'up'."""
+    net = self.stack_of(site)
+    embedding = site.out.shape[-1]
+    narrow = self.width or embedding // self.reduction
+    if not narrow:
       raise ValueError(
-        f'{name}: reduction={reduction} leaves nothing of an embedding of {e}; give width='
+        f'{self.name}: reduction={self.reduction} leaves nothing of an embedding of {embedding}; '
+        'give width='
       )
+    keys = jax.random.split(key, 4)
     return {
-      'layers': dense(keys[0], net.width, m, net.depth + 1),
-      'gate': dense(keys[1], m, 1),
-      'anchor': dense(keys[2], e, m),
-      'up': dense(keys[3], m, e),
+      'layers': dense(keys[0], net.width, narrow, net.depth + 1),
+      'gate': dense(keys[1], narrow, 1),
+      'anchor': dense(keys[2], embedding, narrow),
+      'up': dense(keys[3], narrow, embedding),
     }
 
-  def last(t, call, x, *args, **kwargs):
+  def record_last(self, t, call, x, *args, **kwargs):
+    """Runs the exit, and records the last state."""
     y = call(x, *args, **kwargs)
-    call.tap(last=stack(call.site).last(x, jax.tree.leaves(y)[0]))
+    call.tap(last=self.stack(call.site).last(x, jax.tree.leaves(y)[0]))
     return y
 
-  def apply(t, call, *args, **kwargs):
-    net, taps = stack_of(call.site), call.taps()
+  def apply(self, t, call, *args, **kwargs):
+    """The embedding [B, e], plus what all states add to it."""
+    net = self.stack_of(call.site)
+    taps = call.taps()
     y = call(*args, **kwargs)
-    e = jax.lax.stop_gradient(jax.tree.leaves(y)[0])
-    anchor = linear(t['anchor'], jax.nn.relu(e))[:, None]
-    project = again(lambda h, t: linear(t, jax.nn.relu(h)))
-    early = net.each(project, taps, taps[net.site.path]['last'], range(net.depth + 1), t['layers'])
+    embedding = jax.lax.stop_gradient(jax.tree.leaves(y)[0])
+    anchor = linear(t['anchor'], jax.nn.relu(embedding))[:, None]  # Q [B, 1, m]
+    last = taps[net.site.path]['last']
+    states = range(net.depth + 1)
+    p = net.each(remat_if(self.remat, project_relu), taps, last, states, t['layers'])
     seen = net.shared(taps, 'mask')
-    seen = None if seen is None else seen.any(1, keepdims=True)
-    trust = lambda p: linear(t['gate'], anchor * mean(p, seen))
-    total = _weighted(
-      net, early, trust, lambda p: align(anchor, p, seen) + p[:, token][:, None], again, anchor
-    )
-    return put_first(y, e + linear(t['up'], jax.nn.relu(anchor + total))[:, 0])
+    if seen is not None:
+      seen = seen.any(1, keepdims=True)  # [B or 1, 1, N]: the embedding sees what any token sees
 
-  return chain(
-    record(name, blocks, also=lambda site, inputs: masks(inputs)),
-    at(exit, Call(name, last, taps=True, memory=NO_BACKPROP)),
-    at(embedding, Call(name, apply, init, taps=True, memory=NO_BACKPROP)),
-  )
+    def score(p):  # c_i [B, 1, 1]
+      return linear(t['gate'], anchor * mean(p, seen))
+
+    def aligned(p):  # t_i [B, 1, m]
+      return align(anchor, p, seen) + p[:, self.token][:, None]
+
+    total = weighted_sum(net, p, score, aligned, anchor, self.remat)
+    update = linear(t['up'], jax.nn.relu(anchor + total))[:, 0]
+    return put_first(y, embedding + update)
+
+
+def project_relu(state: jax.Array, t) -> jax.Array:
+  """p_i [B, N, m] of a state h_i [B, N, d], for a pooled embedding."""
+  return linear(t, jax.nn.relu(state))
 
 
 def _check(**sizes) -> None:
@@ -250,23 +360,43 @@ def _check(**sizes) -> None:
       raise ValueError(f'unipt: {what}={value} must be at least 1')
 
 
-def _weighted(net: Stack, early, trust, aligned, again, like: jax.Array) -> jax.Array:
-  """sum_i w_i aligned(p_i), w the softmax over layers of trust(p_i) [B, 1 or N, 1]."""
-  scores = (
-    jnp.stack([trust(p) for p in early]) if isinstance(early, list) else jax.vmap(trust)(early)
-  )
-  w = jax.nn.softmax(scores.astype(jnp.float32), 0).astype(like.dtype)
-  step = again(lambda total, layer: total + layer['w'] * aligned(layer['p']))
-  return net.run(step, jnp.zeros_like(like), {'p': early, 'w': w})
+def _masks(site: Site, inputs) -> dict[str, jax.Array]:
+  return masks(inputs)
+
+
+def weighted_sum(net: Stack, p, score, aligned, like: jax.Array, remat: bool) -> jax.Array:
+  """sum_i w_i t_i, w the softmax of c_i over the layers.
+
+  Args:
+    net: the blocks.
+    p: p_i, as `Stack.each` gives them: a list, or stacked.
+    score: p_i -> c_i [B, 1 or N, 1].
+    aligned: p_i -> t_i.
+    like: an array of the shape and dtype of the sum.
+    remat: recompute the alignments in the backward pass.
+  """
+  if isinstance(p, list):
+    scores = jnp.stack([score(layer) for layer in p])
+  else:
+    scores = jax.vmap(score)(p)
+  weights = jax.nn.softmax(scores.astype(jnp.float32), 0).astype(like.dtype)
+
+  def add(total, layer):
+    return total + layer['w'] * aligned(layer['p'])
+
+  return net.run(remat_if(remat, add), jnp.zeros_like(like), {'p': p, 'w': weights})
 
 
 def visible(net: Stack, taps, length: int) -> jax.Array | None:
   """Which tokens [B or 1, 1 or N, N] a token sees, 1 or 0; None for all."""
-  seen, anatomy = net.shared(taps, 'mask'), net.site.model.anatomy
+  seen = net.shared(taps, 'mask')
+  anatomy = net.site.model.anatomy
   if anatomy is None or not anatomy.causal:
     return seen
   before = jnp.tril(jnp.ones((1, length, length), bool))
-  return before if seen is None else seen & before
+  if seen is None:
+    return before
+  return seen & before
 
 
 def align(q: jax.Array, p: jax.Array, seen: jax.Array | None = None) -> jax.Array:
@@ -278,8 +408,11 @@ def align(q: jax.Array, p: jax.Array, seen: jax.Array | None = None) -> jax.Arra
     seen: [B or 1, 1 or N, M], 1 where a key is seen; None for all.
   """
   scores = jax.nn.relu(jnp.einsum('bnm,bkm->bnk', q, p))
-  scores = scores if seen is None else scores * seen.astype(scores.dtype)
-  total = jnp.maximum(jnp.sum(scores, -1, keepdims=True, dtype=jnp.float32), 1e-6)
+  if seen is not None:
+    scores = scores * seen.astype(scores.dtype)
+  total = jnp.sum(scores, -1, keepdims=True, dtype=jnp.float32)
+  # Where no score is positive, the row is zero and not 0 / 0.
+  total = jnp.maximum(total, 1e-6)
   return (jnp.einsum('bnk,bkm->bnm', scores, p) / total).astype(q.dtype)
 
 
@@ -288,7 +421,6 @@ def mean(x: jax.Array, seen: jax.Array | None) -> jax.Array:
   if seen is None:
     return jnp.mean(x, 1, keepdims=True)
   seen = seen.astype(jnp.float32)
-  share = seen / jnp.maximum(seen.sum(-1, keepdims=True), 1)
-  return jnp.einsum(
-    'bqn,bnm->bqm', jnp.broadcast_to(share.astype(x.dtype), (len(x), *share.shape[1:])), x
-  )
+  share = seen / jnp.maximum(seen.sum(-1, keepdims=True), 1)  # [B or 1, 1 or N, N]
+  share = jnp.broadcast_to(share.astype(x.dtype), (len(x), *share.shape[1:]))
+  return jnp.einsum('bqn,bnm->bqm', share, x)
