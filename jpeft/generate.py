@@ -19,6 +19,9 @@ import jax
 
 from jpeft import cli, decoding, models, training
 
+# Their old place, for one release.
+from jpeft.decoding import completions, generate, pad_left  # noqa: F401
+
 
 def main(argv: list[str]) -> int:
   flags = _parser().parse_args(argv)
