@@ -295,8 +295,8 @@ class _GlobalUniPT:
       shape = site.out.shape
     if len(exits) != 1 or shape is None or len(shape) != 2:
       raise ValueError(
-        f'{self.name}: needs one stack of blocks and a pooled embedding [B, e]; {site.path!r} gives '
-        f'{shape}, and there are {len(exits)} exits'
+        f'{self.name}: needs one stack of blocks and a pooled embedding [B, e]; {site.path!r} '
+        f'gives {shape}, and there are {len(exits)} exits'
       )
     return self.stack(exits[0])
 
