@@ -1,6 +1,4 @@
-"""Which implementation a product takes: by platform, shape and dtype, with the reason and the
-tiles.
-"""
+"""Which implementation a product takes, by platform, shape and dtype."""
 
 from typing import NamedTuple
 
@@ -22,9 +20,9 @@ class Coding(NamedTuple):
 NF4 = Coding()
 KERNELS = {'tpu': 'mosaic', 'cuda': 'triton'}
 
-# The most rows for which a kernel is chosen. Beyond them its decoding, which is repeated for each
-# tile of rows, or its products, which are slower than those of a library, cost more than XLA's
-# writing the matrix out once.
+# The most rows of x for which a kernel is chosen. Beyond them XLA, which writes the decoded matrix
+# out once, is faster: a kernel decodes again for each tile of rows, and its products are slower
+# than those of a library.
 ROWS = {'mosaic': 8192, 'triton': 64}
 
 # (from so many rows: tiles) of bfloat16. mosaic: rows, rows of codes, columns. triton: rows,
@@ -79,36 +77,54 @@ def choice(
 
 
 def fit(kernel: str, rows: int, shape: tuple[int, int], dtype, form: Coding) -> Choice:
-  """The kernel with its tiles, or 'xla' where the kernel cannot do it."""
-  half, n, dtype = shape[0] // 2, shape[1], jnp.dtype(dtype)
+  """The kernel with its tiles, or 'xla' where the kernel cannot do the product."""
+  dtype = jnp.dtype(dtype)
   if dtype not in (jnp.float32, jnp.bfloat16):
     return Choice('xla', f'{dtype} is neither float32 nor bfloat16')
   if shape[0] % (2 * form.block):
     return Choice('xla', f'a block of {form.block} crosses the middle of {shape[0]} rows')
-  tiles = [t for least, t in TILES[kernel] if rows >= least][-1]
+  tiles = [tiles for least, tiles in TILES[kernel] if rows >= least][-1]
   if kernel == 'triton':
-    bm, bn, *rest = tiles
-    bn = _divisor(n, bn, 16)
-    if bn is None:
-      return Choice('xla', f'16 does not divide {n} columns')
-    return Choice(kernel, 'few rows: the codes are all that is read', (bm, bn, *rest))
-  bm, bk, bn = tiles
-  if dtype == jnp.float32:  # as many bytes, and copies for a product of full precision
-    bm, bk, bn = min(bm, 512), bk // 2, bn // 2
-  bk, bn, bm = _divisor(half, bk, _LANES), _divisor(n, bn, _LANES), _even(rows, bm)
-  if bk is None or bn is None:
+    return _fit_triton(shape, tiles)
+  return _fit_mosaic(rows, shape, dtype, tiles)
+
+
+def _fit_triton(shape: tuple[int, int], tiles: tuple[int, ...]) -> Choice:
+  tile_rows, most_columns, *rest = tiles
+  columns = _divisor(shape[1], most_columns, 16)
+  if columns is None:
+    return Choice('xla', f'16 does not divide {shape[1]} columns')
+  return Choice('triton', 'few rows: the codes are all that is read', (tile_rows, columns, *rest))
+
+
+def _fit_mosaic(rows: int, shape: tuple[int, int], dtype, tiles: tuple[int, ...]) -> Choice:
+  most_rows, most_codes, most_columns = tiles
+  if dtype == jnp.float32:
+    # Values take twice the bytes, and a product of full precision needs copies of them.
+    most_rows = min(most_rows, 512)
+    most_codes //= 2
+    most_columns //= 2
+  codes = _divisor(shape[0] // 2, most_codes, _LANES)
+  columns = _divisor(shape[1], most_columns, _LANES)
+  if codes is None or columns is None:
     return Choice('xla', f'{2 * _LANES} rows and {_LANES} columns do not both divide {list(shape)}')
-  return Choice(kernel, 'no decoded matrix in memory, and fewer cycles', (bm, bk, bn))
+  tiles = (_equal_tiles(rows, most_rows), codes, columns)
+  return Choice('mosaic', 'no decoded matrix in memory, and fewer cycles', tiles)
 
 
 def _divisor(size: int, most: int, least: int) -> int | None:
-  """The largest power of two between two that divides a size."""
-  while most >= least and size % most:
-    most //= 2
-  return most if most >= least else None
+  """The largest power of two from `least` to `most` that divides a size; None if none does."""
+  power = most
+  while power >= least:
+    if size % power == 0:
+      return power
+    power //= 2
+  return None
 
 
-def _even(rows: int, most: int) -> int:
-  """As few tiles as may be, of equal size: all rows, or a multiple of 16 of them."""
+def _equal_tiles(rows: int, most: int) -> int:
+  """The rows of a tile, for as few equal tiles as possible: all rows, or a multiple of 16."""
   tiles = -(-rows // most)
-  return rows if tiles == 1 else -(-rows // (16 * tiles)) * 16
+  if tiles == 1:
+    return rows
+  return -(-rows // (16 * tiles)) * 16

@@ -119,7 +119,7 @@ def rank(x: jax.Array, thresholds: np.ndarray) -> jax.Array:
 
 
 def normalized(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(blocks scaled to [-1, 1], the largest magnitude of each [n]) of blocks [n, block]."""
+  """(blocks scaled to [-1, 1], the largest magnitude of each) of blocks [n, block, ...]."""
   absmax = jnp.max(jnp.abs(blocks), 1)
   # A block of zeros has the scale 0, and any code.
   return blocks * jnp.where(absmax == 0, 0, 1 / absmax)[:, None], absmax

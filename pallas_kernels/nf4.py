@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from . import nf4_gpu, nf4_tpu
-from .choice import KERNELS, NF4, Coding, choice, fit
+from .choice import KERNELS, NF4, Choice, Coding, choice, fit
 from .codes import VALUES, decode
 
-_RUN = {'mosaic': nf4_tpu.matmul, 'triton': nf4_gpu.matmul}
+_KERNEL = {'mosaic': nf4_tpu.matmul, 'triton': nf4_gpu.matmul}
 
 
 def nf4_matmul(
@@ -21,22 +21,21 @@ def nf4_matmul(
   implementation: str | None = None,
   interpret: bool = False,
 ) -> jax.Array:
-  """x @ W for a W in 4 bits, laid out as a box of `jpeft.quant` holds it; differentiable in x.
+  """x @ W for a W in 4 bits, with the layout of a box of `jpeft.quant`; differentiable in x.
 
-  The backward pass keeps codes and scales alone: g @ W^T decodes them again, once the cotangent is
-    there. W is
-  constant: absmax gets no gradient. A float32 x is multiplied in full precision, bfloat16 is summed
-    in float32.
+  The backward pass stores codes and scales alone: g @ W^T decodes them again, once the cotangent
+  is there. W is constant: absmax gets no gradient. A float32 x is multiplied in full precision,
+  bfloat16 is summed in float32.
 
   Args:
     x: [..., in], float32 or bfloat16.
     codes: uint8 [in / 2, out], the first half of `in` in the low nibbles.
     absmax: the scales, float32 [in / block, out] (of double-quantized ones, what `Format.scales`
       gives).
-    form: the format; NF4 in blocks of 64 by default.
-    implementation: 'mosaic', 'triton' or 'xla'; by default what `choice` says of the platform that
-      the program is compiled for. Kernels are not partitioned by XLA: on several devices call them
-      inside of shard_map.
+    form: a `Coding`, or a format of `jpeft.quant`; NF4 in blocks of 64 by default.
+    implementation: 'mosaic', 'triton' or 'xla'; by default what `choice` returns for the platform
+      that the program is compiled for. Kernels are not partitioned by XLA: on several devices call
+      them inside of shard_map.
     interpret: run a named kernel on any platform, slowly.
 
   Returns:
@@ -45,19 +44,17 @@ def nf4_matmul(
   Raises:
     ValueError: the shapes do not fit each other, or not the named implementation.
   """
-  shape = x.shape[-1], absmax.shape[-1]
-  if (
-    codes.ndim != 2
-    or codes.shape != (shape[0] / 2, shape[1])
-    or absmax.shape != (shape[0] / form.block, shape[1])
-  ):
+  fan_in = x.shape[-1]
+  fan_out = absmax.shape[-1]
+  codes_fit = codes.ndim == 2 and codes.shape == (fan_in / 2, fan_out)
+  if not codes_fit or absmax.shape != (fan_in / form.block, fan_out):
     raise ValueError(
       f'codes {list(codes.shape)} and scales {list(absmax.shape)} are not of a matrix with '
-      f'{shape[0]} rows in blocks of {form.block}'
+      f'{fan_in} rows in blocks of {form.block}'
     )
-  if implementation not in (None, 'xla', *_RUN):
+  if implementation not in (None, 'xla', *_KERNEL):
     raise ValueError(
-      f'no implementation is called {implementation!r}; there are {", ".join(_RUN)} and xla'
+      f'no implementation is called {implementation!r}; there are {", ".join(_KERNEL)} and xla'
     )
   return _matmul(x, codes, absmax, Coding(form.name, form.block), implementation, interpret)
 
@@ -69,9 +66,8 @@ def reference(
   scales = absmax.astype(jnp.float32)
   w = decode(codes, scales, VALUES[form.name], form.block).astype(x.dtype)
   precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-  return jax.lax.dot_general(
-    x, w, (((x.ndim - 1,), (int(transposed),)), ((), ())), precision=precision
-  )
+  contracted = ((x.ndim - 1,), (int(transposed),))
+  return jax.lax.dot_general(x, w, (contracted, ((), ())), precision=precision)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -79,46 +75,49 @@ def _matmul(x, codes, absmax, form, implementation, interpret):
   return _product(x, codes, absmax, form, implementation, interpret, False)
 
 
-def _forward(x, codes, absmax, *how):
-  return _matmul(x, codes, absmax, *how), (codes, absmax)
+def _forward(x, codes, absmax, *static):
+  return _matmul(x, codes, absmax, *static), (codes, absmax)
 
 
-def _backward(form, implementation, interpret, kept, g):
-  # Tied to the cotangent, lest XLA decodes early, or keeps what the forward pass decoded.
-  kept, g = jax.lax.optimization_barrier((kept, g))
-  return _product(g, *kept, form, implementation, interpret, True), None, None
+def _backward(form, implementation, interpret, residuals, g):
+  # Without this dependence on the cotangent XLA may decode early, or store what the forward pass
+  # decoded.
+  (codes, absmax), g = jax.lax.optimization_barrier((residuals, g))
+  return _product(g, codes, absmax, form, implementation, interpret, True), None, None
 
 
 _matmul.defvjp(_forward, _backward)
 
 
 def _product(x, codes, absmax, form, implementation, interpret, transposed):
-  rows, shape = x.size // x.shape[-1], (2 * codes.shape[0], codes.shape[1])
-
-  def run(chosen):
-    def kernel(x, codes, absmax):
-      y = _RUN[chosen.implementation](
-        x.reshape(rows, x.shape[-1]),
-        codes,
-        absmax.astype(jnp.float32),
-        values=tuple(map(float, VALUES[form.name])),
-        block=form.block,
-        tiles=chosen.tiles,
-        transposed=transposed,
-        interpret=interpret,
-      )
-      return y.reshape(*x.shape[:-1], -1)
-
-    return kernel
-
+  rows = x.size // x.shape[-1]
+  shape = (2 * codes.shape[0], codes.shape[1])  # [in, out]
   plain = functools.partial(reference, form=form, transposed=transposed)
+  kernel = functools.partial(_by_kernel, form=form, transposed=transposed, interpret=interpret)
   if implementation == 'xla':
     return plain(x, codes, absmax)
-  if implementation:
+  if implementation is not None:
     chosen = fit(implementation, rows, shape, x.dtype, form)
     if chosen.implementation == 'xla':
       raise ValueError(f'{implementation} cannot do this product: {chosen.reason}')
-    return run(chosen)(x, codes, absmax)
-  chosen = {platform: choice(rows, shape, x.dtype, platform, form) for platform in KERNELS}
-  kernels = {platform: run(c) for platform, c in chosen.items() if c.implementation != 'xla'}
+    return kernel(x, codes, absmax, chosen=chosen)
+  kernels = {}
+  for platform in KERNELS:
+    chosen = choice(rows, shape, x.dtype, platform, form)
+    if chosen.implementation != 'xla':
+      kernels[platform] = functools.partial(kernel, chosen=chosen)
   return jax.lax.platform_dependent(x, codes, absmax, default=plain, **kernels)
+
+
+def _by_kernel(x, codes, absmax, *, chosen: Choice, form: Coding, transposed, interpret):
+  y = _KERNEL[chosen.implementation](
+    x.reshape(x.size // x.shape[-1], x.shape[-1]),
+    codes,
+    absmax.astype(jnp.float32),
+    values=tuple(map(float, VALUES[form.name])),
+    block=form.block,
+    tiles=chosen.tiles,
+    transposed=transposed,
+    interpret=interpret,
+  )
+  return y.reshape(*x.shape[:-1], -1)

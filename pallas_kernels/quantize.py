@@ -7,16 +7,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .codes import NF4, encode_nf4, midpoints
+from .codes import NF4, encode_nf4, midpoints, normalized
 
-_TILES = (256, 512)  # rows of codes, columns
+_MOST_CODES = 256  # rows of codes a step
+_MOST_COLUMNS = 512
 
 
 def quantize_nf4(
   w: jax.Array, *, block: int = 64, implementation: str | None = None, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-  """(codes, absmax) of a matrix, bit for bit those of `jpeft.quant.nf4(block).encode`, which is the
-  plain form.
+  """(codes, absmax) of a matrix, bit for bit those of the plain `codes.encode_nf4`.
 
   Args:
     w: [in, out], float32 or bfloat16; `block` divides in.
@@ -41,48 +41,57 @@ def quantize_nf4(
       f'mosaic cannot quantize {list(w.shape)}: 256 rows and 128 columns do not both divide it'
     )
   kernel = functools.partial(_mosaic, block=block, tiles=tiles, interpret=interpret)
+  plain = functools.partial(encode_nf4, block=block)
   if implementation == 'mosaic':
     return kernel(w)
   if implementation == 'xla' or tiles is None:
-    return encode_nf4(w, block)
-  return jax.lax.platform_dependent(
-    w, tpu=kernel, default=functools.partial(encode_nf4, block=block)
-  )
+    return plain(w)
+  return jax.lax.platform_dependent(w, tpu=kernel, default=plain)
 
 
 def tiles_of(shape: tuple[int, int], block: int) -> tuple[int, int] | None:
   """(rows of codes, columns) of a step, or None where the kernel cannot do it."""
-  divisors = [
-    next((s for s in (512, 256, 128) if s <= most and size % s == 0), None)
-    for size, most in zip((shape[0] // 2, shape[1]), _TILES, strict=True)
-  ]
-  return None if None in divisors or divisors[0] % block else tuple(divisors)
+  codes = _divisor(shape[0] // 2, _MOST_CODES)
+  columns = _divisor(shape[1], _MOST_COLUMNS)
+  if codes is None or columns is None or codes % block:
+    return None
+  return codes, columns
+
+
+def _divisor(size: int, most: int) -> int | None:
+  for power in (512, 256, 128):
+    if power <= most and size % power == 0:
+      return power
+  return None
 
 
 def _mosaic(w, *, block, tiles, interpret):
-  (k, n), (bk, bn) = w.shape, tiles
-  steps, scales = k // 2 // bk, jax.ShapeDtypeStruct((k // 2 // bk, bk // block, n), jnp.float32)
-  at = lambda start: lambda i, j: (start + i, j)
-  scale = pl.BlockSpec((1, bk // block, bn), lambda i, j: (i, 0, j))
-  codes, low, high = pl.pallas_call(
+  k, n = w.shape
+  tile_codes, tile_columns = tiles
+  steps = k // 2 // tile_codes
+  absmax = jax.ShapeDtypeStruct((steps, tile_codes // block, n), jnp.float32)  # of one half
+  absmax_spec = pl.BlockSpec((1, tile_codes // block, tile_columns), lambda i, j: (i, 0, j))
+  low_spec = pl.BlockSpec(tiles, lambda i, j: (i, j))
+  high_spec = pl.BlockSpec(tiles, lambda i, j: (steps + i, j))
+  codes, low_absmax, high_absmax = pl.pallas_call(
     functools.partial(_kernel, block=block),
-    grid=(steps, n // bn),
-    in_specs=[pl.BlockSpec(tiles, at(0)), pl.BlockSpec(tiles, at(steps))],
-    out_specs=[pl.BlockSpec(tiles, at(0)), scale, scale],
-    out_shape=[jax.ShapeDtypeStruct((k // 2, n), jnp.uint8), scales, scales],
+    grid=(steps, n // tile_columns),
+    in_specs=[low_spec, high_spec],
+    out_specs=[low_spec, absmax_spec, absmax_spec],
+    out_shape=[jax.ShapeDtypeStruct((k // 2, n), jnp.uint8), absmax, absmax],
     compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'parallel')),
     interpret=interpret,
     name='quantize_nf4',
   )(w, w)
-  return codes, jnp.concatenate([low, high]).reshape(k // block, n)
+  return codes, jnp.concatenate([low_absmax, high_absmax]).reshape(k // block, n)
 
 
 def _kernel(low, high, codes, low_absmax, high_absmax, *, block):
   parts = []
-  for w, absmax in ((low, low_absmax), (high, high_absmax)):
+  for w, absmax_out in ((low, low_absmax), (high, high_absmax)):
     blocks = w[...].astype(jnp.float32).reshape(-1, block, w.shape[1])
-    most = jnp.max(jnp.abs(blocks), 1)
-    x = (blocks * jnp.where(most == 0, 0, 1 / most)[:, None]).reshape(w.shape)
-    absmax[0] = most
-    parts.append(sum((x > float(t)).astype(jnp.int32) for t in midpoints(NF4)))
+    scaled, absmax_out[0] = normalized(blocks)
+    x = scaled.reshape(w.shape)
+    # As int32, unlike `rank`: a TPU has no arithmetic of bytes.
+    parts.append(sum((x > float(border)).astype(jnp.int32) for border in midpoints(NF4)))
   codes[...] = (parts[0] | parts[1] << 4).astype(jnp.uint8)
