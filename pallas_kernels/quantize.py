@@ -92,6 +92,6 @@ def _kernel(low, high, codes, low_absmax, high_absmax, *, block):
     blocks = w[...].astype(jnp.float32).reshape(-1, block, w.shape[1])
     scaled, absmax_out[0] = normalized(blocks)
     x = scaled.reshape(w.shape)
-    # As int32, unlike `rank`: a TPU has no arithmetic of bytes.
+    # The kernel counts in int32, where `rank` counts in bytes.
     parts.append(sum((x > float(border)).astype(jnp.int32) for border in midpoints(NF4)))
   codes[...] = (parts[0] | parts[1] << 4).astype(jnp.uint8)
