@@ -58,42 +58,44 @@ def compiled(
   try:
     return traced.lower().compile(dict(options or {}))
   except jax.errors.JaxRuntimeError as error:
-    found = re.search(
-      r'(Used |for HLO temporaries \()(\d+(?:\.\d+)?)([KMGT]?)i?B?(?: of \d|\))', str(error)
-    )
+    found = _REFUSAL.search(str(error))
     if 'RESOURCE_EXHAUSTED' not in str(error) or found is None:
       raise
-    rest = 0 if found[1] == 'Used ' else arguments
-    raise TooLarge(int(float(found[2]) * _UNITS[found[3]]) + rest) from error
+    kind, number, unit = found.groups()
+    needed = int(float(number) * _UNITS[unit])
+    if kind != 'Used ':  # temporaries alone
+      needed += arguments
+    raise TooLarge(needed) from error
 
 
+_REFUSAL = re.compile(r'(Used |for HLO temporaries \()(\d+(?:\.\d+)?)([KMGT]?)i?B?(?: of \d|\))')
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
 def memory(program: jax.stages.Compiled) -> Memory | None:
-  """What the compiler reports; None where it says nothing."""
+  """What the compiler reports; None if it reports nothing."""
   found = program.memory_analysis()
   if found is None:
     return None
-  return Memory(
-    **{f.name: getattr(found, f'{f.name}_size_in_bytes') for f in dataclasses.fields(Memory)}
-  )
+  names = [field.name for field in dataclasses.fields(Memory)]
+  return Memory(**{name: getattr(found, f'{name}_size_in_bytes') for name in names})
 
 
 def nbytes(tree) -> int:
-  """The bytes of a tree of arrays or shapes; of what is sharded, those on one device; none of what
-  hosts hold.
-  """
+  """The bytes on one device of a tree of arrays or shapes, without arrays in the host's memory."""
+  return sum(_nbytes(x) for x in jax.tree.leaves(tree))
 
-  def leaf(x):
-    sharding = getattr(x, 'sharding', None)
-    if getattr(sharding, 'memory_kind', None) == 'pinned_host':
-      return 0
-    shape = sharding.shard_shape(x.shape) if sharding is not None else x.shape
-    size = 4 if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x.dtype.itemsize
-    return math.prod(shape) * size
 
-  return sum(map(leaf, jax.tree.leaves(tree)))
+def _nbytes(x) -> int:
+  sharding = getattr(x, 'sharding', None)
+  if getattr(sharding, 'memory_kind', None) == 'pinned_host':
+    return 0
+  shape = x.shape
+  if sharding is not None:
+    shape = sharding.shard_shape(shape)
+  if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    return 4 * math.prod(shape)
+  return x.dtype.itemsize * math.prod(shape)
 
 
 def mib(bytes_: float) -> str:

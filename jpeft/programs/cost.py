@@ -1,4 +1,4 @@
-"""What a compiled program costs: bytes on a device, and FLOPs with every round of every loop."""
+"""The FLOPs of a traced program, with every round of its loops."""
 
 import math
 from typing import NamedTuple
@@ -37,37 +37,48 @@ def uncounted(traced: jax.stages.Traced, devices: int = 1) -> float:
 
 
 def _count(jaxpr) -> Flops:
-  total, once = 0.0, 0.0
+  all_rounds = 0.0
+  once = 0.0
   for eqn in jaxpr.eqns:
     name = eqn.primitive.name
     if name in _PRODUCTS:
-      found = [Flops(*[_PRODUCTS[name](eqn)] * 2)]
+      count = _PRODUCTS[name](eqn)
+      found = [Flops(count, count)]
     else:
-      found = [_count(sub) for sub in _subs(eqn.params)]
-      if name == 'cond' and found:
-        found = [max(found)]
-    rounds = eqn.params['length'] if name == 'scan' else 1
-    total += rounds * sum(f.all for f in found)
-    once += sum(f.once for f in found)
-  return Flops(total, once)
+      found = [_count(inner) for inner in _programs(eqn.params)]
+    if name == 'cond' and found:
+      found = [max(found)]
+    rounds = 1
+    if name == 'scan':
+      rounds = eqn.params['length']
+    all_rounds += rounds * sum(part.all for part in found)
+    once += sum(part.once for part in found)
+  return Flops(all_rounds, once)
 
 
-def _subs(params: dict) -> list:
+def _programs(params: dict) -> list:
   """The jaxprs among the parameters of an equation."""
-  values = [v for p in params.values() for v in (p if isinstance(p, (tuple, list)) else (p,))]
-  return [getattr(v, 'jaxpr', v) for v in values if isinstance(v, (jex.Jaxpr, jex.ClosedJaxpr))]
+  found = []
+  for param in params.values():
+    values = param if isinstance(param, (tuple, list)) else (param,)
+    for value in values:
+      if isinstance(value, (jex.Jaxpr, jex.ClosedJaxpr)):
+        found.append(getattr(value, 'jaxpr', value))
+  return found
 
 
 def _dot(eqn) -> float:
-  left, _ = eqn.params['dimension_numbers'][0]
-  inner = math.prod(eqn.invars[0].aval.shape[i] for i in left)
-  return 2.0 * math.prod(eqn.outvars[0].aval.shape) * inner
+  contracted, _ = eqn.params['dimension_numbers'][0]
+  summed = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+  return 2.0 * math.prod(eqn.outvars[0].aval.shape) * summed
 
 
 def _conv(eqn) -> float:
-  kernel, spec = eqn.invars[1].aval.shape, eqn.params['dimension_numbers'].rhs_spec
-  window = math.prod(kernel[i] for i in spec[2:])  # rhs_spec: out features, in features, then space
-  return 2.0 * math.prod(eqn.outvars[0].aval.shape) * kernel[spec[1]] * window
+  kernel = eqn.invars[1].aval.shape
+  # rhs_spec: the axes of output features, input features, then space.
+  _, features, *space = eqn.params['dimension_numbers'].rhs_spec
+  window = math.prod(kernel[i] for i in space)
+  return 2.0 * math.prod(eqn.outvars[0].aval.shape) * kernel[features] * window
 
 
 _PRODUCTS = {'dot_general': _dot, 'conv_general_dilated': _conv}

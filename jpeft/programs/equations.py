@@ -1,4 +1,4 @@
-"""Programs as JAX traces them, one equation at a time."""
+"""The equations of traced programs, evaluated one at a time."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,25 +8,36 @@ from jax.extend import core as jex
 _CALLS = ('jit', 'pjit', 'closed_call', 'core_call')
 
 
-def variables(names) -> list:
+def variables(atoms) -> list:
   """Those of an equation's inputs or a program's outputs that are no literals."""
-  return [v for v in names if not isinstance(v, jex.Literal)]
+  return [v for v in atoms if not isinstance(v, jex.Literal)]
 
 
-def reader(env: dict) -> Callable[[Any], Any]:
-  """variable or literal -> its value, of env."""
-  return lambda v: v.val if isinstance(v, jex.Literal) else env[v]
+def reader(values: dict) -> Callable[[Any], Any]:
+  """A function from a variable, or a literal, to its value."""
+
+  def read(variable):
+    if isinstance(variable, jex.Literal):
+      return variable.val
+    return values[variable]
+
+  return read
 
 
 def inside(eqn):
-  """The closed program of an equation that only calls one, or None."""
-  return (
-    (eqn.params.get('jaxpr') or eqn.params['call_jaxpr']) if eqn.primitive.name in _CALLS else None
-  )
+  """The closed program of an equation that does nothing but call it, or None."""
+  if eqn.primitive.name not in _CALLS:
+    return None
+  return eqn.params.get('jaxpr') or eqn.params['call_jaxpr']
 
 
 def evaluated(eqn, read) -> list:
-  """What an equation gives, of read(variable)."""
+  """The outputs of an equation.
+
+  Args:
+    eqn: of a traced program.
+    read: variable -> value.
+  """
   operands = list(dict.fromkeys(variables(eqn.invars)))
   info = jex.DebugInfo('equation', eqn.primitive.name, None, None)
   alone = jex.Jaxpr((), operands, eqn.outvars, [eqn], eqn.effects, info)
@@ -36,4 +47,5 @@ def evaluated(eqn, read) -> list:
 def hoisted(closed) -> tuple[Any, list]:
   """(a jaxpr whose first inputs are the constants of a closed one, the constants)."""
   jaxpr = closed.jaxpr
-  return jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars]), list(closed.consts)
+  invars = [*jaxpr.constvars, *jaxpr.invars]
+  return jaxpr.replace(constvars=[], invars=invars), list(closed.consts)
