@@ -1,0 +1,268 @@
+"""The forward and the backward pass of a program whose residuals are stored in few bits."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.extend import core as jex
+
+from jpeft.programs import evaluated, inside, reader, variables
+
+from .activations import Activation
+from .choose import Choice, choose
+from .codes import bits_of, derivative_codes, look_up, pack, unpack
+from .ops import tied
+
+
+def evaluate(jaxpr, inputs, replace: dict, consts=()) -> list:
+  """Runs a jaxpr.
+
+  Args:
+    jaxpr: the program.
+    inputs: its arguments.
+    replace: {variable: (value, read) -> value}: what takes the place of an equation's output.
+    consts: the values of its constants.
+  """
+  names = [*jaxpr.constvars, *jaxpr.invars]
+  values = dict(zip(names, [*consts, *inputs], strict=True))
+  read = reader(values)
+  for eqn in jaxpr.eqns:
+    inner = inside(eqn)
+    if inner:
+      outs = evaluate(inner.jaxpr, [read(v) for v in eqn.invars], {}, inner.consts)
+    else:
+      outs = evaluated(eqn, read)
+    values |= zip(eqn.outvars, outs, strict=True)
+    for variable in eqn.outvars:
+      if variable in replace:
+        values[variable] = replace[variable](values[variable], read)
+  return [read(v) for v in jaxpr.outvars]
+
+
+def stored(jaxpr, n_weights: int, bits: int, operand_bits: int) -> Callable:
+  """The function of a jaxpr, with a backward pass from few bits.
+
+  Args:
+    jaxpr: without inner calls; its first inputs are weights.
+    n_weights: how many.
+    bits: of values that are stored.
+    operand_bits: of operands of products between activations.
+  """
+  program = _Program(jaxpr, n_weights, choose(jaxpr, n_weights, bits, operand_bits))
+
+  @jax.custom_vjp
+  def run(*inputs):
+    return evaluate(jaxpr, inputs, {})
+
+  run.defvjp(program.forward, program.backward, symbolic_zeros=True)
+  return run
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Plan:
+  """What the forward pass stored, for the backward pass; static.
+
+  Attributes:
+    moved: inputs that have a gradient, by index.
+    values: variables that are stored as values.
+    codes: variables of which a code of the derivative is stored.
+    inputs: inputs that are stored, by index.
+  """
+
+  moved: tuple[int, ...]
+  values: tuple[jex.Var, ...]
+  codes: tuple[jex.Var, ...]
+  inputs: tuple[int, ...]
+
+
+class _Program:
+  """The passes of a program, given what of it may be stored."""
+
+  def __init__(self, jaxpr, n_weights: int, choice: Choice):
+    self.jaxpr = jaxpr
+    self.n_weights = n_weights
+    self.choice = choice
+    self.plan = functools.cache(self._plan)
+
+  def forward(self, *inputs):
+    moved = tuple(i for i, x in enumerate(inputs) if x.perturbed and _is_inexact(x.value))
+    inputs = [x.value for x in inputs]
+    plan = self.plan(moved)
+    values = {}
+    codes = {}
+
+    def catch(variable):
+      def see(value, read):
+        if variable in plan.values:
+          values[variable] = value
+        if variable in plan.codes:
+          codes[variable] = _encoded(self.choice.codes[variable], read)
+        return value
+
+      return see
+
+    outs = evaluate(self.jaxpr, inputs, {v: catch(v) for v in (*plan.values, *plan.codes)})
+    values = [self.choice.values[v].pack(values[v]) for v in plan.values]
+    codes = [codes[v] for v in plan.codes]
+    packed = {}
+    for i in plan.inputs:
+      if self._is_packed(i, moved):
+        packed[i] = self.choice.inputs[i].pack(inputs[i])
+    # Packed before anybody reads the output: later, what is packed would have to wait in full.
+    outs, values, codes, packed = jax.lax.optimization_barrier((outs, values, codes, packed))
+    return outs, (plan, values, codes, [packed.get(i, inputs[i]) for i in plan.inputs])
+
+  def backward(self, residuals, cotangents):
+    plan, *residuals = residuals
+    outs = zip(self.jaxpr.outvars, cotangents, strict=True)
+    cotangents = [_dense(v.aval, g) for v, g in outs if _is_inexact(v.aval)]
+    # Tied to the cotangent: in unrolled layers XLA would else undo the saving.
+    (values, codes, packed), cotangents = tied(residuals, cotangents)
+    values = dict(zip(plan.values, values, strict=True))
+    values = {v: self.choice.values[v].unpack(x) for v, x in values.items()}
+    codes = dict(zip(plan.codes, codes, strict=True))
+    inputs = [None] * len(self.jaxpr.invars)
+    for i, x in zip(plan.inputs, packed, strict=True):
+      inputs[i] = x
+      if self._is_packed(i, plan.moved):
+        inputs[i] = self.choice.inputs[i].unpack(x)
+    for i, variable in enumerate(self.jaxpr.invars):
+      if inputs[i] is None:  # no gradient reads it
+        inputs[i] = _zeros(variable.aval)
+    gradients = self._gradients(plan.moved, values, codes, inputs, cotangents)
+    # All before any: a gradient of a weight that waits would keep alive what was computed for it.
+    gradients = jax.lax.optimization_barrier(gradients)
+    by_input = dict(zip(plan.moved, gradients, strict=True))
+    return tuple(by_input.get(i) for i in range(len(self.jaxpr.invars)))
+
+  def _is_packed(self, i: int, moved: tuple[int, ...]) -> bool:
+    """Whether an input is stored in few bits: no weight, and none without a gradient."""
+    return i >= self.n_weights and i in moved
+
+  def _gradients(self, moved, values: dict, codes: dict, inputs: list, cotangents):
+    """The gradients of inputs `moved`.
+
+    They need no value and no code that is missing from `values` and `codes`.
+    """
+
+    def stand_in(variable):
+      def replace(computed, read):
+        kept = values.get(variable)
+        activation = self.choice.codes.get(variable)
+        if activation is not None:
+          code = codes.get(variable)
+          if code is None:
+            code = _zeros(_code_shape(activation))
+          if kept is None:
+            kept = _zeros(variable.aval)
+          return _with_slope(read(activation.source), kept, _slope(code, variable, activation))
+        if kept is None:
+          return computed
+        return _with_value(computed, kept)
+
+      return replace
+
+    replacements = {v: stand_in(v) for v in self.choice.values}
+
+    def outputs(*arrays):
+      filled = list(inputs)
+      for i, x in zip(moved, arrays, strict=True):
+        filled[i] = x
+      outs = evaluate(self.jaxpr, filled, replacements)
+      return [x for x, v in zip(outs, self.jaxpr.outvars, strict=True) if _is_inexact(v.aval)]
+
+    _, vjp = jax.vjp(outputs, *(inputs[i] for i in moved))
+    return vjp(cotangents)
+
+  def _plan(self, moved: tuple[int, ...]) -> _Plan:
+    """What a live equation of the backward program reads, of all that may be stored."""
+    all_values = list(self.choice.values)
+    all_codes = list(self.choice.codes)
+    all_inputs = range(len(self.jaxpr.invars))
+
+    def gradients(values, codes, inputs, cotangents):
+      values = dict(zip(all_values, values, strict=True))
+      codes = dict(zip(all_codes, codes, strict=True))
+      return self._gradients(moved, values, codes, inputs, cotangents)
+
+    shapes = (
+      [v.aval for v in all_values],
+      [_code_shape(self.choice.codes[v]) for v in all_codes],
+      [v.aval for v in self.jaxpr.invars],
+      [v.aval for v in self.jaxpr.outvars if _is_inexact(v.aval)],
+    )
+    shapes = jax.tree.map(lambda aval: jax.ShapeDtypeStruct(aval.shape, aval.dtype), shapes)
+    used = iter(_used_inputs(jax.make_jaxpr(gradients)(*shapes).jaxpr))
+    # `used` has the order of the arguments.
+    values = tuple(v for v in all_values if next(used))
+    codes = tuple(v for v in all_codes if next(used))
+    inputs = tuple(i for i in all_inputs if next(used))
+    return _Plan(moved, values, codes, inputs)
+
+
+def _used_inputs(jaxpr) -> list[bool]:
+  """Whether each input of a program reaches an output."""
+  live = set(variables(jaxpr.outvars))
+  for eqn in reversed(jaxpr.eqns):
+    if live & set(eqn.outvars):
+      live.update(variables(eqn.invars))
+  return [v in live for v in jaxpr.invars]
+
+
+@jax.custom_jvp
+def _with_value(computed, kept):
+  """`kept` as the value and `computed` for its derivative: nothing needs to compute `computed`."""
+  return kept
+
+
+@_with_value.defjvp
+def _(primals, tangents):
+  return primals[1], tangents[0]
+
+
+@jax.custom_jvp
+def _with_slope(x, y, slope):
+  """y, whose derivative by x is slope."""
+  return y
+
+
+@_with_slope.defjvp
+def _(primals, tangents):
+  _, y, slope = primals
+  return y, (slope * tangents[0].astype(slope.dtype)).astype(y.dtype)
+
+
+def _encoded(activation: Activation, read):
+  """The packed codes of an activation's derivative."""
+  codes = derivative_codes(read(activation.source), activation.table)
+  return pack(codes, bits_of(activation.table))
+
+
+def _slope(code, variable, activation: Activation):
+  """The derivative of an activation from its packed codes."""
+  codes = unpack(code, variable.aval.shape, bits_of(activation.table))
+  return look_up(codes, activation.table.levels)
+
+
+def _code_shape(activation: Activation) -> jax.ShapeDtypeStruct:
+  shape = activation.source.aval.shape
+  return jax.eval_shape(lambda: pack(jnp.zeros(shape, jnp.uint8), bits_of(activation.table)))
+
+
+def _is_inexact(x) -> bool:
+  return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _zeros(aval):
+  return jnp.zeros(aval.shape, aval.dtype)
+
+
+def _dense(aval, cotangent):
+  """A cotangent, with zeros in place of a symbolic zero."""
+  if isinstance(cotangent, SymbolicZero):
+    return _zeros(aval)
+  return cotangent
