@@ -16,10 +16,10 @@ AT_ONCE = 32  # prompts of a batch
 
 
 class Generated(NamedTuple):
-  """What was written.
+  """New tokens of a batch of prompts.
 
   Attributes:
-    tokens: word ids [B, T]; the pad id behind the end of a text.
+    tokens: word ids [B, T]; the pad id after the end of a text.
     lengths: how many of them each text has [B], its stop token included.
   """
 
@@ -28,8 +28,7 @@ class Generated(NamedTuple):
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad: int = 0) -> tuple[np.ndarray, np.ndarray]:
-  """(tokens [B, N], mask [B, N]) of prompts of several lengths, all of which end at the last
-  column.
+  """(tokens [B, N], mask [B, N]) of prompts of several lengths, which all end at the last column.
 
   Raises:
     ValueError: there is no prompt, or an empty one.
@@ -39,7 +38,8 @@ def pad_left(prompts: Sequence[Sequence[int]], pad: int = 0) -> tuple[np.ndarray
   tokens = np.full((len(prompts), max(map(len, prompts))), pad, np.int32)
   mask = np.zeros(tokens.shape, np.int32)
   for i, prompt in enumerate(prompts):
-    tokens[i, -len(prompt) :], mask[i, -len(prompt) :] = prompt, 1
+    tokens[i, -len(prompt) :] = prompt
+    mask[i, -len(prompt) :] = 1
   return tokens, mask
 
 
@@ -71,23 +71,23 @@ def generate(
     top_p: a token is drawn from the smallest set of likeliest ones that has this probability
       (arXiv:1904.09751).
     stop: ids of tokens that end a text.
-    pad: id that is written behind the end of a text.
+    pad: id that is written after the end of a text.
     key: of the draws.
-    cache: keep keys and values; a side network whose blocks are the decoder's own keeps its own
-      beside them. Where a method runs other blocks that mix tokens, or adds tokens to the sequence,
-      the whole text is run again for each token all the same: what it computes is in no cache.
+    cache: keep keys and values of earlier tokens; a side network whose blocks are the decoder's own
+      keeps its own beside them. If a method runs other blocks that mix tokens, or adds tokens to
+      the sequence, the whole text runs again for each token all the same: no cache has what it
+      computes.
 
   Raises:
     ValueError: an argument outside its range, no key to draw with, or prompts padded on the right.
   """
   tokens = jnp.asarray(tokens, jnp.int32)
-  mask = (
-    jnp.ones(tokens.shape, jnp.int32)
-    if mask is None
-    else (jnp.asarray(mask) != 0).astype(jnp.int32)
-  )
+  if mask is None:
+    mask = jnp.ones(tokens.shape, jnp.int32)
+  mask = (jnp.asarray(mask) != 0).astype(jnp.int32)
   _check(model, theta, tokens, mask, new_tokens, temperature, top_p, key)
-  key = jax.random.key(0) if key is None else key
+  if key is None:
+    key = jax.random.key(0)  # not read
   return _generate(
     model,
     theta,
@@ -124,17 +124,19 @@ def completions(
     New tokens, the stop token included.
   """
   tokens, mask = pad_left(prompts, pad)
-  size = min(AT_ONCE, len(tokens))
-  for start in range(0, len(tokens), size):
-    some = np.minimum(
-      np.arange(start, start + size), len(tokens) - 1
-    )  # always as many: compiled once
-    sub = None if key is None else jax.random.fold_in(key, start)
+  count = len(tokens)
+  size = min(AT_ONCE, count)
+  for start in range(0, count, size):
+    # The last batch repeats the last prompt, so that all have one size and compile once.
+    some = np.minimum(np.arange(start, start + size), count - 1)
+    batch_key = key
+    if key is not None:
+      batch_key = jax.random.fold_in(key, start)
     found = jax.device_get(
-      generate(model, backbone, tokens[some], mask[some], pad=pad, key=sub, **options)
+      generate(model, backbone, tokens[some], mask[some], pad=pad, key=batch_key, **options)
     )
-    for row, length in zip(found.tokens[: len(tokens) - start], found.lengths, strict=False):
-      yield row[:length].tolist()
+    for i in range(min(size, count - start)):
+      yield found.tokens[i, : found.lengths[i]].tolist()
 
 
 def _check(model, theta, tokens, mask, new_tokens, temperature, top_p, key):
@@ -178,33 +180,30 @@ def _generate(
   cache,
 ):
   def run(variables, tokens, mask, **options):
-    args = (variables, tokens) if theta is None else (theta, variables, tokens)
+    args = (variables, tokens)
+    if theta is not None:
+      args = (theta, variables, tokens)
     return model.apply(*args, mask=mask, **options)
 
-  first, step, state = (
-    _cached(run, model, backbone, tokens, mask, new_tokens) if cache else (None,) * 3
-  )
-  if step is None:
-    step, state = _again(run, backbone, tokens, mask, new_tokens)
+  if cache and _is_cacheable(run, model, backbone, tokens, new_tokens):
+    first, step, state = _cached(run, backbone, tokens, mask, new_tokens)
+  else:
+    first, step, state = _uncached(run, backbone, tokens, mask, new_tokens)
 
-  def body(carry, step):
+  def write(carry, step):
+    """Writes one token from the logits that `step` returns after the token before it."""
     i, written, lengths, done, token, state = carry
     logits, state = step(token, i - 1, state)
-    logits, lengths = logits.astype(jnp.float32), lengths + ~done
-    token = (
-      jnp.argmax(logits, -1)
-      if greedy
-      else draw(jax.random.fold_in(key, i), logits, temperature, top_p)
-    )
+    logits = logits.astype(jnp.float32)
+    if greedy:
+      token = jnp.argmax(logits, -1)
+    else:
+      token = draw(jax.random.fold_in(key, i), logits, temperature, top_p)
     token = jnp.where(done, pad, token).astype(jnp.int32)
-    return (
-      i + 1,
-      written.at[:, i].set(token),
-      lengths,
-      done | jnp.isin(token, jnp.array(stop, jnp.int32)),
-      token,
-      state,
-    )
+    written = written.at[:, i].set(token)
+    lengths = lengths + ~done
+    done = done | jnp.isin(token, jnp.array(stop, jnp.int32))
+    return i + 1, written, lengths, done, token, state
 
   batch = tokens.shape[0]
   carry = (
@@ -215,53 +214,84 @@ def _generate(
     tokens[:, -1],
     state,
   )
-  carry = carry if first is None else body(carry, first)
-  step = functools.partial(body, step=step)
-  _, written, lengths, *_ = jax.lax.while_loop(
-    lambda c: (c[0] < new_tokens) & ~c[3].all(), step, carry
-  )
+  # The first step reads whole prompts, other shapes than those in the loop.
+  if first is not None:
+    carry = write(carry, first)
+
+  def goes_on(carry):
+    i, _, _, done, _, _ = carry
+    return (i < new_tokens) & ~done.all()
+
+  carry = jax.lax.while_loop(goes_on, functools.partial(write, step=step), carry)
+  _, written, lengths, _, _, _ = carry
   return Generated(written, lengths)
 
 
-def _cached(run, model, backbone, tokens, mask, new_tokens):
-  """(first, step, state): the logits of the next token from the prompts, then from one token more,
-  by keys and values that are kept; Nones where a method has more to keep."""
+# ---- The two ways to the logits of the next token [B, V].
+
+
+def _cache_of(run, backbone, tokens, new_tokens):
+  """The shapes of the model's cache with room for prompts and new tokens."""
   room = jnp.zeros((tokens.shape[0], tokens.shape[1] + new_tokens), jnp.int32)
-  held = jax.eval_shape(lambda: run(backbone, room, room, mutable=['cache'])[1]['cache'])
-  if grown(held, room.shape[1]):
-    return None, None, None
-  holders = {
-    path[path.index(EXTRAS) + 1]
-    for path in traverse_util.flatten_dict(held, keep_empty_nodes=True)
-    if EXTRAS in path
-  }
-  if isinstance(model, Tuned) and any(
-    isinstance(r, Call) and r.taps and r.name not in holders for r, _ in model.rules
-  ):
-    return None, None, None
-
-  def go_on(tokens, mask, held):
-    logits, held = run({**backbone, 'cache': held}, tokens, mask, mutable=['cache'])
-    return logits[:, -1], held['cache']
-
-  first = lambda token, i, held: go_on(tokens, mask, held)
-  step = lambda token, i, held: go_on(token[:, None], jnp.ones_like(token)[:, None], held)
-  return first, step, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), held)
+  return jax.eval_shape(lambda: run(backbone, room, room, mutable=['cache'])[1]['cache'])
 
 
-def _again(run, backbone, tokens, mask, new_tokens):
-  """(step, state): the same, by running the whole text: its room is all there from the start,
-  masked.
+def _is_cacheable(run, model, backbone, tokens, new_tokens) -> bool:
+  """Whether the cache has all that a method computes of earlier tokens.
+
+  It does not if the method adds tokens to the sequence, or reads taps without a cache of its own.
   """
-  room = lambda x: jnp.pad(x, ((0, 0), (0, new_tokens)))
+  cache = _cache_of(run, backbone, tokens, new_tokens)
+  if grown(cache, tokens.shape[1] + new_tokens):
+    return False
+  if not isinstance(model, Tuned):
+    return True
+  # Rules keep their caches in the model's own: [..., EXTRAS, name of the rule, ...].
+  cached_rules = set()
+  for path in traverse_util.flatten_dict(cache, keep_empty_nodes=True):
+    if EXTRAS in path:
+      cached_rules.add(path[path.index(EXTRAS) + 1])
+  for rule, _ in model.rules:
+    if isinstance(rule, Call) and rule.taps and rule.name not in cached_rules:
+      return False
+  return True
+
+
+def _cached(run, backbone, tokens, mask, new_tokens):
+  """(first, step, state): from the prompts, then from one more token; the state is the cache."""
+
+  def extend(tokens, mask, cache):
+    logits, variables = run({**backbone, 'cache': cache}, tokens, mask, mutable=['cache'])
+    return logits[:, -1], variables['cache']
+
+  def first(token, i, cache):
+    return extend(tokens, mask, cache)
+
+  def step(token, i, cache):
+    token = token[:, None]  # [B, 1]
+    return extend(token, jnp.ones_like(token), cache)
+
+  shapes = _cache_of(run, backbone, tokens, new_tokens)
+  return first, step, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+def _uncached(run, backbone, tokens, mask, new_tokens):
+  """(None, step, state): from the whole text each time; the state is the text and its mask.
+
+  The room for new tokens is there from the start, masked, so that shapes do not change.
+  """
+  length = tokens.shape[1]
+  room = ((0, 0), (0, new_tokens))
 
   def step(token, i, state):
-    end = tokens.shape[1] + i
-    written, seen = (x.at[:, end].set(new) for x, new in zip(state, (token, 1), strict=True))
-    logits = run(backbone, written, seen)
-    return jax.lax.dynamic_index_in_dim(logits, end, 1, keepdims=False), (written, seen)
+    text, mask = state
+    end = length + i
+    text = text.at[:, end].set(token)
+    mask = mask.at[:, end].set(1)
+    logits = run(backbone, text, mask)
+    return jax.lax.dynamic_index_in_dim(logits, end, 1, keepdims=False), (text, mask)
 
-  return step, (room(tokens), room(mask))
+  return None, step, (jnp.pad(tokens, room), jnp.pad(mask, room))
 
 
 def draw(key: jax.Array, logits: jax.Array, temperature=1.0, top_p=1.0) -> jax.Array:
@@ -269,6 +299,7 @@ def draw(key: jax.Array, logits: jax.Array, temperature=1.0, top_p=1.0) -> jax.A
   order = jnp.argsort(-logits, -1)
   ranked = jnp.take_along_axis(logits, order, -1) / temperature
   chance = jax.nn.softmax(ranked, -1)
-  before = jnp.cumsum(chance, -1) - chance
-  place = jax.random.categorical(key, jnp.where(before < top_p, ranked, -jnp.inf))
-  return jnp.take_along_axis(order, place[:, None], -1)[:, 0]
+  chance_before = jnp.cumsum(chance, -1) - chance
+  allowed = jnp.where(chance_before < top_p, ranked, -jnp.inf)
+  rank = jax.random.categorical(key, allowed)
+  return jnp.take_along_axis(order, rank[:, None], -1)[:, 0]

@@ -1,8 +1,11 @@
-"""LoRA and DoRA in the adapter folders of Hugging Face's peft: adapter_config.json and
-adapter_model.safetensors.
+"""LoRA and DoRA in the adapter folders of Hugging Face's peft.
+
+Such a folder has adapter_config.json and adapter_model.safetensors. peft names an array by a module
+of the base model, and keeps the factors of a matrix [out, in] transposed: `lora_A` [r, in] and
+`lora_B` [out, r], where jpeft has a [in, r] and b [r, out].
 """
 
-import difflib
+import dataclasses
 import json
 import pathlib
 import re
@@ -14,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpeft.core import Method, chain
+from jpeft.messages import nearest
 from jpeft.methods import dora, lora, tune
 from jpeft.models import (
   Place,
@@ -65,77 +69,128 @@ def save_adapter(
   Raises:
     ValueError: theta holds what such folders cannot.
   """
-  where, tensors, found, trained, whole, kinds = _where(pretrained), {}, {}, set(), set(), set()
-  for path, array, t in _entries(theta):
-    place, keys = where[f'{path}/{array}']
-    modules = [key.rpartition('.')[0] for key in keys]
-    if not isinstance(t, Mapping):
-      trained.add(f'{path}/{array}')
-      whole |= set(modules)
-      tensors |= dict(zip(keys, (place.leaf.theirs(x) for x in _layers(t, place)), strict=True))
-      continue
-    if not {'a', 'b'} <= t.keys() <= {*_PARTS, 'a0', 'b0'}:
-      raise ValueError(
-        f'theta holds {", ".join(t)} for {path!r}: an adapter folder holds LoRA or DoRA'
-      )
-    kinds.add('m' in t)
-    factor, old = 1.0, t['a'].shape[-1]
-    if 'a0' in t:
-      t = {
-        'a': np.concatenate([t['a'], t['a0']], -1),
-        'b': np.concatenate([t['b'], -np.asarray(t['b0'])], -2),
-      }
-      factor = (t['a'].shape[-1] / old) ** (0.5 if rslora else 1)
-    found |= dict.fromkeys(modules, (t['a'].shape[-1], alpha * factor))
-    names = _TABLE_PARTS if array == 'embedding' else _PARTS
-    for part, x in t.items():
-      for module, layer in zip(modules, _layers(x, place), strict=True):
-        tensors[f'{module}.{names[part]}'] = _theirs(part, layer, place)
-  if not found or len(kinds) > 1:
+  places = _places(pretrained)
+  content = _Content()
+  for path, array, values in _entries(theta):
+    place, keys = places[f'{path}/{array}']
+    if isinstance(values, Mapping):
+      _add_factors(content, path, array, values, place, keys, alpha, rslora)
+    else:
+      content.trained.add(f'{path}/{array}')
+      content.whole |= {_module(key) for key in keys}
+      for key, layer in zip(keys, _layers(values, place), strict=True):
+        content.tensors[key] = place.leaf.theirs(layer)
+  _check_kind(content)
+  _check_whole(content, places)
+  config = _adapter_config(content, pretrained, rslora, base)
+  tensors = {_BASE + key: np.asarray(x, np.float32) for key, x in content.tensors.items()}
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  write_tensors(folder / FILE, tensors)
+  write(folder / CONFIG, json.dumps(config, indent=2) + '\n')
+
+
+@dataclasses.dataclass
+class _Content:
+  """What a folder gets.
+
+  Attributes:
+    tensors: {name in the file: array}.
+    adapted: {module: (rank, alpha)}.
+    whole: modules that are trained whole.
+    trained: paths of their arrays.
+    dora: for each adapted array, whether it has a magnitude.
+  """
+
+  tensors: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  adapted: dict[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
+  whole: set[str] = dataclasses.field(default_factory=set)
+  trained: set[str] = dataclasses.field(default_factory=set)
+  dora: set[bool] = dataclasses.field(default_factory=set)
+
+
+def _add_factors(
+  content: _Content, path: str, array: str, values: Mapping, place: Place, keys, alpha, rslora
+) -> None:
+  """Adds the factors of one array."""
+  if not {'a', 'b'} <= values.keys() <= {*_PARTS, 'a0', 'b0'}:
     raise ValueError(
-      f'theta holds {"both LoRA and DoRA" if found else "neither LoRA nor DoRA"}: an adapter folder is '
-      'of one of them'
+      f'theta holds {", ".join(values)} for {path!r}: an adapter folder holds LoRA or DoRA'
     )
-  for name, (_, keys) in where.items():
-    if name not in trained and whole & {key.rpartition('.')[0] for key in keys}:
+  content.dora.add('m' in values)
+  if 'a0' in values:
+    # a b - a0 b0 is LoRA of twice the rank. Its scale has the rank in it, so alpha grows with it.
+    old = values['a'].shape[-1]
+    values = {
+      'a': np.concatenate([values['a'], values['a0']], -1),
+      'b': np.concatenate([values['b'], -np.asarray(values['b0'])], -2),
+    }
+    power = 0.5 if rslora else 1
+    alpha = alpha * (values['a'].shape[-1] / old) ** power
+  modules = [_module(key) for key in keys]
+  for module in modules:
+    content.adapted[module] = values['a'].shape[-1], float(alpha)
+  names = _TABLE_PARTS if array == 'embedding' else _PARTS
+  for part, x in values.items():
+    for module, layer in zip(modules, _layers(x, place), strict=True):
+      content.tensors[f'{module}.{names[part]}'] = _theirs(part, layer, place)
+
+
+def _check_kind(content: _Content) -> None:
+  """Raises a ValueError unless the folder is of either LoRA or DoRA."""
+  kinds = 'neither LoRA nor DoRA'
+  if content.adapted:
+    kinds = 'both LoRA and DoRA'
+  if not content.adapted or len(content.dora) > 1:
+    raise ValueError(f'theta holds {kinds}: an adapter folder is of one of them')
+
+
+def _check_whole(content: _Content, places: Mapping) -> None:
+  """Raises a ValueError if only some arrays of a module are trained whole."""
+  for name, (_, keys) in places.items():
+    if name not in content.trained and content.whole & {_module(key) for key in keys}:
       raise ValueError(
-        f'theta trains only a part of {name.rpartition("/")[0]!r}, without {name!r}: an adapter folder '
-        'holds modules trained whole'
+        f'theta trains only a part of {name.rpartition("/")[0]!r}, without {name!r}: an adapter '
+        'folder holds modules trained whole'
       )
-  (rank, scaled), _ = Counter(found.values()).most_common(1)[0]
-  odd = {module: pair for module, pair in found.items() if pair != (rank, scaled)}
-  kind = family_of(pretrained.config).table(pretrained.model).architectures[1]
-  # Of a classifier peft wants the head in the folder; where it is not trained, the task is left
-  # open.
-  tasks = {
-    'ForCausalLM': 'CAUSAL_LM',
-    **({'ForSequenceClassification': 'SEQ_CLS'} if whole else {}),
-  }
-  task = next((task for name, task in tasks.items() if kind.endswith(name)), None)
-  config = {
+
+
+def _adapter_config(
+  content: _Content, pretrained: Pretrained, rslora: bool, base: str | None
+) -> dict[str, Any]:
+  """The values of adapter_config.json: the most frequent rank and alpha, and what differs."""
+  common, _ = Counter(content.adapted.values()).most_common(1)[0]
+  rank, alpha = common
+  odd = {module: pair for module, pair in content.adapted.items() if pair != common}
+  return {
     'peft_type': 'LORA',
     'base_model_name_or_path': base,
     'inference_mode': True,
     'r': rank,
-    'lora_alpha': scaled,
+    'lora_alpha': alpha,
     'lora_dropout': 0.0,
     'bias': 'none',
     'fan_in_fan_out': False,
     'init_lora_weights': True,
     'use_rslora': rslora,
-    'use_dora': True in kinds,
-    'target_modules': sorted(found),
-    'modules_to_save': sorted(whole) or None,
+    'use_dora': True in content.dora,
+    'target_modules': sorted(content.adapted),
+    'modules_to_save': sorted(content.whole) or None,
     'rank_pattern': {module: pair[0] for module, pair in odd.items()},
     'alpha_pattern': {module: pair[1] for module, pair in odd.items()},
-    'task_type': task,
+    'task_type': _task_type(pretrained, bool(content.whole)),
   }
-  folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  write_tensors(
-    folder / FILE, {_BASE + key: np.asarray(x, np.float32) for key, x in tensors.items()}
-  )
-  write(folder / CONFIG, json.dumps(config, indent=2) + '\n')
+
+
+def _task_type(pretrained: Pretrained, whole: bool) -> str | None:
+  """peft's name of what the model does; None leaves it open."""
+  architecture = family_of(pretrained.config).table(pretrained.model).architectures[1]
+  if architecture.endswith('ForCausalLM'):
+    return 'CAUSAL_LM'
+  # Of a classifier peft wants the head in the folder, which is there only if it was trained.
+  if architecture.endswith('ForSequenceClassification') and whole:
+    return 'SEQ_CLS'
+  return None
 
 
 def load_adapter(folder: str | pathlib.Path, pretrained: Pretrained) -> tuple[Method, dict]:
@@ -153,147 +208,193 @@ def load_adapter(folder: str | pathlib.Path, pretrained: Pretrained) -> tuple[Me
     ValueError: the adapter is of another kind, damaged, or not of this backbone.
   """
   folder = pathlib.Path(folder)
-  if not (folder / CONFIG).exists():
-    raise FileNotFoundError(f'{folder} holds no {CONFIG}, so it is no adapter of peft')
-  config = read_json(folder / CONFIG)
-  for key, held in (
-    ('peft_type', 'LORA'),
-    ('bias', 'none'),
-    ('fan_in_fan_out', False),
-    ('lora_bias', False),
-  ):
-    if config.get(key, held) != held:
-      raise ValueError(f'{folder / CONFIG}: {key}={config[key]!r} is not supported, only {held!r}')
-  if str(start := config.get('init_lora_weights')).startswith(_CHANGES_BASE):
-    raise ValueError(
-      f'{folder / CONFIG}: init_lora_weights={start!r} adapts what is left of matrices once peft has '
-      'taken them apart; have peft convert it to plain LoRA (path_initial_model_for_weight_conversion)'
-    )
-  if missing := {'r', 'lora_alpha'} - config.keys():
-    raise ValueError(f'{folder / CONFIG} lacks {" and ".join(sorted(missing))}')
-  tensors = {key.removeprefix(_BASE): x for key, x in read_tensors(folder / FILE).items()}
-  where, base = _where(pretrained), family_of(pretrained.config).table(pretrained.model).base
-  # Of a model with a head or without: the prefix tells them apart, and the layers are the same.
-  homes = {
-    key.removeprefix(base): (place, i)
-    for place, keys in where.values()
-    for i, key in enumerate(keys)
-  }
-  parts: dict[str, dict] = {}  # {path of an array: {part: {layer: array}}}
-  for key, x in tensors.items():
-    match = _ARRAY.fullmatch(key)
-    if not match and '.base_layer.' in key:  # of an adapted table peft stores the table itself too
-      continue
-    wanted = (f'{match[1]}.weight' if match else key).removeprefix(base)
-    if wanted not in homes:
-      near = difflib.get_close_matches(wanted, homes, 1)
-      raise ValueError(
-        f'{folder / FILE}: {key!r} has no place in this backbone'
-        + (f'; the nearest is {near[0]!r}' if near else '')
-      )
-    place, layer = homes[wanted]
-    part = _PART_OF[match[2]] if match else 'whole'
-    parts.setdefault(place.path, {}).setdefault(part, {})[layer] = _ours(part, x, place)
-  theta: dict[str, dict] = {}
+  config = _read_config(folder)
+  places = _places(pretrained)
+  base = family_of(pretrained.config).table(pretrained.model).base
+  parts = _read_parts(folder, places, base)
+  theta: dict = {}  # {(rank, alpha) or 'modules': {site path: arrays}}
   for path, found in parts.items():
     site, _, array = path.rpartition('/')
-    place, keys = where[path]
+    place, keys = places[path]
     arrays = {part: _joined(folder, path, place, keys, layers) for part, layers in found.items()}
     if 'whole' in arrays:
       theta.setdefault('modules', {}).setdefault(site, {})[array] = arrays['whole']
       continue
-    if missing := set('abm' if config.get('use_dora') else 'ab') - arrays.keys():
-      raise ValueError(f'{folder / FILE}: {path!r} lacks {", ".join(sorted(missing))}')
-    module = keys[0].rpartition('.')[0]
-    rank = _of(config.get('rank_pattern'), module, config['r'])
-    if arrays['a'].shape[-1] != rank:
-      raise ValueError(
-        f'{folder / FILE}: {path!r} is of rank {arrays["a"].shape[-1]}, and {CONFIG} says {rank}'
-      )
-    alpha = _of(config.get('alpha_pattern'), module, config['lora_alpha'])
-    theta.setdefault((rank, alpha), {}).setdefault(site, {})[array] = arrays
-  theta = dict(
-    sorted(theta.items(), key=lambda pair: pair[0] == 'modules')
-  )  # what adapts, then what stands in
+    pair = _rank_and_alpha(folder, config, path, _module(keys[0]), arrays)
+    theta.setdefault(pair, {}).setdefault(site, {})[array] = arrays
+  if 'modules' in theta:
+    theta['modules'] = theta.pop('modules')  # last: what adapts comes first
   return _method(theta, config), {_name(key, theta): sites for key, sites in theta.items()}
+
+
+def _read_config(folder: pathlib.Path) -> dict[str, Any]:
+  """adapter_config.json, if it describes an adapter that can be read."""
+  file = folder / CONFIG
+  if not file.exists():
+    raise FileNotFoundError(f'{folder} holds no {CONFIG}, so it is no adapter of peft')
+  config = read_json(file)
+  supported = {'peft_type': 'LORA', 'bias': 'none', 'fan_in_fan_out': False, 'lora_bias': False}
+  for key, value in supported.items():
+    if config.get(key, value) != value:
+      raise ValueError(f'{file}: {key}={config[key]!r} is not supported, only {value!r}')
+  start = str(config.get('init_lora_weights'))
+  if start.startswith(_CHANGES_BASE):
+    raise ValueError(
+      f'{file}: init_lora_weights={start!r} adapts what is left of matrices once peft has taken '
+      'them apart; have peft convert it to plain LoRA (path_initial_model_for_weight_conversion)'
+    )
+  missing = {'r', 'lora_alpha'} - config.keys()
+  if missing:
+    raise ValueError(f'{file} lacks {" and ".join(sorted(missing))}')
+  return config
+
+
+def _read_parts(folder: pathlib.Path, places: Mapping, base: str) -> dict[str, dict]:
+  """{path of an array: {part: {layer: array}}} of the tensors in a folder.
+
+  Args:
+    folder: of the adapter.
+    places: from `_places`.
+    base: the prefix by which files of a model with a head differ from those without; it is left
+      out, because the layers are the same.
+  """
+  homes = {}
+  for place, keys in places.values():
+    for layer, key in enumerate(keys):
+      homes[key.removeprefix(base)] = place, layer
+  parts: dict[str, dict] = {}
+  for name, x in read_tensors(folder / FILE).items():
+    key = name.removeprefix(_BASE)
+    match = _ARRAY.fullmatch(key)
+    if match:
+      part = _PART_OF[match[2]]
+      wanted = f'{match[1]}.weight'.removeprefix(base)
+    elif '.base_layer.' in key:  # beside the factors of a table peft stores the table itself
+      continue
+    else:
+      part = 'whole'
+      wanted = key.removeprefix(base)
+    if wanted not in homes:
+      near = nearest(wanted, homes)
+      hint = '' if near is None else f'; the nearest is {near!r}'
+      raise ValueError(f'{folder / FILE}: {key!r} has no place in this backbone{hint}')
+    place, layer = homes[wanted]
+    parts.setdefault(place.path, {}).setdefault(part, {})[layer] = _ours(part, x, place)
+  return parts
+
+
+def _rank_and_alpha(
+  folder: pathlib.Path, config: Mapping, path: str, module: str, arrays: Mapping
+) -> tuple[int, float]:
+  """Rank and alpha of the factors of an array, checked."""
+  needed = set('abm' if config.get('use_dora') else 'ab')
+  missing = needed - arrays.keys()
+  if missing:
+    raise ValueError(f'{folder / FILE}: {path!r} lacks {", ".join(sorted(missing))}')
+  rank = _of(config.get('rank_pattern'), module, config['r'])
+  found = arrays['a'].shape[-1]
+  if found != rank:
+    raise ValueError(f'{folder / FILE}: {path!r} is of rank {found}, and {CONFIG} says {rank}')
+  return rank, _of(config.get('alpha_pattern'), module, config['lora_alpha'])
 
 
 def _method(theta: Mapping, config: Mapping) -> Method:
   """The method whose theta this is; its keys are (rank, alpha), or 'modules'."""
-  make, rslora = dora if config.get('use_dora') else lora, bool(config.get('use_rslora'))
-  sites = {key: '|'.join(map(re.escape, found)) for key, found in theta.items()}
-  return chain(
-    *(
-      tune(targets, name='modules')
-      if key == 'modules'
-      else make(*key, targets, rslora=rslora, name=_name(key, theta))
-      for key, targets in sites.items()
-    )
-  )
+  make = dora if config.get('use_dora') else lora
+  rslora = bool(config.get('use_rslora'))
+  methods = []
+  for key, sites in theta.items():
+    targets = '|'.join(map(re.escape, sites))
+    if key == 'modules':
+      methods.append(tune(targets, name='modules'))
+      continue
+    rank, alpha = key
+    methods.append(make(rank, alpha, targets, rslora=rslora, name=_name(key, theta)))
+  return chain(*methods)
 
 
 def _name(key, theta: Mapping) -> str:
-  """The name of a rule: the first of several ranks is 'lora', others tell theirs."""
-  adapters = [k for k in theta if k != 'modules']
-  return (
-    key if key == 'modules' else 'lora' if key == adapters[0] else 'lora_r{}_alpha{:g}'.format(*key)
-  )
+  """The name of a rule: the first of several ranks is 'lora', others have theirs in it."""
+  if key == 'modules':
+    return key
+  first = next(other for other in theta if other != 'modules')
+  if key == first:
+    return 'lora'
+  return 'lora_r{}_alpha{:g}'.format(*key)
 
 
-def _where(pretrained: Pretrained) -> dict[str, tuple[Place, list[str]]]:
-  """{path of an array: (its place, its keys on disk)} of a backbone."""
+# ---- Arrays here and there.
+
+
+def _places(pretrained: Pretrained) -> dict[str, tuple[Place, list[str]]]:
+  """{path of an array: (its place, its keys on disk, one a layer)} of a backbone."""
   family = family_of(pretrained.config)
   shapes = shapes_of(pretrained.model, family)
-  return {
-    place.path: (place, keys) for place, keys in keyed(family.table(pretrained.model), shapes)
-  }
+  found = keyed(family.table(pretrained.model), shapes)
+  return {place.path: (place, keys) for place, keys in found}
+
+
+def _module(key: str) -> str:
+  """The module that an array belongs to, by its key on disk."""
+  return key.rpartition('.')[0]
 
 
 def _entries(theta: Mapping) -> Iterator[tuple[str, str, Any]]:
-  return (
-    (path, array, t)
-    for sites in theta.values()
-    for path, arrays in sites.items()
-    for array, t in arrays.items()
-  )
+  """(site path, name of an array, what theta has of it)."""
+  for sites in theta.values():
+    for path, arrays in sites.items():
+      for array, values in arrays.items():
+        yield path, array, values
 
 
 def _layers(x, place: Place) -> list[np.ndarray]:
-  return list(np.asarray(x)) if place.stacked else [np.asarray(x)]
+  """The arrays of single layers."""
+  if place.stacked:
+    return list(np.asarray(x))
+  return [np.asarray(x)]
 
 
 def _joined(folder, path: str, place: Place, keys, layers: dict[int, np.ndarray]):
-  if missing := [key for i, key in enumerate(keys) if i not in layers]:
-    raise ValueError(
-      f'{folder / FILE} adapts some layers of {path!r} and not {missing[0]!r}: load the backbone with '
-      'scan=False'
-    )
+  """The array of all layers; the inverse of `_layers`."""
+  for i, key in enumerate(keys):
+    if i not in layers:
+      raise ValueError(
+        f'{folder / FILE} adapts some layers of {path!r} and not {key!r}: load the backbone with '
+        'scan=False'
+      )
   found = [layers[i] for i in range(len(keys))]
-  return jnp.asarray(np.stack(found) if place.stacked else found[0], jnp.float32)
+  whole = np.stack(found) if place.stacked else found[0]
+  return jnp.asarray(whole, jnp.float32)
 
 
 def _theirs(part: str, x: np.ndarray, place: Place) -> np.ndarray:
   """a [window * in, r], b [r, out] or m [out] as [r, in, *window], [out, r, 1 ...] or [out]."""
   window = place.shape[:-2]
   if part == 'a':
-    return np.moveaxis(x.reshape(*window, -1, x.shape[-1]), (-1, -2), (0, 1))
-  return x if part == 'm' else x.T.reshape(*x.T.shape, *(1 for _ in window))
+    x = x.reshape(*window, -1, x.shape[-1])  # [*window, in, r]
+    return np.moveaxis(x, (-1, -2), (0, 1))
+  if part == 'b':
+    return x.T.reshape(*x.T.shape, *(1 for _ in window))
+  return x
 
 
 def _ours(part: str, x: np.ndarray, place: Place) -> np.ndarray:
-  """The inverse of `_theirs`."""
+  """The inverse of `_theirs`; of an array that was trained whole, that of `Leaf.theirs`."""
   if part == 'whole':
     return place.leaf.ours(x)
   if part == 'a':
     return np.moveaxis(x, (0, 1), (-1, -2)).reshape(-1, len(x))
-  return x.reshape(-1) if part == 'm' else x.reshape(x.shape[:2]).T
+  if part == 'b':
+    return x.reshape(x.shape[:2]).T
+  return x.reshape(-1)
 
 
 def _of(pattern: Mapping | None, module: str, default):
-  """What a rank_pattern or alpha_pattern says of a module: its keys are ends of names, or regexes
-  of them.
+  """The entry of a rank_pattern or alpha_pattern for a module.
+
+  Its keys are ends of names, or regexes of them.
   """
-  return next(
-    (x for key, x in (pattern or {}).items() if re.fullmatch(rf'(?:.*\.)?(?:{key})', module)),
-    default,
-  )
+  for key, value in (pattern or {}).items():
+    if re.fullmatch(rf'(?:.*\.)?(?:{key})', module):
+      return value
+  return default
