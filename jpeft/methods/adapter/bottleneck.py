@@ -1,6 +1,9 @@
 """Bottleneck adapters, one form with a few choices of place.
 
-  h <- h + s (f(x W_down + b) W_up + b')         x [.., d], W_down [d, r], W_up [r, d], f a nonlinearity
+  h <- h + s (f(x W_down + b) W_up + b')         x, h [.., d], W_down [d, r], W_up [r, d]
+
+f is a nonlinearity, s a number. What the methods differ in is which x is read and which h is added
+to. "FFN" is the MLP of a block.
 
 - Houlsby et al., 2019 (arXiv 1902.00751; google-research/adapter-bert): x = h, what leaves the
   attention's projection and the second FFN matrix, before the residual. GELU.
@@ -25,11 +28,14 @@ the stream between attention and MLP is what the MLP reads, and `parallel(64, sc
 before the residual. Not mergeable: f is not linear.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
-from jpeft.core import Call, Method, Site, at, chain, factory
+from jpeft.core import Bound, Call, Method, Site, at, chain, factory
 
+from ..check import require, whole, within
 from ..nn import drop, on_first
 
 ACTIVATIONS = {
@@ -63,12 +69,16 @@ def houlsby(
   Raises:
     ValueError: a hyperparameter outside its range.
   """
-  make, branch = maker(bottleneck, None, activation, init, 1.0, dropout, 'houlsby')
+  adapter = Adapter('houlsby', activation, init, dropout, bottleneck=bottleneck)
 
-  def apply(t, call, *args, **kwargs):
-    return on_first(call(*args, **kwargs), lambda h: h + branch(t, call, h))
+  def init_site(key, site, arrays):
+    return adapter.init(key, site.out, site.out)
 
-  return at(targets, Call(name, apply, lambda key, site, arrays: make(key, site.out, site.out)))
+  def apply(theta, call, *args, **kwargs):
+    out = call(*args, **kwargs)
+    return on_first(out, lambda h: h + adapter.branch(theta, call, h))
+
+  return at(targets, Call(name, apply, init_site))
 
 
 @factory
@@ -93,16 +103,23 @@ def pfeiffer(
   Raises:
     ValueError: a hyperparameter outside its range; at `attach`, no bottleneck is left.
   """
-  make, branch = maker(None, reduction, activation, init, 1.0, dropout, 'pfeiffer')
+  adapter = Adapter('pfeiffer', activation, init, dropout, reduction=reduction)
 
-  def apply(t, call, x, *args, **kwargs):
+  def init_site(key, site, arrays):
+    return adapter.init(key, site.out, site.out)
+
+  def apply(theta, call, x, *args, **kwargs):
     if not _is_norm(call.site):
-      return on_first(call(x, *args, **kwargs), lambda h: h + branch(t, call, h))
+      out = call(x, *args, **kwargs)
+      return on_first(out, lambda h: h + adapter.branch(theta, call, h))
+    # In a block that ends with this norm the adapter reads behind the norm and adds before it, so
+    # the norm runs twice: here as a pure function, below as the module that other rules see.
     norm, arrays = call.pure()
-    h = norm(arrays, x, *args, **kwargs)  # reads behind the norm, adds before it
-    return call(x + branch(t, call, h).astype(x.dtype), *args, **kwargs)
+    normed = norm(arrays, x, *args, **kwargs)
+    added = adapter.branch(theta, call, normed)
+    return call(x + added.astype(x.dtype), *args, **kwargs)
 
-  return at(targets, Call(name, apply, lambda key, site, arrays: make(key, site.out, site.out)))
+  return at(targets, Call(name, apply, init_site))
 
 
 @factory
@@ -129,13 +146,17 @@ def parallel(
   Raises:
     ValueError: a hyperparameter outside its range.
   """
-  make, branch = maker(bottleneck, None, activation, init, scale, dropout, 'parallel')
+  adapter = Adapter('parallel', activation, init, dropout, scale, bottleneck)
 
-  def apply(t, call, *args, **kwargs):
-    x = next(iter(call.inputs(*args, **kwargs).values()))
-    return on_first(call(*args, **kwargs), lambda h: h + branch(t, call, x))
+  def init_site(key, site, arrays):
+    return adapter.init(key, site.input, site.out)
 
-  return at(targets, Call(name, apply, lambda key, site, arrays: make(key, site.input, site.out)))
+  def apply(theta, call, *args, **kwargs):
+    x = _first_input(call, args, kwargs)
+    out = call(*args, **kwargs)
+    return on_first(out, lambda h: h + adapter.branch(theta, call, x))
+
+  return at(targets, Call(name, apply, init_site))
 
 
 @factory
@@ -165,74 +186,119 @@ def adaptformer(
     ValueError: a hyperparameter outside its range; at the call, a `stream` that lies in no block,
       or whose arrays cannot leave the block's own jit or remat.
   """
-  make, branch = maker(bottleneck, None, activation, init, scale, dropout, 'adaptformer')
+  adapter = Adapter('adaptformer', activation, init, dropout, scale, bottleneck)
 
-  def record(t, call, *args, **kwargs):
+  def init_block(key, site, arrays):
+    return adapter.init(key, site.out, site.out)
+
+  def record(theta, call, *args, **kwargs):
+    """At the norm: hands its input u to the block around it."""
     if call.outer is None:
       raise ValueError(
         f'{name}: {call.site.path!r}, the stream, lies in no block that {blocks!r} names'
       )
-    call.outer['u'] = next(iter(call.inputs(*args, **kwargs).values()))
+    call.outer['u'] = _first_input(call, args, kwargs)
     return call(*args, **kwargs)
 
-  def apply(t, call, *args, **kwargs):
-    y = call(*args, **kwargs)
+  def apply(theta, call, *args, **kwargs):
+    """At the block: adds the branch of u."""
+    out = call(*args, **kwargs)
     if 'u' not in call.local:
       raise ValueError(f'{name}: nothing inside {call.site.path!r} is named by stream={stream!r}')
     try:
-      return on_first(y, lambda h: h + branch(t, call, call.local['u']))
+      return on_first(out, lambda h: h + adapter.branch(theta, call, call.local['u']))
     except jax.errors.UnexpectedTracerError as error:
       raise ValueError(
         f'{name}: {call.site.path!r} runs its inside under a jit or remat of its own, which the '
         'stream cannot leave: apply that to the whole block, from outside'
       ) from error
 
-  return chain(
-    at(blocks, Call(name, apply, lambda key, site, arrays: make(key, site.out, site.out))),
-    at(stream, Call(name, record)),
-  )
+  return chain(at(blocks, Call(name, apply, init_block)), at(stream, Call(name, record)))
 
 
-def maker(size, reduction, activation, init, scale, dropout, method: str):
-  """(make(key, input, output) -> t, branch(t, call, x) -> what is added)."""
-  if size is not None and (int(size) != size or size < 1):
-    raise ValueError(f'{method}: bottleneck={size!r} must be a whole number, at least 1')
-  if reduction is not None and not reduction > 0:
-    raise ValueError(f'{method}: reduction={reduction!r} must be greater than 0')
-  for value, choices, what in ((activation, ACTIVATIONS, 'activation'), (init, _STARTS, 'init')):
-    if value not in choices:
-      raise ValueError(f'{method}: {what}={value!r} must be one of {", ".join(choices)}')
-  if isinstance(scale, str) and scale != 'learned':
-    raise ValueError(f"{method}: scale={scale!r} must be a number or 'learned'")
-  if not 0 <= dropout <= 1:
-    raise ValueError(f'{method}: dropout={dropout!r} must lie in [0, 1]')
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+  """The adapter of one method, s (f(x W_down + b) W_up + b').
 
-  def make(key, input, output):
-    r = int(output.shape[-1] / reduction) if size is None else size
-    if r < 1:
-      raise ValueError(
-        f'{method}: reduction={reduction!r} leaves nothing of a width of {output.shape[-1]}'
-      )
-    down, up = _STARTS[init](key, (input.shape[-1], r), (r, output.shape[-1]))
-    t = {
-      'down': {'kernel': down, 'bias': jnp.zeros(r)},
-      'up': {'kernel': up, 'bias': jnp.zeros(output.shape[-1])},
+  Attributes:
+    method: the factory's name, for errors.
+    activation: f, a name in ACTIVATIONS.
+    start: how W_down and W_up start, a name in STARTS.
+    dropout: rate on the bottleneck.
+    scale: s; 'learned' trains it, from 1.
+    bottleneck: r; None where `reduction` gives it.
+    reduction: d / r, d the width of the output.
+  """
+
+  method: str
+  activation: str
+  start: str
+  dropout: float
+  scale: float | str = 1.0
+  bottleneck: int | None = None
+  reduction: float | None = None
+
+  def __post_init__(self):
+    method = self.method
+    if self.bottleneck is not None:
+      whole(method, 'bottleneck', self.bottleneck, 1)
+    if self.reduction is not None:
+      require(self.reduction > 0, method, 'reduction', self.reduction, 'must be greater than 0')
+    _one_of(method, 'activation', self.activation, ACTIVATIONS)
+    _one_of(method, 'init', self.start, STARTS)
+    if isinstance(self.scale, str):
+      is_learned = self.scale == 'learned'
+      require(is_learned, method, 'scale', self.scale, "must be a number or 'learned'")
+    within(method, 'dropout', self.dropout, 0, 1)
+
+  def init(self, key, input, output) -> dict:
+    """theta of one adapter, from the shapes of what it reads and of what it adds to."""
+    fan_in = input.shape[-1]
+    fan_out = output.shape[-1]
+    width = self._width(fan_out)
+    down, up = STARTS[self.start](key, (fan_in, width), (width, fan_out))
+    theta = {
+      'down': {'kernel': down, 'bias': jnp.zeros(width)},
+      'up': {'kernel': up, 'bias': jnp.zeros(fan_out)},
     }
-    return {**t, 'scale': jnp.ones(())} if scale == 'learned' else t
+    if self.scale == 'learned':
+      theta['scale'] = jnp.ones(())
+    return theta
 
-  def branch(t, call, x):
-    key = call.rng(f'{method} dropout') if dropout else None
-    return t.get('scale', scale) * through(t, x, activation, key, dropout)
+  def _width(self, fan_out: int) -> int:
+    """r."""
+    if self.bottleneck is not None:
+      return self.bottleneck
+    width = int(fan_out / self.reduction)
+    rule = f'leaves nothing of a width of {fan_out}'
+    require(width >= 1, self.method, 'reduction', self.reduction, rule)
+    return width
 
-  return make, branch
+  def branch(self, theta, call: Bound, x: jax.Array) -> jax.Array:
+    """What is added to the stream; in training dropout falls on the bottleneck.
+
+    Args:
+      theta: of one adapter.
+      call: the call that the adapter belongs to, which has the random key.
+      x: [.., d].
+    """
+    key = None
+    if self.dropout:
+      key = call.rng(f'{self.method} dropout')
+    scale = theta.get('scale', self.scale)
+    return scale * self.apply(theta, x, key)
+
+  def apply(self, theta, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    """f(x W_down + b) W_up + b', without s; dropout of the bottleneck where there is a key."""
+    down = theta['down']
+    up = theta['up']
+    hidden = ACTIVATIONS[self.activation](x @ down['kernel'] + down['bias'])  # [.., r]
+    hidden = drop(hidden, key, self.dropout)
+    return hidden @ up['kernel'] + up['bias']
 
 
-def through(
-  t, x: jax.Array, activation: str, key: jax.Array | None = None, dropout: float = 0.0
-) -> jax.Array:
-  """f(x W_down + b) W_up + b', x [.., d]; dropout of the bottleneck where there is a key."""
-  h = drop(ACTIVATIONS[activation](x @ t['down']['kernel'] + t['down']['bias']), key, dropout)
-  return h @ t['up']['kernel'] + t['up']['bias']
+def _one_of(method: str, name: str, value: str, table: dict) -> None:
+  require(value in table, method, name, value, f'must be one of {", ".join(table)}')
 
 
 def _lora(key, down, up):
@@ -241,23 +307,30 @@ def _lora(key, down, up):
 
 
 def _bert(key, down, up):
-  keys = jax.random.split(key)
-  return 0.02 * jax.random.normal(keys[0], down), 0.02 * jax.random.normal(keys[1], up)
+  key_down, key_up = jax.random.split(key)
+  return 0.02 * jax.random.normal(key_down, down), 0.02 * jax.random.normal(key_up, up)
 
 
 def _houlsby(key, down, up):
-  keys = jax.random.split(key)
-  return tuple(
-    1e-3 * jax.random.truncated_normal(k, -2, 2, s) for k, s in zip(keys, (down, up), strict=True)
-  )
+  key_down, key_up = jax.random.split(key)
+  cut_normal = lambda key, shape: 1e-3 * jax.random.truncated_normal(key, -2, 2, shape)
+  return cut_normal(key_down, down), cut_normal(key_up, up)
 
 
-_STARTS = {'lora': _lora, 'bert': _bert, 'houlsby': _houlsby}
+# (key, shape of W_down, shape of W_up) -> (W_down, W_up).
+STARTS = {'lora': _lora, 'bert': _bert, 'houlsby': _houlsby}
+
+
+def _first_input(call: Bound, args, kwargs) -> jax.Array:
+  """The first array that a module is called with."""
+  return next(iter(call.inputs(*args, **kwargs).values()))
 
 
 def _is_norm(site: Site) -> bool:
-  """Whether a site owns a norm's vectors, and runs no modules."""
-  vectors = [leaf.shape == site.out.shape[-1:] for leaf in site.leaves.values()]
-  return (
-    bool(vectors) and all(vectors) and not any(p.startswith(f'{site.path}/') for p in site.model)
-  )
+  """Whether a site is a norm: it owns vectors of the stream's width alone, and runs no modules."""
+  if not site.leaves:
+    return False
+  width = site.out.shape[-1:]
+  if any(leaf.shape != width for leaf in site.leaves.values()):
+    return False
+  return not any(path.startswith(f'{site.path}/') for path in site.model)

@@ -36,7 +36,7 @@ import jax.numpy as jnp
 
 from jpeft.core import Call, Method, Tuned, at, chain, factory
 
-from ..adapter.bottleneck import maker, through
+from ..adapter.bottleneck import Adapter
 from ..nn import on_first, put_first
 from ..side.stack import Stack
 from .reversible import Layers, Reversible
@@ -107,7 +107,7 @@ def meft(
     )
   if every is not None and (int(every) != every or every < 1):
     raise ValueError(f'meft: every={every!r} must be a whole number, at least 1, or None')
-  make, branch = maker(bottleneck, None, activation, init, 1.0, dropout, 'meft')
+  adapter = Adapter('meft', activation, init, dropout, bottleneck=bottleneck)
 
   @functools.lru_cache(maxsize=256)
   def stack(site) -> tuple[Stack, int]:
@@ -137,7 +137,8 @@ def meft(
     if variant == 3:
       return {}
     block = net.stack[0]
-    return jax.vmap(lambda key: make(key, block.input, block.out))(jax.random.split(key, count))
+    keys = jax.random.split(key, count)
+    return jax.vmap(lambda key: adapter.init(key, block.input, block.out))(keys)
 
   def stand(t, call, *args, **kwargs):
     (_, x), *others = call.inputs(*args, **kwargs).items()
@@ -158,7 +159,7 @@ def meft(
       return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), _shapes(call, args, kwargs))
     x = next(iter(call.inputs(*args, **kwargs).values()))
     return on_first(
-      call(*args, **kwargs), lambda h: h + branch(t, call, x if beside == 'mlp' else h)
+      call(*args, **kwargs), lambda h: h + adapter.branch(t, call, x if beside == 'mlp' else h)
     )
 
   def run(t, call, x, *args, **kwargs):
@@ -179,7 +180,7 @@ def meft(
 
       def run(row, x):
         if running == 'adapter':
-          return through(row['t'], x.astype(dtype), activation, row.get('key'), dropout)
+          return adapter.apply(row['t'], x.astype(dtype), row.get('key'))
         call.local['running'] = running
         return jax.tree.leaves(fn(row['arrays'], x.astype(dtype), **row['inputs']))[0]
 
@@ -218,12 +219,16 @@ def meft(
   inside = at(
     mlp,
     Call(
-      name, functools.partial(part, 'mlp'), lambda key, site, a: make(key, site.input, site.out)
+      name,
+      functools.partial(part, 'mlp'),
+      lambda key, site, a: adapter.init(key, site.input, site.out),
     ),
   )
   if variant == 3:
     behind = Call(
-      name, functools.partial(part, 'attention'), lambda key, site, a: make(key, site.out, site.out)
+      name,
+      functools.partial(part, 'attention'),
+      lambda key, site, a: adapter.init(key, site.out, site.out),
     )
     inside = chain(inside, at(attention or '{attention}', behind))
   return chain(

@@ -2,7 +2,7 @@
 
 Liu et al., 2022 (arXiv 2205.05638); official code r-three/t-few.
 
-  keys, values   y' = l * (x w + b)    one number an output   w' = w * l over its columns, b' = l * b
+  keys, values   y' = l * (x w + b)    one number an output   w' = w * l over its columns, b' = l b
   MLP            y' = (l * x) w + b    one number an input    w' = w * l over its rows, b' = b
 
 All l start at one, so the function starts unchanged, bit for bit. theta of a site is {kernel name:
