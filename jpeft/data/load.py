@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from jpeft.registering import module_of
+
 from . import splits
 from .readers.completions import completions
 from .readers.folder import folder
@@ -35,7 +37,7 @@ def register_dataset(name: str, make: Callable[[str | Path | None], Dataset]) ->
 def registered_module(name: str) -> str | None:
   """The module that registered a data set; None for a data set of jpeft or one's own files."""
   make = _REGISTERED.get(name)
-  return None if make is None else make.__module__
+  return None if make is None else module_of(make)
 
 
 def load(name: str, split: str, data_dir: str | Path | None = None) -> Source:

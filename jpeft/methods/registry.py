@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from jpeft.core import MEMORY_CLASSES, NO_BACKPROP, Method, Rule, chain
 from jpeft.messages import did_you_mean
+from jpeft.registering import module_of
 
 from .adapter.bottleneck import adaptformer, houlsby, parallel, pfeiffer
 from .memory.meft import meft
@@ -150,7 +151,7 @@ def register_method(
   method = make()
   if not isinstance(method, Method):
     raise TypeError(f'{name}: make() must return a Method, not {type(method).__name__}')
-  REGISTRY[name] = Entry(make, paper, title, storage, make.__module__)
+  REGISTRY[name] = Entry(make, paper, title, storage, module_of(make))
 
 
 def make(name: str, head: bool = True, saved_bits: int | None = None, **hyperparameters) -> Method:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from jpeft.config import allow
+from jpeft.registering import module_of
 
 Tally = Mapping[str, object]
 
@@ -58,7 +59,7 @@ def register_metric(
     raise ValueError(f'{name!r} is a metric of jpeft: choose another name')
   if task not in ('classification', 'language'):
     raise ValueError(f"task={task!r} must be 'classification' or 'language'")
-  METRICS[name] = Metric(compute, task, lower_is_better, compute.__module__)
+  METRICS[name] = Metric(compute, task, lower_is_better, module_of(compute))
   allow('eval.metric', name)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from jpeft.config import allow
 from jpeft.messages import did_you_mean
+from jpeft.registering import module_of
 
 from .affine import affine
 from .blocks import Format
@@ -38,7 +39,7 @@ def register_format(name: str, make: Callable[[], Format]) -> None:
   if name in FORMATS and name not in _MODULES:
     raise ValueError(f'{name!r} is a 4-bit format of jpeft: choose another name')
   FORMATS[name] = make
-  _MODULES[name] = make.__module__
+  _MODULES[name] = module_of(make)
   allow('model.quantize', name)
 
 
