@@ -76,7 +76,7 @@ def check(
     return Checks((output,))
   return Checks(
     (
-      trial.row('start', lambda: start_fault(trial.first, trial.plain, start)),
+      trial.start_row(start),
       output,
       trial.row('theta', lambda: theta_fault(trial.theta)),
       trial.merge_row(),
@@ -159,12 +159,18 @@ def dot_fault(fused: Any, boxed: Any, within: float = ROUNDING) -> str | None:
 
 
 def distance(got: Any, want: Any) -> float:
-  """The largest difference between two trees, in units of the largest entry of `want`."""
+  """The largest difference between two trees, in units of the largest entry of `want`.
+
+  Where `want` is zero, as behind a head that starts at zero, the difference itself.
+  """
   pairs = []
   for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     pairs.append((np.asarray(g, np.float32), np.asarray(w, np.float32)))
   difference = max(np.abs(g - w).max() for g, w in pairs)
-  return float(difference / max(np.abs(w).max() for _, w in pairs))
+  scale = max(np.abs(w).max() for _, w in pairs)
+  if scale == 0:
+    return float(difference)
+  return float(difference / scale)
 
 
 def largest(tree: Any) -> dict[str, float]:
@@ -255,6 +261,13 @@ class _Trial:
   def row(self, name: str, fault: Callable[[], str | None]) -> Check:
     found = fault()
     return Check(name, found is None, 'as it should be' if found is None else found)
+
+  def start_row(self, within: float | None) -> Check:
+    found = f'the output is {distance(self.first, self.plain):.1e} away from the untouched model'
+    if within is None:
+      return Check('start', None, f'declared elsewhere: {found}')
+    fault = start_fault(self.first, self.plain, within)
+    return Check('start', fault is None, fault or found)
 
   def merge_row(self) -> Check:
     if not self.tuned.mergeable:

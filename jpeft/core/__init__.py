@@ -7,9 +7,9 @@ from .boxes import Box
 from .context import Bound
 from .discover import sites_of
 from .freeze import freeze, join, mask, split
-from .fused import Operand
 from .mode import flags_of
 from .paths import EXTRAS, join_path, natural
+from .products import Operand
 from .rules import (
   FULL_CROSSING,
   MEMORY_CLASSES,

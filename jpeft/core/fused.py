@@ -1,6 +1,5 @@
-"""x @ w + delta through a module's own injection point, so that no gradient of w is ever formed."""
+"""x @ w + delta through a layer's own injection point, so that no gradient of w is ever formed."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,42 +8,26 @@ import jax.numpy as jnp
 
 from .boxes import Box, Lazy
 from .injection import PRODUCTS, inject
+from .products import product_of
 from .rules import Weight
-from .sites import Leaf, Site
-
-
-@dataclasses.dataclass(frozen=True)
-class Operand:
-  """What a kernel is applied to: `operand @ m` for any m [fan_in, k] gives [..., k].
-
-  For a convolution that is the convolution by m, its rows ordered as the kernel's.
-  """
-
-  x: jax.Array
-  multiply: Callable[[jax.Array, jax.Array], jax.Array]
-
-  def __matmul__(self, m: jax.Array) -> jax.Array:
-    return self.multiply(self.x, m.astype(self.x.dtype))
-
-  def map(self, fn: Callable[[jax.Array], jax.Array]) -> 'Operand':
-    """The same operand with fn(x) in place of x: dropout, a mask, a scale."""
-    return dataclasses.replace(self, x=fn(self.x))
+from .sites import Site
 
 
 def field_of(site: Site) -> str | None:
-  """The injection point through which the site's only kernel is applied, if it has one."""
-  if len(site.matrices) != 1 or site.leaves[site.matrices[0]].batch:
+  """The injection point through which the site's only kernel is applied; None without one."""
+  fields = [field for field in PRODUCTS if field in site.fields]
+  if not fields or len(site.matrices) != 1:
     return None
-  for field in PRODUCTS:
-    if field in site.fields:
-      return field
-  return None
+  kernel = site.leaves[site.matrices[0]]
+  if kernel.batch:
+    return None
+  return fields[0]
 
 
 def fused(
   rules: Sequence[tuple[Weight, Any]], site: Site, module, call, key, box: Box | None = None
 ) -> Callable:
-  """The call with `rules` applied to x @ w instead of w.
+  """The call of a layer with `rules` applied to y = x @ w instead of w.
 
   Args:
     rules: (rule, t) in order; each rule has `dot`.
@@ -52,36 +35,33 @@ def fused(
     module: the bound module.
     call: its call.
     key: for dropout, or None.
-    box: the backbone's kernel, where that is a box: the backward pass computes it again.
+    box: the kernel, where the backbone stores a box: the backward pass computes it again.
   """
   field = field_of(site)
-  (array,) = site.matrices
-  leaf = site.leaves[array]
-  base = getattr(module, field) or PRODUCTS[field]
-  split = {'dot_general': _dot, 'einsum_op': _einsum, 'conv_general_dilated': _conv}[field]
+  (name,) = site.matrices
+  operation = getattr(module, field) or PRODUCTS[field]
   used = []
 
-  def product(*args, **kwargs):
+  def replacement(*args, **kwargs):
     used.append(field)
-    x, kernel, to_rows, from_rows = split(base, leaf, *args, **kwargs)
     if box is None:
-      out = base(*args, **kwargs)
+      out = operation(*args, **kwargs)
     else:
-      out = _recomputed(base, field, box, *args, **kwargs)
-    y = to_rows(out)
-    # Arrays beside the kernel are boxed: what `w` makes of them here is not used.
-    arrays = {name: jnp.zeros(l.shape, l.dtype) for name, l in site.leaves.items()}
-    arrays[array] = kernel
+      out = _recomputed(operation, field, box, *args, **kwargs)
+    product = product_of(field, operation, site.leaves[name], *args, **kwargs)
+    y = product.to_rows(out)
+    # Arrays beside the kernel are boxed, so what `w` makes of them here is not used.
+    arrays = {n: jnp.zeros(leaf.shape, leaf.dtype) for n, leaf in site.leaves.items()}
+    arrays[name] = product.kernel
     for i, (rule, t) in enumerate(rules):
       t = _cast(t, y.dtype, rule.exact)
-      own_key = None if key is None else jax.random.fold_in(key, i)
-      w = _folded(leaf, arrays, array)
-      y = rule.dot(t, x, y, w, own_key).astype(out.dtype)
+      y = rule.dot(t, product.operand, y, _kernel(site, name, arrays), _fold_in(key, i))
+      y = y.astype(out.dtype)
       arrays = _After(rule, t, site, arrays)
-    return from_rows(y, out.shape)
+    return product.from_rows(y, out.shape)
 
   def run(*args, **kwargs):
-    with inject(module, **{field: product}):
+    with inject(module, **{field: replacement}):
       out = call(*args, **kwargs)
     if not used:
       raise ValueError(f'{site.kind} at {site.path!r} never used the {field} it offers')
@@ -90,110 +70,75 @@ def fused(
   return run
 
 
-def _folded(leaf: Leaf, arrays, name: str) -> Callable[[], jax.Array]:
-  """() -> the kernel [fan_in, fan_out] as the rules so far leave it."""
-  return lambda: leaf.fold(arrays[name])
+def _kernel(site: Site, name: str, arrays) -> Callable[[], jax.Array]:
+  """The `w` of `dot`: computes the matrix [fan_in, fan_out] as the rules before leave it."""
+  return lambda: site.leaves[name].fold(arrays[name])
 
 
-def _recomputed(base, field: str, box: Box, *args, **kwargs):
-  """base(*args) of a kernel that is a box: the backward pass keeps the box, not the kernel.
-
-  The arrays of a box of the backbone get no gradient; the theta in a Lazy does.
-  """
-  i = 1 if field == 'einsum_op' else 0  # behind the text of the equation
-  dtype = args[i + 1].dtype
-
-  def product(x, box):
-    kernel = box.unbox().astype(dtype)
-    return base(*args[:i], x, kernel, *args[i + 2 :], **kwargs)
-
-  if isinstance(box, Lazy):
-    return jax.checkpoint(product)(args[i], box)
-  spec = jax.ShapeDtypeStruct(args[i].shape, args[i].dtype)
-
-  def forward(x, box):
-    return product(x, box), box
-
-  def backward(box, g):
-    # Tied to the cotangent: XLA would else keep the kernel of the forward pass after all.
-    box, g = jax.lax.optimization_barrier((box, g))
-    (gradient,) = jax.linear_transpose(lambda x: product(x, box), spec)(g)
-    return gradient, None
-
-  run = jax.custom_vjp(product)
-  run.defvjp(forward, backward)
-  return run(args[i], box)
+def _fold_in(key, number: int):
+  if key is None:
+    return None
+  return jax.random.fold_in(key, number)
 
 
 class _After(dict):
-  """The arrays as a rule leaves them, computed when a later rule asks."""
+  """The arrays as a rule leaves them, computed when a later rule reads them."""
 
-  def __init__(self, rule, t, site, before):
+  def __init__(self, rule: Weight, t, site: Site, before):
     super().__init__()
-    self._before, self._make = before, lambda: rule.apply(t, site, before)
+    self._before = before
+    self._make = lambda: rule.apply(t, site, before)
 
   def __missing__(self, name):
     if not self:
       self.update(self._make())
-    return self[name] if name in self else self._before[name]
+    if name in self:
+      return self[name]
+    return self._before[name]
 
 
 def _cast(t, dtype, exact: tuple[str, ...]):
-  def leaf(path, a):
-    keep = any(getattr(k, 'key', None) in exact for k in path)
-    return a if keep or not jnp.issubdtype(a.dtype, jnp.floating) else a.astype(dtype)
+  """t with its floats in another dtype, but for the entries named in `exact`."""
+
+  def leaf(path, x):
+    if any(getattr(key, 'key', None) in exact for key in path):
+      return x
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      return x
+    return x.astype(dtype)
 
   return jax.tree_util.tree_map_with_path(leaf, t)
 
 
-def _dot(base, leaf: Leaf, lhs, rhs, dims, *args, **kwargs):
-  (left, right), (batch, _) = dims
-  if batch:
-    raise NotImplementedError('a dot_general with batch axes')
-  # The rows of the folded kernel follow its own axes, whatever order the call names them in.
-  axes = [a for _, a in sorted(zip(right, left, strict=True))]
-  free = [i for i in range(lhs.ndim) if i not in left]
+def _recomputed(operation, field: str, box: Box, *args, **kwargs):
+  """operation(*args) with the array of a box as kernel, which the backward pass computes again.
 
-  def multiply(x, m):
-    rows = jnp.transpose(x, (*free, *axes)).reshape(*(x.shape[i] for i in free), -1)
-    return base(rows, m, (((rows.ndim - 1,), (0,)), ((), ())), *args, **kwargs)
+  What is kept for the backward pass is the box. A box of the backbone gets no gradient; a Lazy,
+  which contains theta, does.
+  """
+  position = 0
+  if field == 'einsum_op':
+    position = 1  # behind the text of the equation
+  before = args[:position]
+  x, kernel = args[position : position + 2]
+  after = args[position + 2 :]
 
-  to_rows = lambda y: y.reshape(*y.shape[: len(free)], -1)
-  return Operand(lhs, multiply), rhs, to_rows, lambda y, shape: y.reshape(shape)
+  def product(x, box):
+    return operation(*before, x, box.unbox().astype(kernel.dtype), *after, **kwargs)
 
+  if isinstance(box, Lazy):
+    return jax.checkpoint(product)(x, box)
+  spec = jax.ShapeDtypeStruct(x.shape, x.dtype)
 
-def _einsum(base, leaf: Leaf, spec: str, lhs, rhs, *args, **kwargs):
-  inputs, out = spec.replace(' ', '').split('->')
-  left, right = inputs.split(',')
-  ins, outs = (''.join(right[i] for i in axes) for axes in (leaf.ins, leaf.outs))
-  free = ''.join(c for c in out if c not in outs)
-  new = next(c for c in 'zyxwvutsrqponmlkjihgfedcba' if c not in spec)
+  def forward(x, box):
+    return product(x, box), box
 
-  def multiply(x, m):
-    m = m.reshape(*(leaf.shape[i] for i in leaf.ins), -1)
-    return base(f'{left},{ins}{new}->{free}{new}', x, m, *args, **kwargs)
+  def backward(box, cotangent):
+    # Tied to the cotangent; without this XLA may keep the kernel of the forward pass after all.
+    box, cotangent = jax.lax.optimization_barrier((box, cotangent))
+    transpose = jax.linear_transpose(lambda x: product(x, box), spec)
+    return *transpose(cotangent), None
 
-  def to_rows(y):
-    y = jnp.einsum(f'{out}->{free}{outs}', y)
-    return y.reshape(*y.shape[: y.ndim - len(outs)], -1)
-
-  def from_rows(y, shape):
-    y = y.reshape(*y.shape[:-1], *(leaf.shape[i] for i in leaf.outs))
-    return jnp.einsum(f'{free}{outs}->{out}', y)
-
-  return Operand(lhs, multiply), rhs, to_rows, from_rows
-
-
-def _conv(base, leaf: Leaf, lhs, rhs, *args, **kwargs):
-  dims = kwargs.get('dimension_numbers') or (args[4] if len(args) > 4 else None)
-  dims = jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, dims)
-  channel = dims.out_spec[1]
-  multiply = lambda x, m: jnp.moveaxis(
-    base(x, leaf.unfold(m, (m.shape[-1],)), *args, **kwargs), channel, -1
-  )
-  return (
-    Operand(lhs, multiply),
-    rhs,
-    lambda y: jnp.moveaxis(y, channel, -1),
-    lambda y, shape: jnp.moveaxis(y, -1, channel),
-  )
+  run = jax.custom_vjp(product)
+  run.defvjp(forward, backward)
+  return run(x, box)

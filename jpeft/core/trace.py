@@ -1,11 +1,11 @@
-"""How each parameter is used, read off the jaxpr: no framework, no table of layer types."""
+"""How each parameter is used, read from the jaxpr: no framework, no table of layer types."""
 
 from typing import NamedTuple
 
 import jax
 from jax.extend import core as jex
 
-# Primitives through which an array stays recognisably itself, axis by axis.
+# Primitives whose output is their input, axis by axis.
 _SAME = {
   'convert_element_type',
   'copy',
@@ -22,9 +22,20 @@ _SAME = {
 }
 _ELEMENTWISE = {'add', 'sub', 'mul', 'div', 'max', 'min'}
 
+# For every axis of an array: the stored axes that it comes from.
+Dims = tuple[tuple[int, ...], ...]
+
 
 class Use(NamedTuple):
-  """The first use of an array; axes are counted in the array as stored."""
+  """The first use of an array; axes are counted in the array as stored.
+
+  Attributes:
+    primitive: the name of the operation.
+    ins: the axes that it sums over, or looks up.
+    batch: its batch axes.
+    scanned: the axes that scans around the operation have sliced off, outermost first.
+    offset: a constant that is added to the array before.
+  """
 
   primitive: str = 'unused'
   ins: tuple[int, ...] = ()
@@ -33,124 +44,202 @@ class Use(NamedTuple):
   offset: float = 0.0
 
 
-class _Seen(NamedTuple):
+class _Traced(NamedTuple):
+  """A value of the jaxpr that is still a parameter, with its axes moved or merged."""
+
   name: str
-  dims: tuple[tuple[int, ...], ...]  # for every current axis: the stored axes it came from
+  dims: Dims
   scanned: tuple[int, ...] = ()
-  offset: float = 0.0  # a constant that was added on the way
+  offset: float = 0.0
 
 
 def uses(fn, params: dict, *rest) -> dict[str, Use]:
-  """The first use of each array of the flat dict `params` in fn(params, *rest)."""
-  jaxpr, found = jax.make_jaxpr(fn)(params, *rest).jaxpr, {}
-  names = sorted(params)
-  whole = [tuple((i,) for i in range(v.aval.ndim)) for v in jaxpr.invars[: len(names)]]
-  env = {v: _Seen(n, d) for v, n, d in zip(jaxpr.invars, names, whole, strict=False)}
-  _walk(jaxpr, env, found)
+  """The first use of each array of the flat dict `params` in fn(params, *rest).
+
+  An array that is not used is not in the result.
+  """
+  jaxpr = jax.make_jaxpr(fn)(params, *rest).jaxpr
+  known = {}
+  # jax flattens a dict in the order of its sorted keys.
+  for name, variable in zip(sorted(params), jaxpr.invars, strict=False):
+    axes = range(variable.aval.ndim)
+    known[variable] = _Traced(name, tuple((axis,) for axis in axes))
+  found = {}
+  _walk(jaxpr, known, found)
   return found
 
 
-def _walk(jaxpr, env: dict, found: dict[str, Use]) -> None:
+def _walk(jaxpr, known: dict, found: dict[str, Use]) -> None:
+  """Follows the parameters through a jaxpr.
+
+  Args:
+    known: {variable: _Traced}; extended on the way.
+    found: {name: its first use}; extended on the way.
+  """
   for eqn in jaxpr.eqns:
-    ins = [None if isinstance(v, jex.Literal) else env.get(v) for v in eqn.invars]
-    if not any(ins):
+    operands = [_lookup(known, variable) for variable in eqn.invars]
+    if not any(operands):
       continue
-    name, p = eqn.primitive.name, eqn.params
-    if name == 'scan':
-      first, body = p['num_consts'] + p['num_carry'], p['jaxpr'].jaxpr
-      steps = [_sliced(t) if t and i >= first else t for i, t in enumerate(ins)]
-      _enter(body, steps, found)
-    elif name == 'while':
-      n = p['cond_nconsts']
-      m = n + p['body_nconsts']
-      _enter(p['cond_jaxpr'].jaxpr, [*ins[:n], *ins[m:]], found)
-      _enter(p['body_jaxpr'].jaxpr, ins[n:], found)
-    elif subs := _sub_jaxprs(p, len(ins)):  # jit, remat, custom_jvp, cond
-      for sub in subs:
-        inner = _enter(sub, ins[len(ins) - len(sub.invars) :], found)
-        pairs = zip(eqn.outvars, sub.outvars, strict=False)
-        env |= {o: inner[i] for o, i in pairs if not isinstance(i, jex.Literal) and i in inner}
+    if eqn.primitive.name == 'scan':
+      _scan(eqn, operands, found)
+    elif eqn.primitive.name == 'while':
+      _while(eqn, operands, found)
+    elif _sub_jaxprs(eqn):  # jit, remat, custom_jvp, cond
+      _call(eqn, operands, known, found)
     else:
-      hit = next(t for t in ins if t)
-      moved = _moved(eqn, ins, hit)
-      if moved is not None:
-        env[eqn.outvars[0]] = hit._replace(dims=moved, offset=hit.offset + _added(eqn))
-        continue
-      for t, (axes, batch) in zip(ins, _roles(name, p, len(ins)), strict=True):
-        if t:
-          stored = lambda dims, t=t: tuple(sorted({a for i in dims for a in t.dims[i]}))
-          found.setdefault(t.name, Use(name, stored(axes), stored(batch), t.scanned, t.offset))
+      _operation(eqn, operands, known, found)
 
 
-def _enter(jaxpr, ins, found) -> dict:
-  env = {v: t for v, t in zip(jaxpr.invars, ins, strict=False) if t}
-  _walk(jaxpr, env, found)
-  return env
+def _lookup(known: dict, variable) -> _Traced | None:
+  if isinstance(variable, jex.Literal):
+    return None
+  return known.get(variable)
 
 
-def _sub_jaxprs(params: dict, arity: int) -> list:
-  leaves = jax.tree.leaves(list(params.values()), is_leaf=lambda x: isinstance(x, jex.Jaxpr))
-  subs = [getattr(s, 'jaxpr', s) for s in leaves]
-  return [s for s in subs if isinstance(s, jex.Jaxpr) and len(s.invars) <= arity]
+def _enter(jaxpr, operands, found) -> dict:
+  """Walks the jaxpr inside an equation; {variable of it: _Traced}."""
+  known = {}
+  for variable, traced in zip(jaxpr.invars, operands, strict=False):
+    if traced:
+      known[variable] = traced
+  _walk(jaxpr, known, found)
+  return known
 
 
-def _sliced(t: _Seen) -> _Seen:
-  return t._replace(dims=t.dims[1:], scanned=(*t.scanned, *t.dims[0]))
+def _scan(eqn, operands, found) -> None:
+  whole = eqn.params['num_consts'] + eqn.params['num_carry']
+  slices = [_sliced(traced) for traced in operands[whole:]]
+  _enter(eqn.params['jaxpr'].jaxpr, [*operands[:whole], *slices], found)
+
+
+def _sliced(traced: _Traced | None) -> _Traced | None:
+  """One step's slice of a scanned array."""
+  if traced is None:
+    return None
+  first, *rest = traced.dims
+  return traced._replace(dims=tuple(rest), scanned=(*traced.scanned, *first))
+
+
+def _while(eqn, operands, found) -> None:
+  # The operands are the constants of the condition, those of the body, and the carry.
+  of_condition = eqn.params['cond_nconsts']
+  carry = of_condition + eqn.params['body_nconsts']
+  condition = [*operands[:of_condition], *operands[carry:]]
+  _enter(eqn.params['cond_jaxpr'].jaxpr, condition, found)
+  _enter(eqn.params['body_jaxpr'].jaxpr, operands[of_condition:], found)
+
+
+def _call(eqn, operands, known: dict, found) -> None:
+  for sub in _sub_jaxprs(eqn):
+    # Of `cond` the first operand is the index of the branch.
+    inner = _enter(sub, operands[len(operands) - len(sub.invars) :], found)
+    for outside, inside in zip(eqn.outvars, sub.outvars, strict=False):
+      traced = _lookup(inner, inside)
+      if traced:
+        known[outside] = traced
+
+
+def _sub_jaxprs(eqn) -> list:
+  """The jaxprs that an equation calls with its own last operands."""
+  parameters = list(eqn.params.values())
+  leaves = jax.tree.leaves(parameters, is_leaf=lambda x: isinstance(x, jex.Jaxpr))
+  opened = [getattr(leaf, 'jaxpr', leaf) for leaf in leaves]
+  arity = len(eqn.invars)
+  return [sub for sub in opened if isinstance(sub, jex.Jaxpr) and len(sub.invars) <= arity]
+
+
+def _operation(eqn, operands, known: dict, found) -> None:
+  """An equation that moves a parameter, or uses it."""
+  first = next(traced for traced in operands if traced)
+  moved = _moved(eqn, operands, first)
+  if moved is not None:
+    known[eqn.outvars[0]] = first._replace(dims=moved, offset=first.offset + _added(eqn))
+    return
+  for traced, (ins, batch) in zip(operands, _roles(eqn), strict=True):
+    if traced:
+      use = Use(
+        primitive=eqn.primitive.name,
+        ins=_stored_axes(traced, ins),
+        batch=_stored_axes(traced, batch),
+        scanned=traced.scanned,
+        offset=traced.offset,
+      )
+      found.setdefault(traced.name, use)
+
+
+def _stored_axes(traced: _Traced, axes) -> tuple[int, ...]:
+  return tuple(sorted({stored for axis in axes for stored in traced.dims[axis]}))
 
 
 def _added(eqn) -> float:
-  """The constant c of w + c and w - c."""
-  sign = {'add': 1, 'sub': -1}.get(eqn.primitive.name, 0)
-  constants = (
-    [float(v.val) for v in eqn.invars[sign < 0 :] if isinstance(v, jex.Literal)] if sign else []
-  )
-  return sign * constants[0] if constants else 0.0
+  """The constant c of w + c and w - c; 0 for any other equation."""
+  if eqn.primitive.name == 'add':
+    sign, constants = 1, eqn.invars
+  elif eqn.primitive.name == 'sub':
+    sign, constants = -1, eqn.invars[1:]
+  else:
+    return 0.0
+  for operand in constants:
+    if isinstance(operand, jex.Literal):
+      return sign * float(operand.val)
+  return 0.0
 
 
-def _roles(name: str, p: dict, n: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-  """For every operand: its axes that a primitive sums over (or looks up), and its batch axes."""
-  dims = p.get('dimension_numbers')
+def _roles(eqn) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+  """For every operand: the axes that the primitive sums over (or looks up), and its batch axes."""
+  name = eqn.primitive.name
+  dims = eqn.params.get('dimension_numbers')
+  neither = ((), ())
   if name == 'dot_general':
     (left, right), (left_batch, right_batch) = dims
     return [(left, left_batch), (right, right_batch)]
   if name == 'conv_general_dilated':
-    return [((), ()), (dims.rhs_spec[1:], ())]
+    return [neither, (dims.rhs_spec[1:], ())]
+  others = len(eqn.invars) - 1
   if name == 'gather':
-    return [(dims.collapsed_slice_dims, ())] + [((), ())] * (n - 1)
-  return [((), ())] * n
+    return [(dims.collapsed_slice_dims, ())] + [neither] * others
+  return [neither] * (1 + others)
 
 
-def _moved(eqn, ins, hit: _Seen) -> tuple[tuple[int, ...], ...] | None:
+def _moved(eqn, operands, first: _Traced) -> Dims | None:
   """Where the axes go under a primitive that only moves or scales data; None for any other."""
-  name, p, dims = eqn.primitive.name, eqn.params, hit.dims
-  at = next(i for i, t in enumerate(ins) if t)
-  shape = eqn.invars[at].aval.shape
+  name = eqn.primitive.name
+  params = eqn.params
+  dims = first.dims
+  shape = eqn.invars[operands.index(first)].aval.shape
   if name in _SAME:
     return dims
-  if (
-    name in _ELEMENTWISE
-    and shape
-    and all(not v.aval.shape for v, t in zip(eqn.invars, ins, strict=True) if t is None)
-  ):
-    return dims  # w * 2, 1 + scale: still the same array for whoever asks what it multiplies
+  if name in _ELEMENTWISE and shape and _others_are_scalars(eqn, operands):
+    return dims  # w * 2, 1 + scale: the same array for whoever looks for what it multiplies
   if name == 'transpose':
-    return tuple(dims[i] for i in p['permutation'])
+    return tuple(dims[axis] for axis in params['permutation'])
   if name == 'squeeze':
-    return tuple(d for i, d in enumerate(dims) if i not in p['dimensions'])
+    return tuple(stored for axis, stored in enumerate(dims) if axis not in params['dimensions'])
   if name == 'broadcast_in_dim':
-    into = dict(zip(p['broadcast_dimensions'], dims, strict=True))
-    return tuple(into.get(i, ()) for i in range(len(p['shape'])))
-  return _reshaped(shape, p['new_sizes'], dims) if name == 'reshape' else None
+    sources = dict(zip(params['broadcast_dimensions'], dims, strict=True))
+    return tuple(sources.get(axis, ()) for axis in range(len(params['shape'])))
+  if name == 'reshape':
+    return _reshaped(shape, params['new_sizes'], dims)
+  return None
 
 
-def _reshaped(shape, sizes, dims) -> tuple[tuple[int, ...], ...] | None:
+def _others_are_scalars(eqn, operands) -> bool:
+  pairs = zip(eqn.invars, operands, strict=True)
+  return all(not variable.aval.shape for variable, traced in pairs if traced is None)
+
+
+def _reshaped(shape, sizes, dims: Dims) -> Dims | None:
   """Axes kept, new axes of one, or old axes merged; None where an axis is split."""
-  out, i = [], 0
+  reshaped = []
+  axis = 0
   for size in sizes:
-    merged, got = (), 1
-    while got < size and i < len(shape):
-      merged, got, i = merged + dims[i], got * shape[i], i + 1
-    if got != size:
+    merged = ()
+    length = 1
+    while length < size and axis < len(shape):
+      merged += dims[axis]
+      length *= shape[axis]
+      axis += 1
+    if length != size:
       return None
-    out.append(merged)
-  return tuple(out)
+    reshaped.append(merged)
+  return tuple(reshaped)

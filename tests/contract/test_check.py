@@ -2,6 +2,7 @@
 
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
@@ -41,7 +42,27 @@ def test_a_method_that_starts_elsewhere_says_so():
   method = jpeft.ssf(targets='.*/fc')
   assert not checked(method)
   assert 'before training the output is' in found(checked(method), 'start').detail
+  row = found(checked(method, start=None), 'start')
+  assert row.passed is None and 'declared elsewhere: the output is' in row.detail
   assert checked(method, start=None)
+
+
+class ZeroHead(nn.Module):
+  """A model whose output is zero before training."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = jnp.tanh(nn.Dense(WIDTH, name='fc')(x))
+    return nn.Dense(3, kernel_init=nn.initializers.zeros, name='head')(x)
+
+
+def test_a_head_that_starts_at_zero_is_no_failure():
+  model = ZeroHead()
+  variables = model.init(jax.random.key(0), X)
+  method = jpeft.chain(jpeft.lora(2, targets='fc'), jpeft.tune('head'))
+  checks = jpeft.check(jpeft.attach(model, method, variables, X), variables, X)
+  assert checks, str(checks)
+  assert 'is 0.0e+00 away' in found(checks, 'start').detail
 
 
 def wrong(name, init=None, weight=None, dot=None, **options):
