@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpeft.core import Method, Tuned, Weight, backend_of
+from jpeft.core import Method, Tuned, Weight, backend_of, leaf_paths
 from jpeft.messages import columns
 
 # Two ways to compute one function in float32 differ by rounding alone.
@@ -112,7 +112,7 @@ def output_fault(out: Any, plain: Any) -> str | None:
 
 def theta_fault(theta: Any) -> str | None:
   """Theta has float32 entries, whatever the dtype of the model."""
-  for path, leaf in paths(theta).items():
+  for path, leaf in leaf_paths(theta).items():
     if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype != jnp.float32:
       return f'theta {path!r} is {leaf.dtype}: updates of half precision get lost; make it float32'
   return None
@@ -135,7 +135,7 @@ def gradient_fault(gradients: Any, trained: Any) -> str | None:
   """
   sizes = largest(gradients)
   scale = max(sizes.values(), default=0.0)
-  wanted = paths(trained)
+  wanted = leaf_paths(trained)
   still = [path for path, size in sizes.items() if wanted[path] and not size > NO_GRADIENT * scale]
   if not still:
     return None
@@ -175,13 +175,7 @@ def distance(got: Any, want: Any) -> float:
 
 def largest(tree: Any) -> dict[str, float]:
   """{path: largest magnitude} of every leaf."""
-  return {path: float(np.max(np.abs(leaf))) for path, leaf in paths(tree).items()}
-
-
-def paths(tree: Any) -> dict[str, Any]:
-  """{'/'-joined path: leaf}."""
-  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in flat}
+  return {path: float(np.max(np.abs(leaf))) for path, leaf in leaf_paths(tree).items()}
 
 
 def without_dot(tuned: Tuned) -> Tuned:

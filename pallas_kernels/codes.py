@@ -4,7 +4,7 @@ Kernels are compared with it, and jpeft's 4-bit formats are built on it. Nothing
 either.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -133,15 +133,38 @@ def encode_nf4(w: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
   return pack(codes), absmax.reshape(w.shape[1], -1).T
 
 
-def decode(packed: jax.Array, scales: jax.Array, values: np.ndarray, block: int) -> jax.Array:
-  """The matrix [in, out], float32, of packed codes [in / 2, out] and scales [in / block, out]."""
-  rows, columns = 2 * packed.shape[0], packed.shape[1]
-  parts = [unpack(packed)]
-  if rows % (2 * block) == 0:
+def decode_blocks(
+  packed: jax.Array,
+  shape: tuple[int, int],
+  block: int,
+  value: Callable[..., jax.Array],
+  *facts: jax.Array,
+) -> jax.Array:
+  """The matrix [in, out] of packed codes whose blocks lie in columns.
+
+  Args:
+    packed: uint8 [ceil(in / 2), out].
+    shape: [in, out].
+    block: rows of a column that share facts; it divides `in`.
+    value: (codes [n, block, out], *facts [n, 1, out]) -> weights.
+    *facts: what a block has, such as its scale, [in / block, out] each.
+  """
+  parts = [unpack(packed)[: shape[0]]]
+  if shape[0] % (2 * block) == 0:
     # In halves, where no block lies in both: XLA for TPU would else store the float32 values
     # beside the product.
     parts = list(halves(packed))
+  halved = [jnp.split(fact, len(parts)) for fact in facts]
   found = []
-  for codes, scale in zip(parts, jnp.split(scales, len(parts)), strict=True):
-    found.append(lookup(codes.reshape(-1, block, columns), values) * scale[:, None])
-  return jnp.concatenate(found).reshape(rows, columns)
+  for codes, *own in zip(parts, *halved, strict=True):
+    codes = codes.reshape(-1, block, shape[1])
+    found.append(value(codes, *(fact[:, None] for fact in own)))
+  return jnp.concatenate(found).reshape(shape)
+
+
+def decode(packed: jax.Array, scales: jax.Array, values: np.ndarray, block: int) -> jax.Array:
+  """The matrix [in, out], float32, of packed codes [in / 2, out] and scales [in / block, out]."""
+  shape = 2 * packed.shape[0], packed.shape[1]
+  return decode_blocks(
+    packed, shape, block, lambda codes, scale: lookup(codes, values) * scale, scales
+  )

@@ -291,6 +291,5 @@ def _listed(text: str, known) -> list[str]:
 
 
 if __name__ == '__main__':
-  if jax.config.jax_platforms is None:
-    jax.config.update('jax_platforms', 'cpu')
+  planning.leave_accelerators()
   sys.exit(cli.command('jpeft.bench.memory', main))

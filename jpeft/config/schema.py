@@ -10,12 +10,13 @@ nearest key. The keys of the `method` section are those of the method itself (`r
 """
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
+
+from jpeft.messages import did_you_mean
 
 REQUIRED = object()
 
@@ -315,8 +316,7 @@ def nest(flat: dict[str, Any]) -> dict:
 
 def nearest(word: str, known) -> str:
   """'; did you mean ...?' or nothing."""
-  found = difflib.get_close_matches(word, list(known), 1, 0.5)
-  return f'; did you mean {found[0]!r}?' if found else ''
+  return did_you_mean(word, known, 0.5)
 
 
 def reference() -> str:

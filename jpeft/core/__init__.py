@@ -8,7 +8,7 @@ from .context import Bound
 from .discover import sites_of
 from .freeze import freeze, join, mask, split
 from .mode import flags_of
-from .paths import EXTRAS, join_path, natural
+from .paths import EXTRAS, join_path, leaf_paths, natural
 from .products import Operand
 from .rules import (
   FULL_CROSSING,
@@ -25,6 +25,7 @@ from .rules import (
   chain,
   factory,
   matrix,
+  memory_class,
 )
 from .sites import Leaf, Site, Sites
 from .summary import count, summary
@@ -61,8 +62,10 @@ __all__ = [
   'freeze',
   'join',
   'join_path',
+  'leaf_paths',
   'mask',
   'matrix',
+  'memory_class',
   'natural',
   'register_anatomy',
   'sites_of',

@@ -1,10 +1,11 @@
 """Roles such as {q} or {block}: what each model family calls its parts."""
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from jpeft.messages import nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +58,8 @@ class Anatomy:
     if name not in self.roles and name in _NOT_EVERYWHERE:
       return '(?!)'
     if name not in self.roles:
-      near = difflib.get_close_matches(name, self.roles, 1)
-      hint = f'; did you mean {{{near[0]}}}?' if near else ''
+      near = nearest(name, self.roles)
+      hint = '' if near is None else f'; did you mean {{{near}}}?'
       raise ValueError(
         f'the anatomy {self.name!r} has no role {{{name}}}, only {", ".join(self.roles)}{hint}'
       )

@@ -1,6 +1,9 @@
 """Paths of modules and arrays, and the names of what is stored beside a module's parameters."""
 
 import re
+from typing import Any
+
+import jax
 
 # Extra variables on their way into a module: theta and random keys.
 EXTRAS = 'jpeft'
@@ -11,6 +14,12 @@ TAP = 'jpeft_tap'
 def join_path(*parts: str) -> str:
   """The parts of a path that are not empty, joined by '/'."""
   return '/'.join(part for part in parts if part)
+
+
+def leaf_paths(tree: Any) -> dict[str, Any]:
+  """{'/'-joined path: leaf} of a pytree, in the order of its leaves."""
+  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in flat}
 
 
 def natural(path: str) -> list[tuple[int, str]]:

@@ -5,7 +5,7 @@ import functools
 import inspect
 import itertools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import jax
@@ -181,6 +181,11 @@ class Call(_Made):
 
 
 Rule = Weight | Call
+
+
+def memory_class(rules: Iterable[Rule]) -> str:
+  """What the backward pass must keep of the backbone for several rules: the most that one needs."""
+  return max((rule.memory for rule in rules), key=MEMORY_CLASSES.index)
 
 
 class Method(tuple[tuple[str, Rule], ...]):

@@ -6,7 +6,7 @@ import math
 import jax
 
 from .boxes import Box
-from .rules import MEMORY_CLASSES
+from .rules import memory_class
 from .tuned import Tuned
 
 
@@ -73,12 +73,11 @@ def summary(tuned: Tuned) -> Summary:
     rows.append(
       (site.path or '(model)', site.layers, site.kind, rule.name, shapes, numbers, merges)
     )
-  classes = [rule.memory for rule, _ in tuned.rules]
   return Summary(
     tuple(rows),
     trainable,
     count(tuned.backbone),
-    max(classes, key=MEMORY_CLASSES.index),
+    memory_class(rule for rule, _ in tuned.rules),
     tuned.mergeable,
   )
 

@@ -1,10 +1,11 @@
 """Data sets and their splits, read by number."""
 
 import dataclasses
-import difflib
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
+
+from jpeft import messages
 
 
 class Dataset(NamedTuple):
@@ -82,7 +83,7 @@ def divided(keys: Sequence[str]) -> dict[str, list[int]]:
 def nearest(word: str, known: Iterable[str]) -> str:
   """'did you mean ...' or, where nothing is near, what there is; for error messages."""
   known = list(known)
-  near = difflib.get_close_matches(word, known, 1)
-  return (
-    f'did you mean {near[0]!r}?' if near else f'there is {", ".join(map(repr, known)) or "nothing"}'
-  )
+  near = messages.nearest(word, known)
+  if near is not None:
+    return f'did you mean {near!r}?'
+  return f'there is {", ".join(map(repr, known)) or "nothing"}'

@@ -5,7 +5,7 @@ import functools
 import inspect
 from collections.abc import Callable
 
-from jpeft.core import MEMORY_CLASSES, NO_BACKPROP, Method, Rule, chain
+from jpeft.core import NO_BACKPROP, Method, Rule, chain, memory_class
 from jpeft.messages import did_you_mean
 from jpeft.registering import module_of
 
@@ -57,7 +57,7 @@ class Entry:
   @property
   def memory(self) -> str:
     """What the backward pass must keep of the backbone."""
-    return max((rule.memory for rule in self.rules), key=MEMORY_CLASSES.index)
+    return memory_class(self.rules)
 
   @property
   def mergeable(self) -> bool:

@@ -1,7 +1,6 @@
 """load and save_pretrained: real checkpoints in and out, in the layout of Hugging Face."""
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from jpeft.core import sites_of
+from jpeft.messages import nearest
 from jpeft.quant import Format, coded, kernels
 from jpeft.quant import quantize as quantized
 
@@ -286,11 +286,9 @@ def family_of(config: Mapping) -> Family:
   """Raises ValueError for a model_type that has no family."""
   kind = config.get('model_type')
   if kind not in FAMILIES:
-    near = difflib.get_close_matches(str(kind), FAMILIES, 1)
-    raise ValueError(
-      f'model_type {kind!r} is none of {", ".join(FAMILIES)}'
-      + (f'; the nearest is {near[0]!r}' if near else '')
-    )
+    near = nearest(kind, FAMILIES)
+    hint = '' if near is None else f'; the nearest is {near!r}'
+    raise ValueError(f'model_type {kind!r} is none of {", ".join(FAMILIES)}{hint}')
   return FAMILIES[kind]
 
 

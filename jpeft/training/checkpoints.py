@@ -22,6 +22,8 @@ import orbax.checkpoint as ocp
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from jpeft.core import leaf_paths
+
 # Orbax logs at every start that it finds no sharding files, no process index and the like.
 logging.getLogger('absl').setLevel(logging.ERROR)
 
@@ -40,16 +42,10 @@ def _write_bytes(path: pathlib.Path, data: bytes) -> None:
 # ---- Trees.
 
 
-def names(tree) -> dict[str, Any]:
-  """{'/'-joined path: leaf} in the order of the leaves."""
-  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in flat}
-
-
 def fingerprint(tree) -> str:
   """The SHA-256 of the names, dtypes, shapes and bytes of a tree."""
   digest = hashlib.sha256()
-  for name, leaf in names(tree).items():
+  for name, leaf in leaf_paths(tree).items():
     digest.update(f'{name} {leaf.dtype} {leaf.shape}\n'.encode())
     digest.update(_bytes(leaf))
   return digest.hexdigest()
@@ -60,7 +56,7 @@ def _bytes(leaf) -> np.ndarray:
 
 
 def _layout(tree) -> list:
-  return [[name, str(leaf.dtype), list(leaf.shape)] for name, leaf in names(tree).items()]
+  return [[name, str(leaf.dtype), list(leaf.shape)] for name, leaf in leaf_paths(tree).items()]
 
 
 # ---- Theta.
@@ -74,7 +70,7 @@ def save_theta(path: pathlib.Path, theta, **info) -> None:
     theta: {method name: {site path: arrays}}.
     **info: JSON values for its header, such as step=100.
   """
-  arrays = {name: np.ascontiguousarray(leaf) for name, leaf in names(theta).items()}
+  arrays = {name: np.ascontiguousarray(leaf) for name, leaf in leaf_paths(theta).items()}
   header = {key: json.dumps(value) for key, value in info.items()}
   _write_bytes(path, save(arrays, header))
 
@@ -97,7 +93,7 @@ def load_theta(path: pathlib.Path, like) -> tuple[Any, dict]:
       arrays = {name: file.get_tensor(name) for name in file.keys()}
   except (SafetensorError, json.JSONDecodeError) as error:
     raise ValueError(f'{path} is not a readable safetensors file: {error}') from error
-  wanted = names(like)
+  wanted = leaf_paths(like)
   if arrays.keys() != wanted.keys():
     raise ValueError(
       f'{path} holds another theta: it lacks {_few(wanted.keys() - arrays.keys())} and has '

@@ -27,7 +27,7 @@ def test_every_leaf_of_theta_moves(pair):
 
 @over(SERVED)
 def test_every_leaf_of_theta_has_a_gradient(pair):
-  free = {path: path not in dead(pair) for path in contract.paths(pair.theta)}
+  free = {path: path not in dead(pair) for path in leaf_paths(pair.theta)}
   wanted = jax.tree.unflatten(jax.tree.structure(pair.theta), free.values())
   assert contract.gradient_fault(pair.moved[2]['theta'], wanted) is None
 

@@ -1,12 +1,13 @@
 """Between our parameter trees and the tensors of Hugging Face files, by a family's table."""
 
-import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+
+from jpeft.messages import nearest
 
 from .layout import Place, Table, places
 from .safetensors import Checkpoint
@@ -130,12 +131,12 @@ def _spare(key: str, table: Table, layers: int | None) -> bool:
 
 
 def _near(key: str, among, names, checkpoint: Checkpoint | None = None) -> str:
-  near = difflib.get_close_matches(key, among, 1)
-  if not near:
+  near = nearest(key, among)
+  if near is None:
     return ''
   if checkpoint is None:
-    return f'; the nearest that is needed: {near[0]!r}'
-  name = names[near[0]]
+    return f'; the nearest that is needed: {near!r}'
+  name = names[near]
   return f'; the nearest in the file: {name!r} of shape {_shape(checkpoint, name)}'
 
 

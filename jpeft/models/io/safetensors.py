@@ -1,6 +1,5 @@
 """Folders of safetensors files, read as data: one file, or shards named by an index."""
 
-import difflib
 import functools
 import hashlib
 import json
@@ -10,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import safetensors
 import safetensors.numpy
+
+from jpeft.messages import nearest
 
 FILE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 PICKLES = (
@@ -81,11 +82,9 @@ def _files(folder: Path) -> dict[str | None, Path]:
     if Path(name).name != name:
       raise ValueError(f'{folder / INDEX}: {name!r} for {key!r} is no plain file name')
     if not (folder / name).exists():
-      near = difflib.get_close_matches(name, [p.name for p in folder.iterdir()], 1)
-      raise FileNotFoundError(
-        f'{folder / name} is missing, the index needs it for {key!r}'
-        + (f'; there is {near[0]}' if near else '')
-      )
+      near = nearest(name, [p.name for p in folder.iterdir()])
+      hint = '' if near is None else f'; there is {near}'
+      raise FileNotFoundError(f'{folder / name} is missing, the index needs it for {key!r}{hint}')
     files[key] = folder / name
   return files
 

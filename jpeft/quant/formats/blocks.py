@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import codes as arithmetic
-from pallas_kernels import halves, pack, unpack
+from pallas_kernels import pack, unpack
 
 GROUP = 256  # absmax values that share a scale when they are quantized themselves
 MAP = arithmetic.dynamic_map()
@@ -136,27 +136,18 @@ class Blocks:
     block = self.block or shape[0]
     scale = self.scales(arrays, shape)
     zero = arrays['zero'].astype(jnp.float32) if 'zero' in arrays else None
+    facts = (scale,) if zero is None else (scale, zero)
+
+    def value(codes, scale, zero=None):
+      return self.value(codes, scale, zero)
+
     if self.aligned(shape):
-      return self._decode_aligned(arrays['codes'], scale, zero, block, shape)
+      return arithmetic.decode_blocks(arrays['codes'], shape, block, value, *facts)
     size = shape[0] * shape[1]
     codes = unpack(arrays['codes'])[:size]
     codes = jnp.pad(codes, (0, -size % block)).reshape(-1, block)
-    rows = self.value(codes, scale[:, None], None if zero is None else zero[:, None])
+    rows = value(codes, *(fact[:, None] for fact in facts))
     return rows.reshape(-1)[:size].reshape(shape[::-1]).T
-
-  def _decode_aligned(self, packed, scale, zero, block: int, shape: tuple[int, int]) -> jax.Array:
-    parts = [unpack(packed)[: shape[0]]]
-    if shape[0] % (2 * block) == 0:
-      # In halves, where no block lies in both: XLA for TPU would else store the float32 values
-      # beside the product.
-      parts = list(halves(packed))
-    scales = jnp.split(scale, len(parts))
-    zeros = [None] * len(parts) if zero is None else jnp.split(zero, len(parts))
-    found = []
-    for codes, s, z in zip(parts, scales, zeros, strict=True):
-      codes = codes.reshape(-1, block, shape[1])
-      found.append(self.value(codes, s[:, None], None if z is None else z[:, None]))
-    return jnp.concatenate(found).reshape(shape)
 
   def scales(self, arrays: Arrays, shape: tuple[int, int]) -> jax.Array:
     """The scale of every block, float32, laid out as 'absmax'."""
