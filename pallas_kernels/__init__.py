@@ -1,19 +1,21 @@
-"""Kernels for 4-bit matrices on TPU (Mosaic) and GPU (Triton), each beside the plain form it must
-equal.
-"""
+"""Kernels for 4-bit matrices on TPU (Mosaic) and GPU (Triton), beside the plain forms they equal."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from . import codes
 from .choice import Choice, Coding, choice
-from .codes import halves, lookup, pack, unpack
-from .nf4 import nf4_matmul, reference
-from .quantize import quantize_nf4
+from .codes import lookup, pack, unpack
+
+if TYPE_CHECKING:
+  from .nf4 import nf4_matmul, reference
+  from .quantize import quantize_nf4
 
 __all__ = [
   'Choice',
   'Coding',
   'choice',
   'codes',
-  'halves',
   'lookup',
   'nf4_matmul',
   'pack',
@@ -21,3 +23,13 @@ __all__ = [
   'reference',
   'unpack',
 ]
+
+# Pallas takes a third of a second to import, and formats need the plain arithmetic alone.
+_KERNELS = {'nf4_matmul': '.nf4', 'reference': '.nf4', 'quantize_nf4': '.quantize'}
+
+
+def __getattr__(name: str) -> Any:
+  """The kernels, which are imported when they are first used."""
+  if name not in _KERNELS:
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  return getattr(importlib.import_module(_KERNELS[name], __name__), name)
