@@ -86,7 +86,7 @@ if TYPE_CHECKING:
   from jpeft.data import register_dataset
   from jpeft.export import load_adapter, save_adapter
   from jpeft.models import load, save_pretrained
-  from jpeft.tasks import register_metric
+  from jpeft.tasks import register_metric, register_modality
 
 # Backbones and what trains are imported when they are first asked for: `import jpeft` is light.
 _LAZY = {
@@ -97,6 +97,7 @@ _LAZY = {
   'plan': 'plan',
   'register_dataset': 'data',
   'register_metric': 'tasks',
+  'register_modality': 'tasks',
 }
 
 
@@ -183,6 +184,7 @@ __all__ = [
   'register_format',
   'register_method',
   'register_metric',
+  'register_modality',
   's2a',
   'save_adapter',
   'save_pretrained',

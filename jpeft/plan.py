@@ -31,7 +31,7 @@ import sys
 import types
 from typing import Any
 
-from jpeft import cli, models, planning
+from jpeft import cli, models, planning, tasks
 from jpeft import config as config_lib
 from jpeft.messages import did_you_mean
 from jpeft.planning import Plans, of_configs, plan, plot, with_method
@@ -92,14 +92,23 @@ def _configs(command: config_lib.Command, flags) -> dict[str, Any]:
   if not flags.methods:
     config = command.load()
     return {config.method.name: config}
-  if flags.seq and models.describe(command.load().model.source).preprocess is not None:
-    raise ValueError(
-      '--seq is for texts, and this backbone reads images: give --config.model.image_size=PIXELS'
-    )
+  if flags.seq:
+    _check_length(command.load())
   names = [name for name in flags.methods.split(',') if name]
   if command.takes_argument:
     return {name: command.baseline(name).load() for name in names}
   return {name: with_method(command.load(), name) for name in names}
+
+
+def _check_length(config) -> None:
+  """Raises a ValueError if the configuration's backbone reads no sequences."""
+  modality = tasks.modality_of(models.describe(config.model.source))
+  if modality.name == 'image':
+    raise ValueError(
+      '--seq is for texts, and this backbone reads images: give --config.model.image_size=PIXELS'
+    )
+  if not modality.has_length:
+    raise ValueError(f'--seq is for texts, and the modality of this backbone is {modality.name!r}')
 
 
 class _Callable(types.ModuleType):

@@ -7,12 +7,9 @@ A text file has one text a line; - reads stdin.
 """
 
 import json
-import pathlib
 import sys
-from typing import Any
 
-from jpeft import cli, training
-from jpeft.data import decode
+from jpeft import cli, tasks, training
 
 
 def main(argv: list[str]) -> int:
@@ -29,7 +26,9 @@ def main(argv: list[str]) -> int:
     config, info = training.describe(flags.run)
     if config.task == 'language':
       raise ValueError(f'{flags.run} writes texts: python -m jpeft.generate --run {flags.run}')
-    names, examples = read(flags.input, info['reads'])
+    for name in flags.input:
+      cli.check_input(name)
+    names, examples = tasks.modality(info['reads']).read(flags.input)
     pretrained, tuned, theta = training.reopen(flags.run, flags.best)
   rows = training.predictions(config, pretrained, tuned, theta, examples)
 
@@ -48,22 +47,6 @@ def main(argv: list[str]) -> int:
     }
     print(json.dumps(result))
   return 0
-
-
-def read(inputs: list[str], kind: str) -> tuple[list[str], list[dict[str, Any]]]:
-  """(names, examples) of image files, or of the lines of text files.
-
-  Raises:
-    FileNotFoundError, ValueError: a file is missing or cannot be read, or there is no text.
-  """
-  for name in inputs:
-    cli.check_input(name)
-  if kind == 'image':
-    return inputs, [{'image': decode(pathlib.Path(name), name)} for name in inputs]
-  texts = [line.strip() for name in inputs for line in cli.lines(name)]
-  if not texts:
-    raise ValueError(f'there is no text in {", ".join(inputs)}')
-  return texts, [{'text': text} for text in texts]
 
 
 if __name__ == '__main__':

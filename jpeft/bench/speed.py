@@ -49,7 +49,7 @@ def update_of(config) -> Update:
   """The compiled update of a configuration, on one device."""
   with cli.inputs_checked():
     pretrained, tuned = training.build(config, classes_of(config))
-    blank = tasks.of(config).blank(config, pretrained)
+    blank = tasks.of(config).example(config, pretrained)
     _, tx = training.optimizer_of(config, tuned, steps=1000)
   size, rng = config.data.batch_size, np.random.default_rng(0)
   noise = lambda x: rng.normal(size=(size, *x.shape[1:])).astype(x.dtype)

@@ -1,9 +1,17 @@
 """What a run learns: labels of images and texts, or texts to write."""
 
-from .classification import CLASSIFICATION, transform
+from .classification import CLASSIFICATION
 from .language import LANGUAGE
 from .metrics import METRICS, Metric, best, better, register_metric, registered_module
-from .task import Task, inputs, loss
+from .modality import (
+  Modality,
+  inputs,
+  modality,
+  modality_module,
+  modality_of,
+  register_modality,
+)
+from .task import Task, loss
 
 TASKS: dict[str, Task] = {'classification': CLASSIFICATION, 'language': LANGUAGE}
 
@@ -18,14 +26,18 @@ __all__ = [
   'LANGUAGE',
   'METRICS',
   'Metric',
+  'Modality',
   'TASKS',
   'Task',
   'best',
   'better',
   'inputs',
   'loss',
+  'modality',
+  'modality_module',
+  'modality_of',
   'of',
   'register_metric',
+  'register_modality',
   'registered_module',
-  'transform',
 ]

@@ -9,14 +9,16 @@ import numpy as np
 from jpeft import data
 
 from .metrics import registered_scores
+from .modality import check_example, modality_of
 from .task import Task, loss
 
 
 class Numbered:
-  """A source whose examples also say their number, so that a batch can be told."""
+  """A source whose examples also have their number, so that what a batch holds is known."""
 
   def __init__(self, source):
-    self._source, self.classes = source, source.classes
+    self._source = source
+    self.classes = source.classes
 
   def __len__(self) -> int:
     return len(self._source)
@@ -46,61 +48,57 @@ def source(config, split: str) -> data.Source:
 
 
 def rows(config, pretrained, source, training: bool) -> tuple[Numbered, Callable]:
-  """(numbered examples, their `transform`)."""
-  return Numbered(source), transform(config, pretrained, training)
-
-
-def transform(config, pretrained, training: bool) -> Callable:
-  """(example, rng) -> arrays for the model: an image as the backbone was trained on, or tokens.
+  """(numbered examples, the function that makes arrays of an example).
 
   Raises:
-    ValueError: the backbone reads texts and has no tokenizer.json.
+    ValueError: the data set has another modality than the backbone, or the backbone lacks what it
+      needs to read it.
   """
-  if pretrained.preprocess is not None:
-    return data.image_transform(
-      **pretrained.preprocess,
-      resize=config.data.resize,
-      augment=config.data.augment if training else 'none',
-    )
-  if pretrained.tokenizer is None:
-    raise ValueError(f'{config.model.source} has no tokenizer.json, so texts cannot be read')
-  return data.text_transform(pretrained.tokenizer, config.data.max_length)
+  check_example(pretrained, source[0], config.data.name)
+  transform = modality_of(pretrained).transform(config, pretrained, training)
+  return Numbered(source), transform
 
 
-def blank(config, pretrained) -> dict[str, np.ndarray]:
+def example(config, pretrained) -> dict[str, np.ndarray]:
   """A batch of one empty example."""
-  label = np.zeros(1, np.int32)
-  if pretrained.preprocess is not None:
-    size = pretrained.preprocess['image_size']
-    return {'image': np.zeros((1, size, size, 3), np.float32), 'label': label}
-  tokens = np.zeros((1, config.data.max_length), np.int32)
-  return {
-    'tokens': tokens,
-    'token_mask': np.ones(tokens.shape, bool),
-    'types': tokens,
-    'label': label,
-  }
+  arrays = modality_of(pretrained).example(config, pretrained)
+  return arrays | {'label': np.zeros(1, np.int32)}
 
 
 def tally(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-  """Of logits [B, C] and labels [B], loss: the sum over examples; confusion: [C, C] counts, by
-  label and prediction.
+  """Sums over the examples of a batch.
+
+  Args:
+    logits: [B, C].
+    labels: [B] integers.
+    mask: [B], 0 for rows that only fill the batch up.
+
+  Returns:
+    loss: a scalar; confusion: [C, C] counts by label and prediction.
   """
-  classes, keep = logits.shape[-1], mask.astype(jnp.float32)
-  true, guess = (jax.nn.one_hot(i, classes) for i in (labels, logits.argmax(-1)))
-  confusion = jnp.einsum('bt,bg,b->tg', true, guess, keep)
-  return {'loss': (loss(logits, labels) * keep).sum(), 'confusion': confusion}
+  classes = logits.shape[-1]
+  kept = mask.astype(jnp.float32)
+  true = jax.nn.one_hot(labels, classes)
+  predicted = jax.nn.one_hot(logits.argmax(-1), classes)
+  confusion = jnp.einsum('bt,bp,b->tp', true, predicted, kept)
+  return {'loss': (loss(logits, labels) * kept).sum(), 'confusion': confusion}
 
 
 def scores(tally: dict[str, np.ndarray]) -> dict[str, float]:
   """accuracy, macro_f1 (over the labels that occur or are predicted) and loss of a summed tally."""
   confusion = np.asarray(tally['confusion'], np.float64)
-  hits, total = np.diag(confusion), confusion.sum()
-  seen = confusion.sum(0) + confusion.sum(1)
-  f1 = 2 * hits[seen > 0] / seen[seen > 0]
-  found = {'accuracy': hits.sum() / total, 'macro_f1': f1.mean(), 'loss': tally['loss'] / total}
-  own = {name: float(value) for name, value in found.items()}
+  hits = np.diag(confusion)
+  total = confusion.sum()
+  # Twice the hits over (label's examples + its predictions) is the F1 of a label.
+  either = confusion.sum(0) + confusion.sum(1)
+  occurs = either > 0
+  f1 = 2 * hits[occurs] / either[occurs]
+  own = {
+    'accuracy': float(hits.sum() / total),
+    'macro_f1': float(f1.mean()),
+    'loss': float(tally['loss'] / total),
+  }
   return own | registered_scores('classification', tally)
 
 
-CLASSIFICATION = Task(source, rows, blank, tally, scores)
+CLASSIFICATION = Task(source, rows, example, tally, scores)

@@ -29,37 +29,44 @@ def source(config, split: str) -> data.Source:
     )
   if config.model.num_classes is not None:
     raise ValueError(
-      f'config.model.num_classes is {config.model.num_classes}, but {config.data.name} has no labels'
+      f'config.model.num_classes is {config.model.num_classes}, but {config.data.name} has '
+      'no labels'
     )
   return data.in_memory(found) if config.data.in_memory else found
 
 
 def check(config, tuned: Tuned) -> None:
-  """Raises a ValueError if a method adds tokens where several texts share a row: only the first
-  would see them.
+  """Raises a ValueError if a method adds tokens where several texts share a row.
+
+  Only the first text of the row would see them.
   """
-  room = jax.ShapeDtypeStruct((1, config.data.max_length), jnp.int32)
-  run = lambda theta, backbone, x: tuned.apply(theta, backbone, x, mask=x, mutable=['cache'])[1][
-    'cache'
-  ]
-  if config.data.pack and grown(
-    jax.eval_shape(run, tuned.shapes, tuned.backbone, room), room.shape[1]
-  ):
+  if not config.data.pack:
+    return
+  tokens = jax.ShapeDtypeStruct((1, config.data.max_length), jnp.int32)
+
+  def cache_of(theta, backbone, x):
+    _, state = tuned.apply(theta, backbone, x, mask=x, mutable=['cache'])
+    return state['cache']
+
+  # A cache of more rows than there are tokens: the method adds some.
+  cache = jax.eval_shape(cache_of, tuned.shapes, tuned.backbone, tokens)
+  if grown(cache, config.data.max_length):
     raise ValueError(
-      f'{config.method.name} adds tokens to the sequence, which only the first of several texts in a '
-      'row would see: set config.data.pack=false'
+      f'{config.method.name} adds tokens to the sequence, which only the first of several texts in '
+      'a row would see: set config.data.pack=false'
     )
 
 
 def rows(config, pretrained, source, training: bool) -> tuple[data.Packed, None]:
   """(rows of tokens, None)."""
   tokenizer = models.decoder_tokenizer(pretrained)
-  return data.Packed(
+  packed = data.Packed(
     source, tokenizer, config.data.max_length, config.data.chat, config.data.pack
-  ), None
+  )
+  return packed, None
 
 
-def blank(config, pretrained) -> dict[str, np.ndarray]:
+def example(config, pretrained) -> dict[str, np.ndarray]:
   """A batch of one empty row.
 
   Raises:
@@ -67,19 +74,27 @@ def blank(config, pretrained) -> dict[str, np.ndarray]:
   """
   models.check_decoder(pretrained)
   tokens = np.zeros((1, config.data.max_length), np.int32)
+  # The mask of packed rows has the number of the text of each token, from 1 on.
   return {'tokens': tokens, 'token_mask': np.ones_like(tokens), 'label': tokens}
 
 
 def tally(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-  """Of logits [B, N, V] and labels [B, N], sums over the tokens of completions: loss, right
-  guesses, their number.
+  """Sums over the tokens of completions.
+
+  Args:
+    logits: [B, N, V].
+    labels: [B, N] integers, negative for tokens that are not learned.
+    mask: [B], 0 for rows that only fill the batch up.
+
+  Returns:
+    loss: in nats; right: how many greedy guesses are right; tokens: how many there are.
   """
-  learnt = (labels >= 0) & (mask[:, None] > 0)
-  right = learnt & (logits.argmax(-1) == labels)
+  learned = (labels >= 0) & (mask[:, None] > 0)
+  right = learned & (logits.argmax(-1) == labels)
   return {
-    'loss': jnp.where(learnt, loss(logits, labels), 0).sum(),
+    'loss': jnp.where(learned, loss(logits, labels), 0).sum(),
     'right': right.sum(),
-    'tokens': learnt.sum(),
+    'tokens': learned.sum(),
   }
 
 
@@ -87,7 +102,7 @@ def scores(tally: dict[str, np.ndarray]) -> dict[str, float]:
   """perplexity, loss and accuracy a token of the completions."""
   mean = float(tally['loss'] / tally['tokens'])
   own = {
-    'perplexity': math.exp(min(mean, 700)),
+    'perplexity': math.exp(min(mean, 700)),  # exp(710) overflows
     'loss': mean,
     'accuracy': float(tally['right'] / tally['tokens']),
   }
@@ -105,32 +120,42 @@ def written(config, pretrained, source, write: Callable, stop: Callable) -> dict
   if not count:
     return {}
   tokenizer = models.decoder_tokenizer(pretrained)
-  prompts, wanted = zip(
-    *(data.prompt(source[i], tokenizer, config.data.chat) for i in range(count)), strict=True
-  )
-  most = 1 + max(len(tokenizer.encode(text)) for text in wanted)
-  pairs = []
-  for ids, right in zip(
-    write(prompts, new_tokens=most, stop=(tokenizer.eos,), pad=tokenizer.pad), wanted, strict=True
-  ):
+  prompts = []
+  wanted = []
+  for i in range(count):
+    tokens, text = data.prompt(source[i], tokenizer, config.data.chat)
+    prompts.append(tokens)
+    wanted.append(text)
+  longest = max(len(tokenizer.encode(text)) for text in wanted)
+
+  texts = write(prompts, new_tokens=longest + 1, stop=(tokenizer.eos,), pad=tokenizer.pad)
+  exact = 0
+  errors = 0
+  words = 0
+  for tokens, right in zip(texts, wanted, strict=True):
     if stop():
       return None
-    pairs.append((tokenizer.decode(ids).split(), right.split()))
-  return {
-    'exact_match': sum(a == b for a, b in pairs) / count,
-    f'{source.unit}_error_rate': sum(distance(*pair) for pair in pairs)
-    / sum(len(b) for _, b in pairs),
-  }
+    found = tokenizer.decode(tokens).split()
+    asked = right.split()
+    exact += found == asked
+    errors += distance(found, asked)
+    words += len(asked)
+  return {'exact_match': exact / count, f'{source.unit}_error_rate': errors / words}
 
 
 def distance(a: Sequence, b: Sequence) -> int:
-  """How many insertions, deletions and replacements make a of b."""
+  """How many insertions, deletions and replacements make `b` of `a` (Levenshtein's distance)."""
+  # row[j] is the distance of the items of a so far and b[:j].
   row = list(range(len(b) + 1))
-  for i, x in enumerate(a, 1):
-    before, row = row, [i]
-    for j, y in enumerate(b, 1):
-      row.append(min(before[j] + 1, row[-1] + 1, before[j - 1] + (x != y)))
+  for i, item in enumerate(a, 1):
+    before = row
+    row = [i]
+    for j, other in enumerate(b, 1):
+      deleted = before[j] + 1
+      inserted = row[-1] + 1
+      replaced = before[j - 1] + (item != other)
+      row.append(min(deleted, inserted, replaced))
   return row[-1]
 
 
-LANGUAGE = Task(source, rows, blank, tally, scores, check, written, untuned=True)
+LANGUAGE = Task(source, rows, example, tally, scores, check, written, untuned=True)

@@ -1,4 +1,4 @@
-"""What tasks have in common: how a batch goes into a model, the loss, which evaluation is best."""
+"""What tasks have in common, and the loss."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,13 +8,13 @@ import jax.numpy as jnp
 
 
 class Task(NamedTuple):
-  """One kind of thing to learn. Its batches hold 'label', whose negative entries are not learnt.
+  """One kind of thing to learn. Its batches have 'label', whose negative entries are not learned.
 
   Attributes:
     source: (config, split) -> the examples of a split.
     rows: (config, pretrained, source, training) -> (rows, transform), what `Batches` makes batches
-      of. Rows have 'index', the number of their first example, and may say `about` themselves.
-    blank: (config, pretrained) -> a batch of one empty row: the shapes to attach a method and to
+      of. Rows have 'index', the number of their first example, and may have `about`, a sentence for the report.
+    example: (config, pretrained) -> a batch of one empty row: the shapes to attach a method and to
       compile with.
     tally: (logits, labels, mask) -> what `scores` needs of one batch, mask [B] being False for rows
       that only fill up the last one; tallies are added.
@@ -29,22 +29,12 @@ class Task(NamedTuple):
 
   source: Callable[..., Any]
   rows: Callable[..., tuple[Any, Callable | None]]
-  blank: Callable[..., dict[str, Any]]
+  example: Callable[..., dict[str, Any]]
   tally: Callable[..., dict[str, jax.Array]]
   scores: Callable[[dict], dict[str, float]]
   check: Callable[..., None] = lambda *_: None
   written: Callable[..., dict[str, float] | None] = lambda *_: {}
   untuned: bool = False
-
-
-def inputs(batch: dict) -> tuple[tuple, dict]:
-  """(args, kwargs) of the model's call for a batch."""
-  if 'image' in batch:
-    return (batch['image'],), {}
-  given = {
-    name: batch[key] for name, key in (('mask', 'token_mask'), ('types', 'types')) if key in batch
-  }
-  return (batch['tokens'], *([batch['decoder_tokens']] if 'decoder_tokens' in batch else [])), given
 
 
 def loss(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:

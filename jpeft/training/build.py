@@ -69,7 +69,7 @@ def build(config, num_classes: int, load: Callable = models.load) -> tuple[Any, 
   if memory.storage is not None:
     fields['quantize'] = quant.named(memory.storage)
   pretrained = load(source, **fields)
-  args, kwargs = tasks.inputs(tasks.of(config).blank(config, pretrained))
+  args, kwargs = tasks.inputs(tasks.of(config).example(config, pretrained))
   tuned = attach(
     pretrained.model, method, pretrained.variables, *args, **kwargs, deterministic=True
   )

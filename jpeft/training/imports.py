@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from jpeft import cli, data, methods, quant, tasks
 
 
-def imports_of(config) -> list[str]:
+def imports_of(config, reads: str) -> list[str]:
   """What has to be imported before a run of `config` can be opened: module names, paths of files.
 
-  Empty where all parts are jpeft's own.
+  Empty where all parts are jpeft's own. `reads` is the name of the backbone's modality.
   """
   # Each registry knows where a part was registered: None for parts of jpeft itself.
   modules = [
@@ -16,6 +16,7 @@ def imports_of(config) -> list[str]:
     data.registered_module(config.data.name),
     tasks.registered_module(config.eval.metric),
     quant.registered_module(config.model.quantize),
+    tasks.modality_module(reads),
   ]
   return sorted({cli.reference_of(module) for module in modules if module is not None})
 

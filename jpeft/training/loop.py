@@ -57,7 +57,7 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     def part_of(source, training: bool) -> Part:
       rows, transform = task.rows(config, pretrained, source, training)
       forward = step.forward(tuned, training)
-      return Part(rows, transform, forward, task.blank(config, pretrained))
+      return Part(rows, transform, forward, task.example(config, pretrained))
 
     train_size = config.data.batch_size
     eval_size = config.data.eval_batch_size or train_size
@@ -111,13 +111,14 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
   state = jax.device_put(step.initial_state(tuned, tx, backbone, config.seed), state_sharding)
 
   # ---- The folder, and where the run was when it stopped.
+  reads = tasks.modality_of(pretrained).name
   with cli.inputs_checked():
     begin(
       folder,
       config,
       labels=train_source.classes,
-      reads='image' if pretrained.preprocess else 'text',
-      imports=imports_of(config),
+      reads=reads,
+      imports=imports_of(config, reads),
       backbone_sha256=backbone_sha256,
       files=pretrained.files,
       jpeft=__version__,

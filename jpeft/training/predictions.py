@@ -17,7 +17,8 @@ def predictions(config, pretrained, tuned: Tuned, theta, examples: Sequence[dict
   Args:
     config: of the run.
     pretrained, tuned, theta: from `reopen`.
-    examples: {'image': uint8 [H, W, C]} or {'text': str} each.
+    examples: of the backbone's modality: {'image': uint8 [H, W, C]} or {'text': str} each, or what
+      a registered modality reads.
   """
 
   @jax.jit
@@ -26,7 +27,7 @@ def predictions(config, pretrained, tuned: Tuned, theta, examples: Sequence[dict
     logits = tuned.apply(theta, backbone, *args, **kwargs, deterministic=True)
     return jax.nn.softmax(logits.astype('float32'))
 
-  transform = tasks.transform(config, pretrained, False)
+  transform = tasks.modality_of(pretrained).transform(config, pretrained, False)
   batches = data.Batches(
     examples,
     min(ROWS, len(examples)),

@@ -1,0 +1,223 @@
+"""Modalities: what an example is, and how it becomes the arguments of a model's call."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jpeft import cli, data
+from jpeft.messages import did_you_mean
+from jpeft.registering import module_of
+
+Transform = Callable[..., dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Modality:
+  """One kind of input: images, texts, or what `register_modality` adds.
+
+  Attributes:
+    name: in run.json.
+    field: the entry of an example that a data set gives, and that no other modality has.
+    key: the array of a batch that no other modality has; the model's first argument.
+    fits: pretrained -> whether the backbone reads this modality.
+    transform: (config, pretrained, training) -> a function (example, rng) -> example of arrays,
+      those of a batch's row.
+    example: (config, pretrained) -> the arrays of a batch of one row, [1, ...] each: shapes to
+      attach a method and to compile with.
+    call: batch -> (args, kwargs) of the model's call.
+    read: files that a user names -> (a name for each example, the examples). Raises a ValueError
+      or an OSError that names the file which cannot be read.
+    has_length: whether `data.max_length` is the length of its rows.
+  """
+
+  name: str
+  field: str
+  key: str
+  fits: Callable[[Any], bool]
+  transform: Callable[[Any, Any, bool], Transform]
+  example: Callable[[Any, Any], dict[str, np.ndarray]]
+  call: Callable[[Mapping[str, Any]], tuple[tuple, dict[str, Any]]]
+  read: Callable[[Sequence[str]], tuple[list[str], list[dict[str, Any]]]]
+  has_length: bool = False
+
+
+# ---- Images.
+
+
+def _is_image_model(pretrained) -> bool:
+  return pretrained.preprocess is not None
+
+
+def _image_transform(config, pretrained, training: bool) -> Transform:
+  """Images as the backbone was trained on: its size, its mean and deviation."""
+  augment = config.data.augment if training else 'none'
+  return data.image_transform(**pretrained.preprocess, resize=config.data.resize, augment=augment)
+
+
+def _image_example(config, pretrained) -> dict[str, np.ndarray]:
+  size = pretrained.preprocess['image_size']
+  return {'image': np.zeros((1, size, size, 3), np.float32)}
+
+
+def _image_call(batch: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
+  return (batch['image'],), {}
+
+
+def _read_images(names: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]]:
+  return list(names), [{'image': data.decode(pathlib.Path(name), name)} for name in names]
+
+
+IMAGE = Modality(
+  name='image',
+  field='image',
+  key='image',
+  fits=_is_image_model,
+  transform=_image_transform,
+  example=_image_example,
+  call=_image_call,
+  read=_read_images,
+)
+
+
+# ---- Texts.
+
+
+def _is_text_model(pretrained) -> bool:
+  return pretrained.preprocess is None
+
+
+def _text_transform(config, pretrained, training: bool) -> Transform:
+  """Tokens, their mask and their segment.
+
+  Raises:
+    ValueError: the backbone has no tokenizer.json.
+  """
+  if pretrained.tokenizer is None:
+    raise ValueError(f'{config.model.source} has no tokenizer.json, so texts cannot be read')
+  return data.text_transform(pretrained.tokenizer, config.data.max_length)
+
+
+def _text_example(config, pretrained) -> dict[str, np.ndarray]:
+  tokens = np.zeros((1, config.data.max_length), np.int32)
+  return {'tokens': tokens, 'token_mask': np.ones(tokens.shape, bool), 'types': tokens}
+
+
+# The arrays that go by keyword: name of the model's argument -> name in the batch.
+_TEXT_KEYWORDS = {'mask': 'token_mask', 'types': 'types'}
+
+
+def _text_call(batch: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
+  args = [batch['tokens']]
+  if 'decoder_tokens' in batch:
+    args.append(batch['decoder_tokens'])
+  kwargs = {name: batch[key] for name, key in _TEXT_KEYWORDS.items() if key in batch}
+  return tuple(args), kwargs
+
+
+def _read_lines(names: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]]:
+  texts = [line.strip() for name in names for line in cli.lines(name)]
+  if not texts:
+    raise ValueError(f'there is no text in {", ".join(names)}')
+  return texts, [{'text': text} for text in texts]
+
+
+TEXT = Modality(
+  name='text',
+  field='text',
+  key='tokens',
+  fits=_is_text_model,
+  transform=_text_transform,
+  example=_text_example,
+  call=_text_call,
+  read=_read_lines,
+  has_length=True,
+)
+
+
+# ---- The table of them.
+
+_OWN = {modality.name: modality for modality in (IMAGE, TEXT)}
+# Those from outside come first: they may claim backbones that the two above would take.
+_REGISTERED: dict[str, Modality] = {}
+
+
+def register_modality(modality: Modality) -> None:
+  """Adds a kind of input that `jpeft train`, `plan` and `predict` then serve.
+
+  Raises:
+    ValueError: a modality of another module has its name, the entry of its examples or its array.
+  """
+  for other in _OWN.values():
+    for attribute in ('name', 'field', 'key'):
+      if getattr(other, attribute) == getattr(modality, attribute):
+        raise ValueError(
+          f'{attribute}={getattr(modality, attribute)!r} is that of the modality {other.name!r} of '
+          'jpeft: choose another'
+        )
+  _REGISTERED[modality.name] = modality
+
+
+def modalities() -> dict[str, Modality]:
+  """All modalities by name, those from outside jpeft first."""
+  return {**_REGISTERED, **_OWN}
+
+
+def modality(name: str) -> Modality:
+  """A modality by name.
+
+  Raises:
+    ValueError: there is none of that name.
+  """
+  known = modalities()
+  if name not in known:
+    raise ValueError(f'unknown modality {name!r}{did_you_mean(name, known)}')
+  return known[name]
+
+
+def modality_of(pretrained) -> Modality:
+  """The modality that a backbone reads."""
+  for found in modalities().values():
+    if found.fits(pretrained):
+      return found
+  raise ValueError(f'no modality fits this backbone; there are {", ".join(modalities())}')
+
+
+def check_example(pretrained, example: Mapping[str, Any], source: str) -> None:
+  """Raises a ValueError where a data set has another modality than the backbone.
+
+  Args:
+    pretrained: the backbone.
+    example: any example of the data set.
+    source: its name.
+  """
+  wanted = modality_of(pretrained)
+  if wanted.field in example:
+    return
+  there = [found.name for found in modalities().values() if found.field in example]
+  holds = f'examples of the modality {there[0]!r}' if there else f'the entries {sorted(example)}'
+  raise ValueError(
+    f'the backbone reads examples of the modality {wanted.name!r}, and {source} has {holds}'
+  )
+
+
+def modality_module(name: str) -> str | None:
+  """The module that registered a modality; None for one of jpeft."""
+  if name in _OWN:
+    return None
+  return module_of(_REGISTERED[name].call)
+
+
+def inputs(batch: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
+  """(args, kwargs) of the model's call for a batch.
+
+  Raises:
+    ValueError: the batch has the array of no modality.
+  """
+  for found in modalities().values():
+    if found.key in batch:
+      return found.call(batch)
+  keys = ', '.join(repr(found.key) for found in modalities().values())
+  raise ValueError(f'a batch has one of {keys}; this one has {", ".join(sorted(batch))}')
