@@ -7,10 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from jpeft import adapter, attach, cli, config, merge, models, predict, training
+from jpeft import adapter, attach, cli, config, merge, models, predict, tasks, training
 from jpeft.data.decode import decode
 from jpeft.export import peft_adapter
-from jpeft.tasks import classification
 
 
 @pytest.fixture(scope='module')
@@ -46,7 +45,7 @@ def test_merge_writes_weights_that_the_plain_model_reads(lora, images, tmp_path,
   plain = models.load(tmp_path / 'out')
   pretrained, tuned, theta = training.reopen(lora)
   image = next((images / 'test/red').iterdir())
-  transform = classification.transform(training.describe(lora)[0], pretrained, False)
+  transform = tasks.modality_of(pretrained).transform(training.describe(lora)[0], pretrained, False)
   x = transform({'image': decode(image, '')}, None)['image'][None]
   expected = tuned.apply(theta, pretrained.variables, x, deterministic=True)
   np.testing.assert_allclose(plain.model.apply(plain.variables, x), expected, atol=1e-5)
