@@ -3,6 +3,8 @@
 import jax
 
 from .discover import sites_of
+from .entries import unused_name
+from .paths import leaf_paths
 from .resolve import changes, plan
 from .rules import Call, Method, Rule, Weight
 from .sites import Site, Sites
@@ -32,7 +34,7 @@ def attach(model, method: Method, backbone, /, *args, **kwargs) -> Tuned:
   for rule, site, _ in decided.boxed:
     _check_requirement(rule, site, fused=(rule, site) in decided.wrapped.get(site.path, ()))
   tuned = Tuned(model, tuple(rules), sites, Method(method), jax.eval_shape(lambda: backbone))
-  jax.tree.leaves(tuned.shapes)  # what a rule's `init` refuses is said here, not at the first step
+  _check_entries(tuned)  # and what a rule's `init` refuses is said here, not at the first step
   return tuned
 
 
@@ -73,6 +75,22 @@ def _check_names(rules: list[tuple[Rule, Site]]) -> None:
         'another name='
       )
     seen.add(here)
+
+
+def _check_entries(tuned: Tuned) -> None:
+  """Raises a ValueError if a rule names entries of theta that it does not have."""
+  thetas: dict[Rule, list] = {}
+  for rule, site in tuned.rules:
+    entries = tuned.shapes.get(rule.name, {}).get(site.path, {})
+    thetas.setdefault(rule, []).append(entries)
+  for rule, trees in thetas.items():
+    for field in ('fixed', 'exact'):
+      name = unused_name(getattr(rule, field), trees)
+      if name is not None:
+        there = ', '.join(dict.fromkeys(path for tree in trees for path in leaf_paths(tree)))
+        raise ValueError(
+          f'{rule.name}: {field}={name!r} names no entry of its theta; there are {there or "none"}'
+        )
 
 
 def _check_requirement(rule: Weight, site: Site, fused: bool) -> None:

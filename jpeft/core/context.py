@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .discover import named_arrays
+from .entries import cast
 from .injection import inject
 from .mode import flags_of
 from .paths import natural
@@ -250,7 +251,7 @@ def run_call(rule: Call, theta, bound: Bound, *args, **kwargs):
   token = _running.set((*around, (rule.name, bound.local)))
   try:
     dtype = _input_dtype(bound.site, args, kwargs)
-    out = rule.apply(_cast(theta, dtype), bound, *args, **kwargs)
+    out = rule.apply(cast(theta, dtype, rule.exact), bound, *args, **kwargs)
   finally:
     _running.reset(token)
   leaves, tree = jax.tree.flatten(out)
@@ -266,13 +267,6 @@ def _input_dtype(site: Site, args, kwargs):
     if hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, jnp.floating):
       return x.dtype
   return site.out.dtype
-
-
-def _cast(tree, dtype):
-  """A tree with its floats in a dtype."""
-  return jax.tree.map(
-    lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
-  )
 
 
 def _with_dtype(x, dtype):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .boxes import Box, Lazy
+from .entries import cast
 from .injection import PRODUCTS, inject
 from .products import product_of
 from .rules import Weight
@@ -54,7 +55,7 @@ def fused(
     arrays = {n: jnp.zeros(leaf.shape, leaf.dtype) for n, leaf in site.leaves.items()}
     arrays[name] = product.kernel
     for i, (rule, t) in enumerate(rules):
-      t = _cast(t, y.dtype, rule.exact)
+      t = cast(t, y.dtype, rule.exact)
       y = rule.dot(t, product.operand, y, _kernel(site, name, arrays), _fold_in(key, i))
       y = y.astype(out.dtype)
       arrays = _After(rule, t, site, arrays)
@@ -95,19 +96,6 @@ class _After(dict):
     if name in self:
       return self[name]
     return self._before[name]
-
-
-def _cast(t, dtype, exact: tuple[str, ...]):
-  """t with its floats in another dtype, but for the entries named in `exact`."""
-
-  def leaf(path, x):
-    if any(getattr(key, 'key', None) in exact for key in path):
-      return x
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-      return x
-    return x.astype(dtype)
-
-  return jax.tree_util.tree_map_with_path(leaf, t)
 
 
 def _recomputed(operation, field: str, box: Box, *args, **kwargs):

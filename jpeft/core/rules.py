@@ -105,8 +105,11 @@ class Weight(_Made):
       computed as for a rule without `dot`. `x` multiplies matrices [fan_in, k] by `@`
       (a convolution does so as a convolution); `w` is a function that returns [fan_in, fan_out];
       `key` is None outside training.
-    fixed: names of entries of t that are not trained.
-    exact: names of entries of t that `dot` gets as stored; the others come in the dtype of y.
+    fixed: entries of t that are not trained: 'gate' is that entry of t, or all that is in it,
+      'kernel/a' an entry of an entry, '*/a' the entry 'a' of each. Integers and booleans are never
+      trained, and need not be named.
+    exact: entries of t, named as in `fixed`, that `dot` gets as stored; the other floats come in
+      the dtype of y.
     requires: what the rule needs of a layer, one of REQUIREMENTS. 'input': it acts on the layer's
       input, so `attach` refuses layers without an injection point; 'input in training': the same,
       since dropout acts there.
@@ -153,7 +156,9 @@ class Call(_Made):
       `attach.Bound` for what else a call may ask of the model around it.
     init: (key, site, arrays) -> t, for one layer.
     merge: (t, site, arrays) -> {array name: new array}: the same function as plain weights, if any.
-    fixed: names of entries of t that are not trained.
+    fixed: entries of t that are not trained, as for Weight.
+    exact: entries of t that `apply` gets as stored; the other floats come in the dtype of the
+      first array of floats that the module is called with.
     taps: the rule records arrays with `call.tap`.
     takes: names of keyword arguments that the rule takes for itself, at the model ('') alone: they
       are given to `tuned.apply` beside those of the model, and the rule does not pass them on.
@@ -166,6 +171,7 @@ class Call(_Made):
   init: Callable[..., Any] = _nothing
   merge: Callable[..., dict] | None = None
   fixed: tuple[str, ...] = ()
+  exact: tuple[str, ...] = ()
   taps: bool = False
   takes: tuple[str, ...] = ()
   update: Callable[..., Any] | None = None
@@ -247,7 +253,16 @@ def factory(make: Callable[..., Method]) -> Callable[..., Method]:
   return made
 
 
-def matrix(name: str, init, weight, dot=None, **options) -> Weight:
+def matrix(
+  name: str,
+  init,
+  weight,
+  dot=None,
+  *,
+  fixed: Iterable[str] = (),
+  exact: Iterable[str] = (),
+  **options,
+) -> Weight:
   """A Weight written for one [fan_in, fan_out] matrix, for every kernel of a site.
 
   Dense, DenseGeneral, Einsum, convolution and bare-param kernels are all one case: their axes are
@@ -258,6 +273,7 @@ def matrix(name: str, init, weight, dot=None, **options) -> Weight:
     init: (key, w) -> t.
     weight: (t, w) -> w'.
     dot: (t, x, y, w, key) -> y', see Weight.
+    fixed, exact: entries of the t of one matrix, see Weight.
     **options: further fields of Weight.
   """
 
@@ -286,4 +302,7 @@ def matrix(name: str, init, weight, dot=None, **options) -> Weight:
     (t,) = theta.values()
     return dot(t, *rest)
 
+  # A site's theta is {array: t of its matrix}.
+  options['fixed'] = tuple(f'*/{entry}' for entry in fixed)
+  options['exact'] = tuple(f'*/{entry}' for entry in exact)
   return Weight(name, init_site, apply_site, dot and dot_site, **options)

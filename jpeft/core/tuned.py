@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from .backends.choice import backend_of
 from .boxes import Arrays, Box, Lazy, Reader
 from .context import Bound, acting, run_call
+from .entries import combine, entry_path, names_entry, partition
 from .fused import fused
 from .mode import mode_of
 from .paths import join_path
@@ -69,16 +70,31 @@ class Tuned:
     return site.per_layer(one_layer)(keys, stacked)
 
   def trainable(self, theta) -> Any:
-    """A tree of bools: False for the entries that a rule names in `fixed`."""
+    """A tree of bools: False for entries that a rule names in `fixed`, integers and booleans."""
     fixed = {}
     for rule, site in self.rules:
-      fixed.setdefault((rule.name, site.path), set()).update(rule.fixed)
+      fixed.setdefault((rule.name, site.path), []).extend(rule.fixed)
 
-    def is_trained(path, _):
-      rule, site, *entries = [getattr(part, 'key', None) for part in path]
-      return not fixed.get((rule, site), set()) & set(entries)
+    def is_trained(path, x):
+      if not jnp.issubdtype(x.dtype, jnp.inexact):
+        return False
+      rule, site, *entry = entry_path(path)
+      return not any(names_entry(name, entry) for name in fixed.get((rule, site), ()))
 
     return jax.tree_util.tree_map_with_path(is_trained, theta)
+
+  def split(self, theta) -> tuple[Any, Any]:
+    """(what is trained, what is held) of theta: two trees like it, with None in the other's places.
+
+    JAX sees no leaf where there is None, so gradients, optimizers and clipping of the first tree
+    know nothing of the second: `jax.grad(lambda trained: loss(tuned.join(trained, held)))`.
+    """
+    return partition(theta, self.trainable(theta))
+
+  @staticmethod
+  def join(trained, held):
+    """The theta that `split` took apart."""
+    return combine(trained, held)
 
   @property
   def updates(self) -> bool:
