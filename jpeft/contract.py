@@ -80,7 +80,7 @@ def check(
       output,
       trial.row('theta', lambda: theta_fault(trial.theta)),
       trial.merge_row(),
-      trial.row('gradient', lambda: gradient_fault(trial.gradients['theta'], trial.trained)),
+      trial.row('gradient', lambda: gradient_fault(trial.gradients['theta'])),
       trial.row('backbone', lambda: backbone_fault(trial.gradients['backbone'])),
       trial.dot_row(),
       trial.row('compiled once', trial.compilation_fault),
@@ -126,16 +126,16 @@ def merge_fault(merged: Any, applied: Any, within: float = ROUNDING) -> str | No
   return f'the output with merged weights is {found:.1e} away from that of apply'
 
 
-def gradient_fault(gradients: Any, trained: Any) -> str | None:
+def gradient_fault(gradients: Any, trained: Any = None) -> str | None:
   """Every trained entry of theta gets a gradient.
 
   Args:
-    gradients: of theta, away from its start.
-    trained: a tree of bools like theta: False for entries that need none.
+    gradients: of what is trained of theta, away from its start.
+    trained: a tree of bools like it: False for entries that need none; None if all do.
   """
   sizes = largest(gradients)
   scale = max(sizes.values(), default=0.0)
-  wanted = leaf_paths(trained)
+  wanted = dict.fromkeys(sizes, True) if trained is None else leaf_paths(trained)
   still = [path for path, size in sizes.items() if wanted[path] and not size > NO_GRADIENT * scale]
   if not still:
     return None
@@ -195,7 +195,6 @@ class _Trial:
   def __init__(self, tuned: Tuned, backbone: Any, args: tuple, kwargs: dict):
     self.tuned, self.backbone, self.args, self.kwargs = tuned, backbone, args, kwargs
     self.theta = jax.jit(tuned.init)(jax.random.key(0), backbone)
-    self.trained = tuned.trainable(self.theta)
     self.moved = _moved(self.theta)
     self.traces = 0
     self.step = jax.jit(self._step)
@@ -207,20 +206,28 @@ class _Trial:
     floats = [x for x, is_float in zip(leaves, self._is_float, strict=True) if is_float]
     self.out, self.gradients = self.step(self.moved, floats)
     # Once more, on what an update gives: nothing is compiled anew.
-    updated = jax.tree.map(_updated, self.moved, self.gradients['theta'])
+    trained, held = tuned.split(self.moved)
+    trained = jax.tree.map(
+      lambda x, gradient: x - 1e-3 * gradient, trained, self.gradients['theta']
+    )
+    updated = tuned.join(trained, held)
     self.step(updated, floats)
 
   def _step(self, theta, floats):
     self.traces += 1
+    trained, held = self.tuned.split(theta)
 
     def loss(trees):
       out = self.tuned.apply(
-        trees['theta'], self._with(trees['backbone']), *self.args, **self.kwargs
+        self.tuned.join(trees['theta'], held),
+        self._with(trees['backbone']),
+        *self.args,
+        **self.kwargs,
       )
       squares = [jnp.sum(jnp.square(y.astype(jnp.float32))) for y in jax.tree.leaves(out)]
       return sum(squares), out
 
-    trees = {'theta': theta, 'backbone': floats}
+    trees = {'theta': trained, 'backbone': floats}
     (_, out), gradients = jax.value_and_grad(loss, has_aux=True)(trees)
     return out, gradients
 
@@ -281,11 +288,6 @@ class _Trial:
     if self.traces == 1:
       return None
     return f'a training step was traced {self.traces} times: theta changes its shapes or dtypes'
-
-
-def _updated(theta: jax.Array, gradient: jax.Array) -> jax.Array:
-  """One step of gradient descent, on what has a gradient."""
-  return theta - 1e-3 * gradient if jnp.issubdtype(theta.dtype, jnp.floating) else theta
 
 
 def _moved(theta: Any) -> Any:

@@ -33,7 +33,17 @@ def freeze(tx: optax.GradientTransformation, mask) -> optax.GradientTransformati
   """`tx` for the leaves where `mask` is True, exactly zero updates for the others.
 
   What `tx` computes over all leaves (a global norm, weight decay, statistics) sees the trained
-  ones alone, and its state holds nothing for the others.
+  ones alone, and its state has nothing for the others.
+
+  Args:
+    tx: any Optax transform.
+    mask: a tree of bools, or a function tree -> tree of bools, such as `tuned.trainable`.
   """
-  labels = jax.tree.map(lambda train: 'train' if train else 'freeze', mask)
+
+  def label(is_trained: bool) -> str:
+    return 'train' if is_trained else 'freeze'
+
+  def labels(tree):
+    return jax.tree.map(label, mask(tree) if callable(mask) else mask)
+
   return optax.partition({'train': tx, 'freeze': optax.set_to_zero()}, labels)

@@ -5,7 +5,10 @@ import math
 
 import jax
 
+from jpeft.messages import columns
+
 from .boxes import Box
+from .paths import leaf_paths
 from .rules import memory_class
 from .tuned import Tuned
 
@@ -37,19 +40,15 @@ class Summary:
 
   def __str__(self) -> str:
     head = ('site', 'layers', 'class', 'rule', 'theta', 'trainable', 'merges')
-    rows = [head, *[tuple(map(str, row)) for row in self.rows]]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = [
-      '  '.join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
-    share = f'{100 * self.trainable / self.total:.3g} %' if self.total else 'n/a'
-    return '\n'.join(
-      [
-        *lines,
-        f'{self.trainable:,} trainable numbers, {share} of {self.total:,}; '
-        f'{self.memory}; {"mergeable" if self.mergeable else "not mergeable"}',
-      ]
+    lines = columns([head, *[tuple(map(str, row)) for row in self.rows]])
+    share = 'n/a'
+    if self.total:
+      share = f'{100 * self.trainable / self.total:.3g} %'
+    merges = 'mergeable' if self.mergeable else 'not mergeable'
+    lines.append(
+      f'{self.trainable:,} trainable numbers, {share} of {self.total:,}; {self.memory}; {merges}'
     )
+    return '\n'.join(lines)
 
 
 def summary(tuned: Tuned) -> Summary:
@@ -58,32 +57,29 @@ def summary(tuned: Tuned) -> Summary:
   Args:
     tuned: from `attach`.
   """
-  theta, rows, trainable = tuned.shapes, [], 0
-  kept = tuned.trainable(theta)
+  trained, _ = tuned.split(tuned.shapes)
+  rows = []
   for rule, site in tuned.rules:
-    t, keep = (tree.get(rule.name, {}).get(site.path, {}) for tree in (theta, kept))
-    numbers = sum(
-      math.prod(x.shape)
-      for x, k in zip(jax.tree.leaves(t), jax.tree.leaves(keep), strict=True)
-      if k
-    )
-    trainable += numbers
-    shapes = ' '.join(f'{name}{list(x.shape[len(site.lengths) :])}' for name, x in _named(t))
-    merges = 'no' if (rule, site) in tuned.unmergeable else 'yes'
+    t = tuned.shapes.get(rule.name, {}).get(site.path, {})
+    shapes = []
+    for name, x in leaf_paths(t).items():
+      of_layer = list(x.shape[len(site.lengths) :])
+      shapes.append(f'{name.replace("/", ".")}{of_layer}')
     rows.append(
-      (site.path or '(model)', site.layers, site.kind, rule.name, shapes, numbers, merges)
+      (
+        site.path or '(model)',
+        site.layers,
+        site.kind,
+        rule.name,
+        ' '.join(shapes),
+        count(trained.get(rule.name, {}).get(site.path, {})),
+        'yes' if rule.mergeable else 'no',
+      )
     )
   return Summary(
-    tuple(rows),
-    trainable,
-    count(tuned.backbone),
-    memory_class(rule for rule, _ in tuned.rules),
-    tuned.mergeable,
+    rows=tuple(rows),
+    trainable=count(trained),
+    total=count(tuned.backbone),
+    memory=memory_class(rule for rule, _ in tuned.rules),
+    mergeable=tuned.mergeable,
   )
-
-
-def _named(tree):
-  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return [
-    ('.'.join(str(getattr(k, 'key', getattr(k, 'idx', k))) for k in path), x) for path, x in flat
-  ]

@@ -270,7 +270,7 @@ def optimizer(
   parts.append(optax.scale_by_learning_rate(rate))
   tx = optax.chain(*parts)
 
-  trainable = tuned.trainable(theta)
-  if all(jax.tree.leaves(trainable)):
+  if all(jax.tree.leaves(tuned.trainable(theta))):
     return tx
-  return freeze(tx, trainable)
+  # By a function of the tree: it serves all of theta, and what `tuned.split` gives of it.
+  return freeze(tx, tuned.trainable)

@@ -25,7 +25,7 @@ def initial_state(tuned: Tuned, tx: optax.GradientTransformation, backbone, seed
   theta = jax.tree.map(jnp.copy, jax.jit(tuned.init)(key, backbone))
   return {
     'theta': theta,
-    'optimizer': tx.init(theta),
+    'optimizer': tx.init(tuned.split(theta)[0]),
     'step': jnp.zeros((), jnp.int32),
     'sums': zero_sums(),
   }
@@ -87,7 +87,7 @@ def train_step(
 ) -> Callable:
   """(state, backbone, batch) -> (state, {'loss', 'grad_norm'}): one update of theta.
 
-  Only theta is differentiated.
+  Only what is trained of theta is differentiated, and seen by the optimizer.
 
   Args:
     tuned: from `attach`.
@@ -100,32 +100,32 @@ def train_step(
       written.
   """
 
-  def objective(theta, backbone, batch, key, count):
-    logits = forward(theta, backbone, batch, key)
+  def objective(trained, held, backbone, batch, key, count):
+    logits = forward(tuned.join(trained, held), backbone, batch, key)
     loss = tasks.loss(logits, batch['label'], smoothing).sum() / count
     correct = (logits.argmax(-1) == batch['label']).sum()
     return loss, correct
 
   gradient = jax.value_and_grad(objective, has_aux=True)
 
-  def accumulated_gradient(theta, backbone, batch, key, count):
+  def accumulated_gradient(trained, held, backbone, batch, key, count):
     # [accumulate, B / accumulate, ...] each
     parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
 
     def add(total, numbered):
       i, part = numbered
-      new = gradient(theta, backbone, part, jax.random.fold_in(key, i), count)
+      new = gradient(trained, held, backbone, part, jax.random.fold_in(key, i), count)
       return jax.tree.map(jnp.add, total, new), None
 
     first = jax.tree.map(lambda x: x[0], parts)
-    shapes = jax.eval_shape(gradient, theta, backbone, first, key, count)
+    shapes = jax.eval_shape(gradient, trained, held, backbone, first, key, count)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     total, _ = jax.lax.scan(add, zeros, (jnp.arange(accumulate), parts))
     return total
 
   def step(state, backbone, batch):
     number = state['step']
-    theta = state['theta']
+    trained, held = tuned.split(state['theta'])
     optimizer = state['optimizer']
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STREAM_STEP), number)
 
@@ -133,20 +133,19 @@ def train_step(
     # texts have different numbers of them, and a mean of means would be another loss.
     count = (batch['label'] >= 0).sum()
     differentiate = gradient if accumulate == 1 else accumulated_gradient
-    (loss, correct), grads = differentiate(theta, backbone, batch, key, count)
+    (loss, correct), grads = differentiate(trained, held, backbone, batch, key, count)
 
     if offload:
       optimizer = jax.device_put(optimizer, jax.memory.Space.Device)
-    updates, optimizer = tx.update(grads, optimizer, theta)
+    updates, optimizer = tx.update(grads, optimizer, trained)
     if offload:
       optimizer = jax.device_put(optimizer, jax.memory.Space.Host)
-    theta = optax.apply_updates(theta, updates)
+    theta = tuned.join(optax.apply_updates(trained, updates), held)
     if tuned.updates:
       theta = tuned.update(theta, number + 1, jax.random.fold_in(key, STREAM_UPDATE))
 
     new = {'loss': loss * count, 'correct': correct, 'labels': count}
     sums = jax.tree.map(lambda total, x: total + x, state['sums'], new)
-    # Entries that the method fixes have a gradient of zero.
     norm = jnp.sqrt(sum(jnp.square(g).sum() for g in jax.tree.leaves(grads)))
     state = {'theta': theta, 'optimizer': optimizer, 'step': number + 1, 'sums': sums}
     return state, {'loss': loss, 'grad_norm': norm}

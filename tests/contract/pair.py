@@ -57,14 +57,33 @@ class Pair:
     out = self.apply(*jpeft.split(tree), args)
     return sum(jnp.sum(jnp.square(y.astype(jnp.float32))) for y in jax.tree.leaves(out)), out
 
+  def split(self, tree):
+    """(both trees with what is trained of theta, what is held of theta)."""
+    trained, held = self.tuned.split(tree['theta'])
+    return {**tree, 'theta': trained}, held
+
+  def gradient(self, tree, args, wrap=lambda loss: loss):
+    """(the output, the gradients of both trees with what is trained of theta).
+
+    `wrap` is applied to the function that is differentiated.
+    """
+    trained, held = self.split(tree)
+
+    def loss(trained):
+      theta = self.tuned.join(trained['theta'], held)
+      return self.loss({**trained, 'theta': theta}, args)
+
+    (_, out), grads = jax.value_and_grad(wrap(loss), has_aux=True)(trained)
+    return out, grads
+
   @functools.cached_property
   def tx(self):
-    mask = jpeft.mask(self.start, self.tuned.trainable(self.theta))
-    return jpeft.freeze(optax.adam(1e-2), mask)
+    trained, _ = self.split(self.start)
+    return jpeft.freeze(optax.adam(1e-2), jpeft.mask(trained))
 
   @functools.cached_property
   def optimizer(self):
-    return jax.jit(self.tx.init)(self.start)
+    return jax.jit(self.tx.init)(self.split(self.start)[0])
 
   @functools.cached_property
   def step(self):
@@ -74,9 +93,12 @@ class Pair:
 
     def step(tree, optimizer, args):
       self.traces += 1
-      (_, out), grads = jax.value_and_grad(self.loss, has_aux=True)(tree, args)
-      updates, optimizer = self.tx.update(grads, optimizer, tree)
-      return out, grads, optax.apply_updates(tree, updates), optimizer
+      out, grads = self.gradient(tree, args)
+      trained, held = self.split(tree)
+      updates, optimizer = self.tx.update(grads, optimizer, trained)
+      trained = optax.apply_updates(trained, updates)
+      theta = self.tuned.join(trained['theta'], held)
+      return out, grads, {**trained, 'theta': theta}, optimizer
 
     return jax.jit(step)
 

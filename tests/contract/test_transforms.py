@@ -21,8 +21,8 @@ def test_vmap_over_thetas_and_checkpoint(pair):
   def both(theta, floats, args):
     thetas = jax.tree.map(lambda a, b: jnp.stack([a, b]), pair.theta, theta)
     outs = jax.vmap(pair.apply, (0, None, None))(thetas, floats, args)
-    remat = jax.checkpoint(lambda theta: pair.loss(jpeft.join(theta, floats), args)[0])
-    return outs, jax.grad(remat)(theta)
+    _, again = pair.gradient(jpeft.join(theta, floats), args, wrap=jax.checkpoint)
+    return outs, again['theta']
 
   outs, again = jax.jit(both)(theta, floats, args)
   assert far(outs, jax.tree.map(lambda a, b: np.stack([a, b]), pair.trained[0], out)) < 1e-5
@@ -44,8 +44,7 @@ def test_two_by_four_devices(pair):
   held = jpeft.join(
     jax.device_put(theta, NamedSharding(mesh, P())), [sharded(x) for x in pair.start['backbone']]
   )
-  loss = jax.value_and_grad(lambda tree, args: pair.loss(tree, args), has_aux=True)
-  (_, y), g = jax.jit(loss)(held, args)
+  y, g = jax.jit(pair.gradient)(held, args)
   assert any('model' in x.sharding.spec for x in held['backbone'])
   assert len(jax.tree.leaves(y)[0].sharding.device_set) == 8
   assert far(y, out) < 1e-5

@@ -76,9 +76,7 @@ def test_schedules_of_a_method_are_called_with_the_number_of_updates():
     update=lambda t, site, number, key: {**t, 'n': t['n'] + 10 * number},
   )
   tuned, tx, backbone, state = prepared(jpeft.at('head', seen))
-  tx = jpeft.freeze(tx, tuned.trainable(state['theta']))
   update = jax.jit(step.train_step(tuned, step.forward(tuned, True), tx, 0))
-  state['optimizer'] = tx.init(state['theta'])
   for _ in range(3):
     state, _ = update(state, backbone, BATCH)
   assert float(state['theta']['count']['head']['n']) == 10 + 20 + 30
