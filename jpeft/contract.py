@@ -253,9 +253,10 @@ class _Trial:
     def run(backbone):
       arrays = backend.arrays(model, backbone)
       no_hooks = frozenset()
-      return backend.run(
+      out, _ = backend.run(
         model, backbone, arrays, {}, None, no_hooks, False, self.args, dict(self.kwargs)
       )
+      return out
 
     return jax.jit(run)(backbone)
 

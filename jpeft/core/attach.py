@@ -30,6 +30,7 @@ def attach(model, method: Method, backbone, /, *args, **kwargs) -> Tuned:
   # Weights first: arrays come before the call that reads them.
   rules.sort(key=lambda pair: isinstance(pair[0], Call))
   _check_names(rules)
+  _check_losses(rules)
   decided = plan(rules, sites)
   for rule, site, _ in decided.boxed:
     _check_requirement(rule, site, fused=(rule, site) in decided.wrapped.get(site.path, ()))
@@ -75,6 +76,15 @@ def _check_names(rules: list[tuple[Rule, Site]]) -> None:
         'another name='
       )
     seen.add(here)
+
+
+def _check_losses(rules: list[tuple[Rule, Site]]) -> None:
+  """Raises a ValueError if several methods say what is minimised."""
+  names = {rule.loss: rule.name for rule, _ in rules if rule.loss is not None}
+  if len(names) > 1:
+    raise ValueError(
+      f'{" and ".join(names.values())} each say what training minimises (loss=): chain one of them'
+    )
 
 
 def _check_entries(tuned: Tuned) -> None:

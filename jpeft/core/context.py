@@ -2,16 +2,16 @@
 
 import contextvars
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from .discover import named_arrays
-from .entries import cast
+from .entries import cast, names_entry
 from .injection import inject
 from .mode import flags_of
-from .paths import natural
+from .paths import AUX, TAPPED, WRITTEN, leaf_paths, natural
 from .rules import Call
 from .sites import Site
 
@@ -21,6 +21,23 @@ _running: contextvars.ContextVar[tuple[tuple[str, dict], ...]] = contextvars.Con
 )
 # {path: how many of the rules there act}, while a rule runs a module as a pure function.
 _limits: contextvars.ContextVar[dict[str, int]] = contextvars.ContextVar('jpeft_limits')
+
+
+class Recording(NamedTuple):
+  """What rules may record in one call of the model.
+
+  Attributes:
+    on: whether anything can be recorded. In Linen it costs a scan an output a layer, so that it is
+      off until a rule records.
+    aux: whether the caller asked for what stands beside the output.
+  """
+
+  on: bool
+  aux: bool
+
+
+class NeedsRecording(Exception):
+  """A rule records in a call that was traced without recording: it is traced again."""
 
 
 class Bound:
@@ -45,6 +62,8 @@ class Bound:
     position: int,
     position_at: Callable[[str], int],
     taps: Callable[[], dict],
+    recording: 'Recording',
+    theta: Any,
     key: jax.Array | None,
     training: bool,
   ):
@@ -59,6 +78,8 @@ class Bound:
       position: how many rules at the site act before this one.
       position_at: path -> how many rules there act before those of this method.
       taps: () -> what was recorded so far.
+      recording: what may be recorded in this call of the model.
+      theta: of the rule at this layer, as stored.
       key: for one layer and step, None without one.
       training: whether the model trains.
     """
@@ -73,6 +94,8 @@ class Bound:
     self._position = position
     self._position_at = position_at
     self._taps = taps
+    self._recording = recording
+    self._theta = theta
     self._key = key
 
   def __call__(self, *args, **kwargs):
@@ -83,25 +106,81 @@ class Bound:
 
     In `pure` and `layer` nothing is recorded.
     """
-    if not _limits.get({}):
-      self._backend.tap(self.module, self._rule.name, values)
+    self._record(TAPPED, values)
+
+  def aux(self, **values: jax.Array) -> None:
+    """Gives arrays beside the output: `tuned.apply(..., aux=True)` returns them.
+
+    Arrays of one name from several layers are stacked. In `pure` and `layer`, and where the caller
+    did not ask for them, they are dropped.
+    """
+    if self._recording.aux:
+      self._record(AUX, values)
+
+  def write(self, **entries) -> None:
+    """New values for entries of this rule's theta, such as running means.
+
+    `tuned.apply(..., aux=True)` returns them, and `tuned.write_back` puts them into theta; without
+    `aux=True`, as in evaluation, they are dropped.
+
+    Raises:
+      ValueError: theta has no such entry, or one that is trained, or of another shape.
+    """
+    for name, value in entries.items():
+      self._check_written(name, value)
+    if self._recording.aux:
+      cast_back = {}
+      for name, value in entries.items():
+        like = self._theta[name]
+        cast_back[name] = jax.tree.map(lambda x, old: jnp.asarray(x).astype(old.dtype), value, like)
+      self._record(WRITTEN, jax.lax.stop_gradient(cast_back))
+
+  def _check_written(self, name: str, value) -> None:
+    where = f'{self._rule.name} at {self.site.path!r} writes {name!r}'
+    if name not in self._theta:
+      raise ValueError(f'{where}, and its theta has {", ".join(self._theta) or "no entries"}')
+    old = self._theta[name]
+    for path, x in leaf_paths({name: old}).items():
+      keys = path.split('/')
+      is_held = any(names_entry(fixed, keys) for fixed in self._rule.fixed)
+      if jnp.issubdtype(x.dtype, jnp.inexact) and not is_held:
+        raise ValueError(f'{where}, which is trained: name it in fixed=')
+    if jax.tree.map(jnp.shape, value) != jax.tree.map(jnp.shape, old):
+      raise ValueError(
+        f'{where} of shape {jax.tree.map(jnp.shape, value)}, and theta has '
+        f'{jax.tree.map(jnp.shape, old)} there'
+      )
+
+  def _record(self, kind: str, values) -> None:
+    if _limits.get({}):
+      return
+    if not self._recording.on:
+      raise NeedsRecording
+    self._backend.record(self.module, kind, self._rule.name, values)
 
   def taps(self) -> dict[str, dict[str, jax.Array]]:
-    """{site path: {name: array}} recorded so far, in the order of the layers.
+    """{site path: {name: array}} that rules of this method's name recorded so far.
 
-    A method gets what its own rules recorded; one whose rules recorded nothing gets everything.
+    They come in the order of the layers.
+
+    Raises:
+      ValueError: none of them has recorded anything yet.
     """
-    by_path = dict(sorted(self._taps().items(), key=lambda item: natural(item[0])))
-    name = self._rule.name
-    own = {path: by_rule[name] for path, by_rule in by_path.items() if name in by_rule}
-    if own:
-      return own
-    everything = {}
-    for path, by_rule in by_path.items():
-      everything[path] = {}
-      for recorded in by_rule.values():
-        everything[path].update(recorded)
-    return everything
+    if not self._recording.on:
+      raise NeedsRecording
+    found = {}
+    others = {}
+    for path, kinds in sorted(self._taps().items(), key=lambda item: natural(item[0])):
+      by_rule = kinds.get(TAPPED, {})
+      others |= dict.fromkeys(by_rule)
+      if self._rule.name in by_rule:
+        found[path] = by_rule[self._rule.name]
+    if not found:
+      raise ValueError(
+        f'{self._rule.name} at {self.site.path!r} reads taps, and no rule of that name has recorded '
+        f'any before; rules that have: {", ".join(others) or "none"}'
+      )
+    return found
 
   def read_cache(self) -> dict | None:
     """What this rule wrote into the model's collection 'cache' in the call before, {} at first.

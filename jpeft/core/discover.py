@@ -99,7 +99,8 @@ def _traced(model, backbone, specs: dict, args, kwargs) -> tuple[dict[str, _Seen
     inputs = tree.unflatten([traced.get(i, x) for i, x in enumerate(leaves)])
     args, kwargs = backend.fresh(inputs)
     hook = _recorder(seen, backend)
-    return backend.run(model, backbone, flat, {}, hook, None, False, args, dict(kwargs))
+    out, _ = backend.run(model, backbone, flat, {}, hook, None, False, args, dict(kwargs))
+    return out
 
   return seen, uses(forward, specs, traced)
 

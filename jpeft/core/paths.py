@@ -9,6 +9,10 @@ import jax
 EXTRAS = 'jpeft'
 # Recorded arrays on their way out of it.
 TAP = 'jpeft_tap'
+# The kinds of recorded arrays: for the method itself, beside the output, new state of theta.
+TAPPED = 'tap'
+AUX = 'aux'
+WRITTEN = 'written'
 
 
 def join_path(*parts: str) -> str:

@@ -114,6 +114,8 @@ class Weight(_Made):
       input, so `attach` refuses layers without an injection point; 'input in training': the same,
       since dropout acts there.
     update: (t, site, step, key) -> t: a schedule or a periodic edit, after each training step.
+    loss: (loss, run) -> (value, out): what is minimised in place of loss(out), where run(**takes)
+      is one pass over the batch and gives (out, aux); see `Tuned.objective`.
     memory: what the backward pass must keep of the backbone, one of MEMORY_CLASSES.
     head: the rule makes the model's prediction itself, so that no other head has to be trained.
     origin: the factory call that made the rule; set by `factory`.
@@ -127,6 +129,7 @@ class Weight(_Made):
   exact: tuple[str, ...] = ()
   requires: str = REQUIREMENTS[0]
   update: Callable[..., Any] | None = None
+  loss: Callable[..., Any] | None = None
   memory: str = FULL_CROSSING
   head: bool = False
   origin: Origin | None = None
@@ -159,10 +162,11 @@ class Call(_Made):
     fixed: entries of t that are not trained, as for Weight.
     exact: entries of t that `apply` gets as stored; the other floats come in the dtype of the
       first array of floats that the module is called with.
-    taps: the rule records arrays with `call.tap`.
+    taps: whether the rule records arrays with `call.tap`. It is found out where it is left out, by
+      one trace more.
     takes: names of keyword arguments that the rule takes for itself, at the model ('') alone: they
       are given to `tuned.apply` beside those of the model, and the rule does not pass them on.
-    update, memory, head, origin: as for Weight.
+    update, loss, memory, head, origin: as for Weight.
     method: the method of the module that is wrapped.
   """
 
@@ -175,6 +179,7 @@ class Call(_Made):
   taps: bool = False
   takes: tuple[str, ...] = ()
   update: Callable[..., Any] | None = None
+  loss: Callable[..., Any] | None = None
   memory: str = FULL_CROSSING
   method: str = '__call__'
   head: bool = False

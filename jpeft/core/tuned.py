@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,11 +11,11 @@ import jax.numpy as jnp
 
 from .backends.choice import backend_of
 from .boxes import Arrays, Box, Lazy, Reader
-from .context import Bound, acting, run_call
+from .context import Bound, NeedsRecording, Recording, acting, run_call
 from .entries import combine, entry_path, names_entry, partition
 from .fused import fused
 from .mode import mode_of
-from .paths import join_path
+from .paths import AUX, WRITTEN, join_path, natural
 from .resolve import Plan, plan
 from .rules import Call, Method, Rule, Weight
 from .sites import Site, Sites
@@ -138,7 +139,7 @@ class Tuned:
 
   # ---- The model under the method.
 
-  def apply(self, theta, backbone, *args, **kwargs):
+  def apply(self, theta, backbone, *args, aux: bool = False, **kwargs):
     """The model's output under the method; differentiable in theta alone.
 
     Args:
@@ -147,28 +148,105 @@ class Tuned:
       *args, **kwargs: of the model's call. For Linen `rngs`, `mutable` and `method` are those of
         `Module.apply`; for NNX `rngs={'dropout': key}` seeds the model's streams, `mutable=True` or
         a filter also returns the Variables that the call wrote, `method` names the method.
+      aux: also return what rules give beside the output.
 
     Returns:
-      The output, or (output, state) with `mutable`.
+      The output, or (output, state) with `mutable`. With `aux` it is the first of two: the second
+      is {name: array [layers, ...]} of `call.aux`, over all layers that gave that name, and under
+      the key 'written' what `call.write` wrote, for `write_back`.
     """
-    backend = backend_of(self.model)
     backbone = jax.tree.map(_stop_gradient, backbone)
     theta = self._stop_fixed(theta)
+    out, recorded = self._traced(theta, backbone, args, kwargs, aux)
+    if not aux:
+      return out
+    return out, self._beside(recorded)
+
+  def _traced(self, theta, backbone, args, kwargs, aux: bool) -> tuple[Any, dict]:
+    """(output, records); traced once more where a rule records without having said so."""
+    backend = backend_of(self.model)
     flat = self._boxed(theta, backend.arrays(self.model, backbone))
     training, key = mode_of(self.model, args, self._kwargs_of_model(kwargs))
     extras = {path: self._extras(theta, path, key) for path in self._plan.wrapped}
-    records = any(isinstance(rule, Call) and rule.taps for rule, _ in self.rules)
-    return backend.run(
-      self.model,
-      backbone,
-      flat,
-      extras,
-      self._hooks[training],
-      self._wanted,
-      records,
-      args,
-      dict(kwargs),
-    )
+
+    def run(records: bool):
+      hook = self._hook_of(training, Recording(records, aux))
+      wanted = self._wanted
+      return backend.run(
+        self.model, backbone, flat, extras, hook, wanted, records, args, dict(kwargs)
+      )
+
+    if (training, aux) in self._recording_modes or self._taps_are_declared:
+      return run(True)
+    try:
+      return run(False)
+    except NeedsRecording:
+      self._recording_modes.add((training, aux))
+      return run(True)
+
+  def _beside(self, recorded: dict) -> dict[str, Any]:
+    """What `call.aux` and `call.write` recorded, by name, of all layers."""
+    values: dict[str, list] = {}
+    written: dict[str, dict] = {}
+    for path in sorted(recorded, key=natural):
+      site = self.sites[path]
+      for by_name in recorded[path].get(AUX, {}).values():
+        for name, x in by_name.items():
+          values.setdefault(name, []).append(site.each(x) if site.axes else x[None])
+      for rule, entries in recorded[path].get(WRITTEN, {}).items():
+        written.setdefault(rule, {})[path] = jax.tree.map(site.stack_first, entries)
+    found = {}
+    for name, layers in values.items():
+      shapes = sorted({x.shape[1:] for x in layers})
+      if len(shapes) > 1:
+        raise ValueError(f'aux {name!r} has layers of the shapes {shapes}, which cannot be stacked')
+      found[name] = layers[0] if len(layers) == 1 else jnp.concatenate(layers)
+    if written:
+      found[WRITTEN] = written
+    return found
+
+  @staticmethod
+  def write_back(theta, aux: dict):
+    """theta with the state that rules wrote in a call of `apply(..., aux=True)`."""
+    theta = {name: dict(sites) for name, sites in theta.items()}
+    for name, sites in aux.get(WRITTEN, {}).items():
+      for path, entries in sites.items():
+        theta[name][path] = {**theta[name][path], **entries}
+    return theta
+
+  @property
+  def has_loss(self) -> bool:
+    """Whether the method says what training minimises, beside the task's loss."""
+    return any(rule.loss is not None for rule, _ in self.rules)
+
+  def objective(self, run: Callable, loss: Callable) -> tuple[jax.Array, Any, dict]:
+    """(value, output, aux): what training minimises, in one or several passes over one theta.
+
+    Args:
+      run: (**takes) -> (output, aux), one pass: `apply(..., aux=True)` on a batch, with what the
+        method's rules take for themselves.
+      loss: output -> a scalar, the task's loss.
+
+    Returns:
+      value: `loss(output)`, or what the method makes of it (`loss=` of a rule).
+      output: of the pass that counts for metrics.
+      aux: of all passes, the last one's where several give the same; for `write_back`.
+    """
+    together: dict[str, Any] = {}
+
+    def recorded(**takes):
+      out, aux = run(**takes)
+      together.update(aux)
+      return out, aux
+
+    own = {rule.loss for rule, _ in self.rules if rule.loss is not None}
+    if own:
+      (minimised,) = own
+      value, out = minimised(loss, recorded)
+    else:
+      out, _ = recorded()
+      value = loss(out)
+    return value, out, together
 
   def _kwargs_of_model(self, kwargs: dict) -> dict:
     """The keyword arguments of a call without those that rules take for themselves."""
@@ -295,14 +373,26 @@ class Tuned:
     return frozenset(wanted)
 
   @functools.cached_property
+  def _taps_are_declared(self) -> bool:
+    return any(isinstance(rule, Call) and rule.taps for rule, _ in self.rules)
+
+  @functools.cached_property
+  def _recording_modes(self) -> set[tuple[bool, bool]]:
+    """(training, aux) of the calls in which a rule was seen to record."""
+    return set()
+
+  @functools.cached_property
   def _hooks(self) -> dict:
-    """The hook of a call in training and of one in evaluation.
+    return {}
 
-    Each is one object, since the frameworks cache jitted layers by it.
-    """
-    return {training: functools.partial(self._hook, training) for training in (True, False)}
+  def _hook_of(self, training: bool, recording: Recording) -> Callable:
+    """The hook of a call: one object a mode, since the frameworks cache jitted layers by it."""
+    mode = training, recording
+    if mode not in self._hooks:
+      self._hooks[mode] = functools.partial(self._hook, training, recording)
+    return self._hooks[mode]
 
-  def _hook(self, training, path, method, module, call, extras, taps):
+  def _hook(self, training, recording, path, method, module, call, extras, taps):
     """Wraps one call of one module. It has no arrays of its own, so that traces can be cached."""
     key = extras.get('key')
     if key is not None:
@@ -323,6 +413,8 @@ class Tuned:
         position=position,
         position_at=functools.partial(self._position, rule.name),
         taps=taps,
+        recording=recording,
+        theta=theta.get(rule.name, {}),
         key=_key_of_rule(key, rule),
         training=training,
       )

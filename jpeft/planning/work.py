@@ -92,6 +92,8 @@ class Work:
       args, kwargs = tasks.inputs(batch)
       kwargs = kwargs | self.mode(False)
       arrays = backend.arrays(self.model, variables)
-      return backend.run(self.model, variables, arrays, {}, None, frozenset(), False, args, kwargs)
+      no_hooks = frozenset()
+      out, _ = backend.run(self.model, variables, arrays, {}, None, no_hooks, False, args, kwargs)
+      return out
 
     return programs.flops(jax.jit(run).trace(self.variables, self.batch(size))).all

@@ -72,8 +72,22 @@ class Features:
       name: np.zeros((1, *x.shape), x.dtype) for name, x in zip(self._names, shapes, strict=True)
     }
     self.example['label'] = part.example['label']
+    self._check_rules(tuned, inputs)
     self._check_gain(tuned, inputs)
     self._check_room()
+
+  def _check_rules(self, tuned: Tuned, inputs: dict[str, np.ndarray]) -> None:
+    """Raises a ValueError if the method needs more of a forward pass than its output."""
+    key = jax.random.key(0)
+
+    def beside(theta, backbone, batch):
+      return self._part.forward(theta, backbone, batch, key, aux=True)[1]
+
+    if tuned.has_loss or jax.eval_shape(beside, tuned.shapes, tuned.backbone, inputs):
+      raise ValueError(
+        f'config.data.cache_features: {" and ".join(tuned.method.names)} reads more of a forward '
+        'pass than its output (losses or state of its own); leave it out'
+      )
 
   def _check_gain(self, tuned: Tuned, inputs: dict[str, np.ndarray]) -> None:
     """Raises a ValueError if nearly all of the forward pass reads theta or a random key."""
@@ -99,10 +113,11 @@ class Features:
         f'{self.nbytes / 2**30:.1f} GiB, of {room / 2**30:.1f} GiB of free memory; leave it out'
       )
 
-  def forward(self, theta, backbone, batch, key):
+  def forward(self, theta, backbone, batch, key, aux=False):
     """The rest of the program, on a batch of this source."""
     features = [batch[name] for name in self._names]
-    return self._halves.second(theta, backbone, features, key)
+    out = self._halves.second(theta, backbone, features, key)
+    return (out, {}) if aux else out  # `_check_rules`: there is nothing beside it
 
   def fill(self, backbone, put: Callable[[Any], Any], stop: Callable[[], Any]) -> None:
     """Computes the features.

@@ -58,7 +58,10 @@ def batch_shapes(
 
 
 def forward(tuned: Tuned, training: bool, mode: Mapping[str, bool] | None = None) -> Callable:
-  """(theta, backbone, batch, key) -> logits [B, C], or [B, N, V] of texts.
+  """(theta, backbone, batch, key, aux=False, **takes) -> logits [B, C], or [B, N, V] of texts.
+
+  With `aux` it returns (logits, aux), see `Tuned.apply`; `takes` are arguments that the method's
+  rules take for themselves.
 
   Args:
     tuned: from `attach`.
@@ -67,11 +70,11 @@ def forward(tuned: Tuned, training: bool, mode: Mapping[str, bool] | None = None
   """
   options = {'deterministic': not training} if mode is None else mode
 
-  def run(theta, backbone, batch, key):
+  def run(theta, backbone, batch, key, aux=False, **takes):
     args, kwargs = tasks.inputs(batch)
     if training:
       kwargs = kwargs | {'rngs': {'dropout': key}}
-    return tuned.apply(theta, backbone, *args, **kwargs, **options)
+    return tuned.apply(theta, backbone, *args, aux=aux, **kwargs, **options, **takes)
 
   return run
 
@@ -91,7 +94,7 @@ def train_step(
 
   Args:
     tuned: from `attach`.
-    forward: (theta, backbone, batch, key) -> logits, in training.
+    forward: from `forward`, in training.
     tx: from `optim.optimizer`.
     seed: of dropout and of the method's own edits; the step is folded in.
     smoothing: of the labels.
@@ -100,28 +103,46 @@ def train_step(
       written.
   """
 
-  def objective(trained, held, backbone, batch, key, count):
-    logits = forward(tuned.join(trained, held), backbone, batch, key)
-    loss = tasks.loss(logits, batch['label'], smoothing).sum() / count
-    correct = (logits.argmax(-1) == batch['label']).sum()
-    return loss, correct
+  # Micro-batches are summed. What a method adds to the loss is a mean, so that it is divided by
+  # their number, and the task's loss, which is a sum over `count` already, is not.
+  parts = accumulate if tuned.has_loss else 1
 
-  gradient = jax.value_and_grad(objective, has_aux=True)
+  def objective(trained, held, backbone, batch, key, count):
+    theta = tuned.join(trained, held)
+
+    def run(**takes):
+      return forward(theta, backbone, batch, key, aux=True, **takes)
+
+    def loss(logits):
+      return tasks.loss(logits, batch['label'], smoothing).sum() / count * parts
+
+    value, logits, aux = tuned.objective(run, loss)
+    correct = (logits.argmax(-1) == batch['label']).sum()
+    _, held = tuned.split(tuned.write_back(theta, aux))
+    return value / parts, (correct, held)
+
+  differentiate = jax.value_and_grad(objective, has_aux=True)
+
+  def gradient(trained, held, backbone, batch, key, count):
+    """((loss, correct, gradient) of a batch, the state of theta after it)."""
+    (loss, (correct, held)), grads = differentiate(trained, held, backbone, batch, key, count)
+    return (loss, correct, grads), held
 
   def accumulated_gradient(trained, held, backbone, batch, key, count):
     # [accumulate, B / accumulate, ...] each
     parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
 
-    def add(total, numbered):
+    def add(carry, numbered):
+      total, held = carry
       i, part = numbered
-      new = gradient(trained, held, backbone, part, jax.random.fold_in(key, i), count)
-      return jax.tree.map(jnp.add, total, new), None
+      new, held = gradient(trained, held, backbone, part, jax.random.fold_in(key, i), count)
+      return (jax.tree.map(jnp.add, total, new), held), None
 
     first = jax.tree.map(lambda x: x[0], parts)
-    shapes = jax.eval_shape(gradient, trained, held, backbone, first, key, count)
+    shapes, _ = jax.eval_shape(gradient, trained, held, backbone, first, key, count)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    total, _ = jax.lax.scan(add, zeros, (jnp.arange(accumulate), parts))
-    return total
+    carry, _ = jax.lax.scan(add, (zeros, held), (jnp.arange(accumulate), parts))
+    return carry
 
   def step(state, backbone, batch):
     number = state['step']
@@ -132,8 +153,8 @@ def train_step(
     # Losses are divided by the labels of the whole batch, not of each micro-batch: micro-batches of
     # texts have different numbers of them, and a mean of means would be another loss.
     count = (batch['label'] >= 0).sum()
-    differentiate = gradient if accumulate == 1 else accumulated_gradient
-    (loss, correct), grads = differentiate(trained, held, backbone, batch, key, count)
+    gradient_of = gradient if accumulate == 1 else accumulated_gradient
+    (loss, correct, grads), held = gradient_of(trained, held, backbone, batch, key, count)
 
     if offload:
       optimizer = jax.device_put(optimizer, jax.memory.Space.Device)

@@ -205,7 +205,7 @@ def test_every_layer_draws_its_own_key(name):
   tuned = jpeft.attach(
     model,
     jpeft.chain(
-      jpeft.at(BLOCKS, jpeft.Call('noise', noise, taps=True)),
+      jpeft.at(BLOCKS, jpeft.Call('read', noise, taps=True)),
       jpeft.at('', jpeft.Call('read', read, taps=True)),
     ),
     held,
@@ -237,7 +237,7 @@ def test_a_second_run_as_a_pure_function_records_nothing_again(name):
   model = MODELS[name]()
   held = backbone(model)
   reads = jpeft.at('', jpeft.Call('read', read, taps=True))
-  records = jpeft.at(BLOCKS, jpeft.Call('record', record, taps=True))
+  records = jpeft.at(BLOCKS, jpeft.Call('read', record, taps=True))
   chains = [jpeft.chain(records, reads), jpeft.chain(records, wrapped(twice), reads)]
   np.testing.assert_array_equal(
     *(jpeft.attach(model, m, held, X).apply({}, held, X) for m in chains)

@@ -1,5 +1,7 @@
 """What rules record inside arrives where it is read, in the order of the layers."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -32,7 +34,7 @@ def recorded(blocks='blocks?[_/]?\\d*', root=''):
     return out, list(call.taps().values()), tuple(map(natural, call.taps()))
 
   return jpeft.chain(
-    jpeft.at(blocks, jpeft.Call('taps', record, taps=True)),
+    jpeft.at(blocks, jpeft.Call('reads', record, taps=True)),
     jpeft.at(root, jpeft.Call('reads', read, taps=True)),
   )
 
@@ -147,21 +149,46 @@ def test_two_methods_may_record_at_one_site_and_read_their_own(name):
       return call(x)
 
     def read(t, call, *args):
-      seen = list(call.taps().values())
       out = call(*args)
-      call.tap(total=sum(jnp.sum(t['x']) for t in (seen or call.taps().values())))
-      return out
+      total = sum(jnp.sum(t['x']) for t in call.taps().values())
+      inner = out[1] if isinstance(out, tuple) else ()
+      return out[0] if inner else out, (total, *inner)
 
     return jpeft.chain(
       jpeft.at('blocks?[_/]?\\d*', jpeft.Call(name, record, taps=True)),
       jpeft.at('', jpeft.Call(name, read, taps=True)),
     )
 
-  def totals(t, call, *args):
-    call(*args)
-    return call.taps()['']['total'], jnp.stack([t['total'] for p, t in call._taps()[''].items()])
+  tuned = jpeft.attach(model, jpeft.chain(method('one', 1), method('two', 2)), held, X)
+  _, (two, one) = tuned.apply({}, held, X)
+  np.testing.assert_allclose(2 * one, two, rtol=1e-5)
 
-  last = jpeft.at('', jpeft.Call('totals', totals, taps=True))
-  tuned = jpeft.attach(model, jpeft.chain(method('one', 1), method('two', 2), last), held, X)
-  _, both = tuned.apply({}, held, X)
-  np.testing.assert_allclose(2 * both[0], both[1], rtol=1e-5)
+
+@pytest.mark.parametrize('name', MODELS)
+def test_taps_need_no_flag(name):
+  model = MODELS[name]()
+  held = backbone(model)
+  outs = []
+  for flag in (False, True):
+    rules = [(at, dataclasses.replace(rule, taps=flag)) for at, rule in recorded()]
+    tuned = jpeft.attach(model, jpeft.Method(rules), held, X)
+    out, taps, _ = jax.jit(lambda held, tuned=tuned: tuned.apply({}, held, X)[:2] + (0,))(held)
+    outs.append((out, taps))
+  jax.tree.map(np.testing.assert_array_equal, *outs)
+
+
+def test_reading_what_another_method_recorded_is_refused():
+  model = Blocks()
+  held = backbone(model)
+  record = spy('block_0', lambda call: call.tap(x=X), name='writer')
+
+  def read(t, call, x):
+    call(x)
+    return call.taps()
+
+  tuned = jpeft.attach(
+    model, jpeft.chain(record, jpeft.at('', jpeft.Call('reader', read))), held, X
+  )
+  message = "reader at '' reads taps, and no rule of that name .*; rules that have: writer"
+  with pytest.raises(ValueError, match=message):
+    tuned.apply({}, held, X)

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import jpeft
 from jpeft.programs import compile
@@ -141,3 +142,29 @@ def test_state_that_comes_from_the_host_is_updated_as_if_it_had_stayed():
     for offload in (False, True)
   )
   jax.tree.map(np.testing.assert_array_equal, here, there)
+
+
+@pytest.mark.parametrize('accumulate', (1, 2, 4))
+def test_what_a_method_minimises_does_not_grow_with_micro_batches(accumulate):
+  def apply(t, call, x, double=False):
+    call.aux(gate=t['g'])
+    call.write(passes=t['passes'] + 1)
+    return (call(x) + t['g']) * (2 if double else 1)
+
+  def init(key, site, arrays):
+    return {'g': jnp.ones(3), 'passes': jnp.zeros((), jnp.int32)}
+
+  def minimised(loss, run):
+    out, aux = run()
+    return loss(out) + 10 * jnp.sum(aux['gate'] ** 2), out
+
+  rule = jpeft.Call('gated', apply, init, loss=minimised)
+  tuned, tx, backbone, state = prepared(jpeft.at('head', rule))
+  forward = step.forward(tuned, False)
+  update = jax.jit(step.train_step(tuned, forward, tx, 0, accumulate=accumulate))
+  new, out = update(state, backbone, BATCH)
+  logits = forward(state['theta'], backbone, BATCH, jax.random.key(0))
+  task = optax.softmax_cross_entropy_with_integer_labels(logits, BATCH['label']).mean()
+  np.testing.assert_allclose(out['loss'], task + 30, rtol=1e-6)
+  # Each micro-batch reads the state that the one before has written.
+  assert new['theta']['gated']['head']['passes'] == accumulate

@@ -86,20 +86,22 @@ def fresh(inputs):
   return inputs
 
 
-def run(model, backbone, flat, extras, hook, wanted, taps, args, kwargs):
+def run(model, backbone, flat, extras, hook, wanted, records, args, kwargs):
   beside = {join_path(path, EXTRAS): value for path, value in extras.items()}
   variables = replace(model, backbone, {**flat, **beside})
   returned = _collections(kwargs.pop('mutable', False), backbone)
   mutable = list(returned)
-  if taps and 'params' not in returned:
+  if records and 'params' not in returned:
     mutable.append('params')
   with nn.intercept_methods(_interceptor(hook, wanted)):
     if not mutable:
-      return model.apply(variables, *args, **kwargs)
+      return model.apply(variables, *args, **kwargs), {}
     out, state = model.apply(variables, *args, mutable=mutable, **kwargs)
-  if not returned:
-    return out
-  return out, {name: state[name] for name in returned if name in state}
+  recorded = {}
+  _collect('', state.get('params', {}), recorded)
+  if returned:
+    out = out, {name: state[name] for name in returned if name in state}
+  return out, recorded
 
 
 def _collections(mutable, backbone) -> list[str]:
@@ -144,9 +146,10 @@ def _interceptor(hook, wanted):
   return interceptor
 
 
-def tap(module, name: str, values: Mapping[str, jax.Array]) -> None:
-  before = module.get_variable('params', TAP, {})
-  if name in before:
+def record(module, kind: str, name: str, values: Mapping[str, jax.Array]) -> None:
+  recorded = module.get_variable('params', TAP, {})
+  of_kind = recorded.get(kind, {})
+  if name in of_kind:
     raise ValueError(
       f'{"/".join(module.path)!r} is called more than once, so what a tap records '
       'there is ambiguous'
@@ -155,11 +158,11 @@ def tap(module, name: str, values: Mapping[str, jax.Array]) -> None:
     raise ValueError(
       f'nothing can be recorded at {"/".join(module.path)!r}: its params are broadcast over a scan'
     )
-  module.put_variable('params', TAP, {**before, name: dict(values)})
+  module.put_variable('params', TAP, {**recorded, kind: {**of_kind, name: dict(values)}})
 
 
 def _recorded(root, module) -> dict[str, dict]:
-  """{path: {rule: {name: array}}} as `module` sees it.
+  """{path: {kind: {rule: {name: array}}}} as `module` sees it.
 
   A lifted region has a scope of its own, so both its root and that of the model are read.
   """

@@ -102,7 +102,7 @@ def fresh(inputs):
   return nnx.clone(inputs)
 
 
-def run(model, backbone, flat, extras, hook, wanted, taps, args, kwargs):
+def run(model, backbone, flat, extras, hook, wanted, records, args, kwargs):
   root = nnx.merge(*nnx.split(model), copy=True)
   values = _flat(backbone) | dict(flat)
   _set_values(root, values)
@@ -124,11 +124,12 @@ def run(model, backbone, flat, extras, hook, wanted, taps, args, kwargs):
   token = _root.set(root)
   try:
     out = getattr(root, method)(*args, **kwargs)
+    recorded = _recorded() if records else {}
   finally:
     _root.reset(token)
-  if not mutable:
-    return out
-  return out, _written(root, mutable, values)
+  if mutable:
+    out = out, _written(root, mutable, values)
+  return out, recorded
 
 
 def _set_values(root, values: Mapping[str, Any]) -> None:
@@ -198,20 +199,21 @@ def _hooked(cls, hook, path: str, methods: tuple[str, ...]):
   return type(cls.__name__, (cls,), {**body, '__module__': cls.__module__})
 
 
-def tap(module, name: str, values: Mapping[str, jax.Array]) -> None:
-  before = {}
+def record(module, kind: str, name: str, values: Mapping[str, jax.Array]) -> None:
+  recorded = {}
   if hasattr(module, TAP):
-    before = getattr(module, TAP).get_value()
-  if name in before:
+    recorded = getattr(module, TAP).get_value()
+  of_kind = recorded.get(kind, {})
+  if name in of_kind:
     raise ValueError(
       f'a {type(module).__name__} is called more than once, so what a tap records '
       'there is ambiguous'
     )
-  setattr(module, TAP, _Tap({**before, name: dict(values)}))
+  setattr(module, TAP, _Tap({**recorded, kind: {**of_kind, name: dict(values)}}))
 
 
 def _recorded() -> dict[str, dict]:
-  """{path: {rule: {name: array}}} of the model that runs."""
+  """{path: {kind: {rule: {name: array}}}} of the model that runs."""
   found = {}
   for path, variable in nnx.iter_graph(_root.get()):
     if isinstance(variable, _Tap):

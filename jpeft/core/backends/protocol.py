@@ -75,11 +75,11 @@ class Backend(Protocol):
     extras: Mapping[str, Any],
     hook: Hook | None,
     wanted: frozenset[tuple[str, str]] | None,
-    taps: bool,
+    records: bool,
     args: tuple,
     kwargs: dict,
   ):
-    """The output of the model with other weights and with hooks around calls of its modules.
+    """(output, records) of the model with other weights and with hooks around calls of its modules.
 
     Args:
       flat: {'path/name': array or box}, the weights.
@@ -89,16 +89,17 @@ class Backend(Protocol):
         extra variables of that module and with a function that returns what was recorded so far.
         In NNX jitted layers are cached by it.
       wanted: {(path, method)} where `hook` acts; None for every public method of every module.
-      taps: whether some rule records arrays.
+      records: whether rules may record arrays.
       args: of the model's call.
       kwargs: of the model's call, and `rngs`, `mutable` and `method`; these three are removed.
 
     Returns:
-      The output; with `mutable`, (output, what the call wrote into the model's own variables).
+      (the output, what was recorded: {path: {kind: {rule: {name: array}}}}). With `mutable` the
+      output is (output, what the call wrote into the model's own variables).
     """
 
-  def tap(self, module, name: str, values: Mapping[str, jax.Array]) -> None:
-    """Records arrays at a module, under the name of a rule.
+  def record(self, module, kind: str, name: str, values: Mapping[str, jax.Array]) -> None:
+    """Records arrays of a kind at a module, under the name of a rule.
 
     Raises:
       ValueError: the rule has recorded at this module before; in Linen also, a scan broadcasts

@@ -95,8 +95,8 @@ def directed(tuned: Tuned, theta, backbone, *args, **kwargs):
     return call.taps()
 
   taps = chain(
-    at(pattern, Call('velora record', record, taps=True)),
-    at('', Call('velora read', read, taps=True)),
+    at(pattern, Call('velora means', record, taps=True)),
+    at('', Call('velora means', read, taps=True)),
   )
   means = attach(tuned.model, chain(tuned.method, taps), backbone, *args, **kwargs).apply(
     theta, backbone, *args, **kwargs

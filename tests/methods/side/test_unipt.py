@@ -89,7 +89,7 @@ def spied():
     return [x['x'] for x in call.taps().values()]
 
   return jpeft.chain(
-    jpeft.at('{block}|{final_norm}', jpeft.Call('spy', record, taps=True)),
+    jpeft.at('{block}|{final_norm}', jpeft.Call('read', record, taps=True)),
     jpeft.at('', jpeft.Call('read', read, taps=True)),
   )
 

@@ -49,7 +49,7 @@ def seen(model, held, theta, tuned, **kwargs):
     return call(*args, **kwargs), {p: x['input'] for p, x in call.taps().items() if 'input' in x}
 
   spy = jpeft.chain(
-    jpeft.at('{block}|{head}', jpeft.Call('spy', record, taps=True)),
+    jpeft.at('{block}|{head}', jpeft.Call('read', record, taps=True)),
     jpeft.at('', jpeft.Call('read', read, taps=True)),
   )
   both = jpeft.attach(model, jpeft.chain(tuned.method, spy) if tuned else spy, held, IMAGES)
