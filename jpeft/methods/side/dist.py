@@ -240,6 +240,7 @@ class _DiST:
     _, r, m = net.run(step, (x, r, r), {'h': h, 'layer': t['layers']})
 
     query = self.pooled(t, rearrange(r + m, 'b t n i -> (b t) n i'))
+    # The class token takes a second way to z, beside that through F.
     cls = self.unfold(last[:, 0]).mean(1)  # [B, d]
     return layer_norm(t['norm'], query + linear(t['residual'], cls)) @ t['project']
 
@@ -257,7 +258,7 @@ class _DiST:
     x, r, _ = maps
     t = row['layer']
     x = temporal(t, x)
-    m = row['h'] + r
+    m = row['h'] + r  # R comes in here alone: the next one is made of M' without it
 
     height, width = x.shape[2:4]
     back = linear(t['to_time'], m[:, :, 1:])

@@ -264,7 +264,7 @@ class _R2Tuning:
       e = v[:, 0] + jnp.tanh(t['s'][i]) * pooled(t, jnp.repeat(q, self.frames, 0), v)
       e = self.unfold(e)
       if found is not None:
-        g = jax.nn.sigmoid(t['g'][i])
+        g = jax.nn.sigmoid(t['g'][i])  # the weight of this state, not of the deeper ones
         e = g * e + (1 - g) * found
       tokens.append(self.unfold(v[:, 0]))
       queries.append(pooled_words(t, q, query_mask))
@@ -407,11 +407,13 @@ def pooled(t, q: jax.Array, v: jax.Array) -> jax.Array:
   """o [B T, D] of words q [B T, L, D] and patches v [B T, P, D]."""
   logits = linear(t['w_q'], q) @ linear(t['w_v'], v).swapaxes(-1, -2) / math.sqrt(v.shape[-1])
   share = jax.nn.softmax(logits.astype(jnp.float32), -1).astype(v.dtype)  # [B T, L, P]
+  # The maximum runs over all words: the words' mask does not act here, as published.
   return (share @ v + q).max(1)
 
 
 def pooled_words(t, q: jax.Array, mask: jax.Array) -> jax.Array:
   """The words q [B, L, D] that a mask [B, L] lets through, weighed: [B, D]."""
+  # Finite, since a softmax of nothing but -inf is nan.
   logits = jnp.where(mask[..., None], q @ t['pool'], -1e9)
   return (jax.nn.softmax(logits, 1) * q).sum(1)
 

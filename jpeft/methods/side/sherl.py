@@ -194,9 +194,10 @@ class _SHERL:
       t['up'] = dense(keys[4], narrow, width)
       t['up_norm'] = scales(width)
     if not net.wraps_blocks:  # blocks that end with a norm need none after the last
-      t['norm'] = scales(width)
-      if 'bias' not in site.leaves:  # the backbone's is an RMSNorm
-        del t['norm']['shift']
+      if 'bias' in site.leaves:
+        t['norm'] = scales(width)
+      else:  # the backbone's is an RMSNorm
+        t['norm'] = {'scale': jnp.ones(width)}
     return t
 
   def init_down(self, keys, width: int, narrow: int, states: int) -> dict:
@@ -219,7 +220,8 @@ class _SHERL:
     if not net.is_last:
       call.tap(side=norm(t, side))
       return y
-    # The one place where a gradient runs through the backbone.
+    # Here alone a gradient runs through the backbone. No stop_gradient may stand behind it: all of
+    # theta but Norm reaches the loss by no other way.
     side = self.run_last_block(net, call, taps, side.astype(x.dtype))
     return put_first(y, norm(t, side))
 
@@ -255,9 +257,10 @@ class _SHERL:
     return (linear(t['2'], r) + r) * jax.nn.sigmoid(linear(t['3'], r))
 
   def run_last_block(self, net: Stack, call, taps, x: jax.Array) -> jax.Array:
-    """LastBlock(x) [B, N, d], its other inputs as they were; a decoder's reads the side memory."""
+    """LastBlock(x) [B, N, d]; a decoder's attends to what the encoder's exit recorded as `side`."""
     deepest = net.depth - 1
     block, index = net.layer(deepest)
+    # Masks and position biases, as the backbone's own run had them.
     recorded = [name for name in taps[block.path] if name != 'x']
     inputs = {name: net.recorded(taps, name, deepest) for name in recorded}
     if len(net.exits) > 1:
@@ -275,7 +278,8 @@ def merged(t, u: jax.Array) -> jax.Array:
   square = jnp.sum(jnp.square(shallow), -1, keepdims=True)
   direction = shallow * jax.lax.rsqrt(jnp.maximum(square, 1e-12))
   cosines = jnp.einsum('ibnm,jbnm->ijbn', direction, direction)
-  redundancy = jax.nn.relu(cosines).sum(1)  # R_i [n - 1, B, N]
+  # R_i [n - 1, B, N]: at least 1, the cosine of u_i with itself, but where u_i is zero.
+  redundancy = jax.nn.relu(cosines).sum(1)
   score = linear(t, u[:-1] * u[-1])[..., 0].astype(jnp.float32)
   score = jax.nn.relu(score) / jnp.maximum(redundancy, 1e-6)
   # Where no score is positive, all shares are zero and v is u_n.

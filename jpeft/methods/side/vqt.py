@@ -196,14 +196,14 @@ class _VQT:
       ValueError: a bias that differs from query to query.
     """
     options = dict(options)
-    options.pop('is_causal', None)
+    options.pop('is_causal', None)  # a summary is no token of the sequence: none comes after it
     bias = options.get('bias')
     if bias is not None and bias.shape[-2] != 1:
       raise ValueError(
         f'{self.name}: the bias of {path!r} goes by the position of a query, and a summary has none'
       )
     mask = options.get('mask')
-    if mask is not None:
+    if mask is not None:  # [.., N, N] to [.., 1, N]: what any token sees
       options['mask'] = mask.any(-2, keepdims=True)
     return options
 
