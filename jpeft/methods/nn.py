@@ -208,7 +208,11 @@ def pool(x: jax.Array, reduction: int) -> jax.Array:
 
 
 def drop(x: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:
-  """Dropout: a share `rate` of x set to zero, the rest scaled up; x itself without a key."""
+  """Dropout: a share `rate` of x set to zero, the rest scaled up; x itself without a key.
+
+  Entries are multiplied by zero, so that one of inf or nan becomes nan, where Flax writes zero.
+  At rate 1 nothing of x is read, and all is zero.
+  """
   return _drop(x, key, rate, x.shape)
 
 
@@ -220,7 +224,7 @@ def drop_path(x: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:
 def _drop(x: jax.Array, key: jax.Array | None, rate: float, shape: tuple[int, ...]) -> jax.Array:
   if key is None or not rate:
     return x
-  if rate == 1:
+  if rate == 1:  # 0 / 0 otherwise
     return jnp.zeros_like(x)
   kept = jax.random.bernoulli(key, 1 - rate, shape)
   return x * (kept / (1 - rate)).astype(x.dtype)

@@ -2,16 +2,23 @@
 moments in videos.
 
 Liu et al., 2024, "R2-Tuning: Efficient Image-to-Video Transfer Learning for Video Temporal
-Grounding" (arXiv 2404.00801; yeliudev/R2-Tuning). The last k states of the image encoder, frame by
-frame, and of a text encoder are mapped to width D: V_i [B T, P, D], Q_i [B, L, D]. From the
-deepest, i = k - 1, to i = 0, with weights shared by all
+Grounding" (arXiv 2404.00801; yeliudev/R2-Tuning). The letters:
+
+  V_i [B T, P, D]  state i of the image encoder, frame by frame, mapped to width D
+  Q_i [B, L, D]    state i of a text encoder, mapped likewise
+  o   [B T, D]     what the words find in a frame
+  e   [B, T, D]    the frames of a video, by their class tokens and o
+
+The last k states of both encoders take part. From the deepest, i = k - 1, to i = 0, with weights
+shared by all,
 
   A = softmax((W_q Q_i)(W_v V_i)' / sqrt D) over patches,  o = max over words of (A V_i + Q_i)
-  e = cls(V_i) + tanh(s_i) o,  e <- s(g_i) e + (1 - s(g_i)) last  (i < k - 1),  last <- Decoder(e, Q_i)
+  e = cls(V_i) + tanh(s_i) o,  e <- s(g_i) e + (1 - s(g_i)) last  (i < k - 1)
+  last <- Decoder(e, Q_i)
 
-the decoder attending to the words, then along time, then an MLP. `last` [B, T, D] feeds a pyramid
-of halved rates, a score and two boundaries at each of its points. s = g = 0 at first: no word
-counts, layers mix in equal parts.
+s(.) being the sigmoid, and the decoder attending to the words, then along time, then an MLP. `last`
+[B, T, D] feeds a pyramid of halved rates, a score and two boundaries at each of its points. s_i =
+g_i = 0 at first: no word counts, layers mix in equal parts.
 
 Frames are folded into the batch: the model is called with images [B T, height, width, 3], frames of
 a video one after the other, and `tuned.apply` takes beside them
@@ -26,16 +33,35 @@ to the task: `points` gives the places and ranges that targets need; moments are
 query[:, 0]. The words' mask acts in the decoder and in the pooled query alone, as published.
 """
 
+import dataclasses
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from jpeft.core import Method, factory
 
-from ..nn import dense, drop, layer_norm, linear, scales
-from .stack import around
+from ..check import require, whole
+from ..nn import (
+  attend,
+  conv,
+  convolve,
+  dense,
+  drop,
+  drop_path,
+  glorot,
+  layer_norm,
+  linear,
+  scales,
+)
+from .stack import Stack, around
+
+# Two of each map's dropout, and three of the decoder's branches.
+_KEYS_OF_A_STATE = 7
 
 
 @factory
@@ -70,193 +96,339 @@ def r2_tuning(
     name: in theta, at the model itself.
 
   Raises:
-    ValueError: a hyperparameter outside its range; at `attach`, fewer states than are asked for; at
-      the call, images that make no whole videos or a query of another shape.
+    ValueError: a hyperparameter outside its range; at `attach`, a model with fewer states; at the
+      call, images that make no whole videos or a query of another shape.
   """
-  for value, what in ((frames, 'frames'), (states, 'states'), (width, 'width'), (heads, 'heads')):
-    if int(value) != value or value < 1:
-      raise ValueError(f'r2_tuning: {what}={value!r} must be a whole number, at least 1')
-  if width % heads or width % 2:
-    raise ValueError(f'r2_tuning: width={width} must be even, and a multiple of heads={heads}')
-  if not strides or any(s < 1 or s & (s - 1) for s in strides):
-    raise ValueError(f'r2_tuning: strides={tuple(strides)} must be powers of 2')
-  for value, what in ((dropout, 'dropout'), (drop_path, 'drop_path')):
-    if not 0 <= value < 1:
-      raise ValueError(f'r2_tuning: {what}={value!r} must be at least 0 and below 1')
-  halvings = [s.bit_length() - 1 for s in strides]
+  return _R2Tuning(
+    frames=frames,
+    states=states,
+    width=width,
+    heads=heads,
+    query_width=query_width,
+    strides=tuple(strides),
+    dropout=dropout,
+    drop_path=drop_path,
+    times=times,
+    blocks=blocks,
+    exit=exit,
+    name=name,
+  ).method()
 
-  def init(net, key, site, arrays):
-    if states > net.depth + 1:
-      raise ValueError(f'{name}: states={states}, and {net.depth} blocks have {net.depth + 1}')
-    k = iter(jax.random.split(key, 64))
 
-    def glorot(fan_in, fan_out):
-      bound = math.sqrt(6 / (fan_in + fan_out))
-      return {
-        'kernel': jax.random.uniform(next(k), (fan_in, fan_out), minval=-bound, maxval=bound),
-        'bias': jnp.zeros(fan_out),
-      }
+@dataclasses.dataclass(frozen=True, eq=False)
+class _R2Tuning:
+  """The hyperparameters of `r2_tuning`, and its rules as methods.
 
-    def conv(size, fan_out):
-      p = dense(next(k), size * width, fan_out)
-      return {**p, 'kernel': p['kernel'].reshape(size, width, fan_out)}
+  theta[name][''] is {'video', 'query': the maps to width D, 'w_q': W_q, 'w_v': W_v, 's': s_i,
+  'g': g_i, 'decoder', 'pyramid': {stride: {position: a convolution and its norm}}, 'pool': of the
+  words, 'level': a factor of each level's boundaries, 'score', 'boundary': the two heads}. With one
+  state there is no 'g'.
+  """
 
-    def maps(d):
-      return {
-        'norm1': scales(d),
-        'fc1': dense(next(k), d, width),
-        'norm2': scales(width),
-        'fc2': dense(next(k), width, width),
-      }
+  frames: int
+  states: int
+  width: int
+  heads: int
+  query_width: int
+  strides: tuple[int, ...]
+  dropout: float
+  drop_path: float
+  times: bool
+  blocks: str
+  exit: str
+  name: str
 
-    attention = lambda: {n: glorot(width, width) for n in ('q', 'k', 'v', 'o')}
-    kaiming = lambda fan_in, fan_out: dense(next(k), fan_in, fan_out, std=math.sqrt(2 / fan_in))
-    t = {
-      'video': maps(net.width + 2 * times),
-      'query': maps(query_width),
-      'w_q': glorot(width, width),
-      'w_v': glorot(width, width),
-      's': jnp.zeros(states),
-      'decoder': {
-        'cross': attention(),
-        'self': attention(),
-        'fc1': kaiming(width, 4 * width),
-        'fc2': kaiming(4 * width, width),
-        **{f'norm{i}': scales(width) for i in (1, 2, 3)},
-      },
-      'pyramid': {
-        str(s): {str(i): {'conv': conv(2, width), 'norm': scales(width)} for i in range(n)}
-        for s, n in zip(strides, halvings, strict=True)
-        if n
-      },
-      'pool': dense(next(k), width, 1)['kernel'],
-      'level': jnp.ones(len(strides)),
-      'score': {'hidden': conv(3, width), 'out': conv(3, 1)},
-      'boundary': {'hidden': conv(3, width), 'out': conv(3, 2)},
-    }
-    return t | ({'g': jnp.zeros(states - 1)} if states > 1 else {})
+  def __post_init__(self):
+    for name in ('frames', 'states', 'width', 'heads'):
+      whole('r2_tuning', name, getattr(self, name), 1)
+    even = self.width % 2 == 0
+    rule = f'must be even, and a multiple of heads={self.heads}'
+    require(even and self.width % self.heads == 0, 'r2_tuning', 'width', self.width, rule)
+    powers = all(stride >= 1 and stride & (stride - 1) == 0 for stride in self.strides)
+    rule = 'must be powers of 2'
+    require(bool(self.strides) and powers, 'r2_tuning', 'strides', self.strides, rule)
+    for name in ('dropout', 'drop_path'):
+      rate = getattr(self, name)
+      require(0 <= rate < 1, 'r2_tuning', name, rate, 'must be at least 0 and below 1')
 
-  def apply(t, net, run, call, images, *args, query, query_mask=None, frame_mask=None, **kwargs):
-    if len(images) % frames:
-      raise ValueError(f'{name}: {len(images)} images are no whole videos of {frames} frames')
-    batch = len(images) // frames
-    if query.ndim != 4 or (query.shape[0], query.shape[1], query.shape[3]) != (
-      batch,
-      states,
-      query_width,
-    ):
+  def method(self) -> Method:
+    """Reads the states of the image encoder's blocks, and makes the output of the model."""
+    takes = ('query', 'query_mask', 'frame_mask')
+    return around(self.name, self.blocks, self.exit, self.init, self.apply, takes=takes)
+
+  # Parameters
+
+  def init(self, net: Stack, key, site, arrays) -> dict:
+    """The parameters at the model itself."""
+    if self.states > net.depth + 1:
       raise ValueError(
-        f'{name}: query is {list(query.shape)}, and {batch} videos need [{batch}, {states}, words, '
-        f'{query_width}]'
+        f'{self.name}: states={self.states}, and {net.depth} blocks have {net.depth + 1}'
       )
+    keys = iter(jax.random.split(key, 64))
+    width = self.width
+    video_width = net.width
+    if self.times:
+      video_width += 2
+    t = {
+      'video': self.init_map(keys, video_width),
+      'query': self.init_map(keys, self.query_width),
+      'w_q': glorot(next(keys), width, width),
+      'w_v': glorot(next(keys), width, width),
+      's': jnp.zeros(self.states),
+      'decoder': self.init_decoder(keys),
+      'pyramid': self.init_pyramid(keys),
+      'pool': dense(next(keys), width, 1)['kernel'],
+      'level': jnp.ones(len(self.strides)),
+      'score': self.init_head(keys, 1),
+      'boundary': self.init_head(keys, 2),
+    }
+    if self.states > 1:
+      t['g'] = jnp.zeros(self.states - 1)
+    return t
+
+  def init_map(self, keys: Iterator[jax.Array], fan_in: int) -> dict:
+    """A map to width D."""
+    return {
+      'norm1': scales(fan_in),
+      'fc1': dense(next(keys), fan_in, self.width),
+      'norm2': scales(self.width),
+      'fc2': dense(next(keys), self.width, self.width),
+    }
+
+  def init_decoder(self, keys: Iterator[jax.Array]) -> dict:
+    """The decoder, Glorot's numbers in its attention and He's in its MLP."""
+    width = self.width
+    inner = 4 * width
+    return {
+      'cross': {name: glorot(next(keys), width, width) for name in 'qkvo'},
+      'self': {name: glorot(next(keys), width, width) for name in 'qkvo'},
+      'fc1': dense(next(keys), width, inner, std=math.sqrt(2 / width)),
+      'fc2': dense(next(keys), inner, width, std=math.sqrt(2 / inner)),
+      'norm1': scales(width),
+      'norm2': scales(width),
+      'norm3': scales(width),
+    }
+
+  def init_pyramid(self, keys: Iterator[jax.Array]) -> dict:
+    """Of each level the convolutions of stride 2 that lead to it; level 1 has none."""
+    width = self.width
+    levels = {}
+    for stride in self.strides:
+      level = {}
+      for i in range(_halvings(stride)):
+        level[str(i)] = {'conv': conv(next(keys), (2,), width, width), 'norm': scales(width)}
+      if level:
+        levels[str(stride)] = level
+    return levels
+
+  def init_head(self, keys: Iterator[jax.Array], fan_out: int) -> dict:
+    """A head that all levels share."""
+    return {
+      'hidden': conv(next(keys), (3,), self.width, self.width),
+      'out': conv(next(keys), (3,), self.width, fan_out),
+    }
+
+  # The forward pass
+
+  def apply(
+    self,
+    t,
+    net: Stack,
+    run,
+    call,
+    images,
+    *args,
+    query,
+    query_mask=None,
+    frame_mask=None,
+    **kwargs,
+  ):
+    """The dictionary of outputs, see the head of this file."""
+    batch = self.check_shapes(images, query)
     taps, last = run(images, *args, **kwargs)
-    at = [net.depth + 1 - states + i for i in range(states)]
-    wide = [last if i == net.depth else net.recorded(taps, 'x', i) for i in at]
     query = jax.lax.stop_gradient(query).astype(last.dtype)
-    query_mask = (
-      jnp.ones(query.shape[::2][:2], bool) if query_mask is None else query_mask.astype(bool)
-    )
-    frame_mask = jnp.ones((batch, frames), bool) if frame_mask is None else frame_mask.astype(bool)
-    key = call.rng('r2_tuning dropout') if dropout or drop_path else None
-    keys = iter([None] * 7 * states if key is None else jax.random.split(key, 7 * states))
-    found, steps = None, []
-    for i in reversed(range(states)):
-      v = _mapped(
-        t['video'], _timed(wide[i], frames) if times else wide[i], (next(keys), next(keys)), dropout
-      )
-      q = _mapped(t['query'], query[:, i], (next(keys), next(keys)), dropout)
-      e = v[:, 0] + jnp.tanh(t['s'][i]) * pooled(t, jnp.repeat(q, frames, 0), v)
-      e = e.reshape(batch, frames, width)
+    if query_mask is None:
+      query_mask = jnp.ones((batch, query.shape[2]), bool)
+    if frame_mask is None:
+      frame_mask = jnp.ones((batch, self.frames), bool)
+    query_mask = query_mask.astype(bool)
+    frame_mask = frame_mask.astype(bool)
+    keys = self.keys(call)
+
+    found = None  # `last` of the equations
+    tokens = []
+    queries = []
+    for i in reversed(range(self.states)):
+      v = self.mapped(t['video'], self.image_state(net, taps, last, i), keys)  # [B T, P, D]
+      q = self.mapped(t['query'], query[:, i], keys)  # [B, L, D]
+      e = v[:, 0] + jnp.tanh(t['s'][i]) * pooled(t, jnp.repeat(q, self.frames, 0), v)
+      e = self.unfold(e)
       if found is not None:
-        gate = jax.nn.sigmoid(t['g'][i])
-        e = gate * e + (1 - gate) * found
-      weight = jax.nn.softmax(jnp.where(query_mask[..., None], q @ t['pool'], -1e9), 1)
-      steps.append((v[:, 0].reshape(e.shape), (weight * q).sum(1)))
-      paths = [next(keys) for _ in range(3)]
-      found = _decoded(t['decoder'], e, q, frame_mask, query_mask, heads, paths, drop_path)
-    cls, pool = (jnp.stack(x[::-1], 1) for x in zip(*steps, strict=True))
-    out = {'last': found, 'cls': cls, 'query': pool, 'score': [], 'boundary': []}
-    for n, stride in enumerate(strides):
-      x = jax.nn.relu(found) if stride == 1 else found
-      for i in range(halvings[n]):
-        p = t['pyramid'][str(stride)][str(i)]
-        x = jax.nn.relu(layer_norm(p['norm'], _conv(p['conv'], x, 2, 'VALID')))
-      out['score'].append(_head(t['score'], x))
-      out['boundary'].append(t['level'][n] * jnp.exp(_head(t['boundary'], x)))
-    return out
+        g = jax.nn.sigmoid(t['g'][i])  # the weight of this state, not of the deeper ones
+        e = g * e + (1 - g) * found
+      tokens.append(self.unfold(v[:, 0]))
+      queries.append(pooled_words(t, q, query_mask))
+      found = self.decode(t['decoder'], e, q, frame_mask, query_mask, keys)
 
-  return around(name, blocks, exit, init, apply, takes=('query', 'query_mask', 'frame_mask'))
+    scores, boundaries = self.predict(t, found)
+    return {
+      'last': found,
+      'cls': jnp.stack(tokens[::-1], 1),  # the deepest state last, as in the query
+      'query': jnp.stack(queries[::-1], 1),
+      'score': scores,
+      'boundary': boundaries,
+    }
+
+  def check_shapes(self, images: jax.Array, query: jax.Array) -> int:
+    """B, how many videos the images are.
+
+    Raises:
+      ValueError: images that make no whole videos, or a query of another shape.
+    """
+    if len(images) % self.frames:
+      raise ValueError(
+        f'{self.name}: {len(images)} images are no whole videos of {self.frames} frames'
+      )
+    batch = len(images) // self.frames
+    shape = query.shape
+    if len(shape) != 4 or shape != (batch, self.states, shape[2], self.query_width):
+      raise ValueError(
+        f'{self.name}: query is {list(shape)}, and {batch} videos need [{batch}, {self.states}, '
+        f'words, {self.query_width}]'
+      )
+    return batch
+
+  def keys(self, call) -> Iterator[jax.Array | None]:
+    """The random keys of all states, in the order in which they are used; Nones for no dropout."""
+    key = None
+    if self.dropout or self.drop_path:
+      key = call.rng('r2_tuning dropout')
+    if key is None:
+      return itertools.repeat(None)
+    return iter(jax.random.split(key, _KEYS_OF_A_STATE * self.states))
+
+  def unfold(self, x: jax.Array) -> jax.Array:
+    """The frames of a video on an axis of their own: [B T, D] to [B, T, D]."""
+    return rearrange(x, '(b t) d -> b t d', t=self.frames)
+
+  def image_state(self, net: Stack, taps, last: jax.Array, i: int) -> jax.Array:
+    """State i of the k last ones of the image encoder [B T, P, d], or [B T, P, d + 2] with times."""
+    index = net.depth + 1 - self.states + i
+    if index == net.depth:
+      state = last
+    else:
+      state = net.recorded(taps, 'x', index)
+    if self.times:
+      state = self.timed(state)
+    return state
+
+  def timed(self, x: jax.Array) -> jax.Array:
+    """Every token with its frame's begin and end, in units of the video: [B T, P, d + 2]."""
+    begin = jnp.tile(jnp.arange(self.frames), len(x) // self.frames)[:, None, None] / self.frames
+    ends = jnp.concatenate([begin, begin + 1 / self.frames], -1).astype(x.dtype)  # [B T, 1, 2]
+    return jnp.concatenate([x, jnp.broadcast_to(ends, (*x.shape[:2], 2))], -1)
+
+  def mapped(self, t, x: jax.Array, keys: Iterator[jax.Array | None]) -> jax.Array:
+    """A state in width D; takes two keys."""
+    y = drop(layer_norm(t['norm1'], x), next(keys), self.dropout)
+    y = jax.nn.relu(linear(t['fc1'], y))
+    y = drop(layer_norm(t['norm2'], y), next(keys), self.dropout)
+    return linear(t['fc2'], y)
+
+  def decode(
+    self,
+    t,
+    e: jax.Array,
+    words: jax.Array,
+    frame_mask: jax.Array,
+    query_mask: jax.Array,
+    keys: Iterator[jax.Array | None],
+  ) -> jax.Array:
+    """Decoder(e, Q_i) [B, T, D], a norm behind each branch; takes three keys.
+
+    Args:
+      t: its parameters.
+      e: [B, T, D].
+      words: Q_i [B, L, D].
+      frame_mask: [B, T].
+      query_mask: [B, L].
+      keys: of drop path.
+    """
+
+    def add(norm, x, branch):
+      return layer_norm(norm, x + drop_path(branch, next(keys), self.drop_path))
+
+    # Positions are added to queries, and to keys along time, but not to values.
+    positions = sinusoids(e.shape[1], e.shape[2]).astype(e.dtype)
+    branch = attend(t['cross'], e + positions, words, self.heads, mask=query_mask)
+    e = add(t['norm1'], e, branch)
+    placed = e + positions
+    branch = attend(t['self'], placed, placed, self.heads, values=e, mask=frame_mask)
+    e = add(t['norm2'], e, branch)
+    branch = linear(t['fc2'], jax.nn.relu(linear(t['fc1'], e)))
+    return add(t['norm3'], e, branch)
+
+  def predict(self, t, found: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
+    """(scores [B, T_s, 1], boundaries [B, T_s, 2]) of each level of the pyramid."""
+    scores = []
+    boundaries = []
+    for factor, stride in zip(t['level'], self.strides, strict=True):
+      x = found
+      if stride == 1:
+        x = jax.nn.relu(x)
+      for i in range(_halvings(stride)):
+        half = t['pyramid'][str(stride)][str(i)]
+        x = convolve(half['conv'], x, strides=2, padding='VALID')
+        x = jax.nn.relu(layer_norm(half['norm'], x))
+      scores.append(head(t['score'], x))
+      boundaries.append(factor * jnp.exp(head(t['boundary'], x)))
+    return scores, boundaries
 
 
-def points(
-  frames: int, strides: Sequence[int] = (1, 2, 4, 8)
-) -> list[dict[str, jax.Array | tuple[float, float]]]:
-  """Of each level of the pyramid: where its points lie, 'at' [T_s], in frames, and the 'range' of
-  boundaries, in frames, that are theirs to tell."""
-  before = [0, *strides[1:]]
-  after = [*strides[1:], math.inf]
-  return [
-    {'at': s * jnp.arange(frames // s), 'range': (before[n], after[n])}
-    for n, s in enumerate(strides)
-  ]
+def points(frames: int, strides: Sequence[int] = (1, 2, 4, 8)) -> list[dict[str, Any]]:
+  """The points of each level of the pyramid.
+
+  Args:
+    frames: T.
+    strides: of the levels.
+
+  Returns:
+    For each level {'at': where its points lie [T_s], 'range': (from, to), the distances of the
+    boundaries that they predict}, in frames.
+  """
+  ends = [0, *strides[1:], math.inf]
+  levels = []
+  for i, stride in enumerate(strides):
+    levels.append({'at': stride * jnp.arange(frames // stride), 'range': (ends[i], ends[i + 1])})
+  return levels
 
 
 def pooled(t, q: jax.Array, v: jax.Array) -> jax.Array:
   """o [B T, D] of words q [B T, L, D] and patches v [B T, P, D]."""
   logits = linear(t['w_q'], q) @ linear(t['w_v'], v).swapaxes(-1, -2) / math.sqrt(v.shape[-1])
-  return (jax.nn.softmax(logits.astype(jnp.float32), -1).astype(v.dtype) @ v + q).max(1)
+  share = jax.nn.softmax(logits.astype(jnp.float32), -1).astype(v.dtype)  # [B T, L, P]
+  # The maximum runs over all words: the words' mask does not act here, as published.
+  return (share @ v + q).max(1)
 
 
-def _timed(x, frames: int):
-  """Every token with its frame's begin and end, in units of the video."""
-  at = jnp.tile(jnp.arange(frames), len(x) // frames)[:, None, None] / frames
-  ends = jnp.concatenate([at, at + 1 / frames], -1).astype(x.dtype)
-  return jnp.concatenate([x, jnp.broadcast_to(ends, (*x.shape[:2], 2))], -1)
+def pooled_words(t, q: jax.Array, mask: jax.Array) -> jax.Array:
+  """The words q [B, L, D] that a mask [B, L] lets through, weighed: [B, D]."""
+  # Finite, since a softmax of nothing but -inf is nan.
+  logits = jnp.where(mask[..., None], q @ t['pool'], -1e9)
+  return (jax.nn.softmax(logits, 1) * q).sum(1)
 
 
-def _mapped(p, x, keys, rate: float):
-  x = jax.nn.relu(linear(p['fc1'], drop(layer_norm(p['norm1'], x), keys[0], rate)))
-  return linear(p['fc2'], drop(layer_norm(p['norm2'], x), keys[1], rate))
+def head(t, x: jax.Array) -> jax.Array:
+  """The outputs of a head at the points of one level: [B, T_s, D] to [B, T_s, fan_out]."""
+  return convolve(t['out'], jax.nn.relu(convolve(t['hidden'], x)))
 
 
-def _decoded(p, e, words, frame_mask, query_mask, heads: int, keys, rate: float):
-  """e [B, T, D] that has attended to the words and along time; norms behind each branch."""
-
-  def branch(n, x, y):
-    if keys[n - 1] is not None and rate:
-      stays = jax.random.bernoulli(keys[n - 1], 1 - rate, (len(y), 1, 1))
-      y = y * (stays / (1 - rate)).astype(y.dtype)
-    return layer_norm(p[f'norm{n}'], x + y)
-
-  place = _places(e.shape[1], e.shape[2]).astype(e.dtype)
-  e = branch(1, e, _attended(p['cross'], e + place, words, words, query_mask, heads))
-  e = branch(2, e, _attended(p['self'], e + place, e + place, e, frame_mask, heads))
-  return branch(3, e, linear(p['fc2'], jax.nn.relu(linear(p['fc1'], e))))
-
-
-def _attended(p, q, k, v, mask, heads: int):
-  split = lambda x: x.reshape(*x.shape[:-1], heads, -1)
-  q, k, v = (split(linear(p[n], x)) for n, x in (('q', q), ('k', k), ('v', v)))
-  return linear(
-    p['o'],
-    jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None]).reshape(*q.shape[:2], -1),
-  )
-
-
-def _places(length: int, width: int) -> jax.Array:
-  """Sinusoidal positions [length, width]: sines of the even features, cosines of the odd ones."""
+def sinusoids(length: int, width: int) -> jax.Array:
+  """Positions [length, width]: sines of the even features, cosines of the odd ones."""
   angle = jnp.arange(length)[:, None] / 10000 ** (jnp.arange(0, width, 2) / width)
-  return jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1).reshape(length, width)
+  return rearrange(jnp.stack([jnp.sin(angle), jnp.cos(angle)]), 'two n d -> n (d two)')
 
 
-def _conv(p, x, stride: int = 1, padding: str = 'SAME'):
-  return (
-    jax.lax.conv_general_dilated(
-      x, p['kernel'], (stride,), padding, dimension_numbers=('NWC', 'WIO', 'NWC')
-    )
-    + p['bias']
-  )
-
-
-def _head(p, x):
-  return _conv(p['out'], jax.nn.relu(_conv(p['hidden'], x)))
+def _halvings(stride: int) -> int:
+  """How often the rate is halved to a stride, a power of 2."""
+  return stride.bit_length() - 1

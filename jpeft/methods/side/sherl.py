@@ -2,29 +2,46 @@
 block.
 
 Diao et al., 2024, "SHERL: Synthesizing High Accuracy and Efficient Memory for Resource-Limited
-Transfer Learning" (arXiv 2407.07523; Paranioar/SHERL). With h_1 .. h_n [B, N, d] the embeddings and
-the outputs of some blocks before the last one, n the deepest, everything a token alone:
+Transfer Learning" (arXiv 2407.07523; Paranioar/SHERL). The letters:
 
-  u_i = Down_i h_i                          gated: r = ReLU(W1 h), (W2 r + r) * s(W3 r); norm: LN(W h)
-  R_i = sum_j ReLU(cos(u_i, u_j)),  a_i = L1_i(ReLU(w . (u_i * u_n)) / R_i),  v = sum_i a_i u_i + u_n     i, j < n
+  h_1 .. h_n [B, N, d]  the embeddings and the outputs of some blocks before the last one
+  u_i [B, N, m]         the projection of h_i; u_n is that of the deepest state
+  R_i [B, N]            the redundancy of u_i: how much the others point the same way
+  v   [B, N, m]         the merged state
+  x   [B, N, d]         what the last block reads
+
+Every token is merged alone. L1_i divides by the sum over i, cos is the cosine, s the sigmoid, and i
+and j count the shallow states, below n:
+
+  u_i = Down_i h_i,  R_i = sum_j ReLU(cos(u_i, u_j))
+  a_i = L1_i(ReLU(w . (u_i * u_n)) / R_i),  v = sum_i a_i u_i + u_n
   x = Up ReLU(v) + tanh(g / T) h_last,  out = Norm(LastBlock(x))
 
-linear: Up x = W x; norm: Up x = LN(W x). g starts at 0, so that at first the last block sees the
-merged state alone; Norm is new and trained, where the backbone has a norm behind its blocks.
+h_last is the backbone's own input of the last block. g starts at 0, so that at first the last block
+sees the merged state alone. Norm is new and trained, where the backbone has a norm behind its
+blocks. The forms of Down and Up:
+
+  down='gated'  r = ReLU(W1 h),  Down h = (W2 r + r) * s(W3 r)
+  down='norm'   Down h = LN(W1 h)
+  up='linear'   Up x = W x
+  up='norm'     Up x = LN(W x)
+
+T5 uses 'gated' and 'linear', the text tower of VSE infinity 'norm' and 'norm'.
 
 What crosses the backbone. The backward pass runs through one frozen block, the last, with respect
 to its input; the states before it are constants. What it keeps: that block's inside, the states
 (inputs of the W1), and n projections of width m, whatever the depth. The block runs twice, once as
 the backbone's own.
 
-In an encoder-decoder the encoder is not entered again: its merged states (the last block's among
-them, h_last is what leaves that) are a second memory, which the last decoder block alone attends
-to, run again on the decoder's x. The earlier ones read the frozen encoder. T5 uses 'gated' and
-'linear', the text tower of VSE infinity 'norm' and 'norm'. The applications on feature maps, and
-CLIP4Clip's, which enters no block again, are left out.
+In an encoder-decoder no block of the encoder runs again: its merged state (of all its blocks, with
+h_last the output of the last) is a second memory, which the last decoder block alone attends to
+when it runs again on the decoder's x. The earlier ones read the frozen encoder.
+
+Deviations. The applications on feature maps are left out, and CLIP4Clip's, which runs no block
+again.
 """
 
-import functools
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -32,10 +49,12 @@ import jax.numpy as jnp
 
 from jpeft.core import PARTIAL_REENTRY, Call, Method, Site, at, chain, factory
 
-from ..nn import dense, drop, layer_norm, linear, put_first, rms_norm, scales
+from ..check import at_least, choice, within
+from ..nn import dense, drop, layer_norm, linear, put_first, remat_if, rms_norm, scales
 from .stack import Stack, record
 
-DOWNS, UPS = ('gated', 'norm'), ('linear', 'norm')
+DOWNS = ('gated', 'norm')
+UPS = ('linear', 'norm')
 
 
 @factory
@@ -58,10 +77,10 @@ def sherl(
   Args:
     reduction: d / m.
     width: m itself.
-    down: 'gated' or 'norm'.
-    up: 'linear' or 'norm'.
-    layers: the layers whose outputs are merged, None for all; the last counts in an encoder alone
-      that feeds a decoder. The embeddings always are.
+    down: 'gated' or 'norm', see above.
+    up: 'linear' or 'norm', see above.
+    layers: the layers whose outputs are merged; None for all. The last layer counts only in an
+      encoder that feeds a decoder. The embeddings are always merged.
     temperature: T.
     dropout: rate on what is merged, after Up.
     std: of the initial weights of 'gated' and 'linear'.
@@ -74,114 +93,212 @@ def sherl(
     ValueError: a hyperparameter outside its range; at `attach`, a model without one stream of
       tokens, or whose only block is the last.
   """
-  for value, choices, what in ((down, DOWNS, 'down'), (up, UPS, 'up')):
-    if value not in choices:
-      raise ValueError(f'sherl: {what}={value!r} is none of {", ".join(map(repr, choices))}')
-  if reduction < 1 or width is not None and width < 1:
-    raise ValueError(f'sherl: reduction={reduction} and width={width} must be at least 1')
-  if not 0 <= dropout <= 1:
-    raise ValueError(f'sherl: dropout={dropout!r} must lie in [0, 1]')
+  if layers is not None:
+    layers = tuple(layers)
+  return _SHERL(
+    reduction=reduction,
+    width=width,
+    down=down,
+    up=up,
+    layers=layers,
+    temperature=temperature,
+    dropout=dropout,
+    std=std,
+    remat=remat,
+    blocks=blocks,
+    exit=exit,
+    name=name,
+  ).method()
 
-  @functools.lru_cache(maxsize=256)
-  def stack(site: Site) -> tuple[Stack, tuple[int, ...]]:
-    """(the stack, the states that are merged)."""
-    net = Stack(site, blocks, exit)
-    net.check_tokens(name)
-    top = net.depth - net.is_last
-    chosen = [i for i in net.chosen(layers) if i < top]
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _SHERL:
+  """The hyperparameters of `sherl`, and its rules as methods.
+
+  theta[name][exit] is {'down': all Down_i, stacked, 'score': w and its bias, 'gamma': g, 'up': W,
+  'up_norm': LN of the form 'norm', 'norm': Norm}, those that the model and the forms need. 'down'
+  is {'1', '2', '3'} of the form 'gated', {'1', 'norm'} of the form 'norm'.
+  """
+
+  reduction: int
+  width: int | None
+  down: str
+  up: str
+  layers: tuple[int, ...] | None
+  temperature: float
+  dropout: float
+  std: float
+  remat: bool
+  blocks: str
+  exit: str
+  name: str
+
+  def __post_init__(self):
+    choice('sherl', 'down', self.down, DOWNS)
+    choice('sherl', 'up', self.up, UPS)
+    at_least('sherl', 'reduction', self.reduction, 1)
+    if self.width is not None:
+      at_least('sherl', 'width', self.width, 1)
+    within('sherl', 'dropout', self.dropout, 0, 1)
+
+  def method(self) -> Method:
+    """The blocks record their inputs; each exit merges them, the last one runs a block again."""
+    side = Call(self.name, self.apply, self.init, taps=True, memory=PARTIAL_REENTRY)
+    return chain(
+      record(self.name, self.blocks, also=self.tap_inputs, memory=PARTIAL_REENTRY),
+      at(self.exit, side),
+    )
+
+  def stack(self, site: Site) -> Stack:
+    """The blocks before an exit."""
+    net = Stack(site, self.blocks, self.exit)
+    net.check_tokens(self.name)
+    return net
+
+  def merged_states(self, net: Stack) -> tuple[int, ...]:
+    """Which states of a stack are merged, ascending: 0, the embeddings, and outputs of blocks."""
+    top = net.depth
+    if net.is_last:
+      top -= 1  # the last block reads the merged state
+    chosen = [i for i in net.chosen(self.layers) if i < top]
     if not chosen:
       raise ValueError(
-        f'{name}: no block before the last of {net.depth} is left to merge before {site.path!r}'
+        f'{self.name}: no block before the last of {net.depth} is left to merge before '
+        f'{net.site.path!r}'
       )
-    return net, (0, *(i + 1 for i in chosen))
+    return (0, *(i + 1 for i in chosen))
 
-  def init(key, site, arrays):
-    net, states = stack(site)
-    d, n, keys = net.width, len(states), jax.random.split(key, 5)
-    m = width or d // reduction
-    gated = {
-      '1': dense(keys[0], d, m, n, std=std),
-      '2': dense(keys[1], m, m, n, std=std),
-      '3': dense(keys[2], m, m, n, std=std),
-    }
+  def tap_inputs(self, site: Site, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """What a block records beside the stream, to be run again: its other inputs.
+
+    The encoder's states are left out: the last block reads those of the side network instead.
+    """
+    others = list(inputs)[1:]
+    contexts = _contexts(site)
+    return {name: inputs[name] for name in others if name not in contexts}
+
+  def init(self, key, site, arrays):
+    net = self.stack(site)
+    states = len(self.merged_states(net))
+    width = net.width
+    narrow = self.width or width // self.reduction
+    keys = jax.random.split(key, 5)
     t = {
-      'down': gated if down == 'gated' else {'1': dense(keys[0], d, m, n), 'norm': scales(m, n)},
-      'score': dense(keys[3], m, 1),
+      'down': self.init_down(keys[:3], width, narrow, states),
+      'score': dense(keys[3], narrow, 1),
       'gamma': jnp.zeros(()),
-      'up': dense(keys[4], m, d, std=std if up == 'linear' else None),
     }
-    if up == 'norm':
-      t['up_norm'] = scales(d)
+    if self.up == 'linear':
+      t['up'] = dense(keys[4], narrow, width, std=self.std)
+    else:
+      t['up'] = dense(keys[4], narrow, width)
+      t['up_norm'] = scales(width)
     if not net.wraps_blocks:  # blocks that end with a norm need none after the last
-      t['norm'] = scales(d) if _shifts(site) else {'scale': jnp.ones(d)}
+      if 'bias' in site.leaves:
+        t['norm'] = scales(width)
+      else:  # the backbone's is an RMSNorm
+        t['norm'] = {'scale': jnp.ones(width)}
     return t
 
-  def project(h, t):
-    if down == 'norm':
+  def init_down(self, keys, width: int, narrow: int, states: int) -> dict:
+    """The parameters of Down_i of all states, stacked."""
+    if self.down == 'norm':
+      return {'1': dense(keys[0], width, narrow, states), 'norm': scales(narrow, states)}
+    return {
+      '1': dense(keys[0], width, narrow, states, std=self.std),
+      '2': dense(keys[1], narrow, narrow, states, std=self.std),
+      '3': dense(keys[2], narrow, narrow, states, std=self.std),
+    }
+
+  def apply(self, t, call, x, *args, **kwargs):
+    """The output of the last exit is made of x; an encoder's stays the backbone's."""
+    net = self.stack(call.site)
+    y = call(x, *args, **kwargs)
+    taps = call.taps()
+    last = net.last(x, jax.tree.leaves(y)[0])
+    side = self.merge(t, net, call, taps, last)
+    if not net.is_last:
+      call.tap(side=norm(t, side))
+      return y
+    # Here alone a gradient runs through the backbone. No stop_gradient may stand behind it: all of
+    # theta but Norm reaches the loss by no other way.
+    side = self.run_last_block(net, call, taps, side.astype(x.dtype))
+    return put_first(y, norm(t, side))
+
+  def merge(self, t, net: Stack, call, taps, last: jax.Array) -> jax.Array:
+    """x [B, N, d], the merged state in the width of the backbone.
+
+    Args:
+      t: theta of the exit.
+      net: the blocks before it.
+      call: of the exit.
+      taps: what the blocks recorded.
+      last: the last state of the stack [B, N, d].
+    """
+    project = remat_if(self.remat, self.project)
+    u = net.each(project, taps, last, self.merged_states(net), t['down'])
+    if isinstance(u, list):
+      u = jnp.stack(u)  # [n, B, N, m]
+    v = linear(t['up'], jax.nn.relu(merged(t['score'], u)))
+    if self.up == 'norm':
+      v = layer_norm(t['up_norm'], v)
+    if self.dropout:
+      v = drop(v, call.rng('sherl dropout'), self.dropout)
+    h_last = last
+    if net.is_last:
+      h_last = net.recorded(taps, 'x', net.depth - 1)
+    return v + jnp.tanh(t['gamma'] / self.temperature) * h_last
+
+  def project(self, h: jax.Array, t) -> jax.Array:
+    """u_i = Down_i h_i: [B, N, d] to [B, N, m]."""
+    if self.down == 'norm':
       return layer_norm(t['norm'], linear(t['1'], h))
     r = jax.nn.relu(linear(t['1'], h))
     return (linear(t['2'], r) + r) * jax.nn.sigmoid(linear(t['3'], r))
 
-  def apply(t, call, x, *args, **kwargs):
-    net, states = stack(call.site)
-    y = call(x, *args, **kwargs)
-    taps, deepest = call.taps(), net.depth - 1
-    out = net.last(x, jax.tree.leaves(y)[0])
-    u = net.each(jax.checkpoint(project) if remat else project, taps, out, states, t['down'])
-    v = merged(t['score'], jnp.stack(u) if isinstance(u, list) else u)
-    v = linear(t['up'], jax.nn.relu(v))
-    v = layer_norm(t['up_norm'], v) if up == 'norm' else v
-    v = drop(v, call.rng('sherl dropout') if dropout else None, dropout)
-    held = net.recorded(taps, 'x', deepest) if net.is_last else out
-    v = v + jnp.tanh(t['gamma'] / temperature) * held
-    norm = layer_norm if _shifts(call.site) else rms_norm
-    if not net.is_last:
-      call.tap(side=v if net.wraps_blocks else norm(t['norm'], v))
-      return y
+  def run_last_block(self, net: Stack, call, taps, x: jax.Array) -> jax.Array:
+    """LastBlock(x) [B, N, d]; a decoder's attends to what the encoder's exit recorded as `side`."""
+    deepest = net.depth - 1
     block, index = net.layer(deepest)
-    inputs = {n: net.recorded(taps, n, deepest) for n in taps[block.path] if n != 'x'}
+    # Masks and position biases, as the backbone's own run had them.
+    recorded = [name for name in taps[block.path] if name != 'x']
+    inputs = {name: net.recorded(taps, name, deepest) for name in recorded}
     if len(net.exits) > 1:
-      inputs |= {
-        n: taps[net.exits[0].path]['side']
-        for n, role in _inputs(block).items()
-        if role == 'context'
-      }
-    fn, arrays = call.layer(block, index)
-    v = jax.tree.leaves(fn(arrays, v.astype(x.dtype), **inputs))[0]
-    return put_first(y, v if net.wraps_blocks else norm(t['norm'], v))
-
-  def also(site, inputs):
-    """What the last block is called with beside the stream, but a context, which is the side
-    network's.
-    """
-    return {n: a for n, a in list(inputs.items())[1:] if _inputs(site).get(n) != 'context'}
-
-  return chain(
-    record(name, blocks, also=also, memory=PARTIAL_REENTRY),
-    at(exit, Call(name, apply, init, taps=True, memory=PARTIAL_REENTRY)),
-  )
+      for name in _contexts(block):
+        inputs[name] = taps[net.exits[0].path]['side']
+    run, arrays = call.layer(block, index)
+    return jax.tree.leaves(run(arrays, x, **inputs))[0]
 
 
 def merged(t, u: jax.Array) -> jax.Array:
-  """v [B, N, m] of the projections u [n, B, N, m], the deepest last; t is the linear map of the
-  scores.
-  """
-  shallow, deep = u[:-1].astype(jnp.float32), u[-1].astype(jnp.float32)
+  """v [B, N, m] of the projections u [n, B, N, m], the deepest last; t is the linear map w."""
+  # In float32: of a bfloat16 stream, cosines and shares would have 8 bits.
+  shallow = u[:-1].astype(jnp.float32)
+  deepest = u[-1].astype(jnp.float32)
   square = jnp.sum(jnp.square(shallow), -1, keepdims=True)
   direction = shallow * jax.lax.rsqrt(jnp.maximum(square, 1e-12))
-  alike = jax.nn.relu(jnp.einsum('ibnm,jbnm->ijbn', direction, direction)).sum(1)
-  score = jax.nn.relu(linear(t, u[:-1] * u[-1])[..., 0].astype(jnp.float32)) / jnp.maximum(
-    alike, 1e-6
-  )
+  cosines = jnp.einsum('ibnm,jbnm->ijbn', direction, direction)
+  # R_i [n - 1, B, N]: at least 1, the cosine of u_i with itself, but where u_i is zero.
+  redundancy = jax.nn.relu(cosines).sum(1)
+  score = linear(t, u[:-1] * u[-1])[..., 0].astype(jnp.float32)
+  score = jax.nn.relu(score) / jnp.maximum(redundancy, 1e-6)
+  # Where no score is positive, all shares are zero and v is u_n.
   share = score / jnp.maximum(score.sum(0), 1e-6)
-  return (jnp.einsum('ibn,ibnm->bnm', share, shallow) + deep).astype(u.dtype)
+  return (jnp.einsum('ibn,ibnm->bnm', share, shallow) + deepest).astype(u.dtype)
 
 
-def _shifts(site: Site) -> bool:
-  """Whether the norm at an exit has a shift: a LayerNorm, else an RMSNorm."""
-  return 'bias' in site.leaves
+def norm(t, x: jax.Array) -> jax.Array:
+  """Norm(x), a LayerNorm or an RMSNorm; x itself where blocks end with a norm. t is all of theta."""
+  if 'norm' not in t:
+    return x
+  if 'shift' in t['norm']:
+    return layer_norm(t['norm'], x)
+  return rms_norm(t['norm'], x)
 
 
-def _inputs(site: Site) -> dict[str, str]:
-  anatomy = site.model.anatomy
-  return dict(anatomy.side) if anatomy else {}
+def _contexts(block: Site) -> list[str]:
+  """The inputs of a block that are the encoder's states, such as ['context']."""
+  anatomy = block.model.anatomy
+  if anatomy is None:
+    return []
+  return [name for name, role in anatomy.side.items() if role == 'context']

@@ -1,14 +1,21 @@
 """Visual query tuning: learned queries that summarise what each frozen block attends to.
 
-Tu et al., 2023 (arXiv 2212.03220; andytu28/VQT). Block i gets T tokens q_i that are queries alone:
-with k, v the block's own keys and values of its input x,
+Tu et al., 2023, "Visual Query Tuning: Towards Effective Usage of Intermediate Representations for
+Parameter and Memory Efficient Transfer Learning" (arXiv 2212.03220; andytu28/VQT). The letters:
 
-  z = q_i + Wo attention(Wq LN1(q_i), k, v),  z <- z + MLP(LN2(z)),  Z_i = z [B, T, d],
+  q_i [T, d]     trained tokens of block i, which are queries alone
+  k, v           the block's own keys and values, of its input x [B, N, d]
+  Z_i [B, T, d]  the summaries: what the block makes of q_i
+  h   [B, d]     the final feature, the input of the model's head
 
-and the tokens of the model never see them. A new linear head reads the final feature and all
-summaries:
+With the block's own frozen weights, z starting as q_i,
 
-  logits = W [n(h); n(vec Z_1); ..; n(vec Z_L)] + b,  n: to length 1.
+  z <- z + Wo attention(Wq LN1(z), k, v),  z <- z + MLP(LN2(z)),  Z_i = z,
+
+and the tokens of the model never see those of the method. A new linear head reads the final feature
+and all summaries, n bringing each to length 1:
+
+  logits = W [n(h); n(vec Z_1); ..; n(vec Z_L)] + b
 
 The block runs a second time on the T tokens, its attention reading the keys and values that it made
 in the first run, so that no gradient of the width of N tokens exists: the backward pass keeps k and
@@ -23,6 +30,7 @@ mode. Masks of the model let a summary see what any token sees. The ablations (p
 left out.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -30,10 +38,13 @@ import jax.numpy as jnp
 
 from jpeft.core import NO_BACKPROP, Call, Method, at, chain, factory
 
-from ..nn import drop
+from ..check import whole, within
+from ..nn import drop, remat_if, uniform
 from ..prompt.prefix import ARGUMENTS
 from ..prompt.vpt import on_stream, spread_of
 from . import features
+
+_BIAS = -math.log(99)
 
 
 @factory
@@ -57,85 +68,146 @@ def vqt(
     blocks: pattern of the blocks.
     attention: pattern of the modules in them that call their own `attention_fn`.
     head: pattern of the module that maps the feature [B, d] to logits [B, C].
-    name: in theta: of a block {'queries': [T, d], 'kernel': [T d, C], 'keep'}, of the head
-      {'kernel', 'bias', 'keep'}.
+    name: in theta: of a block {'queries': [T, d], 'kernel': [T d, C], 'keep': [T d]}, of the head
+      {'kernel': [d, C], 'bias': [C], 'keep': [d]}.
 
   Raises:
     ValueError: a hyperparameter outside its range; at `attach`, attention that is computed inline,
       or a model that does not give one prediction an example.
   """
-  if int(tokens) != tokens or tokens < 1:
-    raise ValueError(f'tokens={tokens!r} must be a whole number, at least 1')
-  if not 0 <= dropout <= 1:
-    raise ValueError(f'dropout={dropout!r} must lie in [0, 1]')
-  std = lambda classes: math.sqrt(2 / classes)
+  return _VQT(tokens, dropout, norm, remat, blocks, attention, head, name).method()
 
-  def init(key, site, arrays):
-    width, classes = site.input.shape[-1], features.head_of(site, head, name).out.shape[-1]
-    if not [s for s in site.model.find(attention) if s.path.startswith(f'{site.path}/')]:
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _VQT:
+  """The hyperparameters of `vqt`, and its rules as methods.
+
+  A block's rule and that of the attention in it share the block's `local`, where the attention
+  finds 'summary', whether the block runs on q_i, and stores its keys and values by its own path.
+  """
+
+  tokens: int
+  dropout: float
+  norm: bool
+  remat: bool
+  blocks: str
+  attention: str
+  head: str
+  name: str
+
+  def __post_init__(self):
+    whole('vqt', 'tokens', self.tokens, 1)
+    within('vqt', 'dropout', self.dropout, 0, 1)
+
+  def method(self) -> Method:
+    """Attention that stores and reads keys and values, blocks that run twice, and the new head."""
+    attention = Call(self.name, self.apply_attention, self.init_attention, memory=NO_BACKPROP)
+    block = Call(
+      self.name,
+      self.apply_block,
+      self.init_block,
+      fixed=features.FIXED,
+      taps=True,
+      memory=NO_BACKPROP,
+    )
+    return chain(
+      at(self.attention, attention),
+      at(self.blocks, block),
+      features.head_method(self.name, self.head, _std, _BIAS, self.norm),
+    )
+
+  # A block, which runs a second time on its queries.
+
+  def init_block(self, key, site, arrays):
+    width = site.input.shape[-1]
+    classes = features.head_of(site, self.head, self.name).out.shape[-1]
+    inside = f'{site.path}/'
+    if not any(found.path.startswith(inside) for found in site.model.find(self.attention)):
       raise ValueError(
-        f'{name}: no module of the block {site.path!r} is its attention {attention!r}'
+        f'{self.name}: no module of the block {site.path!r} is its attention {self.attention!r}'
       )
-    a, (one, two) = spread_of(site, width), jax.random.split(key)
+    key_queries, key_kernel = jax.random.split(key)
     return {
-      'queries': jax.random.uniform(one, (tokens, width), minval=-a, maxval=a),
-      **features.begin(two, tokens * width, classes, std(classes)),
+      'queries': uniform(key_queries, (self.tokens, width), spread_of(site, width)),
+      **features.begin(key_kernel, self.tokens * width, classes, _std(classes)),
     }
 
-  def summarise(t, call, *args, **kwargs):
-    fn, arrays = call.pure()
-    run = lambda stream: fn(arrays, *stream[0], **stream[1])
+  def apply_block(self, t, call, *args, **kwargs):
+    """Runs a block, and records what its summaries add to the logits, as the tap `vote`."""
+    block, arrays = call.pure()
     out = call(*args, **kwargs)
-    batch = jax.tree.leaves(out)[0].shape[0]
-    q = drop(t['queries'], call.rng('query dropout') if dropout else None, dropout)
+    first = jax.tree.leaves(out)[0]
+    batch = len(first)
 
-    def summary(q):
-      if remat:
-        run((args, kwargs))
+    def summarise(queries):  # [T, d] to Z [B, T, d]
+      if self.remat:
+        # Makes keys and values inside of what is recomputed, so that the forward pass keeps none.
+        block(arrays, *args, **kwargs)
+      stream = jnp.broadcast_to(queries, (batch, *queries.shape))
+      own_args, own_kwargs = on_stream(call, args, kwargs, lambda x: stream)
       call.local['summary'] = True
       try:
-        return jax.tree.leaves(
-          run(on_stream(call, args, kwargs, lambda x: jnp.broadcast_to(q, (batch, *q.shape))))
-        )[0]
+        return jax.tree.leaves(block(arrays, *own_args, **own_kwargs))[0]
       finally:
         call.local['summary'] = False
 
-    z = (jax.checkpoint(summary) if remat else summary)(
-      q.astype(jax.tree.leaves(out)[0].dtype)
-    ).reshape(batch, -1)
-    call.tap(vote=features.vote(t, features.unit(z) if norm else z))
+    queries = t['queries']
+    if self.dropout:
+      queries = drop(queries, call.rng('query dropout'), self.dropout)
+    z = remat_if(self.remat, summarise)(queries.astype(first.dtype))
+    z = z.reshape(batch, -1)
+    if self.norm:
+      z = features.unit(z)
+    call.tap(vote=features.vote(t, z))
     return out
 
-  def check(key, site, arrays):
+  # The attention in it, which stores keys and values in the first run and reads them in the second.
+
+  def init_attention(self, key, site, arrays):
+    """No parameters; refuses attention whose keys and values are out of reach."""
     if site.heads is None:
       raise ValueError(
-        f'{name}: {site.kind} at {site.path!r} calls no attention_fn of its own that could take other '
-        'queries; give its class that field'
+        f'{self.name}: {site.kind} at {site.path!r} calls no attention_fn of its own that could '
+        'take other queries; give its class that field'
       )
     return {}
 
-  def attend(t, call, *args, **kwargs):
-    block, path, base = call.outer, call.site.path, call.module.attention_fn
+  def apply_attention(self, t, call, *args, **kwargs):
+    """Runs the attention: on all tokens as it is, on q_i with the keys and values of those."""
+    block = call.outer
+    path = call.site.path
+    base = call.module.attention_fn
 
     def attention_fn(query, key, value, *rest, **named):
       if not block.get('summary'):
         block[path] = jax.lax.stop_gradient((key, value))
         return base(query, key, value, *rest, **named)
       named |= dict(zip(ARGUMENTS, rest, strict=False))
-      named.pop('is_causal', None)
-      if named.get('bias') is not None and named['bias'].shape[-2] != 1:
-        raise ValueError(
-          f'{name}: the bias of {path!r} goes by the position of a query, and a summary has none'
-        )
-      if named.get('mask') is not None:
-        named['mask'] = named['mask'].any(-2, keepdims=True)
-      return base(query, *block[path], **named)
+      key, value = block[path]
+      return base(query, key, value, **self.options_of_queries(path, named))
 
     with call.inject(attention_fn=attention_fn):
       return call(*args, **kwargs)
 
-  return chain(
-    at(attention, Call(name, attend, check, memory=NO_BACKPROP)),
-    at(blocks, Call(name, summarise, init, fixed=features.FIXED, taps=True, memory=NO_BACKPROP)),
-    features.head_method(name, head, std, -math.log(99), norm),
-  )
+  def options_of_queries(self, path: str, options: dict) -> dict:
+    """The further arguments of an attention function, where the queries are q_i.
+
+    Raises:
+      ValueError: a bias that differs from query to query.
+    """
+    options = dict(options)
+    options.pop('is_causal', None)  # a summary is no token of the sequence: none comes after it
+    bias = options.get('bias')
+    if bias is not None and bias.shape[-2] != 1:
+      raise ValueError(
+        f'{self.name}: the bias of {path!r} goes by the position of a query, and a summary has none'
+      )
+    mask = options.get('mask')
+    if mask is not None:  # [.., N, N] to [.., 1, N]: what any token sees
+      options['mask'] = mask.any(-2, keepdims=True)
+    return options
+
+
+def _std(classes: int) -> float:
+  """Of the initial weights of the head: He's, by the number of outputs."""
+  return math.sqrt(2 / classes)

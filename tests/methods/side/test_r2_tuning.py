@@ -77,9 +77,19 @@ def test_steps_go_from_the_deepest_state_up(small, monkeypatch):
   """The words of one state reach the steps from that state on, the deepest first."""
   _, held, tuned, theta = small
   steps = []
-  decoded = module._decoded
-  monkeypatch.setattr(module, '_decoded', lambda *a: (steps.append(decoded(*a)), steps[-1])[1])
-  record = jax.jit(lambda query: (tuned.apply(theta, held, VIDEO, query=query), list(steps))[1])
+  decode = module._R2Tuning.decode
+
+  def recording(*args):
+    steps.append(decode(*args))
+    return steps[-1]
+
+  monkeypatch.setattr(module._R2Tuning, 'decode', recording)
+
+  @jax.jit
+  def record(query):
+    tuned.apply(theta, held, VIDEO, query=query)
+    return list(steps)
+
   plain = record(QUERY)
   assert len(plain) == K
   for state in range(K):
@@ -120,7 +130,7 @@ def timed(x):
 
 @pytest.mark.parametrize('fields', [{}, {'scan': True}])
 def test_at_the_start_layers_mix_in_equal_parts_and_no_word_counts(fields, monkeypatch, small):
-  monkeypatch.setattr(module, '_decoded', lambda p, e, *rest: e)
+  monkeypatch.setattr(module._R2Tuning, 'decode', lambda self, t, e, *rest: e)
   model, held = vit(**fields)
   tuned = jpeft.attach(model, r2_tuning(**{**SMALL, 'states': 2}), held, VIDEO)
   theta = jax.jit(tuned.init)(jax.random.key(0), held)
@@ -139,7 +149,7 @@ def test_at_the_start_layers_mix_in_equal_parts_and_no_word_counts(fields, monke
 def test_the_gate_of_a_state_weighs_what_its_words_find(small, monkeypatch):
   """d e / d s is o at s = 0: the words, with what they attend to, as numpy has it."""
   model, held, _, _ = small
-  monkeypatch.setattr(module, '_decoded', lambda p, e, *rest: e)
+  monkeypatch.setattr(module._R2Tuning, 'decode', lambda self, t, e, *rest: e)
   tuned, theta = attached(model, held, r2_tuning(**{**SMALL, 'states': 1}), VIDEO)
   t = theta['r2_tuning']['']
   assert 'g' not in t
