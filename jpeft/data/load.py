@@ -10,7 +10,7 @@ from .readers.completions import completions
 from .readers.folder import folder
 from .readers.tables import csv_table, jsonl_table
 from .sets.prepare import PACKAGED, packaged
-from .source import Dataset, Source, nearest
+from .source import Dataset, Source, suggestion
 
 READERS = {'folder': folder, 'csv': csv_table, 'jsonl': jsonl_table, 'completions': completions}
 # Data sets from outside jpeft.
@@ -74,7 +74,7 @@ def load(name: str, split: str, data_dir: str | Path | None = None) -> Source:
   else:
     known = [*PACKAGED, *_REGISTERED, *(f'{reader}:PATH' for reader in READERS)]
     raise ValueError(
-      f'unknown data set {name!r}; {nearest(f"{kind}:PATH" if colon else name, known)}'
+      f'unknown data set {name!r}; {suggestion(f"{kind}:PATH" if colon else name, known)}'
     )
   return Source(
     dataset.read, splits.rows(split, dataset.splits, name), dataset.classes, dataset.unit
