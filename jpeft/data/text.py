@@ -57,6 +57,7 @@ def text_transform(
 
 
 def _read(path: str | Path) -> Tokenizer:
+  """The tokenizer of a tokenizer.json."""
   if not Path(path).is_file():
     raise FileNotFoundError(f'there is no tokenizer file {path}')
   try:
