@@ -162,6 +162,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     size = self._settings['batch_size']
     rows = self._order(epoch)[batch * size : (batch + 1) * size]
     real = np.arange(size) < len(rows)
+    # Copies of the last example fill up the last batch, so that all batches have one shape.
     rows = np.pad(rows, (0, size - len(rows)), mode='edge')
     examples = [self._example(epoch, int(row)) for row in rows[self._part]]
     arrays = _stacked(examples)
