@@ -4,17 +4,19 @@ import collections
 import concurrent.futures
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-Transform = Callable[[dict[str, Any], np.random.Generator], dict[str, Any]]
+from .source import Example, Transform
+
+Batch = dict[str, np.ndarray]
 # JAX computes with 32 bits unless told otherwise.
 NARROW = {np.dtype(np.int64): np.int32, np.dtype(np.float64): np.float32}
 
 
-class Batches(Iterator[dict[str, np.ndarray]]):
+class Batches(Iterator[Batch]):
   """An iterator of batches {name: array [B, ...]}.
 
   The order of an epoch depends on (seed, epoch) alone, and what `transform` draws on (seed, epoch,
@@ -80,13 +82,13 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     self._source = source
     self._transform = transform
     self._keep_all = not drop_remainder
-    self.steps_per_epoch = len(source) // batch_size
-    if self._keep_all:
+    if drop_remainder:
+      self.steps_per_epoch = len(source) // batch_size
+    else:
       self.steps_per_epoch = math.ceil(len(source) / batch_size)
-    self._end = None  # number of the batch after the last
+    self._end = None  # batches in all epochs; None for no end
     if epochs is not None:
       self._end = epochs * self.steps_per_epoch
-
     # What a position means; a state made under other values is refused.
     self._settings = {
       'seed': seed,
@@ -106,7 +108,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     if prefetch:
       self._threads = concurrent.futures.ThreadPoolExecutor(prefetch, 'batches')
 
-  def __next__(self) -> dict[str, np.ndarray]:
+  def __next__(self) -> Batch:
     if self._next == self._end:
       raise StopIteration
     if self._threads is None:
@@ -156,13 +158,14 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         return
       self._ahead.append(self._threads.submit(self._batch, number))
 
-  def _batch(self, number: int) -> dict[str, np.ndarray]:
+  def _batch(self, number: int) -> Batch:
     """This process's part of a batch."""
     epoch, batch = divmod(number, self.steps_per_epoch)
     size = self._settings['batch_size']
-    rows = self._order(epoch)[batch * size : (batch + 1) * size]
-    real = np.arange(size) < len(rows)
-    # Copies of the last example fill up the last batch, so that all batches have one shape.
+    start = batch * size
+    rows = self._order(epoch)[start : start + size]
+    real = np.arange(size) < len(rows)  # False at the copies that fill up
+    # The last batch is filled up, so that all batches have one shape and compile once.
     rows = np.pad(rows, (0, size - len(rows)), mode='edge')
     examples = [self._example(epoch, int(row)) for row in rows[self._part]]
     arrays = _stacked(examples)
@@ -174,11 +177,12 @@ class Batches(Iterator[dict[str, np.ndarray]]):
       arrays['mask'] = real[self._part].astype(np.float32)
     return arrays
 
-  def _example(self, epoch: int, row: int) -> dict[str, Any]:
+  def _example(self, epoch: int, row: int) -> Example:
     example = self._source[row]
     if self._transform is None:
       return example
-    return self._transform(example, np.random.Generator(self._bits(epoch, row)))
+    rng = np.random.Generator(self._bits(epoch, row))
+    return self._transform(example, rng)
 
   def _epoch_order(self, epoch: int) -> np.ndarray:
     """The numbers of all examples in the order of an epoch."""
@@ -186,11 +190,13 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     if not self._settings['shuffle']:
       return np.arange(size)
     # NumPy promises the raw bits across its versions, but not the result of Generator.permutation.
-    return np.argsort(self._bits(epoch).random_raw(size), kind='stable')
+    keys = self._bits(epoch).random_raw(size)
+    return np.argsort(keys, kind='stable')
 
   def _bits(self, *key: int) -> np.random.Philox:
     """Random bits of their own for an epoch (epoch), and for an example in it (epoch, row)."""
-    return np.random.Philox(np.random.SeedSequence(self._settings['seed'], spawn_key=key))
+    seed = np.random.SeedSequence(self._settings['seed'], spawn_key=key)
+    return np.random.Philox(seed)
 
 
 def _check_least(name: str, value: int, least: int) -> None:
@@ -198,7 +204,7 @@ def _check_least(name: str, value: int, least: int) -> None:
     raise ValueError(f'{name}={value} is less than {least}')
 
 
-def _stacked(examples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+def _stacked(examples: list[Example]) -> Batch:
   """The arrays of the examples, stacked; numbers become int32 or float32."""
   batch = {}
   for name in examples[0]:
@@ -212,6 +218,7 @@ def _stacked(examples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
         f'{name!r} has the shapes {shapes[0]} and {shapes[-1]} in one batch; give a transform '
         'that makes them alike'
       )
-    stacked = np.stack(values)
-    batch[name] = stacked.astype(NARROW.get(stacked.dtype, stacked.dtype), copy=False)
+    stacked = np.stack(values)  # [B, ...]
+    dtype = NARROW.get(stacked.dtype, stacked.dtype)
+    batch[name] = stacked.astype(dtype, copy=False)
   return batch

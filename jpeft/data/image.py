@@ -10,13 +10,12 @@ The published preprocessings of the benchmarks (they change the scores, so say w
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from PIL import Image
 
-from .source import suggestion
+from .source import Example, Transform, suggestion
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -34,7 +33,7 @@ def image_transform(
   augment: str = 'none',
   resize: str = 'squash',
   interpolation: str = 'bicubic',
-) -> Callable[..., dict[str, Any]]:
+) -> Transform:
   """Turns images of any size into normalised ones of one size.
 
   {'image': uint8 [H, W, 1 or 3], ...} becomes {'image': float32 [image_size, image_size, 3], ...}.
@@ -67,26 +66,29 @@ def image_transform(
   if not np.all(np.asarray(std) > 0):
     raise ValueError(f'std={std} is not positive')
   resampling = FILTERS[interpolation]
+  square = (image_size, image_size)
   # (pixels / 255 - mean) / std, as one multiplication and one subtraction.
   scale = (1 / (255 * np.asarray(std))).astype(np.float32)
   shift = (np.asarray(mean) / std).astype(np.float32)
 
   def resized(image: Image.Image, rng: np.random.Generator | None) -> Image.Image:
-    """A square of `image_size`."""
     if augment == 'imagenet':
-      return _random_area(image, rng).resize((image_size, image_size), resampling)
+      area = _random_area(image, rng)
+      return area.resize(square, resampling)
     if augment == 'flip_crop':
-      return _cropped(_with_margin(image, image_size, resize, resampling), image_size, rng)
+      image = _with_margin(image, image_size, resize, resampling)
+      return _random_crop(image, image_size, image_size, rng)
     if resize == 'crop':
-      return _cropped(_with_margin(image, image_size, resize, resampling), image_size)
-    return image.resize((image_size, image_size), resampling)
+      image = _with_margin(image, image_size, resize, resampling)
+      return _centre_crop(image, image_size, image_size)
+    return image.resize(square, resampling)
 
-  def transform(example: dict[str, Any], rng: np.random.Generator | None = None) -> dict[str, Any]:
+  def transform(example: Example, rng: np.random.Generator | None = None) -> Example:
     pixels = example['image']
     if pixels.shape[-1] == 1:
-      pixels = pixels[..., 0]  # Pillow has no grey images of three axes
+      pixels = pixels[..., 0]  # Pillow takes grey images without an axis of channels
     image = resized(Image.fromarray(pixels), rng)
-    pixels = np.asarray(image.convert('RGB'))
+    pixels = np.asarray(image.convert('RGB'))  # [image_size, image_size, 3]
     if augment in ('flip_crop', 'imagenet') and rng.random() < 0.5:
       pixels = pixels[:, ::-1]
     return example | {'image': pixels * scale - shift}
@@ -112,33 +114,36 @@ def _with_margin(
   return image.resize((width, height), resampling)
 
 
-def _cropped(image: Image.Image, size: int, rng: np.random.Generator | None = None) -> Image.Image:
-  """A square of `size` at a random place of the image, or its centre without an rng."""
-  room = np.array(image.size) - size
-  corner = room // 2
-  if rng is not None:
-    corner = rng.integers(room + 1)
-  left, top = corner.tolist()
-  return image.crop((left, top, left + size, top + size))
-
-
 def _random_area(image: Image.Image, rng: np.random.Generator) -> Image.Image:
   """A random rectangle of 8 to 100 % of the area and aspect 3/4 to 4/3.
 
   If 10 of them do not fit into the image, the largest centre of such an aspect.
   """
-  width, height = image.size
+  image_width, image_height = image.size
   for _ in range(10):
-    area = width * height * rng.uniform(0.08, 1)
+    area = image_width * image_height * rng.uniform(0.08, 1)
+    # Uniform in the logarithm: 3/4 and 4/3 are equally likely.
     aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-    crop_width = round(math.sqrt(area * aspect))
-    crop_height = round(math.sqrt(area / aspect))
-    if 0 < crop_width <= width and 0 < crop_height <= height:
-      left = rng.integers(width - crop_width + 1)
-      top = rng.integers(height - crop_height + 1)
-      return image.crop((left, top, left + crop_width, top + crop_height))
-  crop_width = min(width, round(height * 4 / 3))
-  crop_height = min(height, round(width * 4 / 3))
-  left = (width - crop_width) // 2
-  top = (height - crop_height) // 2
-  return image.crop((left, top, left + crop_width, top + crop_height))
+    width = round(math.sqrt(area * aspect))
+    height = round(math.sqrt(area / aspect))
+    if 0 < width <= image_width and 0 < height <= image_height:
+      return _random_crop(image, width, height, rng)
+  width = min(image_width, round(image_height * 4 / 3))
+  height = min(image_height, round(image_width * 4 / 3))
+  return _centre_crop(image, width, height)
+
+
+def _random_crop(
+  image: Image.Image, width: int, height: int, rng: np.random.Generator
+) -> Image.Image:
+  image_width, image_height = image.size
+  left = rng.integers(image_width - width + 1)
+  top = rng.integers(image_height - height + 1)
+  return image.crop((left, top, left + width, top + height))
+
+
+def _centre_crop(image: Image.Image, width: int, height: int) -> Image.Image:
+  image_width, image_height = image.size
+  left = (image_width - width) // 2
+  top = (image_height - height) // 2
+  return image.crop((left, top, left + width, top + height))

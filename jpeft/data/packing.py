@@ -3,14 +3,17 @@
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+
+from .source import Example
 
 IGNORED = -1  # the label of a token that is not learnt
 OPEN = 32  # rows that may still take a text
 
-Piece = tuple[str, bool]  # a part of a text, and whether it is learnt
+# A token is learnt if its prediction counts in the loss.
+Piece = tuple[str, bool]  # a part of a text, whether it is learnt
+Text = tuple[np.ndarray, np.ndarray]  # tokens int32 [N], whether each is learnt bool [N]
 
 
 @dataclasses.dataclass(eq=False)
@@ -20,12 +23,12 @@ class _Row:
   Attributes:
     first: number of the example that is its first text.
     room: tokens that are free.
-    texts: (tokens int32 [N], learnt bool [N]) of each text.
+    texts: the texts, one after the other.
   """
 
   first: int
   room: int
-  texts: list[tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
+  texts: list[Text] = dataclasses.field(default_factory=list)
 
   def add(self, tokens: np.ndarray, learnt: np.ndarray) -> None:
     self.texts.append((tokens, learnt))
@@ -102,7 +105,7 @@ class Packed:
   def __len__(self) -> int:
     return len(self._rows)
 
-  def __getitem__(self, i: int) -> dict[str, Any]:
+  def __getitem__(self, i: int) -> Example:
     """Row i.
 
     Returns:
@@ -126,7 +129,7 @@ class Packed:
     return {'tokens': tokens, 'token_mask': token_mask, 'label': label, 'index': row.first}
 
 
-def encode(example: dict[str, Any], tokenizer, chat: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def encode(example: Example, tokenizer, chat: bool = False) -> Text:
   """(tokens int32 [N], learnt bool [N]) of an example; its last learnt token ends the text.
 
   Prompts are encoded by themselves, as they are when an answer is to be written.
@@ -146,7 +149,7 @@ def encode(example: dict[str, Any], tokenizer, chat: bool = False) -> tuple[np.n
   return np.array(tokens, np.int32), np.array(learnt, bool)
 
 
-def prompt(example: dict[str, Any], tokenizer, chat: bool = False) -> tuple[list[int], str]:
+def prompt(example: Example, tokenizer, chat: bool = False) -> tuple[list[int], str]:
   """(tokens of the last prompt with all before it, the completion it should be given).
 
   Raises:
@@ -154,19 +157,28 @@ def prompt(example: dict[str, Any], tokenizer, chat: bool = False) -> tuple[list
   """
   pieces, begins = pieces_of(example, tokenizer, chat)
   *given, (completion, _) = pieces
-  tokens = [token for ids, _ in _encoded(given, tokenizer, begins) for token in ids]
+  tokens = []
+  for ids, _ in _encoded(given, tokenizer, begins):
+    tokens += ids
   return tokens, completion.removesuffix(tokenizer.token(tokenizer.eos))
 
 
 def _encoded(pieces: Sequence[Piece], tokenizer, begins: bool) -> list[tuple[list[int], bool]]:
-  """(tokens, whether they are learnt) of each piece, the first after the token that begins a text."""
+  """(tokens, whether they are learnt) of each piece.
+
+  Args:
+    pieces: the text, cut where learning begins or ends.
+    begins: put the token that begins a text before the first piece.
+  """
   found = []
   for i, (text, learn) in enumerate(pieces):
-    found.append((tokenizer.encode(text, begins and i == 0), learn))
+    first = i == 0
+    ids = tokenizer.encode(text, begins and first)
+    found.append((ids, learn))
   return found
 
 
-def pieces_of(example: dict[str, Any], tokenizer, chat: bool = False) -> tuple[list[Piece], bool]:
+def pieces_of(example: Example, tokenizer, chat: bool = False) -> tuple[list[Piece], bool]:
   """The text of an example, in pieces that are by turns given and learnt.
 
   Returns:

@@ -5,7 +5,13 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jpeft.messages import nearest
+
+Example = dict[str, Any]  # see `Source.read`
+Rows = Sequence[int]
+Transform = Callable[[Example, np.random.Generator], Example]
 
 
 class Dataset(NamedTuple):
@@ -18,8 +24,8 @@ class Dataset(NamedTuple):
     unit: name of what the blanks in a completion separate, such as 'word' or 'phoneme'.
   """
 
-  read: Callable[[int], dict[str, Any]]
-  splits: dict[str, Sequence[int]]
+  read: Callable[[int], Example]
+  splits: dict[str, Rows]
   classes: list[str]
   unit: str = 'word'
 
@@ -36,29 +42,31 @@ class Source:
     unit: name of what the blanks in a completion separate, such as 'word' or 'phoneme'.
   """
 
-  read: Callable[[int], dict[str, Any]]
-  rows: Sequence[int]
+  read: Callable[[int], Example]
+  rows: Rows
   classes: list[str]
   unit: str = 'word'
 
   def __len__(self) -> int:
     return len(self.rows)
 
-  def __getitem__(self, i: int) -> dict[str, Any]:
+  def __getitem__(self, i: int) -> Example:
     return self.read(self.rows[i])
 
 
 def in_memory(source: Source) -> Source:
   """The source with every example read now and kept, for small sets that are slow to decode."""
   examples = [source[i] for i in range(len(source))]
-  return dataclasses.replace(source, read=examples.__getitem__, rows=range(len(examples)))
+  rows = range(len(examples))
+  return dataclasses.replace(source, read=examples.__getitem__, rows=rows)
 
 
 def digest(key: str | bytes) -> int:
   """The MD5 of a key as a number, which orders and splits the data alike on every machine."""
   if isinstance(key, str):
     key = key.encode()
-  return int(hashlib.md5(key, usedforsecurity=False).hexdigest(), 16)
+  hashed = hashlib.md5(key, usedforsecurity=False)
+  return int(hashed.hexdigest(), 16)
 
 
 def shuffled(keys: Sequence[str | bytes]) -> list[int]:
@@ -67,7 +75,7 @@ def shuffled(keys: Sequence[str | bytes]) -> list[int]:
   Equal keys stay in their order.
   """
   digests = [digest(key) for key in keys]
-  return sorted(range(len(keys)), key=digests.__getitem__)
+  return sorted(range(len(keys)), key=digests.__getitem__)  # stable
 
 
 def divided(keys: Sequence[str | bytes], tenths: int = 8) -> dict[str, list[int]]:

@@ -1,14 +1,13 @@
 """The slicing of splits: 'train', 'train[:1000]', 'train[50%:]', 'train[:800]+test[:200]'."""
 
 import re
-from collections.abc import Sequence
 
-from .source import suggestion
+from .source import Rows, suggestion
 
 _PART = re.compile(r'(?P<name>[\w.-]+)(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?')
 
 
-def rows(split: str, splits: dict[str, Sequence[int]], where: str) -> Sequence[int]:
+def rows(split: str, splits: dict[str, Rows], where: str) -> Rows:
   """The rows that a split names.
 
   Args:
@@ -31,7 +30,7 @@ def rows(split: str, splits: dict[str, Sequence[int]], where: str) -> Sequence[i
   return chosen
 
 
-def _part(part: str, splits: dict[str, Sequence[int]], where: str) -> Sequence[int]:
+def _part(part: str, splits: dict[str, Rows], where: str) -> Rows:
   """The rows of one name with its slice."""
   match = _PART.fullmatch(part)
   if not match:

@@ -1,18 +1,18 @@
 """From texts to tokens of a fixed length."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
+
+from .source import Example, Transform
 
 PADS = ('[PAD]', '<pad>', '<|pad|>', '<|padding|>')
 
 
 def text_transform(
   tokenizer: Tokenizer | str | Path, max_length: int, pad_token: str | None = None
-) -> Callable[..., dict[str, Any]]:
+) -> Transform:
   """Turns {'text', ['pair'], 'label'} into arrays of `max_length` tokens, cut or padded at the end.
 
   Args:
@@ -43,15 +43,15 @@ def text_transform(
   tokenizer.enable_truncation(max_length)
   tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad), pad_token=pad, length=max_length)
 
-  def transform(example: dict[str, Any], rng: np.random.Generator | None = None) -> dict[str, Any]:
-    rest = {name: value for name, value in example.items() if name not in ('text', 'pair')}
+  def transform(example: Example, rng: np.random.Generator | None = None) -> Example:
     encoding = tokenizer.encode(example['text'], example.get('pair'))
-    return {
+    rest = {name: value for name, value in example.items() if name not in ('text', 'pair')}
+    arrays = {
       'tokens': np.array(encoding.ids, np.int32),
       'token_mask': np.array(encoding.attention_mask, bool),
       'types': np.array(encoding.type_ids, np.int32),
-      **rest,
     }
+    return arrays | rest
 
   return transform
 
@@ -68,10 +68,9 @@ def _read(path: str | Path) -> Tokenizer:
 
 def _pad(tokenizer: Tokenizer, name: str | None) -> str:
   """The token that fills up short texts."""
-  own = (tokenizer.padding or {}).get('pad_token')
   wanted = list(PADS)
-  if own:
-    wanted.insert(0, own)
+  if tokenizer.padding:
+    wanted.insert(0, tokenizer.padding['pad_token'])
   if name:
     wanted = [name]
   for token in wanted:

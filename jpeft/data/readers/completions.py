@@ -17,8 +17,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..source import Dataset, split_rows, suggestion
-from .files import examples_of, files_of, jsonl_rows, options_of
+from ..source import Dataset, Example, split_rows, suggestion
+from .files import Values, examples_of, files_of, jsonl_rows, options_of
 
 NAMES = {'messages': 'messages', 'prompt': 'prompt', 'completion': 'completion'}
 
@@ -40,9 +40,7 @@ def completions(spec: str) -> Dataset:
   return Dataset(examples.__getitem__, split_rows(keys), [])
 
 
-def _example(
-  file: Path, names: dict[str, str], line: int, values: dict[str, Any]
-) -> dict[str, Any]:
+def _example(file: Path, names: dict[str, str], line: int, values: Values) -> Example:
   """{'messages'} or {'prompt', 'completion'} of a line."""
   where = f'line {line} of {file}'
   if names['messages'] in values:
@@ -85,7 +83,7 @@ def _is_message(message: Any) -> bool:
   return isinstance(message.get('role'), str) and isinstance(message.get('content'), str)
 
 
-def _asked(example: dict[str, Any]) -> str:
+def _asked(example: Example) -> str:
   """What comes before the first answer; it decides the split, so that equal questions share one."""
   if 'prompt' in example:
     return example['prompt']

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..source import suggestion
+from ..source import Example, suggestion
 
-Row = tuple[int, dict[str, Any]]  # line in the file, values
+Values = dict[str, Any]  # {column: value}
+Row = tuple[int, Values]  # line in the file, values
 SUFFIXES = {'csv': ('.csv', '.tsv'), 'jsonl': ('.jsonl',)}
 
 
@@ -61,8 +62,8 @@ def files_of(path: Path, kind: str) -> dict[str, Path]:
 
 
 def examples_of(
-  file: Path, rows: Iterator[Row], example: Callable[[int, dict[str, Any]], dict[str, Any]]
-) -> list[dict[str, Any]]:
+  file: Path, rows: Iterator[Row], example: Callable[[int, Values], Example]
+) -> list[Example]:
   """example(line, values) of all rows of a file.
 
   Raises:
@@ -89,7 +90,7 @@ def jsonl_rows(file: Path) -> Iterator[Row]:
         yield line, _json_object(file, line, text)
 
 
-def _json_object(file: Path, line: int, text: str) -> dict[str, Any]:
+def _json_object(file: Path, line: int, text: str) -> Values:
   try:
     values = json.loads(text)
   except json.JSONDecodeError as error:

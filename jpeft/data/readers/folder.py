@@ -9,11 +9,11 @@ none of an image, are left out.
 """
 
 from pathlib import Path
-from typing import Any
 
 from ..decode import decode
-from ..source import Dataset, split_rows, suggestion
+from ..source import Dataset, Example, split_rows, suggestion
 
+Labelled = tuple[Path, str]  # an image file, its class
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff')
 
 
@@ -37,7 +37,7 @@ def folder(path: str) -> Dataset:
     train = root / 'train'
     parts = {part.name: part for part in _folders(root)}
 
-  images = []  # (file, class)
+  images: list[Labelled] = []
   keys = {}
   for split, part in parts.items():
     found = _labelled(part)
@@ -45,28 +45,35 @@ def folder(path: str) -> Dataset:
       keys[split] = [file.relative_to(part).as_posix() for file, _ in found]
       images += found
 
-  classes = sorted({name for file, name in images if file.is_relative_to(train)})
-  if not classes:
-    raise ValueError(
-      f'no images found in {train}: it needs a folder for each class, with files that end in '
-      f'{", ".join(SUFFIXES)}'
-    )
-  for file, name in images:
-    if name not in classes:
-      raise ValueError(
-        f'{file} is of class {name!r}, which {train} has not; {suggestion(name, classes)}'
-      )
+  classes = _classes(images, train)
   labels = {name: label for label, name in enumerate(classes)}
 
-  def read(row: int) -> dict[str, Any]:
+  def read(row: int) -> Example:
     file, name = images[row]
     return {'image': decode(file, str(file)), 'label': labels[name]}
 
   return Dataset(read, split_rows(keys), classes)
 
 
-def _labelled(part: Path) -> list[tuple[Path, str]]:
-  """(file, class) of all images below the folders of classes."""
+def _classes(images: list[Labelled], train: Path) -> list[str]:
+  """The classes of the images in `train`, which all images must be of."""
+  classes = sorted({name for file, name in images if file.is_relative_to(train)})
+  if not classes:
+    suffixes = ', '.join(SUFFIXES)
+    raise ValueError(
+      f'no images found in {train}: it needs a folder for each class, with files that end in '
+      f'{suffixes}'
+    )
+  for file, name in images:
+    if name not in classes:
+      raise ValueError(
+        f'{file} is of class {name!r}, which {train} has not; {suggestion(name, classes)}'
+      )
+  return classes
+
+
+def _labelled(part: Path) -> list[Labelled]:
+  """The images below the folders of classes."""
   return [(file, label.name) for label in _folders(part) for file in _images(label)]
 
 

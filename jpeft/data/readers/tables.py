@@ -15,10 +15,9 @@ import csv
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-from ..source import Dataset, split_rows, suggestion
-from .files import Row, examples_of, files_of, jsonl_rows, options_of
+from ..source import Dataset, Example, split_rows, suggestion
+from .files import Row, Values, examples_of, files_of, jsonl_rows, options_of
 
 COLUMNS = {'text': 'text', 'label': 'label'}  # {part of an example: its column}
 
@@ -58,7 +57,7 @@ def _table(
   classes = _classes({example['label'] for example in examples})
   labels = {name: label for label, name in enumerate(classes)}
 
-  def read(row: int) -> dict[str, Any]:
+  def read(row: int) -> Example:
     example = examples[row]
     return example | {'label': labels[example['label']]}
 
@@ -89,9 +88,7 @@ def _csv_rows(file: Path, delimiter: str | None) -> Iterator[Row]:
       raise ValueError(f'{file} is no CSV after line {reader.line_num} ({error})') from error
 
 
-def _example(
-  file: Path, columns: dict[str, str], line: int, values: dict[str, Any]
-) -> dict[str, str]:
+def _example(file: Path, columns: dict[str, str], line: int, values: Values) -> dict[str, str]:
   """{'text', ['pair'], 'label'} of a row, all of them texts."""
   example = {}
   for name, column in columns.items():

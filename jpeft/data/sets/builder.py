@@ -11,7 +11,7 @@ from PIL import Image
 
 from jpeft import archives
 
-Example = dict[str, Any]
+from ..source import Example
 
 
 class PackagedBuilder(tfds.core.GeneratorBasedBuilder):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..decode import decode
-from ..source import Dataset
+from ..source import Dataset, Example
 
 # {name of a data set and of the module here: its builder}. Modules are imported when their set is
 # loaded, because TFDS takes a second to import.
@@ -46,7 +46,7 @@ def packaged(name: str, data_dir: str | Path | None) -> Dataset:
     splits[split] = range(start, start + len(part))
     start += len(part)
 
-  def read(row: int) -> dict[str, Any]:
+  def read(row: int) -> Example:
     for split, rows in splits.items():
       if row in rows:
         return _example(parts[split][row - rows.start], f'image {row} of {name}')
@@ -58,7 +58,7 @@ def packaged(name: str, data_dir: str | Path | None) -> Dataset:
   return Dataset(read, splits, classes, builder.unit)
 
 
-def _example(stored: dict[str, Any], image_name: str) -> dict[str, Any]:
+def _example(stored: dict[str, Any], image_name: str) -> Example:
   """An example as `Source` has it, of what TFDS read: texts are bytes, images are files."""
   if 'prompt' in stored:
     return {part: stored[part].decode() for part in ('prompt', 'completion')}
