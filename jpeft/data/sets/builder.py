@@ -20,7 +20,7 @@ class PackagedBuilder(tfds.core.GeneratorBasedBuilder):
   A data set gives the class attributes, `examples`, and a docstring, which becomes its description.
 
   Attributes:
-    ARCHIVE: the archive that the package index has.
+    ARCHIVE: the archive and its hash.
     FEATURES: {part of an example: its TFDS feature}.
     SUPERVISED: names of the input and of the label; None where examples are texts to write.
     unit: name of what the blanks in a completion separate.
