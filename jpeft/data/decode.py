@@ -20,14 +20,18 @@ def decode(file: Path | bytes, name: str) -> np.ndarray:
   Raises:
     ValueError: not an image, cut off, or with more than 8 bits a channel.
   """
+  if isinstance(file, bytes):
+    file = io.BytesIO(file)
   try:
-    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+    with Image.open(file) as image:
       image.load()
   except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three on broken files
     raise ValueError(f'{name} is no readable image ({error})') from error
   if image.mode[0] in 'IF':
     raise ValueError(f'{name} has pixels of mode {image.mode}; convert it to 8 bits a channel')
   if image.has_transparency_data:
-    image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
-  pixels = np.array(image.convert('L' if image.mode in ('1', 'L') else 'RGB'))
-  return pixels[..., None] if pixels.ndim == 2 else pixels
+    white = Image.new('RGBA', image.size, 'white')
+    image = Image.alpha_composite(white, image.convert('RGBA'))
+  if image.mode in ('1', 'L'):
+    return np.array(image.convert('L'))[..., None]  # [H, W, 1]
+  return np.array(image.convert('RGB'))

@@ -10,18 +10,20 @@ The published preprocessings of the benchmarks (they change the scores, so say w
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from PIL import Image
 
-from .source import nearest
+from .source import Example, Transform, suggestion
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 FILTERS = {'bicubic': Image.Resampling.BICUBIC, 'bilinear': Image.Resampling.BILINEAR}
-AUGMENTATIONS, RESIZES = ('none', 'vtab', 'flip_crop', 'imagenet'), ('squash', 'crop')
-MARGIN = 256 / 224  # side that an image is resized to before a crop, over the side of the crop
+AUGMENTATIONS = ('none', 'vtab', 'flip_crop', 'imagenet')
+RESIZES = ('squash', 'crop')
+# The side that an image is resized to before a crop, over the side of the crop.
+MARGIN = 256 / 224
 
 
 def image_transform(
@@ -31,14 +33,15 @@ def image_transform(
   augment: str = 'none',
   resize: str = 'squash',
   interpolation: str = 'bicubic',
-) -> Callable[..., dict[str, Any]]:
-  """Turns {'image': uint8 [H, W, 1 or 3], ...} into {'image': float32 [image_size, image_size, 3],
-  ...}.
+) -> Transform:
+  """Turns images of any size into normalised ones of one size.
+
+  {'image': uint8 [H, W, 1 or 3], ...} becomes {'image': float32 [image_size, image_size, 3], ...}.
 
   Args:
     image_size: side in pixels.
-    mean: of the channels, for pixels in [0, 1].
-    std: of the channels, for pixels in [0, 1].
+    mean: mean of the channels, for pixels in [0, 1].
+    std: standard deviation of the channels, for pixels in [0, 1].
     augment: 'none'; 'vtab', the same with resize='squash'; 'flip_crop', a random crop of an image
       resized to 256/224 of the side, and a random left-right flip; 'imagenet', a random crop of 8
       to 100 % of the area and aspect 3/4 to 4/3, resized, and a flip. Digits and texts must not be
@@ -53,37 +56,39 @@ def image_transform(
   Raises:
     ValueError: a value that is none of these.
   """
-  for name, value, known in (
-    ('augment', augment, AUGMENTATIONS),
-    ('resize', resize, RESIZES),
-    ('interpolation', interpolation, FILTERS),
-  ):
-    if value not in known:
-      raise ValueError(f'{name}={value!r} is unknown; {nearest(value, known)}')
+  _check_choice('augment', augment, AUGMENTATIONS)
+  _check_choice('resize', resize, RESIZES)
+  _check_choice('interpolation', interpolation, FILTERS)
   if augment == 'vtab' and resize != 'squash':
     raise ValueError(f"augment='vtab' squashes images; it does not go with resize={resize!r}")
   if image_size < 1:
     raise ValueError(f'image_size={image_size} is not a positive number of pixels')
   if not np.all(np.asarray(std) > 0):
     raise ValueError(f'std={std} is not positive')
-  scale, shift = (
-    (1 / (255 * np.asarray(std))).astype(np.float32),
-    (np.asarray(mean) / std).astype(np.float32),
-  )
-  filter = FILTERS[interpolation]
+  resampling = FILTERS[interpolation]
+  square = (image_size, image_size)
+  # (pixels / 255 - mean) / std, as one multiplication and one subtraction.
+  scale = (1 / (255 * np.asarray(std))).astype(np.float32)
+  shift = (np.asarray(mean) / std).astype(np.float32)
 
-  def transform(example: dict[str, Any], rng: np.random.Generator | None = None) -> dict[str, Any]:
-    pixels = example['image']
-    image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+  def resized(image: Image.Image, rng: np.random.Generator | None) -> Image.Image:
     if augment == 'imagenet':
-      image = _random_area(image, rng).resize((image_size, image_size), filter)
-    elif augment == 'flip_crop':
-      image = _cropped(_resized(image, image_size, resize, filter), image_size, rng)
-    elif resize == 'crop':
-      image = _cropped(_resized(image, image_size, resize, filter), image_size)
-    else:
-      image = image.resize((image_size, image_size), filter)
-    pixels = np.asarray(image.convert('RGB'))
+      area = _random_area(image, rng)
+      return area.resize(square, resampling)
+    if augment == 'flip_crop':
+      image = _with_margin(image, image_size, resize, resampling)
+      return _random_crop(image, image_size, image_size, rng)
+    if resize == 'crop':
+      image = _with_margin(image, image_size, resize, resampling)
+      return _centre_crop(image, image_size, image_size)
+    return image.resize(square, resampling)
+
+  def transform(example: Example, rng: np.random.Generator | None = None) -> Example:
+    pixels = example['image']
+    if pixels.shape[-1] == 1:
+      pixels = pixels[..., 0]  # Pillow takes grey images without an axis of channels
+    image = resized(Image.fromarray(pixels), rng)
+    pixels = np.asarray(image.convert('RGB'))  # [image_size, image_size, 3]
     if augment in ('flip_crop', 'imagenet') and rng.random() < 0.5:
       pixels = pixels[:, ::-1]
     return example | {'image': pixels * scale - shift}
@@ -91,34 +96,54 @@ def image_transform(
   return transform
 
 
-def _resized(image: Image.Image, size: int, resize: str, filter: Image.Resampling) -> Image.Image:
-  """The image with its short side (or both, squashed) a margin larger than a crop of `size`."""
+def _check_choice(name: str, value: str, known: Iterable[str]) -> None:
+  if value not in known:
+    raise ValueError(f'{name}={value!r} is unknown; {suggestion(value, known)}')
+
+
+def _with_margin(
+  image: Image.Image, size: int, resize: str, resampling: Image.Resampling
+) -> Image.Image:
+  """The image, its short side (or both, squashed) larger than a crop of `size` by the margin."""
   side = round(size * MARGIN)
   if resize == 'squash':
-    return image.resize((side, side), filter)
+    return image.resize((side, side), resampling)
   short = min(image.size)
-  return image.resize(tuple(max(side, round(n * side / short)) for n in image.size), filter)
-
-
-def _cropped(image: Image.Image, size: int, rng: np.random.Generator | None = None) -> Image.Image:
-  """A square of `size` anywhere in the image, or its centre without an rng."""
-  room = np.array(image.size) - size
-  left, top = (room // 2 if rng is None else rng.integers(room + 1)).tolist()
-  return image.crop((left, top, left + size, top + size))
+  # Rounding must not make the short side smaller than the crop.
+  width, height = (max(side, round(length * side / short)) for length in image.size)
+  return image.resize((width, height), resampling)
 
 
 def _random_area(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-  """A rectangle of 8 to 100 % of the area and aspect 3/4 to 4/3; the centre if none fits in 10
-  tries.
+  """A random rectangle of 8 to 100 % of the area and aspect 3/4 to 4/3.
+
+  If 10 of them do not fit into the image, the largest centre of such an aspect.
   """
-  width, height = image.size
+  image_width, image_height = image.size
   for _ in range(10):
-    area = width * height * rng.uniform(0.08, 1)
+    area = image_width * image_height * rng.uniform(0.08, 1)
+    # Uniform in the logarithm: 3/4 and 4/3 are equally likely.
     aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-    w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-    if 0 < w <= width and 0 < h <= height:
-      left, top = rng.integers(width - w + 1), rng.integers(height - h + 1)
-      return image.crop((left, top, left + w, top + h))
-  w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-  left, top = (width - w) // 2, (height - h) // 2
-  return image.crop((left, top, left + w, top + h))
+    width = round(math.sqrt(area * aspect))
+    height = round(math.sqrt(area / aspect))
+    if 0 < width <= image_width and 0 < height <= image_height:
+      return _random_crop(image, width, height, rng)
+  width = min(image_width, round(image_height * 4 / 3))
+  height = min(image_height, round(image_width * 4 / 3))
+  return _centre_crop(image, width, height)
+
+
+def _random_crop(
+  image: Image.Image, width: int, height: int, rng: np.random.Generator
+) -> Image.Image:
+  image_width, image_height = image.size
+  left = rng.integers(image_width - width + 1)
+  top = rng.integers(image_height - height + 1)
+  return image.crop((left, top, left + width, top + height))
+
+
+def _centre_crop(image: Image.Image, width: int, height: int) -> Image.Image:
+  image_width, image_height = image.size
+  left = (image_width - width) // 2
+  top = (image_height - height) // 2
+  return image.crop((left, top, left + width, top + height))

