@@ -32,7 +32,7 @@ def grouped_attention(query, key, value, bias=None, mask=None, *, dropout_rng=No
   Returns:
     An array [B, N, H, K].
   """
-  # G query heads read each key head.
+  # [B, N, J, G, K]: G query heads read each key head.
   grouped = rearrange(query, '... (j g) k -> ... j g k', j=key.shape[-2])
   rngs = None
   rng_axis = None
