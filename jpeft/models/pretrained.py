@@ -20,7 +20,7 @@ from .bert.files import BERT_FAMILIES
 from .families import Family, Request
 from .io import safetensors as files
 from .io.convert import from_files, to_tensors
-from .io.gguf import FILE as GGUF
+from .io.gguf import GGUF_FILE as GGUF
 from .io.gguf import Gguf
 from .io.safetensors import Checkpoint
 from .io.sources import find
@@ -279,7 +279,9 @@ def save_pretrained(
   tensors = to_tensors(params, table)
   headed = table.tied or any(path.split('/')[0] == 'head' for path in params)
   name = table.architectures[headed or not table.base]
-  files.write(Path(folder), tensors, family.describe(config, model) | {'architectures': [name]})
+  files.write_checkpoint(
+    Path(folder), tensors, family.describe(config, model) | {'architectures': [name]}
+  )
 
 
 def family_of(config: Mapping) -> Family:

@@ -31,8 +31,8 @@ class Leaf(NamedTuple):
   theirs: Callable[[np.ndarray], np.ndarray] = _same
 
 
-# Kernels: a dense one is [outputs, inputs] on disk and [inputs, outputs] here; that of a convolution
-# is [outputs, inputs, height, width] on disk and [height, width, inputs, outputs] here.
+# Dense kernels are [outputs, inputs] on disk and [inputs, outputs] here. Convolutions are [outputs,
+# inputs, height, width] on disk and [height, width, inputs, outputs] here.
 KINDS: dict[str, dict[str, Leaf]] = {
   'param': {'': Leaf('')},
   'dense': {'kernel': Leaf('.weight', np.transpose, np.transpose), 'bias': Leaf('.bias')},
