@@ -56,7 +56,7 @@ def _build(kind: str, config: Mapping, checkpoint: Checkpoint | None, request: R
   qkv_bias = config.get('attention_bias', False)
   out_bias = qkv_bias
   if kind == 'qwen2':
-    # Its config does not have the key: these are the biases of the released weights.
+    # Whatever the config has: the released weights have these biases and no others.
     qkv_bias = True
     out_bias = False
   tied = config.get('tie_word_embeddings', False)

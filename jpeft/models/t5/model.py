@@ -1,7 +1,7 @@
 """T5 v1.0 (arXiv:1910.10683) and v1.1 (gated MLP, own head): encoders and decoders of text.
 
-Positions are relative: a bias on the attention logits, shared by all blocks of a stack. No layer has
-a bias, norms are RMSNorm, and attention logits are not divided by sqrt(head_dim).
+Positions are relative: a bias on the attention logits, shared by all blocks of a stack. No layer
+has a bias, norms are RMSNorm, and attention logits are not divided by sqrt(head_dim).
 """
 
 import functools
