@@ -129,6 +129,7 @@ def load(
     dropout=dropout,
   )
   shapes = shapes_of(model, family)
+  # Only if a size was requested: else a table of another size is an error.
   edits = {}
   if image_size is not None:
     edits = family.edits(config, model)
@@ -168,6 +169,7 @@ def describe(
   """
   del seed  # shapes do not depend on it
   folder, _ = find(source, weights=False)
+  # Weights that are there are opened for the names and shapes of their tensors alone.
   checkpoint, config = _opened(folder, weights=False)
   family = family_of(config)
   model = from_config(config, checkpoint=checkpoint, **options)
@@ -309,6 +311,7 @@ def save_pretrained(
   tensors = to_tensors(params, table)
   bare, headed = table.architectures
   architecture = bare
+  # A tied head is part of the base model, and a family without a prefix has no bare model.
   if table.tied or not table.base or any(path.startswith('head/') for path in params):
     architecture = headed
   config = family.describe(config, model) | {'architectures': [architecture]}

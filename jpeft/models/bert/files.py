@@ -35,11 +35,11 @@ _IGNORE = (
 )
 
 BERT = Table(
-  'bert.',
-  _ROWS + _POOLER,
-  (('head', 'dense', 'classifier'),),
-  _IGNORE,
-  ('BertModel', 'BertForSequenceClassification'),
+  base='bert.',
+  rows=_ROWS + _POOLER,
+  head=(('head', 'dense', 'classifier'),),
+  ignore=_IGNORE,
+  architectures=('BertModel', 'BertForSequenceClassification'),
 )
 ROBERTA = BERT._replace(
   base='roberta.', head=(), architectures=('RobertaModel', 'RobertaForSequenceClassification')
@@ -119,7 +119,7 @@ def _table(model: Bert) -> Table:
 def _describe(config: Mapping, model: Bert) -> dict:
   return with_labels(config, model.num_classes) | {
     'num_hidden_layers': model.depth,
-    'jpeft_pool': model.pool,
+    'jpeft_pool': model.pool,  # our own key, which transformers ignores
   }
 
 

@@ -52,6 +52,7 @@ def tensors(graph: onnx.Graph) -> dict[str, np.ndarray]:
     if name.startswith(_BACKBONE):
       found[name.removeprefix(_BACKBONE)] = array
 
+  # An exported layer is Add(bias, MatMul(x, matrix)), and only the bias has its name.
   products = {}  # {product: the stored matrix in it}
   for node in graph.nodes:
     if node.op == 'MatMul' and node.inputs[1] in graph.tensors:

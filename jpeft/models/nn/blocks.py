@@ -117,6 +117,7 @@ def run_blocks(
     for i in range(depth):
       x = run(block(name=f'block_{i}'), x)
     return x
+  # Each layer has its own slice of the stacked arrays, and its own random keys.
   scanned = nn.scan(
     lambda block, x, _: (run(block, x), None),
     length=depth,

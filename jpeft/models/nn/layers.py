@@ -17,7 +17,7 @@ default_init = nn.initializers.normal(0.02)
 gelu = functools.partial(nn.gelu, approximate=False)
 gelu_tanh = functools.partial(nn.gelu, approximate=True)
 
-# By the names that Hugging Face configs use.
+# By the names in Hugging Face configs, where plain 'gelu' is the exact form.
 ACTIVATIONS = {
   'gelu': gelu,
   'gelu_new': gelu_tanh,
@@ -124,13 +124,14 @@ def attend(module, query, key, value, *, mask, bias, deterministic):
   dropout = {'dropout_rng': None, 'dropout_rate': 0.0}
   if dropping:
     dropout = {'dropout_rng': module.make_rng('dropout'), 'dropout_rate': module.dropout}
+  # [B, N, H, K]
   out = module.attention_fn(
     query,
     key,
     value,
     bias=bias,
     mask=mask,
-    broadcast_dropout=False,
+    broadcast_dropout=False,  # each example and head drops its own probabilities
     deterministic=not dropping,
     dtype=module.dtype,
     **dropout,

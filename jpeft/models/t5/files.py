@@ -66,11 +66,12 @@ _IGNORE = (
 )
 
 T5_V1 = Table(
-  '',
-  (*_SHARED_ROWS, *_mlp(gated=False)),
-  (('head', 'dense', 'lm_head'),),
-  _IGNORE,
-  ('T5ForConditionalGeneration', 'T5ForConditionalGeneration'),
+  base='',
+  rows=(*_SHARED_ROWS, *_mlp(gated=False)),
+  head=(('head', 'dense', 'lm_head'),),
+  ignore=_IGNORE,
+  # Without a head of its own it is the same class, whose head is the word table.
+  architectures=('T5ForConditionalGeneration', 'T5ForConditionalGeneration'),
 )
 T5_GATED = T5_V1._replace(rows=(*_SHARED_ROWS, *_mlp(gated=True)))
 
@@ -88,6 +89,7 @@ def _build(config: Mapping, checkpoint: Checkpoint | None, request: Request) -> 
   decoder_depth = config.get('num_decoder_layers') or config['num_layers']
   if request.layers is not None:
     decoder_depth = min(decoder_depth, request.layers)
+  # Only models that were trained tied scale their output; a file may since have got its own head.
   tied = config.get('tie_word_embeddings', True)
   scale_output = config.get('scale_decoder_outputs', tied)
   if checkpoint is not None:

@@ -195,6 +195,7 @@ class T5(nn.Module):
       deterministic=deterministic,
     )  # [B, M, D]
     if self.scale_output:
+      # A word table shared with the embedding has entries of order one; so then have the logits.
       x = x * self.width**-0.5
     if self.tied:
       return embed.attend(x)

@@ -29,8 +29,8 @@ _ATTENTION = (
 _IGNORE = (r'pooler\..*', r'(\w+_)?classifier\..*', r'embeddings\.mask_token', r'decoder\..*')
 
 VIT = Table(
-  'vit.',
-  _EMBED
+  base='vit.',
+  rows=_EMBED
   + _ATTENTION
   + (
     ('encoder/block/norm1', 'norm', 'encoder.layer.{i}.layernorm_before'),
@@ -39,20 +39,21 @@ VIT = Table(
     ('encoder/block/mlp/fc2', 'dense', 'encoder.layer.{i}.output.dense'),
     ('pooler', 'dense', 'pooler.dense'),
   ),
-  (('head', 'dense', 'classifier'),),
-  _IGNORE,
-  ('ViTModel', 'ViTForImageClassification'),
+  head=(('head', 'dense', 'classifier'),),
+  ignore=_IGNORE,
+  architectures=('ViTModel', 'ViTForImageClassification'),
 )
 
 DEIT = VIT._replace(base='deit.', architectures=('DeiTModel', 'DeiTForImageClassification'))
+# Trained by distillation: a second head reads the distillation token.
 DEIT_TEACHER = DEIT._replace(
   head=(('head', 'dense', 'cls_classifier'), ('head_distill', 'dense', 'distillation_classifier')),
   architectures=('DeiTModel', 'DeiTForImageClassificationWithTeacher'),
 )
 
 DINOV2 = Table(
-  'dinov2.',
-  _EMBED
+  base='dinov2.',
+  rows=_EMBED
   + _ATTENTION
   + (
     ('encoder/block/norm1', 'norm', 'encoder.layer.{i}.norm1'),
@@ -62,9 +63,9 @@ DINOV2 = Table(
     ('encoder/block/scale1/scale', 'param', 'encoder.layer.{i}.layer_scale1.lambda1'),
     ('encoder/block/scale2/scale', 'param', 'encoder.layer.{i}.layer_scale2.lambda1'),
   ),
-  (('head', 'dense', 'classifier'),),
-  _IGNORE,
-  ('Dinov2Model', 'Dinov2ForImageClassification'),
+  head=(('head', 'dense', 'classifier'),),
+  ignore=_IGNORE,
+  architectures=('Dinov2Model', 'Dinov2ForImageClassification'),
 )
 
 
@@ -140,7 +141,7 @@ def _describe(config: Mapping, model: ViT) -> dict:
     size = list(size)
   return config | {
     'num_hidden_layers': model.depth,
-    'jpeft_pool': model.pool,
+    'jpeft_pool': model.pool,  # our own key, which transformers ignores
     'image_size': size,
   }
 

@@ -96,6 +96,7 @@ class PatchEmbed(nn.Module):
       mask = param('mask', 1, self.width)
       if masked is not None:
         x = jnp.where(masked[..., None], mask.astype(x.dtype), x)
+    # The order of the rows in the position table: class, distillation, patches.
     first = [param('cls', 1, 1, self.width)]
     if self.distill:
       first.append(param('distill', 1, 1, self.width))
@@ -200,7 +201,7 @@ class ViT(nn.Module):
       return feature
     logits = dense(self.num_classes, name='head')(feature)
     if self.distill_head:
-      distilled = dense(self.num_classes, name='head_distill')(x[:, 1])
+      distilled = dense(self.num_classes, name='head_distill')(x[:, 1])  # its own token
       logits = (logits + distilled) / 2
     return logits
 
