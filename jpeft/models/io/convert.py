@@ -1,7 +1,8 @@
 """Between our parameter trees and the tensors of Hugging Face files, by a family's table."""
 
+import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -59,17 +60,16 @@ def from_files(
       f'{checkpoint.folder} does not fit {table.architectures[0]}:\n  ' + '\n  '.join(lines)
     )
 
-  def layers_of(place: Place) -> Iterator[np.ndarray]:
-    """The layers of an array, read one at a time."""
-    for key in place.keys:
-      array = place.leaf.ours(checkpoint.read(names[key]))
-      if place.path in edits:
-        array = edits[place.path](array)
-      yield array
+  def layer(place: Place, key: str) -> np.ndarray:
+    array = place.leaf.ours(checkpoint.read(names[key]))
+    if place.path in edits:
+      array = edits[place.path](array)
+    return array
 
   params = {}
   for place in wanted:
-    arrays = layers_of(place)
+    # One layer is read at a time, and none is given a name: it would stay while the next is read.
+    arrays = map(functools.partial(layer, place), place.keys)
     if place.path in coded:
       params[place.path] = coded[place.path](arrays)
     elif place.stacked:
