@@ -113,7 +113,7 @@ ARCHITECTURES = ('llama', 'qwen2', 'qwen3')
 
 
 class _Tensor(NamedTuple):
-  """One tensor of the file: its format, its shape, and its first and last byte + 1."""
+  """One tensor of the file: its format, its shape, and its bytes, from `start` up to `end`."""
 
   format: Format
   shape: tuple[int, ...]
