@@ -1,9 +1,8 @@
 """jpeft: parameter- and memory-efficient transfer learning for JAX and Flax."""
 
-import importlib
 from typing import TYPE_CHECKING
 
-# Registers naming schemes; the backbones are imported on first use, as the names in _LAZY.
+# Registers the naming schemes of the backbones; the backbones are imported on first use.
 from jpeft import models as models
 from jpeft.contract import Checks, check
 from jpeft.core import (
@@ -31,6 +30,7 @@ from jpeft.core import (
   split,
   summary,
 )
+from jpeft.lazy import on_first_use
 from jpeft.methods import (
   REGISTRY,
   Entry,
@@ -88,29 +88,21 @@ if TYPE_CHECKING:
   from jpeft.models import load, save_pretrained
   from jpeft.tasks import register_metric, register_modality
 
-# Backbones and what trains are imported when they are first asked for: `import jpeft` is light.
-_LAZY = {
-  'load': 'models',
-  'save_pretrained': 'models',
-  'load_adapter': 'export',
-  'save_adapter': 'export',
-  'plan': 'plan',
-  'register_dataset': 'data',
-  'register_metric': 'tasks',
-  'register_modality': 'tasks',
-}
-
-
-def __getattr__(name: str):
-  """The public names that are imported on first use."""
-  if name in _LAZY:
-    module = importlib.import_module(f'.{_LAZY[name]}', __name__)
-    return module if name == _LAZY[name] else getattr(module, name)
-  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+# What loads backbones, or trains, is imported on first use: `import jpeft` is light.
+__getattr__ = on_first_use(
+  __name__,
+  {
+    '.data': ('register_dataset',),
+    '.export': ('load_adapter', 'save_adapter'),
+    '.models': ('load', 'save_pretrained'),
+    '.plan': ('plan',),
+    '.tasks': ('register_metric', 'register_modality'),
+  },
+)
 
 
 def __dir__() -> list[str]:
-  """All public names, those that are not imported yet among them."""
+  """All public names, with those that are not imported yet."""
   return sorted({*globals(), *__all__})
 
 

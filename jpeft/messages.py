@@ -12,8 +12,13 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     known: the valid choices.
     cutoff: how near a word must be, from 0 (any) to 1 (equal); see `difflib.get_close_matches`.
   """
-  found = difflib.get_close_matches(str(word), list(known), 1, cutoff)
+  found = near_words(word, known, 1, cutoff)
   return found[0] if found else None
+
+
+def near_words(word: str, known: Iterable[str], count: int, cutoff: float = 0.6) -> list[str]:
+  """Up to `count` known words that are like `word`, the most alike first; see `nearest`."""
+  return difflib.get_close_matches(str(word), list(known), count, cutoff)
 
 
 def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:

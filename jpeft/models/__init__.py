@@ -1,12 +1,13 @@
 """Real backbones as Linen modules, and their weights in the layout of Hugging Face.
 
-Only the naming schemes are imported with the package, the backbones when they are first used.
+Only the naming schemes are imported with the package; the backbones are imported on first use.
 """
 
 from typing import TYPE_CHECKING
 
+from jpeft.lazy import on_first_use
+
 from . import naming as naming
-from .lazy import on_first_use
 
 if TYPE_CHECKING:
   from .bert import Bert
@@ -85,45 +86,48 @@ __all__ = [
   'write_tensors',
 ]
 
-_MODULES = {
-  'Bert': '.bert',
-  'Encoder': '.nn',
-  'FILES': '.io',
-  'Llama': '.llama',
-  'LlamaBlock': '.llama',
-  'Place': '.io',
-  'PostNormBlock': '.nn',
-  'PreNormBlock': '.nn',
-  'Pretrained': '.pretrained',
-  'REMATS': '.nn',
-  'Remat': '.nn',
-  'T5': '.t5',
-  'T5Block': '.t5',
-  'Tokenizer': '.io',
-  'ViT': '.vit',
-  'block_of': '.nn',
-  'check_decoder': '.pretrained',
-  'decoder_tokenizer': '.pretrained',
-  'default_init': '.nn',
-  'describe': '.pretrained',
-  'family_of': '.pretrained',
-  'from_config': '.pretrained',
-  'gelu_tanh': '.nn',
-  'grown': '.llama',
-  'keyed': '.io',
-  'layer_norm': '.nn',
-  'load': '.pretrained',
-  'load_tokenizer': '.io',
-  'read_json': '.io',
-  'read_tensors': '.io',
-  'save_pretrained': '.pretrained',
-  'save_tokenizer': '.io',
-  'shapes_of': '.pretrained',
-  'shift_right': '.t5',
-  'write_tensors': '.io',
-}
-
-__getattr__ = on_first_use(__name__, _MODULES)
+__getattr__ = on_first_use(
+  __name__,
+  {
+    '.bert': ('Bert',),
+    '.io': (
+      'FILES',
+      'Place',
+      'Tokenizer',
+      'keyed',
+      'load_tokenizer',
+      'read_json',
+      'read_tensors',
+      'save_tokenizer',
+      'write_tensors',
+    ),
+    '.llama': ('Llama', 'LlamaBlock', 'grown'),
+    '.nn': (
+      'Encoder',
+      'PostNormBlock',
+      'PreNormBlock',
+      'REMATS',
+      'Remat',
+      'block_of',
+      'default_init',
+      'gelu_tanh',
+      'layer_norm',
+    ),
+    '.pretrained': (
+      'Pretrained',
+      'check_decoder',
+      'decoder_tokenizer',
+      'describe',
+      'family_of',
+      'from_config',
+      'load',
+      'save_pretrained',
+      'shapes_of',
+    ),
+    '.t5': ('T5', 'T5Block', 'shift_right'),
+    '.vit': ('ViT',),
+  },
+)
 
 
 def __dir__() -> list[str]:

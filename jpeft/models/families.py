@@ -1,26 +1,26 @@
-"""What a model family must tell so that its files can be loaded and saved."""
+"""What loading and saving need of a model family."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 
-from .io.layout import Table
-from .io.safetensors import Checkpoint
+from .io import Checkpoint, Table
 
+# Mean and std of the pixels, per channel.
 IMAGENET = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
 HALF = {'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5, 0.5)}
 
 
 class Request(NamedTuple):
-  """What the caller wants other than the config says; None keeps the config.
+  """What the caller of `load` wants other than the config; None keeps the config's value.
 
   Attributes:
     num_classes: outputs of a fresh head.
     image_size: side of the images in pixels.
     layers: number of blocks, from the first.
     pool: what the head reads.
-    fields: fields of the module that no config names: dtype, param_dtype, scan, remat.
+    fields: fields of the module that no config has: dtype, param_dtype, scan, remat.
   """
 
   num_classes: int | None = None
@@ -34,12 +34,12 @@ class Family(NamedTuple):
   """One family of checkpoints.
 
   Attributes:
-    build: (config, checkpoint or None, request) -> model; without a checkpoint there is a head only
-      if the request asks for one.
-    table: model -> where its arrays lie on disk.
+    build: (config, checkpoint or None, request) -> model. Without a checkpoint there is a head only
+      if the request has num_classes.
+    table: model -> the keys of its arrays on disk.
     example: model -> abstract inputs of one call.
-    describe: (config, model) -> config that a file of this model must have.
-    edits: (config, model) -> {path: what to do to an array that was read}.
+    describe: (config, model) -> config for a file of this model.
+    edits: (config, model) -> {path: function of an array that was read}.
     colours: mean and std of the pixels in [0, 1]; None for text.
   """
 
@@ -53,7 +53,9 @@ class Family(NamedTuple):
 
 def shape_of(checkpoint: Checkpoint | None, key: str) -> tuple[int, ...] | None:
   """The shape of a tensor, with or without a prefix before its key; None if there is none."""
-  for name, shape in (checkpoint.shapes if checkpoint else {}).items():
+  if checkpoint is None:
+    return None
+  for name, shape in checkpoint.shapes.items():
     if name == key or name.endswith(f'.{key}'):
       return shape
   return None
@@ -76,9 +78,15 @@ def depth_of(config: Mapping, key: str, request: Request) -> int:
 
 
 def with_labels(config: Mapping, classes: int | None) -> dict:
-  """The config with as many labels as the model has classes; names that fit are kept."""
+  """The config with as many labels as the model has classes; the same config if they fit.
+
+  Args:
+    config: of the checkpoint.
+    classes: number of classes of the model; None if it has no head.
+  """
   config = dict(config)
-  if classes is not None and len(config.get('id2label') or ()) != classes:
+  labels = config.get('id2label') or {}
+  if classes is not None and len(labels) != classes:
     config['id2label'] = {str(i): f'LABEL_{i}' for i in range(classes)}
     config['label2id'] = {f'LABEL_{i}': i for i in range(classes)}
   return config

@@ -16,20 +16,25 @@ from jpeft.messages import nearest
 from jpeft.quant import Format, coded, kernels
 from jpeft.quant import quantize as quantized
 
-from .bert.files import BERT_FAMILIES
+from .bert import BERT_FAMILIES
 from .families import Family, Request
-from .io import safetensors as files
-from .io.convert import from_files, to_tensors
-from .io.gguf import FILE as GGUF
-from .io.gguf import Gguf
-from .io.safetensors import Checkpoint
-from .io.sources import find
-from .io.tokenizer import Tokenizer, load_tokenizer
-from .llama.files import LLAMA_FAMILIES
-from .llama.model import Llama
-from .nn.blocks import Remat
-from .t5.files import T5_FAMILIES
-from .vit.files import VIT_FAMILIES
+from .io import (
+  GGUF_FILE,
+  Checkpoint,
+  Gguf,
+  Tokenizer,
+  find,
+  from_files,
+  has_weights,
+  load_tokenizer,
+  read_json,
+  to_tensors,
+  write_checkpoint,
+)
+from .llama import LLAMA_FAMILIES, Llama
+from .nn import Remat
+from .t5 import T5_FAMILIES
+from .vit import VIT_FAMILIES
 
 FAMILIES: dict[str, Family] = {**VIT_FAMILIES, **BERT_FAMILIES, **T5_FAMILIES, **LLAMA_FAMILIES}
 
@@ -41,7 +46,7 @@ class Pretrained:
   Attributes:
     model: the Linen module.
     variables: {'params': ...}.
-    config: the Hugging Face config, brought up to date with what was asked for.
+    config: the Hugging Face config, changed to what was requested.
     family: its model_type: vit, deit, dinov2, bert, roberta, t5, llama, mistral, qwen2 or qwen3.
     preprocess: mean and std of pixels in [0, 1], and image_size; None for text.
     tokenizer: path of tokenizer.json, or of the GGUF file, see `load_tokenizer`; None if there is
@@ -87,14 +92,14 @@ def load(
     scan: stack the blocks and run them by nn.scan.
     remat: recompute each block in the backward pass; with 'dots' all of it but its products with
       weights.
-    seed: of what is fresh.
+    seed: of the fresh weights.
     layers: keep the first so many blocks (T5: of each stack).
-    pool: what the head reads, or what comes out without one: 'cls', 'mean', 'cls_mean' (images
-      only) or 'tokens'. None as the family does: 'cls_mean' for DINOv2, 'mean' for sentence
+    pool: what the head reads, or what is returned without one: 'cls', 'mean', 'cls_mean' (images
+      only) or 'tokens'. None for the family's own: 'cls_mean' for DINOv2, 'mean' for sentence
       encoders such as MiniLM, else 'cls'.
-    dropout: every dropout rate of the model; None as the checkpoint's config says.
+    dropout: every dropout rate of the model; None for those of the checkpoint's config.
     quantize: store kernels in 4 bits, such as `jpeft.nf4()`; they are read and coded one at a time.
-    targets: pattern of the modules whose kernels are.
+    targets: pattern of the modules whose kernels are stored so.
 
   Returns:
     A `Pretrained`. Its model returns logits if it has a head, else the pooled feature.
@@ -110,9 +115,9 @@ def load(
   folder, origin = find(source)
   checkpoint, config = _opened(folder)
   family = family_of(config)
-  model = _build(
+  model = from_config(
     config,
-    checkpoint,
+    checkpoint=checkpoint,
     num_classes=num_classes,
     image_size=image_size,
     dtype=dtype,
@@ -123,95 +128,107 @@ def load(
     pool=pool,
     dropout=dropout,
   )
-  table = family.table(model)
   shapes = shapes_of(model, family)
-  fresh = _fresh(shapes, checkpoint, num_classes)
+  # Only if a size was requested: else a table of another size is an error.
+  edits = {}
+  if image_size is not None:
+    edits = family.edits(config, model)
+  coders = {}
+  if quantize is not None:
+    coders = _coders(model, family, quantize, targets)
+  fresh = set()
+  if num_classes is not None:
+    fresh = _fresh(shapes, checkpoint)
   params = from_files(
     checkpoint,
-    table,
+    family.table(model),
     shapes,
     fresh=fresh,
     layers=layers,
     param_dtype=model.param_dtype,
-    edits=family.edits(config, model) if image_size is not None else {},
-    coded={} if quantize is None else _coded(model, family, quantize, targets),
+    edits=edits,
+    coded=coders,
   )
-  params |= _new(fresh, shapes, seed, model.param_dtype)
-  return Pretrained(
-    model,
-    {'params': traverse_util.unflatten_dict(params, sep='/')},
-    family.describe(config, model),
-    config['model_type'],
-    _preprocess(folder, family, model),
-    _file(folder if folder.is_file() else folder / 'tokenizer.json'),
-    {**origin, **checkpoint.files},
-  )
+  params |= _initialised(fresh, shapes, seed, model.param_dtype)
+  variables = {'params': traverse_util.unflatten_dict(params, sep='/')}
+  return _pretrained(folder, config, model, variables, {**origin, **checkpoint.files})
 
 
-def _coded(model, family: Family, form: Format, targets: str) -> dict[str, Any]:
-  """{path: its layers -> a box} of the kernels that are quantized."""
-  held = jax.eval_shape(model.init, jax.random.key(0), *family.example(model))
-  found = kernels(sites_of(model, held, *family.example(model)), targets)
-  return {path: functools.partial(coded, form, *place) for path, place in found.items()}
+def describe(
+  source: str | Path,
+  *,
+  seed: int = 0,
+  quantize: Format | None = None,
+  targets: str = '{linear}',
+  **options,
+) -> Pretrained:
+  """The result of `load` with the same arguments, as shapes.
 
-
-def describe(source: str | Path, **options) -> Pretrained:
-  """What `load` gives with the same arguments, as shapes: no weights are read, nor fetched from the
-  hub.
-
-  A folder with config.json alone will do; what only tensors tell (a pooler, a head) is then left
-  out.
+  No weights are read, nor fetched from the hub. A folder with config.json alone will do; the parts
+  that only tensors show (a pooler, a head) are then left out.
   """
+  del seed  # shapes do not depend on it
   folder, _ = find(source, weights=False)
+  # Weights that are there are opened for the names and shapes of their tensors alone.
   checkpoint, config = _opened(folder, weights=False)
   family = family_of(config)
-  options.pop('seed', None)  # of what is fresh: values, which shapes have not
-  form, targets = options.pop('quantize', None), options.pop('targets', '{linear}')
-  left_out = dict.fromkeys(('num_classes', 'image_size', 'layers', 'pool', 'dropout'))
-  model = _build(
-    config, checkpoint, **{**left_out, 'dtype': 'float32', 'param_dtype': 'float32', **options}
-  )
+  model = from_config(config, checkpoint=checkpoint, **options)
   params = {
     path: jax.ShapeDtypeStruct(shape, model.param_dtype)
     for path, shape in shapes_of(model, family).items()
   }
   variables = {'params': traverse_util.unflatten_dict(params, sep='/')}
-  if form is not None:
-    variables = jax.eval_shape(
-      lambda held: quantized(model, form, held, *family.example(model), targets=targets), variables
-    )
+  if quantize is not None:
+    example = family.example(model)
+    code = lambda variables: quantized(model, quantize, variables, *example, targets=targets)
+    variables = jax.eval_shape(code, variables)
+  return _pretrained(folder, config, model, variables, files={})
+
+
+def _pretrained(
+  folder: Path, config: Mapping, model: nn.Module, variables: dict, files: dict[str, str]
+) -> Pretrained:
+  """A `Pretrained` of a folder or GGUF file, with its config, preprocessing and tokenizer."""
+  family = family_of(config)
+  tokenizer = folder
+  if folder.is_dir():
+    tokenizer = folder / 'tokenizer.json'
   return Pretrained(
-    model,
-    variables,
-    family.describe(config, model),
-    config['model_type'],
-    _preprocess(folder, family, model),
-    _file(folder if folder.is_file() else folder / 'tokenizer.json'),
-    {},
+    model=model,
+    variables=variables,
+    config=family.describe(config, model),
+    family=config['model_type'],
+    preprocess=_preprocess(folder, family, model),
+    tokenizer=str(tokenizer) if tokenizer.exists() else None,
+    files=files,
   )
 
 
 def _opened(folder: Path, weights: bool = True) -> tuple[Checkpoint | Gguf | None, dict[str, Any]]:
-  """The weights of a folder or GGUF file, None if they are not needed and not there, and their
-  config.
+  """(checkpoint, config) of a folder or GGUF file.
+
+  The checkpoint may be None if no weights are needed and there are none.
   """
   if folder.is_file():
-    return (file := Gguf(folder)), file.config
+    file = Gguf(folder)
+    return file, file.config
   if not (folder / 'config.json').exists():
     raise FileNotFoundError(
       f'{folder} holds no config.json, so what kind of model it is is unknown'
     )
-  config = files.read_json(folder / 'config.json')
-  family_of(config)  # an unknown kind is told before its files are looked for
-  if (folder / GGUF).exists():
-    return Gguf(folder / GGUF), config
-  there = weights or any((folder / name).exists() for name in (files.FILE, files.INDEX))
-  return Checkpoint(folder) if there else None, config
+  config = read_json(folder / 'config.json')
+  family_of(config)  # first, since an unknown kind explains more than a missing file
+  if (folder / GGUF_FILE).exists():
+    return Gguf(folder / GGUF_FILE), config
+  if weights or has_weights(folder):
+    return Checkpoint(folder), config
+  return None, config
 
 
 def from_config(
   config: Mapping,
   *,
+  checkpoint: Checkpoint | Gguf | None = None,
   num_classes: int | None = None,
   image_size: int | None = None,
   dtype: Any = 'float32',
@@ -222,28 +239,43 @@ def from_config(
   pool: str | None = None,
   dropout: float | None = None,
 ) -> nn.Module:
-  """The model that a Hugging Face config describes, without weights; for arguments see `load`."""
-  return _build(
-    config,
-    None,
-    num_classes=num_classes,
-    image_size=image_size,
-    dtype=dtype,
-    param_dtype=param_dtype,
-    scan=scan,
-    remat=remat,
-    layers=layers,
-    pool=pool,
-    dropout=dropout,
-  )
+  """The model of a Hugging Face config, without weights.
+
+  Args:
+    config: as in config.json.
+    checkpoint: opened weights, which show parts that the config does not name (a head, a pooler);
+      None leaves those out.
+    num_classes: for this and the other arguments see `load`.
+
+  Raises:
+    ValueError: the model_type is unknown, the config lacks a value, or the arguments do not fit it.
+  """
+  fields = {
+    'dtype': jnp.dtype(dtype),
+    'param_dtype': jnp.dtype(param_dtype),
+    'scan': scan,
+    'remat': remat,
+  }
+  family = family_of(config)
+  request = Request(num_classes, image_size, layers, pool, fields)
+  try:
+    model = family.build(config, checkpoint, request)
+  except KeyError as error:
+    raise ValueError(
+      f'the config of a {config["model_type"]} model needs {error}; this one has '
+      f'{", ".join(sorted(config))}'
+    ) from error
+  if dropout is None:
+    return model
+  return model.clone(dropout=dropout, attention_dropout=dropout)
 
 
 def check_decoder(pretrained: Pretrained) -> None:
   """Raises a ValueError if a backbone writes no text."""
   if not isinstance(pretrained.model, Llama):
     raise ValueError(
-      f'a {pretrained.family} model writes no text; decoders are {", ".join(LLAMA_FAMILIES)}, such as '
-      "'smollm2-135m'"
+      f'a {pretrained.family} model writes no text; decoders are {", ".join(LLAMA_FAMILIES)}, '
+      "such as 'smollm2-135m'"
     )
 
 
@@ -251,7 +283,7 @@ def decoder_tokenizer(pretrained: Pretrained) -> Tokenizer:
   """The tokenizer of a backbone that writes text.
 
   Raises:
-    ValueError: it is no decoder, or has no tokenizer that could serve.
+    ValueError: it is no decoder, or has no tokenizer that can be read.
   """
   check_decoder(pretrained)
   if pretrained.tokenizer is None:
@@ -277,13 +309,21 @@ def save_pretrained(
   table = family.table(model)
   params = traverse_util.flatten_dict(nn.meta.unbox(dict(variables['params'])), sep='/')
   tensors = to_tensors(params, table)
-  headed = table.tied or any(path.split('/')[0] == 'head' for path in params)
-  name = table.architectures[headed or not table.base]
-  files.write(Path(folder), tensors, family.describe(config, model) | {'architectures': [name]})
+  bare, headed = table.architectures
+  architecture = bare
+  # A tied head is part of the base model, and a family without a prefix has no bare model.
+  if table.tied or not table.base or any(path.startswith('head/') for path in params):
+    architecture = headed
+  config = family.describe(config, model) | {'architectures': [architecture]}
+  write_checkpoint(Path(folder), tensors, config)
 
 
 def family_of(config: Mapping) -> Family:
-  """Raises ValueError for a model_type that has no family."""
+  """The family of a config's model_type.
+
+  Raises:
+    ValueError: there is none.
+  """
   kind = config.get('model_type')
   if kind not in FAMILIES:
     near = nearest(kind, FAMILIES)
@@ -294,53 +334,53 @@ def family_of(config: Mapping) -> Family:
 
 def shapes_of(model: nn.Module, family: Family) -> dict[str, tuple[int, ...]]:
   """{path: shape} of a model's parameters."""
-  tree = jax.eval_shape(model.init, jax.random.key(0), *family.example(model))['params']
-  return {path: x.shape for path, x in traverse_util.flatten_dict(tree, sep='/').items()}
+  variables = _abstract(model, family)
+  params = traverse_util.flatten_dict(variables['params'], sep='/')
+  return {path: array.shape for path, array in params.items()}
 
 
-def _build(config, checkpoint, *, num_classes, image_size, layers, pool, dropout, **fields):
-  fields |= {name: jnp.dtype(fields[name]) for name in ('dtype', 'param_dtype')}
-  request = Request(num_classes, image_size, layers, pool, fields)
-  build = family_of(config).build
-  try:
-    model = build(config, checkpoint, request)
-  except KeyError as error:
-    raise ValueError(
-      f'the config of a {config["model_type"]} model needs {error}; this one has '
-      f'{", ".join(sorted(config))}'
-    ) from error
-  return model if dropout is None else model.clone(dropout=dropout, attention_dropout=dropout)
+def _abstract(model: nn.Module, family: Family) -> dict[str, Any]:
+  """The variables of a model, as shapes."""
+  return jax.eval_shape(model.init, jax.random.key(0), *family.example(model))
 
 
-def _fresh(shapes, checkpoint: Checkpoint, num_classes: int | None) -> set[str]:
-  """What is not read: a new head, and the pooler below it where the files have none."""
-  if num_classes is None:
-    return set()
-  pooled = any('pooler.' in key or 'classifier.dense.' in key for key in checkpoint.shapes)
-  roots = ('head', 'head_distill', *(() if pooled else ('pooler',)))
+def _coders(model: nn.Module, family: Family, form: Format, targets: str) -> dict[str, Any]:
+  """{path: function from a kernel's layers to its 4-bit form}, for the kernels of `targets`."""
+  sites = sites_of(model, _abstract(model, family), *family.example(model))
+  found = kernels(sites, targets)
+  return {path: functools.partial(coded, form, *place) for path, place in found.items()}
+
+
+def _fresh(shapes: Mapping, checkpoint: Checkpoint | Gguf) -> set[str]:
+  """The paths that a new head makes fresh: the head, and a pooler that the files do not have."""
+  roots = {'head', 'head_distill', 'pooler'}
+  if any('pooler.' in key or 'classifier.dense.' in key for key in checkpoint.shapes):
+    roots.remove('pooler')
   return {path for path in shapes if path.split('/')[0] in roots}
 
 
-def _new(paths: set[str], shapes, seed: int, dtype) -> dict[str, jax.Array]:
+def _initialised(paths: set[str], shapes: Mapping, seed: int, dtype: Any) -> dict[str, jax.Array]:
+  """{path: fresh array}: small random kernels, zeros elsewhere."""
   keys = jax.random.split(jax.random.key(seed), max(1, len(paths)))
-  kernel = lambda key, shape: 0.02 * jax.random.normal(key, shape, dtype)
-  return {
-    path: kernel(key, shapes[path]) if path.endswith('kernel') else jnp.zeros(shapes[path], dtype)
-    for key, path in zip(keys, sorted(paths), strict=False)
-  }
+  arrays = {}
+  for key, path in zip(keys, sorted(paths), strict=False):
+    if path.endswith('kernel'):
+      arrays[path] = 0.02 * jax.random.normal(key, shapes[path], dtype)
+    else:
+      arrays[path] = jnp.zeros(shapes[path], dtype)
+  return arrays
 
 
-def _preprocess(folder: Path, family: Family, model) -> dict[str, Any] | None:
+def _preprocess(folder: Path, family: Family, model: nn.Module) -> dict[str, Any] | None:
+  """Mean and std of the pixels, from the files or the family's own, and the image size."""
   if family.colours is None:
     return None
   file = folder / 'preprocessor_config.json'
-  told = files.read_json(file) if file.exists() else {}
+  stored = {}
+  if file.exists():
+    stored = read_json(file)
   return {
-    'mean': tuple(told.get('image_mean', family.colours['mean'])),
-    'std': tuple(told.get('image_std', family.colours['std'])),
+    'mean': tuple(stored.get('image_mean', family.colours['mean'])),
+    'std': tuple(stored.get('image_std', family.colours['std'])),
     'image_size': model.image_size,
   }
-
-
-def _file(path: Path) -> str | None:
-  return str(path) if path.exists() else None

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from ..lazy import on_first_use
+from jpeft.lazy import on_first_use
 
 if TYPE_CHECKING:
   from .files import BERT_FAMILIES
@@ -10,4 +10,4 @@ if TYPE_CHECKING:
 
 __all__ = ['BERT_FAMILIES', 'Bert']
 
-__getattr__ = on_first_use(__name__, {'BERT_FAMILIES': '.files', 'Bert': '.model'})
+__getattr__ = on_first_use(__name__, {'.files': ('BERT_FAMILIES',), '.model': ('Bert',)})

@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from ..families import Family, Request, depth_of, shape_of, with_labels
-from ..io.layout import Table
-from ..io.safetensors import Checkpoint, read_json
-from ..nn.layers import activation
+from ..io import Checkpoint, Table, read_json
+from ..nn import activation
 from .model import Bert
 
 _ROWS = (
@@ -26,7 +25,7 @@ _ROWS = (
   ('encoder/block/norm2', 'norm', 'encoder.layer.{i}.output.LayerNorm'),
 )
 _POOLER = (('pooler', 'dense', 'pooler.dense'),)
-# Buffers, and heads that the model was not asked to have.
+# Buffers, and heads that the model does without.
 _IGNORE = (
   r'embeddings\.(position|token_type)_ids',
   r'pooler\..*',
@@ -36,11 +35,11 @@ _IGNORE = (
 )
 
 BERT = Table(
-  'bert.',
-  _ROWS + _POOLER,
-  (('head', 'dense', 'classifier'),),
-  _IGNORE,
-  ('BertModel', 'BertForSequenceClassification'),
+  base='bert.',
+  rows=_ROWS + _POOLER,
+  head=(('head', 'dense', 'classifier'),),
+  ignore=_IGNORE,
+  architectures=('BertModel', 'BertForSequenceClassification'),
 )
 ROBERTA = BERT._replace(
   base='roberta.', head=(), architectures=('RobertaModel', 'RobertaForSequenceClassification')
@@ -53,42 +52,46 @@ ROBERTA_CLASSIFIER = ROBERTA._replace(
 
 
 def _pool(config: Mapping, checkpoint: Checkpoint | None) -> str:
-  """As the config says, or the description that sentence encoders carry in 1_Pooling."""
+  """The pooling in the config, else that of the sentence encoder, else 'cls'."""
   if 'jpeft_pool' in config:
     return config['jpeft_pool']
-  file = checkpoint and checkpoint.folder / '1_Pooling' / 'config.json'
-  if file and file.exists():
-    return 'mean' if read_json(file).get('pooling_mode_mean_tokens') else 'cls'
+  if checkpoint is None:
+    return 'cls'
+  file = checkpoint.folder / '1_Pooling' / 'config.json'  # of sentence encoders
+  if file.exists() and read_json(file).get('pooling_mode_mean_tokens'):
+    return 'mean'
   return 'cls'
 
 
 def _build(config: Mapping, checkpoint: Checkpoint | None, request: Request) -> Bert:
-  roberta, width = config['model_type'] == 'roberta', config['hidden_size']
+  roberta = config['model_type'] == 'roberta'
   if config.get('position_embedding_type', 'absolute') != 'absolute':
     raise ValueError(
       f'position_embedding_type {config["position_embedding_type"]!r} is not '
       "supported, only 'absolute'"
     )
-  head = shape_of(checkpoint, 'classifier.out_proj.weight' if roberta else 'classifier.weight')
+  head_key = 'classifier.weight'
+  pad_id = None
+  if roberta:
+    head_key = 'classifier.out_proj.weight'
+    pad_id = config.get('pad_token_id', 1)
   pool = request.pool or _pool(config, checkpoint)
   classes = request.num_classes
+  head = shape_of(checkpoint, head_key)
   if classes is None and head and pool != 'tokens':
     classes = head[0]
-  pooled = shape_of(checkpoint, 'pooler.dense.weight') or shape_of(
-    checkpoint, 'classifier.dense.weight'
-  )
   return Bert(
-    width,
+    config['hidden_size'],
     depth_of(config, 'num_hidden_layers', request),
     config['num_attention_heads'],
     config['intermediate_size'],
     config['vocab_size'],
     config['max_position_embeddings'],
     config.get('type_vocab_size', 2),
-    pad_id=config.get('pad_token_id', 1) if roberta else None,
+    pad_id=pad_id,
     num_classes=classes,
     pool=pool,
-    pooler=pool == 'cls' and (bool(pooled) or (roberta and classes is not None)),
+    pooler=pool == 'cls' and _has_pooler(checkpoint, roberta, classes),
     eps=config.get('layer_norm_eps', 1e-12),
     activation=activation(config.get('hidden_act', 'gelu')),
     dropout=config.get('hidden_dropout_prob', 0.1),
@@ -97,16 +100,26 @@ def _build(config: Mapping, checkpoint: Checkpoint | None, request: Request) -> 
   )
 
 
+def _has_pooler(checkpoint: Checkpoint | None, roberta: bool, classes: int | None) -> bool:
+  """Whether a head that reads the first token comes after a pooler."""
+  if roberta and classes is not None:
+    return True
+  stored = [shape_of(checkpoint, f'{key}.dense.weight') for key in ('pooler', 'classifier')]
+  return any(stored)
+
+
 def _table(model: Bert) -> Table:
   if model.pad_id is None:
     return BERT
-  return ROBERTA if model.num_classes is None else ROBERTA_CLASSIFIER
+  if model.num_classes is None:
+    return ROBERTA
+  return ROBERTA_CLASSIFIER
 
 
 def _describe(config: Mapping, model: Bert) -> dict:
   return with_labels(config, model.num_classes) | {
     'num_hidden_layers': model.depth,
-    'jpeft_pool': model.pool,
+    'jpeft_pool': model.pool,  # our own key, which transformers ignores
   }
 
 

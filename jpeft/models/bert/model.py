@@ -1,7 +1,6 @@
-"""BERT (arXiv:1810.04805), RoBERTa (arXiv:1907.11692) and MiniLM (arXiv:2002.10957) in one
-module.
-"""
+"""BERT (arXiv:1810.04805), RoBERTa (arXiv:1907.11692), MiniLM (arXiv:2002.10957) in one module."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +8,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ..nn.blocks import Encoder, PostNormBlock, Remat, block_of
-from ..nn.layers import check_pool, default_init, gelu, layer_norm
+from ..nn import (
+  Encoder,
+  PostNormBlock,
+  Remat,
+  block_of,
+  check_pool,
+  default_init,
+  gelu,
+  layer_norm,
+)
 
 POOLS = ('cls', 'mean', 'tokens')
 
@@ -43,28 +50,30 @@ class TokenEmbed(nn.Module):
 
   @nn.compact
   def __call__(self, tokens, types=None, deterministic=True):
-    longest = self.positions - (0 if self.pad_id is None else self.pad_id + 1)
+    longest = self.positions
+    if self.pad_id is not None:
+      longest -= self.pad_id + 1
     if tokens.shape[1] > longest:
       raise ValueError(
         f'{tokens.shape[1]} tokens are more than the {longest} positions that the '
         'model knows; truncate the text'
       )
-    embed = lambda name, rows: nn.Embed(
-      rows,
-      self.width,
+    embed = functools.partial(
+      nn.Embed,
+      features=self.width,
       embedding_init=default_init,
-      name=name,
       dtype=self.dtype,
       param_dtype=self.param_dtype,
     )
     if self.pad_id is None:
-      position = jnp.arange(tokens.shape[1])[None]
+      positions = jnp.arange(tokens.shape[1])[None]  # [1, N]
     else:
       real = (tokens != self.pad_id).astype(jnp.int32)
-      position = jnp.cumsum(real, 1) * real + self.pad_id
-    types = jnp.zeros_like(tokens) if types is None else types
-    x = embed('word', self.vocab)(tokens) + embed('type', self.types)(types)
-    x = x + embed('position', self.positions)(position)
+      positions = jnp.cumsum(real, 1) * real + self.pad_id  # [B, N]
+    if types is None:
+      types = jnp.zeros_like(tokens)
+    x = embed(self.vocab, name='word')(tokens) + embed(self.types, name='type')(types)
+    x = x + embed(self.positions, name='position')(positions)
     x = layer_norm(self, 'norm')(x)
     return nn.Dropout(self.dropout, name='dropout')(x, deterministic=deterministic)
 
@@ -92,7 +101,7 @@ class Bert(nn.Module):
     activation: of the MLPs.
     dropout: rate on the embedding, on each branch and on the pooled feature.
     attention_dropout: rate on the attention probabilities.
-    attention_fn: see `layers.Attention`.
+    attention_fn: see `jpeft.models.nn.Attention`.
     scan: run the blocks by nn.scan.
     remat: recompute blocks in the backward pass; see `run_blocks`.
     dtype: of the computation.
@@ -135,37 +144,41 @@ class Bert(nn.Module):
     """
     check_pool(self.pool, POOLS, self.num_classes)
     dtypes = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
-    x = TokenEmbed(
+    embed = TokenEmbed(
       self.width,
       self.vocab,
       self.positions,
       self.types,
-      self.pad_id,
-      self.eps,
-      self.dropout,
+      pad_id=self.pad_id,
+      eps=self.eps,
+      dropout=self.dropout,
       name='embed',
       **dtypes,
-    )(tokens, types, deterministic)
-    keys = None if mask is None else mask.astype(bool)[:, None, None, :]
-    x = Encoder(block_of(self, PostNormBlock), self.depth, self.scan, self.remat, name='encoder')(
-      x, mask=keys, deterministic=deterministic
     )
+    x = embed(tokens, types, deterministic)  # [B, N, D]
+    key_mask = None
+    if mask is not None:
+      key_mask = mask.astype(bool)[:, None, None, :]  # [B, 1, 1, N]
+    block = block_of(self, PostNormBlock)
+    encoder = Encoder(block, self.depth, self.scan, self.remat, name='encoder')
+    x = encoder(x, mask=key_mask, deterministic=deterministic)  # [B, N, D]
     if self.pool == 'mean':
       x = masked_mean(x, mask)
     elif self.pool == 'cls':
       x = x[:, 0]
     dropout = nn.Dropout(self.dropout, name='dropout')
-    dense = lambda name, size: nn.Dense(size, kernel_init=default_init, name=name, **dtypes)
+    dense = functools.partial(nn.Dense, kernel_init=default_init, **dtypes)
     if self.pooler:
-      x = jnp.tanh(dense('pooler', self.width)(x))
+      x = jnp.tanh(dense(self.width, name='pooler')(x))
     if self.num_classes is None:
       return x
-    return dense('head', self.num_classes)(dropout(x, deterministic=deterministic))
+    x = dropout(x, deterministic=deterministic)
+    return dense(self.num_classes, name='head')(x)
 
 
 def masked_mean(x, mask=None):
   """The mean over the tokens of x [B, N, D] for which mask [B, N] is nonzero."""
   if mask is None:
     return x.mean(1)
-  weight = mask.astype(x.dtype)[..., None]
-  return (x * weight).sum(1) / jnp.maximum(weight.sum(1), 1)
+  weight = mask.astype(x.dtype)[..., None]  # [B, N, 1]
+  return (x * weight).sum(1) / jnp.maximum(weight.sum(1), 1)  # a row without tokens gives zero

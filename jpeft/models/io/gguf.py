@@ -14,11 +14,16 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from einops import rearrange
 
 from .safetensors import sha256
 
-FILE = 'model.gguf'
-_MAGIC, _VERSIONS, _ALIGNMENT = b'GGUF', (2, 3), 32
+GGUF_FILE = 'model.gguf'
+_MAGIC = b'GGUF'
+_VERSIONS = (2, 3)
+_ALIGNMENT = 32  # bytes, unless the metadata has another
+
+# Types of metadata values: those of numbers with their code in `struct`, texts, and lists.
 _SCALARS = {
   0: 'B',
   1: 'b',
@@ -32,11 +37,12 @@ _SCALARS = {
   11: 'q',
   12: 'd',
 }
-_STRING, _ARRAY = 8, 9
+_STRING = 8
+_ARRAY = 9
 
 
 class Format(NamedTuple):
-  """How a type of tensor lies in the file.
+  """How a type of tensor is stored.
 
   Attributes:
     name: as GGUF calls it.
@@ -51,27 +57,44 @@ class Format(NamedTuple):
   decode: Callable[[np.ndarray], np.ndarray]
 
 
-def _plain(dtype):
-  return lambda blocks: np.ascontiguousarray(blocks).view(dtype).astype(np.float32)
+def _numbers(blocks: np.ndarray, dtype) -> np.ndarray:
+  """Bytes [n, b] read as numbers of a type: float32 [n, b / size of the type]."""
+  return np.ascontiguousarray(blocks).view(dtype).astype(np.float32)
 
 
-def _scale(blocks, i):
-  return np.ascontiguousarray(blocks[:, 2 * i : 2 * i + 2]).view(np.float16).astype(np.float32)
-
-
-def _codes(data):
+def _codes(data: np.ndarray) -> np.ndarray:
+  """The 4-bit codes in bytes [n, 16]: float32 [n, 32], the low halves of the bytes first."""
   return np.concatenate([data & 15, data >> 4], 1).astype(np.float32)
 
 
+def _q4_0(blocks: np.ndarray) -> np.ndarray:
+  """d (code - 8)."""
+  return _numbers(blocks[:, :2], np.float16) * (_codes(blocks[:, 2:]) - 8)
+
+
+def _q4_1(blocks: np.ndarray) -> np.ndarray:
+  """d code + m."""
+  scale = _numbers(blocks[:, :2], np.float16)
+  minimum = _numbers(blocks[:, 2:4], np.float16)
+  return scale * _codes(blocks[:, 4:]) + minimum
+
+
+def _q8_0(blocks: np.ndarray) -> np.ndarray:
+  """d code, codes of 8 bits."""
+  return _numbers(blocks[:, :2], np.float16) * _numbers(blocks[:, 2:], np.int8)
+
+
+# By the number of the type in the file.
 FORMATS = {
-  0: Format('F32', 1, 4, _plain(np.float32)),
-  1: Format('F16', 1, 2, _plain(np.float16)),
-  2: Format('Q4_0', 32, 18, lambda b: _scale(b, 0) * (_codes(b[:, 2:]) - 8)),
-  3: Format('Q4_1', 32, 20, lambda b: _scale(b, 0) * _codes(b[:, 4:]) + _scale(b, 1)),
-  8: Format('Q8_0', 32, 34, lambda b: _scale(b, 0) * np.ascontiguousarray(b[:, 2:]).view(np.int8)),
-  30: Format('BF16', 1, 2, _plain(ml_dtypes.bfloat16)),
+  0: Format('F32', 1, 4, functools.partial(_numbers, dtype=np.float32)),
+  1: Format('F16', 1, 2, functools.partial(_numbers, dtype=np.float16)),
+  2: Format('Q4_0', 32, 18, _q4_0),
+  3: Format('Q4_1', 32, 20, _q4_1),
+  8: Format('Q8_0', 32, 34, _q8_0),
+  30: Format('BF16', 1, 2, functools.partial(_numbers, dtype=ml_dtypes.bfloat16)),
 }
 
+# Names of modules in GGUF -> in Hugging Face: within a block, and outside of blocks.
 _BLOCK = {
   'attn_norm': 'input_layernorm',
   'ffn_norm': 'post_attention_layernorm',
@@ -90,13 +113,16 @@ ARCHITECTURES = ('llama', 'qwen2', 'qwen3')
 
 
 class _Tensor(NamedTuple):
+  """One tensor of the file: its format, its shape, and its bytes, from `start` up to `end`."""
+
   format: Format
   shape: tuple[int, ...]
   start: int
+  end: int
 
 
 class Gguf:
-  """One GGUF file, with the attributes of a `Checkpoint`; data is read when asked for.
+  """One GGUF file, with the attributes of a `Checkpoint`; a tensor is read by `read`.
 
   Attributes:
     folder: the file.
@@ -105,15 +131,15 @@ class Gguf:
     files: {file name: sha256}; computed when first read.
 
   Raises:
-    ValueError: it is no GGUF file, was cut, says what cannot be, or holds a type that is not
+    ValueError: it is no GGUF file, was cut, contradicts itself, or has a type of tensor that is not
       supported.
   """
 
   def __init__(self, path: str | Path):
     self.folder = Path(path)
-    self._data = (
-      np.memmap(self.folder, np.uint8, 'r') if self.folder.stat().st_size else np.empty(0, np.uint8)
-    )
+    self._data = np.empty(0, np.uint8)
+    if self.folder.stat().st_size:  # an empty file cannot be mapped
+      self._data = np.memmap(self.folder, np.uint8, 'r')
     try:
       self.metadata, self._tensors = _parse(self._data)
     except _Unsupported as error:
@@ -122,8 +148,8 @@ class Gguf:
       raise ValueError(
         f'{self.folder} is no readable GGUF file ({error}); it is damaged or was not copied whole'
       ) from error
-    self.shapes = {self._key(name): tensor.shape for name, tensor in self._tensors.items()}
-    self._names = {self._key(name): name for name in self._tensors}
+    self._names = {_hugging_face_key(name): name for name in self._tensors}
+    self.shapes = {key: self._tensors[name].shape for key, name in self._names.items()}
 
   @functools.cached_property
   def files(self) -> dict[str, str]:
@@ -134,7 +160,7 @@ class Gguf:
     """The metadata as a Hugging Face config.
 
     Raises:
-      ValueError: an architecture that is not supported, or one that tells too little.
+      ValueError: an architecture that is not supported, or a value that is missing.
     """
     kind = self.metadata.get('general.architecture')
     if kind not in ARCHITECTURES:
@@ -144,81 +170,89 @@ class Gguf:
     try:
       return self._config(kind)
     except KeyError as error:
-      raise ValueError(
-        f'{self.folder} has no {f"{kind}.{error.args[0]}"!r} in its metadata'
-      ) from error
+      missing = f'{kind}.{error.args[0]}'
+      raise ValueError(f'{self.folder} has no {missing!r} in its metadata') from error
 
   def _config(self, kind: str) -> dict[str, Any]:
-    told = {key.removeprefix(f'{kind}.'): value for key, value in self.metadata.items()}
-    heads, width = told['attention.head_count'], told['embedding_length']
-    size = told.get('attention.key_length', width // heads)
-    scaling = told.get('rope.scaling.type', 'none')
-    eps = float(
-      str(np.float32(told['attention.layer_norm_rms_epsilon']))
-    )  # 1e-5, not the float32 next to it
-    return {
+    values = {key.removeprefix(f'{kind}.'): value for key, value in self.metadata.items()}
+    heads = values['attention.head_count']
+    width = values['embedding_length']
+    head_dim = values.get('attention.key_length', width // heads)
+    # By way of the text, since the config has 1e-5 and not the float32 next to it.
+    eps = float(str(np.float32(values['attention.layer_norm_rms_epsilon'])))
+    rope_scaling = None
+    if values.get('rope.scaling.type', 'none') != 'none':
+      rope_scaling = {
+        'rope_type': values['rope.scaling.type'],
+        'factor': values['rope.scaling.factor'],
+      }
+    config = {
       'model_type': kind,
       'hidden_size': width,
-      'num_hidden_layers': told['block_count'],
+      'num_hidden_layers': values['block_count'],
       'num_attention_heads': heads,
-      'num_key_value_heads': told.get('attention.head_count_kv', heads),
-      'head_dim': size,
-      'intermediate_size': told['feed_forward_length'],
+      'num_key_value_heads': values.get('attention.head_count_kv', heads),
+      'head_dim': head_dim,
+      'intermediate_size': values['feed_forward_length'],
       'vocab_size': self.shapes.get('model.embed_tokens.weight', (0,))[0],
-      'max_position_embeddings': told['context_length'],
+      'max_position_embeddings': values['context_length'],
       'rms_norm_eps': eps,
-      'rope_theta': told.get('rope.freq_base', 10000.0),
-      'rope_scaling': None
-      if scaling == 'none'
-      else {'rope_type': scaling, 'factor': told['rope.scaling.factor']},
-      'partial_rotary_factor': told.get('rope.dimension_count', size) / size,
+      'rope_theta': values.get('rope.freq_base', 10000.0),
+      'rope_scaling': rope_scaling,
+      'partial_rotary_factor': values.get('rope.dimension_count', head_dim) / head_dim,
       'tie_word_embeddings': 'lm_head.weight' not in self.shapes,
-      **{
-        name: self.metadata[f'tokenizer.ggml.{name}']
-        for name in ('bos_token_id', 'eos_token_id')
-        if f'tokenizer.ggml.{name}' in self.metadata
-      },
     }
+    for name in ('bos_token_id', 'eos_token_id'):
+      if f'tokenizer.ggml.{name}' in self.metadata:
+        config[name] = self.metadata[f'tokenizer.ggml.{name}']
+    return config
 
   def read(self, key: str) -> np.ndarray:
     """One tensor as float32, in the layout of Hugging Face."""
     array = self.tensor(self._names[key])
+    if self.config['model_type'] != 'llama':
+      return array
+    # The writer of Llama files turned the two halves of each head's rows into neighbouring pairs.
     for part, heads in (('q_proj', 'num_attention_heads'), ('k_proj', 'num_key_value_heads')):
-      if f'.{part}.' in key and self.config['model_type'] == 'llama':
-        # The writer turned two halves of a head into neighbouring pairs.
-        pairs = array.reshape(self.config[heads], -1, 2, *array.shape[1:])
-        array = pairs.swapaxes(1, 2).reshape(array.shape)
+      if f'.{part}.' in key:
+        array = rearrange(array, '(h i j) ... -> (h j i) ...', h=self.config[heads], j=2)
     return array
 
   def tensor(self, name: str) -> np.ndarray:
     """One tensor by its own name, as float32."""
-    form, shape, start = self._tensors[name]
-    blocks = self._data[start : start + _size(form, shape)].reshape(-1, form.bytes)
-    return form.decode(blocks).reshape(shape)
+    tensor = self._tensors[name]
+    blocks = self._data[tensor.start : tensor.end].reshape(-1, tensor.format.bytes)
+    return tensor.format.decode(blocks).reshape(tensor.shape)
 
-  def _key(self, name: str) -> str:
-    """The name that Hugging Face gives a tensor; one that is not known stays."""
-    stem, _, kind = name.rpartition('.')
-    block = re.fullmatch(r'blk\.(\d+)\.(\w+)', stem)
-    if block and block[2] in _BLOCK:
-      return f'model.layers.{block[1]}.{_BLOCK[block[2]]}.{kind}'
-    return f'{_TOP[stem]}.{kind}' if stem in _TOP else name
+
+def _hugging_face_key(name: str) -> str:
+  """The key that Hugging Face gives a tensor; the same name if it is unknown."""
+  stem, _, kind = name.rpartition('.')
+  block = re.fullmatch(r'blk\.(\d+)\.(\w+)', stem)
+  if block and block[2] in _BLOCK:
+    return f'model.layers.{block[1]}.{_BLOCK[block[2]]}.{kind}'
+  if stem in _TOP:
+    return f'{_TOP[stem]}.{kind}'
+  return name
 
 
 class _Unsupported(Exception):
-  """What a file holds cannot be read here."""
+  """The file is sound, but has something that cannot be read here."""
 
 
 class _Damaged(Exception):
-  """What a file says cannot be."""
+  """The file contradicts itself."""
 
 
 def _parse(data: np.ndarray) -> tuple[dict[str, Any], dict[str, _Tensor]]:
-  reader = _Reader(memoryview(data))
-  if bytes(data[:4]) != _MAGIC:
-    raise _Damaged(f'it begins with {bytes(data[:4])!r}')
-  reader.at = 4
-  version, tensors, entries = reader.number('I'), reader.number('Q'), reader.number('Q')
+  """(metadata, {name: tensor}) of the bytes of a file."""
+  magic = bytes(data[:4])
+  if magic != _MAGIC:
+    raise _Damaged(f'it begins with {magic!r}')
+  reader = _Reader(memoryview(data), at=4)
+  version = reader.number('I')
+  tensors = reader.number('Q')
+  entries = reader.number('Q')
   if version not in _VERSIONS:
     raise _Damaged(f'version {version} is none of {_VERSIONS}')
   metadata = {}
@@ -228,58 +262,69 @@ def _parse(data: np.ndarray) -> tuple[dict[str, Any], dict[str, _Tensor]]:
   heads = {}
   for _ in range(tensors):
     name = reader.text()
-    shape = tuple(reader.number('Q') for _ in range(reader.number('I')))[::-1]
-    heads[name] = shape, reader.number('I'), reader.number('Q')
+    axes = reader.number('I')
+    shape = tuple(reader.number('Q') for _ in range(axes))[::-1]  # the file has the last axis first
+    kind = reader.number('I')
+    offset = reader.number('Q')
+    heads[name] = (shape, kind, offset)
   align = metadata.get('general.alignment', _ALIGNMENT)
   if not isinstance(align, int) or align < 1:
     raise _Damaged(f'general.alignment is {align!r}')
-  start = -(-reader.at // align) * align
+  start = -(-reader.at // align) * align  # of the first tensor: the end of the header, rounded up
   found = {}
   for name, (shape, kind, offset) in heads.items():
-    if kind not in FORMATS:
-      raise _Unsupported(
-        f'{name!r} has the type {kind}, which is not supported; supported are '
-        + ', '.join(f'{form.name} ({i})' for i, form in FORMATS.items())
-      )
-    form = FORMATS[kind]
-    if not shape or shape[-1] % form.weights:
-      raise _Damaged(
-        f'{name!r} of shape {list(shape)} cannot be cut into {form.name} blocks of {form.weights}'
-      )
-    if start + offset + _size(form, shape) > len(data):
-      raise _Damaged(f'{name!r} ends at byte {start + offset + _size(form, shape)} of {len(data)}')
-    found[name] = _Tensor(form, shape, start + offset)
+    tensor = _tensor(name, shape, kind, start + offset)
+    if tensor.end > len(data):
+      raise _Damaged(f'{name!r} ends at byte {tensor.end} of {len(data)}')
+    found[name] = tensor
   return metadata, found
 
 
-def _size(form: Format, shape: tuple[int, ...]) -> int:
-  return math.prod(shape) // form.weights * form.bytes
+def _tensor(name: str, shape: tuple[int, ...], kind: int, start: int) -> _Tensor:
+  """A tensor of a type, by the type's number, that begins at byte `start`."""
+  if kind not in FORMATS:
+    supported = ', '.join(f'{form.name} ({i})' for i, form in FORMATS.items())
+    raise _Unsupported(
+      f'{name!r} has the type {kind}, which is not supported; supported are {supported}'
+    )
+  form = FORMATS[kind]
+  if not shape or shape[-1] % form.weights:
+    raise _Damaged(
+      f'{name!r} of shape {list(shape)} cannot be cut into {form.name} blocks of {form.weights}'
+    )
+  size = math.prod(shape) // form.weights * form.bytes
+  return _Tensor(form, shape, start, start + size)
 
 
 class _Reader:
-  """Numbers and texts of a header, one after the other."""
+  """Reads the numbers and texts of a header, one after the other; `at` is the next byte."""
 
-  def __init__(self, data: memoryview):
-    self.data, self.at = data, 0
+  def __init__(self, data: memoryview, at: int):
+    self.data = data
+    self.at = at
 
   def number(self, code: str):
-    size = struct.calcsize(f'<{code}')
+    """A number of a type, by its code in `struct`."""
     (value,) = struct.unpack_from(f'<{code}', self.data, self.at)
-    self.at += size
+    self.at += struct.calcsize(f'<{code}')
     return value
 
   def text(self) -> str:
     size = self.number('Q')
     if size > len(self.data) - self.at:
       raise _Damaged(f'a text of {size} bytes at byte {self.at} of {len(self.data)}')
+    text = bytes(self.data[self.at : self.at + size])
     self.at += size
-    return bytes(self.data[self.at - size : self.at]).decode()
+    return text.decode()
 
   def value(self, kind: int):
+    """A value of metadata, by the number of its type."""
     if kind == _STRING:
       return self.text()
     if kind == _ARRAY:
-      inner, count = self.number('I'), self.number('Q')
+      inner = self.number('I')
+      count = self.number('Q')
+      # Every item takes a byte at least: a count beyond that would only fill the memory.
       if count > len(self.data) - self.at:
         raise _Damaged(f'a list of {count} at byte {self.at} of {len(self.data)}')
       return [self.value(inner) for _ in range(count)]

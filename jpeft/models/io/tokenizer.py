@@ -1,6 +1,4 @@
-"""Tokenizers with chat templates: from tokenizer.json and its neighbours, or from the metadata of a
-GGUF file.
-"""
+"""Tokenizers with chat templates: from tokenizer.json and its neighbours, or from a GGUF file."""
 
 import dataclasses
 import functools
@@ -13,7 +11,11 @@ from .gguf import Gguf
 from .safetensors import read_json
 
 FILES = ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja')
-_CONTROL, _USER = 3, 4  # token types of GGUF that are matched before anything else
+
+# Types of tokens in GGUF that are found in a text before it is split; control tokens are special,
+# that is, left out of decoded text.
+_CONTROL = 3
+_USER = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,20 +37,23 @@ class Tokenizer:
   template: str | None
 
   def encode(self, text: str, begin: bool = False) -> list[int]:
-    """The ids of a text, special tokens that are written out among them.
+    """The ids of a text; special tokens that are written out in it get their own.
 
     Args:
       text: any.
-      begin: put the token before it that begins a text, if the model is used to one. A chat
-        template writes its own.
+      begin: add the token that begins a text, if the model was trained with one. A chat template
+        writes its own.
     """
     ids = self.encoder.encode(text, add_special_tokens=False).ids
-    used = (
-      begin
-      and self.bos is not None
-      and self.encoder.encode('', add_special_tokens=True).ids[:1] == [self.bos]
-    )
-    return [self.bos, *ids] if used else ids
+    if begin and self._begins_with_bos():
+      return [self.bos, *ids]
+    return ids
+
+  def _begins_with_bos(self) -> bool:
+    """Whether the model was trained on texts that begin with `bos`."""
+    if self.bos is None:
+      return False
+    return self.encoder.encode('', add_special_tokens=True).ids[:1] == [self.bos]
 
   def token(self, number: int) -> str:
     """How a token is written."""
@@ -72,13 +77,15 @@ class Tokenizer:
       raise ValueError('this tokenizer has no chat template: write the prompt yourself')
     import jinja2
 
-    name = lambda i: '' if i is None else self.token(i)
+    bos = ''
+    if self.bos is not None:
+      bos = self.token(self.bos)
     try:
       return _compiled(self.template).render(
         messages=list(messages),
         add_generation_prompt=reply,
-        bos_token=name(self.bos),
-        eos_token=name(self.eos),
+        bos_token=bos,
+        eos_token=self.token(self.eos),
       )
     except jinja2.TemplateError as error:
       raise ValueError(f'the chat template refuses the messages: {error}') from error
@@ -88,9 +95,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
   """The tokenizer of a `Pretrained` (its `tokenizer`), of a folder, or of a GGUF file.
 
   Args:
-    path: tokenizer.json, a folder that holds it, or a .gguf file. Beside tokenizer.json,
-      tokenizer_config.json names the special tokens and may hold the chat template, else
-      chat_template.jinja does.
+    path: tokenizer.json, a folder with that file, or a .gguf file. The special tokens are those of
+      tokenizer_config.json beside it; the chat template is there or in chat_template.jinja.
 
   Raises:
     ValueError: there are no special tokens, or a kind of tokenizer that is not supported.
@@ -98,63 +104,74 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
   path = Path(path)
   if path.suffix == '.gguf':
     return from_gguf(Gguf(path))
-  path = path / 'tokenizer.json' if path.is_dir() else path
-  import tokenizers
+  if path.is_dir():
+    path = path / 'tokenizer.json'
+  import tokenizers  # here, since backbones of images do without it
 
   encoder = tokenizers.Tokenizer.from_str(path.read_text())
+  # Batches are padded and cut by the caller.
   encoder.no_padding()
   encoder.no_truncation()
   file = path.with_name('tokenizer_config.json')
-  told = read_json(file) if file.exists() else {}
+  config = {}
+  if file.exists():
+    config = read_json(file)
+  template = config.get('chat_template')
   jinja = path.with_name('chat_template.jinja')
-  template = told.get('chat_template') or (jinja.read_text() if jinja.exists() else None)
-  token = lambda name: told[name]['content'] if isinstance(told.get(name), dict) else told.get(name)
-  ids = {
-    name: encoder.token_to_id(token(f'{name}_token')) if token(f'{name}_token') else None
-    for name in ('eos', 'bos', 'pad')
-  }
+  if not template:
+    template = jinja.read_text() if jinja.exists() else None
+  ids = {name: _special_id(encoder, config.get(f'{name}_token')) for name in ('eos', 'bos', 'pad')}
   return _tokenizer(encoder, ids, template, file)
 
 
+def _special_id(encoder, token: str | Mapping[str, Any] | None) -> int | None:
+  """The id of a special token as tokenizer_config.json writes it: its text, or an object of it."""
+  if isinstance(token, Mapping):
+    token = token['content']
+  if not token:
+    return None
+  return encoder.token_to_id(token)
+
+
 def from_gguf(file: Gguf) -> Tokenizer:
-  """See `load_tokenizer`."""
+  """The tokenizer in the metadata of a GGUF file.
+
+  Raises:
+    ValueError: there are no special tokens, or a kind of tokenizer that is not supported.
+  """
   import tokenizers
   from tokenizers import AddedToken, decoders, models, processors
 
-  held = {key.removeprefix('tokenizer.ggml.'): value for key, value in file.metadata.items()}
-  if held.get('model') != 'gpt2' or held.get('pre', 'default') not in _splits():
+  values = {key.removeprefix('tokenizer.ggml.'): value for key, value in file.metadata.items()}
+  splits = _splits()
+  if values.get('model') != 'gpt2' or values.get('pre', 'default') not in splits:
     raise ValueError(
-      f'{file.folder}: the tokenizer {held.get("model")!r} with the splitting {held.get("pre")!r} is '
-      f"not supported, only 'gpt2' with {', '.join(_splits())}"
+      f'{file.folder}: the tokenizer {values.get("model")!r} with the splitting '
+      f"{values.get('pre')!r} is not supported, only 'gpt2' with {', '.join(splits)}"
     )
-  tokens = held['tokens']
-  encoder = tokenizers.Tokenizer(
-    models.BPE(
-      {token: i for i, token in enumerate(tokens)},
-      [tuple(merge.split(' ')) for merge in held['merges']],
-    )
-  )
-  encoder.pre_tokenizer, encoder.decoder = (
-    _splits()[held.get('pre', 'default')],
-    decoders.ByteLevel(),
-  )
-  for kind, add in ((_CONTROL, encoder.add_special_tokens), (_USER, encoder.add_tokens)):
-    add(
-      [
-        AddedToken(token, normalized=False)
-        for token, of in zip(tokens, held['token_type'], strict=True)
-        if of == kind
-      ]
-    )
+  tokens = values['tokens']
+  vocabulary = {token: i for i, token in enumerate(tokens)}
+  merges = [tuple(merge.split(' ')) for merge in values['merges']]
+  encoder = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
+  encoder.pre_tokenizer = splits[values.get('pre', 'default')]
+  encoder.decoder = decoders.ByteLevel()
+
+  def added(kind: int) -> list[AddedToken]:
+    kinds = zip(tokens, values['token_type'], strict=True)
+    return [AddedToken(token, normalized=False) for token, other in kinds if other == kind]
+
+  encoder.add_special_tokens(added(_CONTROL))
+  encoder.add_tokens(added(_USER))
   ids = {
-    'eos': held.get('eos_token_id'),
-    'bos': held.get('bos_token_id'),
-    'pad': held.get('padding_token_id'),
+    'eos': values.get('eos_token_id'),
+    'bos': values.get('bos_token_id'),
+    'pad': values.get('padding_token_id'),
   }
-  if held.get('add_bos_token') and ids['bos'] is not None:
-    begin = tokens[ids['bos']]
+  # In the encoder, so that a tokenizer.json that is saved from it has this too.
+  if values.get('add_bos_token') and ids['bos'] is not None:
+    bos = tokens[ids['bos']]
     encoder.post_processor = processors.TemplateProcessing(
-      f'{begin} $A', special_tokens=[(begin, ids['bos'])]
+      f'{bos} $A', special_tokens=[(bos, ids['bos'])]
     )
   return _tokenizer(encoder, ids, file.metadata.get('tokenizer.chat_template'), file.folder)
 
@@ -172,15 +189,18 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 def _tokenizer(
   encoder, ids: Mapping[str, int | None], template: str | None, where: Path
 ) -> Tokenizer:
+  """A tokenizer of the ids of 'eos', 'bos' and 'pad', which are those of the file `where`."""
   if ids['eos'] is None:
     raise ValueError(f'{where} names no end-of-text token (eos), so no text would ever end')
-  pad = ids['eos'] if ids['pad'] is None else ids['pad']
+  pad = ids['pad']
+  if pad is None:
+    pad = ids['eos']
   return Tokenizer(encoder, ids['eos'], ids['bos'], pad, template)
 
 
 @functools.cache
 def _splits() -> dict[str, Any]:
-  """{name in GGUF: how a text is cut before byte pairs are merged}."""
+  """{name in GGUF: how a text is split before byte pairs are merged}."""
   from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
   plain = ByteLevel(add_prefix_space=False)
@@ -193,7 +213,7 @@ def _splits() -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=16)
 def _compiled(template: str):
-  """Templates come with checkpoints: they run in a sandbox."""
+  """A chat template, ready to render. Templates come with checkpoints: they run in a sandbox."""
   from jinja2 import TemplateError
   from jinja2.sandbox import ImmutableSandboxedEnvironment
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from ..lazy import on_first_use
+from jpeft.lazy import on_first_use
 
 if TYPE_CHECKING:
   from .files import LLAMA_FAMILIES
@@ -11,6 +11,5 @@ if TYPE_CHECKING:
 __all__ = ['LLAMA_FAMILIES', 'Llama', 'LlamaBlock', 'grown']
 
 __getattr__ = on_first_use(
-  __name__,
-  {'LLAMA_FAMILIES': '.files', 'Llama': '.model', 'LlamaBlock': '.model', 'grown': '.model'},
+  __name__, {'.files': ('LLAMA_FAMILIES',), '.model': ('Llama', 'LlamaBlock', 'grown')}
 )

@@ -7,10 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from ..families import Family, Request, depth_of, shape_of
-from ..io.layout import Table
-from ..io.safetensors import Checkpoint
-from ..nn.layers import activation
-from ..nn.rope import Rope
+from ..io import Checkpoint, Table
+from ..nn import Rope, activation
 from .model import Llama
 
 _BLOCK = 'layers.{i}.'
@@ -36,26 +34,33 @@ _ROWS = (
   *((f'decoder/block/{ours}', 'norm', _BLOCK + theirs) for ours, theirs in _NORMS.items()),
 )
 _HEAD = 'lm_head.weight'
-_FREQUENCIES = r'layers\.\d+\.self_attn\.rotary_emb\.inv_freq'  # in files of before 2023
+# Buffers in files of before 2023.
+_FREQUENCIES = r'layers\.\d+\.self_attn\.rotary_emb\.inv_freq'
 _NAMES = {'llama': 'Llama', 'mistral': 'Mistral', 'qwen2': 'Qwen2', 'qwen3': 'Qwen3'}
 _SCALINGS = ('default', 'linear', 'llama3')
 
 
 def _table(kind: str, model: Llama) -> Table:
-  name = _NAMES[kind]
-  head = () if model.tied else (('head', 'dense', 'lm_head'),)
-  ignore = (_FREQUENCIES, r'lm_head\.weight') if model.tied else (_FREQUENCIES,)
-  return Table(
-    'model.', _ROWS, head, ignore, (f'{name}Model', f'{name}ForCausalLM'), tied=model.tied
-  )
+  architectures = (f'{_NAMES[kind]}Model', f'{_NAMES[kind]}ForCausalLM')
+  head = (('head', 'dense', 'lm_head'),)
+  ignore = (_FREQUENCIES,)
+  if model.tied:
+    head = ()
+    ignore = (_FREQUENCIES, r'lm_head\.weight')  # some files have a copy of the word table
+  return Table('model.', _ROWS, head, ignore, architectures, tied=model.tied)
 
 
 def _build(kind: str, config: Mapping, checkpoint: Checkpoint | None, request: Request) -> Llama:
   if request.num_classes is not None or request.pool is not None:
     raise ValueError(f'{_NAMES[kind]} writes text: it takes neither num_classes nor pool')
-  bias = config.get('attention_bias', False)
+  qkv_bias = config.get('attention_bias', False)
+  out_bias = qkv_bias
+  if kind == 'qwen2':
+    # Whatever the config has: the released weights have these biases and no others.
+    qkv_bias = True
+    out_bias = False
   tied = config.get('tie_word_embeddings', False)
-  if checkpoint and not tied:
+  if checkpoint is not None and not tied:
     tied = shape_of(checkpoint, _HEAD) is None
   depth = depth_of(config, 'num_hidden_layers', request)
   return Llama(
@@ -67,8 +72,8 @@ def _build(kind: str, config: Mapping, checkpoint: Checkpoint | None, request: R
     kv_heads=config.get('num_key_value_heads'),
     head_dim=config.get('head_dim'),
     tied=tied,
-    qkv_bias=kind == 'qwen2' or bias,
-    out_bias=kind != 'qwen2' and bias,
+    qkv_bias=qkv_bias,
+    out_bias=out_bias,
     mlp_bias=config.get('mlp_bias', False),
     qk_norm=kind == 'qwen3',
     rope=rope_of(config),
@@ -81,37 +86,38 @@ def _build(kind: str, config: Mapping, checkpoint: Checkpoint | None, request: R
 
 
 def rope_of(config: Mapping) -> Rope:
-  """The rotary positions of a config, as transformers 5 writes them or as older ones did.
+  """The rotary positions of a config of transformers 5 or older.
 
   Raises:
     ValueError: a variant that is not supported.
   """
-  told = config.get('rope_parameters') or config.get('rope_scaling') or {}
-  kind = told.get('rope_type', told.get('type', 'default'))
-  theta = told.get('rope_theta', config.get('rope_theta', 10000.0))
+  rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
+  kind = rope.get('rope_type', rope.get('type', 'default'))
+  theta = float(rope.get('rope_theta', config.get('rope_theta', 10000.0)))
+  part = rope.get('partial_rotary_factor', config.get('partial_rotary_factor', 1.0))
   if kind not in _SCALINGS:
     raise ValueError(f'rope type {kind!r} is none of {", ".join(_SCALINGS)}')
-  if (part := told.get('partial_rotary_factor', config.get('partial_rotary_factor', 1.0))) != 1.0:
+  if part != 1.0:
     raise ValueError(f'partial_rotary_factor {part} is not supported, only 1.0')
   if kind == 'default':
-    return Rope(float(theta))
+    return Rope(theta)
   if kind == 'linear':
-    return Rope(float(theta), kind, float(told['factor']))
+    return Rope(theta, kind, float(rope['factor']))
   return Rope(
-    float(theta),
+    theta,
     kind,
-    float(told['factor']),
-    float(told['low_freq_factor']),
-    float(told['high_freq_factor']),
-    int(told['original_max_position_embeddings']),
+    factor=float(rope['factor']),
+    low=float(rope['low_freq_factor']),
+    high=float(rope['high_freq_factor']),
+    original=int(rope['original_max_position_embeddings']),
   )
 
 
 def _window(kind: str, config: Mapping, depth: int) -> int | None:
-  """The window of all layers, None for none.
+  """The window of all layers; None if they attend to everything before.
 
   Raises:
-    ValueError: some layers have one and others none.
+    ValueError: some layers have a window and others have none.
   """
   window = config.get('sliding_window')
   if kind == 'llama' or window is None:
@@ -120,11 +126,12 @@ def _window(kind: str, config: Mapping, depth: int) -> int | None:
     return window
   if not config.get('use_sliding_window', False):
     return None
-  first = config.get('max_window_layers', 28)
-  types = config.get('layer_types') or [
-    'full_attention' if i < first else 'sliding_attention' for i in range(depth)
-  ]
-  slides = {name == 'sliding_attention' for name in types[:depth]}
+  if config.get('layer_types'):
+    slides = {name == 'sliding_attention' for name in config['layer_types'][:depth]}
+  else:
+    # Older configs of Qwen: the first max_window_layers have no window.
+    first = config.get('max_window_layers', 28)
+    slides = {layer >= first for layer in range(depth)}
   if len(slides) > 1:
     raise ValueError(
       'layer_types mixes full and sliding attention, which is not supported: '
@@ -144,9 +151,10 @@ def _example(model: Llama) -> tuple:
   return (jax.ShapeDtypeStruct((1, 8), jnp.int32),)
 
 
-LLAMA_FAMILIES = {
-  kind: Family(
-    functools.partial(_build, kind), functools.partial(_table, kind), _example, _describe
-  )
-  for kind in _NAMES
-}
+def _family(kind: str) -> Family:
+  build = functools.partial(_build, kind)
+  table = functools.partial(_table, kind)
+  return Family(build, table, _example, _describe)
+
+
+LLAMA_FAMILIES = {kind: _family(kind) for kind in _NAMES}

@@ -1,7 +1,7 @@
 """Decoders of the Llama family (arXiv:2302.13971): Llama, Mistral, SmolLM2, Qwen2, Qwen3.
 
-Axes: B batch, N tokens, M tokens so far, H query heads, J key and value heads, K head size, D
-  width.
+Axes: B batch, N tokens, M tokens with those in the cache, H query heads, J key and value heads,
+  K head size, D width.
 """
 
 import functools
@@ -11,10 +11,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
-from ..nn.blocks import Encoder, Remat, block_of
-from ..nn.layers import MLP, Block, default_init, rms_norm
-from ..nn.rope import Rope
+from ..nn import MLP, Block, Encoder, Remat, Rope, attend, block_of, default_init, rms_norm
 
 
 def grouped_attention(query, key, value, bias=None, mask=None, *, dropout_rng=None, **options):
@@ -33,25 +32,57 @@ def grouped_attention(query, key, value, bias=None, mask=None, *, dropout_rng=No
   Returns:
     An array [B, N, H, K].
   """
-  heads = key.shape[-2]
-  grouped = query.reshape(*query.shape[:-2], heads, query.shape[-2] // heads, query.shape[-1])
-  rngs = None if dropout_rng is None else jax.random.split(dropout_rng, grouped.shape[-2])
+  # [B, N, J, G, K]: G query heads read each key head.
+  grouped = rearrange(query, '... (j g) k -> ... j g k', j=key.shape[-2])
+  rngs = None
+  rng_axis = None
+  if dropout_rng is not None:
+    rngs = jax.random.split(dropout_rng, grouped.shape[-2])
+    rng_axis = 0
 
-  def attend(query, rng):
+  def attention(query, rng):
+    """One query head of every group, [B, N, J, K]."""
     return nn.dot_product_attention(
       query, key, value, bias=bias, mask=mask, dropout_rng=rng, **options
     )
 
-  out = jax.vmap(attend, in_axes=(-2, None if rngs is None else 0), out_axes=-2)(grouped, rngs)
-  return out.reshape(query.shape)
+  out = jax.vmap(attention, in_axes=(-2, rng_axis), out_axes=-2)(grouped, rngs)
+  return rearrange(out, '... j g k -> ... (j g) k')
+
+
+def causal_mask(places, texts, key_texts, window: int | None):
+  """The tokens that each new token sees, and the positions of the new tokens.
+
+  Args:
+    places: [N], where the new tokens stand in the row.
+    texts: [B, N], number of the text that each new token belongs to; None if every row is one text.
+    key_texts: the same of all tokens so far, [B, M]; None if every row is one text.
+    window: a token sees itself and the window - 1 before it in the row; None for all before it.
+
+  Returns:
+    (seen, positions): booleans [B or 1, N, M], False where a token is hidden; and positions [N] in
+    the row, or [B, N] in the text of each token, for the rotation.
+  """
+  length = places.shape[0]
+  if key_texts is not None:
+    length = key_texts.shape[1]
+  distances = places[:, None] - jnp.arange(length)  # [N, M]
+  seen = (distances >= 0)[None]
+  positions = places
+  if key_texts is not None:
+    seen = seen & (texts[:, :, None] == key_texts[:, None])
+    positions = seen.sum(-1) - 1
+  if window is not None:
+    seen = seen & (distances < window)
+  return seen, positions
 
 
 class CausalAttention(nn.Module):
   """Self-attention of tokens to those before them, with rotary positions and a cache.
 
-  Called with the collection 'cache' mutable, it keeps its keys and values there: the first call
-  makes room for as many tokens as it is called with, later ones put theirs behind those that are
-  held.
+  Called with the collection 'cache' mutable, it writes its keys and values there. The first call
+  makes room for as many tokens as it is called with; later calls write theirs behind those that
+  came before.
 
   Attributes:
     heads: query heads H.
@@ -59,7 +90,7 @@ class CausalAttention(nn.Module):
     kv_heads: key and value heads J.
     qkv_bias: whether query, key and value have a bias.
     out_bias: whether the output projection has a bias.
-    qk_norm: whether queries and keys are normalised a head (RMSNorm), before the rotation.
+    qk_norm: whether each head of queries and keys is normalised (RMSNorm) before the rotation.
     rope: the rotary positions.
     window: a token sees itself and the window - 1 before it; None for all before it.
     eps: of the norms.
@@ -85,68 +116,56 @@ class CausalAttention(nn.Module):
 
   @nn.compact
   def __call__(self, x, mask=None, bias=None, deterministic=True):
-    """x [B, N, D] and mask [B, N], see `Llama`, to [B, N, D]."""
+    """Attends within x [B, N, D], under a mask [B, N] as `Llama` takes it; returns [B, N, D]."""
     dense = functools.partial(
       nn.Dense, kernel_init=default_init, dtype=self.dtype, param_dtype=self.param_dtype
     )
 
     def heads(name, count, norm):
       y = dense(count * self.head_dim, use_bias=self.qkv_bias, name=name)(x)
-      y = y.reshape(*y.shape[:-1], count, self.head_dim)
-      return rms_norm(self, f'{name}_norm')(y) if norm else y
+      y = rearrange(y, 'b n (h k) -> b n h k', h=count)
+      if norm:
+        y = rms_norm(self, f'{name}_norm')(y)
+      return y
 
-    query = heads('query', self.heads, self.qk_norm)
-    key = heads('key', self.kv_heads, self.qk_norm)
-    value = heads('value', self.kv_heads, False)
+    query = heads('query', self.heads, self.qk_norm)  # [B, N, H, K]
+    key = heads('key', self.kv_heads, self.qk_norm)  # [B, N, J, K]
+    value = heads('value', self.kv_heads, False)  # [B, N, J, K]
+
+    caching = self.is_mutable_collection('cache') and not self.is_initializing()
     start = self.get_variable('cache', 'length', 0)
-    places = start + jnp.arange(x.shape[1])  # in the row
-    own = texts = None if mask is None else mask.astype(jnp.int32)
-    keeps = self.is_mutable_collection('cache') and not self.is_initializing()
-    if keeps:
-      own = jnp.ones(x.shape[:2], jnp.int32) if own is None else own
-      texts = self._kept('texts', own, start)
-    seen, positions = (
-      (places[:, None] >= jnp.arange((x if texts is None else texts).shape[1]))[None],
-      places,
-    )
-    if texts is not None:
-      seen = seen & (own[:, :, None] == texts[:, None])
-      positions = seen.sum(-1) - 1  # in its text
-    query, key = self.rope.rotate(query, positions), self.rope.rotate(key, positions)
-    if keeps:
-      key, value = self._kept('key', key, start), self._kept('value', value, start)
-      self.put_variable('cache', 'length', jnp.asarray(start + x.shape[1], jnp.int32))
-    if self.window is not None:
-      seen = seen & (places[:, None] - jnp.arange(seen.shape[-1]) < self.window)
-    seen = seen[:, None]
-    drop = self.dropout > 0 and not deterministic
-    out = self.attention_fn(
-      query,
-      key,
-      value,
-      bias=bias,
-      mask=seen,
-      broadcast_dropout=False,
-      dropout_rng=self.make_rng('dropout') if drop else None,
-      dropout_rate=self.dropout if drop else 0.0,
-      deterministic=not drop,
-      dtype=self.dtype,
-    )
-    out = out.reshape(*out.shape[:-2], self.heads * self.head_dim)
-    return dense(x.shape[-1], use_bias=self.out_bias, name='out')(out)
+    texts = None
+    if mask is not None:
+      texts = mask.astype(jnp.int32)
+    elif caching:
+      texts = jnp.ones(x.shape[:2], jnp.int32)
+    key_texts = texts
+    if caching:
+      key_texts = self._write_cache('texts', texts, start)
+    places = start + jnp.arange(x.shape[1])
+    seen, positions = causal_mask(places, texts, key_texts, self.window)
 
-  def _kept(self, name, new, start):
-    """What the cache holds under a name, `new` put behind the `start` tokens that came before."""
-    room = self.get_variable('cache', name, jnp.zeros_like(new))
-    held = jax.lax.dynamic_update_slice_in_dim(room, new.astype(room.dtype), start, axis=1)
-    self.put_variable('cache', name, held)
-    return held
+    query = self.rope.rotate(query, positions)
+    # Keys are stored as rotated: their positions never change.
+    key = self.rope.rotate(key, positions)
+    if caching:
+      key = self._write_cache('key', key, start)  # [B, M, J, K]
+      value = self._write_cache('value', value, start)
+      self.put_variable('cache', 'length', jnp.asarray(start + x.shape[1], jnp.int32))
+    seen = seen[:, None]  # [B or 1, 1, N, M]
+    joined = attend(self, query, key, value, mask=seen, bias=bias, deterministic=deterministic)
+    return dense(x.shape[-1], use_bias=self.out_bias, name='out')(joined)
+
+  def _write_cache(self, name, new, start):
+    """Writes `new` behind the first `start` tokens of a cached array, and returns all of it."""
+    cached = self.get_variable('cache', name, jnp.zeros_like(new))
+    cached = jax.lax.dynamic_update_slice_in_dim(cached, new.astype(cached.dtype), start, axis=1)
+    self.put_variable('cache', name, cached)
+    return cached
 
 
 def grown(cache, length: int) -> bool:
-  """Whether a cache made for `length` tokens holds others too, which a method has added to the
-  sequence.
-  """
+  """Whether a cache made for `length` tokens has room for others, which a method added to them."""
   return any(
     leaf.shape[-1] != length
     for path, leaf in jax.tree.leaves_with_path(cache)
@@ -179,15 +198,15 @@ class LlamaBlock(Block):
     attention = CausalAttention(
       self.heads,
       self.head_dim,
-      self.kv_heads or self.heads,
-      self.qkv_bias,
-      self.out_bias,
-      self.qk_norm,
-      self.rope,
-      self.window,
-      self.eps,
-      self.attention_dropout,
-      self.attention_fn,
+      kv_heads=self.kv_heads or self.heads,
+      qkv_bias=self.qkv_bias,
+      out_bias=self.out_bias,
+      qk_norm=self.qk_norm,
+      rope=self.rope,
+      window=self.window,
+      eps=self.eps,
+      dropout=self.attention_dropout,
+      attention_fn=self.attention_fn,
       name='attention',
       **types,
     )
@@ -215,7 +234,7 @@ class Llama(nn.Module):
     qkv_bias: whether query, key and value have a bias (Qwen2).
     out_bias: whether the output projection of attention has a bias.
     mlp_bias: whether the layers of the MLP have biases.
-    qk_norm: whether queries and keys are normalised a head (Qwen3).
+    qk_norm: whether each head of queries and keys is normalised (Qwen3).
     rope: the rotary positions.
     window: a token sees itself and the window - 1 before it (Mistral); None for all before it.
     eps: of the norms.
@@ -255,13 +274,13 @@ class Llama(nn.Module):
 
   @nn.compact
   def __call__(self, tokens, mask=None, deterministic=True):
-    """Runs the model. With the collection 'cache' mutable it goes on from what that holds.
+    """Runs the model. With the collection 'cache' mutable it continues the texts in the cache.
 
     Args:
       tokens: word ids [B, N].
-      mask: [B, N]: 0 for padding, which may stand before the text as well as behind it. A row that
-        packs several texts numbers them 1, 2, ...: a token sees those of its own number, and its
-        position is counted among them. None for one text.
+      mask: [B, N]: 0 for padding, which may stand before the text as well as behind it. A row of
+        several packed texts numbers them 1, 2, ...: a token sees those of its own number, and its
+        position is counted among them. None if every row is one text.
       deterministic: no dropout.
 
     Returns:
@@ -269,16 +288,20 @@ class Llama(nn.Module):
     """
     types = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
     embed = nn.Embed(self.vocab, self.width, embedding_init=default_init, name='embed', **types)
-    own = ('kv_heads', 'qkv_bias', 'out_bias', 'mlp_bias', 'qk_norm', 'rope', 'window')
     block = block_of(
       self,
       LlamaBlock,
       head_dim=self.head_dim or self.width // self.heads,
-      **{name: getattr(self, name) for name in own},
+      kv_heads=self.kv_heads,
+      qkv_bias=self.qkv_bias,
+      out_bias=self.out_bias,
+      mlp_bias=self.mlp_bias,
+      qk_norm=self.qk_norm,
+      rope=self.rope,
+      window=self.window,
     )
-    x = Encoder(block, self.depth, self.scan, self.remat, name='decoder')(
-      embed(tokens), mask=mask, deterministic=deterministic
-    )
+    decoder = Encoder(block, self.depth, self.scan, self.remat, name='decoder')
+    x = decoder(embed(tokens), mask=mask, deterministic=deterministic)  # [B, N, D]
     x = rms_norm(self, 'final_norm')(x)
     if self.tied:
       return embed.attend(x)

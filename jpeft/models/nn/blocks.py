@@ -11,7 +11,7 @@ from .layers import MLP, Attention, Block, LayerScale, layer_norm
 
 
 def _branches(block, qkv_bias=True):
-  """Attention, MLP and dropout of a block, as its fields say."""
+  """(attention, MLP, dropout) of a block, with the sizes and rates of its fields."""
   types = {'dtype': block.dtype, 'param_dtype': block.param_dtype}
   attention = Attention(
     block.heads,
@@ -64,9 +64,8 @@ class PostNormBlock(Block):
     return layer_norm(self, 'norm2')(x + dropout(y, deterministic=deterministic))
 
 
-Remat = (
-  bool | Literal['dots']
-)  # recompute blocks in the backward pass; 'dots': all but their products with weights
+# Whether to recompute blocks in the backward pass; 'dots': all but their products with weights.
+Remat = bool | Literal['dots']
 REMATS: tuple[Remat, ...] = (False, True, 'dots')
 
 
@@ -81,42 +80,52 @@ def run_blocks(
 ):
   """Runs blocks that become children of the calling compact module.
 
-  Unrolled, they are block_0 .. block_{depth-1}; scanned, they are one child `blocks` whose
-  parameters lead with the layer axis, compiled once.
+  Unrolled, they are block_0 .. block_{depth-1}, each compiled. Scanned, they are one child
+  `blocks`, compiled once, whose parameters have the layers as their first axis.
 
   Args:
     block: makes a block: block(name=...).
-    depth: how many.
-    x: the input of the first.
+    depth: number of blocks.
+    x: the input of the first block, [B, N, D].
     scan: whether to use nn.scan.
-    remat: whether to recompute each block's inside in the backward pass (nn.remat). True keeps a
-      block's input alone, for another forward pass; 'dots' also keeps its products with weights,
-      for the elementwise operations and the attention's own products again, a few percent. A scan
-      by itself keeps whatever the backward pass reads, two to three times what XLA keeps of
-      unrolled layers, where it recomputes what is cheap by itself.
-    **inputs: keyword arguments that every block gets.
+    remat: whether to recompute each block's inside in the backward pass (nn.remat). True stores
+      only a block's input and costs another forward pass. 'dots' also stores its products with
+      weights, and costs the elementwise operations and the attention's own products: a few
+      percent. Without remat a scan stores everything that the backward pass reads: two to three
+      times as much as XLA stores of unrolled layers, where it recomputes cheap operations itself.
+    **inputs: keyword arguments of every block.
 
   Returns:
-    The output of the last block.
+    The output of the last block, [B, N, D].
+
+  Raises:
+    ValueError: `remat` is none of REMATS.
   """
-  # Lambdas, so that interceptors can tell these calls from those of the blocks by their name.
-  run = lambda block, x: block(x, **inputs)  # noqa: E731
   if remat not in REMATS:
     raise ValueError(f'remat={remat!r} is none of {", ".join(map(repr, REMATS))}')
-  if remat:  # inside a scan nothing is left to merge, so the guard against it would only cost time
-    keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == 'dots' else None
-    run = nn.remat(run, prevent_cse=not scan, policy=keep)
+  # Lambdas, so that interceptors can tell these calls from those of the blocks by their name.
+  run = lambda block, x: block(x, **inputs)
+  if remat:
+    policy = None
+    if remat == 'dots':
+      # Products with weights have no batch dimensions; those of the attention have.
+      policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    # The guard against merging the second forward pass with the first costs time; inside a scan
+    # XLA cannot merge them anyway.
+    run = nn.remat(run, prevent_cse=not scan, policy=policy)
   if not scan:
     for i in range(depth):
       x = run(block(name=f'block_{i}'), x)
     return x
+  # Each layer has its own slice of the stacked arrays, and its own random keys.
   scanned = nn.scan(
     lambda block, x, _: (run(block, x), None),
     length=depth,
     variable_axes={'params': 0, 'intermediates': 0, 'cache': 0},
     split_rngs={'params': True, 'dropout': True},
   )
-  return scanned(block(name='blocks'), x, None)[0]
+  x, _ = scanned(block(name='blocks'), x, None)
+  return x
 
 
 class Encoder(nn.Module):
@@ -141,18 +150,27 @@ class Encoder(nn.Module):
     )
 
 
+_SHARED = (
+  'heads',
+  'mlp_dim',
+  'eps',
+  'activation',
+  'dropout',
+  'attention_dropout',
+  'attention_fn',
+  'dtype',
+  'param_dtype',
+)
+
+
 def block_of(model, kind: type[Block], **fields) -> Callable[..., nn.Module]:
-  """A maker of blocks with the fields that a model shares with its blocks."""
-  shared = (
-    'heads',
-    'mlp_dim',
-    'eps',
-    'activation',
-    'dropout',
-    'attention_dropout',
-    'attention_fn',
-    'dtype',
-    'param_dtype',
-  )
+  """A maker of blocks, for `run_blocks`.
+
+  Args:
+    model: has the fields that it shares with its blocks, and width.
+    kind: class of the blocks.
+    **fields: of the blocks alone; head_dim is width / heads if left out.
+  """
+  shared = {name: getattr(model, name) for name in _SHARED}
   fields = {'head_dim': model.width // model.heads} | fields
-  return functools.partial(kind, **{name: getattr(model, name) for name in shared}, **fields)
+  return functools.partial(kind, **shared, **fields)

@@ -10,11 +10,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
+
+default_init = nn.initializers.normal(0.02)
 
 gelu = functools.partial(nn.gelu, approximate=False)
 gelu_tanh = functools.partial(nn.gelu, approximate=True)
 
-# By the names that Hugging Face configs use.
+# By the names in Hugging Face configs, where plain 'gelu' is the exact form.
 ACTIVATIONS = {
   'gelu': gelu,
   'gelu_new': gelu_tanh,
@@ -26,13 +29,14 @@ ACTIVATIONS = {
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
-  """Raises ValueError for an activation that is not known."""
+  """The function of an activation's name in Hugging Face configs.
+
+  Raises:
+    ValueError: the name is unknown.
+  """
   if name not in ACTIVATIONS:
     raise ValueError(f'the activation {name!r} is none of {", ".join(ACTIVATIONS)}')
   return ACTIVATIONS[name]
-
-
-default_init = nn.initializers.normal(0.02)
 
 
 class Attention(nn.Module):
@@ -76,39 +80,63 @@ class Attention(nn.Module):
     Returns:
       An array [B, N, D].
     """
-    context = x if context is None else context
-    dense = functools.partial(
-      nn.Dense, kernel_init=self.kernel_init, dtype=self.dtype, param_dtype=self.param_dtype
-    )
+    if context is None:
+      context = x
+    dense = functools.partial(nn.Dense, dtype=self.dtype, param_dtype=self.param_dtype)
+    query_init = self.kernel_init
+    if not self.scaled:
+      # Small queries, so that logits which are not divided by sqrt(head_dim) start of order one.
+      query_init = nn.initializers.variance_scaling(1 / self.head_dim, 'fan_in', 'normal')
 
-    def heads(name, y, **init):
-      y = dense(self.heads * self.head_dim, use_bias=self.qkv_bias, name=name, **init)(y)
-      return y.reshape(*y.shape[:-1], self.heads, self.head_dim)
+    def heads(name, y, kernel_init):
+      layer = dense(
+        self.heads * self.head_dim, use_bias=self.qkv_bias, kernel_init=kernel_init, name=name
+      )
+      return rearrange(layer(y), '... n (h k) -> ... n h k', h=self.heads)
 
-    query = heads('query', x) if self.scaled else heads('query', x, kernel_init=_small_init(self))
-    key, value = heads('key', context), heads('value', context)
-    if not self.scaled:  # undo beforehand what attention_fn is going to divide by
+    query = heads('query', x, query_init)  # [B, N, H, K]
+    key = heads('key', context, self.kernel_init)  # [B, M, H, K]
+    value = heads('value', context, self.kernel_init)  # [B, M, H, K]
+    if not self.scaled:
+      # Undo beforehand the division by sqrt(head_dim) in attention_fn.
       query = query * jnp.sqrt(self.head_dim).astype(query.dtype)
-    drop = self.dropout > 0 and not deterministic
-    out = self.attention_fn(
-      query,
-      key,
-      value,
-      bias=bias,
-      mask=mask,
-      broadcast_dropout=False,
-      dropout_rng=self.make_rng('dropout') if drop else None,
-      dropout_rate=self.dropout if drop else 0.0,
-      deterministic=not drop,
-      dtype=self.dtype,
-    )
-    out = out.reshape(*out.shape[:-2], self.heads * self.head_dim)
-    return dense(x.shape[-1], use_bias=self.out_bias, name='out')(out)
+    joined = attend(self, query, key, value, mask=mask, bias=bias, deterministic=deterministic)
+    out = dense(x.shape[-1], use_bias=self.out_bias, kernel_init=self.kernel_init, name='out')
+    return out(joined)
 
 
-def _small_init(attention):
-  """Queries so small that logits which are not divided by sqrt(head_dim) start of order one."""
-  return nn.initializers.variance_scaling(1 / attention.head_dim, 'fan_in', 'normal')
+def attend(module, query, key, value, *, mask, bias, deterministic):
+  """Calls the `attention_fn` of an attention module, with the module's dropout, and joins heads.
+
+  Args:
+    module: has the fields attention_fn, dropout (the rate on the probabilities) and dtype.
+    query: [B, N, H, K].
+    key: [B, M, J, K]; J is H, or fewer heads if attention_fn takes them.
+    value: as key.
+    mask: see `Attention`.
+    bias: see `Attention`.
+    deterministic: no dropout.
+
+  Returns:
+    An array [B, N, H * K].
+  """
+  dropping = module.dropout > 0 and not deterministic
+  dropout = {'dropout_rng': None, 'dropout_rate': 0.0}
+  if dropping:
+    dropout = {'dropout_rng': module.make_rng('dropout'), 'dropout_rate': module.dropout}
+  # [B, N, H, K]
+  out = module.attention_fn(
+    query,
+    key,
+    value,
+    bias=bias,
+    mask=mask,
+    broadcast_dropout=False,  # each example and head drops its own probabilities
+    deterministic=not dropping,
+    dtype=module.dtype,
+    **dropout,
+  )
+  return rearrange(out, '... h k -> ... (h k)')
 
 
 class MLP(nn.Module):
@@ -143,7 +171,7 @@ class MLP(nn.Module):
       dtype=self.dtype,
       param_dtype=self.param_dtype,
     )
-    y = dense(self.mlp_dim, name='fc1')(x)
+    y = dense(self.mlp_dim, name='fc1')(x)  # [B, N, mlp_dim]
     if self.gated:
       y = self.activation(dense(self.mlp_dim, name='gate')(x)) * y
     else:
@@ -167,7 +195,7 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-  """What the blocks of all families share. The width D of the stream is read from the input.
+  """The fields that the blocks of all families share. The width D is that of the input.
 
   Attributes:
     heads: number of attention heads.
@@ -195,7 +223,7 @@ class Block(nn.Module):
 
 
 def layer_norm(module, name):
-  """The LayerNorm that a module with fields eps, dtype and param_dtype uses."""
+  """A LayerNorm of a module that has the fields eps, dtype and param_dtype."""
   # The fast variance, mean(x^2) - mean(x)^2, loses digits that published checkpoints need.
   return nn.LayerNorm(
     module.eps,
@@ -207,12 +235,16 @@ def layer_norm(module, name):
 
 
 def rms_norm(module, name):
-  """The RMSNorm that a module with fields eps, dtype and param_dtype uses."""
+  """An RMSNorm of a module that has the fields eps, dtype and param_dtype."""
   return nn.RMSNorm(module.eps, dtype=module.dtype, param_dtype=module.param_dtype, name=name)
 
 
 def check_pool(pool: str, known: tuple[str, ...], num_classes: int | None) -> None:
-  """Raises ValueError for an unknown pool, or one that a head cannot read."""
+  """Checks a pooling.
+
+  Raises:
+    ValueError: it is not among the known ones, or there is a head that cannot read its output.
+  """
   if pool not in known:
     raise ValueError(f'pool {pool!r} is none of {", ".join(known)}')
   if pool == 'tokens' and num_classes is not None:

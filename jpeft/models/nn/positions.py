@@ -5,28 +5,31 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 
 def resize_grid(table: np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> np.ndarray:
-  """Resizes the patch part of a position table; leading tokens (class, distillation) stay.
+  """Resizes the patches of a position table; the rows of its first tokens (class, ..) stay.
 
   Bicubic with the kernel constant -0.75, half-pixel centres, repeated borders and no smoothing:
   the rule that published checkpoints are evaluated with, not the one of jax.image (-0.5).
 
   Args:
-    table: [1, lead + old rows * old columns, D].
+    table: [1, first + old rows * old columns, D], where `first` rows are not of patches.
     old: rows and columns of the table.
     new: rows and columns wanted.
 
   Returns:
-    An array [1, lead + new rows * new columns, D] of the table's dtype.
+    An array [1, first + new rows * new columns, D] of the table's dtype.
   """
-  lead = table.shape[1] - old[0] * old[1]
-  patches = table[0, lead:].astype(np.float64).reshape(*old, -1)
-  rows, columns = _bicubic(old[0], new[0]), _bicubic(old[1], new[1])
+  first = table.shape[1] - old[0] * old[1]
+  patches = table[:, first:].astype(np.float64)
+  patches = rearrange(patches, '1 (i j) d -> i j d', i=old[0], j=old[1])
+  rows = _bicubic(old[0], new[0])  # [new rows, old rows]
+  columns = _bicubic(old[1], new[1])  # [new columns, old columns]
   patches = np.einsum('ri,cj,ijd->rcd', rows, columns, patches, optimize=True)
-  patches = patches.reshape(1, new[0] * new[1], -1).astype(table.dtype)
-  return np.concatenate([table[:, :lead], patches], 1)
+  patches = rearrange(patches, 'r c d -> 1 (r c) d').astype(table.dtype)
+  return np.concatenate([table[:, :first], patches], 1)
 
 
 def _bicubic(old: int, new: int, a: float = -0.75) -> np.ndarray:
@@ -34,12 +37,13 @@ def _bicubic(old: int, new: int, a: float = -0.75) -> np.ndarray:
   centre = (np.arange(new) + 0.5) * old / new - 0.5
   first = np.floor(centre).astype(int)
   matrix = np.zeros((new, old))
-  for offset in range(-1, 3):
+  for offset in range(-1, 3):  # the four old pixels around each new one
     x = np.abs(centre - first - offset)
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = a * (((x - 5) * x + 8) * x - 4)
     weight = np.where(x <= 1, near, far)
-    np.add.at(matrix, (np.arange(new), np.clip(first + offset, 0, old - 1)), weight)
+    neighbour = np.clip(first + offset, 0, old - 1)
+    np.add.at(matrix, (np.arange(new), neighbour), weight)  # at a border several weights add up
   return matrix
 
 
@@ -49,13 +53,20 @@ def relative_buckets(
   """The bucket of the distance from each query to each key.
 
   Near distances have a bucket each, far ones share buckets that widen logarithmically up to
-  max_distance; with bidirectional, half of the buckets are for keys after the query, else all
-  those are in bucket 0.
+  max_distance. If bidirectional, half of the buckets are for keys after the query; if not, all
+  those keys are in bucket 0.
+
+  Args:
+    queries: number of queries.
+    keys: number of keys.
+    buckets: number of buckets.
+    max_distance: from here on distances share the last bucket.
+    bidirectional: whether keys after the query are told apart.
 
   Returns:
     Integers [queries, keys] in [0, buckets).
   """
-  distance = np.arange(keys)[None] - np.arange(queries)[:, None]
+  distance = np.arange(keys)[None] - np.arange(queries)[:, None]  # [queries, keys]
   offset = 0
   if bidirectional:
     buckets //= 2
@@ -96,11 +107,12 @@ class PositionBias(nn.Module):
     table = self.param(
       'embedding', nn.initializers.lecun_normal(), (self.buckets, self.heads), self.param_dtype
     )
-    rows = relative_buckets(
+    buckets = relative_buckets(
       queries,
       keys,
       buckets=self.buckets,
       max_distance=self.max_distance,
       bidirectional=self.bidirectional,
     )
-    return table.astype(self.dtype)[rows].transpose(2, 0, 1)[None]
+    bias = table.astype(self.dtype)[buckets]  # [queries, keys, heads]
+    return bias.transpose(2, 0, 1)[None]

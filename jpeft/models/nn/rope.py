@@ -45,15 +45,15 @@ class Rope(NamedTuple):
       raise ValueError(
         f"the RoPE scaling {self.scaling!r} is not supported, only 'default', 'linear' and 'llama3'"
       )
-    turns = self.original * plain / (2 * math.pi)  # in the original context
-    fast = np.clip((turns - self.low) / (self.high - self.low), 0, 1)
+    turns = self.original * plain / (2 * math.pi)  # full turns within the original context
+    fast = np.clip((turns - self.low) / (self.high - self.low), 0, 1)  # 1: fast, 0: slow
     return (plain * (fast + (1 - fast) / self.factor)).astype(np.float32)
 
   def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-    """x [.., N, H, K] turned to its positions [.., N]; computed in float32, returned in the dtype
-    of x.
-    """
-    angle = positions[..., None, None] * self.frequencies(x.shape[-1])
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    """Turns x [.., N, H, K] by its positions [.., N], in float32; returns the dtype of x."""
+    angle = positions[..., None, None] * self.frequencies(x.shape[-1])  # [.., N, 1, K / 2]
+    cos = jnp.cos(angle)
+    sin = jnp.sin(angle)
     left, right = jnp.split(x.astype(jnp.float32), 2, -1)
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], -1).astype(x.dtype)
+    turned = [left * cos - right * sin, right * cos + left * sin]
+    return jnp.concatenate(turned, -1).astype(x.dtype)

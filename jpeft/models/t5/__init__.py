@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from ..lazy import on_first_use
+from jpeft.lazy import on_first_use
 
 if TYPE_CHECKING:
   from .files import T5_FAMILIES
@@ -11,6 +11,5 @@ if TYPE_CHECKING:
 __all__ = ['T5', 'T5Block', 'T5_FAMILIES', 'shift_right']
 
 __getattr__ = on_first_use(
-  __name__,
-  {'T5': '.model', 'T5Block': '.model', 'T5_FAMILIES': '.files', 'shift_right': '.model'},
+  __name__, {'.files': ('T5_FAMILIES',), '.model': ('T5', 'T5Block', 'shift_right')}
 )

@@ -7,91 +7,93 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..families import Family, Request, depth_of
-from ..io.layout import Table
-from ..io.safetensors import Checkpoint
-from ..nn.layers import activation
+from ..io import Checkpoint, Table
+from ..nn import activation
 from .model import T5
 
 _ATTENTION = (('query', 'q'), ('key', 'k'), ('value', 'v'), ('out', 'o'))
 
 
 def _stack(ours: str, cross: bool) -> tuple[tuple[str, str, str], ...]:
-  """The rows of the encoder or the decoder: sublayers are numbered on disk."""
-  block, layer = f'{ours}/block', ours + '.block.{i}.layer.'
-  last = '2' if cross else '1'
+  """The rows of the encoder or the decoder, without those of the MLP's first layers.
+
+  On disk the sublayers of a block are numbered: self-attention, cross-attention if any, MLP.
+  """
+  block = f'{ours}/block'
+  layer = f'{ours}.block.{{i}}.layer.'
+  mlp = 2 if cross else 1
+  # The first block's self-attention has the bias that all blocks share.
+  bias = f'{ours}.block.0.layer.0.SelfAttention.relative_attention_bias'
   rows = [
     (f'{block}/norm1', 'norm', f'{layer}0.layer_norm'),
-    (f'{block}/norm2', 'norm', f'{layer}{last}.layer_norm'),
-    (f'{block}/mlp/fc2', 'dense', f'{layer}{last}.DenseReluDense.wo'),
+    (f'{block}/norm2', 'norm', f'{layer}{mlp}.layer_norm'),
+    (f'{block}/mlp/fc2', 'dense', f'{layer}{mlp}.DenseReluDense.wo'),
     (f'{ours}/final_norm', 'norm', f'{ours}.final_layer_norm'),
-    (
-      f'{ours}/position_bias',
-      'embed',
-      f'{ours}.block.0.layer.0.SelfAttention.relative_attention_bias',
-    ),
+    (f'{ours}/position_bias', 'embed', bias),
   ]
-  rows += [
-    (f'{block}/attention/{our}', 'dense', f'{layer}0.SelfAttention.{their}')
-    for our, their in _ATTENTION
-  ]
+  for our, their in _ATTENTION:
+    rows.append((f'{block}/attention/{our}', 'dense', f'{layer}0.SelfAttention.{their}'))
   if cross:
-    rows += [(f'{block}/norm_cross', 'norm', f'{layer}1.layer_norm')]
-    rows += [
-      (f'{block}/cross_attention/{our}', 'dense', f'{layer}1.EncDecAttention.{their}')
-      for our, their in _ATTENTION
-    ]
+    rows.append((f'{block}/norm_cross', 'norm', f'{layer}1.layer_norm'))
+    for our, their in _ATTENTION:
+      rows.append((f'{block}/cross_attention/{our}', 'dense', f'{layer}1.EncDecAttention.{their}'))
   return tuple(rows)
 
 
 def _mlp(gated: bool) -> tuple[tuple[str, str, str], ...]:
-  names = (('gate', 'wi_0'), ('fc1', 'wi_1')) if gated else (('fc1', 'wi'),)
-  return tuple(
-    (
-      f'{stack}/block/mlp/{our}',
-      'dense',
-      stack + '.block.{i}.layer.' + f'{number}.DenseReluDense.{their}',
-    )
-    for stack, number in (('encoder', 1), ('decoder', 2))
-    for our, their in names
-  )
+  """The rows of the MLPs' first layers."""
+  names = {'fc1': 'wi'}
+  if gated:
+    names = {'gate': 'wi_0', 'fc1': 'wi_1'}
+  rows = []
+  for stack, mlp in (('encoder', 1), ('decoder', 2)):
+    for our, their in names.items():
+      key = f'{stack}.block.{{i}}.layer.{mlp}.DenseReluDense.{their}'
+      rows.append((f'{stack}/block/mlp/{our}', 'dense', key))
+  return tuple(rows)
 
+
+_SHARED_ROWS = (
+  ('embed', 'embed', 'shared'),
+  *_stack('encoder', cross=False),
+  *_stack('decoder', cross=True),
+)
+# Copies of the word table, and a table that the first releases stored without using it.
+_IGNORE = (
+  r'(encoder|decoder)\.embed_tokens\.weight',
+  r'lm_head\.weight',
+  r'decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight',
+)
 
 T5_V1 = Table(
-  '',
-  (
-    ('embed', 'embed', 'shared'),
-    *_stack('encoder', cross=False),
-    *_stack('decoder', cross=True),
-    *_mlp(gated=False),
-  ),
-  (('head', 'dense', 'lm_head'),),
-  (
-    r'(encoder|decoder)\.embed_tokens\.weight',
-    r'lm_head\.weight',
-    r'decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight',
-  ),
-  ('T5ForConditionalGeneration', 'T5ForConditionalGeneration'),
+  base='',
+  rows=(*_SHARED_ROWS, *_mlp(gated=False)),
+  head=(('head', 'dense', 'lm_head'),),
+  ignore=_IGNORE,
+  # Without a head of its own it is the same class, whose head is the word table.
+  architectures=('T5ForConditionalGeneration', 'T5ForConditionalGeneration'),
 )
-T5_GATED = T5_V1._replace(
-  rows=(
-    T5_V1.rows[0],
-    *_stack('encoder', cross=False),
-    *_stack('decoder', cross=True),
-    *_mlp(gated=True),
-  )
-)
+T5_GATED = T5_V1._replace(rows=(*_SHARED_ROWS, *_mlp(gated=True)))
 
 
 def _build(config: Mapping, checkpoint: Checkpoint | None, request: Request) -> T5:
   if request.num_classes is not None or request.pool is not None:
     raise ValueError('T5 writes text: it takes neither num_classes nor pool')
-  act = config.get('feed_forward_proj', 'relu')
-  gated = act.startswith('gated-')
-  # Released v1.1 weights were trained with the tanh form, although their config says gelu.
-  act = 'gelu_new' if act == 'gated-gelu' else act.removeprefix('gated-')
-  tie = config.get('tie_word_embeddings', True)
+  name = config.get('feed_forward_proj', 'relu')
+  gated = name.startswith('gated-')
+  name = name.removeprefix('gated-')
+  if gated and name == 'gelu':
+    # Released v1.1 weights were trained with the tanh form, although their config says gelu.
+    name = 'gelu_new'
   depth = depth_of(config, 'num_layers', request)
-  decoder = config.get('num_decoder_layers') or config['num_layers']
+  decoder_depth = config.get('num_decoder_layers') or config['num_layers']
+  if request.layers is not None:
+    decoder_depth = min(decoder_depth, request.layers)
+  # Only models that were trained tied scale their output; a file may since have got its own head.
+  tied = config.get('tie_word_embeddings', True)
+  scale_output = config.get('scale_decoder_outputs', tied)
+  if checkpoint is not None:
+    tied = _tied(checkpoint)
   return T5(
     config['d_model'],
     depth,
@@ -99,14 +101,14 @@ def _build(config: Mapping, checkpoint: Checkpoint | None, request: Request) -> 
     config['d_ff'],
     config['vocab_size'],
     head_dim=config['d_kv'],
-    decoder_depth=min(decoder, request.layers or decoder),
+    decoder_depth=decoder_depth,
     gated=gated,
-    tied=_tied(checkpoint) if checkpoint else tie,
-    scale_output=config.get('scale_decoder_outputs', tie),
+    tied=tied,
+    scale_output=scale_output,
     buckets=config.get('relative_attention_num_buckets', 32),
     max_distance=config.get('relative_attention_max_distance', 128),
     eps=config.get('layer_norm_epsilon', 1e-6),
-    activation=activation(act),
+    activation=activation(name),
     dropout=config.get('dropout_rate', 0.1),
     attention_dropout=config.get('dropout_rate', 0.1),
     **request.fields,
@@ -114,12 +116,12 @@ def _build(config: Mapping, checkpoint: Checkpoint | None, request: Request) -> 
 
 
 def _tied(checkpoint: Checkpoint) -> bool:
-  """Whether the files hold no head of their own; a copy of the word table is none."""
+  """Whether the files have no head of their own; a copy of the word table is none."""
   if 'lm_head.weight' not in checkpoint.shapes:
     return True
-  return 'shared.weight' in checkpoint.shapes and np.array_equal(
-    checkpoint.read('lm_head.weight'), checkpoint.read('shared.weight')
-  )
+  if 'shared.weight' not in checkpoint.shapes:
+    return False
+  return np.array_equal(checkpoint.read('lm_head.weight'), checkpoint.read('shared.weight'))
 
 
 def _describe(config: Mapping, model: T5) -> dict:
@@ -136,6 +138,10 @@ def _example(model: T5) -> tuple:
   return tokens, tokens
 
 
-T5_FAMILIES = {
-  't5': Family(_build, lambda model: T5_GATED if model.gated else T5_V1, _example, _describe)
-}
+def _table(model: T5) -> Table:
+  if model.gated:
+    return T5_GATED
+  return T5_V1
+
+
+T5_FAMILIES = {'t5': Family(_build, _table, _example, _describe)}

@@ -1,7 +1,7 @@
-"""T5 v1.0 (arXiv:1910.10683) and v1.1 (gated MLP, own head): encoder-decoder with relative
-positions.
+"""T5 v1.0 (arXiv:1910.10683) and v1.1 (gated MLP, own head): encoders and decoders of text.
 
-No layer has a bias, norms are RMSNorm, and attention logits are not divided by sqrt(head_dim).
+Positions are relative: a bias on the attention logits, shared by all blocks of a stack. No layer
+has a bias, norms are RMSNorm, and attention logits are not divided by sqrt(head_dim).
 """
 
 import functools
@@ -12,9 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ..nn.blocks import Remat, block_of, run_blocks
-from ..nn.layers import MLP, Attention, Block, rms_norm
-from ..nn.positions import PositionBias
+from ..nn import MLP, Attention, Block, PositionBias, Remat, block_of, rms_norm, run_blocks
 
 _init = nn.initializers.lecun_normal()
 
@@ -34,8 +32,8 @@ class T5Block(Block):
   def __call__(self, x, mask=None, bias=None, context=None, context_mask=None, deterministic=True):
     types = {'kernel_init': _init, 'dtype': self.dtype, 'param_dtype': self.param_dtype}
     dropout = nn.Dropout(self.dropout, name='dropout')
-    drop = lambda y: dropout(y, deterministic=deterministic)
-    attention = lambda name: Attention(
+    make_attention = functools.partial(
+      Attention,
       self.heads,
       self.head_dim,
       qkv_bias=False,
@@ -43,27 +41,29 @@ class T5Block(Block):
       scaled=False,
       dropout=self.attention_dropout,
       attention_fn=self.attention_fn,
-      name=name,
       **types,
     )
 
+    attention = make_attention(name='attention')
     y = rms_norm(self, 'norm1')(x)
-    x = x + drop(attention('attention')(y, mask=mask, bias=bias, deterministic=deterministic))
+    y = attention(y, mask=mask, bias=bias, deterministic=deterministic)
+    x = x + dropout(y, deterministic=deterministic)
     if self.cross:
+      attention = make_attention(name='cross_attention')
       y = rms_norm(self, 'norm_cross')(x)
-      x = x + drop(
-        attention('cross_attention')(y, context, mask=context_mask, deterministic=deterministic)
-      )
+      y = attention(y, context, mask=context_mask, deterministic=deterministic)
+      x = x + dropout(y, deterministic=deterministic)
     mlp = MLP(
       self.mlp_dim,
       self.activation,
-      self.gated,
+      gated=self.gated,
       use_bias=False,
       dropout=self.dropout,
       name='mlp',
       **types,
     )
-    return x + drop(mlp(rms_norm(self, 'norm2')(x), deterministic=deterministic))
+    y = mlp(rms_norm(self, 'norm2')(x), deterministic=deterministic)
+    return x + dropout(y, deterministic=deterministic)
 
 
 class T5Stack(nn.Module):
@@ -93,20 +93,22 @@ class T5Stack(nn.Module):
 
   @nn.compact
   def __call__(self, x, mask=None, deterministic=True, **context):
+    """Runs the stack on x [B, N, D]; `context` are further inputs of every block."""
     dropout = nn.Dropout(self.dropout, name='dropout')
-    bias = self.position_bias(name='position_bias')(x.shape[1], x.shape[1])
+    bias = self.position_bias(name='position_bias')(x.shape[1], x.shape[1])  # [1, H, N, N]
     x = run_blocks(
       self.block,
       self.depth,
       dropout(x, deterministic=deterministic),
+      scan=self.scan,
+      remat=self.remat,
       mask=mask,
       bias=bias,
       deterministic=deterministic,
-      scan=self.scan,
-      remat=self.remat,
       **context,
     )
-    return dropout(rms_norm(self, 'final_norm')(x), deterministic=deterministic)
+    x = rms_norm(self, 'final_norm')(x)
+    return dropout(x, deterministic=deterministic)
 
 
 class T5(nn.Module):
@@ -129,7 +131,7 @@ class T5(nn.Module):
     activation: of the MLPs.
     dropout: rate everywhere but on attention probabilities.
     attention_dropout: rate there.
-    attention_fn: see `layers.Attention`.
+    attention_fn: see `jpeft.models.nn.Attention`.
     scan: run the blocks by nn.scan.
     remat: recompute blocks in the backward pass; see `run_blocks`.
     dtype: of the computation.
@@ -164,8 +166,8 @@ class T5(nn.Module):
 
     Args:
       tokens: word ids [B, N].
-      decoder_tokens: what the decoder has written before each position [B, M]: the target shifted
-        right, see `shift_right`.
+      decoder_tokens: ids of the words that the decoder has written before each position [B, M]: the
+        target shifted right, see `shift_right`.
       mask: [B, N], nonzero where a token is real; None when all are.
       decoder_mask: the same for decoder_tokens [B, M].
       deterministic: no dropout.
@@ -177,21 +179,23 @@ class T5(nn.Module):
     embed = nn.Embed(
       self.vocab, self.width, embedding_init=nn.initializers.normal(1.0), name='embed', **types
     )
-    seen = _keys(mask)
-    context = _stack(self, 'encoder', self.depth)(
-      embed(tokens), mask=seen, deterministic=deterministic
-    )
-    causal = nn.make_causal_mask(decoder_tokens, dtype=bool)
+    encoder = _stack(self, 'encoder', self.depth)
+    decoder = _stack(self, 'decoder', self.decoder_depth or self.depth)
+
+    context_mask = _key_mask(mask)
+    context = encoder(embed(tokens), mask=context_mask, deterministic=deterministic)  # [B, N, D]
+    causal = nn.make_causal_mask(decoder_tokens, dtype=bool)  # [B, 1, M, M]
     if decoder_mask is not None:
-      causal = causal & _keys(decoder_mask)
-    x = _stack(self, 'decoder', self.decoder_depth or self.depth)(
+      causal = causal & _key_mask(decoder_mask)
+    x = decoder(
       embed(decoder_tokens),
       mask=causal,
       context=context,
-      context_mask=seen,
+      context_mask=context_mask,
       deterministic=deterministic,
-    )
+    )  # [B, M, D]
     if self.scale_output:
+      # A word table shared with the embedding has entries of order one; so then have the logits.
       x = x * self.width**-0.5
     if self.tied:
       return embed.attend(x)
@@ -199,21 +203,38 @@ class T5(nn.Module):
 
 
 def _stack(model: T5, name: str, depth: int) -> T5Stack:
+  """The encoder or the decoder of a model, with its sizes and rates."""
   types = {'dtype': model.dtype, 'param_dtype': model.param_dtype}
-  decoder = name == 'decoder'
-  block = block_of(model, T5Block, head_dim=model.head_dim, gated=model.gated, cross=decoder)
-  bias = functools.partial(
-    PositionBias, model.heads, model.buckets, model.max_distance, bidirectional=not decoder, **types
+  is_decoder = name == 'decoder'
+  block = block_of(model, T5Block, head_dim=model.head_dim, gated=model.gated, cross=is_decoder)
+  position_bias = functools.partial(
+    PositionBias,
+    model.heads,
+    model.buckets,
+    model.max_distance,
+    bidirectional=not is_decoder,
+    **types,
   )
   return T5Stack(
-    block, depth, bias, model.dropout, model.eps, model.scan, model.remat, name=name, **types
+    block,
+    depth,
+    position_bias,
+    dropout=model.dropout,
+    eps=model.eps,
+    scan=model.scan,
+    remat=model.remat,
+    name=name,
+    **types,
   )
 
 
-def _keys(mask):
-  return None if mask is None else mask.astype(bool)[:, None, None, :]
+def _key_mask(mask):
+  """The mask [B, 1, 1, N] of an attention, of one over its keys [B, N]; None for None."""
+  if mask is None:
+    return None
+  return mask.astype(bool)[:, None, None, :]
 
 
 def shift_right(tokens, start: int = 0):
-  """Decoder inputs for a target [B, M]: `start` (T5: the pad id) before it, its last token gone."""
+  """Decoder inputs for a target [B, M]: `start` (T5: the pad id), then all but its last token."""
   return jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=start)[:, :-1]

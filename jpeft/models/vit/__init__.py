@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from ..lazy import on_first_use
+from jpeft.lazy import on_first_use
 
 if TYPE_CHECKING:
   from .files import VIT_FAMILIES
@@ -10,4 +10,4 @@ if TYPE_CHECKING:
 
 __all__ = ['VIT_FAMILIES', 'ViT']
 
-__getattr__ = on_first_use(__name__, {'VIT_FAMILIES': '.files', 'ViT': '.model'})
+__getattr__ = on_first_use(__name__, {'.files': ('VIT_FAMILIES',), '.model': ('ViT',)})

@@ -7,10 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from ..families import HALF, IMAGENET, Family, Request, depth_of, shape_of, with_labels
-from ..io.layout import Table
-from ..io.safetensors import Checkpoint
-from ..nn.layers import activation
-from ..nn.positions import resize_grid
+from ..io import Checkpoint, Table
+from ..nn import activation, resize_grid
 from .model import ViT, grid
 
 _EMBED = (
@@ -27,12 +25,12 @@ _ATTENTION = (
   ('encoder/block/attention/value', 'dense', 'encoder.layer.{i}.attention.attention.value'),
   ('encoder/block/attention/out', 'dense', 'encoder.layer.{i}.attention.output.dense'),
 )
-# Heads that the model was not asked to have, and masked image modelling.
+# Heads that the model does without, and parts for masked image modelling.
 _IGNORE = (r'pooler\..*', r'(\w+_)?classifier\..*', r'embeddings\.mask_token', r'decoder\..*')
 
 VIT = Table(
-  'vit.',
-  _EMBED
+  base='vit.',
+  rows=_EMBED
   + _ATTENTION
   + (
     ('encoder/block/norm1', 'norm', 'encoder.layer.{i}.layernorm_before'),
@@ -41,20 +39,21 @@ VIT = Table(
     ('encoder/block/mlp/fc2', 'dense', 'encoder.layer.{i}.output.dense'),
     ('pooler', 'dense', 'pooler.dense'),
   ),
-  (('head', 'dense', 'classifier'),),
-  _IGNORE,
-  ('ViTModel', 'ViTForImageClassification'),
+  head=(('head', 'dense', 'classifier'),),
+  ignore=_IGNORE,
+  architectures=('ViTModel', 'ViTForImageClassification'),
 )
 
 DEIT = VIT._replace(base='deit.', architectures=('DeiTModel', 'DeiTForImageClassification'))
+# Trained by distillation: a second head reads the distillation token.
 DEIT_TEACHER = DEIT._replace(
   head=(('head', 'dense', 'cls_classifier'), ('head_distill', 'dense', 'distillation_classifier')),
   architectures=('DeiTModel', 'DeiTForImageClassificationWithTeacher'),
 )
 
 DINOV2 = Table(
-  'dinov2.',
-  _EMBED
+  base='dinov2.',
+  rows=_EMBED
   + _ATTENTION
   + (
     ('encoder/block/norm1', 'norm', 'encoder.layer.{i}.norm1'),
@@ -64,30 +63,51 @@ DINOV2 = Table(
     ('encoder/block/scale1/scale', 'param', 'encoder.layer.{i}.layer_scale1.lambda1'),
     ('encoder/block/scale2/scale', 'param', 'encoder.layer.{i}.layer_scale2.lambda1'),
   ),
-  (('head', 'dense', 'classifier'),),
-  _IGNORE,
-  ('Dinov2Model', 'Dinov2ForImageClassification'),
+  head=(('head', 'dense', 'classifier'),),
+  ignore=_IGNORE,
+  architectures=('Dinov2Model', 'Dinov2ForImageClassification'),
 )
 
 
 def _size(size) -> int | tuple[int, int]:
-  return size if isinstance(size, int) else tuple(size)
+  """An image size of a config: its side, or [height, width]."""
+  if isinstance(size, int):
+    return size
+  return tuple(size)
+
+
+def _classes(config: Mapping, checkpoint: Checkpoint | None, request: Request) -> int | None:
+  """The number of classes: that of the request, else that of the head in the files."""
+  if request.num_classes is not None or request.pool == 'tokens':
+    return request.num_classes
+  names = ['classifier']
+  if config['model_type'] == 'deit':
+    names = ['cls_classifier', 'classifier']
+  for name in names:
+    shape = shape_of(checkpoint, f'{name}.weight')
+    if shape:
+      return shape[0]
+  return None
 
 
 def _build(config: Mapping, checkpoint: Checkpoint | None, request: Request) -> ViT:
-  kind, width = config['model_type'], config['hidden_size']
+  kind = config['model_type']
+  width = config['hidden_size']
   if config.get('use_swiglu_ffn'):
     raise ValueError(
       'DINOv2 with use_swiglu_ffn (the giant variant) is not supported; its small, '
       'base and large variants are'
     )
-  names = ('cls_classifier', 'classifier') if kind == 'deit' else ('classifier',)
-  heads = [shape for name in names if (shape := shape_of(checkpoint, f'{name}.weight'))]
-  classes = request.num_classes
-  if classes is None and heads and request.pool != 'tokens':
-    classes = heads[0][0]
-  pool = request.pool or config.get('jpeft_pool', 'cls_mean' if kind == 'dinov2' else 'cls')
-  bare = classes is None and pool == 'cls' and kind != 'dinov2'
+  dinov2 = kind == 'dinov2'
+  pool = 'cls'
+  layer_scale = None
+  if dinov2:
+    pool = 'cls_mean'
+    layer_scale = config.get('layerscale_value', 1.0)
+  pool = request.pool or config.get('jpeft_pool', pool)
+  classes = _classes(config, checkpoint, request)
+  has_pooler = shape_of(checkpoint, 'pooler.dense.weight') is not None
+  has_distill_head = shape_of(checkpoint, 'distillation_classifier.weight') is not None
   return ViT(
     width,
     depth_of(config, 'num_hidden_layers', request),
@@ -97,12 +117,11 @@ def _build(config: Mapping, checkpoint: Checkpoint | None, request: Request) -> 
     image_size=request.image_size or _size(config['image_size']),
     num_classes=classes,
     pool=pool,
-    pooler=bare and shape_of(checkpoint, 'pooler.dense.weight') is not None,
+    pooler=has_pooler and classes is None and pool == 'cls' and not dinov2,
     distill=kind == 'deit',
-    distill_head=classes is not None
-    and bool(shape_of(checkpoint, 'distillation_classifier.weight')),
-    mask_token=kind == 'dinov2' and config.get('use_mask_token', True),
-    layer_scale=config.get('layerscale_value', 1.0) if kind == 'dinov2' else None,
+    distill_head=has_distill_head and classes is not None,
+    mask_token=dinov2 and config.get('use_mask_token', True),
+    layer_scale=layer_scale,
     qkv_bias=config.get('qkv_bias', True),
     eps=config.get('layer_norm_eps', 1e-12),
     activation=activation(config.get('hidden_act', 'gelu')),
@@ -113,22 +132,26 @@ def _build(config: Mapping, checkpoint: Checkpoint | None, request: Request) -> 
 
 
 def _describe(config: Mapping, model: ViT) -> dict:
-  config, size = with_labels(config, model.num_classes), model.image_size
-  if model.depth != config['num_hidden_layers']:  # these name layers that may be gone
-    config = {
-      k: v for k, v in config.items() if k not in ('stage_names', 'out_features', 'out_indices')
-    }
+  config = with_labels(config, model.num_classes)
+  if model.depth != config['num_hidden_layers']:
+    for key in ('stage_names', 'out_features', 'out_indices'):
+      config.pop(key, None)  # these name layers that may be gone
+  size = model.image_size
+  if not isinstance(size, int):
+    size = list(size)
   return config | {
     'num_hidden_layers': model.depth,
-    'jpeft_pool': model.pool,
-    'image_size': size if isinstance(size, int) else list(size),
+    'jpeft_pool': model.pool,  # our own key, which transformers ignores
+    'image_size': size,
   }
 
 
 def _edits(config: Mapping, model: ViT) -> dict:
   old = grid(_size(config['image_size']), config['patch_size'])
   new = grid(model.image_size, model.patch_size)
-  return {} if old == new else {'embed/position': functools.partial(resize_grid, old=old, new=new)}
+  if old == new:
+    return {}
+  return {'embed/position': functools.partial(resize_grid, old=old, new=new)}
 
 
 def _example(model: ViT) -> tuple:
@@ -137,11 +160,15 @@ def _example(model: ViT) -> tuple:
   return (jax.ShapeDtypeStruct((1, *size, 3), jnp.float32),)
 
 
+def _deit_table(model: ViT) -> Table:
+  if model.distill_head:
+    return DEIT_TEACHER
+  return DEIT
+
+
 _family = functools.partial(Family, _build, example=_example, describe=_describe, edits=_edits)
 VIT_FAMILIES = {
   'vit': _family(table=lambda model: VIT, colours=HALF),
-  'deit': _family(
-    table=lambda model: DEIT_TEACHER if model.distill_head else DEIT, colours=IMAGENET
-  ),
+  'deit': _family(table=_deit_table, colours=IMAGENET),
   'dinov2': _family(table=lambda model: DINOV2, colours=IMAGENET),
 }

@@ -1,14 +1,24 @@
 """ViT (arXiv:2010.11929), DeiT (arXiv:2012.12877) and DINOv2 (arXiv:2304.07193) in one module."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
-from ..nn.blocks import Encoder, PreNormBlock, Remat, block_of
-from ..nn.layers import check_pool, default_init, gelu, layer_norm
+from ..nn import (
+  Encoder,
+  PreNormBlock,
+  Remat,
+  block_of,
+  check_pool,
+  default_init,
+  gelu,
+  layer_norm,
+)
 
 POOLS = ('cls', 'mean', 'cls_mean', 'tokens')
 
@@ -19,7 +29,10 @@ def grid(image_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
   Raises:
     ValueError: the image does not split into whole patches.
   """
-  height, width = (image_size,) * 2 if isinstance(image_size, int) else image_size
+  if isinstance(image_size, int):
+    height = width = image_size
+  else:
+    height, width = image_size
   if height % patch_size or width % patch_size:
     near = max(1, round(height / patch_size)) * patch_size
     raise ValueError(
@@ -54,35 +67,42 @@ class PatchEmbed(nn.Module):
 
   @nn.compact
   def __call__(self, images, masked=None, deterministic=True):
-    param = lambda name, *shape: self.param(name, default_init, shape, self.param_dtype)
+    """Returns tokens [B, N, D] of images [B, height, width, 3]; for `masked` see `ViT`."""
     patch = (self.patch_size, self.patch_size)
-    x = nn.Conv(
+    patches = nn.Conv(
       self.width,
-      patch,
-      patch,
-      'VALID',
+      kernel_size=patch,
+      strides=patch,
+      padding='VALID',
       kernel_init=default_init,
       dtype=self.dtype,
       param_dtype=self.param_dtype,
       name='patch',
-    )(images)
+    )
+    x = patches(images)  # [B, rows, columns, D]
     if x.shape[1:3] != self.grid:
-      size = tuple(n * self.patch_size for n in self.grid)
+      rows, columns = self.grid
       raise ValueError(
         f'images of {images.shape[1]}x{images.shape[2]} pixels do not fit a model '
-        f'made for {size[0]}x{size[1]}; load it with image_size='
+        f'made for {rows * self.patch_size}x{columns * self.patch_size}; load it with image_size='
         f'{images.shape[1]}'
       )
-    x = x.reshape(x.shape[0], -1, self.width)
+    x = rearrange(x, 'b r c d -> b (r c) d')
+
+    def param(name, *shape):
+      return self.param(name, default_init, shape, self.param_dtype)
+
     if self.mask_token:
       mask = param('mask', 1, self.width)
       if masked is not None:
         x = jnp.where(masked[..., None], mask.astype(x.dtype), x)
-    lead = ['cls', 'distill'] if self.distill else ['cls']
-    lead = [
-      jnp.broadcast_to(param(name, 1, 1, self.width), (x.shape[0], 1, self.width)) for name in lead
-    ]
-    x = jnp.concatenate([token.astype(x.dtype) for token in lead] + [x], 1)
+    # The order of the rows in the position table: class, distillation, patches.
+    first = [param('cls', 1, 1, self.width)]
+    if self.distill:
+      first.append(param('distill', 1, 1, self.width))
+    tokens = [jnp.broadcast_to(token, (x.shape[0], 1, self.width)) for token in first]
+    tokens = [token.astype(x.dtype) for token in tokens]
+    x = jnp.concatenate([*tokens, x], 1)  # [B, N, D]
     x = x + param('position', 1, x.shape[1], self.width).astype(x.dtype)
     return nn.Dropout(self.dropout, name='dropout')(x, deterministic=deterministic)
 
@@ -106,14 +126,14 @@ class ViT(nn.Module):
     pooler: whether tanh(Dense) follows the pooling, as in a bare ViTModel.
     distill: whether there is a distillation token (DeiT).
     distill_head: whether a second head reads it; the logits are then the mean of both.
-    mask_token: whether the embedding holds a token for hidden patches.
+    mask_token: whether the embedding has a token for hidden patches.
     layer_scale: initial value of the LayerScale of each branch, None for none.
     qkv_bias: whether query, key and value have a bias.
     eps: of the norms.
     activation: of the MLPs.
     dropout: rate on the embedding and on each branch.
     attention_dropout: rate on the attention probabilities.
-    attention_fn: see `layers.Attention`.
+    attention_fn: see `jpeft.models.nn.Attention`.
     scan: run the blocks by nn.scan.
     remat: recompute blocks in the backward pass; see `run_blocks`.
     dtype: of the computation.
@@ -158,39 +178,41 @@ class ViT(nn.Module):
     """
     check_pool(self.pool, POOLS, self.num_classes)
     types = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
-    x = PatchEmbed(
+    embed = PatchEmbed(
       self.width,
       self.patch_size,
       grid(self.image_size, self.patch_size),
-      self.distill,
-      self.mask_token,
-      self.dropout,
+      distill=self.distill,
+      mask_token=self.mask_token,
+      dropout=self.dropout,
       name='embed',
       **types,
-    )(images, masked=masked, deterministic=deterministic)
-    block = block_of(self, PreNormBlock, qkv_bias=self.qkv_bias, layer_scale=self.layer_scale)
-    x = Encoder(block, self.depth, self.scan, self.remat, name='encoder')(
-      x, deterministic=deterministic
     )
+    x = embed(images, masked=masked, deterministic=deterministic)  # [B, N, D]
+    block = block_of(self, PreNormBlock, qkv_bias=self.qkv_bias, layer_scale=self.layer_scale)
+    encoder = Encoder(block, self.depth, self.scan, self.remat, name='encoder')
+    x = encoder(x, deterministic=deterministic)
     x = layer_norm(self, 'final_norm')(x)
-    feature = _pooled(x, self.pool, lead=2 if self.distill else 1)
-    dense = lambda name, size: nn.Dense(size, kernel_init=default_init, name=name, **types)
+    feature = _pooled(x, self.pool, first_patch=2 if self.distill else 1)
+    dense = functools.partial(nn.Dense, kernel_init=default_init, **types)
     if self.pooler:
-      feature = jnp.tanh(dense('pooler', self.width)(feature))
+      feature = jnp.tanh(dense(self.width, name='pooler')(feature))
     if self.num_classes is None:
       return feature
-    logits = dense('head', self.num_classes)(feature)
+    logits = dense(self.num_classes, name='head')(feature)
     if self.distill_head:
-      logits = (logits + dense('head_distill', self.num_classes)(x[:, 1])) / 2
+      distilled = dense(self.num_classes, name='head_distill')(x[:, 1])  # its own token
+      logits = (logits + distilled) / 2
     return logits
 
 
-def _pooled(x, pool: str, lead: int):
+def _pooled(tokens, pool: str, first_patch: int):
+  """What a head reads of all tokens [B, N, D]; for `pool` see `ViT`."""
   match pool:
     case 'cls':
-      return x[:, 0]
+      return tokens[:, 0]
     case 'mean':
-      return x[:, lead:].mean(1)
+      return tokens[:, first_patch:].mean(1)
     case 'cls_mean':
-      return jnp.concatenate([x[:, 0], x[:, lead:].mean(1)], -1)
-  return x
+      return jnp.concatenate([tokens[:, 0], tokens[:, first_patch:].mean(1)], -1)
+  return tokens
