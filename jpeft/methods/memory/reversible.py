@@ -77,9 +77,9 @@ class Reversible:
     depth = 0
     for part in layers:
       # Traced here, where the rules of a model act: the backward pass is traced after they ended.
-      self.parts.append(
-        _Part(part, depth, _Program(part, part.f, like), _Program(part, part.g, like))
-      )
+      f = _Program(part, part.f, like)
+      g = _Program(part, part.g, like)
+      self.parts.append(_Part(part, depth, f, g))
       depth += part.depth
     self._every = every or depth
     # The streams behind the last layer are the output, and need no slot.
@@ -93,7 +93,7 @@ class Reversible:
   @property
   def consts(self) -> list:
     """The arrays that f and g of each part close over."""
-    return [(part.f.consts, part.g.consts) for part in self.parts]
+    return [part.consts for part in self.parts]
 
   def __call__(self, x: Streams) -> Streams:
     """The streams behind the last layer; differentiable once, in reverse, by streams and rows."""
