@@ -1,4 +1,4 @@
-"""MEFT: a pretrained network made reversible, so that the backward pass keeps nothing of its depth.
+"""MEFT: a pretrained network made reversible, so that the backward pass stores nothing of a layer.
 
 Liao et al., 2023, "Make Pre-trained Model Reversible: From Parameter to Memory Efficient
 Fine-Tuning" (arXiv 2306.00477; BaohaoLiao/mefts). Two streams, both the embeddings at first, go
@@ -8,16 +8,16 @@ through layers
 
 and what is read is their mean. A is a bottleneck adapter, A(x) = f(x W_down + b) W_up + b':
 
-  variant   F                                  G                                  then         a, b
-  1         the block, A beside its MLP        A                                  they swap    0.1, 1
-  2         A                                  the block, A beside its MLP        they swap    1, 0.1
-  3         attention half, o <- o + A(o)      MLP half, A beside the MLP         -            0.1, 0.1
+  variant   F                               G                               then         a, b
+  1         the block, A beside its MLP     A                               they swap    0.1, 1
+  2         A                               the block, A beside its MLP     they swap    1, 0.1
+  3         attention half, o <- o + A(o)   MLP half, A beside the MLP      -            0.1, 0.1
 
 As a and b vanish and adapters start near zero, one of the streams follows the backbone:
 `readout='last'` reads it, the mean is between the states before and behind the last block. Neither
 starts as the backbone exactly.
 
-What is kept: the last streams (float32), and those behind every `every`-th layer. An error of the
+What is stored: the last streams (float32), and those behind every `every`-th layer. An error of the
 streams grows by about 1 / a a layer, in bfloat16 more quickly; `reconstruction_error` measures it.
 With a = b = 1 it hardly grows, but the network starts far from the pretrained one. In the model the
 blocks become identities, and the exit runs them.
@@ -106,7 +106,7 @@ def meft(
     bottleneck: r of the adapters, two a layer.
     variant: 1, 2 or 3.
     scales: (a, b); the variant's own if left out.
-    every: after how many layers streams are kept; None for the last alone.
+    every: after how many layers streams are stored; None for those behind the last alone.
     reversible: how many layers, the first ones, are; None for all.
     readout: 'mean' of the streams, or 'last', the stream that the blocks' outputs go to.
     activation: of the adapters.
@@ -172,7 +172,7 @@ class _MEFT:
       require(is_whole(self.every, 1), 'meft', 'every', self.every, rule)
 
   def method(self) -> Method:
-    """The blocks become identities; the exit runs them, with adapters, as one reversible network."""
+    """The blocks become identities; the exit runs them, with adapters, as a reversible network."""
     rules = [at(self.mlp, Call(self.name, self.apply_mlp, self.init_mlp))]
     if self.variant.halves:
       rules.append(at(self.attention, Call(self.name, self.apply_attention, self.init_attention)))
@@ -214,7 +214,7 @@ class _MEFT:
     return self.adapter.init(key, site.input, site.out)
 
   def apply_mlp(self, t, call, *args, **kwargs):
-    """The MLP with its adapter beside it."""
+    """The MLP with its adapter beside it; zeros while the attention half runs alone."""
     if not _runs(call, 'mlp'):
       return _zeros(call, args, kwargs)
     x = next(iter(call.inputs(*args, **kwargs).values()))
@@ -225,7 +225,7 @@ class _MEFT:
     return self.adapter.init(key, site.out, site.out)
 
   def apply_attention(self, t, call, *args, **kwargs):
-    """The attention with its adapter behind it."""
+    """The attention with its adapter behind it; zeros while the MLP half runs alone."""
     if not _runs(call, 'attention'):
       return _zeros(call, args, kwargs)
     out = call(*args, **kwargs)
@@ -260,7 +260,7 @@ class _MEFT:
     return jax.vmap(lambda key: self.adapter.init(key, block.input, block.out))(keys)
 
   def apply(self, t, call, x, *args, **kwargs):
-    """Runs the blocks before an exit that follows them, or after one that wraps them."""
+    """Runs the blocks: before an exit that follows them, behind one that they are inside of."""
     net, count = self.stack(call.site)
     if not net.wraps_blocks:
       return call(self.through_blocks(t, call, x, net, count), *args, **kwargs)
@@ -356,7 +356,7 @@ def reconstruction_error(tuned: Tuned, theta, backbone, *args, **kwargs) -> dict
 
   Returns:
     {path of the exit: [reversible layers]}: the largest difference of the streams before a layer,
-    in units of their largest entry. Gradients are off by as much: above some percent keep streams
+    in units of their largest entry. Gradients are off by as much: above some percent store streams
     more often (`every`), or take scales nearer to 1.
 
   Raises:
