@@ -256,7 +256,7 @@ class _MEFT:
     if self.variant.halves:
       return {}
     block = net.stack[0]
-    keys = jax.random.split(key, count)
+    keys = jax.random.split(key, count)  # a start of its own for each layer
     return jax.vmap(lambda key: self.adapter.init(key, block.input, block.out))(keys)
 
   def apply(self, t, call, x, *args, **kwargs):
@@ -278,7 +278,7 @@ class _MEFT:
     errors = _errors.get()
     if errors is not None:
       errors[call.site.path] = streams.errors((wide, wide))
-    pair = streams((wide, wide))
+    pair = streams((wide, wide))  # two of [B, N, d]
     if self.readout == 'mean':
       y = sum(pair) / 2
     else:
@@ -300,7 +300,7 @@ class _MEFT:
     for block in net.stack:
       index = 0
       if block.axes:
-        index = None  # all layers of the stack
+        index = None  # all layers of the stack: arrays [layers, ...]
       fn, arrays = call.layer(block, index)
       row = {'arrays': arrays, 'inputs': _layers_first(taps[block.path], block)}
       taken = min(block.layers, max(count - start, 0))
@@ -340,6 +340,7 @@ class _MEFT:
       x = x.astype(dtype)
       if name == 'adapter':
         return self.adapter.apply(row['t'], x, row.get('key'))
+      # Read while the block is traced, so that each part of a layer is a program of its own.
       call.local['running'] = name
       out = fn(row['arrays'], x, **row['inputs'])
       return jax.tree.leaves(out)[0]

@@ -253,7 +253,7 @@ class Reversible:
       d1, d2 = self._swapped(d)
       g, d_row_of_g, d_y1 = _pull(part.g, g_consts, row, own, y1, d2)
       x2 = (y2 - g) / b
-      d1 = d1 + d_y1
+      d1 = d1 + d_y1  # y1 is an output, and what g reads
       f, d_row_of_f, d_x2 = _pull(part.f, f_consts, row, own, x2, d1)
       x1 = (y1 - f) / a
       before = (x1, x2), (a * d1, b * d2 + d_x2)

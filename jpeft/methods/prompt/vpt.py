@@ -137,7 +137,7 @@ class _Shallow:
     def remove(x):
       return remove_tokens(call.site, x, self.tokens)
 
-    if _runs_modules(call.site):  # the prompts are inside of it, and enter with its input
+    if _runs_modules(call.site):  # its sequence has the prompts, which enter with its input
       args, kwargs = enter(call, args, kwargs, self.tokens, prompts)
       out = call(*args, **kwargs)
       if last:

@@ -1,6 +1,4 @@
-"""MEFT: the inverse, counts, gradients beside autodiff of the same network, what is kept, the
-start.
-"""
+"""MEFT: the inverse, counts, gradients beside those of autodiff, what is stored, the start."""
 
 import functools
 
@@ -100,9 +98,8 @@ def test_the_errors_are_those_of_the_inverse():
   x = (jnp.ones((N, D)), jnp.ones((N, D)))
   make = functools.partial(Reversible, like=x[0], scales=(0.1, 1.0), swap=True)
   whole, parts = make(layers(rows)).errors(x), make(unrolled(rows)).errors(x)
-  assert whole.shape == (6,) and np.all(
-    np.diff(np.log(whole)) < 0.5
-  )  # it grows from the last layer to the first
+  # It grows from the last layer to the first.
+  assert whole.shape == (6,) and np.all(np.diff(np.log(whole)) < 0.5)
   assert whole[0] > 30 * whole[-1] > 0
   assert 0.01 < whole[0] / parts[0] < 100  # of rounding
   often = make(layers(rows), every=2).errors(x)
