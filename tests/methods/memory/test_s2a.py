@@ -59,7 +59,7 @@ def roles():
 
 @functools.cache
 def run(method: str, stack: str = ''):
-  """(output, gradients, what is stored) of a method, alone or packed, on an encoder of two blocks."""
+  """(output, gradients, what is stored) of a method on an encoder of two blocks."""
   model = Encoder(
     functools.partial(PreNormBlock, 2, D // 2, 4 * D), 2, 'scan' in stack, 'remat' in stack
   )
