@@ -3,28 +3,38 @@
 import argparse
 import inspect
 import json
+from collections.abc import Callable
+
+from jpeft.messages import columns
 
 from . import REGISTRY
 
 
 def rows() -> list[dict]:
-  """One row a method: name, paper, memory class, whether it merges, hyperparameters with their
-  defaults.
+  """One row a method: name, title, paper, memory class, whether it merges, hyperparameters.
+
+  Hyperparameters have their defaults, None where there is none.
   """
-  parameters = lambda make: {n: p.default for n, p in inspect.signature(make).parameters.items()}
   return [
     {
       'name': name,
-      'title': e.title,
-      'paper': e.paper,
-      'memory': e.memory,
-      'mergeable': e.mergeable,
-      'hyperparameters': {
-        n: None if d is inspect.Parameter.empty else d for n, d in parameters(e.make).items()
-      },
+      'title': entry.title,
+      'paper': entry.paper,
+      'memory': entry.memory,
+      'mergeable': entry.mergeable,
+      'hyperparameters': _defaults(entry.make),
     }
-    for name, e in REGISTRY.items()
+    for name, entry in REGISTRY.items()
   ]
+
+
+def _defaults(make: Callable) -> dict:
+  defaults = {}
+  for name, parameter in inspect.signature(make).parameters.items():
+    defaults[name] = parameter.default
+    if parameter.default is inspect.Parameter.empty:
+      defaults[name] = None
+  return defaults
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -34,13 +44,11 @@ def main(argv: list[str] | None = None) -> None:
     print(json.dumps(rows(), indent=2))
     return
   table = [('method', 'paper', 'memory class', 'merges', 'what it is')]
-  table += [
-    (r['name'], r['paper'], r['memory'], 'yes' if r['mergeable'] else 'no', r['title'])
-    for r in rows()
-  ]
-  widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-  for row in table:
-    print('  '.join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+  for row in rows():
+    merges = 'yes' if row['mergeable'] else 'no'
+    table.append((row['name'], row['paper'], row['memory'], merges, row['title']))
+  for line in columns(table):
+    print(line)
 
 
 if __name__ == '__main__':

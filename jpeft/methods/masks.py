@@ -5,9 +5,14 @@ from collections.abc import Iterable, Mapping
 import jax
 import jax.numpy as jnp
 
-# Parts of the names of masks whose keys are another sequence, as of a decoder that attends to an
+# Parts of the names of arguments about another sequence, as of a decoder that attends to an
 # encoder: `context_mask`, `cross_attention_mask`, `encoder_mask`, `memory_mask`.
 _OTHER_SEQUENCE = ('context', 'cross', 'encoder', 'memory')
+
+
+def is_of_other_sequence(name: str) -> bool:
+  """Whether an argument of a block, by its name, is about another sequence than the block's own."""
+  return any(part in name for part in _OTHER_SEQUENCE)
 
 
 def mask_names(names: Iterable[str]) -> dict[str, str]:
@@ -23,8 +28,7 @@ def mask_names(names: Iterable[str]) -> dict[str, str]:
   for name in names:
     if 'mask' not in name:
       continue
-    elsewhere = any(part in name for part in _OTHER_SEQUENCE)
-    kinds[name] = 'context_mask' if elsewhere else 'mask'
+    kinds[name] = 'context_mask' if is_of_other_sequence(name) else 'mask'
   return kinds
 
 
@@ -81,6 +85,14 @@ def segment_mask(mask: jax.Array) -> jax.Array:
   keys = mask[:, None, None, :]
   # A row of the softmax must have some key, so that padding sees all texts.
   return (keys != 0) & ((queries == keys) | (queries == 0))
+
+
+def seen_keys(mask: jax.Array, count: int) -> jax.Array:
+  """Entries [.., count] of a mask or additive bias [.., M], for more keys that every query sees."""
+  value = 1
+  if jnp.issubdtype(mask.dtype, jnp.floating):
+    value = 0  # it is added to logits
+  return jnp.full((*mask.shape[:-1], count), value, mask.dtype)
 
 
 def additive(mask: jax.Array, dtype) -> jax.Array:

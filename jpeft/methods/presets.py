@@ -1,14 +1,15 @@
-"""Hyperparameters by which methods are planned and compared, where they are not the method's own
-defaults.
+"""Hyperparameters with which methods are planned and compared, where these are not the defaults.
 
 The lean side networks were chosen by what XLA for TPU v5e keeps of them (docs/memory.md): taps
 pooled before they are stored, and side blocks recomputed in the backward pass.
 """
 
+from collections.abc import Iterable
+
 _PACKED = {'saved_bits': 4}
 _LEAN = {'downsample': 'pool', 'block': 'attention'}
 
-# {name: (method, hyperparameters)}; a name that is a method's stands for its default preset.
+# {name: (method, hyperparameters)}; the name of a method is its default preset.
 PRESETS: dict[str, tuple[str, dict]] = {
   'bitfit_packed': ('bitfit', _PACKED),
   'lora_packed': ('lora', _PACKED),
@@ -35,10 +36,12 @@ def preset(name: str) -> tuple[str, dict]:
   return method, dict(values)
 
 
-def names(methods) -> list[str]:
-  """All there is to compare: the methods, and behind each the presets of it that have a name of
-  their own.
-  """
-  return [
-    n for m in methods for n in (m, *(p for p, (of, _) in PRESETS.items() if of == m and p != m))
-  ]
+def names(methods: Iterable[str]) -> list[str]:
+  """What can be compared: each method, and behind it its presets that have a name of their own."""
+  found = []
+  for method in methods:
+    found.append(method)
+    for name, (of, _) in PRESETS.items():
+      if of == method and name != method:
+        found.append(name)
+  return found

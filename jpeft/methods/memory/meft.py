@@ -1,4 +1,4 @@
-"""MEFT: a pretrained network made reversible, so that the backward pass keeps nothing of its depth.
+"""MEFT: a pretrained network made reversible, so that the backward pass stores nothing of a layer.
 
 Liao et al., 2023, "Make Pre-trained Model Reversible: From Parameter to Memory Efficient
 Fine-Tuning" (arXiv 2306.00477; BaohaoLiao/mefts). Two streams, both the embeddings at first, go
@@ -8,44 +8,72 @@ through layers
 
 and what is read is their mean. A is a bottleneck adapter, A(x) = f(x W_down + b) W_up + b':
 
-  variant   F                                  G                                  then         a, b
-  1         the block, A beside its MLP        A                                  they swap    0.1, 1
-  2         A                                  the block, A beside its MLP        they swap    1, 0.1
-  3         attention half, o <- o + A(o)      MLP half, A beside the MLP         -            0.1, 0.1
+  variant   F                               G                               then         a, b
+  1         the block, A beside its MLP     A                               they swap    0.1, 1
+  2         A                               the block, A beside its MLP     they swap    1, 0.1
+  3         attention half, o <- o + A(o)   MLP half, A beside the MLP      -            0.1, 0.1
 
 As a and b vanish and adapters start near zero, one of the streams follows the backbone:
 `readout='last'` reads it, the mean is between the states before and behind the last block. Neither
 starts as the backbone exactly.
 
-What is kept: the last streams (float32), and those behind every `every`-th layer. An error of the
-streams grows by about 1 / a a layer, in bfloat16 more quickly: `reconstruction_error` tells it;
-with a = b = 1 it hardly grows, and the network starts far from the pretrained one. The blocks stand
-where they were as identities, and the exit runs them.
+What is stored: the last streams (float32), and those behind every `every`-th layer. An error of the
+streams grows by about 1 / a a layer, in bfloat16 more quickly; `reconstruction_error` measures it.
+With a = b = 1 it hardly grows, but the network starts far from the pretrained one. In the model the
+blocks become identities, and the exit runs them.
 
 Deviations. Dropout of the adapters is on their bottleneck, and no norm stands before them. Blocks
-behind the first `reversible` ones run in one stream, the mean, with their adapters, and are kept as
-ever. Variant 3 needs blocks that begin with norms. What a block returns beside its stream
-(attention weights), and caches, are out of reach.
+behind the first `reversible` ones run in one stream, the mean, with their adapters, and are stored
+as usual. Variant 3 needs blocks that begin with norms. Blocks that return more than their stream
+(attention weights) and caches are not supported.
 """
 
 import contextvars
+import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jpeft.core import Call, Method, Tuned, at, chain, factory
+from jpeft.core import Bound, Call, Method, Site, Tuned, at, chain, factory
 
 from ..adapter.bottleneck import Adapter
+from ..check import choice, is_whole, require
 from ..nn import on_first, put_first
 from ..side.stack import Stack
 from .reversible import Layers, Reversible
 
-# variant: (what F and G are, whether streams swap, scales, the stream that follows the backbone)
+
+class _Variant(NamedTuple):
+  """A row of the table above.
+
+  Attributes:
+    f: what F runs: 'block', 'adapter' (the one at the exit), or the half of a block that has the
+      role 'attention' or 'mlp'.
+    g: what G runs.
+    swap: whether the streams change places behind each layer.
+    scales: a and b.
+    last: which of the two streams a block's output goes to, and so follows the backbone.
+  """
+
+  f: str
+  g: str
+  swap: bool
+  scales: tuple[float, float]
+  last: int
+
+  @property
+  def halves(self) -> bool:
+    """Whether F and G are the two halves of a block."""
+    return self.f == 'attention'
+
+
 _VARIANTS = {
-  1: (('block', 'adapter'), True, (0.1, 1.0), 1),
-  2: (('adapter', 'block'), True, (1.0, 0.1), 0),
-  3: (('attention', 'mlp'), False, (0.1, 0.1), 1),
+  1: _Variant('block', 'adapter', swap=True, scales=(0.1, 1.0), last=1),
+  2: _Variant('adapter', 'block', swap=True, scales=(1.0, 0.1), last=0),
+  3: _Variant('attention', 'mlp', swap=False, scales=(0.1, 0.1), last=1),
 }
 READOUTS = ('mean', 'last')
 
@@ -78,7 +106,7 @@ def meft(
     bottleneck: r of the adapters, two a layer.
     variant: 1, 2 or 3.
     scales: (a, b); the variant's own if left out.
-    every: after how many layers streams are kept; None for the last alone.
+    every: after how many layers streams are stored; None for those behind the last alone.
     reversible: how many layers, the first ones, are; None for all.
     readout: 'mean' of the streams, or 'last', the stream that the blocks' outputs go to.
     activation: of the adapters.
@@ -95,158 +123,242 @@ def meft(
     ValueError: a hyperparameter outside its range; at `attach`, blocks that change the shape of
       their stream, or, for variant 3, that end with norms.
   """
-  if variant not in _VARIANTS:
-    raise ValueError(f'meft: variant={variant!r} is none of {", ".join(map(str, _VARIANTS))}')
-  if readout not in READOUTS:
-    raise ValueError(f'meft: readout={readout!r} is none of {", ".join(map(repr, READOUTS))}')
-  (first, second), swap, own_scales, follows = _VARIANTS[variant]
-  scales = own_scales if scales is None else tuple(scales)
-  if len(scales) != 2 or not all(scales):
-    raise ValueError(
-      f'meft: scales={scales!r} must be two numbers other than 0, which the inverse divides by'
-    )
-  if every is not None and (int(every) != every or every < 1):
-    raise ValueError(f'meft: every={every!r} must be a whole number, at least 1, or None')
-  adapter = Adapter('meft', activation, init, dropout, bottleneck=bottleneck)
+  choice('meft', 'variant', variant, _VARIANTS)
+  chosen = _VARIANTS[variant]
+  if scales is None:
+    scales = chosen.scales
+  return _MEFT(
+    adapter=Adapter('meft', activation, init, dropout, bottleneck=bottleneck),
+    variant=chosen,
+    scales=tuple(scales),
+    every=every,
+    reversible=reversible,
+    readout=readout,
+    blocks=blocks,
+    attention=attention or '{attention}',
+    mlp=mlp,
+    exit=exit,
+    name=name,
+  ).method()
 
-  @functools.lru_cache(maxsize=256)
-  def stack(site) -> tuple[Stack, int]:
-    """(the blocks, how many are reversible)."""
-    net = Stack(site, blocks, exit)
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _MEFT:
+  """The hyperparameters of `meft`, and its rules as methods.
+
+  While the exit runs a part of a layer, its `call.local['running']` names that part: 'block',
+  'attention' or 'mlp'. The rules inside of the blocks read it as `call.outer`.
+  """
+
+  adapter: Adapter
+  variant: _Variant
+  scales: tuple[float, ...]
+  every: int | None
+  reversible: int | None
+  readout: str
+  blocks: str
+  attention: str
+  mlp: str
+  exit: str
+  name: str
+
+  def __post_init__(self):
+    choice('meft', 'readout', self.readout, READOUTS)
+    two_numbers = len(self.scales) == 2 and all(self.scales)
+    rule = 'must be two numbers other than 0, which the inverse divides by'
+    require(two_numbers, 'meft', 'scales', self.scales, rule)
+    if self.every is not None:
+      rule = 'must be a whole number, at least 1, or None'
+      require(is_whole(self.every, 1), 'meft', 'every', self.every, rule)
+
+  def method(self) -> Method:
+    """The blocks become identities; the exit runs them, with adapters, as a reversible network."""
+    rules = [at(self.mlp, Call(self.name, self.apply_mlp, self.init_mlp))]
+    if self.variant.halves:
+      rules.append(at(self.attention, Call(self.name, self.apply_attention, self.init_attention)))
+    rules.append(at(self.blocks, Call(self.name, self.skip_block, taps=True)))
+    rules.append(at(self.exit, Call(self.name, self.apply, self.init, taps=True)))
+    return chain(*rules)
+
+  def stack(self, site: Site) -> tuple[Stack, int]:
+    """(the blocks before an exit, how many of their layers are reversible).
+
+    Raises:
+      ValueError: the blocks or their number do not fit.
+    """
+    net = Stack(site, self.blocks, self.exit)
     for block in net.stack:
       if block.input.shape != block.out.shape:
         raise ValueError(
-          f'{name}: streams keep their shape, and the block {block.path!r} maps {block.input.shape} '
-          f'to {block.out.shape}'
+          f'{self.name}: streams keep their shape, and the block {block.path!r} maps '
+          f'{block.input.shape} to {block.out.shape}'
         )
-    count = net.depth if reversible is None else reversible
+    count = self.reversible
+    if count is None:
+      count = net.depth
     if not 0 < count <= net.depth:
       raise ValueError(
-        f'{name}: reversible={reversible} must lie between 1 and the {net.depth} blocks before '
+        f'{self.name}: reversible={count} must lie between 1 and the {net.depth} blocks before '
         f'{site.path!r}'
       )
-    if variant == 3 and net.wraps_blocks:
+    if self.variant.halves and net.wraps_blocks:
       raise ValueError(
-        f'{name}: variant 3 takes blocks apart that begin with norms, and those in {site.path!r} end '
-        'with one'
+        f'{self.name}: variant 3 takes blocks apart that begin with norms, and those in '
+        f'{site.path!r} end with one'
       )
     return net, count
 
-  def init(key, site, arrays):
-    net, count = stack(site)
-    if variant == 3:
-      return {}
-    block = net.stack[0]
-    keys = jax.random.split(key, count)
-    return jax.vmap(lambda key: adapter.init(key, block.input, block.out))(keys)
+  # Inside of the blocks
 
-  def stand(t, call, *args, **kwargs):
-    (_, x), *others = call.inputs(*args, **kwargs).items()
+  def init_mlp(self, key, site: Site, arrays) -> dict:
+    return self.adapter.init(key, site.input, site.out)
+
+  def apply_mlp(self, t, call, *args, **kwargs):
+    """The MLP with its adapter beside it; zeros while the attention half runs alone."""
+    if not _runs(call, 'mlp'):
+      return _zeros(call, args, kwargs)
+    x = next(iter(call.inputs(*args, **kwargs).values()))
+    out = call(*args, **kwargs)
+    return on_first(out, lambda h: h + self.adapter.branch(t, call, x))
+
+  def init_attention(self, key, site: Site, arrays) -> dict:
+    return self.adapter.init(key, site.out, site.out)
+
+  def apply_attention(self, t, call, *args, **kwargs):
+    """The attention with its adapter behind it; zeros while the MLP half runs alone."""
+    if not _runs(call, 'attention'):
+      return _zeros(call, args, kwargs)
+    out = call(*args, **kwargs)
+    return on_first(out, lambda o: o + self.adapter.branch(t, call, o))
+
+  def skip_block(self, t, call, *args, **kwargs):
+    """Returns the stream as it came, and records what else the block is called with, for the exit.
+
+    Raises:
+      ValueError: the block returns more than its stream.
+    """
+    inputs = call.inputs(*args, **kwargs)
+    x = inputs.pop(next(iter(inputs)))
     leaves, tree = jax.tree.flatten(_shapes(call, args, kwargs))
     if len(leaves) != 1:
       raise ValueError(
-        f'{name}: the block {call.site.path!r} returns {len(leaves)} arrays; only its stream can be '
-        'made again'
+        f'{self.name}: the block {call.site.path!r} returns {len(leaves)} arrays; only its stream '
+        'can be made again'
       )
-    call.tap(**dict(others))
+    call.tap(**inputs)
     return jax.tree.unflatten(tree, [x])
 
-  def part(beside, t, call, *args, **kwargs):
-    """A module of a block with its adapter, or as nothing where the other half of the block
-    runs.
-    """
-    if (call.outer or {}).get('running', beside) not in (beside, 'block'):
-      return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), _shapes(call, args, kwargs))
-    x = next(iter(call.inputs(*args, **kwargs).values()))
-    return on_first(
-      call(*args, **kwargs), lambda h: h + adapter.branch(t, call, x if beside == 'mlp' else h)
-    )
+  # At the exit
 
-  def run(t, call, x, *args, **kwargs):
-    net, _ = stack(call.site)
+  def init(self, key, site: Site, arrays) -> dict:
+    """The adapters that are F or G of a whole layer, [layers, ...]; variant 3 has none."""
+    net, count = self.stack(site)
+    if self.variant.halves:
+      return {}
+    block = net.stack[0]
+    keys = jax.random.split(key, count)  # a start of its own for each layer
+    return jax.vmap(lambda key: self.adapter.init(key, block.input, block.out))(keys)
+
+  def apply(self, t, call, x, *args, **kwargs):
+    """Runs the blocks: before an exit that follows them, behind one that they are inside of."""
+    net, count = self.stack(call.site)
     if not net.wraps_blocks:
-      return call(through_blocks(t, call, x).astype(x.dtype), *args, **kwargs)
+      return call(self.through_blocks(t, call, x, net, count), *args, **kwargs)
+    # All blocks in the exit are identities: what it returns are the embeddings.
     y = call(x, *args, **kwargs)
-    return put_first(y, through_blocks(t, call, jax.tree.leaves(y)[0]))
+    embeddings = jax.tree.leaves(y)[0]
+    return put_first(y, self.through_blocks(t, call, embeddings, net, count))
 
-  def through_blocks(t, call, s):
-    (net, count), dtype = stack(call.site), s.dtype
-    own = {'t': t} if t else {}
-    if own and dropout and (key := call.rng('meft dropout')) is not None:
-      own['key'] = jax.random.split(key, count)
+  def through_blocks(self, t, call, x: jax.Array, net: Stack, count: int) -> jax.Array:
+    """The last hidden state [B, N, d] of embeddings x; the first `count` layers are reversible."""
+    layers, rest = self.layers(t, call, x.dtype, net, count)
+    # The inverse divides rounding errors by the scales, so that streams have at least float32.
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    streams = Reversible(layers, wide, self.scales, self.variant.swap, self.every)
+    errors = _errors.get()
+    if errors is not None:
+      errors[call.site.path] = streams.errors((wide, wide))
+    pair = streams((wide, wide))  # two of [B, N, d]
+    if self.readout == 'mean':
+      y = sum(pair) / 2
+    else:
+      y = pair[self.variant.last]
+    y = y.astype(x.dtype)
+    for layer in rest:
+      y = layer(y)
+    return y
 
-    def step(fn, running):
-      """(row, x) -> what the block, a half of it, or an adapter alone gives."""
-
-      def run(row, x):
-        if running == 'adapter':
-          return adapter.apply(row['t'], x.astype(dtype), row.get('key'))
-        call.local['running'] = running
-        return jax.tree.leaves(fn(row['arrays'], x.astype(dtype), **row['inputs']))[0]
-
-      return run
-
-    parts, behind, done = [], [], 0
+  def layers(
+    self, t, call, dtype, net: Stack, count: int
+  ) -> tuple[list[Layers], list[Callable[[jax.Array], jax.Array]]]:
+    """(the first `count` layers, the further ones as functions of one stream)."""
+    own = self.adapter_rows(t, call, count)
+    taps = call.taps()
+    layers = []
+    rest = []
+    start = 0  # the number of the block's first layer
     for block in net.stack:
-      fn, arrays = call.layer(block, None if block.axes else 0)
-      row, n = (
-        {'arrays': arrays, 'inputs': call.taps()[block.path]},
-        min(block.layers, max(count - done, 0)),
-      )
+      index = 0
       if block.axes:
-        row['inputs'] = jax.tree.map(
-          lambda x, b=block: x.reshape(b.layers, *x.shape[len(b.lengths) :]), row['inputs']
-        )
-      if n:
-        mine = jax.tree.map(lambda x, at=slice(done, done + n) if block.axes else done: x[at], own)
-        rows = _cut(row, block, 0, n) | mine
-        parts.append(Layers(step(fn, first), step(fn, second), rows, n if block.axes else None))
-      if n < block.layers:
-        behind.append((step(fn, 'block'), _cut(row, block, n, block.layers), bool(block.axes)))
-      done += block.layers
+        index = None  # all layers of the stack: arrays [layers, ...]
+      fn, arrays = call.layer(block, index)
+      row = {'arrays': arrays, 'inputs': _layers_first(taps[block.path], block)}
+      taken = min(block.layers, max(count - start, 0))
+      if taken:
+        f = self.part(self.variant.f, call, fn, dtype)
+        g = self.part(self.variant.g, call, fn, dtype)
+        layers.append(_reversible_layers(f, g, row, own, block, start, taken))
+      if taken < block.layers:
+        run = self.part('block', call, fn, dtype)
+        further = _some_layers(row, block, taken, block.layers)
+        rest.append(functools.partial(_run_layers, run, further, bool(block.axes)))
+      start += block.layers
+    return layers, rest
 
-    wide = s.astype(jnp.promote_types(dtype, jnp.float32))
-    streams = Reversible(parts, wide, scales, swap, every)
-    if _errors.get() is not None:
-      _errors.get()[call.site.path] = streams.errors((wide, wide))
-    pair = streams((wide, wide))
-    s = (sum(pair) / 2 if readout == 'mean' else pair[follows]).astype(dtype)
-    for run, row, scanned in behind:
-      one = lambda s, row, run=run: (run(row, s).astype(dtype), None)
-      s, _ = jax.lax.scan(one, s, row) if scanned else one(s, row)
-    return s
+  def adapter_rows(self, t, call, count: int) -> dict:
+    """theta of the exit, and in training random keys for its dropout: arrays [count, ...]."""
+    if not t:
+      return {}
+    rows = {'t': t}
+    if self.adapter.dropout:
+      key = call.rng('meft dropout')
+      if key is not None:
+        rows['key'] = jax.random.split(key, count)
+    return rows
 
-  inside = at(
-    mlp,
-    Call(
-      name,
-      functools.partial(part, 'mlp'),
-      lambda key, site, a: adapter.init(key, site.input, site.out),
-    ),
-  )
-  if variant == 3:
-    behind = Call(
-      name,
-      functools.partial(part, 'attention'),
-      lambda key, site, a: adapter.init(key, site.out, site.out),
-    )
-    inside = chain(inside, at(attention or '{attention}', behind))
-  return chain(
-    inside, at(blocks, Call(name, stand, taps=True)), at(exit, Call(name, run, init, taps=True))
-  )
+  def part(self, name: str, call, fn: Callable, dtype) -> Callable[[Any, jax.Array], jax.Array]:
+    """(row, x) -> what a part of a layer gives: see `_Variant.f`.
+
+    Args:
+      name: of the part.
+      call: at the exit.
+      fn: the block as a pure function of its arrays, its stream and its further inputs.
+      dtype: in which it runs.
+    """
+
+    def run(row, x):
+      x = x.astype(dtype)
+      if name == 'adapter':
+        return self.adapter.apply(row['t'], x, row.get('key'))
+      # Read while the block is traced, so that each part of a layer is a program of its own.
+      call.local['running'] = name
+      out = fn(row['arrays'], x, **row['inputs'])
+      return jax.tree.leaves(out)[0]
+
+    return run
 
 
 def reconstruction_error(tuned: Tuned, theta, backbone, *args, **kwargs) -> dict[str, jax.Array]:
-  """How far the backward pass is off where it makes the streams again: {path of the exit:
-  [reversible layers]}.
-
-  The largest difference of the streams before a layer, in units of their largest entry. Above some
-  percent (for the gradient is off by as much) keep streams more often (`every`), or take scales
-  nearer to 1.
+  """How far the streams that the backward pass makes again are from those of the forward pass.
 
   Args:
     tuned: with `meft`.
     theta, backbone, *args, **kwargs: as for `tuned.apply`.
+
+  Returns:
+    {path of the exit: [reversible layers]}: the largest difference of the streams before a layer,
+    in units of their largest entry. Gradients are off by as much: above some percent store streams
+    more often (`every`), or take scales nearer to 1.
 
   Raises:
     ValueError: the method is not among those of `tuned`.
@@ -262,16 +374,59 @@ def reconstruction_error(tuned: Tuned, theta, backbone, *args, **kwargs) -> dict
   return found
 
 
-def _shapes(call, args, kwargs):
+def _runs(call: Bound, half: str) -> bool:
+  """Whether a module of a half of a block runs: always, but while the other half runs alone."""
+  if call.outer is None:
+    return True
+  return call.outer.get('running', half) in (half, 'block')
+
+
+def _zeros(call: Bound, args, kwargs):
+  """Zeros in the place of a module's output: in a block that begins with norms, x + 0 is left."""
+  return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), _shapes(call, args, kwargs))
+
+
+def _shapes(call: Bound, args, kwargs):
   """What the wrapped call would return, as shapes."""
   fn, arrays = call.pure()
   return jax.eval_shape(lambda arrays: fn(arrays, *args, **kwargs), arrays)
 
 
-def _cut(row, block, start: int, stop: int):
-  """Some layers of a stack; of a block alone, the one."""
-  return (
-    jax.tree.map(lambda x: x[start:stop], row)
-    if block.axes and stop - start < block.layers
-    else row
-  )
+# Rows: trees of arrays [layers, ...] of a stacked block, [...] of a single one.
+
+
+def _layers_first(taps: dict, block: Site) -> dict:
+  """What a block recorded, with the axes of nested scans folded into one."""
+  if not block.axes:
+    return taps
+  axes = len(block.lengths)
+  return jax.tree.map(lambda x: x.reshape(block.layers, *x.shape[axes:]), taps)
+
+
+def _some_layers(row, block: Site, start: int, stop: int):
+  """Layers `start` to `stop` of a stacked block; of a single block the one."""
+  if not block.axes or stop - start == block.layers:
+    return row
+  return jax.tree.map(lambda x: x[start:stop], row)
+
+
+def _reversible_layers(f, g, row, own, block: Site, start: int, count: int) -> Layers:
+  """The first `count` layers of a block, the first of them being layer `start` of the network."""
+  if not block.axes:
+    mine = jax.tree.map(lambda x: x[start], own)
+    return Layers(f, g, {**row, **mine})
+  mine = jax.tree.map(lambda x: x[start : start + count], own)
+  return Layers(f, g, {**_some_layers(row, block, 0, count), **mine}, count)
+
+
+def _run_layers(run, row, stacked: bool, x: jax.Array) -> jax.Array:
+  """x after one layer, or after all of a stack."""
+
+  def step(x, row):
+    return run(row, x).astype(x.dtype), None
+
+  if stacked:
+    x, _ = jax.lax.scan(step, x, row)
+  else:
+    x, _ = step(x, row)
+  return x

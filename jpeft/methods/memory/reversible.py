@@ -1,9 +1,9 @@
 """Two streams through coupled layers, whose backward pass makes the inputs again from the outputs.
 
 A layer maps (x1, x2) to y1 = a x1 + f(x2), y2 = b x2 + g(y1), and passes on (y1, y2), or (y2, y1)
-where streams swap. Known (y1, y2), x2 = (y2 - g(y1)) / b and x1 = (y1 - f(x2)) / a: nothing is kept
-of a layer, however many there are. An error of y1 grows by 1 / a and the slope of f a layer; hence
-streams can be kept every few layers too.
+where streams swap. Known (y1, y2), x2 = (y2 - g(y1)) / b and x1 = (y1 - f(x2)) / a: nothing of a
+layer is stored, however many there are. An error of y1 grows by 1 / a and the slope of f a layer;
+hence streams can be stored every few layers too.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ class Layers:
 
   Attributes:
     f, g: (row, x) -> an array like x, of one layer.
-    row: a pytree of the arrays of one layer; of a stack they lead with its layers.
+    row: a pytree of the arrays of one layer; those of a stack have a first axis of layers.
     count: the layers of a stack; None for one layer alone.
   """
 
@@ -37,14 +37,19 @@ class Layers:
 
   @property
   def depth(self) -> int:
+    """How many layers these are."""
     return 1 if self.count is None else self.count
 
-  def over(self, body, carry, row, first: int, reverse: bool = False):
-    """As lax.scan, of body(carry, row of a layer, its number) -> (carry, out)."""
-    if self.count is None:
-      return body(carry, row, first)
-    numbers = first + jnp.arange(self.count)
-    return jax.lax.scan(lambda carry, xs: body(carry, *xs), carry, (row, numbers), reverse=reverse)
+  def shapes_of_one(self) -> Any:
+    """The row of one layer, as shapes."""
+
+    def one(x):
+      shape = x.shape
+      if self.count is not None:
+        shape = shape[1:]
+      return jax.ShapeDtypeStruct(shape, x.dtype)
+
+    return jax.tree.map(one, self.row)
 
 
 class Reversible:
@@ -55,7 +60,7 @@ class Reversible:
     like: an array like a stream.
     scales: a and b.
     swap: whether streams change places behind each layer.
-    every: after how many layers the streams are kept; None for those of the last layer alone.
+    every: after how many layers the streams are stored; None for those of the last layer alone.
   """
 
   def __init__(
@@ -66,173 +71,282 @@ class Reversible:
     swap: bool = False,
     every: int | None = None,
   ):
-    self._parts, self._scales, self._swap = layers, scales, swap
-    self._firsts = [sum(part.depth for part in layers[:i]) for i in range(len(layers))]
-    depth = sum(part.depth for part in layers)
+    self._scales = scales
+    self._swap = swap
+    self.parts = []
+    depth = 0
+    for part in layers:
+      # Traced here, where the rules of a model act: the backward pass is traced after they ended.
+      f = _Program(part, part.f, like)
+      g = _Program(part, part.g, like)
+      self.parts.append(_Part(part, depth, f, g))
+      depth += part.depth
     self._every = every or depth
-    self._slots = -(-depth // self._every) - 1  # the streams behind the last layer are the output
-    # Traced here, where the rules of a model act: the backward pass is traced when they are gone.
-    self._programs = [
-      (_Program(part, part.f, like), _Program(part, part.g, like)) for part in layers
-    ]
+    # The streams behind the last layer are the output, and need no slot.
+    self._slots = -(-depth // self._every) - 1
+
+  @property
+  def rows(self) -> list:
+    """The rows of all parts."""
+    return [part.layers.row for part in self.parts]
+
+  @property
+  def consts(self) -> list:
+    """The arrays that f and g of each part close over."""
+    return [part.consts for part in self.parts]
 
   def __call__(self, x: Streams) -> Streams:
     """The streams behind the last layer; differentiable once, in reverse, by streams and rows."""
-    rows, tree = jax.tree.flatten([part.row for part in self._parts])
+    leaves, tree = jax.tree.flatten(self.rows)
 
     @jax.custom_vjp
-    def run(rows, consts, x):
-      return self._forward(jax.tree.unflatten(tree, rows), consts, x)[0]
+    def run(leaves, consts, x):
+      y, _ = self.forward(jax.tree.unflatten(tree, leaves), consts, x)
+      return y
 
+    # With symbolic zeros, inputs are pairs of a value and whether a gradient flows into it.
     def forward(*inputs):
-      rows, consts, x = jax.tree.map(lambda leaf: leaf.value, inputs)
-      moved = [
-        leaf.perturbed and jnp.issubdtype(leaf.value.dtype, jnp.inexact) for leaf in inputs[0]
-      ]
-      if any(leaf.perturbed for leaf in jax.tree.leaves(inputs[1])):
+      leaves, consts, x = jax.tree.map(lambda pair: pair.value, inputs)
+      if any(pair.perturbed for pair in jax.tree.leaves(inputs[1])):
         raise ValueError(
           'a reversible layer closes over an array that is trained, whose gradient would be lost'
         )
-      y, kept = self._forward(jax.tree.unflatten(tree, rows), consts, x)
-      return y, (_Static(jax.tree.unflatten(tree, moved)), rows, consts, kept, y)
+      trained = [_has_gradient(pair) for pair in inputs[0]]
+      y, stored = self.forward(jax.tree.unflatten(tree, leaves), consts, x)
+      return y, (_Static(jax.tree.unflatten(tree, trained)), leaves, consts, stored, y)
 
-    def backward(residuals, d):
-      moved, rows, consts, kept, y = residuals
-      d = tuple(
-        jnp.zeros_like(a) if isinstance(g, SymbolicZero) else g for a, g in zip(y, d, strict=True)
-      )
-      rows_, d = self._backward(moved.value, jax.tree.unflatten(tree, rows), consts, kept, y, d)
-      return rows_, jax.tree.map(lambda c: None, consts), d
+    def backward(residuals, d_y):
+      trained, leaves, consts, stored, y = residuals
+      d_y = tuple(_plain_zero(d, stream) for d, stream in zip(d_y, y, strict=True))
+      rows = jax.tree.unflatten(tree, leaves)
+      d_leaves, d_x = self._backward(trained.value, rows, consts, stored, y, d_y)
+      no_gradient = jax.tree.map(lambda _: None, consts)
+      return d_leaves, no_gradient, d_x
 
     run.defvjp(forward, backward, symbolic_zeros=True)
-    return run(rows, [[program.consts for program in pair] for pair in self._programs], x)
+    return run(leaves, self.consts, x)
 
   def errors(self, x: Streams) -> jax.Array:
-    """How far the backward pass is off where it makes the streams before each layer again [depth].
+    """How far the streams before each layer, made again, are from those of the forward pass.
 
-    The largest difference, in units of the largest entry of the stream, of the worse one.
+    Returns:
+      [depth]: the largest difference, in units of the largest entry of the stream, of the worse
+      stream.
     """
-    rows, consts = (
-      [part.row for part in self._parts],
-      [[p.consts for p in pair] for pair in self._programs],
-    )
-    y, kept = self._forward(rows, consts, x)
-    before, found = [], []
-    for i, part in enumerate(self._parts):
-      step = lambda x, row, j, i=i: (self._done(i, row, consts[i], x), x)
-      x, states = part.over(step, x, rows[i], 0)
+    y, stored = self.forward(self.rows, self.consts, x)
+    before = []  # of each part the streams before its layers, those of a stack [layers, ...]
+    for part in self.parts:
+      x, states = self._states(part, x)
       before.append(states)
-    for i, part in reversed(list(enumerate(self._parts))):
-
-      def back(y, row, j, i=i):
-        x = self._undone(i, row, consts[i], self._reset(kept, j, y))
-        return x, x
-
-      y, again = part.over(back, y, rows[i], self._firsts[i], reverse=True)
+    errors = []
+    for part, states in reversed(list(zip(self.parts, before, strict=True))):
+      y, again = self._states_again(part, y, stored)
       axes = tuple(range(-y[0].ndim, 0))
-      off = lambda a, b, axes=axes: jnp.abs(a - b).max(axes) / jnp.abs(b).max(axes)
-      found.insert(0, jnp.atleast_1d(jnp.maximum(*map(off, again, before[i]))))
-    return jnp.concatenate(found)
+      one, two = (_relative_error(a, b, axes) for a, b in zip(again, states, strict=True))
+      errors.insert(0, jnp.atleast_1d(jnp.maximum(one, two)))
+    return jnp.concatenate(errors)
 
-  def _done(self, i: int, row, consts, x: Streams) -> Streams:
-    (f, g), (a, b) = self._programs[i], self._scales
-    y1 = a * x[0] + f(consts[0], row, x[1])
-    y2 = b * x[1] + g(consts[1], row, y1)
-    return (y2, y1) if self._swap else (y1, y2)
+  def _states(self, part: '_Part', x: Streams) -> tuple[Streams, Streams]:
+    """(the streams behind a part, those before each of its layers)."""
 
-  def _undone(self, i: int, row, consts, y: Streams) -> Streams:
-    (f, g), (a, b) = self._programs[i], self._scales
-    y1, y2 = y[::-1] if self._swap else y
-    x2 = (y2 - g(consts[1], row, y1)) / b
-    return (y1 - f(consts[0], row, x2)) / a, x2
+    def body(x, row, j):
+      return self.layer(part, row, part.consts, x), x
+
+    return part.scan(body, x, part.layers.row)
+
+  def _states_again(self, part: '_Part', y: Streams, stored: Streams) -> tuple[Streams, Streams]:
+    """(the streams before a part, those before each of its layers), from those behind the part."""
+
+    def body(y, row, j):
+      x = self.inverse(part, row, part.consts, self._restart(stored, j, y))
+      return x, x
+
+    return part.scan(body, y, part.layers.row, reverse=True)
+
+  # One layer, there and back.
+
+  def layer(self, part: '_Part', row, consts, x: Streams) -> Streams:
+    """The streams behind a layer, from those before it."""
+    a, b = self._scales
+    x1, x2 = x
+    f_consts, g_consts = consts
+    y1 = a * x1 + part.f(f_consts, row, x2)
+    y2 = b * x2 + part.g(g_consts, row, y1)
+    return self._swapped((y1, y2))
+
+  def inverse(self, part: '_Part', row, consts, y: Streams) -> Streams:
+    """The streams before a layer, from those behind it."""
+    a, b = self._scales
+    y1, y2 = self._swapped(y)
+    f_consts, g_consts = consts
+    x2 = (y2 - part.g(g_consts, row, y1)) / b
+    x1 = (y1 - part.f(f_consts, row, x2)) / a
+    return x1, x2
+
+  def _swapped(self, streams: Streams) -> Streams:
+    first, second = streams
+    return (second, first) if self._swap else streams
+
+  # Which streams are stored.
 
   def _slot(self, j):
-    """(whether the streams behind layer j are kept, where)."""
+    """(whether the streams behind layer j are stored, in which slot)."""
     slot = j // self._every
-    return ((j + 1) % self._every == 0) & (slot < self._slots), jnp.minimum(slot, self._slots - 1)
+    here = ((j + 1) % self._every == 0) & (slot < self._slots)
+    return here, jnp.minimum(slot, self._slots - 1)
 
-  def _reset(self, kept: Streams, j, y: Streams) -> Streams:
-    """The streams behind layer j: what was kept, else y."""
+  def _store(self, stored: Streams, j, y: Streams) -> Streams:
+    """The stored streams, with those behind layer j if they have a slot."""
+    if not self._slots:
+      return stored
+    here, slot = self._slot(j)
+    return jax.tree.map(lambda s, a: s.at[slot].set(jnp.where(here, a, s[slot])), stored, y)
+
+  def _restart(self, stored: Streams, j, y: Streams) -> Streams:
+    """The streams behind layer j: what was stored, else y."""
     if not self._slots:
       return y
     here, slot = self._slot(j)
-    return jax.tree.map(lambda k, a: jnp.where(here, k[slot], a), kept, y)
+    return jax.tree.map(lambda s, a: jnp.where(here, s[slot], a), stored, y)
 
-  def _forward(self, rows, consts, x: Streams) -> tuple[Streams, Streams]:
-    """(the streams behind the last layer, those kept [slots, ...])."""
-    kept = jax.tree.map(lambda a: jnp.zeros((self._slots, *a.shape), a.dtype), x)
-    for i, part in enumerate(self._parts):
+  # All layers.
 
-      def body(carry, row, j, i=i):
-        x, kept = carry
-        x = self._done(i, row, consts[i], x)
-        if self._slots:
-          here, slot = self._slot(j)
-          kept = jax.tree.map(lambda k, a: k.at[slot].set(jnp.where(here, a, k[slot])), kept, x)
-        return (x, kept), None
+  def forward(self, rows: list, consts: list, x: Streams) -> tuple[Streams, Streams]:
+    """(the streams behind the last layer, those that are stored [slots, ...])."""
+    carry = x, jax.tree.map(lambda a: jnp.zeros((self._slots, *a.shape), a.dtype), x)
+    for part, row, own_consts in zip(self.parts, rows, consts, strict=True):
+      carry = self._forward_part(part, row, own_consts, carry)
+    return carry
 
-      (x, kept), _ = part.over(body, (x, kept), rows[i], self._firsts[i])
-    return x, kept
+  def _forward_part(self, part: '_Part', row, consts, carry):
+    def body(carry, row, j):
+      x, stored = carry
+      y = self.layer(part, row, consts, x)
+      return (y, self._store(stored, j, y)), None
+
+    carry, _ = part.scan(body, carry, row)
+    return carry
 
   def _backward(
-    self, moved, rows, consts, kept: Streams, y: Streams, d: Streams
+    self, trained: list, rows: list, consts: list, stored: Streams, y: Streams, d: Streams
   ) -> tuple[list, Streams]:
-    """(gradients of the leaves of rows, None where not moved; of the streams before the first
-    layer).
-    """
+    """(gradients of the leaves of rows, None where not trained; those of the first streams)."""
+    carry = y, d
     grads = []
-    for i, part in reversed(list(enumerate(self._parts))):
-      own = [n for n, flag in enumerate(jax.tree.leaves(moved[i])) if flag]
-      _, (a, b) = self._programs[i], self._scales
-
-      def body(carry, row, j, i=i, own=own, a=a, b=b):
-        y, d = carry
-        y = self._reset(kept, j, y)
-        (y1, y2), (d1, d2) = (y[::-1], d[::-1]) if self._swap else (y, d)
-        g, more, add = self._pulled(i, 1, row, consts[i], own, y1, d2)
-        x2, d1 = (y2 - g) / b, d1 + add
-        f, less, add = self._pulled(i, 0, row, consts[i], own, x2, d1)
-        found = ((y1 - f) / a, x2), (a * d1, b * d2 + add)
-        # Now, lest gradients of weights wait and hold what was computed again for them.
-        return jax.lax.optimization_barrier((found, jax.tree.map(jnp.add, more, less)))
-
-      (y, d), own_grads = part.over(body, (y, d), rows[i], self._firsts[i], reverse=True)
-      table = dict(zip(own, own_grads, strict=True))
-      grads = [table.get(n) for n in range(len(jax.tree.leaves(moved[i])))] + grads
+    for i in reversed(range(len(self.parts))):
+      flags = jax.tree.leaves(trained[i])
+      own = [n for n, flag in enumerate(flags) if flag]
+      carry, d_own = self._backward_part(self.parts[i], rows[i], consts[i], own, stored, carry)
+      by_leaf = dict(zip(own, d_own, strict=True))
+      grads = [by_leaf.get(n) for n in range(len(flags))] + grads
+    _, d = carry
     return grads, d
 
-  def _pulled(self, i: int, which: int, row, consts, own: list[int], x, d):
-    """(f or g of x, gradients of the leaves `own` of the row, of x)."""
-    leaves, tree = jax.tree.flatten(row)
+  def _backward_part(self, part: '_Part', row, consts, own: list[int], stored: Streams, carry):
+    """((streams, their gradients) before a part, gradients of the leaves `own` of its row)."""
+    a, b = self._scales
+    f_consts, g_consts = consts
 
-    def run(values, x):
-      known = dict(zip(own, values, strict=True))
-      row = jax.tree.unflatten(tree, [known.get(n, leaf) for n, leaf in enumerate(leaves)])
-      return self._programs[i][which](consts[which], row, x)
+    def body(carry, row, j):
+      y, d = carry
+      y1, y2 = self._swapped(self._restart(stored, j, y))
+      d1, d2 = self._swapped(d)
+      g, d_row_of_g, d_y1 = _pull(part.g, g_consts, row, own, y1, d2)
+      x2 = (y2 - g) / b
+      d1 = d1 + d_y1  # y1 is an output, and what g reads
+      f, d_row_of_f, d_x2 = _pull(part.f, f_consts, row, own, x2, d1)
+      x1 = (y1 - f) / a
+      before = (x1, x2), (a * d1, b * d2 + d_x2)
+      d_row = jax.tree.map(jnp.add, d_row_of_g, d_row_of_f)
+      # Without the barrier XLA may put the gradients of weights off, and so keep what was computed
+      # again for them until then.
+      return jax.lax.optimization_barrier((before, d_row))
 
-    out, vjp = jax.vjp(run, [leaves[n] for n in own], x)
-    return out, *vjp(d)
+    return part.scan(body, carry, row, reverse=True)
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Static:
-  """What the forward pass tells the backward pass beside arrays."""
+@dataclasses.dataclass(frozen=True)
+class _Part:
+  """Layers with their programs.
 
-  value: Any
+  Attributes:
+    layers: one, or a stack.
+    first: the number of the first of them in the network.
+    f, g: of one layer.
+  """
+
+  layers: Layers
+  first: int
+  f: '_Program'
+  g: '_Program'
+
+  @property
+  def consts(self) -> tuple[list, list]:
+    """The arrays that f and g close over."""
+    return self.f.consts, self.g.consts
+
+  def scan(self, body, carry, row, reverse: bool = False):
+    """As lax.scan, of body(carry, row of a layer, its number) -> (carry, out)."""
+    count = self.layers.count
+    if count is None:
+      return body(carry, row, self.first)
+    numbers = self.first + jnp.arange(count)
+    return jax.lax.scan(lambda carry, xs: body(carry, *xs), carry, (row, numbers), reverse=reverse)
 
 
 class _Program:
   """f or g of one layer, traced: (consts, row, x) -> an array like x."""
 
-  def __init__(self, part: Layers, fn, like: jax.Array):
-    one = lambda x: jax.ShapeDtypeStruct(x.shape if part.count is None else x.shape[1:], x.dtype)
+  def __init__(self, layers: Layers, fn, like: jax.Array):
     like = jax.ShapeDtypeStruct(like.shape, like.dtype)
-    closed = jax.make_jaxpr(lambda row, x: fn(row, x).astype(x.dtype))(
-      jax.tree.map(one, part.row), like
-    )
+
+    def in_dtype(row, x):
+      return fn(row, x).astype(x.dtype)
+
+    closed = jax.make_jaxpr(in_dtype)(layers.shapes_of_one(), like)
+    # Arrays that fn closes over become arguments: a custom_vjp may not close over traced ones.
     jaxpr, self.consts = hoisted(closed)
     self._run = jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))
 
   def __call__(self, consts, row, x: jax.Array) -> jax.Array:
-    return self._run(*consts, *jax.tree.leaves(row), x)[0]
+    (y,) = self._run(*consts, *jax.tree.leaves(row), x)
+    return y
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Static:
+  """What the forward pass gives the backward pass beside arrays."""
+
+  value: Any
+
+
+def _has_gradient(pair) -> bool:
+  """Whether an input of a custom_vjp is one that a gradient flows into."""
+  return pair.perturbed and jnp.issubdtype(pair.value.dtype, jnp.inexact)
+
+
+def _plain_zero(d, like: jax.Array) -> jax.Array:
+  """A gradient, as an array where it is a symbolic zero."""
+  if isinstance(d, SymbolicZero):
+    return jnp.zeros_like(like)
+  return d
+
+
+def _pull(program: _Program, consts, row, own: list[int], x: jax.Array, d: jax.Array):
+  """(y = program(x), gradients of the leaves `own` of the row, that of x), d being that of y."""
+  leaves, tree = jax.tree.flatten(row)
+
+  def run(values, x):
+    replaced = dict(zip(own, values, strict=True))
+    row = [replaced.get(n, leaf) for n, leaf in enumerate(leaves)]
+    return program(consts, jax.tree.unflatten(tree, row), x)
+
+  y, vjp = jax.vjp(run, [leaves[n] for n in own], x)
+  d_values, d_x = vjp(d)
+  return y, d_values, d_x
+
+
+def _relative_error(found: jax.Array, true: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+  """The largest difference along some axes, in units of the largest entry."""
+  return jnp.abs(found - true).max(axes) / jnp.abs(true).max(axes)

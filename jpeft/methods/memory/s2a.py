@@ -1,34 +1,38 @@
-"""S2A: little that is trained, and four bits a value for what the backward pass keeps (arXiv
-2503.08154).
+"""S2A: little that is trained, and four bits a value for what the backward pass stores.
 
-A frozen linear layer needs nothing but its own weight to pass a gradient on. What training then
-keeps are the inputs of norms, softmax and activations; S2A keeps those in 4 bits, and trains only
-what needs no more:
+arXiv 2503.08154, 2025. A frozen linear layer needs nothing but its own weight to pass a gradient
+on. What training then stores are the inputs of norms, softmax and activations; S2A stores those in
+4 bits, and trains only what needs little of its input x for its own gradient:
 
-  bias                 b, whose gradient is a sum                                   nothing
-  low-rank prompt      x + A B, A [N, r], B [r, D], the same for every example      nothing of x
-  lite side module     block(x) + gelu(mean_c(x) W1) W2, W1 [D/c, m], W2 [m, D]     1/c of x, by a mean of c channels
+                       what is computed                                          stored of x
+  bias                 b, whose gradient is a sum                                nothing
+  low-rank prompt      x + A B, the same for every example                       nothing
+  lite side module     block(x) + gelu(mean_c(x) W1) W2, means of c channels     1/c
+
+A [N, r], B [r, D], W1 [D/c, m], W2 [m, D].
 
 The paper has no public code. Where prompts and side modules stand, their ranks, and how softmax and
 norms are coded are therefore a reconstruction: prompts enter each block with its input, the side
 module stands beside the block, and the defaults train about 0.9 % of a ViT-B, as the paper reports.
-What is stored how: `jpeft.quant.residuals`. Query, key and value are kept in 8 bits rather than 4:
+How values are coded: `jpeft.residuals`. Query, key and value are stored in 8 bits rather than 4:
 the probabilities that are computed from them again double their error.
 
 The 4-bit storage alone is `packed()`, for any method: chain(lora(8), packed()). It wraps what
-stands before it in the chain, so it comes last. The forward pass is exact; gradients carry the
-rounding of what was kept.
+stands before it in the chain, so it comes last. The forward pass is exact; gradients contain the
+rounding of what was stored.
 """
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 
 from jpeft import residuals
-from jpeft.core import Call, Method, at, chain, factory
-from jpeft.residuals import compressed
+from jpeft.core import Call, Method, Site, at, chain, factory
 
+from ..check import whole
+from ..nn import on_first, pool
 from ..subset.tune import tune
 
 
@@ -36,10 +40,10 @@ from ..subset.tune import tune
 def packed(
   blocks: str = '{block}', bits: int = 4, operand_bits: int = 8, name: str = 'packed'
 ) -> Method:
-  """Keeps what the backward pass of each block needs in few bits; trains nothing itself.
+  """Stores what the backward pass of each block needs in few bits; trains nothing itself.
 
-  What a block writes (caches, running statistics) and what rules before it in the chain tap there
-  is dropped.
+  What a block writes (caches, running statistics) is dropped, and so is what rules before this one
+  in the chain tap there.
 
   Args:
     blocks: pattern of the modules whose residuals are compressed, each as a whole.
@@ -54,7 +58,7 @@ def packed(
 
   def apply(t, call, *args, **kwargs):
     fn, arrays = call.pure()
-    return compressed(fn, bits, operand_bits)(arrays, *args, **kwargs)
+    return residuals.compressed(fn, bits, operand_bits)(arrays, *args, **kwargs)
 
   return at(blocks, Call(name, apply))
 
@@ -76,7 +80,7 @@ def s2a(
     rank: r of the prompts; 0 for none.
     side: m, the width of the side modules; 0 for none.
     pool: c, how many neighbouring channels a side module reads as their mean.
-    bits: of a value that the backward pass of a block keeps: 4 or 8.
+    bits: of a value that the backward pass of a block stores: 4 or 8.
     operand_bits: of query, key and value.
     biases: pattern of the sites whose biases are trained; None for none.
     blocks: pattern of the blocks.
@@ -86,46 +90,103 @@ def s2a(
     ValueError: a hyperparameter outside its range; at `attach`, a block without a stream of
       features that keeps its shape, or a width that `pool` does not divide.
   """
-  for value, least, what in ((rank, 0, 'rank'), (side, 0, 'side'), (pool, 1, 'pool')):
-    if int(value) != value or value < least:
-      raise ValueError(f's2a: {what}={value!r} must be a whole number, at least {least}')
+  whole('s2a', 'rank', rank, 0)
+  whole('s2a', 'side', side, 0)
+  whole('s2a', 'pool', pool, 1)
   _check_bits(bits, operand_bits)
+  modules = _S2A(rank, side, pool, bits, operand_bits, blocks, name).method()
+  if biases is None:
+    return modules
+  return chain(tune(biases, 'bias', name), modules)
 
-  def init(key, site, arrays):
-    shape = _stream(site, name) if rank or side else ()
-    t, keys = {}, jax.random.split(key)
-    if rank:
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _S2A:
+  """The prompts and side modules of `s2a`; the fields are its arguments.
+
+  theta[name][block] is {'prompt': {'a', 'b'}, 'side': {'down', 'up'}}, those with a rank or width.
+  """
+
+  rank: int
+  side: int
+  pool: int
+  bits: int
+  operand_bits: int
+  blocks: str
+  name: str
+
+  def method(self) -> Method:
+    return at(self.blocks, Call(self.name, self.apply, self.init))
+
+  def init(self, key, site: Site, arrays) -> dict:
+    """Starts as the backbone: B and W2 are zero."""
+    t = {}
+    if not self.rank and not self.side:
+      return t
+    shape = self.stream(site)
+    width = shape[-1]
+    key_prompt, key_side = jax.random.split(key)
+    if self.rank:
       places = math.prod(shape[1:-1])
       t['prompt'] = {
-        'a': 0.02 * jax.random.normal(keys[0], (places, rank)),
-        'b': jnp.zeros((rank, shape[-1])),
+        'a': 0.02 * jax.random.normal(key_prompt, (places, self.rank)),
+        'b': jnp.zeros((self.rank, width)),
       }
-    if side:
-      if shape[-1] % pool:
-        raise ValueError(f's2a: pool={pool} does not divide the width {shape[-1]} of {site.path!r}')
-      fan_in = shape[-1] // pool
+    if self.side:
+      if width % self.pool:
+        raise ValueError(
+          f's2a: pool={self.pool} does not divide the width {width} of {site.path!r}'
+        )
+      fan_in = width // self.pool
       t['side'] = {
-        'down': jax.random.normal(keys[1], (fan_in, side)) * fan_in**-0.5,
-        'up': jnp.zeros((side, shape[-1])),
+        'down': fan_in**-0.5 * jax.random.normal(key_side, (fan_in, self.side)),
+        'up': jnp.zeros((self.side, width)),
       }
     return t
 
-  def apply(t, call, x, *args, **kwargs):
+  def stream(self, site: Site) -> tuple[int, ...]:
+    """The shape [B, .., D] of what a block reads and returns.
+
+    Raises:
+      ValueError: the block has no such stream, or changes its shape.
+    """
+    read = _shape(site.input)
+    given = _shape(site.out)
+    if read is None or read != given or len(read) < 3:
+      raise ValueError(
+        f'{self.name}: prompts and side modules need a stream that keeps its shape [B, .., D], and '
+        f'{site.kind} at {site.path!r} reads {read} and gives {given}; use rank=0, side=0'
+      )
+    return read
+
+  def apply(self, t, call, x, *args, **kwargs):
+    """Runs a block with its prompt and its side module, all of it with compressed residuals."""
     fn, arrays = call.pure()
 
-    def block(held, x, *args, **kwargs):
-      arrays, t = held
-      out = fn(arrays, x + _prompt(t['prompt'], x, call.site) if rank else x, *args, **kwargs)
-      if not side:
+    def block(arrays_and_t, x, *args, **kwargs):
+      arrays, t = arrays_and_t
+      prompted = x
+      if self.rank:
+        prompted = x + _prompt(t['prompt'], x, call.site)
+      out = fn(arrays, prompted, *args, **kwargs)
+      if not self.side:
         return out
-      first, *rest = leaves = jax.tree.leaves(out)
-      first = first + _side(t['side'], x, pool).astype(first.dtype)
-      return jax.tree.unflatten(jax.tree.structure(out), [first, *rest]) if leaves else out
+      beside = self.beside(t['side'], x)
+      return on_first(out, lambda y: y + beside.astype(y.dtype))
 
-    return compressed(block, bits, operand_bits)((arrays, t), x, *args, **kwargs)
+    return residuals.compressed(block, self.bits, self.operand_bits)(
+      (arrays, t), x, *args, **kwargs
+    )
 
-  modules = at(blocks, Call(name, apply, init))
-  return modules if biases is None else chain(tune(biases, 'bias', name), modules)
+  def beside(self, t, x: jax.Array) -> jax.Array:
+    """What the side module adds: gelu(mean_c(x) W1) W2."""
+    # The library's own GELU, whose backward pass stores codes of its derivative.
+    hidden = residuals.gelu(pool(x, self.pool) @ t['down'])
+    return hidden @ t['up']
+
+
+def _shape(array: jax.ShapeDtypeStruct | None) -> tuple[int, ...] | None:
+  return None if array is None else array.shape
 
 
 def _check_bits(*bits: int) -> None:
@@ -134,27 +195,15 @@ def _check_bits(*bits: int) -> None:
       raise ValueError(f'values are kept in 4 or 8 bits, not {n!r}')
 
 
-def _stream(site, name: str) -> tuple[int, ...]:
-  """The shape of the features that a block reads, and gives back."""
-  shapes = [None if s is None else s.shape for s in (site.input, site.out)]
-  if None in shapes or shapes[0] != shapes[1] or len(shapes[0]) < 3:
-    raise ValueError(
-      f'{name}: prompts and side modules need a stream that keeps its shape [B, .., D], and {site.kind} '
-      f'at {site.path!r} reads {shapes[0]} and gives {shapes[1]}; use rank=0, side=0'
-    )
-  return shapes[0]
-
-
-def _prompt(t, x, site):
+def _prompt(t, x: jax.Array, site: Site) -> jax.Array:
   """A B, [1, .., D]: a row for each place, or for the first ones of a shorter sequence."""
-  places = x[0, ..., 0].size
-  if places > len(t['a']) or places < len(t['a']) and x.ndim > 3:
+  rows = len(t['a'])
+  places = math.prod(x.shape[1:-1])
+  # Rows of a map are not in the order of a smaller one: there every place must have its own.
+  is_map = x.ndim > 3
+  if places > rows or (is_map and places < rows):
     raise ValueError(
-      f'the prompts of {site.path!r} are for {len(t["a"])} places, and its input has {places}'
+      f'the prompts of {site.path!r} are for {rows} places, and its input has {places}'
     )
-  return (t['a'][:places] @ t['b']).reshape(1, *x.shape[1:]).astype(x.dtype)
-
-
-def _side(t, x, pool: int):
-  means = x.reshape(*x.shape[:-1], -1, pool).mean(-1)
-  return residuals.gelu(means @ t['down']) @ t['up']
+  prompt = t['a'][:places] @ t['b']
+  return prompt.reshape(1, *x.shape[1:]).astype(x.dtype)

@@ -1,5 +1,4 @@
-"""Prefix tuning and P-tuning v2: learned keys and values in front of those of every attention
-layer.
+"""Prefix tuning and P-tuning v2: learned keys and values before those of every attention layer.
 
 Li & Liang, 2021 (arXiv 2101.00190); Liu et al., 2022, "P-Tuning v2" (2110.07602;
 THUDM/P-tuning-v2). With m rows K_p, V_p [m, kv heads, head size] in each layer,
@@ -13,21 +12,29 @@ zero keys take a share of the softmax too, so the function does not start as the
 
 Deviations. The rows are trained directly, the default of P-tuning v2 and of peft: the MLP of prefix
 tuning, over one table for all layers, is a device of training that is dropped afterwards, and would
-couple what theta holds apart layer by layer. Tokens keep their positions 0, 1, ...; libraries that
-pass the prefix as a cache count on from m, and a model with positions must do so itself to run the
-files that they trained.
+couple the layers, whose rows are separate entries of theta. Tokens keep their positions 0, 1, ...;
+libraries that pass the prefix as a cache count on from m, and a model with positions must do so
+itself to run the files that they trained.
 
-In the file format of peft, prompt_embeddings [m, 2 * layers * kv heads * head size] holds, viewed
-as [m, 2 * layers, kv heads, head size], the keys of layer i at 2 i and its values at 2 i + 1. Not
+In the file format of peft, prompt_embeddings [m, 2 * layers * kv heads * head size], viewed as
+[m, 2 * layers, kv heads, head size], has the keys of layer i at 2 i and its values at 2 i + 1. Not
 mergeable.
 """
+
+import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from jpeft.core import Call, Method, Site, at, factory
 
+from ..check import require, whole, within
+from ..masks import seen_keys
 from ..nn import drop
+
+# The standard deviation of the rows at first.
+STARTS = {'normal': 1.0, 'zero': 0.0}
 
 # The arguments of an attention function behind query, key and value, by position.
 ARGUMENTS = (
@@ -57,69 +64,105 @@ def prefix(
     tokens: m.
     dropout: rate on the entries of the rows.
     init: 'normal' or 'zero'.
-    targets: pattern of the modules that call their own `attention_fn`; others are served where
-      their anatomy has `attend`.
+    targets: pattern of the modules that call their own `attention_fn`; others work where their
+      anatomy has `attend`.
     name: in theta: {'keys', 'values'}, [m, kv heads, head size] each.
 
   Raises:
     ValueError: a hyperparameter outside its range; at `attach`, a module that computes attention
       inline.
   """
-  if int(tokens) != tokens or tokens < 0:
-    raise ValueError(f'tokens={tokens!r} must be a whole number, at least 0')
-  if not 0 <= dropout <= 1:
-    raise ValueError(f'dropout={dropout!r} must lie in [0, 1]')
-  if init not in ('normal', 'zero'):
-    raise ValueError(f"prefix: init={init!r} must be 'normal' or 'zero'")
-  std = 1.0 if init == 'normal' else 0.0
+  whole('prefix', 'tokens', tokens, 0)
+  within('prefix', 'dropout', dropout, 0, 1)
+  require(init in STARTS, 'prefix', 'init', init, "must be 'normal' or 'zero'")
+  return _Prefix(tokens, dropout, init, targets, name).method()
 
-  def begin(key, site, arrays):
-    keys, shape = jax.random.split(key), (tokens, *_heads(site, name))
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Prefix:
+  """The rule of `prefix`; the fields are its arguments."""
+
+  tokens: int
+  dropout: float
+  start: str
+  targets: str
+  name: str
+
+  def method(self) -> Method:
+    return at(self.targets, Call(self.name, self.apply, self.init))
+
+  def init(self, key, site: Site, arrays) -> dict:
+    key_keys, key_values = jax.random.split(key)
+    shape = (self.tokens, *self.heads(site))
+    std = STARTS[self.start]
     return {
-      n: std * jax.random.normal(k, shape) for n, k in zip(('keys', 'values'), keys, strict=True)
+      'keys': std * jax.random.normal(key_keys, shape),
+      'values': std * jax.random.normal(key_values, shape),
     }
 
-  def apply(t, call, *args, **kwargs):
-    key = call.rng('prefix dropout') if dropout else None
-    sub = dict(zip(t, (None, None) if key is None else jax.random.split(key), strict=True))
-    rows = lambda n, *batch: drop(jnp.broadcast_to(t[n], (*batch, *t[n].shape)), sub[n], dropout)
-    if call.site.heads is None:
-      return call.site.model.anatomy.attend(call, rows('keys'), rows('values'), *args, **kwargs)
-    with call.inject(attention_fn=_prefixed(call.module.attention_fn, rows, tokens)):
+  def heads(self, site: Site) -> tuple[int, int]:
+    """(kv heads, head size) of a module that a prefix can be put into.
+
+    Raises:
+      ValueError: the module has no door for more keys.
+    """
+    if site.heads is not None:
+      return site.heads
+    anatomy = site.model.anatomy
+    if anatomy is None or anatomy.attend is None or anatomy.heads is None:
+      raise ValueError(
+        f'{self.name}: {site.kind} at {site.path!r} calls no attention_fn of its own that could '
+        'see more keys; give its class that field, or its anatomy `attend` and `heads` '
+        '(jpeft.register_anatomy)'
+      )
+    return anatomy.heads(site)
+
+  def apply(self, t, call, *args, **kwargs):
+    """Runs an attention module with the rows before its keys and values."""
+    dropout_keys = {'keys': None, 'values': None}
+    if self.dropout:
+      key = call.rng('prefix dropout')
+      if key is not None:
+        key_keys, key_values = jax.random.split(key)
+        dropout_keys = {'keys': key_keys, 'values': key_values}
+
+    def rows(name, *batch):
+      """The rows under a name, [*batch, m, kv heads, head size], after dropout."""
+      same = jnp.broadcast_to(t[name], (*batch, *t[name].shape))
+      return drop(same, dropout_keys[name], self.dropout)
+
+    if call.site.heads is None:  # it computes attention inline, as its anatomy knows
+      attend = call.site.model.anatomy.attend
+      return attend(call, rows('keys'), rows('values'), *args, **kwargs)
+    attention = _prefixed(call.module.attention_fn, rows, self.tokens)
+    with call.inject(attention_fn=attention):
       return call(*args, **kwargs)
 
-  return at(targets, Call(name, apply, begin))
 
+def _prefixed(attention: Callable, rows: Callable, tokens: int) -> Callable:
+  """An attention function with rows before its keys and values [*batch, M, kv heads, head size].
 
-def _heads(site: Site, name: str) -> tuple[int, int]:
-  """(kv heads, head size) of a module that a prefix can be put into."""
-  anatomy = site.model.anatomy
-  if site.heads is not None:
-    return site.heads
-  if anatomy is None or anatomy.attend is None or anatomy.heads is None:
-    raise ValueError(
-      f'{name}: {site.kind} at {site.path!r} calls no attention_fn of its own that could see '
-      'more keys; give its class that field, or its anatomy `attend` and `heads` '
-      '(jpeft.register_anatomy)'
-    )
-  return anatomy.heads(site)
-
-
-def _prefixed(attention, rows, tokens: int):
-  """attention(query, key, value, bias, mask, ...) with rows before keys [.., M, heads, size] and
-  values.
+  Args:
+    attention: (query, key, value, bias, mask, ...) -> out.
+    rows: ('keys' or 'values', *batch) -> [*batch, tokens, kv heads, head size].
+    tokens: m.
   """
 
   def run(query, key, value, *args, is_causal: bool = False, **kwargs):
-    length, batch = key.shape[-3], key.shape[:-3]
-    kwargs |= dict(zip(ARGUMENTS, args, strict=False))
-    if refused := [n for n in _REFUSED if kwargs.get(n) is not None]:
-      raise ValueError(
-        f'prefix: {refused[0]} counts keys, and there are {tokens} more: use a mask instead'
-      )
-    if is_causal:
+    *batch, length, _, _ = key.shape
+    kwargs.update(zip(ARGUMENTS, args, strict=False))
+    for name in _REFUSED:
+      if kwargs.get(name) is not None:
+        raise ValueError(
+          f'prefix: {name} counts keys, and there are {tokens} more: use a mask instead'
+        )
+    if is_causal:  # a mask instead: the function itself would count the rows among the tokens
       kwargs['mask'] = _causal(query.shape[-3], length, kwargs.get('mask'))
-    kwargs |= {n: _widened(kwargs[n], length, tokens) for n in ('bias', 'mask') if n in kwargs}
+    for name in ('bias', 'mask'):
+      mask = kwargs.get(name)
+      # An axis of one entry is for all keys, and broadcasts over the rows too.
+      if mask is not None and mask.shape[-1] == length:
+        kwargs[name] = jnp.concatenate([seen_keys(mask, tokens), mask], -1)
     key = jnp.concatenate([rows('keys', *batch).astype(key.dtype), key], -3)
     value = jnp.concatenate([rows('values', *batch).astype(value.dtype), value], -3)
     return attention(query, key, value, **kwargs)
@@ -127,18 +170,9 @@ def _prefixed(attention, rows, tokens: int):
   return run
 
 
-def _causal(queries: int, keys: int, mask) -> jax.Array:
+def _causal(queries: int, keys: int, mask: jax.Array | None) -> jax.Array:
+  """A causal mask [1, 1, queries, keys], and what another mask hides."""
   seen = jnp.tril(jnp.ones((1, 1, queries, keys), bool))
-  return seen if mask is None else seen & mask
-
-
-def _widened(x, length: int, tokens: int):
-  """A mask or bias [.., M] for `tokens` more keys, which everyone sees; one for all keys as it
-  is.
-  """
-  if x is None or x.shape[-1] != length:
-    return x
-  seen = jnp.full(
-    (*x.shape[:-1], tokens), 0 if jnp.issubdtype(x.dtype, jnp.floating) else 1, x.dtype
-  )
-  return jnp.concatenate([seen, x], -1)
+  if mask is None:
+    return seen
+  return seen & mask

@@ -3,11 +3,13 @@
 Jia et al., 2022 (arXiv 2203.12119); official code KMnP/vpt. With the tokens [cls; patches] and p
 prompts P,
 
-  shallow   z_1 = [cls; drop(P); patches] enters the first block, and the prompts travel with the others;
-  deep      z_i = [cls; drop(P_i); patches] enters every block, and what it gives at the prompts is dropped.
+  shallow   z_1 = [cls; drop(P); patches] enters the first block, and the prompts go on with the
+            other tokens;
+  deep      z_i = [cls; drop(P_i); patches] enters every block, and its output at the prompts is
+            dropped.
 
-That is the official replacement of the prompts before the next block, which nothing else ever
-reads. Entries of P start as U(-a, a), a = sqrt(6 / (fan_in + D)), fan_in = 3 * patch height *
+The latter equals the official replacement of the prompts before the next block, since nothing else
+reads them. Entries of P start as U(-a, a), a = sqrt(6 / (fan_in + D)), fan_in = 3 * patch height *
 width: 0.0625 for 16 x 16 and D = 768. In a model without a patch layer fan_in is D. The function
 does not start as the backbone.
 
@@ -22,21 +24,18 @@ Deviations. The projection of narrower prompts (off by default in the official c
 The head's initial bias of the paper belongs to the head. Not mergeable.
 """
 
+import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from jpeft.core import Call, Method, Site, at, factory
+from jpeft.core import Bound, Call, Method, Site, at, factory
 
-from ..nn import drop, on_first
-
-_ELSEWHERE = (
-  'context',
-  'cross',
-  'encoder',
-  'memory',
-)  # in the names of arguments about another sequence
+from ..check import whole, within
+from ..masks import is_of_other_sequence, seen_keys
+from ..nn import drop, on_first, uniform
 
 
 @factory
@@ -55,15 +54,17 @@ def vpt_deep(
     ValueError: a hyperparameter outside its range; at `attach`, a block that reads no token
       sequence.
   """
-  _check(tokens, dropout)
+  _check('vpt_deep', tokens, dropout)
+
+  def init(key, site, arrays):
+    return _init(key, tokens, site, site.input)
 
   def apply(t, call, *args, **kwargs):
     args, kwargs = enter(call, args, kwargs, tokens, _prompts(t, call, dropout))
-    return on_first(call(*args, **kwargs), lambda x: remove_tokens(call.site, x, tokens))
+    out = call(*args, **kwargs)
+    return on_first(out, lambda x: remove_tokens(call.site, x, tokens))
 
-  return at(
-    blocks, Call(name, apply, lambda key, site, arrays: _init(key, tokens, site, site.input))
-  )
+  return at(blocks, Call(name, apply, init))
 
 
 @factory
@@ -87,134 +88,231 @@ def vpt_shallow(
     ValueError: a hyperparameter outside its range; at `attach`, a place where the sequence cannot
       grow.
   """
-  _check(tokens, dropout)
+  _check('vpt_shallow', tokens, dropout)
+  return _Shallow(tokens, dropout, stack, name).method()
 
-  def place(site: Site) -> tuple[bool, bool, bool]:
-    """(whether it runs other modules, whether prompts enter here, whether they leave here)."""
-    ends = [s for s in site.model.find(stack) if '__call__' in s.methods]
-    runs = any(path.startswith(f'{site.path}/') for path in site.model)
-    return runs, site is ends[0], site is ends[-1]
 
-  def init(key, site, arrays):
-    runs, first, last = place(site)
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Shallow:
+  """The rules of `vpt_shallow`; the fields are its arguments."""
+
+  tokens: int
+  dropout: float
+  stack: str
+  name: str
+
+  def method(self) -> Method:
+    return at(self.stack, Call(self.name, self.apply, self.init))
+
+  def ends(self, site: Site) -> tuple[bool, bool]:
+    """(whether a module is the first of the stack, whether it is the last)."""
+    called = [found for found in site.model.find(self.stack) if '__call__' in found.methods]
+    return site is called[0], site is called[-1]
+
+  def init(self, key, site: Site, arrays) -> dict:
+    first, last = self.ends(site)
     if site.axes and (first or last):
       raise ValueError(
-        f'{name}: no sequence can grow or shrink inside the scanned stack {site.path!r}; name '
+        f'{self.name}: no sequence can grow or shrink inside the scanned stack {site.path!r}; name '
         'the modules before and after it too, such as '
         f"stack='position_embedding|{site.path}|final_norm'"
       )
-    return _init(key, tokens, site, site.input if runs else site.out) if first else {}
+    if not first:
+      return {}
+    sequence = site.out
+    if _runs_modules(site):
+      sequence = site.input
+    return _init(key, self.tokens, site, sequence)
 
-  def apply(t, call, *args, **kwargs):
-    runs, first, last = place(call.site)
-    remove = lambda x: remove_tokens(call.site, x, tokens)
-    if runs:
-      args, kwargs = enter(
-        call, args, kwargs, tokens, _prompts(t, call, dropout) if first else None
-      )
-    elif last:
+  def apply(self, t, call, *args, **kwargs):
+    """Runs one module of the stack; the prompts enter at the first, and leave at the last."""
+    first, last = self.ends(call.site)
+    prompts = None
+    if first:
+      prompts = _prompts(t, call, self.dropout)
+
+    def insert(x):
+      return _insert(call.site, x, prompts(x))
+
+    def remove(x):
+      return remove_tokens(call.site, x, self.tokens)
+
+    if _runs_modules(call.site):  # its sequence has the prompts, which enter with its input
+      args, kwargs = enter(call, args, kwargs, self.tokens, prompts)
+      out = call(*args, **kwargs)
+      if last:
+        out = on_first(out, remove)
+      return out
+    # The prompts stay outside of it: they enter behind the first module, and leave before the last.
+    if last:
       args, kwargs = on_stream(call, args, kwargs, remove)
     out = call(*args, **kwargs)
-    if first and not runs:
-      out = on_first(out, lambda x: _insert(call.site, x, _prompts(t, call, dropout)(x)))
-    return on_first(out, remove) if last and runs else out
-
-  return at(stack, Call(name, apply, init))
+    if first:
+      out = on_first(out, insert)
+    return out
 
 
-def _check(tokens, dropout) -> None:
-  if int(tokens) != tokens or tokens < 0:
-    raise ValueError(f'tokens={tokens!r} must be a whole number, at least 0')
-  if not 0 <= dropout <= 1:
-    raise ValueError(f'dropout={dropout!r} must lie in [0, 1]')
+def _runs_modules(site: Site) -> bool:
+  """Whether a module has others in it; a position embedding or a norm has none."""
+  return any(path.startswith(f'{site.path}/') for path in site.model)
 
 
-def _init(key, tokens: int, site: Site, sequence) -> dict:
-  shape = None if sequence is None else sequence.shape
+def _check(method: str, tokens: int, dropout: float) -> None:
+  whole(method, 'tokens', tokens, 0)
+  within(method, 'dropout', dropout, 0, 1)
+
+
+# The prompts
+
+
+def _init(key, tokens: int, site: Site, sequence: jax.ShapeDtypeStruct | None) -> dict:
+  """{'prompts': [p, D]} for a sequence [B, N, D]."""
+  shape = None
+  if sequence is not None:
+    shape = sequence.shape
   if shape is None or len(shape) != 3:
     raise ValueError(f'prompts need tokens [B, N, D], and {site.kind} at {site.path!r} has {shape}')
-  bound = spread_of(site, shape[-1])
-  return {'prompts': jax.random.uniform(key, (tokens, shape[-1]), minval=-bound, maxval=bound)}
+  width = shape[-1]
+  return {'prompts': uniform(key, (tokens, width), spread_of(site, width))}
 
 
 def spread_of(site: Site, width: int) -> float:
   """a of the initial U(-a, a): sqrt(6 / (fan_in of a patch, else the width, + the width))."""
-  patches = site.model.find('{patch}') if site.model.anatomy else []
-  fans = [leaf.fan_in for s in patches for leaf in s.leaves.values() if leaf.is_matrix] or [width]
-  return math.sqrt(6 / (fans[-1] + width))
+  fan_in = width
+  if site.model.anatomy:
+    for patch in site.model.find('{patch}'):
+      for leaf in patch.leaves.values():
+        if leaf.is_matrix:
+          fan_in = leaf.fan_in  # of the last one, should there be several
+  return math.sqrt(6 / (fan_in + width))
 
 
-def _prompts(t, call, rate: float):
-  """The prompts [B, p, D] for a sequence x [B, N, D]; dropout falls on those of every example."""
+def _prompts(t, call: Bound, rate: float) -> Callable[[jax.Array], jax.Array]:
+  """x [B, N, D] -> the prompts [B, p, D] beside it; every example has a dropout of its own."""
 
   def make(x):
-    p = jnp.broadcast_to(t['prompts'].astype(x.dtype), (len(x), *t['prompts'].shape))
-    return drop(p, call.rng('prompt dropout') if rate else None, rate)
+    rows = t['prompts'].astype(x.dtype)
+    prompts = jnp.broadcast_to(rows, (len(x), *rows.shape))
+    key = None
+    if rate:
+      key = call.rng('prompt dropout')
+    return drop(prompts, key, rate)
 
   return make
 
 
-def enter(call, args, kwargs, tokens: int, prompts):
-  """The arguments of a call on a sequence that has prompts; `prompts` is None where they are in
-  already.
+# A call on a sequence with more tokens
+
+
+def enter(
+  call: Bound, args, kwargs, tokens: int, prompts: Callable[[jax.Array], jax.Array] | None
+) -> tuple[list, dict]:
+  """The arguments of a call whose sequence has prompts.
+
+  Args:
+    call: of the module.
+    args, kwargs: its arguments, of which those that go with the sequence are of its own tokens.
+    tokens: how many prompts there are.
+    prompts: x [B, N, D] -> the prompts [B, p, D], which are put into x; None where x has them
+      already.
   """
   x = next(iter(call.inputs(*args, **kwargs).values()))
-  length = x.shape[1] - (0 if prompts else tokens)
-  stream = (lambda x: _insert(call.site, x, prompts(x))) if prompts else lambda x: x
-  return on_stream(
-    call, args, kwargs, stream, lambda name, a: _follow(call.site, name, a, len(x), length, tokens)
-  )
+  length = x.shape[1]
+  if prompts is None:
+    length -= tokens
+
+  def stream(x):
+    if prompts is None:
+      return x
+    return _insert(call.site, x, prompts(x))
+
+  def other(name, a):
+    return _follow(call.site, name, a, len(x), length, tokens)
+
+  return on_stream(call, args, kwargs, stream, other)
 
 
-def on_stream(call, args, kwargs, stream, other=lambda name, x: x):
-  """The arguments of a call: stream(x) for the first array, other(name, x) for those that go with
-  it.
-  """
+def on_stream(
+  call: Bound, args, kwargs, stream: Callable, other: Callable = lambda name, a: a
+) -> tuple[list, dict]:
+  """The arguments of a call: stream(x) for the first array, other(name, a) for the further ones."""
   named = call.inputs(*args, **kwargs)
-  names, x = {id(a): name for name, a in named.items()}, next(iter(named.values()))
-  put = lambda a: stream(a) if a is x else other(names[id(a)], a) if id(a) in names else a
-  return [put(a) for a in args], {k: put(a) for k, a in kwargs.items()}
+  x = next(iter(named.values()))
+  # By identity: args and kwargs have no parameter names, and are passed on in the form they came.
+  names = {id(a): name for name, a in named.items()}
 
-
-def _follow(site: Site, name: str, a, batch: int, length: int, tokens: int):
-  """A mask, bias or table of positions of `length` tokens, for that many and prompts."""
-  goes_along = length in a.shape[1:] or a.shape[:1] == (length,) != (batch,)
-  if not goes_along or any(word in name for word in _ELSEWHERE):
+  def changed(a):
+    if a is x:
+      return stream(a)
+    if id(a) in names:
+      return other(names[id(a)], a)
     return a
-  lead, rows = (
-    lead_of(site),
-    a.ndim > 2 or a.ndim == 2 and a.shape[0] != batch,
-  )  # [B, N] has no axis of queries
+
+  args = [changed(a) for a in args]
+  kwargs = {name: changed(a) for name, a in kwargs.items()}
+  return args, kwargs
+
+
+def _follow(site: Site, name: str, a: jax.Array, batch: int, length: int, tokens: int) -> jax.Array:
+  """An argument of a block, for `tokens` prompts more if it goes with the sequence.
+
+  Args:
+    site: the block.
+    name: of the argument.
+    a: a mask, a bias, positions, or something else.
+    batch: B.
+    length: how many tokens the sequence has without the prompts.
+    tokens: how many prompts there are.
+
+  Raises:
+    ValueError: it goes with the sequence, and is none of these.
+  """
+  if is_of_other_sequence(name) or not _has_length(a, batch, length):
+    return a
+  lead = lead_of(site)
   if 'position' in name and jnp.issubdtype(a.dtype, jnp.integer):
-    new = jnp.broadcast_to(lead + jnp.arange(tokens, dtype=a.dtype), (*a.shape[:-1], tokens))
+    # The prompts take the positions after the special tokens; those of later tokens move by p.
+    new = lead + jnp.arange(tokens, dtype=a.dtype)
+    new = jnp.broadcast_to(new, (*a.shape[:-1], tokens))
     return jnp.concatenate([a[..., :lead], new, a[..., lead:] + tokens], -1)
   if a.shape[-1] not in (length, 1) or length not in a.shape[-2:]:
     raise ValueError(
       f'{name} {list(a.shape)} of {site.path!r} goes with its {length} tokens, and nothing is '
       f'known of what it would be for {tokens} prompts'
     )
-  if rows and a.shape[-2] == length:
-    first = jnp.broadcast_to(a[..., :1, :], (*a.shape[:-2], tokens, a.shape[-1]))
-    a = jnp.concatenate([a[..., :lead, :], first, a[..., lead:, :]], -2)
+  has_queries = a.ndim > 2 or (a.ndim == 2 and a.shape[0] != batch)  # [B, N] has none
+  if has_queries and a.shape[-2] == length:
+    row = a[..., :1, :]  # what the first token sees
+    rows = jnp.broadcast_to(row, (*a.shape[:-2], tokens, a.shape[-1]))
+    a = jnp.concatenate([a[..., :lead, :], rows, a[..., lead:, :]], -2)
   if a.shape[-1] == length:
-    seen = jnp.full(
-      (*a.shape[:-1], tokens), 0 if jnp.issubdtype(a.dtype, jnp.floating) else 1, a.dtype
-    )
-    a = jnp.concatenate([a[..., :lead], seen, a[..., lead:]], -1)
+    a = jnp.concatenate([a[..., :lead], seen_keys(a, tokens), a[..., lead:]], -1)
   return a
+
+
+def _has_length(a: jax.Array, batch: int, length: int) -> bool:
+  """Whether an array has an axis of tokens: of this length, and not the axis of examples."""
+  if length in a.shape[1:]:
+    return True
+  return a.shape[:1] == (length,) and length != batch
+
+
+# The place of the prompts
 
 
 def lead_of(site: Site) -> int:
   """How many special tokens stand before the others."""
-  return site.model.anatomy.lead if site.model.anatomy else 0
+  anatomy = site.model.anatomy
+  return anatomy.lead if anatomy else 0
 
 
-def _insert(site: Site, x, prompts):
+def _insert(site: Site, x: jax.Array, prompts: jax.Array) -> jax.Array:
+  """The sequence [B, N, D] with prompts [B, p, D] behind the leading special tokens."""
   lead = lead_of(site)
   return jnp.concatenate([x[:, :lead], prompts, x[:, lead:]], 1)
 
 
-def remove_tokens(site: Site, x, tokens: int):
+def remove_tokens(site: Site, x: jax.Array, tokens: int) -> jax.Array:
   """The sequence without `tokens` tokens behind the leading special ones."""
   lead = lead_of(site)
   return jnp.concatenate([x[:, :lead], x[:, lead + tokens :]], 1)

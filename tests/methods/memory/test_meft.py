@@ -1,6 +1,4 @@
-"""MEFT: the inverse, counts, gradients beside autodiff of the same network, what is kept, the
-start.
-"""
+"""MEFT: the inverse, counts, gradients beside those of autodiff, what is stored, the start."""
 
 import functools
 
@@ -26,7 +24,7 @@ def test_one_layer_and_its_inverse_by_hand():
   x = (jnp.ones(()), jnp.full((), 3.0))
   op = Reversible([layer], x[0], (0.1, 1.0))
   np.testing.assert_allclose(op(x), (6.1, 6.05), rtol=1e-6)
-  np.testing.assert_allclose(op._undone(0, {}, [[], []], op(x)), (1, 3), rtol=1e-5)
+  np.testing.assert_allclose(op.inverse(op.parts[0], {}, ([], []), op(x)), (1, 3), rtol=1e-5)
   swapped = Reversible([layer], x[0], (0.1, 1.0), swap=True)
   np.testing.assert_allclose(swapped(x), (6.05, 6.1), rtol=1e-6)
 
@@ -100,9 +98,8 @@ def test_the_errors_are_those_of_the_inverse():
   x = (jnp.ones((N, D)), jnp.ones((N, D)))
   make = functools.partial(Reversible, like=x[0], scales=(0.1, 1.0), swap=True)
   whole, parts = make(layers(rows)).errors(x), make(unrolled(rows)).errors(x)
-  assert whole.shape == (6,) and np.all(
-    np.diff(np.log(whole)) < 0.5
-  )  # it grows from the last layer to the first
+  # It grows from the last layer to the first.
+  assert whole.shape == (6,) and np.all(np.diff(np.log(whole)) < 0.5)
   assert whole[0] > 30 * whole[-1] > 0
   assert 0.01 < whole[0] / parts[0] < 100  # of rounding
   often = make(layers(rows), every=2).errors(x)
@@ -232,9 +229,8 @@ def test_it_is_t5_too_context_and_masks_and_all():
 
 def by_plain_autodiff(self, x):
   """Stands in for Reversible.__call__: the same programs, whose backward pass keeps everything."""
-  return self._forward(
-    [part.row for part in self._parts], [[p.consts for p in pair] for pair in self._programs], x
-  )[0]
+  y, _ = self.forward(self.rows, self.consts, x)
+  return y
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,4 @@
-"""S2A: counts, what is kept, gradients beside those of plain backprop, in the company of other
-methods.
-"""
+"""S2A: counts, what is stored, gradients beside those of plain backprop, with other methods."""
 
 import functools
 import itertools
@@ -61,9 +59,7 @@ def roles():
 
 @functools.cache
 def run(method: str, stack: str = ''):
-  """(output, gradients, kept for the backward pass) of a method, alone or packed, on an encoder of
-  two blocks.
-  """
+  """(output, gradients, what is stored) of a method on an encoder of two blocks."""
   model = Encoder(
     functools.partial(PreNormBlock, 2, D // 2, 4 * D), 2, 'scan' in stack, 'remat' in stack
   )
@@ -119,9 +115,7 @@ def test_the_output_is_exact_and_the_gradient_near(method, stack):
 @pytest.mark.parametrize('method', ['bitfit packed', 'prompts', 's2a'])
 @pytest.mark.parametrize('stack', ['', 'scan'])
 def test_no_wide_float_is_kept(method, stack):
-  """Biases, prompts and side modules: no [B, N, D] of floats; 3 values of 8 bits, 6 of 4, scales, a
-  block.
-  """
+  """No [B, N, D] of floats; in a block 3 values of 8 bits, 6 of 4, and scales."""
   *_, kept = run(method, stack)
   assert not [x.shape for x in kept if jnp.issubdtype(x.dtype, jnp.floating) and x.size >= X.size]
   codes = jpeft.nbytes([x for x in kept if x.dtype == jnp.uint8])

@@ -72,9 +72,8 @@ def test_inputs_along_the_direction_are_exact_and_others_are_projected():
   x = (draw(5, 7, 4)[..., None] * v).reshape(5, 7, 16)
   np.testing.assert_allclose(d_kernel(tuned, theta, held, x, g), exact(x, g), rtol=1e-4, atol=1e-4)
   x, eye = draw(1, 1, 16), jnp.eye(16)[:1, None]
-  near = np.asarray(d_kernel(tuned, theta, held, x, eye))[:, 0].reshape(
-    4, 4
-  )  # the rebuilt x, by its gradient
+  rebuilt = np.asarray(d_kernel(tuned, theta, held, x, eye))[:, 0]  # x, by its gradient
+  near = rebuilt.reshape(4, 4)
   groups = np.asarray(x).reshape(4, 4)
   np.testing.assert_allclose((near * (groups - near)).sum(-1), 0, atol=1e-5)
   assert (np.linalg.norm(near, axis=-1) <= np.linalg.norm(groups, axis=-1)).all()

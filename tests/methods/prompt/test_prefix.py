@@ -1,6 +1,4 @@
-"""Prefix tuning: the attention with more keys, masks, models that attend inline, parity with HF
-peft.
-"""
+"""Prefix tuning: attention with more keys, masks, inline attention, parity with HF peft."""
 
 import flax.linen as nn
 import jax
@@ -44,9 +42,7 @@ def softmax(scores):
 
 
 def attention(q, k, v, hidden=None):
-  """numpy: q [B, N, H, K], k and v [B, M, H, K]; `hidden` [.., N, M], True where a key is not
-  seen.
-  """
+  """In numpy: q [B, N, H, K], k and v [B, M, H, K]; `hidden` [.., N, M] are keys not seen."""
   scores = np.einsum('bnhk,bmhk->bhnm', q, k) / np.sqrt(q.shape[-1])
   if hidden is not None:
     scores = np.where(hidden, -np.inf, scores)
@@ -262,9 +258,8 @@ def test_dropout_falls_on_every_row_alone_and_in_training_only():
   np.testing.assert_allclose(run(), 4000, rtol=1e-5)
   dropped = run(rngs={'dropout': jax.random.key(0)})
   np.testing.assert_allclose(dropped / 4000, 1, atol=0.05)
-  np.testing.assert_allclose(
-    dropped * 0.75, np.round(dropped * 0.75), atol=0.02
-  )  # whole rows, scaled by 1 / 0.75
+  # Whole rows, scaled by 1 / 0.75.
+  np.testing.assert_allclose(dropped * 0.75, np.round(dropped * 0.75), atol=0.02)
   assert len(set(np.round(dropped * 0.75).tolist())) == 3  # every example has its own
 
 

@@ -1,6 +1,4 @@
-"""Visual prompt tuning: the sequence inside and outside of blocks, what goes with it, starts and
-counts.
-"""
+"""Visual prompt tuning: the sequence in and around blocks, what goes with it, starts, counts."""
 
 import functools
 
