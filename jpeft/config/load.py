@@ -154,12 +154,14 @@ def parse(argv: list[str]) -> Command:
     flags[flag] = value
   if '--config' not in flags:
     raise ValueError('--config=FILE.py is missing, such as --config=configs/quickstart.py')
-  reference = flags.pop('--config')
-  workdir = flags.pop('--workdir', None)
-  if workdir:
-    workdir = pathlib.Path(workdir)
-  overrides = {flag.removeprefix('--config.'): text for flag, text in flags.items()}
-  return Command(reference, overrides, workdir or None)
+  workdir = None
+  if flags.get('--workdir'):
+    workdir = pathlib.Path(flags['--workdir'])
+  overrides = {}
+  for flag, text in flags.items():
+    if flag.startswith('--config.'):
+      overrides[flag.removeprefix('--config.')] = text
+  return Command(flags['--config'], overrides, workdir)
 
 
 def to_json(config: ConfigDict) -> str:
