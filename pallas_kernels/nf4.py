@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from . import nf4_gpu, nf4_tpu
 from .choice import KERNELS, NF4, Choice, Coding, choice, fit
@@ -42,8 +43,10 @@ def nf4_matmul(
     [..., out], of the dtype of x.
 
   Raises:
-    ValueError: the shapes do not fit each other, or not the named implementation.
+    ValueError: the format has no table of values, or the shapes do not fit each other, or not the
+      named implementation.
   """
+  _values(form)  # refused here, whatever implementation is chosen
   fan_in = x.shape[-1]
   fan_out = absmax.shape[-1]
   codes_fit = codes.ndim == 2 and codes.shape == (fan_in / 2, fan_out)
@@ -59,12 +62,26 @@ def nf4_matmul(
   return _matmul(x, codes, absmax, Coding(form.name, form.block), implementation, interpret)
 
 
+def _values(form: Coding) -> np.ndarray:
+  """The values of the 16 codes of a format.
+
+  Raises:
+    ValueError: a weight of the format is not a scale times one of 16 values.
+  """
+  if form.name not in VALUES:
+    raise ValueError(
+      f'there is no product from the codes of the format {form.name!r}, which has no table of 16 '
+      f'values, as {", ".join(VALUES)} have: multiply by form.decode(arrays, shape) instead'
+    )
+  return VALUES[form.name]
+
+
 def reference(
   x: jax.Array, codes: jax.Array, absmax: jax.Array, form: Coding = NF4, transposed: bool = False
 ) -> jax.Array:
   """The same by plain operations: W is decoded, then multiplied; x @ W^T if `transposed`."""
   scales = absmax.astype(jnp.float32)
-  w = decode(codes, scales, VALUES[form.name], form.block).astype(x.dtype)
+  w = decode(codes, scales, _values(form), form.block).astype(x.dtype)
   precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
   contracted = ((x.ndim - 1,), (int(transposed),))
   return jax.lax.dot_general(x, w, (contracted, ((), ())), precision=precision)
@@ -114,7 +131,7 @@ def _by_kernel(x, codes, absmax, *, chosen: Choice, form: Coding, transposed, in
     x.reshape(x.size // x.shape[-1], x.shape[-1]),
     codes,
     absmax.astype(jnp.float32),
-    values=tuple(map(float, VALUES[form.name])),
+    values=tuple(map(float, _values(form))),
     block=form.block,
     tiles=chosen.tiles,
     transposed=transposed,

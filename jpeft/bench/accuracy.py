@@ -9,36 +9,68 @@ A task is a file of configs/ and a method an argument of it, so a cell of the ta
 below --out: those that are complete are not trained again, and one that was stopped goes on, so the
 same command may be given until the table is whole.
 
-What a run came to replaces the run of the same task, method and seed in docs/accuracy.json, from
+The result of a run replaces that of the same task, method and seed in docs/accuracy.json, from
 which docs/accuracy.md and a plot of accuracy against memory are drawn, so that the table can be
-made in parts; runs of a method under settings that its config no longer has leave it. With --json
-the rows of the runs asked for go to stdout and no document is touched. --only-table trains nothing
-and shows what there is.
+made in parts. Results of a method under settings that its config no longer has are removed. With
+--json the rows of the runs asked for go to stdout and no document is written. --only-table trains
+nothing and uses the runs that are complete.
 
 Step times are those of docs/speed/TASK.json, which is what
 `python -m jpeft.bench.speed --config=configs/TASK.py --methods=full,... --json` prints.
 """
 
 import functools
+import itertools
 import json
 import math
 import pathlib
 import statistics
 import sys
+from typing import Any
 
 from jpeft import cli, training
 from jpeft import config as config_lib
+from jpeft.messages import markdown
 from jpeft.training import write
 
 from . import memory, records
 
 TASKS = {
-  'quickstart': 'DINOv2-S/14-architecture weights on 1,000 MNIST digits at 56 pixels, 1,000 others to test',
+  'quickstart': (
+    'DINOv2-S/14-architecture weights on 1,000 MNIST digits at 56 pixels, 1,000 others to test'
+  ),
   'sentiment': 'MiniLM-L6 on 7,030 sentences of movie reviews, 3,042 others to test',
-  'emoji': 'DINOv2-S/14-architecture weights on 1,324 emoji of 9 Unicode groups at 112 pixels, 582 others to test',
+  'emoji': (
+    'DINOv2-S/14-architecture weights on 1,324 emoji of 9 Unicode groups at 112 pixels, 582 others '
+    'to test'
+  ),
 }
 METHODS = ('linear', 'lst', 'bitfit', 'ssf', 'lora', 'adaptformer', 'vpt_deep', 'full')
 KEY = ('task', 'method', 'seed')
+COLUMNS = (
+  'method',
+  'accuracy',
+  'seeds',
+  'trainable',
+  'of backbone',
+  'updates',
+  'GFLOP',
+  'time',
+  'W1 MiB',
+  'memory class',
+)
+INTRODUCTION = (
+  '# Accuracy\n\n'
+  'Accuracy on the test split at the end of training, mean and standard error over seeds; the test '
+  'split is the same for all. GFLOP are of one update, as compiled: where no backbone backprop '
+  'happens, features of the backbone are made once an example and kept. Time is that of an update '
+  'that runs the backbone, as a ratio to full fine-tuning in one process on two CPU cores. W1 is '
+  "the training step of [memory.md](memory.md), there with the method's defaults, scanned or "
+  'unrolled, whichever takes less memory.\n\n'
+  'Made by `python -m jpeft.bench.accuracy`, in parts; [accuracy.json](accuracy.json) has each run '
+  'with its settings.'
+)
+# The defaults; None of flags that take no value.
 FLAGS = {
   'tasks': ','.join(TASKS),
   'methods': ','.join(METHODS),
@@ -54,34 +86,21 @@ FLAGS = {
 def main(argv: list[str]) -> int:
   with cli.inputs_checked():
     flags = parse(argv)
-    tasks, methods, seeds = (flags[name].split(',') for name in ('tasks', 'methods', 'seeds'))
-    folder, configs, file = (pathlib.Path(flags[name]) for name in ('out', 'configs', 'docs'))
-    # All of them before the first is trained, and whole tables of fewer seeds first.
-    wanted = {
-      (task, method, seed): config_lib.load(
-        f'{configs / task}.py:{method}', {'seed': seed, 'baseline': 'none'}
-      )
-      for seed in seeds
-      for task in tasks
-      for method in methods
-    }
-    for config in wanted.values():
+    configs = _configs(flags)
+    # All mistakes before the first run is trained.
+    for config in configs.values():
       training.method_of(config)
+  file = pathlib.Path(flags['docs'])
   file.parent.mkdir(parents=True, exist_ok=True)
   cells = []
-  for (task, method, seed), config in wanted.items():
-    there = folder / task / f'{method}-{seed}'
-    if 'only-table' not in flags:
-      told = training.train(config, there)
-    elif (there / 'report.json').exists():
-      told = json.loads((there / 'report.json').read_text())
-    else:
+  for (task, method, seed), config in configs.items():
+    folder = pathlib.Path(flags['out']) / task / f'{method}-{seed}'
+    report = _report(config, folder, train='only-table' not in flags)
+    if report is None:
       continue
-    cells.append(cell(task, method, config, told))
-    if not {'json', 'only-table'} & set(flags):
-      publish(
-        file, cells[-1:]
-      )  # at once: the table is there in part, should the rest be interrupted
+    cells.append(cell(task, method, config, report))
+    if 'json' not in flags and 'only-table' not in flags:
+      publish(file, cells[-1:])  # after each run: a table in part, should the rest be interrupted
   if 'json' in flags:
     print(json.dumps(rows(cells), indent=2))
   else:
@@ -89,8 +108,31 @@ def main(argv: list[str]) -> int:
   return 0
 
 
+def _configs(flags: dict[str, str | None]) -> dict[tuple[str, str, str], Any]:
+  """{(task, method, seed): configuration}, seed by seed: whole tables of fewer seeds first."""
+  folder = pathlib.Path(flags['configs'])
+  seeds = flags['seeds'].split(',')
+  tasks = flags['tasks'].split(',')
+  methods = flags['methods'].split(',')
+  configs = {}
+  for seed, task, method in itertools.product(seeds, tasks, methods):
+    overrides = {'seed': seed, 'baseline': 'none'}
+    configs[task, method, seed] = config_lib.load(f'{folder / task}.py:{method}', overrides)
+  return configs
+
+
+def _report(config, folder: pathlib.Path, train: bool) -> dict | None:
+  """The report of a run, which is trained if it must and may; None if there is none."""
+  if train:
+    return training.train(config, folder)
+  file = folder / 'report.json'
+  if not file.exists():
+    return None
+  return json.loads(file.read_text())
+
+
 def parse(argv: list[str]) -> dict[str, str | None]:
-  """{flag: value} over the defaults; --json and --only-table are there or not.
+  """{flag: value} over the defaults; --json and --only-table, which take none, only if given.
 
   Raises:
     ValueError: an unknown flag, a flag without a value, or a seed that is no number.
@@ -100,28 +142,29 @@ def parse(argv: list[str]) -> dict[str, str | None]:
     name, equals, value = argument.removeprefix('--').partition('=')
     if not argument.startswith('--') or name not in FLAGS:
       raise ValueError(f'unknown argument {argument!r}{config_lib.nearest(name, FLAGS)}')
-    if (FLAGS[name] is None) == bool(equals):
-      raise ValueError(
-        f'--{name} takes no value' if equals else f'--{name} needs a value: --{name}=VALUE'
-      )
+    takes_value = FLAGS[name] is not None
+    if equals and not takes_value:
+      raise ValueError(f'--{name} takes no value')
+    if takes_value and not equals:
+      raise ValueError(f'--{name} needs a value: --{name}=VALUE')
     flags[name] = value
   if not all(seed.isdigit() for seed in flags['seeds'].split(',')):
     raise ValueError(f'--seeds={flags["seeds"]} is not a list of numbers such as 0,1,2')
   return flags
 
 
-def cell(task: str, method: str, config, told: dict) -> dict:
-  """What docs/accuracy.json keeps of a run, from its config and its report.json."""
+def cell(task: str, method: str, config, report: dict) -> dict:
+  """What docs/accuracy.json has of a run, from its config and its report.json."""
   return {
     'task': task,
     'method': method,
     'seed': config.seed,
-    'accuracy': told['eval']['accuracy'],
-    'trainable': told['trainable'],
-    'total': told['total'],
-    'memory': told['memory'],
-    'steps': told['steps'],
-    'step_gflop': told['step_cost']['flops'] / 1e9,
+    'accuracy': report['eval']['accuracy'],
+    'trainable': report['trainable'],
+    'total': report['total'],
+    'memory': report['memory'],
+    'steps': report['steps'],
+    'step_gflop': report['step_cost']['flops'] / 1e9,
     'settings': settings(config),
   }
 
@@ -134,159 +177,144 @@ def settings(config) -> str:
     'epochs': config.epochs,
     'steps': config.steps,
   }
-  return ', '.join(f'{k}={v}' for k, v in given.items() if v is not None)
+  return ', '.join(f'{key}={value}' for key, value in given.items() if value is not None)
 
 
 def rows(cells: list[dict]) -> list[dict]:
-  """Runs summed over seeds, task by task, the most accurate first."""
+  """Runs averaged over seeds, task by task, the most accurate first."""
   groups: dict[tuple, list[dict]] = {}
-  for one in cells:
-    groups.setdefault((one['task'], one['method']), []).append(one)
-  found = [summed(group) for group in groups.values()]
-  tasks = list(TASKS)
-  return sorted(
-    found,
-    key=lambda r: (tasks.index(r['task']) if r['task'] in tasks else len(tasks), -r['accuracy']),
-  )
+  for run in cells:
+    groups.setdefault((run['task'], run['method']), []).append(run)
+  order = {task: i for i, task in enumerate(TASKS)}
+
+  def position(row):
+    return order.get(row['task'], len(order)), -row['accuracy']
+
+  return sorted(map(averaged, groups.values()), key=position)
 
 
-def summed(cells: list[dict]) -> dict:
-  """One row, of the runs of a method: the mean accuracy at the end of training, its standard error
-  over seeds.
-  """
-  scores, one = [c['accuracy'] for c in cells], cells[0]
-  error = statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else None
-  return {
-    **{k: v for k, v in one.items() if k != 'seed'},
-    'accuracy': statistics.mean(scores),
-    'standard_error': error,
-    'seeds': len(scores),
-    'accuracies': scores,
-    'w1_mib': w1_mib(one['method']),
-  }
+def averaged(cells: list[dict]) -> dict:
+  """The row of a method: the mean accuracy of its runs, and its standard error over seeds."""
+  row = {key: value for key, value in cells[0].items() if key != 'seed'}
+  accuracies = [run['accuracy'] for run in cells]
+  row['accuracy'] = statistics.mean(accuracies)
+  row['standard_error'] = None
+  if len(cells) > 1:
+    row['standard_error'] = statistics.stdev(accuracies) / math.sqrt(len(cells))
+  row['seeds'] = len(cells)
+  row['accuracies'] = accuracies
+  row['w1_mib'] = w1_mib(row['method'])
+  return row
 
 
 def publish(file: pathlib.Path, cells: list[dict]) -> str:
   """Records runs beside `file`, a Markdown page, and draws it again; returns its text."""
   kept = file.with_suffix('.json')
-  now = {(c['task'], c['method']): c['settings'] for c in cells}
-  stale = [
-    c
-    for c in records.recorded(kept)
-    if now.get((c['task'], c['method']), c['settings']) != c['settings']
-  ]
-  for one in stale:
+  stale = _stale(records.recorded(kept), cells)
+  for run in stale:
     print(
-      f'{one["task"]} {one["method"]}, seed {one["seed"]}, leaves the table: it was trained with '
-      f'{one["settings"]}',
+      f'{run["task"]} {run["method"]}, seed {run["seed"]}, leaves the table: it was trained with '
+      f'{run["settings"]}',
       file=sys.stderr,
     )
   found = rows(records.record(kept, cells, KEY, drop=stale))
-  times = {
-    task: records.recorded(file.parent / 'speed' / f'{task}.json')
-    for task in {r['task'] for r in found}
-  }
-  for row in found:
-    row['time'] = next(
-      (t['ratio'] for t in times[row['task']] if t['method'] == row['method']), None
-    )
-  draw(found, file.with_suffix('.png'))
-  text = page(found, file.with_suffix('.png').name)
+  _add_times(found, file.parent / 'speed')
+  plot = file.with_suffix('.png')
+  draw(found, plot)
+  text = page(found, plot.name)
   write(file, text)
   return text
 
 
+def _stale(recorded: list[dict], cells: list[dict]) -> list[dict]:
+  """The recorded runs whose method has other settings in new runs of the task."""
+  now = {(run['task'], run['method']): run['settings'] for run in cells}
+  stale = []
+  for run in recorded:
+    settings_now = now.get((run['task'], run['method']), run['settings'])
+    if settings_now != run['settings']:
+      stale.append(run)
+  return stale
+
+
+def _add_times(found: list[dict], folder: pathlib.Path) -> None:
+  """Sets the 'time' of rows: the ratio in TASK.json of a folder; None where nobody measured it."""
+  ratios = {}
+  for task in {row['task'] for row in found}:
+    for timed in records.recorded(folder / f'{task}.json'):
+      ratios.setdefault((task, timed['method']), timed['ratio'])
+  for row in found:
+    row['time'] = ratios.get((row['task'], row['method']))
+
+
 @functools.cache
 def w1_mib(method: str) -> float | None:
-  """The least total that docs/memory.json has of a method on W1 without remat, if any; else
-  None.
-  """
-  found = [
-    r['total_mib']
-    for r in memory.recorded()
-    if (r['work'], r['method'], r['remat']) == ('w1', method, 'none')
-  ]
+  """The least total that docs/memory.json has of a method on W1 without remat, if any."""
+  found = []
+  for row in memory.recorded():
+    if (row['work'], row['method'], row['remat']) == ('w1', method, 'none'):
+      found.append(row['total_mib'])
   return min(found, default=None)
 
 
 def page(found: list[dict], plot: str) -> str:
   """The rows as a Markdown page, a table for each task, and the name of the plot."""
-  lines = [
-    '# Accuracy',
-    '',
-    'Accuracy on the test split at the end of training, mean and standard error over seeds; '
-    'the test split is the same for all. GFLOP are of one update, as compiled: where no backbone backprop '
-    'happens, features of the backbone are made once an example and kept. Time is that of an update that runs '
-    'the backbone, as a ratio to full fine-tuning in one process on two CPU cores. W1 is the training step of '
-    "[memory.md](memory.md), there with the method's defaults, scanned or unrolled, whichever takes less "
-    'memory.',
-    '',
-    'Made by `python -m jpeft.bench.accuracy`, in parts; [accuracy.json](accuracy.json) has each '
-    'run with its settings.',
-    '',
-    f'![accuracy against memory]({plot})',
-  ]
+  parts = [INTRODUCTION, f'![accuracy against memory]({plot})']
   for task in dict.fromkeys(row['task'] for row in found):
-    told = [row for row in found if row['task'] == task]
-    lines += [
-      '',
-      f'## {task}',
-      '',
-      f'{TASKS.get(task, task)}.',
-      '',
-      training.markdown(
-        (
-          'method',
-          'accuracy',
-          'seeds',
-          'trainable',
-          'of backbone',
-          'updates',
-          'GFLOP',
-          'time',
-          'W1 MiB',
-          'memory class',
-        ),
-        [
-          (
-            row['method'],
-            percent(row),
-            str(row['seeds']),
-            f'{row["trainable"]:,}',
-            f'{100 * row["trainable"] / row["total"]:.2f} %',
-            f'{row["steps"]:,}',
-            f'{row["step_gflop"]:.3g}',
-            shown(row['time'], '.2f'),
-            shown(row['w1_mib'], ',.0f'),
-            row['memory'],
-          )
-          for row in told
-        ],
-      ),
-    ]
-  return '\n'.join([*lines, ''])
+    cells = [_cells(row) for row in found if row['task'] == task]
+    parts += [f'## {task}', f'{TASKS.get(task, task)}.', markdown(COLUMNS, cells)]
+  return '\n\n'.join(parts) + '\n'
+
+
+def _cells(row: dict) -> tuple[str, ...]:
+  """The texts of a row, in the order of COLUMNS."""
+  return (
+    row['method'],
+    percent(row),
+    str(row['seeds']),
+    f'{row["trainable"]:,}',
+    f'{100 * row["trainable"] / row["total"]:.2f} %',
+    f'{row["steps"]:,}',
+    f'{row["step_gflop"]:.3g}',
+    shown(row['time'], '.2f'),
+    shown(row['w1_mib'], ',.0f'),
+    row['memory'],
+  )
 
 
 def shown(value: float | None, form: str) -> str:
-  return '-' if value is None else format(value, form)
+  """A formatted number, or '-' for None."""
+  if value is None:
+    return '-'
+  return format(value, form)
+
+
+def percent(row: dict) -> str:
+  """The accuracy of a row with its standard error, if there is one."""
+  text = f'{100 * row["accuracy"]:.1f}'
+  if row['standard_error'] is not None:
+    text += f' ± {100 * row["standard_error"]:.1f}'
+  return f'{text} %'
 
 
 def draw(found: list[dict], path: pathlib.Path) -> None:
-  """Accuracy against the memory of W1, a panel a task."""
+  """Plots accuracy against the memory of W1, a panel a task."""
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
-  found = [row for row in found if row['w1_mib'] is not None]
-  tasks = list(dict.fromkeys(row['task'] for row in found)) or [
-    'none of these methods has a row of W1'
-  ]
-  figure = Figure(figsize=(5.5 * len(tasks), 4.2), layout='constrained')
-  canvas, axes = FigureCanvasAgg(figure), figure.subplot_mosaic([tasks])
+  panels: dict[str, list[dict]] = {}
+  for row in found:
+    if row['w1_mib'] is not None:
+      panels.setdefault(row['task'], []).append(row)
+  if not panels:
+    panels = {'none of these methods has a row of W1': []}
+  figure = Figure(figsize=(5.5 * len(panels), 4.2), layout='constrained')
+  canvas = FigureCanvasAgg(figure)
+  axes = figure.subplot_mosaic([list(panels)])
   for task, axis in axes.items():
-    for row in (row for row in found if row['task'] == task):
-      point = row['w1_mib'], 100 * row['accuracy']
+    for row in panels[task]:
       axis.errorbar(
-        *point,
+        *_point(row),
         yerr=100 * (row['standard_error'] or 0),
         fmt='o',
         color='C0',
@@ -298,16 +326,15 @@ def draw(found: list[dict], path: pathlib.Path) -> None:
     axis.set_xticks([200, 500, 1000, 2000], ['200', '500', '1,000', '2,000'])
     axis.minorticks_off()
     axis.grid(alpha=0.3)
-  canvas.draw()  # places the axes
+  canvas.draw()  # places the axes, without which no label knows its neighbours
   for task, axis in axes.items():
-    told = (row for row in found if row['task'] == task)
-    memory.label(axis, [(row['method'], (row['w1_mib'], 100 * row['accuracy'])) for row in told])
+    memory.label(axis, [(row['method'], _point(row)) for row in panels[task]])
   figure.savefig(path, dpi=110)
 
 
-def percent(row: dict) -> str:
-  error = row['standard_error']
-  return f'{100 * row["accuracy"]:.1f}' + ('' if error is None else f' ± {100 * error:.1f}') + ' %'
+def _point(row: dict) -> tuple[float, float]:
+  """Where a row stands in the plot."""
+  return row['w1_mib'], 100 * row['accuracy']
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""The memory that one training step of every method asks for: docs/memory.md and its plot.
+"""The memory that one training step of every method needs: docs/memory.md and its plot.
 
     python -m jpeft.bench.memory [--work=w1,w2] [--methods=lst,lora]
         [--remat=none,block,dots] [--layers=scan,unroll]
@@ -15,19 +15,20 @@ made in parts.
 """
 
 import argparse
+import functools
+import itertools
 import json
 import pathlib
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import optax
 
 from jpeft import cli, methods, planning, programs, tasks, training
-from jpeft import planning as targets
 from jpeft.core import summary
-from jpeft.methods import names, preset
 from jpeft.models import Remat
 
 from . import records
@@ -45,16 +46,23 @@ does not act on that work (HST reads images, BitFit biases, which T5 has none of
 Made by `python -m jpeft.bench.memory`; hyperparameters are those of `jpeft/methods/presets.py`, else the defaults.
 """.strip()
 PEER_NOTE = (
-  f'Rows marked "peer" are constants measured with {PEERS[0]["source"]}: the same encoder, step, target and '
-  'convention.'
+  f'Rows marked "peer" are constants measured with {PEERS[0]["source"]}: the same encoder, step, '
+  'target and convention.'
 )
 REMATS: dict[str, Remat] = {'none': False, 'block': True, 'dots': 'dots'}
-FILL = {'none': 'full', 'block': 'none', 'dots': 'bottom'}
 KEY = ('work', 'method', 'remat', 'layers', 'target')
+_HEAD = """
+| method | remat | layers | trainable | arguments | temporaries | total MiB | saved | GFLOP |
+| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |
+""".strip()
+_FILL = {'none': 'full', 'block': 'none', 'dots': 'bottom'}  # of the markers of the plot
+_LEGEND = (
+  'hollow: blocks recomputed; half: all but products with weights; square: scanned; triangle: peer'
+)
 
 
 def measure(
-  work: str, method: str, remat: str, layers: str, where: targets.Target
+  work: str, method: str, remat: str, layers: str, where: planning.Target
 ) -> dict[str, Any]:
   """A row of the table.
 
@@ -68,19 +76,16 @@ def measure(
   Raises:
     ValueError: the method does not act on the work's model.
   """
-  chosen, start = WORKS[work], time.perf_counter()
-  name, hyperparameters = preset(method)
-  made = methods.make(name, head=chosen.head, **hyperparameters)
-  planned = _planned(chosen, layers == 'scan', REMATS[remat]).stored(methods.REGISTRY[name].storage)
-  tuned = planned.tuned(made)
-  tx = training.optimizer(tuned, tuned.shapes, optax.constant_schedule(1e-3))
-  shapes = planned.placed(
-    where.mesh(), training.state_shapes(tuned, tx, planned.variables), chosen.size
-  )
-  fn = training.train_step(tuned, training.forward(tuned, True, planned.mode(True)), tx, 0)
-  traced = jax.jit(fn, donate_argnums=0).trace(*shapes)
+  start = time.perf_counter()
+  name, hyperparameters = methods.preset(method)
+  chosen = WORKS[work]
+  storage = methods.REGISTRY[name].storage
+  planned = planned_work(chosen, layers == 'scan', REMATS[remat]).stored(storage)
+  tuned = planned.tuned(methods.make(name, head=chosen.head, **hyperparameters))
   facts = summary(tuned)
-  row = {
+  costs = _costs(planned, tuned, where)
+  forward = planned.forward(chosen.size)
+  return {
     'work': work,
     'method': method,
     'remat': remat,
@@ -88,146 +93,180 @@ def measure(
     'target': where.name,
     'trainable': facts.trainable,
     'memory_class': facts.memory,
-  }
-  mib = lambda n: round(n / 2**20, 1)
-  known = programs.nbytes(shapes)
-  try:
-    program = programs.compiled(traced, where.options, known)
-  except programs.TooLarge as refused:
-    found = {
-      'arguments_mib': mib(known),
-      'temp_mib': mib(refused.bytes - known),
-      'total_mib': mib(refused.bytes),
-      'gflop': programs.flops(traced).all,
-    }
-  else:
-    memory, counted = programs.memory(program), (program.cost_analysis() or {}).get('flops')
-    gflop = programs.flops(traced).all if counted is None else counted + programs.uncounted(traced)
-    found = {
-      'arguments_mib': mib(memory.argument),
-      'temp_mib': mib(memory.temp),
-      'total_mib': mib(memory.total),
-      'gflop': gflop,
-    }
-  forward = planned.forward(chosen.size)
-  return {
-    **row,
-    **found,
-    'gflop': round(found['gflop'] / 1e9, 1),
+    **costs,
     'forward_gflop': round(forward / 1e9, 1),
-    'fits': where.memory is None or found['total_mib'] * 2**20 <= where.memory,
+    'fits': where.memory is None or costs['total_mib'] * 2**20 <= where.memory,
     'compile_seconds': round(time.perf_counter() - start, 1),
   }
 
 
-def _planned(work: Work, scan: bool, remat: Remat) -> planning.Work:
-  model, one = work.model(scan, remat), work.batch(1)
-  args, kwargs = tasks.inputs(one)
-  held = jax.eval_shape(model.init, jax.random.key(0), *args, **kwargs)
-  return planning.Work(model, held, work.batch, work.size, training.Memory(remat=remat))
+def _costs(planned: planning.Work, tuned, where: planning.Target) -> dict[str, float]:
+  """MiB and GFLOP of a training step, which is compiled and not run."""
+  tx = training.optimizer(tuned, tuned.shapes, optax.constant_schedule(1e-3))
+  state = training.state_shapes(tuned, tx, planned.variables)
+  shapes = planned.placed(where.mesh(), state, planned.size)
+  forward = training.forward(tuned, True, planned.mode(True))
+  step = training.train_step(tuned, forward, tx, 0)
+  traced = jax.jit(step, donate_argnums=0).trace(*shapes)
+  arguments = programs.nbytes(shapes)
+  try:
+    program = programs.compiled(traced, where.options, arguments)
+  except programs.TooLarge as refused:
+    # The compiler reports no more than the total.
+    temp = refused.bytes - arguments
+    total = refused.bytes
+    flops = programs.flops(traced).all
+  else:
+    memory = programs.memory(program)
+    arguments = memory.argument
+    temp = memory.temp
+    total = memory.total
+    flops = _flops(program, traced)
+  return {
+    'arguments_mib': _mib(arguments),
+    'temp_mib': _mib(temp),
+    'total_mib': _mib(total),
+    'gflop': round(flops / 1e9, 1),
+  }
 
 
-def rows(works, chosen, remats, layers, where: targets.Target, note=print):
-  """The rows asked for, one after the other; what a method cannot serve is told to `note`."""
-  for work in works:
-    for method in chosen:
-      for remat in remats:
-        for kind in (k for k in WORKS[work].layers if k in layers):
-          try:
-            row = measure(work, method, remat, kind, where)
-          except ValueError as error:
-            note(f'{work}: {method} is left out: {error}')
-            continue
-          note(
-            f'{work} {method} {remat} {kind}: {row["total_mib"]:,} MiB, {row["gflop"]:,} GFLOP '
-            f'({row["compile_seconds"]} s)'
-          )
-          yield row
+def _flops(program, traced) -> float:
+  """What the compiler counts, with what it cannot see; else what the traced program has."""
+  counted = (program.cost_analysis() or {}).get('flops')
+  if counted is None:
+    return programs.flops(traced).all
+  return counted + programs.uncounted(traced)
+
+
+def _mib(size: int) -> float:
+  return round(size / 2**20, 1)
+
+
+def planned_work(work: Work, scan: bool, remat: Remat) -> planning.Work:
+  """A work with its model and the shapes of its backbone."""
+  model = work.model(scan, remat)
+  args, kwargs = tasks.inputs(work.batch(1))
+  backbone = jax.eval_shape(model.init, jax.random.key(0), *args, **kwargs)
+  return planning.Work(model, backbone, work.batch, work.size, training.Memory(remat=remat))
+
+
+def rows(
+  works, chosen, remats, layers, where: planning.Target, note=print
+) -> Iterator[dict[str, Any]]:
+  """The rows asked for, one after the other; `note` gets a line of each, or why it is left out."""
+  for work, method, remat in itertools.product(works, chosen, remats):
+    for kind in WORKS[work].layers:
+      if kind not in layers:
+        continue
+      try:
+        row = measure(work, method, remat, kind, where)
+      except ValueError as error:
+        note(f'{work}: {method} is left out: {error}')
+        continue
+      note(
+        f'{work} {method} {remat} {kind}: {row["total_mib"]:,} MiB, {row["gflop"]:,} GFLOP '
+        f'({row["compile_seconds"]} s)'
+      )
+      yield row
 
 
 def document(found: list[dict]) -> str:
-  """docs/memory.md."""
-  lines = [
-    '# Memory of a training step',
-    '',
-    INTRODUCTION,
-    '',
-    '![memory against FLOPs](memory.png)',
-  ]
+  """The text of docs/memory.md."""
+  parts = ['# Memory of a training step', INTRODUCTION, '![memory against FLOPs](memory.png)']
   for work in WORKS:
-    here = sorted((r for r in found if r['work'] == work), key=lambda r: r['total_mib'])
-    if not here:
-      continue
-    full = min(
-      (r['total_mib'] for r in here if r['method'] == 'full' and r['remat'] == 'none'), default=None
+    here = [row for row in found if row['work'] == work]
+    if here:
+      parts += _section(work, sorted(here, key=lambda row: row['total_mib']))
+  return '\n\n'.join(parts) + '\n'
+
+
+def _section(work: str, here: list[dict]) -> list[str]:
+  """The paragraphs of a work, from its rows."""
+  full = [row['total_mib'] for row in here if row['method'] == 'full' and row['remat'] == 'none']
+  table = [_HEAD]
+  for row in here:
+    saved = '-'
+    if full:
+      saved = f'{100 * (1 - row["total_mib"] / min(full)):.0f} %'
+    table.append(
+      f'| {row["method"]} | {row["remat"]} | {row["layers"]} | {row["trainable"]:,} | '
+      f'{row["arguments_mib"]:,.0f} | {row["temp_mib"]:,.0f} | **{row["total_mib"]:,.0f}** | '
+      f'{saved} | {row["gflop"]:,.0f} |'
     )
-    lines += [
-      '',
-      f'## {work.upper()}: {WORKS[work].title}',
-      '',
-      '| method | remat | layers | trainable | arguments | temporaries | total MiB | saved | GFLOP |',
-      '| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |',
-    ]
-    for r in here:
-      saved = f'{100 * (1 - r["total_mib"] / full):.0f} %' if full else '-'
-      lines.append(
-        f'| {r["method"]} | {r["remat"]} | {r["layers"]} | {r["trainable"]:,} | {r["arguments_mib"]:,.0f} | '
-        f'{r["temp_mib"]:,.0f} | **{r["total_mib"]:,.0f}** | {saved} | {r["gflop"]:,.0f} |'
-      )
-    if any('source' in r for r in here):
-      lines += ['', PEER_NOTE]
-    lines += ['', '"saved" is against our full fine-tuning without remat.']
-  return '\n'.join(lines) + '\n'
+  paragraphs = [f'## {work.upper()}: {WORKS[work].title}', '\n'.join(table)]
+  if any('source' in row for row in here):
+    paragraphs.append(PEER_NOTE)
+  paragraphs.append('"saved" is against our full fine-tuning without remat.')
+  return paragraphs
 
 
 def draw(found: list[dict], path: pathlib.Path) -> None:
-  """Memory against FLOPs, a panel a work, the first one wide."""
+  """Plots memory against FLOPs, a panel a work, the first one wide."""
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
-  works = [w for w in WORKS if any(r['work'] == w for r in found)]
-  rest = [*works[1:], *['.'] * (len(works) % 2 == 0)]
-  panels = [works[:1] * 2, *(rest[i : i + 2] for i in range(0, len(rest), 2))]
+  panels = _panels([work for work in WORKS if any(row['work'] == work for row in found)])
   figure = Figure(figsize=(12, 6 + 4 * (len(panels) - 1)), layout='constrained')
   canvas = FigureCanvasAgg(figure)
   axes = figure.subplot_mosaic(panels, height_ratios=[1.5, *[1] * (len(panels) - 1)])
   for work, axis in axes.items():
-    for r in (r for r in found if r['work'] == work):
-      peer = 'source' in r
-      axis.plot(
-        r['total_mib'],
-        r['gflop'],
-        '^' if peer else 'o' if r['layers'] == 'unroll' else 's',
-        color='C7' if peer else 'C0',
-        fillstyle=FILL[r['remat']],
-        markersize=5,
-      )
+    for row in found:
+      if row['work'] == work:
+        axis.plot(*_point(row), fillstyle=_FILL[row['remat']], markersize=5, **_marker(row))
     axis.set_title(f'{work.upper()}: {WORKS[work].title}', fontsize=9)
     axis.set(xlabel='MiB in total', ylabel='GFLOP a step', xscale='log')
     axis.margins(x=0.12)
     axis.set_ylim(0)
     axis.grid(alpha=0.3)
-  figure.suptitle(
-    'hollow: blocks recomputed; half: all but products with weights; square: scanned; triangle: peer'
-  )
+  figure.suptitle(_LEGEND)
   canvas.draw()  # places the axes, without which no label knows its neighbours
   for work, axis in axes.items():
-    label(axis, [(r['method'], (r['total_mib'], r['gflop'])) for r in found if r['work'] == work])
+    label(axis, [(row['method'], _point(row)) for row in found if row['work'] == work])
   figure.savefig(path, dpi=110)
+
+
+def _panels(works: list[str]) -> list[list[str]]:
+  """Rows of two panels; the first work has a row alone, and '.' is an empty place."""
+  first, *rest = works
+  if len(rest) % 2:
+    rest.append('.')
+  pairs = [rest[i : i + 2] for i in range(0, len(rest), 2)]
+  return [[first, first], *pairs]
+
+
+def _point(row: dict) -> tuple[float, float]:
+  """Where a row stands in the plot."""
+  return row['total_mib'], row['gflop']
+
+
+def _marker(row: dict) -> dict[str, str]:
+  if 'source' in row:  # a peer
+    return {'marker': '^', 'color': 'C7'}
+  if row['layers'] == 'unroll':
+    return {'marker': 'o', 'color': 'C0'}
+  return {'marker': 's', 'color': 'C0'}
 
 
 def label(
   axis, points: list[tuple[str, tuple[float, float]]], height: int = 10, width: int = 75
 ) -> None:
-  """Names beside points; one that would lie on another moves up, with a line to its point."""
+  """Writes names beside points; one that would lie on another moves up, with a line to its point.
+
+  Args:
+    axis: of a figure that has been drawn.
+    points: (name, place in data units).
+    height, width: of a name, in pixels.
+  """
   taken: list[tuple[float, float]] = []
-  for name, point in sorted(points, key=lambda p: p[1][::-1]):
+  for name, point in sorted(points, key=lambda named: named[1][::-1]):  # from below
     x, start = axis.transData.transform(point)
     y = start
-    while any(abs(x - a) < width and abs(y - b) < height for a, b in taken):
+    while any(abs(x - other_x) < width and abs(y - other_y) < height for other_x, other_y in taken):
       y += 2
     taken.append((x, y))
-    line = {'arrowstyle': '-', 'lw': 0.4, 'color': '0.6'} if y > start + height else None
+    line = None
+    if y > start + height:
+      line = {'arrowstyle': '-', 'lw': 0.4, 'color': '0.6'}
     axis.annotate(
       name,
       point,
@@ -244,7 +283,7 @@ def recorded() -> list[dict]:
 
 
 def write(new: list[dict]) -> None:
-  """Puts new rows in place of those of the same kind, and draws what is in docs/ again."""
+  """Replaces rows in docs/ by new ones of the same key, and writes its page and plot again."""
   found = records.record(DOCS / 'memory.json', new, KEY, PEERS)
   (DOCS / 'memory.md').write_text(document(found))
   draw(found, DOCS / 'memory.png')
@@ -256,34 +295,40 @@ def main(argv: list[str]) -> int:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  every = names(methods.REGISTRY)
-  listed = lambda known: lambda text: _listed(text, known)
-  parser.add_argument('--work', type=listed(WORKS), default=list(WORKS))
-  parser.add_argument('--methods', type=listed(every), default=every)
-  parser.add_argument('--remat', type=listed(REMATS), default=list(REMATS))
-  parser.add_argument('--layers', type=listed(('unroll', 'scan')), default=['unroll', 'scan'])
+  choices = {
+    '--work': WORKS,
+    '--methods': methods.names(methods.REGISTRY),
+    '--remat': REMATS,
+    '--layers': ('unroll', 'scan'),
+  }
+  for flag, known in choices.items():
+    parser.add_argument(flag, type=functools.partial(_listed, known=known), default=list(known))
   parser.add_argument('--target', default='tpu:v5e')
   parser.add_argument('--json', action='store_true')
   flags = parser.parse_args(argv)
   with cli.inputs_checked():
-    where = targets.target(flags.target)
-  note = lambda text: print(text, file=sys.stderr, flush=True)
+    where = planning.target(flags.target)
+  note = functools.partial(print, file=sys.stderr, flush=True)
   found = rows(flags.work, flags.methods, flags.remat, flags.layers, where, note)
   if flags.json:
     print(json.dumps(list(found), indent=1))
     return 0
-  for row in found:  # written at once: the table is there in part, should the rest be interrupted
-    write([row])
+  for row in found:
+    write([row])  # after each row: a table in part, should the rest be interrupted
   return 0
 
 
-def _listed(text: str, known) -> list[str]:
-  """The names in a text; 'w4' stands for w4_1b and w4_7b."""
+def _listed(text: str, known: Iterable[str]) -> list[str]:
+  """The names in a text; 'w4' stands for all works w4_...
+
+  Raises:
+    argparse.ArgumentTypeError: an unknown name.
+  """
   chosen = []
   for name in text.split(','):
-    found = (
-      [name] if name in known else [k for k in known if k.startswith(f'{name}_') and known is WORKS]
-    )
+    found = [other for other in known if other == name]
+    if not found and known is WORKS:
+      found = [work for work in WORKS if work.startswith(f'{name}_')]
     if not found:
       raise argparse.ArgumentTypeError(f'{name!r} is none of {", ".join(known)}')
     chosen += found

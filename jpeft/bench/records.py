@@ -1,6 +1,4 @@
-"""Rows of measurements that docs/ keeps as JSON, so that a table can be made in parts and on
-several machines.
-"""
+"""Rows of measurements in JSON files of docs/, to which runs and machines add in turn."""
 
 import json
 import pathlib
@@ -11,7 +9,9 @@ from jpeft.training import write
 
 def recorded(file: pathlib.Path, default: Sequence[dict] = ()) -> list[dict]:
   """The rows of a file, or the default where there is no file."""
-  return json.loads(file.read_text()) if file.exists() else list(default)
+  if not file.exists():
+    return list(default)
+  return json.loads(file.read_text())
 
 
 def record(
@@ -21,22 +21,20 @@ def record(
   default: Sequence[dict] = (),
   drop: Sequence[dict] = (),
 ) -> list[dict]:
-  """Puts new rows in place of those of the same kind, and the others beside them.
+  """Replaces rows by new ones of the same key, adds the others, and writes the file.
 
   Args:
     file: written as a whole or not at all.
     new: rows.
-    key: the entries of a row that say of what kind it is; they also order the rows.
+    key: the names of the entries that identify a row; they also order the rows.
     default: what `recorded` takes.
-    drop: recorded rows that hold no longer.
+    drop: recorded rows that are no longer right.
 
   Returns:
     All rows.
   """
-  table = {
-    tuple(row[k] for k in key): row
-    for row in [*(r for r in recorded(file, default) if r not in drop), *new]
-  }
-  rows = [table[kind] for kind in sorted(table)]
+  kept = [row for row in recorded(file, default) if row not in drop]
+  table = {tuple(row[name] for name in key): row for row in [*kept, *new]}
+  rows = [table[identity] for identity in sorted(table)]
   write(file, json.dumps(rows, indent=1) + '\n')
   return rows

@@ -7,7 +7,7 @@ Methods are arguments of the config file; the work is its model and batch size. 
 the backbone, even where the config would keep features (`data.cache_features`). All updates are
 compiled first, then run in turn, so that what slows the machine slows all of them; the ratio is the
 median over rounds of those within a round. GFLOP are those of the compiled program. Batches are
-noise and the labels zeros: time does not hang on them.
+noise and the labels zeros: time does not depend on them.
 """
 
 import argparse
@@ -23,9 +23,11 @@ import numpy as np
 
 from jpeft import cli, tasks, training
 from jpeft import config as config_lib
+from jpeft.messages import markdown
 from jpeft.planning import classes_of
 
 ROUNDS = 7
+_STEPS = 1000  # of a learning rate schedule, whose length changes no time
 
 
 @dataclasses.dataclass
@@ -49,15 +51,10 @@ def update_of(config) -> Update:
   """The compiled update of a configuration, on one device."""
   with cli.inputs_checked():
     pretrained, tuned = training.build(config, classes_of(config))
-    blank = tasks.of(config).example(config, pretrained)
-    _, tx = training.optimizer_of(config, tuned, steps=1000)
-  size, rng = config.data.batch_size, np.random.default_rng(0)
-  noise = lambda x: rng.normal(size=(size, *x.shape[1:])).astype(x.dtype)
-  batch = {
-    k: noise(x) if np.issubdtype(x.dtype, np.floating) else np.repeat(x, size, 0)
-    for k, x in blank.items()
-  }
-  fn = training.train_step(
+    example = tasks.of(config).example(config, pretrained)
+    _, tx = training.optimizer_of(config, tuned, steps=_STEPS)
+  batch = _batch(example, config.data.batch_size)
+  step = training.train_step(
     tuned,
     training.forward(tuned, True),
     tx,
@@ -65,27 +62,61 @@ def update_of(config) -> Update:
     config.loss.label_smoothing,
     config.optimizer.accumulate,
   )
-  state = training.initial_state(tuned, tx, pretrained.variables, config.seed)
-  compiled, cost = training.compiled(fn, state, pretrained.variables, batch, donate=(0,))
-  return Update(compiled, state, pretrained.variables, jax.device_put(batch), cost['flops'] / 1e9)
+  backbone = pretrained.variables
+  state = training.initial_state(tuned, tx, backbone, config.seed)
+  compiled, cost = training.compiled(step, state, backbone, batch, donate=(0,))
+  return Update(compiled, state, backbone, jax.device_put(batch), cost['flops'] / 1e9)
+
+
+def _batch(example: dict[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
+  """Noise in place of floats, and integers of the example repeated."""
+  rng = np.random.default_rng(0)
+  batch = {}
+  for name, x in example.items():
+    if np.issubdtype(x.dtype, np.floating):
+      batch[name] = rng.normal(size=(size, *x.shape[1:])).astype(x.dtype)
+    else:
+      batch[name] = np.repeat(x, size, 0)
+  return batch
 
 
 def compare(updates: dict[str, Update], rounds: int) -> list[dict]:
   """Rows of method, median seconds, GFLOP, and both as ratios to the first method."""
   for update in updates.values():
     update.seconds()  # the first call also allocates
-  times = [{name: update.seconds() for name, update in updates.items()} for _ in range(rounds)]
+  times = []
+  for _ in range(rounds):
+    times.append({name: update.seconds() for name, update in updates.items()})
   first = next(iter(updates))
-  return [
-    {
+  rows = []
+  for name, update in updates.items():
+    row = {
       'method': name,
-      'seconds': statistics.median(t[name] for t in times),
-      'ratio': statistics.median(t[name] / t[first] for t in times),
+      'seconds': statistics.median(seconds[name] for seconds in times),
+      'ratio': statistics.median(seconds[name] / seconds[first] for seconds in times),
       'gflop': update.gflop,
       'gflop_ratio': update.gflop / updates[first].gflop,
     }
-    for name, update in updates.items()
-  ]
+    rows.append(row)
+  return rows
+
+
+def table(rows: list[dict]) -> str:
+  """The rows as a Markdown table."""
+  first = rows[0]['method']
+  head = ('method', 'seconds', f'time / {first}', 'GFLOP', f'GFLOP / {first}')
+  cells = []
+  for row in rows:
+    cells.append(
+      (
+        row['method'],
+        f'{row["seconds"]:.3g}',
+        f'{row["ratio"]:.2f}',
+        f'{row["gflop"]:.4g}',
+        f'{row["gflop_ratio"]:.2f}',
+      )
+    )
+  return markdown(head, cells)
 
 
 def main(argv: list[str]) -> int:
@@ -103,31 +134,18 @@ def main(argv: list[str]) -> int:
     if flags.rounds < 1:
       raise ValueError(f'--rounds={flags.rounds} must be at least 1')
     command = config_lib.parse(rest)
-    configs = {
-      name: config_lib.load(f'{command.reference}:{name}', command.overrides)
-      for name in flags.methods
-    }
+    configs = {}
+    for name in flags.methods:
+      configs[name] = config_lib.load(f'{command.reference}:{name}', command.overrides)
+    # All mistakes before the first update is compiled.
     for config in configs.values():
       training.method_of(config)
-  rows = compare({name: update_of(config) for name, config in configs.items()}, flags.rounds)
+  updates = {name: update_of(config) for name, config in configs.items()}
+  rows = compare(updates, flags.rounds)
   if flags.json:
     print(json.dumps(rows, indent=1))
-    return 0
-  print(
-    training.markdown(
-      ('method', 'seconds', f'time / {flags.methods[0]}', 'GFLOP', f'GFLOP / {flags.methods[0]}'),
-      [
-        (
-          r['method'],
-          f'{r["seconds"]:.3g}',
-          f'{r["ratio"]:.2f}',
-          f'{r["gflop"]:.4g}',
-          f'{r["gflop_ratio"]:.2f}',
-        )
-        for r in rows
-      ],
-    )
-  )
+  else:
+    print(table(rows))
   return 0
 
 

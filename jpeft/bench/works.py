@@ -21,6 +21,8 @@ from jpeft.models import (
   layer_norm,
 )
 
+Batch = dict[str, jax.ShapeDtypeStruct]
+
 BF16 = {'dtype': jnp.bfloat16, 'param_dtype': jnp.bfloat16}
 
 
@@ -30,8 +32,9 @@ def exact_softmax(query, key, value, bias=None, mask=None, **dropout):
 
 
 class TokenEncoder(nn.Module):
-  """A pre-norm encoder of ready tokens [B, N, width], with a head on their mean: no embedding, no
-  class token.
+  """A pre-norm encoder of ready tokens [B, N, width], with a head on their mean.
+
+  It has no embedding and no class token.
   """
 
   width: int = 768
@@ -51,14 +54,14 @@ class TokenEncoder(nn.Module):
 
   @nn.compact
   def __call__(self, x, deterministic=True):
-    encoder = Encoder(
-      block_of(self, PreNormBlock), self.depth, self.scan, self.remat, name='encoder'
-    )
+    block = block_of(self, PreNormBlock)
+    encoder = Encoder(block, self.depth, self.scan, self.remat, name='encoder')
     x = encoder(x.astype(self.dtype), deterministic=deterministic)
-    feature = layer_norm(self, 'final_norm')(x).mean(1)
-    return nn.Dense(
+    feature = layer_norm(self, 'final_norm')(x).mean(1)  # [B, width]
+    head = nn.Dense(
       self.num_classes, kernel_init=default_init, param_dtype=self.param_dtype, name='head'
-    )(feature)
+    )
+    return head(feature)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,95 +78,126 @@ class Work:
   """
 
   title: str
-  model: Callable[[bool, bool], nn.Module]
-  batch: Callable[[int], dict[str, jax.ShapeDtypeStruct]]
+  model: Callable[[bool, Remat], nn.Module]
+  batch: Callable[[int], Batch]
   size: int
   layers: tuple[str, ...] = ('scan',)
   head: bool = True
 
 
-def _shape(*sizes: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(sizes, dtype)
+def _floats(*sizes: int) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(sizes, jnp.float32)
 
 
-def _images(size: int) -> dict[str, jax.ShapeDtypeStruct]:
-  return {'image': _shape(size, 224, 224, 3), 'label': _shape(size, dtype=jnp.int32)}
+def _integers(*sizes: int) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(sizes, jnp.int32)
 
 
-def _tokens(size: int) -> dict[str, jax.ShapeDtypeStruct]:
-  return {'image': _shape(size, 196, 768), 'label': _shape(size, dtype=jnp.int32)}
+def _images(size: int) -> Batch:
+  return {'image': _floats(size, 224, 224, 3), 'label': _integers(size)}
 
 
-def _texts(size: int) -> dict[str, jax.ShapeDtypeStruct]:
-  words = lambda length: _shape(size, length, dtype=jnp.int32)
+def _ready_tokens(size: int) -> Batch:
+  return {'image': _floats(size, 196, 768), 'label': _integers(size)}
+
+
+def _pairs_of_texts(size: int) -> Batch:
   return {
-    'tokens': words(128),
-    'token_mask': _shape(size, 128, dtype=jnp.bool_),
-    'decoder_tokens': words(8),
-    'label': words(8),
+    'tokens': _integers(size, 128),
+    'token_mask': jax.ShapeDtypeStruct((size, 128), jnp.bool_),
+    'decoder_tokens': _integers(size, 8),
+    'label': _integers(size, 8),
   }
 
 
-def _sentences(length: int):
-  words = lambda size: _shape(size, length, dtype=jnp.int32)
-  return lambda size: {'tokens': words(size), 'label': words(size)}
+def _texts(length: int) -> Callable[[int], Batch]:
+  """Batches of texts to write."""
+
+  def batch(size: int) -> Batch:
+    return {'tokens': _integers(size, length), 'label': _integers(size, length)}
+
+  return batch
 
 
-def _llama(**sizes):
-  return lambda scan, remat: Llama(scan=scan, remat=remat, **BF16, **sizes)
+def _token_encoder(scan: bool, remat: Remat) -> TokenEncoder:
+  return TokenEncoder(scan=scan, remat=remat, **BF16)
+
+
+def _t5_base(scan: bool, remat: Remat) -> T5:
+  return T5(
+    width=768, depth=12, heads=12, mlp_dim=3072, vocab=32128, scan=scan, remat=remat, **BF16
+  )
+
+
+def _vit_l16(scan: bool, remat: Remat) -> ViT:
+  return ViT(
+    width=1024,
+    depth=24,
+    heads=16,
+    mlp_dim=4096,
+    patch_size=16,
+    num_classes=1000,
+    scan=scan,
+    remat=remat,
+    **BF16,
+  )
+
+
+def _llama_1b(scan: bool, remat: Remat) -> Llama:
+  return Llama(
+    width=2048,
+    depth=16,
+    heads=32,
+    kv_heads=8,
+    mlp_dim=8192,
+    vocab=128256,
+    tied=True,
+    scan=scan,
+    remat=remat,
+    **BF16,
+  )
+
+
+def _llama_7b(scan: bool, remat: Remat) -> Llama:
+  return Llama(
+    width=4096, depth=32, heads=32, mlp_dim=11008, vocab=32000, scan=scan, remat=remat, **BF16
+  )
 
 
 WORKS: dict[str, Work] = {
   'w1': Work(
     '12 blocks of width 768 on ready tokens, batch 32, 196 tokens, 100 classes',
-    lambda scan, remat: TokenEncoder(scan=scan, remat=remat, **BF16),
-    _tokens,
+    _token_encoder,
+    _ready_tokens,
     32,
     ('unroll', 'scan'),
   ),
   'w2': Work(
     'T5-base, batch 100, 128 tokens in (as in the LST paper) and 8 out (a label)',
-    lambda scan, remat: T5(
-      width=768, depth=12, heads=12, mlp_dim=3072, vocab=32128, scan=scan, remat=remat, **BF16
-    ),
-    _texts,
+    _t5_base,
+    _pairs_of_texts,
     100,
     head=False,
   ),
-  'w3': Work(
-    'ViT-L/16, batch 64, 224 pixels, 1000 classes',
-    lambda scan, remat: ViT(
-      width=1024,
-      depth=24,
-      heads=16,
-      mlp_dim=4096,
-      patch_size=16,
-      num_classes=1000,
-      scan=scan,
-      remat=remat,
-      **BF16,
-    ),
-    _images,
-    64,
-  ),
+  'w3': Work('ViT-L/16, batch 64, 224 pixels, 1000 classes', _vit_l16, _images, 64),
   'w4_1b': Work(
     'a decoder of the shape of Llama-3.2-1B, batch 4, 512 tokens',
-    _llama(width=2048, depth=16, heads=32, kv_heads=8, mlp_dim=8192, vocab=128256, tied=True),
-    _sentences(512),
+    _llama_1b,
+    _texts(512),
     4,
     head=False,
   ),
   'w4_7b': Work(
     'a decoder of the shape of Llama-2-7B, batch 1, 512 tokens',
-    _llama(width=4096, depth=32, heads=32, mlp_dim=11008, vocab=32000),
-    _sentences(512),
+    _llama_7b,
+    _texts(512),
     1,
     head=False,
   ),
   'w4_7b_long': Work(
     'the same, batch 4, 2048 tokens',
-    _llama(width=4096, depth=32, heads=32, mlp_dim=11008, vocab=32000),
-    _sentences(2048),
+    _llama_7b,
+    _texts(2048),
     4,
     head=False,
   ),

@@ -1,6 +1,4 @@
-"""Configurations: Python files that read top to bottom, checked before anything heavy is
-imported.
-"""
+"""Configurations: Python files that read top to bottom, checked before the heavy imports."""
 
 from .load import Command, differences, from_json, load, parse, to_json
 from .schema import allow, complete, flatten, nearest, nest, reference

@@ -13,7 +13,10 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from .schema import _TEXT, FIELDS, OPEN, Field, complete, flatten, nearest, nest
+from .schema import FIELDS, TEXT, Field, check_key, complete, flatten, nearest, nest
+
+_REFERENCE = re.compile(r'(.+?\.py)(?::(.*))?')  # FILE.py or FILE.py:ARG
+_LITERALS = {'true': True, 'false': False, 'none': None}
 
 
 def load(reference: str, overrides: dict[str, str] | None = None) -> ConfigDict:
@@ -30,34 +33,37 @@ def load(reference: str, overrides: dict[str, str] | None = None) -> ConfigDict:
   if arg and not inspect.signature(get_config).parameters:
     raise ValueError(f'{path} takes no argument, but {arg!r} was given after the colon')
   try:
-    values = get_config(arg) if arg else get_config()
+    if arg:
+      values = get_config(arg)
+    else:
+      values = get_config()
   except ValueError:
     raise
   except Exception as error:
     raise ValueError(f'get_config of {path} raised {type(error).__name__}: {error}') from error
   flat = flatten(values)
   for key, text in (overrides or {}).items():
-    if key not in FIELDS and key.split('.')[0] not in OPEN:
-      raise ValueError(f'unknown config key {key!r}{nearest(key, [*FIELDS, *flat])}')
+    check_key(key, flat)
     flat[key] = _literal(text, FIELDS.get(key))
   return complete(nest(flat))
 
 
 def _get_config(reference: str) -> tuple[Callable, pathlib.Path, str | None]:
   """(get_config, path, argument) of FILE.py or FILE.py:ARG; raises as `load` does."""
-  match = re.fullmatch(r'(.+?\.py)(?::(.*))?', reference)
+  match = _REFERENCE.fullmatch(reference)
   if not match:
     raise ValueError(
       f'--config={reference} is not a python file: give configs/NAME.py or configs/NAME.py:ARG'
     )
-  path, arg = pathlib.Path(match[1]), match[2]
+  path = pathlib.Path(match[1])
   if not path.is_file():
-    there = [str(p) for p in sorted(path.parent.glob('*.py')) if p.stem != '__init__']
+    files = sorted(path.parent.glob('*.py'))
+    there = [str(file) for file in files if file.stem != '__init__']
     raise FileNotFoundError(f'there is no config file {path}{nearest(str(path), there)}')
   get_config = _module(path).__dict__.get('get_config')
   if not callable(get_config):
     raise ValueError(f'{path} has no function get_config')
-  return get_config, path, arg
+  return get_config, path, match[2]
 
 
 def _module(path: pathlib.Path):
@@ -77,11 +83,10 @@ def _module(path: pathlib.Path):
 
 def _literal(text: str, field: Field | None):
   """The value of a command-line text: a python literal, true/false/none, or the text itself."""
-  plain = {'true': True, 'false': False, 'none': None}
-  if text.lower() in plain and not (field and field.types == _TEXT):
-    return plain[text.lower()]
-  if field and field.types == _TEXT:
+  if field and field.types == TEXT:
     return text
+  if text.lower() in _LITERALS:
+    return _LITERALS[text.lower()]
   try:
     return ast.literal_eval(text)
   except (ValueError, SyntaxError):
@@ -100,26 +105,31 @@ class Command:
     return load(self.reference, self.overrides)
 
   def baseline(self, arg: str) -> 'Command':
-    """The same file with another argument; overrides of the method and its optimizer stay
-    behind.
-    """
-    kept = {
-      k: v for k, v in self.overrides.items() if k.split('.')[0] not in ('method', 'optimizer')
-    }
-    path = re.fullmatch(r'(.+?\.py)(?::(.*))?', self.reference)[1]
-    return Command(f'{path}:{arg}', kept, self.workdir)
+    """The same file with another argument, without overrides of the method and its optimizer."""
+    overrides = {}
+    for key, text in self.overrides.items():
+      if key.split('.')[0] not in ('method', 'optimizer'):
+        overrides[key] = text
+    file = _REFERENCE.fullmatch(self.reference)[1]
+    return Command(f'{file}:{arg}', overrides, self.workdir)
 
   @property
   def takes_argument(self) -> bool:
     """Whether the file's `get_config` takes what stands after the colon."""
-    return bool(inspect.signature(_get_config(self.reference)[0]).parameters)
+    get_config, _, _ = _get_config(self.reference)
+    return bool(inspect.signature(get_config).parameters)
 
   def folder(self) -> pathlib.Path:
     """--workdir, or runs/FILE-ARG."""
-    name = pathlib.Path(
-      re.sub(r'\.py(:.*)?$', lambda m: (m[1] or '').replace(':', '-'), self.reference)
-    ).name
-    return self.workdir or pathlib.Path('runs') / name
+    if self.workdir:
+      return self.workdir
+    name = self.reference
+    match = _REFERENCE.fullmatch(self.reference)
+    if match:
+      name = match[1].removesuffix('.py')
+      if match[2] is not None:
+        name += f'-{match[2].replace(":", "-")}'
+    return pathlib.Path('runs') / pathlib.Path(name).name
 
 
 def parse(argv: list[str]) -> Command:
@@ -128,7 +138,8 @@ def parse(argv: list[str]) -> Command:
   Raises:
     ValueError: an unknown flag, a flag without a value, or no --config.
   """
-  flags, rest = {}, list(argv)
+  flags = {}
+  rest = list(argv)
   while rest:
     flag, equals, value = rest.pop(0).partition('=')
     if flag not in ('--config', '--workdir') and not flag.startswith('--config.'):
@@ -143,19 +154,23 @@ def parse(argv: list[str]) -> Command:
     flags[flag] = value
   if '--config' not in flags:
     raise ValueError('--config=FILE.py is missing, such as --config=configs/quickstart.py')
-  overrides = {
-    k.removeprefix('--config.'): v for k, v in flags.items() if k.startswith('--config.')
-  }
-  workdir = pathlib.Path(flags['--workdir']) if flags.get('--workdir') else None
+  workdir = None
+  if flags.get('--workdir'):
+    workdir = pathlib.Path(flags['--workdir'])
+  overrides = {}
+  for flag, text in flags.items():
+    if flag.startswith('--config.'):
+      overrides[flag.removeprefix('--config.')] = text
   return Command(flags['--config'], overrides, workdir)
 
 
 def to_json(config: ConfigDict) -> str:
+  """A configuration as the text of config.json in a run folder."""
   return json.dumps(config.to_dict(), indent=2, sort_keys=True) + '\n'
 
 
 def from_json(path: pathlib.Path) -> ConfigDict:
-  """The configuration that a run folder keeps.
+  """The configuration of a run folder.
 
   Raises:
     ValueError: not a configuration of this version.
@@ -167,8 +182,11 @@ def from_json(path: pathlib.Path) -> ConfigDict:
 
 
 def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:
-  """The dotted keys on which two configurations differ, as 'key (ours, theirs)'."""
-  a, b = (flatten(json.loads(to_json(c))) for c in (ours, theirs))
-  return [
-    f'{k} ({a.get(k)!r} here, {b.get(k)!r} there)' for k in sorted({*a, *b}) if a.get(k) != b.get(k)
-  ]
+  """The dotted keys in which two configurations differ: 'key (OURS here, THEIRS there)'."""
+  here = flatten(json.loads(to_json(ours)))
+  there = flatten(json.loads(to_json(theirs)))
+  found = []
+  for key in sorted({*here, *there}):
+    if here.get(key) != there.get(key):
+      found.append(f'{key} ({here.get(key)!r} here, {there.get(key)!r} there)')
+  return found

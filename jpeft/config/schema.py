@@ -1,4 +1,4 @@
-r"""Configurations: python files that read top to bottom, checked before anything heavy is imported.
+r"""Configurations: python files that read top to bottom, checked before the heavy imports.
 
     python -m jpeft.train --config=configs/quickstart.py:lora \
         --config.optimizer.lr=1e-3 --workdir=runs/a
@@ -11,7 +11,7 @@ nearest key. The keys of the `method` section are those of the method itself (`r
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -23,7 +23,15 @@ REQUIRED = object()
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-  """One key of a configuration: its types, its default, and what a value must satisfy."""
+  """One key of a configuration.
+
+  Attributes:
+    types: of its values.
+    default: REQUIRED for none.
+    doc: what it sets.
+    must: what `check` demands, after the words 'must be'; also allowed values in words.
+    check: whether a value of the right type is allowed.
+  """
 
   types: tuple[type, ...]
   default: Any
@@ -32,50 +40,64 @@ class Field:
   check: Callable[[Any], bool] = lambda value: True
 
 
+TEXT = (str,)
+_OPTIONAL_TEXT = (str, type(None))
+
+
+def _flag(default, doc):
+  return Field((bool,), default, doc)
+
+
 def _choice(default, doc, *choices):
-  named = ', '.join(str(c) for c in choices)
-  return Field((str,), default, f'{doc}: {named}', f'one of {named}', lambda v: v in choices)
+  listed = ', '.join(choices)
+  return Field(TEXT, default, f'{doc}: {listed}', f'one of {listed}', lambda v: v in choices)
 
 
 def _positive(kind, default, doc):
-  types = (kind,) if default is not None else (kind, type(None))
+  types = (kind,)
+  if default is None:
+    types = (kind, type(None))
   return Field(types, default, doc, 'above 0', lambda v: v is None or v > 0)
+
+
+def _not_negative(kind, default, doc):
+  return Field((kind,), default, doc, 'at least 0', lambda v: v >= 0)
 
 
 def _within(default, doc, low, high):
   return Field((float,), default, doc, f'from {low} to {high}', lambda v: low <= v <= high)
 
 
-def _pairs(value) -> bool:
-  return all(
-    isinstance(p, (list, tuple))
-    and len(p) == 2
-    and isinstance(p[0], str)
-    and isinstance(p[1], (int, float))
-    and p[1] >= 0
-    for p in value
-  )
+def _are_groups(value) -> bool:
+  """Whether a sequence has pairs of a regex and a factor alone."""
+  for pair in value:
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+      return False
+    pattern, factor = pair
+    if not isinstance(pattern, str) or not isinstance(factor, (int, float)) or not factor >= 0:
+      return False
+  return True
 
 
 STORAGES = ('nf4', 'nf4_double', 'fp4', 'fp4_double', 'int4', 'int4_1', 'affine')
-_TEXT, _FLAG, _OPTIONAL = (str,), (bool,), (str, type(None))
 
 FIELDS: dict[str, Field] = {
   'task': _choice(
     'classification', 'what is learnt, labels or texts', 'classification', 'language'
   ),
-  'model.source': Field(_TEXT, REQUIRED, 'a folder with HF weights, a packaged name, or a hub id'),
+  # The backbone.
+  'model.source': Field(TEXT, REQUIRED, 'a folder with HF weights, a packaged name, or a hub id'),
   'model.num_classes': _positive(
     int, None, 'labels of the fresh head; the data say it if left out'
   ),
   'model.image_size': _positive(int, None, 'pixels; the checkpoint says it if left out'),
   'model.layers': _positive(int, None, 'keep the first n blocks'),
   'model.pool': Field(
-    _OPTIONAL, None, "what the head reads: 'cls', 'mean', ...; the family's own if none"
+    _OPTIONAL_TEXT, None, "what the head reads: 'cls', 'mean', ...; the family's own if none"
   ),
   'model.dtype': _choice('float32', 'of the computation', 'float32', 'bfloat16', 'float16'),
   'model.param_dtype': _choice('float32', 'of the backbone', 'float32', 'bfloat16', 'float16'),
-  'model.scan': Field(_FLAG, False, 'one scanned stack of blocks: compiles faster'),
+  'model.scan': _flag(False, 'one scanned stack of blocks: compiles faster'),
   'model.remat': Field(
     (bool, str),
     False,
@@ -85,7 +107,7 @@ FIELDS: dict[str, Field] = {
     lambda v: v in (True, False, 'dots'),
   ),
   'model.quantize': Field(
-    _OPTIONAL,
+    _OPTIONAL_TEXT,
     None,
     f"4-bit format of the blocks' kernels; the method's own if left out: {', '.join(STORAGES)}",
     f'one of {", ".join(STORAGES)}, or None',
@@ -98,34 +120,33 @@ FIELDS: dict[str, Field] = {
     'from 0 to 1',
     lambda v: v is None or 0 <= v <= 1,
   ),
+  # The examples.
   'data.name': Field(
-    _TEXT,
+    TEXT,
     REQUIRED,
     'mnist5k, movie_sentiment, emoji_groups, phonemes, folder:PATH, csv:PATH, '
     'jsonl:PATH or completions:PATH',
   ),
-  'data.train': Field(_TEXT, 'train', "split to train on, such as 'train[:1000]'"),
-  'data.test': Field(_TEXT, 'test', 'split to evaluate on'),
-  'data.dir': Field(_OPTIONAL, None, 'where prepared data lie'),
+  'data.train': Field(TEXT, 'train', "split to train on, such as 'train[:1000]'"),
+  'data.test': Field(TEXT, 'test', 'split to evaluate on'),
+  'data.dir': Field(_OPTIONAL_TEXT, None, 'where prepared data lie'),
   'data.batch_size': _positive(int, 32, 'examples an update'),
   'data.eval_batch_size': _positive(
     int, None, 'examples an evaluation step; batch_size if left out'
   ),
   'data.max_length': _positive(int, 128, 'tokens kept of a text; of a row of texts to write'),
-  'data.pack': Field(_FLAG, True, 'several texts to write a row, each seeing itself alone'),
-  'data.chat': Field(
-    _FLAG, False, "give prompts and completions as a chat, by the tokenizer's template"
-  ),
+  'data.pack': _flag(True, 'several texts to write a row, each seeing itself alone'),
+  'data.chat': _flag(False, "give prompts and completions as a chat, by the tokenizer's template"),
   'data.augment': _choice('none', 'of training images', 'none', 'vtab', 'flip_crop', 'imagenet'),
   'data.resize': _choice('squash', 'how images get their size', 'squash', 'crop'),
-  'data.in_memory': Field(_FLAG, False, 'read every example once, at the start'),
-  'data.cache_features': Field(
-    _FLAG,
+  'data.in_memory': _flag(False, 'read every example once, at the start'),
+  'data.cache_features': _flag(
     False,
     'run what comes before the first trained number once an example and '
     'keep what it gives, not once an epoch',
   ),
-  'method.name': Field(_TEXT, REQUIRED, 'of the registry, such as lora or lst'),
+  # The method; its further keys are those of its factory.
+  'method.name': Field(TEXT, REQUIRED, 'of the registry, such as lora or lst'),
   'method.head': Field(
     (bool, type(None)),
     None,
@@ -139,11 +160,12 @@ FIELDS: dict[str, Field] = {
     '4, 8 or None',
     lambda v: v in (4, 8, None),
   ),
+  # Training.
   'loss.label_smoothing': _within(0.0, 'share of the target given to all labels alike', 0.0, 1.0),
   'optimizer.name': _choice('adamw', 'update rule', 'adamw', 'adam', 'sgd', 'lion', 'adafactor'),
   'optimizer.lr': _positive(float, 1e-3, 'learning rate at its highest'),
-  'optimizer.weight_decay': Field((float,), 0.0, 'decoupled', 'at least 0', lambda v: v >= 0),
-  'optimizer.decay_vectors': Field(_FLAG, False, 'decay biases, scales and other 1-d arrays too'),
+  'optimizer.weight_decay': _not_negative(float, 0.0, 'decoupled'),
+  'optimizer.decay_vectors': _flag(False, 'decay biases, scales and other 1-d arrays too'),
   'optimizer.b1': _within(0.9, 'mean of the gradient (momentum of sgd)', 0.0, 1.0),
   'optimizer.b2': _within(0.999, 'mean of its square', 0.0, 1.0),
   'optimizer.eps': _positive(float, 1e-8, 'added to the root of the mean square'),
@@ -160,55 +182,46 @@ FIELDS: dict[str, Field] = {
     (),
     'lr factors: ((regex over theta paths, factor), ...)',
     'pairs (regex, factor of at least 0)',
-    _pairs,
+    _are_groups,
   ),
   'optimizer.lora_plus': _positive(float, None, 'LoRA+: lr factor of the b matrices'),
   'optimizer.accumulate': _positive(int, 1, 'micro-batches that a batch is cut into'),
-  'optimizer.offload': Field(
-    _FLAG, False, 'keep its state in host memory between updates; a CPU has no other'
+  'optimizer.offload': _flag(
+    False, 'keep its state in host memory between updates; a CPU has no other'
   ),
   'schedule.name': _choice('cosine', 'of the learning rate', 'cosine', 'linear', 'constant'),
-  'schedule.warmup_steps': Field(
-    (int,), 0, 'updates of linear warm-up', 'at least 0', lambda v: v >= 0
-  ),
+  'schedule.warmup_steps': _not_negative(int, 0, 'updates of linear warm-up'),
   'schedule.warmup_fraction': _within(0.0, 'the same as a share of all updates', 0.0, 1.0),
   'schedule.final': _within(0.0, 'share of lr at the end', 0.0, 1.0),
   'steps': _positive(int, None, 'updates; or give epochs'),
   'epochs': _positive(float, None, 'passes over the training split; or give steps'),
-  'seed': Field(
-    (int,),
-    0,
-    'of the head, theta, the order of the data and dropout',
-    'at least 0',
-    lambda v: v >= 0,
-  ),
+  'seed': _not_negative(int, 0, 'of the head, theta, the order of the data and dropout'),
+  # What a run reports and stores.
   'eval.every': _positive(int, None, 'updates between evaluations; at the end alone if left out'),
   'eval.metric': _choice(
     'accuracy', 'that decides which theta is best', 'accuracy', 'macro_f1', 'loss', 'perplexity'
   ),
-  'eval.generate': Field(
-    (int,),
-    0,
-    'prompts of the test split that are continued greedily at the end, and before',
-    'at least 0',
-    lambda v: v >= 0,
+  'eval.generate': _not_negative(
+    int, 0, 'prompts of the test split that are continued greedily at the end, and before'
   ),
   'checkpoint.every': _positive(int, 100, 'updates between checkpoints'),
   'checkpoint.keep': _positive(int, 2, 'checkpoints kept'),
   'log.every': _positive(int, 10, 'updates between lines of metrics.jsonl'),
-  'log.tensorboard': Field(_FLAG, False, 'also write TensorBoard event files (needs tensorboardX)'),
+  'log.tensorboard': _flag(False, 'also write TensorBoard event files (needs tensorboardX)'),
+  # Devices.
   'mesh.data': _positive(int, 1, 'devices that share a batch'),
   'mesh.model': _positive(int, 1, 'devices that share a copy of the backbone'),
   'mesh.backbone': _choice('replicated', 'over the model axis', 'replicated', 'sharded'),
   'baseline': Field(
-    _OPTIONAL, None, 'also run the file with this argument, and print both as a table'
+    _OPTIONAL_TEXT, None, 'also run the file with this argument, and print both as a table'
   ),
 }
+# Sections that take further keys.
 OPEN = ('method',)
-
-
 # {key: values beside those of FIELDS}, of what was registered from outside jpeft.
 _ALLOWED: dict[str, set[str]] = {}
+# The metric that a task does not have.
+_FOREIGN_METRIC = {'classification': 'perplexity', 'language': 'macro_f1'}
 
 
 def allow(key: str, value: str) -> None:
@@ -230,55 +243,95 @@ def complete(values) -> ConfigDict:
   Raises:
     ValueError: an unknown or missing key, or a value of the wrong type or range.
   """
-  given, out = flatten(values), {}
+  given = flatten(values)
   for key in given:
-    if key not in FIELDS and key.split('.')[0] not in OPEN:
-      raise ValueError(f'unknown config key {key!r}{nearest(key, FIELDS)}')
+    check_key(key)
+  out = {}
   for key, field in FIELDS.items():
-    if key not in given and field.default is REQUIRED:
+    value = given.pop(key, field.default)
+    if value is REQUIRED:
       raise ValueError(f'the config does not set {key!r}: {field.doc}')
-    out[key] = _checked(key, field, given.get(key, field.default))
-  out |= {key: value for key, value in given.items() if key not in FIELDS}
+    out[key] = _checked(key, field, value)
+  out |= given  # the further keys of open sections
   if out['method.head'] is None:
     out['method.head'] = out['task'] == 'classification'
-  if out['eval.metric'] == {'classification': 'perplexity', 'language': 'macro_f1'}[out['task']]:
+  _check_task(out)
+  _check_data(out)
+  _check_schedule(out)
+  return ConfigDict(nest(out)).lock()
+
+
+def check_key(key: str, others: Iterable[str] = ()) -> None:
+  """Raises a ValueError if a configuration has no such key.
+
+  Args:
+    key: dotted.
+    others: what may have been meant, beside the keys of FIELDS.
+  """
+  section = key.split('.')[0]
+  if key not in FIELDS and section not in OPEN:
+    raise ValueError(f'unknown config key {key!r}{nearest(key, [*FIELDS, *others])}')
+
+
+def _check_task(out: dict[str, Any]) -> None:
+  if out['eval.metric'] == _FOREIGN_METRIC[out['task']]:
     raise ValueError(
       f'config.eval.metric={out["eval.metric"]!r} is no metric of config.task={out["task"]!r}'
     )
-  if (out['steps'] is None) == (out['epochs'] is None):
-    raise ValueError(
-      f'the config must set either steps or epochs, not {"both" if out["steps"] else "neither"}'
-    )
-  for batch, part in (
+  lengths = [key for key in ('steps', 'epochs') if out[key] is not None]
+  if len(lengths) != 1:
+    which = 'both' if lengths else 'neither'
+    raise ValueError(f'the config must set either steps or epochs, not {which}')
+
+
+def _check_data(out: dict[str, Any]) -> None:
+  for batch, parts in (
     ('data.batch_size', 'optimizer.accumulate'),
     ('data.batch_size', 'mesh.data'),
     ('data.eval_batch_size', 'mesh.data'),
   ):
-    if out[batch] is not None and out[batch] % out[part]:
-      raise ValueError(f'config.{batch}={out[batch]} is not divisible by config.{part}={out[part]}')
+    if out[batch] is not None and out[batch] % out[parts]:
+      raise ValueError(
+        f'config.{batch}={out[batch]} is not divisible by config.{parts}={out[parts]}'
+      )
   if out['data.cache_features'] and out['data.augment'] != 'none':
     raise ValueError(
       f'config.data.augment={out["data.augment"]!r} changes the images each epoch: with '
       "config.data.cache_features it must be 'none'"
     )
+
+
+def _check_schedule(out: dict[str, Any]) -> None:
   if out['schedule.warmup_steps'] and out['schedule.warmup_fraction']:
     raise ValueError(
       'the config sets both schedule.warmup_steps and schedule.warmup_fraction: give one'
     )
-  return ConfigDict(nest(out)).lock()
 
 
 def _checked(key: str, field: Field, value):
-  if float in field.types and isinstance(value, int) and not isinstance(value, bool):
+  """The value, as a float where the key takes no integers.
+
+  Raises:
+    ValueError: the wrong type, or a value that is not allowed.
+  """
+  is_flag = isinstance(value, bool)  # which Python counts among the integers
+  if float in field.types and isinstance(value, int) and not is_flag:
     value = float(value)
-  if not isinstance(value, field.types) or isinstance(value, bool) and bool not in field.types:
-    kinds = ' or '.join('None' if t is type(None) else t.__name__ for t in field.types)
+  if not isinstance(value, field.types) or (is_flag and bool not in field.types):
+    kinds = ' or '.join(_type_name(kind) for kind in field.types)
     raise ValueError(f'config.{key} must be of type {kinds}, not {type(value).__name__} {value!r}')
   if isinstance(value, str) and value in _ALLOWED.get(key, ()):
     return value
-  if isinstance(value, float) and not math.isfinite(value) or not field.check(value):
+  finite = not isinstance(value, float) or math.isfinite(value)
+  if not finite or not field.check(value):
     raise ValueError(f'config.{key} must be {field.must or "finite"}, not {value!r}')
   return value
+
+
+def _type_name(kind: type) -> str:
+  if kind is type(None):
+    return 'None'
+  return kind.__name__
 
 
 def flatten(values, prefix: str = '') -> dict[str, Any]:
@@ -307,15 +360,14 @@ def nest(flat: dict[str, Any]) -> dict:
       if not isinstance(here, dict):
         raise ValueError(f'config key {key!r}: {section!r} is a value, not a section')
     if isinstance(here.get(last), dict):
-      raise ValueError(
-        f'config key {key!r} is a section: set one of {", ".join(f"{key}.{k}" for k in here[last])}'
-      )
+      keys = ', '.join(f'{key}.{name}' for name in here[last])
+      raise ValueError(f'config key {key!r} is a section: set one of {keys}')
     here[last] = value
   return out
 
 
 def nearest(word: str, known) -> str:
-  """'; did you mean ...?' or nothing."""
+  """ "; did you mean ...?", or nothing if no known word is near."""
   return did_you_mean(word, known, 0.5)
 
 
@@ -323,6 +375,8 @@ def reference() -> str:
   """All keys as a Markdown table."""
   rows = ['| key | default | meaning |', '| --- | --- | --- |']
   for key, field in FIELDS.items():
-    default = 'required' if field.default is REQUIRED else f'`{field.default!r}`'
+    default = f'`{field.default!r}`'
+    if field.default is REQUIRED:
+      default = 'required'
     rows.append(f'| `{key}` | {default} | {field.doc} |')
   return '\n'.join(rows)

@@ -1,9 +1,8 @@
-"""Few bits: 4-bit kernels of the backbone, decoded where they are read, and residuals that keep
-less than JAX would.
-"""
+"""4-bit kernels of the backbone, which are decoded where the model reads them."""
 
 from .bitsandbytes import from_bitsandbytes, to_bitsandbytes
 from .boxes import Quantized, nbytes
+from .encoding import coded, kernels, quantize
 from .formats import (
   FORMATS,
   Blocks,
@@ -16,7 +15,6 @@ from .formats import (
   register_format,
   registered_module,
 )
-from .kernels import coded, kernels, quantize
 
 __all__ = [
   'Blocks',

@@ -1,10 +1,9 @@
-"""4-bit kernels in the backbone: boxes that are decoded where, and each time, the model reads
-them.
-"""
+"""Kernels in 4 bits, in the backbone: boxes that are decoded each time that the model reads them."""
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,8 +22,8 @@ class Quantized(Box):
   """A kernel, or a stack of them, in 4 bits.
 
   Attributes:
-    arrays: what `Format.encode` gives for the folded matrix; stacked layers and experts lead, or
-      where the stack of the kernel is not in front, it is where the kernel has it.
+    arrays: what `Format.encode` returns for the folded matrix; axes of experts come before. The
+      axes that stack layers are where the stored kernel has them.
     form: the format.
     leaf: how one layer's kernel stands for a matrix.
     axes: of the stored kernel that stack layers.
@@ -36,52 +35,63 @@ class Quantized(Box):
   axes: tuple[int, ...]
 
   def unbox(self) -> jax.Array:
-    decode = lambda arrays: self.leaf.unfold(self._matrix(arrays))
-    if not self._stacked:
-      own = self._own
-      return decode({n: x.reshape(own[n].shape) for n, x in self.arrays.items()}).astype(self.dtype)
-    for _ in self.axes:
+    """The kernel, or the stack of them, decoded."""
+    axes = self.axes if self._stacked else ()
+    front = range(len(axes))
+    arrays = {}
+    for name, shape in self._layer_shapes.items():
+      x = jnp.moveaxis(self.arrays[name], axes, front)
+      arrays[name] = x.reshape(*x.shape[: len(axes)], *shape)
+    decode = self._decode_layer
+    for _ in axes:
       decode = jax.vmap(decode)
-    lead = lambda x: jnp.moveaxis(x, self.axes, range(len(self.axes)))
-    own, count = self._own, len(self.axes)
-    arrays = {n: lead(x) for n, x in self.arrays.items()}
-    out = decode({n: x.reshape(*x.shape[:count], *own[n].shape) for n, x in arrays.items()})
-    return jnp.moveaxis(out, range(count), self.axes).astype(self.dtype)
+    return jnp.moveaxis(decode(arrays), front, axes).astype(self.dtype)
 
-  def _matrix(self, arrays):
-    decode = lambda arrays: self.form.decode(arrays, (self.leaf.fan_in, self.leaf.fan_out))
-    return _each(decode, self.leaf)(arrays)
+  def _decode_layer(self, arrays: dict[str, jax.Array]) -> jax.Array:
+    def decode(arrays):
+      return self.form.decode(arrays, self._matrix_shape)
+
+    return self.leaf.unfold(each_matrix(decode, self.leaf)(arrays))
 
   def scales(self) -> jax.Array:
-    """The scale of every block of one layer, float32, as its 'absmax' lies."""
-    decode, own = (
-      lambda arrays: self.form.scales(arrays, (self.leaf.fan_in, self.leaf.fan_out)),
-      self._own,
-    )
-    return _each(decode, self.leaf)({n: self.arrays[n].reshape(own[n].shape) for n in own})
+    """The scale of every block of one layer, float32, laid out as its 'absmax'."""
+
+    def scales(arrays):
+      return self.form.scales(arrays, self._matrix_shape)
+
+    arrays = {name: self.arrays[name].reshape(shape) for name, shape in self._layer_shapes.items()}
+    return each_matrix(scales, self.leaf)(arrays)
 
   def rescaled(self, scales: jax.Array) -> 'Quantized':
     """The same codes with other scales, which are then stored as they are given."""
-    rest = {n: x for n, x in self.arrays.items() if n not in ('nested', 'offset')}
-    return dataclasses.replace(self, arrays={**rest, 'absmax': scales}, form=self.form.single())
+    arrays = {name: x for name, x in self.arrays.items() if name not in ('nested', 'offset')}
+    arrays['absmax'] = scales
+    return dataclasses.replace(self, arrays=arrays, form=self.form.single())
+
+  @property
+  def _matrix_shape(self) -> tuple[int, int]:
+    return self.leaf.fan_in, self.leaf.fan_out
 
   @functools.cached_property
-  def _own(self) -> dict[str, jax.ShapeDtypeStruct]:
-    """The arrays of one layer."""
-    return _shapes(self.form, self.leaf)
+  def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of the arrays of one layer."""
+    return {name: x.shape for name, x in encoded_shapes(self.form, self.leaf).items()}
 
   @property
   def _stacked(self) -> bool:
     """Whether all layers are here; inside a scan there is one."""
-    codes = self._own['codes'].shape
-    return bool(self.axes) and self.arrays['codes'].ndim == max(
-      len(codes) + len(self.axes), max(self.axes) + 1
-    )
+    if not self.axes:
+      return False
+    stacked = len(self._layer_shapes['codes']) + len(self.axes)
+    # Codes with too few axes for the place of the stack have axes of one behind.
+    return self.arrays['codes'].ndim == max(stacked, max(self.axes) + 1)
 
   @property
   def shape(self) -> tuple[int, ...]:
+    if not self._stacked:
+      return tuple(self.leaf.shape)
     shape = list(self.leaf.shape)
-    for axis in sorted(self.axes) if self._stacked else ():
+    for axis in sorted(self.axes):
       shape.insert(axis, self.arrays['codes'].shape[axis])
     return tuple(shape)
 
@@ -90,26 +100,24 @@ class Quantized(Box):
     return self.leaf.dtype
 
 
-def _encoded(form: Format, leaf: Leaf, w) -> dict[str, jax.Array]:
-  return _each(form.encode, leaf)(leaf.fold(w))
+def encoded(form: Format, leaf: Leaf, w: jax.Array) -> dict[str, jax.Array]:
+  """The arrays of one layer's kernel in 4 bits."""
+  return each_matrix(form.encode, leaf)(leaf.fold(w))
 
 
-def _shapes(form: Format, leaf: Leaf) -> dict[str, jax.ShapeDtypeStruct]:
-  """What `_encoded` gives of a layer."""
-  return jax.eval_shape(
-    functools.partial(_encoded, form, leaf), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-  )
+def encoded_shapes(form: Format, leaf: Leaf) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes of what `encoded` returns."""
+  kernel = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+  return jax.eval_shape(functools.partial(encoded, form, leaf), kernel)
 
 
-def _each(fn, leaf: Leaf):
-  """A function of a matrix, for every matrix of a kernel."""
+def each_matrix(fn: Callable, leaf: Leaf) -> Callable:
+  """A function of a matrix, over every matrix of a kernel (one an expert)."""
   for _ in leaf.batch:
     fn = jax.vmap(fn)
   return fn
 
 
 def nbytes(tree: Any) -> int:
-  """The bytes that the arrays of a tree take as they are stored: packed where they are
-  quantized.
-  """
+  """The bytes of the arrays of a tree as they are stored: packed where they are quantized."""
   return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))

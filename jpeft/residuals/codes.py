@@ -39,20 +39,22 @@ def unpack(packed: jax.Array, shape: tuple[int, ...], bits: int = 4) -> jax.Arra
 
 
 def _packed_axis(shape: tuple[int, ...], bits: int) -> int | None:
+  """The last axis that fills whole bytes; None if there is none."""
   for axis in reversed(range(len(shape))):
     if shape[axis] % (8 // bits) == 0:
       return axis
   return None
 
 
-def derivative_codes(x: jax.Array, t: Table) -> jax.Array:
+def derivative_codes(x: jax.Array, table: Table) -> jax.Array:
   """#{i : borders[i] < x} as uint8; ties go down."""
   x = x.astype(jnp.float32)
-  return sum((x > border).astype(jnp.uint8) for border in t.borders)
+  return sum((x > border).astype(jnp.uint8) for border in table.borders)
 
 
-def bits_of(t: Table) -> int:
-  return (len(t.levels) - 1).bit_length()
+def bits_of(table: Table) -> int:
+  """The bits of a code of a table."""
+  return (len(table.levels) - 1).bit_length()
 
 
 def look_up(codes: jax.Array, levels: tuple[float, ...]) -> jax.Array:
@@ -61,7 +63,13 @@ def look_up(codes: jax.Array, levels: tuple[float, ...]) -> jax.Array:
 
 
 class Grouped(NamedTuple):
-  """Values as codes between the least and the largest of each group: low + step * code."""
+  """Values as codes between the least and the largest of each group: low + step * code.
+
+  Attributes:
+    packed: codes; uint8.
+    step: one a group; bfloat16.
+    low: one a group; bfloat16.
+  """
 
   packed: jax.Array
   step: jax.Array
@@ -78,40 +86,46 @@ def encode(x: jax.Array, bits: int = 4) -> Grouped:
     x: floats of any shape.
     bits: 4 or 8.
   """
-  rows = _grouped(x.astype(jnp.float32))
-  low, high = rows.min(-1, keepdims=True), rows.max(-1, keepdims=True)
-  low = low.astype(jnp.bfloat16)
-  step = ((high - low.astype(jnp.float32)) / (2**bits - 1)).astype(jnp.bfloat16)
-  wide = jnp.where(step > 0, step, 1).astype(jnp.float32)
-  codes = jnp.clip(jnp.round((rows - low.astype(jnp.float32)) / wide), 0, 2**bits - 1)
-  return Grouped(pack(codes.reshape(*rows.shape[:-2], -1), bits), step[..., 0], low[..., 0])
+  most = 2**bits - 1
+  groups = _grouped(x.astype(jnp.float32))  # [.., groups, group]
+  low = groups.min(-1, keepdims=True).astype(jnp.bfloat16)
+  high = groups.max(-1, keepdims=True)
+  # From the rounded least value, with which `decode` starts too.
+  start = low.astype(jnp.float32)
+  step = ((high - start) / most).astype(jnp.bfloat16)
+  divisor = jnp.where(step > 0, step, 1).astype(jnp.float32)
+  codes = jnp.clip(jnp.round((groups - start) / divisor), 0, most)
+  rows = codes.reshape(*groups.shape[:-2], -1)
+  return Grouped(pack(rows, bits), step[..., 0], low[..., 0])
 
 
 def decode(grouped: Grouped, shape: tuple[int, ...], dtype, bits: int = 4) -> jax.Array:
-  """What `encode` kept of an array of that shape."""
-  rows = jax.eval_shape(_grouped, jax.ShapeDtypeStruct(shape, jnp.float32)).shape
-  codes = unpack(grouped.packed, (*rows[:-2], rows[-2] * rows[-1]), bits).reshape(rows)
-  x = (
-    grouped.low[..., None].astype(jnp.float32) + grouped.step[..., None].astype(jnp.float32) * codes
-  )
-  return x.reshape(*rows[:-2], -1)[..., : _rows(shape)[1]].reshape(shape).astype(dtype)
+  """What `encode` stored of an array of that shape."""
+  groups = jax.eval_shape(_grouped, jax.ShapeDtypeStruct(shape, jnp.float32))
+  *leading, count, size = groups.shape
+  codes = unpack(grouped.packed, (*leading, count * size), bits).reshape(groups.shape)
+  low = grouped.low[..., None].astype(jnp.float32)
+  step = grouped.step[..., None].astype(jnp.float32)
+  rows = (low + step * codes).reshape(*leading, -1)
+  _, width = _rows(shape)
+  return rows[..., :width].reshape(shape).astype(dtype)
 
 
 def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
-  """(how many leading axes stay, the width of the merged others): groups are cut from rows of that
-  width.
-  """
-  kept, width = len(shape), 1
-  while kept and width < 2 * GROUP:
-    kept -= 1
-    width *= shape[kept]
-  return kept, width
+  """(how many leading axes stay, the width of the others merged: a row, which is cut in groups)."""
+  leading = len(shape)
+  width = 1
+  while leading and width < 2 * GROUP:
+    leading -= 1
+    width *= shape[leading]
+  return leading, width
 
 
 def _grouped(x: jax.Array) -> jax.Array:
   """x as [.., groups, group]; the last group is filled up with the last value."""
-  kept, width = _rows(x.shape)
+  leading, width = _rows(x.shape)
   group = min(GROUP, width)
-  rows = x.reshape(*x.shape[:kept], width)
-  rows = jnp.pad(rows, [(0, 0)] * kept + [(0, -width % group)], mode='edge')
-  return rows.reshape(*x.shape[:kept], -1, group)
+  rows = x.reshape(*x.shape[:leading], width)
+  padding = [(0, 0)] * leading + [(0, -width % group)]
+  rows = jnp.pad(rows, padding, mode='edge')
+  return rows.reshape(*x.shape[:leading], -1, group)

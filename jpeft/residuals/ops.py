@@ -1,6 +1,6 @@
-"""Operations whose backward pass keeps four bits a value, or none: for backbones that take them.
+"""Operations whose backward pass stores four bits a value, or none: for backbones that take them.
 
-The forward pass is the plain operation, bit for bit; only what is saved for the backward pass
+The forward pass is the plain operation, bit for bit; only what is stored for the backward pass
 differs. Each takes any shape, in float32 or bfloat16, and is differentiable once, in reverse.
 
 - gelu, gelu_tanh, quick_gelu, silu: the 16-way code of the derivative (few-bit backward, arXiv
@@ -8,12 +8,12 @@ differs. Each takes any shape, in float32 or bfloat16, and is differentiable onc
 - softmax: the output as codes of its square root, which follow small probabilities more closely
   than even steps do, and the largest probability a row.
 - layer_norm, rms_norm: the normalised input in 4-bit groups of 64, and 1 / std a row.
-- shared_layer_norm, shared_rms_norm: exact; they keep the output that the next layer keeps anyway
+- shared_layer_norm, shared_rms_norm: exact; they store the output that the next layer stores anyway
   (memory-sharing norms, arXiv 2406.16282) once `fold` has moved scale and shift into that layer.
-- attention: exact; keeps query, key and value, and computes the probabilities again. Fits
+- attention: exact; stores query, key and value, and computes the probabilities again. Fits
   `attention_fn` of Linen and NNX attention layers.
 
-The codes are tied to the cotangent by a barrier: in unrolled layers XLA would else unpack them
+The codes are tied to the cotangent by a barrier. In unrolled layers XLA would otherwise unpack them
 early, or recognise what they were made from and keep that.
 """
 
@@ -28,25 +28,25 @@ from .derivatives import QUICK, Table, table
 
 
 def tied(residuals, cotangent):
-  """Both, with no residual used, unpacked or recomputed before the cotangent is there."""
+  """Both; no residual is used, unpacked or recomputed before the cotangent is there."""
   return jax.lax.optimization_barrier((residuals, cotangent))
 
 
-def coded(fn, t: Table):
-  """An elementwise function that keeps codes of its derivative.
+def coded(fn, table: Table):
+  """An elementwise function whose backward pass stores codes of its derivative.
 
   Args:
     fn: array -> array of the same shape and dtype.
-    t: the table of its derivative.
+    table: of its derivative.
   """
-  bits = bits_of(t)
+  bits = bits_of(table)
 
   def forward(x):
-    return fn(x), pack(derivative_codes(x, t), bits)
+    return fn(x), pack(derivative_codes(x, table), bits)
 
   def backward(packed, g):
     packed, g = tied(packed, g)
-    slope = look_up(unpack(packed, g.shape, bits), t.levels)
+    slope = look_up(unpack(packed, g.shape, bits), table.levels)
     return ((slope * g.astype(jnp.float32)).astype(g.dtype),)
 
   op = jax.custom_vjp(fn)
@@ -63,6 +63,7 @@ PLAIN = {
 }
 
 
+# On first use, not on import: solving for a table takes a fifth of a second.
 @functools.cache
 def _coded(name: str):
   return coded(PLAIN[name], table(name))
@@ -102,14 +103,18 @@ def softmax(x: jax.Array, axis: int = -1) -> jax.Array:
 def _softmax_forward(x, axis):
   y = jax.nn.softmax(x, axis)
   top = y.max(axis, keepdims=True).astype(jnp.float32)
-  return y, (pack(jnp.round(15 * jnp.sqrt(y.astype(jnp.float32) / top))), top)
+  # Even steps of the root are fine steps of small probabilities; the largest is exact.
+  root = jnp.sqrt(y.astype(jnp.float32) / top)
+  return y, (pack(jnp.round(15 * root)), top)
 
 
 def _softmax_backward(axis, residuals, g):
   (packed, top), g = tied(residuals, g)
-  y = top * jnp.square(unpack(packed, g.shape).astype(jnp.float32) / 15)
+  root = unpack(packed, g.shape).astype(jnp.float32) / 15
+  y = top * jnp.square(root)
   wide = g.astype(jnp.float32)
-  return ((y * (wide - (wide * y).sum(axis, keepdims=True))).astype(g.dtype),)
+  d_x = y * (wide - (wide * y).sum(axis, keepdims=True))
+  return (d_x.astype(g.dtype),)
 
 
 softmax.defvjp(_softmax_forward, _softmax_backward)
@@ -118,25 +123,31 @@ softmax.defvjp(_softmax_forward, _softmax_backward)
 def _standardised(x, eps: float, centred: bool):
   """((x - mean) / std, 1 / std) over the last axis, in float32; without the mean if not centred."""
   x = x.astype(jnp.float32)
-  x = x - x.mean(-1, keepdims=True) if centred else x
+  if centred:
+    x = x - x.mean(-1, keepdims=True)
   scale = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
   return x * scale, scale
 
 
 def _through_norm(normal, scale, g, centred: bool):
-  """The cotangent of x, from that of the normalised x."""
-  d = g - normal * (g * normal).mean(-1, keepdims=True)
-  return scale * (d - g.mean(-1, keepdims=True) if centred else d)
+  """The cotangent of x, from the cotangent g of the normalised x."""
+  d_x = g - normal * (g * normal).mean(-1, keepdims=True)
+  if centred:
+    d_x = d_x - g.mean(-1, keepdims=True)
+  return scale * d_x
 
 
 def _affine(normal, gain, shift, dtype):
   y = normal * gain.astype(jnp.float32)
-  return (y if shift is None else y + shift.astype(jnp.float32)).astype(dtype)
+  if shift is not None:
+    y = y + shift.astype(jnp.float32)
+  return y.astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _norm(x, gain, shift, eps, centred):
-  return _affine(_standardised(x, eps, centred)[0], gain, shift, x.dtype)
+  normal, _ = _standardised(x, eps, centred)
+  return _affine(normal, gain, shift, x.dtype)
 
 
 def _norm_forward(x, gain, shift, eps, centred):
@@ -145,12 +156,16 @@ def _norm_forward(x, gain, shift, eps, centred):
 
 
 def _norm_backward(eps, centred, residuals, g):
-  (kept, scale, gain, shift), g = tied(residuals, g)
-  normal, wide = decode(kept, g.shape, jnp.float32), g.astype(jnp.float32)
-  d_x = _through_norm(normal, scale, wide * gain.astype(jnp.float32), centred).astype(g.dtype)
-  rows = tuple(range(g.ndim - 1))
-  d_shift = None if shift is None else wide.sum(rows).astype(shift.dtype)
-  return d_x, (wide * normal).sum(rows).astype(gain.dtype), d_shift
+  (grouped, scale, gain, shift), g = tied(residuals, g)
+  normal = decode(grouped, g.shape, jnp.float32)
+  wide = g.astype(jnp.float32)
+  d_x = _through_norm(normal, scale, wide * gain.astype(jnp.float32), centred)
+  rows = tuple(range(g.ndim - 1))  # all axes but the features
+  d_gain = (wide * normal).sum(rows)
+  d_shift = None
+  if shift is not None:
+    d_shift = wide.sum(rows).astype(shift.dtype)
+  return d_x.astype(g.dtype), d_gain.astype(gain.dtype), d_shift
 
 
 _norm.defvjp(_norm_forward, _norm_backward)
@@ -170,19 +185,21 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float = 1e-6) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _shared_norm(x, eps, centred):
-  return _standardised(x, eps, centred)[0].astype(x.dtype)
+  normal, _ = _standardised(x, eps, centred)
+  return normal.astype(x.dtype)
 
 
 def _shared_forward(x, eps, centred):
   normal, scale = _standardised(x, eps, centred)
+  # The residual is the output itself, not a copy in float32: it is stored once for both layers.
   normal = normal.astype(x.dtype)
   return normal, (normal, scale)
 
 
 def _shared_backward(eps, centred, residuals, g):
   (normal, scale), g = tied(residuals, g)
-  d = _through_norm(normal.astype(jnp.float32), scale, g.astype(jnp.float32), centred)
-  return (d.astype(g.dtype),)
+  d_x = _through_norm(normal.astype(jnp.float32), scale, g.astype(jnp.float32), centred)
+  return (d_x.astype(g.dtype),)
 
 
 _shared_norm.defvjp(_shared_forward, _shared_backward)
@@ -200,7 +217,7 @@ def shared_rms_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
 
 def fold(
   scale: jax.Array, shift: jax.Array | None, kernel: jax.Array, bias: jax.Array | None = None
-):
+) -> tuple[jax.Array, jax.Array | None]:
   """(kernel, bias) of a layer that reads the normalised x as the given one reads scale * x + shift.
 
   Args:
@@ -208,18 +225,26 @@ def fold(
     kernel: [D, O].
     bias: [O], or None for none.
   """
-  moved = None if shift is None else shift @ kernel
-  both = [b for b in (moved, bias) if b is not None]
-  return scale[:, None] * kernel, sum(both[1:], both[0]) if both else None
+  scaled = scale[:, None] * kernel
+  if shift is None:
+    return scaled, bias
+  moved = shift @ kernel
+  if bias is not None:
+    moved = moved + bias
+  return scaled, moved
 
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array, *args, **kwargs) -> jax.Array:
-  """Dot-product attention that keeps query, key and value alone.
+  """Dot-product attention that stores query, key and value alone for its backward pass.
 
   Args:
     query: [.., N, H, K].
     key, value: [.., M, H, K].
     *args, **kwargs: as of `flax.linen.dot_product_attention`.
   """
-  fn = lambda q, k, v: nn.dot_product_attention(q, k, v, *args, **kwargs)
-  return jax.checkpoint(fn)(query, key, value)
+
+  @jax.checkpoint
+  def attend(query, key, value):
+    return nn.dot_product_attention(query, key, value, *args, **kwargs)
+
+  return attend(query, key, value)

@@ -114,19 +114,21 @@ class _Program:
         packed[i] = self.choice.inputs[i].pack(inputs[i])
     # Packed before anybody reads the output: later, what is packed would have to wait in full.
     outs, values, codes, packed = jax.lax.optimization_barrier((outs, values, codes, packed))
-    return outs, (plan, values, codes, [packed.get(i, inputs[i]) for i in plan.inputs])
+    stored_inputs = [packed.get(i, inputs[i]) for i in plan.inputs]
+    return outs, (plan, values, codes, stored_inputs)
 
   def backward(self, residuals, cotangents):
     plan, *residuals = residuals
     outs = zip(self.jaxpr.outvars, cotangents, strict=True)
-    cotangents = [_dense(v.aval, g) for v, g in outs if _is_inexact(v.aval)]
-    # Tied to the cotangent: in unrolled layers XLA would else undo the saving.
-    (values, codes, packed), cotangents = tied(residuals, cotangents)
-    values = dict(zip(plan.values, values, strict=True))
-    values = {v: self.choice.values[v].unpack(x) for v, x in values.items()}
+    cotangents = [_dense(out.aval, g) for out, g in outs if _is_inexact(out.aval)]
+    # Tied to the cotangent: in unrolled layers XLA would otherwise undo the saving.
+    (packed_values, codes, stored_inputs), cotangents = tied(residuals, cotangents)
+    values = {}
+    for variable, packed in zip(plan.values, packed_values, strict=True):
+      values[variable] = self.choice.values[variable].unpack(packed)
     codes = dict(zip(plan.codes, codes, strict=True))
     inputs = [None] * len(self.jaxpr.invars)
-    for i, x in zip(plan.inputs, packed, strict=True):
+    for i, x in zip(plan.inputs, stored_inputs, strict=True):
       inputs[i] = x
       if self._is_packed(i, plan.moved):
         inputs[i] = self.choice.inputs[i].unpack(x)
@@ -146,7 +148,8 @@ class _Program:
   def _gradients(self, moved, values: dict, codes: dict, inputs: list, cotangents):
     """The gradients of inputs `moved`.
 
-    They need no value and no code that is missing from `values` and `codes`.
+    They must not depend on a value or a code that is missing from `values` and `codes`: zeros stand
+    in for it.
     """
 
     def stand_in(variable):
@@ -172,8 +175,8 @@ class _Program:
       filled = list(inputs)
       for i, x in zip(moved, arrays, strict=True):
         filled[i] = x
-      outs = evaluate(self.jaxpr, filled, replacements)
-      return [x for x, v in zip(outs, self.jaxpr.outvars, strict=True) if _is_inexact(v.aval)]
+      outs = zip(self.jaxpr.outvars, evaluate(self.jaxpr, filled, replacements), strict=True)
+      return [out for variable, out in outs if _is_inexact(variable.aval)]
 
     _, vjp = jax.vjp(outputs, *(inputs[i] for i in moved))
     return vjp(cotangents)
@@ -196,10 +199,10 @@ class _Program:
       [v.aval for v in self.jaxpr.outvars if _is_inexact(v.aval)],
     )
     shapes = jax.tree.map(lambda aval: jax.ShapeDtypeStruct(aval.shape, aval.dtype), shapes)
+    # In the order of the arguments of `gradients`.
     used = iter(_used_inputs(jax.make_jaxpr(gradients)(*shapes).jaxpr))
-    # `used` has the order of the arguments.
-    values = tuple(v for v in all_values if next(used))
-    codes = tuple(v for v in all_codes if next(used))
+    values = tuple(variable for variable in all_values if next(used))
+    codes = tuple(variable for variable in all_codes if next(used))
     inputs = tuple(i for i in all_inputs if next(used))
     return _Plan(moved, values, codes, inputs)
 
@@ -215,7 +218,7 @@ def _used_inputs(jaxpr) -> list[bool]:
 
 @jax.custom_jvp
 def _with_value(computed, kept):
-  """`kept` as the value and `computed` for its derivative: nothing needs to compute `computed`."""
+  """`kept`, with the derivative of `computed`, which therefore need not be computed."""
   return kept
 
 

@@ -143,7 +143,7 @@ def test_w1_holds_what_the_peers_step_holds():
   # A TPU pads.
   where, shape = targets.target('cpu'), {}
   for name in ('full', 'linear'):
-    planned = memory._planned(works.WORKS['w1'], True, False)
+    planned = memory.planned_work(works.WORKS['w1'], True, False)
     tuned = planned.tuned(make(name))
     tx = optim.optimizer(tuned, tuned.shapes, lambda count: 1e-3)
     shape[name] = planned.placed(where.mesh(), step.state_shapes(tuned, tx, planned.variables), 32)

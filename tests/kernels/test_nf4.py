@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jpeft.planning.devices import GPUS, TPUS, target
-from jpeft.quant import fp4, int4, nf4, quantize
+from jpeft.quant import affine, fp4, int4, nf4, quantize
 from pallas_kernels import choice, nf4_gpu, nf4_matmul, nf4_tpu, quantize_nf4, reference
 from pallas_kernels.codes import FP4, INT4, NF4
 
@@ -181,6 +181,15 @@ def test_what_does_not_fit_is_told(rng):
     quantize_nf4(jnp.ones((100, 128)))
   with pytest.raises(ValueError, match='mosaic cannot quantize .192, 128.'):
     quantize_nf4(jnp.ones((192, 128)), implementation='mosaic')
+
+
+@pytest.mark.parametrize('form', (int4(minimum=True), affine(), affine(64)), ids=str)
+@pytest.mark.parametrize('product', (nf4_matmul, reference))
+def test_formats_without_a_table_of_values_are_refused_by_name(rng, product, form):
+  arrays = form.encode(drawn(rng, (256, 128)))
+  message = f"format '{form.name}', .* as nf4, fp4, int4 have: multiply by form.decode"
+  with pytest.raises(ValueError, match=message):
+    product(jnp.ones((2, 256)), arrays['codes'], arrays['absmax'], form=form)
 
 
 def shaped(rows, shape, dtype, sharding=None):

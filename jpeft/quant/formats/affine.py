@@ -41,4 +41,6 @@ def affine(block: int | None = None, bits: int = 4) -> Affine:
   if bits not in (2, 3, 4):
     raise ValueError(f'affine: bits={bits} must be 2, 3 or 4')
   form = Affine(block, bits=bits)
-  return form if block is None else checked(form)
+  if block is None:
+    return form
+  return checked(form)

@@ -119,8 +119,7 @@ class Blocks:
 
   def nest(self, absmax: jax.Array, shape: tuple[int, int]) -> Arrays:
     """Scales that were encoded without `double`, in 8 bits: 'absmax', 'nested' and 'offset'."""
-    aligned = self.aligned(shape)
-    absmax = absmax.T if aligned else absmax  # groups follow the rows of [out, in]
+    absmax = self._turned(absmax, shape)  # groups follow the rows of [out, in]
     offset = jnp.mean(absmax)
     centred = absmax.reshape(-1) - offset
     groups = jnp.pad(centred, (0, -absmax.size % GROUP)).reshape(-1, GROUP)
@@ -129,14 +128,14 @@ class Blocks:
     thresholds = jnp.asarray(arithmetic.midpoints(MAP))
     codes = jnp.searchsorted(thresholds, x.reshape(-1)[: absmax.size])
     codes = codes.astype(jnp.uint8).reshape(absmax.shape)
-    return {'absmax': codes.T if aligned else codes, 'nested': nested, 'offset': offset}
+    return {'absmax': self._turned(codes, shape), 'nested': nested, 'offset': offset}
 
   def decode(self, arrays: Arrays, shape: tuple[int, int]) -> jax.Array:
     """The matrix [in, out], float32."""
     block = self.block or shape[0]
-    scale = self.scales(arrays, shape)
-    zero = arrays['zero'].astype(jnp.float32) if 'zero' in arrays else None
-    facts = (scale,) if zero is None else (scale, zero)
+    facts = [self.scales(arrays, shape)]
+    if 'zero' in arrays:
+      facts.append(arrays['zero'].astype(jnp.float32))
 
     def value(codes, scale, zero=None):
       return self.value(codes, scale, zero)
@@ -154,12 +153,16 @@ class Blocks:
     absmax = arrays['absmax']
     if not self.double:
       return absmax.astype(jnp.float32)
-    aligned = self.aligned(shape)
-    order = absmax.T if aligned else absmax
-    group = jnp.repeat(arrays['nested'], GROUP)[: absmax.size].reshape(order.shape)
-    group = group.T if aligned else group
-    product = jnp.asarray(MAP)[absmax.astype(jnp.int32)] * group
+    by_rows = self._turned(absmax, shape).shape
+    nested = jnp.repeat(arrays['nested'], GROUP)[: absmax.size].reshape(by_rows)
+    product = jnp.asarray(MAP)[absmax.astype(jnp.int32)] * self._turned(nested, shape)
     return rounded(product) + arrays['offset']
+
+  def _turned(self, x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """One entry a block, from the layout in memory to the order of rows of [out, in], or back."""
+    if self.aligned(shape):
+      return x.T
+    return x
 
   def single(self) -> Self:
     """The same format with scales that are stored as they are."""

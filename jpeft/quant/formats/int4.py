@@ -22,9 +22,8 @@ class Int4(Blocks):
 
   def code(self, blocks):
     """The number of largest magnitude becomes -8; halves round up."""
-    at = jnp.argmax(jnp.abs(blocks), 1)[:, None]
-    most = jnp.take_along_axis(blocks, at, 1)[:, 0]
-    scale = most / -8
+    largest = jnp.argmax(jnp.abs(blocks), 1)[:, None]
+    scale = jnp.take_along_axis(blocks, largest, 1)[:, 0] / -8
     x = blocks * jnp.where(scale == 0, 0, 1 / scale)[:, None]
     codes = jnp.clip(jnp.trunc(x + 8.5), 0, 15)
     return codes.astype(jnp.uint8), {'absmax': scale.astype(jnp.float16)}
@@ -61,4 +60,6 @@ def int4(minimum: bool = False) -> Int4 | Int4Minimum:
     minimum: also store the least weight of a block in float16, from which its codes count: Q4_1, 5
       bits a weight.
   """
-  return Int4Minimum() if minimum else Int4()
+  if minimum:
+    return Int4Minimum()
+  return Int4()
