@@ -112,7 +112,7 @@ def _costs(planned: planning.Work, tuned, where: planning.Target) -> dict[str, f
   try:
     program = programs.compiled(traced, where.options, arguments)
   except programs.TooLarge as refused:
-    # The compiler reports no more than the total.
+    # Of a program that does not fit the compiler reports the total alone.
     temp = refused.bytes - arguments
     total = refused.bytes
     flops = programs.flops(traced).all

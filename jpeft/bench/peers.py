@@ -1,8 +1,8 @@
 """Rows of a peer on work w1: google/qwix 0.1.8 on the same encoder.
 
-Compiled for TPU v5e by the same conventions, once, with jax 0.10.2 and libtpu 0.0.51, by a script of
-its own (`peer_qwix_memory.py --target tpu`): a Linen encoder with qwix.LoraProvider and the same
-AdamW. Constants here, which are not measured again.
+Compiled for TPU v5e by the same conventions, once, with jax 0.10.2 and libtpu 0.0.51, by a script
+of its own (`peer_qwix_memory.py --target tpu`): a Linen encoder with qwix.LoraProvider and the same
+AdamW. The numbers are constants here, which are not measured again.
 """
 
 SOURCE = 'google/qwix, peer_qwix_memory.py'

@@ -1,4 +1,4 @@
-"""Kernels in 4 bits, in the backbone: boxes that are decoded each time that the model reads them."""
+"""Kernels of the backbone in 4 bits: boxes that are decoded each time that the model reads them."""
 
 import dataclasses
 import functools
@@ -38,7 +38,7 @@ class Quantized(Box):
     """The kernel, or the stack of them, decoded."""
     axes = self.axes if self._stacked else ()
     front = range(len(axes))
-    arrays = {}
+    arrays = {}  # [*stack, *shape of one layer]
     for name, shape in self._layer_shapes.items():
       x = jnp.moveaxis(self.arrays[name], axes, front)
       arrays[name] = x.reshape(*x.shape[: len(axes)], *shape)

@@ -107,7 +107,7 @@ def table(name: str, bits: int = 4) -> Table:
   """The optimal table of a function.
 
   Args:
-    name: one of FUNCTIONS; 'relu' is exact at one bit, whatever is asked for.
+    name: one of FUNCTIONS; 'relu' is exact at one bit, whatever `bits` is.
     bits: k; 2^k levels.
 
   Raises:

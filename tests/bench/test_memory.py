@@ -240,9 +240,7 @@ def test_4_bits_of_what_is_kept(measured, layers, method, mib):
 @pytest.mark.aot
 @pytest.mark.slow
 def test_a_decoder_of_7b_beside_a_side_network(measured):
-  """QST on Llama-2-7B shapes: 512 tokens with the side blocks recomputed, and kept; 4 x 2048
-  tokens.
-  """
+  """QST on Llama-2-7B shapes: 512 tokens, side blocks recomputed or stored; 4 x 2048 tokens."""
   recomputed, kept = (measured('w4_7b', name, 'none', 'scan') for name in ('qst', 'qst_kept'))
   assert recomputed['total_mib'] <= 4150 and kept['total_mib'] <= 4500
   assert recomputed['gflop'] <= 1.35 * recomputed['forward_gflop']

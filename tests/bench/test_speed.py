@@ -1,6 +1,4 @@
-"""The table of step times: its ratios are those of one run, its FLOPs those of the compiled
-steps.
-"""
+"""The table of step times: ratios within one run, FLOPs of the compiled steps."""
 
 import json
 

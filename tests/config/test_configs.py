@@ -1,6 +1,4 @@
-"""The configs of the repository: each loads, for every method, with hyperparameters the method
-takes.
-"""
+"""The configs of the repository: each loads for every method, with hyperparameters it takes."""
 
 import pathlib
 import re

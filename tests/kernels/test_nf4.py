@@ -1,6 +1,4 @@
-"""Kernels against numpy in float64: interpreted on fresh data, lowered, and (marked aot) compiled
-for accelerators.
-"""
+"""Kernels against numpy in float64: interpreted, lowered, and (marked aot) compiled."""
 
 import functools
 import math

@@ -1,6 +1,4 @@
-"""4-bit formats against published vectors, against bitsandbytes (its golden file) and against
-GGUF.
-"""
+"""4-bit formats against published vectors, a golden file of bitsandbytes, and GGUF."""
 
 import hashlib
 import json

@@ -1,6 +1,4 @@
-"""4-bit backbones: any model, any method, nothing decoded kept for the backward pass, what is on
-disk.
-"""
+"""4-bit backbones: any model, any method, no decoded kernel in the residuals, what is on disk."""
 
 import math
 
@@ -136,9 +134,7 @@ def test_a_quantized_model_runs_and_merges():
   ids=str,
 )
 def test_llama_2_7b_has_the_published_sizes(form, gigabytes):
-  """QLoRA (arXiv:2305.14314): 6.476 G weights in the blocks; 159,907,840 parameters of LoRA r = 64
-  beside them.
-  """
+  """QLoRA (arXiv:2305.14314): 6.476 G weights in the blocks, and 159,907,840 of LoRA r = 64."""
   model = models.from_config(LLAMA_2_7B, scan=True, param_dtype='bfloat16')
   held = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
   small = jax.eval_shape(lambda held: jpeft.quantize(model, form, held, TOKENS), held)

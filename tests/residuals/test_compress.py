@@ -115,9 +115,7 @@ def test_what_a_frozen_mlp_keeps():
 
 
 def test_eight_bits_keep_what_an_activation_reads():
-  """Of a frozen MLP its 4 D values and the D of the input, in 8 bits; scale and least value of each
-  group of 64.
-  """
+  """Of a frozen MLP 4 D values and the D of the input in 8 bits, and two numbers a group of 64."""
   _, (_, _, kept) = both('gelu', wrt=(1,), bits=8)
   n = B * N * D
   assert sum(x.nbytes for x in kept) == 5 * n + 4 * (5 * n // 64)

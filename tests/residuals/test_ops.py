@@ -1,6 +1,4 @@
-"""Few-bit operations: tables against the equations that define them, residuals counted, gradients
-against numpy.
-"""
+"""Few-bit operations: tables against their equations, bytes of residuals, gradients."""
 
 import math
 

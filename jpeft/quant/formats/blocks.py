@@ -110,7 +110,7 @@ class Blocks:
     blocks = jnp.pad(rows, (0, -rows.size % block)).reshape(-1, block)
     codes, facts = self.code(blocks)
     codes = codes.reshape(-1)[: rows.size]
-    if self.aligned(w.shape):
+    if self.aligned(w.shape):  # else everything stays flat
       codes = codes.reshape(w.shape[::-1]).T
       facts = {name: x.reshape(w.shape[1], -1).T for name, x in facts.items()}
     if self.double:
@@ -142,6 +142,7 @@ class Blocks:
 
     if self.aligned(shape):
       return arithmetic.decode_blocks(arrays['codes'], shape, block, value, *facts)
+    # Blocks cross rows of [out, in]: everything is flat, in their order.
     size = shape[0] * shape[1]
     codes = unpack(arrays['codes'])[:size]
     codes = jnp.pad(codes, (0, -size % block)).reshape(-1, block)

@@ -24,7 +24,7 @@ class Fp4(Blocks):
   def code(self, blocks):
     x, absmax = arithmetic.normalized(blocks)
     level = arithmetic.rank(jnp.abs(x), _THRESHOLDS)
-    magnitude = arithmetic.lookup(level, np.resize(_ASCENDING, 16).astype(np.uint8))
+    magnitude = arithmetic.lookup(level, _ASCENDING.astype(np.uint8))
     sign = jnp.where(x < 0, _SIGN, 0).astype(jnp.uint8)
     return magnitude | sign, {'absmax': absmax}
 
