@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
         'can'
       )
     cli.check_new(flags.out)
-    pretrained, _, theta = training.reopen(flags.run, flags.best)
+    pretrained, tuned, theta = training.reopen(flags.run, flags.best)
     save_adapter(
       flags.out,
       pretrained,
@@ -35,6 +35,7 @@ def main(argv: list[str]) -> int:
       alpha=values['alpha'],
       rslora=values.get('rslora', False),
       base=config.model.source,
+      tuned=tuned,
     )
   print(f'{flags.out}: {CONFIG} and {FILE}, for {config.model.source}')
   return 0

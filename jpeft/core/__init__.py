@@ -24,6 +24,7 @@ from .rules import (
   at,
   chain,
   factory,
+  in_layers,
   matrix,
   memory_class,
 )
@@ -60,6 +61,7 @@ __all__ = [
   'factory',
   'flags_of',
   'freeze',
+  'in_layers',
   'join',
   'join_path',
   'leaf_paths',

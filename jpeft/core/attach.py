@@ -4,6 +4,7 @@ import jax
 
 from .discover import sites_of
 from .entries import unused_name
+from .layers import restricted
 from .paths import leaf_paths
 from .resolve import changes, plan
 from .rules import Call, Method, Rule, Weight
@@ -46,9 +47,18 @@ def _match(pattern: str, rule: Rule, sites: Sites) -> list[Site]:
     ValueError: there are none; says what was near.
   """
   matching = sites.find(pattern)
-  found = [site for site in matching if _can_act(rule, site)]
+  able = [site for site in matching if _can_act(rule, site)]
+  found = able
+  if rule.layers is not None:
+    chosen = [restricted(site, rule.layers) for site in able]
+    found = [site for site in chosen if site is not None]
   if found:
     return found
+  if able:
+    raise ValueError(
+      f'{rule.name}: none of the {len(able)} sites that match {pattern!r} is in the layers '
+      f'{rule.layers!r}'
+    )
   why = 'no site matches'
   if matching:
     why = f'{len(matching)} sites match, but none has what it adapts'
@@ -68,7 +78,13 @@ def _can_act(rule: Rule, site: Site) -> bool:
 def _check_names(rules: list[tuple[Rule, Site]]) -> None:
   """Raises a ValueError if two rules of one name meet."""
   seen = set()
+  chosen = {}
   for rule, site in rules:
+    if chosen.setdefault((rule.name, site.path), site.chosen) != site.chosen:
+      raise ValueError(
+        f'two rules called {rule.name!r} act in different layers of {site.path!r}; give one of the '
+        'methods another name='
+      )
     here = (rule.name, site.path, rule.method)
     if here in seen:
       raise ValueError(

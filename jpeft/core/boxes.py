@@ -94,8 +94,10 @@ class Arrays(Reader):
 
   Attributes:
     model: all arrays of the backbone by 'path/name', as stored: stacked layers with their stack.
+    number: of the layer, from 0 on; None outside of layers. In a stack it is traced.
   """
 
-  def __init__(self, arrays: Mapping[str, Any], model: Mapping[str, Any]):
+  def __init__(self, arrays: Mapping[str, Any], model: Mapping[str, Any], number=None):
     super().__init__(arrays)
     self.model = Reader(model)
+    self.number = number

@@ -47,6 +47,7 @@ class Bound:
     site: where it is.
     module: the module in the user's model, bound.
     training: whether dropout and noise are on.
+    number: of the layer, from 0 on; None outside of layers. In a stack it is traced.
     local: a dict that lives as long as this call; the method's rules inside of it can read it.
     outer: the `local` of the nearest call around this one that the method wraps; None without one.
   """
@@ -61,6 +62,7 @@ class Bound:
     backend,
     position: int,
     position_at: Callable[[str], int],
+    number: Any,
     taps: Callable[[], dict],
     recording: 'Recording',
     theta: Any,
@@ -77,6 +79,7 @@ class Bound:
       backend: of the model.
       position: how many rules at the site act before this one.
       position_at: path -> how many rules there act before those of this method.
+      number: of the layer.
       taps: () -> what was recorded so far.
       recording: what may be recorded in this call of the model.
       theta: of the rule at this layer, as stored.
@@ -86,6 +89,7 @@ class Bound:
     self.site = site
     self.module = module
     self.training = training
+    self.number = number
     self.local: dict[str, Any] = {}
     self.outer: dict[str, Any] | None = None
     self._run = run
@@ -338,6 +342,52 @@ def run_call(rule: Call, theta, bound: Bound, *args, **kwargs):
     return out
   leaves = [_with_dtype(x, dtype) for x, dtype in zip(leaves, dtypes[-1], strict=True)]
   return jax.tree.unflatten(tree, leaves)
+
+
+def run_if(active: jax.Array, run: Callable, bound: Bound, *args, **kwargs):
+  """Runs a Call in a layer of a stack where it may not act: then the layer is as without it.
+
+  All layers of a stack are one program. The layer runs once, on its own input or on what the rule
+  makes of it, and its output or what the rule makes of it comes out.
+
+  Args:
+    active: a traced bool.
+    run: (*args, **kwargs) -> what the rule makes of the call.
+    bound: the rule's.
+
+  Raises:
+    ValueError: the rule does not call the layer exactly once, or changes shapes.
+  """
+  wrapped = bound._run
+  plain = []
+  where = (
+    f'{bound._rule.name} at {bound.site.path!r} acts in some layers of a stack (layers=), which are '
+    'one program'
+  )
+
+  def select(new, old):
+    if jax.tree.structure(new) != jax.tree.structure(old):
+      raise ValueError(f'{where}: it must keep the arguments and the output of the layer')
+    return jax.tree.map(choose, new, old)
+
+  def choose(new, old):
+    if not hasattr(old, 'shape'):
+      return new
+    if jnp.shape(new) != jnp.shape(old):
+      raise ValueError(f'{where}: it must keep shapes, and makes {new.shape} of {old.shape}')
+    return jnp.where(active, new, old)
+
+  def once(*new_args, **new_kwargs):
+    chosen, chosen_kwargs = select((new_args, new_kwargs), (args, kwargs))
+    out = wrapped(*chosen, **chosen_kwargs)
+    plain.append(out)
+    return out
+
+  bound._run = once
+  out = run(*args, **kwargs)
+  if len(plain) != 1:
+    raise ValueError(f'{where}: it must call the layer once, and called it {len(plain)} times')
+  return select(out, plain[0])
 
 
 def _input_dtype(site: Site, args, kwargs):

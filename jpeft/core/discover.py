@@ -12,6 +12,7 @@ from . import anatomy
 from .backends.choice import backend_of
 from .boxes import Box
 from .injection import inject, offered
+from .layers import numbered
 from .paths import join_path
 from .sites import Leaf, Site, Sites
 from .stacks import Shape, stack_axes
@@ -84,6 +85,7 @@ def sites_of(model, backbone, /, *args, **kwargs) -> Sites:
         site.boxes[name] = _one_layer(site, box)
     sites[path] = site
   sites.anatomy = anatomy.choose(sites)
+  numbered(sites)
   return sites
 
 

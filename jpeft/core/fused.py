@@ -26,12 +26,13 @@ def field_of(site: Site) -> str | None:
 
 
 def fused(
-  rules: Sequence[tuple[Weight, Any]], site: Site, module, call, key, box: Box | None = None
+  rules: Sequence[tuple[Weight, Any, Any]], site: Site, module, call, key, box: Box | None = None
 ) -> Callable:
   """The call of a layer with `rules` applied to y = x @ w instead of w.
 
   Args:
-    rules: (rule, t) in order; each rule has `dot`.
+    rules: (rule, t, active) in order; each rule has `dot`. Where `active`, a traced bool, is not
+      None, the rule acts in some layers of a stack, and it says whether in this one.
     site: where; `field_of(site)` is not None.
     module: the bound module.
     call: its call.
@@ -54,11 +55,11 @@ def fused(
     # Arrays beside the kernel are boxed, so what `w` makes of them here is not used.
     arrays = {n: jnp.zeros(leaf.shape, leaf.dtype) for n, leaf in site.leaves.items()}
     arrays[name] = product.kernel
-    for i, (rule, t) in enumerate(rules):
+    for i, (rule, t, active) in enumerate(rules):
       t = cast(t, y.dtype, rule.exact)
-      y = rule.dot(t, product.operand, y, _kernel(site, name, arrays), _fold_in(key, i))
-      y = y.astype(out.dtype)
-      arrays = _After(rule, t, site, arrays)
+      new = rule.dot(t, product.operand, y, _kernel(site, name, arrays), _fold_in(key, i))
+      y = _if_active(active, new.astype(out.dtype), y)
+      arrays = _After(rule, t, active, site, arrays)
     return product.from_rows(y, out.shape)
 
   def run(*args, **kwargs):
@@ -85,17 +86,25 @@ def _fold_in(key, number: int):
 class _After(dict):
   """The arrays as a rule leaves them, computed when a later rule reads them."""
 
-  def __init__(self, rule: Weight, t, site: Site, before):
+  def __init__(self, rule: Weight, t, active, site: Site, before):
     super().__init__()
     self._before = before
+    self._active = active
     self._make = lambda: rule.apply(t, site, before)
 
   def __missing__(self, name):
     if not self:
       self.update(self._make())
     if name in self:
-      return self[name]
+      return _if_active(self._active, self[name], self._before[name])
     return self._before[name]
+
+
+def _if_active(active, new, old):
+  """`new` in layers where a rule acts; all do where `active` is None."""
+  if active is None:
+    return new
+  return jnp.where(active, new, old)
 
 
 def _recomputed(operation, field: str, box: Box, *args, **kwargs):

@@ -65,7 +65,8 @@ def changes(rule: Weight, site: Site) -> tuple[str, ...]:
   """The names of the arrays that a Weight replaces at a site, from shapes."""
 
   def new(key, arrays):
-    theta = rule.init(key, site, Arrays(arrays, _Zeros(site.model.arrays)))
+    number = jnp.int32(0) if site.axes else site.number
+    theta = rule.init(key, site, Arrays(arrays, _Zeros(site.model.arrays), number))
     return rule.apply(theta, site, Reader(arrays))
 
   shapes = {}

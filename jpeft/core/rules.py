@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import jax
 
+from .layers import Layers
 from .sites import Leaf
 
 # What the backward pass must keep of the backbone, from least to most.
@@ -68,10 +69,11 @@ class _Made:
 
   name: str
   origin: 'Origin | None'
+  layers: 'Layers | None'
 
   def _identity(self) -> tuple:
     if self.origin is not None:
-      return self.name, self.origin
+      return self.name, self.origin, self.layers
     return tuple(getattr(self, field.name) for field in dataclasses.fields(self))  # type: ignore[arg-type]
 
   def __eq__(self, other) -> bool:
@@ -118,6 +120,7 @@ class Weight(_Made):
       is one pass over the batch and gives (out, aux); see `Tuned.objective`.
     memory: what the backward pass must keep of the backbone, one of MEMORY_CLASSES.
     head: the rule makes the model's prediction itself, so that no other head has to be trained.
+    layers: which layers the rule acts in, see `at`; None for all.
     origin: the factory call that made the rule; set by `factory`.
   """
 
@@ -132,6 +135,7 @@ class Weight(_Made):
   loss: Callable[..., Any] | None = None
   memory: str = FULL_CROSSING
   head: bool = False
+  layers: Layers | None = None
   origin: Origin | None = None
 
   def __post_init__(self):
@@ -166,7 +170,7 @@ class Call(_Made):
       one trace more.
     takes: names of keyword arguments that the rule takes for itself, at the model ('') alone: they
       are given to `tuned.apply` beside those of the model, and the rule does not pass them on.
-    update, loss, memory, head, origin: as for Weight.
+    update, loss, memory, head, layers, origin: as for Weight.
     method: the method of the module that is wrapped.
   """
 
@@ -183,6 +187,7 @@ class Call(_Made):
   memory: str = FULL_CROSSING
   method: str = '__call__'
   head: bool = False
+  layers: Layers | None = None
   origin: Origin | None = None
 
   @property
@@ -212,21 +217,44 @@ class Method(tuple[tuple[str, Rule], ...]):
     calls = []
     for pattern, rule in self:
       if rule.origin is None:
-        calls.append(f'at({pattern!r}, {rule!r})')
-      elif rule.origin.position == 0:  # the other rules are of the same call
-        calls.append(str(rule.origin))
+        call = f'at({pattern!r}, {rule!r})'
+      elif rule.origin.position == 0:
+        call = str(rule.origin)
+      else:  # of the same call as the rule before
+        continue
+      if rule.layers is not None:
+        call = f'in_layers({call}, {rule.layers!r})'
+      calls.append(call)
     return calls[0] if len(calls) == 1 else f'chain({", ".join(calls)})'
 
 
-def at(pattern: str, rule: Rule) -> Method:
+def at(pattern: str, rule: Rule, *, layers: Layers | None = None) -> Method:
   """A method of one rule.
 
   Args:
     pattern: a regex for whole paths such as 'encoder/block_3/attention/query'; roles in braces,
       such as '{q}' or '{block}', stand for the names that a model family uses.
     rule: what happens there.
+    layers: the layers of the model in which it happens, unrolled or scanned: numbers, negative from
+      the end; a slice; or a text such as '-4:', '::2' or '0,2,5'. None for all.
   """
-  return Method(((pattern, rule),))
+  method = Method(((pattern, rule),))
+  return method if layers is None else in_layers(method, layers)
+
+
+def in_layers(method: Method, layers: Layers) -> Method:
+  """A method that acts in some layers alone; its rules outside of all layers are left out.
+
+  Args:
+    method: such as `lora(8)`.
+    layers: which, see `at`.
+  """
+  if isinstance(layers, slice):
+    bounds = (layers.start, layers.stop, layers.step)
+    layers = ':'.join('' if bound is None else str(bound) for bound in bounds)
+  elif not isinstance(layers, int | str):
+    layers = tuple(int(layer) for layer in layers)
+  return Method((pattern, dataclasses.replace(rule, layers=layers)) for pattern, rule in method)
 
 
 def chain(*methods: Method) -> Method:

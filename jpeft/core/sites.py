@@ -90,6 +90,11 @@ class Site:
     methods: the names of its methods that the forward pass calls.
     boxes: what stands for one layer's arrays where the backbone holds boxes, as shapes.
     model: all sites.
+    numbers: of the model's layers that the site stands for, one a layer of its stack; empty outside
+      of numbered layers.
+    depth: how many layers there are in all, of which these are numbers.
+    chosen: positions in the stack where a rule acts (`layers=`); None for all of them. Its theta
+      has entries for these alone.
   """
 
   path: str
@@ -105,6 +110,9 @@ class Site:
   methods: tuple[str, ...]
   boxes: dict[str, Any]
   model: 'Sites' = dataclasses.field(repr=False)
+  numbers: tuple[int, ...] = ()
+  depth: int = 0
+  chosen: tuple[int, ...] | None = None
 
   @property
   def input(self) -> jax.ShapeDtypeStruct | None:
@@ -154,11 +162,57 @@ class Site:
     stacked = self.stack_first(x)
     return stacked.reshape(self.layers, *stacked.shape[len(self.axes) :])
 
+  # ---- Theta: entries for the chosen layers, the stack first.
+
+  @property
+  def theta_lengths(self) -> tuple[int, ...]:
+    """The leading axes of theta's arrays: those of the stack, or one of the chosen layers."""
+    if self.chosen is None:
+      return self.lengths
+    return (len(self.chosen),)
+
   def per_layer(self, fn):
-    """vmaps `fn` over the leading stack axes of all its arguments."""
-    for _ in self.axes:
+    """vmaps `fn` over the leading axes of theta in all its arguments."""
+    for _ in self.theta_lengths:
       fn = jax.vmap(fn)
     return fn
+
+  def choose(self, x: jax.Array) -> jax.Array:
+    """The chosen layers of an array of all: [*lengths, ...] -> [*theta_lengths, ...]."""
+    if self.chosen is None:
+      return x
+    layers = x.reshape(self.layers, *x.shape[len(self.lengths) :])
+    return layers[np.array(self.chosen)]
+
+  def spread(self, x: jax.Array) -> jax.Array:
+    """An array of all layers, with that of a chosen layer in those that are not chosen."""
+    if self.chosen is None:
+      return x
+    source = np.zeros(self.layers, int)
+    source[list(self.chosen)] = np.arange(len(self.chosen))
+    return x[source].reshape(*self.lengths, *x.shape[1:])
+
+  def replace_chosen(self, x: jax.Array, new: jax.Array) -> jax.Array:
+    """An array of all layers with other values in the chosen ones, `new` [*theta_lengths, ...]."""
+    if self.chosen is None:
+      return new
+    layers = x.reshape(self.layers, *x.shape[len(self.lengths) :])
+    return layers.at[np.array(self.chosen)].set(new).reshape(x.shape)
+
+  @property
+  def number(self) -> np.ndarray | int | None:
+    """The number of the layer; of a stack [*lengths]; None outside of layers."""
+    numbers = self.numbers or tuple(range(self.layers))
+    if self.axes:
+      return np.array(numbers, np.int32).reshape(self.lengths)
+    return self.numbers[0] if self.numbers else None
+
+  @property
+  def active(self) -> np.ndarray:
+    """Whether each layer is chosen, [*lengths]."""
+    active = np.zeros(self.layers, bool)
+    active[list(self.chosen if self.chosen is not None else range(self.layers))] = True
+    return active.reshape(self.lengths)
 
 
 class Sites(dict[str, Site]):

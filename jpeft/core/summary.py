@@ -63,12 +63,12 @@ def summary(tuned: Tuned) -> Summary:
     t = tuned.shapes.get(rule.name, {}).get(site.path, {})
     shapes = []
     for name, x in leaf_paths(t).items():
-      of_layer = list(x.shape[len(site.lengths) :])
+      of_layer = list(x.shape[len(site.theta_lengths) :])
       shapes.append(f'{name.replace("/", ".")}{of_layer}')
     rows.append(
       (
         site.path or '(model)',
-        site.layers,
+        math.prod(site.theta_lengths),
         site.kind,
         rule.name,
         ' '.join(shapes),

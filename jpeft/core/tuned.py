@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from .backends.choice import backend_of
-from .boxes import Arrays, Box, Lazy, Reader
-from .context import Bound, NeedsRecording, Recording, acting, run_call
+from .boxes import Arrays, Box, Lazy, Reader, read
+from .context import Bound, NeedsRecording, Recording, acting, run_call, run_if
 from .entries import combine, entry_path, names_entry, partition
 from .fused import fused
 from .mode import mode_of
@@ -61,14 +61,22 @@ class Tuned:
   def _init_rule(self, rule: Rule, site: Site, key, flat):
     whole = _arrays_of(site, flat)
     if not site.axes:
-      return rule.init(key, site, Arrays(whole, flat))
-    stacked = jax.tree.map(site.stack_first, whole)
-    keys = jax.random.split(key, site.lengths)
+      return rule.init(key, site, Arrays(whole, flat, site.number))
+    stacked = jax.tree.map(lambda x: site.choose(site.stack_first(x)), whole)
+    numbers = site.choose(jnp.asarray(site.number))
 
-    def one_layer(key, arrays):
-      return rule.init(key, site, Arrays(arrays, flat))
+    def one_layer(key, arrays, number):
+      return rule.init(key, site, Arrays(arrays, flat, number))
 
-    return site.per_layer(one_layer)(keys, stacked)
+    return site.per_layer(one_layer)(_layer_keys(key, site), stacked, numbers)
+
+  def site_of(self, name: str, path: str) -> Site:
+    """The site of the entries theta[name][path], with the layers of its stack that they are for."""
+    return self._sites_of_theta[name, path]
+
+  @functools.cached_property
+  def _sites_of_theta(self) -> dict[tuple[str, str], Site]:
+    return {(rule.name, site.path): site for rule, site in self.rules}
 
   def trainable(self, theta) -> Any:
     """A tree of bools: False for entries that a rule names in `fixed`, integers and booleans."""
@@ -189,12 +197,14 @@ class Tuned:
     values: dict[str, list] = {}
     written: dict[str, dict] = {}
     for path in sorted(recorded, key=natural):
-      site = self.sites[path]
-      for by_name in recorded[path].get(AUX, {}).values():
+      for rule, by_name in recorded[path].get(AUX, {}).items():
+        site = self.site_of(rule, path)
         for name, x in by_name.items():
-          values.setdefault(name, []).append(site.each(x) if site.axes else x[None])
+          values.setdefault(name, []).append(_layers_of(site, x))
       for rule, entries in recorded[path].get(WRITTEN, {}).items():
-        written.setdefault(rule, {})[path] = jax.tree.map(site.stack_first, entries)
+        site = self.site_of(rule, path)
+        chosen = jax.tree.map(lambda x, site=site: site.choose(site.stack_first(x)), entries)
+        written.setdefault(rule, {})[path] = chosen
     found = {}
     for name, layers in values.items():
       shapes = sorted({x.shape[1:] for x in layers})
@@ -258,7 +268,10 @@ class Tuned:
     flat = dict(flat)
     for rule, site, names in self._plan.boxed:
       whole = _arrays_of(site, flat)
-      t = jax.tree.map(site.stack_restore, self._entry(theta, rule, site))
+      t = jax.tree.map(site.spread, self._entry(theta, rule, site))
+      if site.chosen is not None:
+        t = (t, jnp.asarray(site.active))
+      t = jax.tree.map(site.stack_restore, t)
       for name in names:
         flat[join_path(site.path, name)] = Lazy(whole, t, _Applied(rule, site), name)
     return flat
@@ -266,15 +279,22 @@ class Tuned:
   def _extras(self, theta, path: str, key):
     """Extra variables stored beside the parameters of the module at `path`.
 
-    They are the theta of the rules there and, in training, a random key. The dummy entry changes
-    the structure of the pytree, so that a jitted layer that was traced under another Tuned is
-    traced again.
+    They are the theta of the rules there, in which layers of a stack they act, the number of the
+    layer and, in training, a random key. The name of the number's entry is that of this Tuned: it
+    changes the structure of the pytree, so that a jitted layer that was traced under another one
+    is traced again.
     """
     site = self.sites[path]
     entries = {}
-    for rule, _ in self._plan.wrapped[path]:
-      entries[rule.name] = self._entry(theta, rule, site)
-    extras = {'theta': entries, f'id{id(self)}': jnp.zeros(site.lengths)}
+    active = {}
+    for rule, own in self._plan.wrapped[path]:
+      entries[rule.name] = jax.tree.map(own.spread, self._entry(theta, rule, own))
+      if own.chosen is not None:
+        active[rule.name] = jnp.asarray(own.active)
+    number = (
+      jnp.zeros((), jnp.int32) if site.number is None else jnp.asarray(site.number, jnp.int32)
+    )
+    extras = {'theta': entries, 'active': active, f'id{id(self)}': number}
     if key is not None:
       own = jax.random.fold_in(key, zlib.crc32(site.path.encode()))
       extras['key'] = jax.random.key_data(_layer_keys(own, site))
@@ -350,8 +370,11 @@ class Tuned:
       return change(t, site, Reader(arrays))
 
     stacked = jax.tree.map(site.stack_first, arrays)
+    chosen = jax.tree.map(site.choose, stacked)
     merged = {}
-    for name, new in site.per_layer(one_layer)(t, stacked).items():
+    for name, new in site.per_layer(one_layer)(t, chosen).items():
+      if site.chosen is not None:
+        new = _with_chosen(site, stacked[name], new)
       new = jax.tree.map(site.stack_restore, new)
       if not isinstance(new, Box):
         new = new.astype(arrays[name].dtype)
@@ -400,7 +423,11 @@ class Tuned:
     rules = [(rule, site) for rule, site in self._plan.wrapped[path] if rule.method == method]
     rules = acting(rules, path)
     theta = {name: self._one_layer(t, name, path) for name, t in extras['theta'].items()}
-    call = self._fused(rules, theta, training, path, method, module, call, key)
+    active = {name: x.reshape(()) for name, x in extras['active'].items()}
+    number = self.sites[path].number
+    if self.sites[path].axes:
+      number = extras[f'id{id(self)}'].reshape(())
+    call = self._fused(rules, theta, active, training, path, method, module, call, key)
     for position, (rule, site) in enumerate(rules):
       if not isinstance(rule, Call):
         continue
@@ -412,24 +439,47 @@ class Tuned:
         backend=backend_of(self.model),
         position=position,
         position_at=functools.partial(self._position, rule.name),
-        taps=taps,
+        number=number,
+        taps=functools.partial(self._of_chosen, rule.name, taps),
         recording=recording,
         theta=theta.get(rule.name, {}),
         key=_key_of_rule(key, rule),
         training=training,
       )
-      call = functools.partial(run_call, rule, theta.get(rule.name, {}), bound)
+      run = functools.partial(run_call, rule, theta.get(rule.name, {}), bound)
+      call = run
+      if rule.name in active:
+        call = functools.partial(run_if, active[rule.name], run, bound)
     return call
 
-  def _fused(self, rules, theta, training, path, method, module, call, key):
+  def _of_chosen(self, name: str, taps: Callable) -> dict:
+    """What was recorded, of a stack what the chosen layers of the rules called `name` recorded."""
+    recorded = taps()
+    found = dict(recorded)
+    for (rule, path), site in self._sites_of_theta.items():
+      if rule != name or site.chosen is None or path not in recorded:
+        continue
+      choose = lambda x, site=site: site.choose(site.stack_first(x))
+      kinds = {}
+      for kind, by_rule in recorded[path].items():
+        kinds[kind] = {**by_rule}
+        if name in by_rule:
+          kinds[kind][name] = jax.tree.map(choose, by_rule[name])
+      found[path] = kinds
+    return found
+
+  def _fused(self, rules, theta, active, training, path, method, module, call, key):
     """The call of a module with the Weights that act on its product; the call itself without."""
-    weights = [(rule, theta.get(rule.name, {})) for rule, _ in rules if isinstance(rule, Weight)]
+    weights = []
+    for rule, _ in rules:
+      if isinstance(rule, Weight):
+        weights.append((rule, theta.get(rule.name, {}), active.get(rule.name)))
     box = None
     if path in self._plan.quantized and method == '__call__':
       box = backend_of(self.model).stored(module, self._plan.quantized[path])
     if not weights and box is None:
       return call
-    for rule, _ in weights:
+    for rule, _, _ in weights:
       if training and key is None and rule.requires == 'input in training':
         raise ValueError(
           f'{rule.name} dropout at {path!r} needs a random key: call '
@@ -444,11 +494,13 @@ class Tuned:
 
   def _one_layer(self, t, name: str, path: str):
     """The theta of one layer, without the axes of one that restoring the stack added."""
-    site = self.sites[path]
-    if not site.axes or not t:
+    if not t or not self.sites[path].axes:
       return t
+    site = self.site_of(name, path)
     shapes = self.shapes[name][path]
-    return jax.tree.map(lambda x, shape: x.reshape(shape.shape[len(site.axes) :]), t, shapes)
+    return jax.tree.map(
+      lambda x, shape: x.reshape(shape.shape[len(site.theta_lengths) :]), t, shapes
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -459,12 +511,37 @@ class _Applied:
   site: Site
 
   def __call__(self, theta, arrays):
-    return self.rule.apply(theta, self.site, arrays)
+    if self.site.chosen is None:
+      return self.rule.apply(theta, self.site, arrays)
+    theta, active = theta
+    new = self.rule.apply(theta, self.site, arrays)  # in every layer; it counts in some
+    return {name: jnp.where(active.reshape(()), read(x), arrays[name]) for name, x in new.items()}
 
 
 def _arrays_of(site: Site, flat) -> dict[str, Any]:
   """The arrays that a site owns, as they are stored."""
   return {name: flat[join_path(site.path, name)] for name in site.leaves}
+
+
+def _layers_of(site: Site, x: jax.Array) -> jax.Array:
+  """What a rule recorded at a site, [layers, ...]: of a stack what its chosen layers recorded."""
+  if not site.axes:
+    return x[None]
+  chosen = site.choose(site.stack_first(x))
+  return chosen.reshape(-1, *chosen.shape[len(site.theta_lengths) :])
+
+
+def _with_chosen(site: Site, before, new):
+  """All layers of an array or box, with new ones in the chosen layers."""
+  if isinstance(new, Box):
+    return jax.tree.map(site.replace_chosen, before, new)
+  whole = before
+  if isinstance(before, Box):
+    each = read
+    for _ in site.lengths:
+      each = jax.vmap(each)
+    whole = each(before)
+  return site.replace_chosen(whole, new.astype(whole.dtype))
 
 
 def _stop_gradient(x):
@@ -487,7 +564,7 @@ def _key_of_rule(key, rule: Rule):
 
 
 def _layer_keys(key, site: Site):
-  """The key of each layer of a stack; the key itself without a stack."""
+  """The key of each layer of a stack that is chosen; the key itself without a stack."""
   if not site.axes:
     return key
-  return jax.random.split(key, site.lengths)
+  return site.choose(jax.random.split(key, site.lengths))

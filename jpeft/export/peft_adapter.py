@@ -10,13 +10,14 @@ import json
 import pathlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpeft.core import Method, chain
+from jpeft.core import Method, Tuned, chain
 from jpeft.messages import nearest
 from jpeft.methods import dora, lora, tune
 from jpeft.models import (
@@ -49,6 +50,7 @@ def save_adapter(
   alpha: float,
   rslora: bool = False,
   base: str | None = None,
+  tuned: Tuned | None = None,
 ) -> None:
   """Writes theta of LoRA or DoRA, and of modules trained whole beside it, as peft does.
 
@@ -65,14 +67,17 @@ def save_adapter(
     alpha: of the method.
     rslora: of the method.
     base: name or path of the base model, for whoever opens the folder.
+    tuned: the method on the backbone; needed where it acts in some layers of a scanned stack.
 
   Raises:
     ValueError: theta holds what such folders cannot.
   """
   places = _places(pretrained)
   content = _Content()
-  for path, array, values in _entries(theta):
+  for name, path, array, values in _entries(theta):
     place, keys = places[f'{path}/{array}']
+    keys = _chosen(keys, name, path, tuned)
+    _check_layers(values, place, keys, path)
     if isinstance(values, Mapping):
       _add_factors(content, path, array, values, place, keys, alpha, rslora)
     else:
@@ -340,11 +345,33 @@ def _module(key: str) -> str:
 
 
 def _entries(theta: Mapping) -> Iterator[tuple[str, str, Any]]:
-  """(site path, name of an array, what theta has of it)."""
-  for sites in theta.values():
+  """(name of a rule, site path, name of an array, what theta has of it)."""
+  for name, sites in theta.items():
     for path, arrays in sites.items():
       for array, values in arrays.items():
-        yield path, array, values
+        yield name, path, array, values
+
+
+def _chosen(keys: Sequence[str], name: str, path: str, tuned: Tuned | None) -> Sequence[str]:
+  """The names of the layers in which the method acts, of those of all layers."""
+  if tuned is None:
+    return keys
+  chosen = tuned.site_of(name, path).chosen
+  if chosen is None:
+    return keys
+  return [keys[i] for i in chosen]
+
+
+def _check_layers(values, place: Place, keys: Sequence[str], path: str) -> None:
+  """Raises a ValueError if theta has other layers than those that are written."""
+  if not place.stacked:
+    return
+  count = len(jax.tree.leaves(values)[0])
+  if count != len(keys):
+    raise ValueError(
+      f'theta has {count} layers for {path!r}, and the model {len(keys)}: of a method in some layers '
+      '(layers=) give tuned='
+    )
 
 
 def _layers(x, place: Place) -> list[np.ndarray]:

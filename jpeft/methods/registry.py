@@ -5,7 +5,7 @@ import functools
 import inspect
 from collections.abc import Callable
 
-from jpeft.core import NO_BACKPROP, Method, Rule, chain, memory_class
+from jpeft.core import NO_BACKPROP, Method, Rule, chain, in_layers, memory_class
 from jpeft.messages import did_you_mean
 from jpeft.registering import module_of
 
@@ -162,7 +162,8 @@ def make(name: str, head: bool = True, saved_bits: int | None = None, **hyperpar
     head: also train the model's head, for methods that do not by themselves.
     saved_bits: of a value that the backward pass keeps of a block (`packed`), 4 or 8; None for
       whole values.
-    **hyperparameters: of the method's factory.
+    **hyperparameters: of the method's factory; and `layers`, the layers of the model in which the
+      method acts (see `in_layers`), where the factory has no argument of that name itself.
 
   Raises:
     ValueError: an unknown method or hyperparameter.
@@ -172,11 +173,16 @@ def make(name: str, head: bool = True, saved_bits: int | None = None, **hyperpar
     raise ValueError(f'no method is called {name!r}{hint} There are: {", ".join(REGISTRY)}')
   entry = REGISTRY[name]
   known = list(inspect.signature(entry.make).parameters)
+  layers = None
+  if 'layers' not in known:
+    layers = hyperparameters.pop('layers', None)
   for key in hyperparameters:
     if key not in known:
       hint = did_you_mean(key, known)
       raise ValueError(f'{name} has no hyperparameter {key!r}{hint} It has: {", ".join(known)}')
   method = entry.make(**hyperparameters)
+  if layers is not None:
+    method = in_layers(method, layers)
   if saved_bits is not None:
     method = chain(method, packed(bits=saved_bits))
   if head and not entry.head:

@@ -103,7 +103,7 @@ def _name(path) -> str:
 
 def _site(tuned: Tuned, path) -> Site:
   """The site that a leaf of theta belongs to: theta is {method name: {site path: ...}}."""
-  return tuned.sites[path[1].key]
+  return tuned.site_of(path[0].key, path[1].key)
 
 
 def factors(
@@ -166,8 +166,11 @@ def _depth(name: str, leaf, site: Site) -> int | np.ndarray | None:
   if found:
     return int(found[1])
   if site.lengths:
-    rest = leaf.ndim - len(site.lengths)
-    return np.arange(site.layers, dtype=np.float32).reshape(*site.lengths, *[1] * rest)
+    lengths = site.theta_lengths
+    numbers = np.arange(site.layers)
+    if site.chosen is not None:
+      numbers = numbers[list(site.chosen)]
+    return numbers.astype(np.float32).reshape(*lengths, *[1] * (leaf.ndim - len(lengths)))
   if re.match(r'[^/]*/embed', name):
     return -1
   return None
@@ -190,7 +193,7 @@ def matrices(tuned: Tuned):
   """params -> bools: True for the leaves to decay, which are a matrix or more in one layer."""
 
   def leaf(path, x):
-    return x.ndim - len(_site(tuned, path).lengths) > 1
+    return x.ndim - len(_site(tuned, path).theta_lengths) > 1
 
   return lambda params: jax.tree_util.tree_map_with_path(leaf, params)
 

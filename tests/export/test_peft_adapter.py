@@ -179,6 +179,27 @@ def test_some_layers_of_a_scanned_stack_are_told(folder, bert):
     jpeft.load_adapter(folder('bert_lora', first), bert(scan=True)[0])
 
 
+@pytest.mark.parametrize('scan', [False, True])
+def test_a_method_in_some_layers_writes_those(scan, bert, tmp_path):
+  loaded, args = bert(scan=scan)
+  method = jpeft.in_layers(jpeft.lora(2, 8, '{q}'), '-1:')
+  tuned = jpeft.attach(loaded.model, method, loaded.variables, *args)
+  theta = jax.tree.map(lambda x: x + 0.1, tuned.init(jax.random.key(0), loaded.variables))
+  if scan:
+    with pytest.raises(ValueError, match='theta has 1 layers for .*, and the model 2: .* tuned='):
+      jpeft.save_adapter(tmp_path, loaded, theta, 8)
+  jpeft.save_adapter(tmp_path, loaded, theta, 8, tuned=tuned)
+  names = load_file(tmp_path / 'adapter_model.safetensors')
+  assert len(names) == 2 and all('.layer.1.' in name for name in names)
+  unrolled, _ = bert()
+  again, loaded_theta = attached(unrolled, args, tmp_path)
+  np.testing.assert_allclose(
+    again.apply(loaded_theta, unrolled.variables, *args),
+    tuned.apply(theta, loaded.variables, *args),
+    atol=5e-6,
+  )
+
+
 def test_damaged_and_missing_files_are_told(folder, bert):
   loaded = bert()[0]
   made = folder('bert_lora')

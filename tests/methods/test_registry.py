@@ -51,3 +51,12 @@ def test_it_is_made_by_name_with_the_head(registered):
 def test_what_cannot_be_registered(registered, name, make, error, message):
   with pytest.raises(error, match=message):
     jpeft.register_method(name, make, title='')
+
+
+def test_a_method_by_name_acts_in_some_layers():
+  method = jpeft.make('lora', head=False, rank=2, layers='-1:')
+  assert method == jpeft.in_layers(jpeft.lora(rank=2), '-1:')
+  with_head = jpeft.make('lora', rank=2, layers='-1:')
+  assert [rule.layers for _, rule in with_head] == ['-1:'] * len(method) + [None]
+  own = jpeft.make('lst', head=False, layers=(0, 2))  # an argument of its own
+  assert own == jpeft.lst(layers=(0, 2))

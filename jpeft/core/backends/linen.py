@@ -123,8 +123,10 @@ def _interceptor(hook, wanted):
   def interceptor(call, args, kwargs, context):
     module = context.module
     method = context.method_name
-    # The shells that nn.scan and others put around a class have lambdas, called '<lambda>'.
-    if _outside.get() or method == 'setup' or method[0] == '<':
+    # nn.scan, nn.remat and the like of a function call it as if it were a method of the module, by
+    # a name that the class does not have; the shells that they put around a class have lambdas.
+    is_own = hasattr(type(module), method) and method[0] != '<'
+    if _outside.get() or method == 'setup' or not is_own:
       return call(*args, **kwargs)
     if not root:
       root.append(module)

@@ -289,7 +289,7 @@ def _with_tables(rule: Weight, rank: int, weight) -> Weight:
   def init(key, site, arrays):
     theta = rule.init(key, site, arrays)
     # Tables start as in peft, b drawn and a zero; where a is fixed it has to be a that is drawn.
-    drawn = 'a' if 'a' in rule.fixed else 'b'
+    drawn = 'a' if '*/a' in rule.fixed else 'b'
     for number, (name, leaf) in enumerate(_tables(site).items()):
       factors = {'a': jnp.zeros((leaf.fan_in, rank)), 'b': jnp.zeros((rank, leaf.fan_out))}
       own_key = jax.random.fold_in(key, number)
