@@ -22,7 +22,7 @@ def near_words(word: str, known: Iterable[str], count: int, cutoff: float = 0.6)
 
 
 def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-  """ "; did you mean 'lora'?", or nothing if no known word is near: for the end of an error message."""
+  """ "; did you mean 'lora'?" for the end of an error message; '' if no known word is near."""
   near = nearest(word, known, cutoff)
   return '' if near is None else f'; did you mean {near!r}?'
 

@@ -1,4 +1,4 @@
-"""Kernels for 4-bit matrices on TPU (Mosaic) and GPU (Triton), beside the plain forms they equal."""
+"""Kernels for 4-bit matrices on TPU (Mosaic) and GPU (Triton), and the plain forms they equal."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -17,10 +17,9 @@ def methods_table() -> str:
     '| method | what it is | arXiv | memory class | merges |',
     '| --- | --- | --- | --- | --- |',
   ]
-  lines += [
-    f'| `{r["name"]}` | {r["title"]} | {r["paper"]} | {r["memory"]} | {"yes" if r["mergeable"] else "no"} |'
-    for r in rows()
-  ]
+  for r in rows():
+    merges = 'yes' if r['mergeable'] else 'no'
+    lines.append(f'| `{r["name"]}` | {r["title"]} | {r["paper"]} | {r["memory"]} | {merges} |')
   return '\n'.join(lines) + '\n'
 
 

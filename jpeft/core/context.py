@@ -181,8 +181,8 @@ class Bound:
         found[path] = by_rule[self._rule.name]
     if not found:
       raise ValueError(
-        f'{self._rule.name} at {self.site.path!r} reads taps, and no rule of that name has recorded '
-        f'any before; rules that have: {", ".join(others) or "none"}'
+        f'{self._rule.name} at {self.site.path!r} reads taps, and no rule of that name has '
+        f'recorded any before; rules that have: {", ".join(others) or "none"}'
       )
     return found
 
@@ -361,8 +361,8 @@ def run_if(active: jax.Array, run: Callable, bound: Bound, *args, **kwargs):
   wrapped = bound._run
   plain = []
   where = (
-    f'{bound._rule.name} at {bound.site.path!r} acts in some layers of a stack (layers=), which are '
-    'one program'
+    f'{bound._rule.name} at {bound.site.path!r} acts in some layers of a stack (layers=), which '
+    'are one program'
   )
 
   def select(new, old):

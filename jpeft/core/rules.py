@@ -55,7 +55,7 @@ class Origin:
 
 
 def _same(a: Any, b: Any) -> bool:
-  """Whether two hyperparameters are equal; arrays, whose `==` is an array, are compared by identity."""
+  """Whether two hyperparameters are equal; arrays, whose `==` is an array, if they are one."""
   if a is b:
     return True
   try:

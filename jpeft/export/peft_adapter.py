@@ -369,8 +369,8 @@ def _check_layers(values, place: Place, keys: Sequence[str], path: str) -> None:
   count = len(jax.tree.leaves(values)[0])
   if count != len(keys):
     raise ValueError(
-      f'theta has {count} layers for {path!r}, and the model {len(keys)}: of a method in some layers '
-      '(layers=) give tuned='
+      f'theta has {count} layers for {path!r}, and the model {len(keys)}: of a method in some '
+      'layers (layers=) give tuned='
     )
 
 

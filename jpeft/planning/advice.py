@@ -26,7 +26,10 @@ def advice(dominant: str, memory_class: str, remat: Remat) -> str:
   if dominant == 'batch':
     return 'take a smaller batch, or shorter inputs'
   if memory_class == NO_BACKPROP:
-    return 'take a smaller batch, or a leaner side network (downsample=pool): the backbone stores nothing'
+    return (
+      'take a smaller batch, or a leaner side network (downsample=pool): the backbone stores '
+      'nothing'
+    )
   if not remat:
     return (
       'recompute blocks in the backward pass (--remat[=dots]), or a method without backbone '

@@ -13,7 +13,8 @@ class Task(NamedTuple):
   Attributes:
     source: (config, split) -> the examples of a split.
     rows: (config, pretrained, source, training) -> (rows, transform), what `Batches` makes batches
-      of. Rows have 'index', the number of their first example, and may have `about`, a sentence for the report.
+      of. Rows have 'index', the number of their first example, and may have `about`, a sentence
+      for the report.
     example: (config, pretrained) -> a batch of one empty row: the shapes to attach a method and to
       compile with.
     tally: (logits, labels, mask) -> what `scores` needs of one batch, mask [B] being False for rows

@@ -155,7 +155,7 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
 
   # ---- Evaluation.
   def evaluated(model, theta, eval_step, part: Part, writes: bool):
-    """The scores of a model on the test split, of its texts too if `writes`; None after a signal."""
+    """Scores of a model on the test split, of its texts too if `writes`; None after a signal."""
     batches = part.once(eval_size)
     scores = step.evaluate(eval_step, task.scores, theta, backbone, batches, rows, stop)
     if scores is None or not writes:

@@ -194,7 +194,7 @@ def test_full_tuning_is_the_peers(measured):
       'unroll',
       marks=pytest.mark.xfail(
         strict=True,
-        reason='306 MiB: 75 are float32 scores of one layer of the backbone, kept on chip in a scan',
+        reason='306 MiB: 75 are float32 scores of one layer of the backbone, on chip in a scan',
       ),
     ),
   ],

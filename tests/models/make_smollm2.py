@@ -14,12 +14,13 @@ import transformers
 from jpeft.models.io import sources
 
 PARAGRAPH = (
-  'The lighthouse keeper climbed the stairs slowly that evening, counting each step as he had done for '
-  'thirty years. Below him the harbor was filling with fishing boats that had turned back early, because the '
-  'wind had shifted and the old men in the village did not like the color of the sky. He trimmed the wick, '
-  'wiped the salt from the great glass lens, and lit the lamp an hour before sunset. Somewhere beyond the '
-  'reef a small sailboat was still out, and its owner, a schoolteacher who had learned to sail only last '
-  'summer, was beginning to understand that the map in her hands was printed before the channel moved.'
+  'The lighthouse keeper climbed the stairs slowly that evening, counting each step as he had '
+  'done for thirty years. Below him the harbor was filling with fishing boats that had turned '
+  'back early, because the wind had shifted and the old men in the village did not like the '
+  'color of the sky. He trimmed the wick, wiped the salt from the great glass lens, and lit the'
+  ' lamp an hour before sunset. Somewhere beyond the reef a small sailboat was still out, and '
+  'its owner, a schoolteacher who had learned to sail only last summer, was beginning to '
+  'understand that the map in her hands was printed before the channel moved.'
 )
 PROMPT = 'The capital of France is'
 TEXT = "In 1984, it's 3.50 kg\n\n  of Größe!"

@@ -38,7 +38,7 @@ def anonymous():
   with open('/proc/self/status') as file:
     return next(1024 * int(line.split()[1]) for line in file if line.startswith('RssAnon'))
 
-jax.block_until_ready(jax.jit(jpeft.nf4().encode)(np.ones((1024, 64), 'f')))  # the compiler has been at work
+jax.block_until_ready(jax.jit(jpeft.nf4().encode)(np.ones((1024, 64), 'f')))  # compiled once
 before, peak, done = anonymous(), [0], threading.Event()
 
 def watch():
@@ -47,7 +47,8 @@ def watch():
 
 thread = threading.Thread(target=watch)
 thread.start()
-options = {'dtype': 'bfloat16', 'param_dtype': 'bfloat16', 'scan': True, 'quantize': named(sys.argv[2])}
+half = {'dtype': 'bfloat16', 'param_dtype': 'bfloat16'}
+options = {**half, 'scan': True, 'quantize': named(sys.argv[2])}
 held = jax.block_until_ready(jpeft.load(sys.argv[1], **options).variables)
 done.set()
 thread.join()

@@ -192,8 +192,8 @@ def test_what_cannot_fit_is_not_compiled(uncompiled):
   ('message', 'size'),
   (
     (
-      'XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 25.50G of 15.75G hbm. Exceeded hbm '
-      'capacity by 9.75G.',
+      'XLA:TPU compile permanent error. Ran out of memory in memory space hbm. '
+      'Used 25.50G of 15.75G hbm. Exceeded hbm capacity by 9.75G.',
       25.5 * 2**30,
     ),
     (

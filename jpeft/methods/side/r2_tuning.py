@@ -312,7 +312,7 @@ class _R2Tuning:
     return rearrange(x, '(b t) d -> b t d', t=self.frames)
 
   def image_state(self, net: Stack, taps, last: jax.Array, i: int) -> jax.Array:
-    """State i of the k last ones of the image encoder [B T, P, d], or [B T, P, d + 2] with times."""
+    """State i of the k last ones of the image encoder [B T, P, d]; d + 2 with times."""
     index = net.depth + 1 - self.states + i
     if index == net.depth:
       state = last

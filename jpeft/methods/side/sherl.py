@@ -288,7 +288,7 @@ def merged(t, u: jax.Array) -> jax.Array:
 
 
 def norm(t, x: jax.Array) -> jax.Array:
-  """Norm(x), a LayerNorm or an RMSNorm; x itself where blocks end with a norm. t is all of theta."""
+  """Norm(x), a LayerNorm or an RMSNorm; x where blocks end with a norm. t is all of theta."""
   if 'norm' not in t:
     return x
   if 'shift' in t['norm']:

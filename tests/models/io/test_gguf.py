@@ -211,7 +211,8 @@ TOKENIZER = {
   'tokenizer.ggml.token_type': [3, 3, 1, 1, 1, 1, 1, 1, 1],
   'tokenizer.ggml.merges': ['h i', 'Ġ hi'],
   'tokenizer.ggml.eos_token_id': 0,
-  'tokenizer.chat_template': "{% for m in messages %}<|start|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+  'tokenizer.chat_template': "{% for m in messages %}<|start|>{{ m['content'] }}"
+  '{{ eos_token }}{% endfor %}'
   '{% if add_generation_prompt %}<|start|>{% endif %}'
   "{% if not messages %}{{ raise_exception('nothing said') }}{% endif %}",
 }
