@@ -59,6 +59,13 @@ def _match(pattern: str, rule: Rule, sites: Sites) -> list[Site]:
       f'{rule.name}: none of the {len(able)} sites that match {pattern!r} is in the layers '
       f'{rule.layers!r}'
     )
+  for site in matching:
+    for name, owner in sites.aliases.items():
+      if name.rpartition('/')[0] == site.path:
+        raise ValueError(
+          f'{rule.name}: {pattern!r} names {site.path!r}, whose {name!r} is the array {owner!r}: '
+          f'name {owner.rpartition("/")[0]!r} instead'
+        )
   why = 'no site matches'
   if matching:
     why = f'{len(matching)} sites match, but none has what it adapts'

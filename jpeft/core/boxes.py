@@ -7,7 +7,27 @@ from typing import Any
 import jax
 from flax.core import meta
 
+# What an array offers by name: T, reshape, astype and so on.
+_ARRAY_METHODS = {name for name in dir(jax.Array) if not name.startswith('_')}
 
+
+def _operator(name: str):
+  def operate(self, *others):
+    return getattr(self.unbox(), name)(*(read(other) for other in others))
+
+  return operate
+
+
+def _with_operators(cls):
+  names = ['neg']
+  for name in ('add', 'sub', 'mul', 'truediv', 'matmul', 'pow'):
+    names += [name, f'r{name}']
+  for name in names:
+    setattr(cls, f'__{name}__', _operator(f'__{name}__'))
+  return cls
+
+
+@_with_operators
 class Box(meta.AxisMetadata):
   """An array of the backbone that is computed when it is read.
 
@@ -15,12 +35,22 @@ class Box(meta.AxisMetadata):
   a pytree that gives `unbox()`, `shape` and `dtype`; under a scan each layer sees its own slice.
   """
 
-  def __getitem__(self, index):
-    return self.unbox()[index]
-
   @property
   def ndim(self) -> int:
     return len(self.shape)
+
+  # A model that reads `module.variables` gets the box itself, and uses it as the array.
+
+  def __jax_array__(self) -> jax.Array:
+    return self.unbox()
+
+  def __getitem__(self, index):
+    return self.unbox()[index]
+
+  def __getattr__(self, name: str):
+    if name not in _ARRAY_METHODS:
+      raise AttributeError(f'{type(self).__name__!r} object has no attribute {name!r}')
+    return getattr(self.unbox(), name)
 
   def replace_boxed(self, value):
     return value
@@ -60,6 +90,32 @@ class Lazy(Box):
   @classmethod
   def tree_unflatten(cls, static, children):
     return cls(*children, *static)
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class Probe(Box):
+  """Stands for an array as it is, to see whether a model takes boxes."""
+
+  array: Any
+
+  def unbox(self):
+    return self.array
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.array.shape
+
+  @property
+  def dtype(self):
+    return self.array.dtype
+
+  def tree_flatten(self):
+    return (self.array,), None
+
+  @classmethod
+  def tree_unflatten(cls, static, children):
+    return cls(*children)
 
 
 def read(x):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,13 +11,15 @@ import numpy as np
 
 from . import anatomy
 from .backends.choice import backend_of
-from .boxes import Box
+from .boxes import Box, Probe
 from .injection import inject, offered
 from .layers import numbered
 from .paths import join_path
 from .sites import Leaf, Site, Sites
 from .stacks import Shape, stack_axes
 from .trace import Use, uses
+
+_traces = itertools.count()
 
 
 @dataclasses.dataclass
@@ -25,17 +28,20 @@ class _Seen:
 
   Attributes:
     shapes: {'path/name': shape} of the arrays in it, as one call sees them.
+    calls: how often it is called.
     Others: see `Site`.
   """
 
   kind: str = ''
   inputs: dict[str, jax.ShapeDtypeStruct] = dataclasses.field(default_factory=dict)
   out: jax.ShapeDtypeStruct | None = None
+  out_path: tuple[Any, ...] = ()
   fields: tuple[str, ...] = ()
   heads: tuple[int, int] | None = None
   module: Any = None
   methods: tuple[str, ...] = ()
   shapes: dict[str, Shape] = dataclasses.field(default_factory=dict)
+  calls: int = 0
 
 
 def sites_of(model, backbone, /, *args, **kwargs) -> Sites:
@@ -49,7 +55,12 @@ def sites_of(model, backbone, /, *args, **kwargs) -> Sites:
   """
   arrays = backend_of(model).arrays(model, backbone)
   specs = {key: _spec(x) for key, x in arrays.items()}
-  seen, used = _traced(model, backbone, specs, args, kwargs)
+  takes_boxes = True
+  try:
+    seen, used = _traced(model, backbone, specs, args, kwargs, Probe)
+  except Exception:  # whatever the model raises of what it does not expect
+    takes_boxes = False
+    seen, used = _traced(model, backbone, specs, args, kwargs)
 
   owned: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
   for key, spec in specs.items():
@@ -57,19 +68,26 @@ def sites_of(model, backbone, /, *args, **kwargs) -> Sites:
     owned.setdefault(path, {})[name] = spec
 
   sites = Sites()
+  sites.takes_boxes = takes_boxes
+  sites.aliases = backend_of(model).aliases(model)
+  shared = set(sites.aliases.values())
   sites.arrays = jax.eval_shape(lambda: arrays)
   for path in dict.fromkeys([*seen, *owned]):
     facts = seen.get(path, _Seen())
     axes = _stack(path, specs, facts.shapes, used)
     leaves = {}
     for name, spec in owned.get(path, {}).items():
-      leaves[name] = _leaf(spec, used.get(join_path(path, name), Use()), axes)
+      use = used.get(join_path(path, name), Use())
+      # A kernel that others read too, or that is read twice, is more than what one product reads.
+      is_shared = join_path(path, name) in shared or use.count > facts.calls
+      leaves[name] = _leaf(spec, use._replace(direct=use.direct and not is_shared), axes)
     site = Site(
       path=path,
       kind=facts.kind,
       leaves=leaves,
       inputs=facts.inputs,
       out=facts.out,
+      out_path=facts.out_path,
       fields=facts.fields,
       axes=axes,
       lengths=_lengths(path, specs, axes),
@@ -89,11 +107,20 @@ def sites_of(model, backbone, /, *args, **kwargs) -> Sites:
   return sites
 
 
-def _traced(model, backbone, specs: dict, args, kwargs) -> tuple[dict[str, _Seen], dict[str, Use]]:
-  """({path: what is seen of a module}, {'path/name': how an array is used}) of a forward pass."""
+def _traced(
+  model, backbone, specs: dict, args, kwargs, wrap: Callable = lambda x: x
+) -> tuple[dict[str, _Seen], dict[str, Use]]:
+  """({path: what is seen of a module}, {'path/name': how an array is used}) of a forward pass.
+
+  `wrap` makes of each array what the model gets.
+  """
   backend = backend_of(model)
   seen: dict[str, _Seen] = {}
   leaves, tree = jax.tree.flatten((args, kwargs))
+  # Empty, under a name of this trace: a layer that the model jits itself would else be answered
+  # from the cache of an earlier trace, and its modules would not be seen.
+  mark = {f'trace{next(_traces)}': {}}
+  fresh = {path.rpartition('/')[0]: mark for path in specs}
   # What is no array (a flag, None) keeps its value.
   traced = {i: _spec(x) for i, x in enumerate(leaves) if _is_array(x)}
 
@@ -101,7 +128,8 @@ def _traced(model, backbone, specs: dict, args, kwargs) -> tuple[dict[str, _Seen
     inputs = tree.unflatten([traced.get(i, x) for i, x in enumerate(leaves)])
     args, kwargs = backend.fresh(inputs)
     hook = _recorder(seen, backend)
-    out, _ = backend.run(model, backbone, flat, {}, hook, None, False, args, dict(kwargs))
+    arrays = {name: wrap(x) for name, x in flat.items()}
+    out, _ = backend.run(model, backbone, arrays, fresh, hook, None, False, args, dict(kwargs))
     return out
 
   return seen, uses(forward, specs, traced)
@@ -143,21 +171,53 @@ def _named(fn: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
   return named
 
 
-def _first(tree) -> jax.ShapeDtypeStruct | None:
-  """Shape and dtype of the first array of a tree."""
-  for x in jax.tree.leaves(tree):
-    if _looks_like_array(x):
-      return _spec(x)
-  return None
+def _stream(out, read: jax.ShapeDtypeStruct | None) -> tuple[tuple[Any, ...], Any]:
+  """(path, array) of the stream in a module's output, as far as shapes show it.
+
+  Args:
+    out: the output.
+    read: the first array that the module is called with.
+  """
+  arrays = [pair for pair in jax.tree_util.tree_leaves_with_path(out) if _looks_like_array(pair[1])]
+  if not arrays:
+    return (), None
+  for pair in arrays:
+    if read is not None and pair[1].shape == read.shape:
+      return pair
+  return arrays[0]
+
+
+class _Outputs:
+  """The arrays that modules return, until a later module is called with one of them first."""
+
+  def __init__(self, seen: dict[str, _Seen]):
+    self._seen = seen
+    self._made: dict[int, tuple[str, tuple, Any]] = {}  # by id; the array is kept, as is its id
+
+  def add(self, path: str, out) -> None:
+    for where, x in jax.tree_util.tree_leaves_with_path(out):
+      if _looks_like_array(x):
+        self._made[id(x)] = (path, where, x)
+
+  def read(self, inputs: dict[str, Any]) -> None:
+    """A module is called: what it reads first is the stream of the module that returned it."""
+    first = next(iter(inputs.values()), None)
+    path, where, x = self._made.pop(id(first), ('', (), None))
+    if x is None or self._seen[path].out_path == where:
+      return
+    self._seen[path].out_path = where
+    self._seen[path].out = _spec(x)
 
 
 def _recorder(seen: dict[str, _Seen], backend):
   """A hook that records what each module is called with, returns and offers."""
+  outputs = _Outputs(seen)
 
   def hook(path, method, module, call, extras, taps):
     def recorded(*args, **kwargs):
       fields = offered(module)
       inputs = named_arrays(getattr(type(module), method), args, kwargs)
+      outputs.read(inputs)
       shapes = backend.shapes_inside(module)
       heads = []
       if 'attention_fn' in fields:
@@ -167,17 +227,25 @@ def _recorder(seen: dict[str, _Seen], backend):
         out = call(*args, **kwargs)
       before = seen.get(path)
       methods = before.methods if before else ()
+      calls = before.calls if before else 0
       if method == '__call__' or before is None:
+        specs = {name: _spec(x) for name, x in inputs.items()}
+        # No module reads what the model itself returns: there the first array it is.
+        read = next(iter(specs.values()), None) if path else None
+        out_path, stream = _stream(out, read)
+        outputs.add(path, out)
         seen[path] = _Seen(
           kind=type(module).__name__,
-          inputs={name: _spec(x) for name, x in inputs.items()},
-          out=_first(out),
+          inputs=specs,
+          out=None if stream is None else _spec(stream),
+          out_path=out_path,
           fields=fields,
           heads=heads[0] if heads else None,
           module=backend.template(module),
           shapes=shapes,
         )
       seen[path].methods = tuple(dict.fromkeys((*methods, method)))
+      seen[path].calls = calls + (method == '__call__')
       return out
 
     return recorded
@@ -201,9 +269,11 @@ def _stack(path: str, specs: dict, shapes: dict[str, Shape], used: dict[str, Use
   A module that was called saw its own slice of them. Where the arrays of a module are read by
   others, the jaxpr shows the scans.
   """
-  if shapes:
-    stored = [specs[join_path(path, name)].shape for name in shapes]
-    return stack_axes(stored, list(shapes.values()))
+  # In NNX an array that several modules share has the path of the first of them alone.
+  here = {name: shape for name, shape in shapes.items() if join_path(path, name) in specs}
+  if here:
+    stored = [specs[join_path(path, name)].shape for name in here]
+    return stack_axes(stored, list(here.values()))
   own = [use.scanned for key, use in used.items() if key.rpartition('/')[0] == path]
   return min(own, key=len, default=())
 
@@ -240,4 +310,5 @@ def _leaf(spec: jax.ShapeDtypeStruct, use: Use, axes: tuple[int, ...]) -> Leaf:
     ins=in_layer(use.ins),
     batch=in_layer(use.batch),
     offset=use.offset,
+    direct=use.direct,
   )

@@ -17,10 +17,11 @@ from .sites import Site
 def field_of(site: Site) -> str | None:
   """The injection point through which the site's only kernel is applied; None without one."""
   fields = [field for field in PRODUCTS if field in site.fields]
-  if not fields or len(site.matrices) != 1:
+  if not site.model.takes_boxes or not fields or len(site.matrices) != 1:
     return None
   kernel = site.leaves[site.matrices[0]]
-  if kernel.batch:
+  # A kernel that is masked or scaled before the product is not what the layer multiplies by.
+  if kernel.batch or not kernel.direct:
     return None
   return fields[0]
 

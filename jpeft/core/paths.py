@@ -1,6 +1,7 @@
 """Paths of modules and arrays, and the names of what is stored beside a module's parameters."""
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -18,6 +19,20 @@ WRITTEN = 'written'
 def join_path(*parts: str) -> str:
   """The parts of a path that are not empty, joined by '/'."""
   return '/'.join(part for part in parts if part)
+
+
+# Stands for a '/' in the name of an array, such as 'kernel/scale' of `nn.WeightNorm`.
+_SLASH = '%2F'
+
+
+def key_path(keys: Iterable[Any]) -> str:
+  """The path of an array, from the keys of the dicts or attributes that it lies under."""
+  return '/'.join(str(key).replace('/', _SLASH) for key in keys)
+
+
+def path_keys(path: str) -> tuple[str, ...]:
+  """The keys that `key_path` joined."""
+  return tuple(key.replace(_SLASH, '/') for key in path.split('/'))
 
 
 def leaf_paths(tree: Any) -> dict[str, Any]:

@@ -24,6 +24,8 @@ class Leaf:
     ins: its axes that are contracted with the activation.
     batch: its axes that are batched with the activation (one matrix per expert, say).
     offset: what is added to it before that use: 1 for norms that store scale - 1.
+    direct: whether it is consumed itself, moved at most; else scaled, masked, normalised or joined
+      with other arrays before.
   """
 
   shape: tuple[int, ...]
@@ -32,6 +34,7 @@ class Leaf:
   ins: tuple[int, ...] = ()
   batch: tuple[int, ...] = ()
   offset: float = 0.0
+  direct: bool = True
 
   @property
   def is_matrix(self) -> bool:
@@ -79,7 +82,10 @@ class Site:
     kind: the name of its class.
     leaves: the arrays it owns, by name.
     inputs: shapes and dtypes of the arrays it is called with, by parameter name.
-    out: shape and dtype of the first array it returns; None when it is never called.
+    out: shape and dtype of the stream that it returns; None when it is never called. The stream is
+      the array that a later module is called with first; else the first array that is shaped as
+      what the module is called with first; else the first array.
+    out_path: where in the output the stream is: a path of `jax.tree_util`.
     fields: the injection points it offers: dot_general, einsum_op, conv_general_dilated,
       attention_fn.
     axes: the axes that scans and vmaps around it added to its arrays, outermost first; in arrays of
@@ -113,6 +119,26 @@ class Site:
   numbers: tuple[int, ...] = ()
   depth: int = 0
   chosen: tuple[int, ...] | None = None
+  out_path: tuple[Any, ...] = ()
+
+  def stream(self, out) -> jax.Array:
+    """The stream in an output of the module, which may hold caches or losses beside it."""
+    leaves = jax.tree_util.tree_leaves_with_path(out)
+    return leaves[self._stream_index(leaves)][1]
+
+  def map_stream(self, out, fn):
+    """An output of the module with fn(stream) in place of the stream."""
+    leaves, tree = jax.tree_util.tree_flatten_with_path(out)
+    index = self._stream_index(leaves)
+    values = [x for _, x in leaves]
+    values[index] = fn(values[index])
+    return jax.tree.unflatten(tree, values)
+
+  def _stream_index(self, leaves) -> int:
+    for i, (path, _) in enumerate(leaves):
+      if path == self.out_path:
+        return i
+    return 0  # of another structure than in the traced call
 
   @property
   def input(self) -> jax.ShapeDtypeStruct | None:
@@ -221,12 +247,18 @@ class Sites(dict[str, Site]):
   Attributes:
     anatomy: the naming scheme that fits the model; None without one.
     arrays: {'path/name': shape, or box of shapes} of all arrays of the backbone.
+    takes_boxes: whether arrays may be computed where the model reads them. A model that maps over
+      its parameters (`nn.WeightNorm`) gets new arrays instead, computed before it runs.
+    aliases: {'path/name': 'path/name' by which the same array is known} of an array that several
+      modules own (NNX).
   """
 
   def __init__(self, *args, **kwargs):
     super().__init__(*args, **kwargs)
     self.anatomy: Any = None
     self.arrays: dict[str, Any] = {}
+    self.aliases: dict[str, str] = {}
+    self.takes_boxes = True
 
   def expand(self, pattern: str) -> str:
     """Replaces roles such as {q} or {block} by the anatomy's patterns."""

@@ -267,6 +267,9 @@ class Tuned:
     """The arrays of the backbone with boxes in place of those that a Weight replaces."""
     flat = dict(flat)
     for rule, site, names in self._plan.boxed:
+      if not self.sites.takes_boxes:
+        flat |= self._merge_rule(rule, site, self._entry(theta, rule, site), flat)
+        continue
       whole = _arrays_of(site, flat)
       t = jax.tree.map(site.spread, self._entry(theta, rule, site))
       if site.chosen is not None:

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from jpeft.core import Site
+
 # Initial distributions
 
 
@@ -233,15 +235,9 @@ def _drop(x: jax.Array, key: jax.Array | None, rate: float, shape: tuple[int, ..
 # Outputs of modules, and recomputation
 
 
-def on_first(out: Any, fn: Callable[[jax.Array], jax.Array]) -> Any:
-  """A module's output, fn applied to its first array."""
-  leaves, tree = jax.tree.flatten(out)
-  return jax.tree.unflatten(tree, [fn(leaves[0]), *leaves[1:]])
-
-
-def put_first(out: Any, new: jax.Array) -> Any:
-  """A module's output with its first array replaced, in that array's dtype."""
-  return on_first(out, lambda first: new.astype(first.dtype))
+def put_stream(site: Site, out: Any, new: jax.Array) -> Any:
+  """The output of the module at a site with another stream, in the dtype of the old one."""
+  return site.map_stream(out, lambda old: new.astype(old.dtype))
 
 
 def remat_if(remat: bool, fn: Callable[..., Any], **options) -> Callable[..., Any]:

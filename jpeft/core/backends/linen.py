@@ -16,7 +16,7 @@ from flax import traverse_util
 from flax.core import FrozenDict, meta
 
 from ..boxes import Box
-from ..paths import EXTRAS, TAP, join_path
+from ..paths import EXTRAS, TAP, join_path, key_path, path_keys
 
 # Where a module that runs as a pure function stands in the model; '' for the model itself.
 _prefix: contextvars.ContextVar[str] = contextvars.ContextVar('jpeft_prefix', default='')
@@ -34,9 +34,7 @@ def arrays(model, backbone) -> dict[str, Any]:
 
 def replace(model, backbone, flat: Mapping):
   before = _flat(backbone['params'])
-  nested = {
-    tuple(path.split('/')): _with_metadata(before.get(path), new) for path, new in flat.items()
-  }
+  nested = {path_keys(path): _with_metadata(before.get(path), new) for path, new in flat.items()}
   replaced = {**backbone, 'params': traverse_util.unflatten_dict(nested)}
   if isinstance(backbone, FrozenDict):
     return FrozenDict(replaced)
@@ -46,7 +44,7 @@ def replace(model, backbone, flat: Mapping):
 def _flat(params: Mapping) -> dict[str, Any]:
   """{'path/name': leaf} of nested params; boxes and metadata are leaves."""
   flat = traverse_util.flatten_dict(dict(params), is_leaf=lambda _, x: not isinstance(x, Mapping))
-  return {'/'.join(keys): leaf for keys, leaf in flat.items()}
+  return {key_path(keys): leaf for keys, leaf in flat.items()}
 
 
 def _plain(leaf):
@@ -68,6 +66,10 @@ def shapes_inside(module) -> dict[str, tuple[int, ...]]:
   return {
     path: tuple(meta.unbox(leaf).shape) for path, leaf in flat.items() if TAP not in path.split('/')
   }
+
+
+def aliases(model) -> dict[str, str]:
+  return {}
 
 
 def stored(module, name: str):

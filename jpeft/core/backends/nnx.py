@@ -15,7 +15,7 @@ import jax
 from flax import nnx
 
 from ..boxes import Box, read
-from ..paths import EXTRAS, TAP
+from ..paths import EXTRAS, TAP, key_path
 
 # The merged model of the call that runs.
 _root: contextvars.ContextVar = contextvars.ContextVar('jpeft_root')
@@ -33,14 +33,10 @@ class _Tap(nnx.Variable):
   """What rules recorded at a module."""
 
 
-def _joined(path: tuple) -> str:
-  return '/'.join(map(str, path))
-
-
 def arrays(model, backbone) -> dict[str, Any]:
   kinds = {}
   for path, variable in nnx.to_flat_state(nnx.state(model)):
-    kinds[_joined(path)] = _kind(variable)
+    kinds[key_path(path)] = _kind(variable)
   flat = _flat(backbone)
   unknown = sorted(set(flat) - set(kinds))
   if unknown:
@@ -51,25 +47,30 @@ def arrays(model, backbone) -> dict[str, Any]:
 
 
 def _kind(variable) -> type:
-  """The class of a Variable, also where a state has its metadata in its place."""
+  """The class of a value, also where a state has a Variable's metadata in its place."""
   if isinstance(variable, nnx.VariableMetadata):
     return variable.type
   return type(variable)
 
 
 def _is_weight(kind: type) -> bool:
-  return not issubclass(kind, (nnx.RngState, nnx.BatchStat, nnx.Cache, nnx.Intermediate, _Tap))
+  """Whether values of a class are weights. A plain array that is an attribute is a constant."""
+  if not issubclass(kind, nnx.Variable):
+    return False
+  return not issubclass(
+    kind, (nnx.RngState, nnx.BatchStat, nnx.Cache, nnx.Intermediate, _Extras, _Tap)
+  )
 
 
 def _flat(backbone) -> dict[str, Any]:
   """{'path/name': value} of all Variables."""
-  return {_joined(path): value for path, value in nnx.to_flat_state(nnx.as_pure(backbone))}
+  return {key_path(path): value for path, value in nnx.to_flat_state(nnx.as_pure(backbone))}
 
 
 def replace(model, backbone, flat: Mapping):
   replaced = []
   for path, old in nnx.to_flat_state(backbone):
-    name = _joined(path)
+    name = key_path(path)
     if isinstance(old, nnx.Variable):
       new = old.replace(flat.get(name, old.get_raw_value()))
     else:
@@ -82,8 +83,22 @@ def shapes_inside(module) -> dict[str, tuple[int, ...]]:
   shapes = {}
   for path, variable in nnx.to_flat_state(nnx.state(module)):
     if _is_weight(type(variable)):
-      shapes[_joined(path)] = tuple(variable.get_raw_value().shape)
+      shapes[key_path(path)] = tuple(variable.get_raw_value().shape)
   return shapes
+
+
+def aliases(model) -> dict[str, str]:
+  known = {}
+  for path, variable in nnx.to_flat_state(nnx.state(model)):
+    known[key_path(path)] = variable
+  paths = {id(variable): path for path, variable in nnx.iter_graph(model)}
+  found = {}
+  for path, module in nnx.iter_modules(model):
+    for name, value in vars(module).items():
+      here = key_path((*path, name))
+      if isinstance(value, nnx.Variable) and here not in known:
+        found[here] = key_path(paths[id(value)])
+  return found
 
 
 def stored(module, name: str):
@@ -103,15 +118,15 @@ def fresh(inputs):
 
 
 def run(model, backbone, flat, extras, hook, wanted, records, args, kwargs):
-  root = nnx.merge(*nnx.split(model), copy=True)
   values = _flat(backbone) | dict(flat)
+  root = _merged_with(model, values)
   _set_values(root, values)
   mutable = kwargs.pop('mutable', False)
   method = kwargs.pop('method', '__call__')
   if isinstance(kwargs.get('rngs'), dict):  # keys by the names of streams, as Linen takes them
     _reseed(root, kwargs.pop('rngs'))
   for path, module in list(nnx.iter_modules(root)):
-    name = _joined(path)
+    name = key_path(path)
     if wanted is None:
       methods = _methods(type(module))
     else:
@@ -132,12 +147,23 @@ def run(model, backbone, flat, extras, hook, wanted, records, args, kwargs):
   return out, recorded
 
 
+def _merged_with(model, values: Mapping[str, Any]):
+  """A copy of a model, with other plain arrays as attributes."""
+  graphdef, state = nnx.split(model)
+  leaves = []
+  for path, leaf in nnx.to_flat_state(state):
+    if not isinstance(leaf, nnx.Variable | nnx.VariableMetadata):
+      leaf = values.get(key_path(path), leaf)
+    leaves.append((path, leaf))
+  return nnx.merge(graphdef, nnx.from_flat_state(leaves), copy=True)
+
+
 def _set_values(root, values: Mapping[str, Any]) -> None:
   """Gives the Variables of a model other values; a box is computed when it is read."""
   for path, variable in nnx.iter_graph(root):
     if not isinstance(variable, nnx.Variable):
       continue
-    value = values.get(_joined(path))
+    value = values.get(key_path(path))
     if value is None:
       continue
     if isinstance(value, Box):
@@ -174,7 +200,7 @@ def _written(root, mutable, known: Mapping[str, Any]):
     mutable = ...
   kept = []
   for path, variable in nnx.to_flat_state(nnx.state(root, mutable)):
-    if _joined(path) in known and not isinstance(variable, (nnx.Param, _Tap)):
+    if key_path(path) in known and not isinstance(variable, (nnx.Param, _Tap)):
       kept.append((path, variable))
   return nnx.from_flat_state(kept)
 
@@ -217,7 +243,7 @@ def _recorded() -> dict[str, dict]:
   found = {}
   for path, variable in nnx.iter_graph(_root.get()):
     if isinstance(variable, _Tap):
-      found[_joined(path[:-1])] = dict(variable.get_value())
+      found[key_path(path[:-1])] = dict(variable.get_value())
   return found
 
 
@@ -254,7 +280,7 @@ def _merged(graphdef):
 
 def layer(module, site, index: int | None):
   modules = nnx.iter_modules(_root.get())
-  found = next(other for path, other in modules if _joined(path) == site.path)
+  found = next(other for path, other in modules if key_path(path) == site.path)
   graphdef, state = nnx.split(found)
   if index is None:
     state = jax.tree.map(site.each, state)

@@ -45,6 +45,12 @@ class Backend(Protocol):
     Inside a scan these are the shapes of one layer. Paths start at the module.
     """
 
+  def aliases(self, model) -> dict[str, str]:
+    """{'path/name': 'path/name' in `arrays`} for an array that several modules own.
+
+    Empty in Linen, where one module owns an array.
+    """
+
   def stored(self, module, name: str):
     """An array that a module owns, as it is stored: a box stays one."""
 

@@ -36,7 +36,7 @@ import jax.numpy as jnp
 from jpeft.core import Bound, Call, Method, Site, at, chain, factory
 
 from ..check import require, whole, within
-from ..nn import drop, on_first
+from ..nn import drop
 
 ACTIVATIONS = {
   'relu': jax.nn.relu,
@@ -76,7 +76,7 @@ def houlsby(
 
   def apply(theta, call, *args, **kwargs):
     out = call(*args, **kwargs)
-    return on_first(out, lambda h: h + adapter.branch(theta, call, h))
+    return call.site.map_stream(out, lambda h: h + adapter.branch(theta, call, h))
 
   return at(targets, Call(name, apply, init_site))
 
@@ -111,7 +111,7 @@ def pfeiffer(
   def apply(theta, call, x, *args, **kwargs):
     if not _is_norm(call.site):
       out = call(x, *args, **kwargs)
-      return on_first(out, lambda h: h + adapter.branch(theta, call, h))
+      return call.site.map_stream(out, lambda h: h + adapter.branch(theta, call, h))
     # In a block that ends with this norm the adapter reads behind the norm and adds before it, so
     # the norm runs twice: here as a pure function, below as the module that other rules see.
     norm, arrays = call.pure()
@@ -154,7 +154,7 @@ def parallel(
   def apply(theta, call, *args, **kwargs):
     x = _first_input(call, args, kwargs)
     out = call(*args, **kwargs)
-    return on_first(out, lambda h: h + adapter.branch(theta, call, x))
+    return call.site.map_stream(out, lambda h: h + adapter.branch(theta, call, x))
 
   return at(targets, Call(name, apply, init_site))
 
@@ -206,7 +206,7 @@ def adaptformer(
     if 'u' not in call.local:
       raise ValueError(f'{name}: nothing inside {call.site.path!r} is named by stream={stream!r}')
     try:
-      return on_first(out, lambda h: h + adapter.branch(theta, call, call.local['u']))
+      return call.site.map_stream(out, lambda h: h + adapter.branch(theta, call, call.local['u']))
     except jax.errors.UnexpectedTracerError as error:
       raise ValueError(
         f'{name}: {call.site.path!r} runs its inside under a jit or remat of its own, which the '

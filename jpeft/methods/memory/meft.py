@@ -41,7 +41,7 @@ from jpeft.core import Bound, Call, Method, Site, Tuned, at, chain, factory
 
 from ..adapter.bottleneck import Adapter
 from ..check import choice, is_whole, require
-from ..nn import on_first, put_first
+from ..nn import put_stream
 from ..side.stack import Stack
 from .reversible import Layers, Reversible
 
@@ -219,7 +219,7 @@ class _MEFT:
       return _zeros(call, args, kwargs)
     x = next(iter(call.inputs(*args, **kwargs).values()))
     out = call(*args, **kwargs)
-    return on_first(out, lambda h: h + self.adapter.branch(t, call, x))
+    return call.site.map_stream(out, lambda h: h + self.adapter.branch(t, call, x))
 
   def init_attention(self, key, site: Site, arrays) -> dict:
     return self.adapter.init(key, site.out, site.out)
@@ -229,7 +229,7 @@ class _MEFT:
     if not _runs(call, 'attention'):
       return _zeros(call, args, kwargs)
     out = call(*args, **kwargs)
-    return on_first(out, lambda o: o + self.adapter.branch(t, call, o))
+    return call.site.map_stream(out, lambda o: o + self.adapter.branch(t, call, o))
 
   def skip_block(self, t, call, *args, **kwargs):
     """Returns the stream as it came, and records what else the block is called with, for the exit.
@@ -266,8 +266,8 @@ class _MEFT:
       return call(self.through_blocks(t, call, x, net, count), *args, **kwargs)
     # All blocks in the exit are identities: what it returns are the embeddings.
     y = call(x, *args, **kwargs)
-    embeddings = jax.tree.leaves(y)[0]
-    return put_first(y, self.through_blocks(t, call, embeddings, net, count))
+    embeddings = call.site.stream(y)
+    return put_stream(call.site, y, self.through_blocks(t, call, embeddings, net, count))
 
   def through_blocks(self, t, call, x: jax.Array, net: Stack, count: int) -> jax.Array:
     """The last hidden state [B, N, d] of embeddings x; the first `count` layers are reversible."""
@@ -343,7 +343,7 @@ class _MEFT:
       # Read while the block is traced, so that each part of a layer is a program of its own.
       call.local['running'] = name
       out = fn(row['arrays'], x, **row['inputs'])
-      return jax.tree.leaves(out)[0]
+      return call.site.stream(out)
 
     return run
 

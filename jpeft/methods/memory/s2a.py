@@ -32,7 +32,7 @@ from jpeft import residuals
 from jpeft.core import Call, Method, Site, at, chain, factory
 
 from ..check import whole
-from ..nn import on_first, pool
+from ..nn import pool
 from ..subset.tune import tune
 
 
@@ -172,7 +172,7 @@ class _S2A:
       if not self.side:
         return out
       beside = self.beside(t['side'], x)
-      return on_first(out, lambda y: y + beside.astype(y.dtype))
+      return call.site.map_stream(out, lambda y: y + beside.astype(y.dtype))
 
     return residuals.compressed(block, self.bits, self.operand_bits)(
       (arrays, t), x, *args, **kwargs

@@ -35,7 +35,7 @@ from jpeft.core import Bound, Call, Method, Site, at, factory
 
 from ..check import whole, within
 from ..masks import is_of_other_sequence, seen_keys
-from ..nn import drop, on_first, uniform
+from ..nn import drop, uniform
 
 
 @factory
@@ -62,7 +62,7 @@ def vpt_deep(
   def apply(t, call, *args, **kwargs):
     args, kwargs = enter(call, args, kwargs, tokens, _prompts(t, call, dropout))
     out = call(*args, **kwargs)
-    return on_first(out, lambda x: remove_tokens(call.site, x, tokens))
+    return call.site.map_stream(out, lambda x: remove_tokens(call.site, x, tokens))
 
   return at(blocks, Call(name, apply, init))
 
@@ -141,14 +141,14 @@ class _Shallow:
       args, kwargs = enter(call, args, kwargs, self.tokens, prompts)
       out = call(*args, **kwargs)
       if last:
-        out = on_first(out, remove)
+        out = call.site.map_stream(out, remove)
       return out
     # The prompts stay outside of it: they enter behind the first module, and leave before the last.
     if last:
       args, kwargs = on_stream(call, args, kwargs, remove)
     out = call(*args, **kwargs)
     if first:
-      out = on_first(out, insert)
+      out = call.site.map_stream(out, insert)
     return out
 
 

@@ -186,7 +186,7 @@ def own_block(site: Site, reduction: int) -> SideBlock:
         variables['cache'] = cache
       out, state = apply(variables, s, mutable=['cache'])
       cache = state.get('cache', {})
-    return jax.tree.leaves(out)[0], cache
+    return site.stream(out), cache
 
   return SideBlock(init, run, None, mixes=True)
 

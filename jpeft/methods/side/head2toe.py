@@ -85,7 +85,7 @@ class _Head2Toe:
 
   def apply(self, t, call, *args, **kwargs):
     out = call(*args, **kwargs)
-    x = averaged(jax.lax.stop_gradient(jax.tree.leaves(out)[0]), self.target)
+    x = averaged(jax.lax.stop_gradient(call.site.stream(out)), self.target)
     if self.norm:
       x = features.unit(x)
     call.tap(vote=features.vote(t, x))

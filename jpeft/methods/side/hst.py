@@ -53,7 +53,7 @@ from ..nn import (
   glorot_bound,
   layer_norm,
   linear,
-  put_first,
+  put_stream,
   remat_if,
   scales,
   truncated_normal,
@@ -217,11 +217,11 @@ class _HST:
 
     args, kwargs = enter(call, args, kwargs, 1, token)
     out = call(*args, **kwargs)
-    x = jax.tree.leaves(out)[0]  # [B, special + 1 + N, d]
+    x = call.site.stream(out)  # [B, special + 1 + N, d]
     special = lead_of(call.site)
     rest = remove_tokens(call.site, x, 1)  # [B, special + N, d]
     call.tap(meta=x[:, special : special + 1], patches=rest[:, special:])
-    return put_first(out, rest)
+    return put_stream(call.site, out, rest)
 
   # The pyramid beside it
 
@@ -320,7 +320,7 @@ class _HST:
     if self.output == 'segmentation':
       return segmentation(t['fpn'], maps)
     feature = maps[-1].mean((1, 2))  # [B, C_3]
-    return put_first(y, linear(t['head'], layer_norm({}, feature)))
+    return put_stream(call.site, y, linear(t['head'], layer_norm({}, feature)))
 
   def side_block(self, t, bridge, x, token, patches, *, heads: int, grid: tuple[int, int], key):
     """The map x after the side block beside backbone block i.

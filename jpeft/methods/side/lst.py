@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jpeft.core import NO_BACKPROP, Call, Method, Site, at, chain, factory
 
 from ..check import choice
-from ..nn import dense, drop, layer_norm, linear, pool, put_first
+from ..nn import dense, drop, layer_norm, linear, pool, put_stream
 from .ladder import BLOCKS, Ladder, ladder_at, ladder_beside
 from .stack import record
 
@@ -202,7 +202,7 @@ class _LST:
   def apply(self, t, call, x, *args, **kwargs):
     net = self.ladder(call.site)
     y = call(x, *args, **kwargs)
-    out = jax.tree.leaves(y)[0]
+    out = call.site.stream(y)
     taps = call.taps()
 
     s = net.embeddings(taps)  # [B, N, d], or [B, N, d'] if pooled
@@ -225,7 +225,7 @@ class _LST:
     if not net.is_last:  # the side decoder attends to it
       call.tap(side=s)
       return y
-    return put_first(y, self.merged(t, linear(t['up'], s), jax.lax.stop_gradient(out)))
+    return put_stream(call.site, y, self.merged(t, linear(t['up'], s), jax.lax.stop_gradient(out)))
 
   def gates(self, t, net: Ladder) -> jax.Array:
     """g_i of each side layer."""

@@ -41,7 +41,7 @@ from einops import reduce
 from jpeft.core import NO_BACKPROP, Call, Method, Site, at, chain, factory
 
 from ..check import choice
-from ..nn import layer_norm, linear, put_first, scales
+from ..nn import layer_norm, linear, put_stream, scales
 from .ladder import BLOCKS, Ladder, ladder_at, ladder_beside
 from .stack import record
 
@@ -217,7 +217,7 @@ class _QST:
   def apply(self, t, call, x, *args, **kwargs):
     net = self.ladder(call.site)
     y = call(x, *args, **kwargs)
-    out = jax.tree.leaves(y)[0]
+    out = call.site.stream(y)
     taps = call.taps()
     last = self.tap(net.last(x, out))
 
@@ -236,7 +236,7 @@ class _QST:
     backbone = jax.lax.stop_gradient(out)
     share = SHARES[self.blend](t['blend'])
     # As a step from the backbone's state: with a share of 0 the sum is that state to the bit.
-    return put_first(y, backbone + share * (u - backbone))
+    return put_stream(call.site, y, backbone + share * (u - backbone))
 
   def down(self, h: jax.Array, t: Any) -> jax.Array:
     """Dn of a state [B, N, d], [B, N, d']; t is the layer's entry of 'down'. Pooled states are

@@ -50,7 +50,7 @@ import jax.numpy as jnp
 from jpeft.core import PARTIAL_REENTRY, Call, Method, Site, at, chain, factory
 
 from ..check import at_least, choice, within
-from ..nn import dense, drop, layer_norm, linear, put_first, remat_if, rms_norm, scales
+from ..nn import dense, drop, layer_norm, linear, put_stream, remat_if, rms_norm, scales
 from .stack import Stack, record
 
 DOWNS = ('gated', 'norm')
@@ -215,7 +215,7 @@ class _SHERL:
     net = self.stack(call.site)
     y = call(x, *args, **kwargs)
     taps = call.taps()
-    last = net.last(x, jax.tree.leaves(y)[0])
+    last = net.last(x, call.site.stream(y))
     side = self.merge(t, net, call, taps, last)
     if not net.is_last:
       call.tap(side=norm(t, side))
@@ -223,7 +223,7 @@ class _SHERL:
     # Here alone a gradient runs through the backbone. No stop_gradient may stand behind it: all of
     # theta but Norm reaches the loss by no other way.
     side = self.run_last_block(net, call, taps, side.astype(x.dtype))
-    return put_first(y, norm(t, side))
+    return put_stream(call.site, y, norm(t, side))
 
   def merge(self, t, net: Stack, call, taps, last: jax.Array) -> jax.Array:
     """x [B, N, d], the merged state in the width of the backbone.
@@ -267,7 +267,7 @@ class _SHERL:
       for name in _contexts(block):
         inputs[name] = taps[net.exits[0].path]['side']
     run, arrays = call.layer(block, index)
-    return jax.tree.leaves(run(arrays, x, **inputs))[0]
+    return block.stream(run(arrays, x, **inputs))
 
 
 def merged(t, u: jax.Array) -> jax.Array:

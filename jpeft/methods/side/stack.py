@@ -366,7 +366,7 @@ class _Around:
     """Records the last state."""
     y = call(x, *args, **kwargs)
     net = Stack(call.site, self.blocks, self.exit)
-    call.tap(last=net.last(x, jax.tree.leaves(y)[0]))
+    call.tap(last=net.last(x, call.site.stream(y)))
     return y
 
   def apply_model(self, t, call, *args, **kwargs):

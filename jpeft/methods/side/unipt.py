@@ -46,7 +46,7 @@ import jax.numpy as jnp
 from jpeft.core import NO_BACKPROP, Call, Method, Site, at, chain, factory
 
 from ..masks import masks
-from ..nn import dense, layer_norm, linear, pool, put_first, remat_if, scales
+from ..nn import dense, layer_norm, linear, pool, put_stream, remat_if, scales
 from .stack import Stack, record
 
 FORMS = ('tokens', 'retrieval')
@@ -176,7 +176,7 @@ class _UniPT:
     net = self.stack(call.site)
     y = call(x, *args, **kwargs)
     taps = call.taps()
-    last = self.keep(net.last(x, jax.tree.leaves(y)[0]))
+    last = self.keep(net.last(x, call.site.stream(y)))
     states = range(net.depth + 1)
     p = net.each(remat_if(self.remat, project), taps, last, states, t['layers'])
     if 'cross' in t:
@@ -198,7 +198,7 @@ class _UniPT:
       return y
     if self.form == 'retrieval':
       side = jax.nn.relu(side)
-    return put_first(y, linear(t['up'], side))
+    return put_stream(call.site, y, linear(t['up'], side))
 
   def project_total(self, t, total: jax.Array) -> jax.Array:
     """Proj: [B, N, m] to [B, N, m]."""
@@ -321,7 +321,7 @@ class _GlobalUniPT:
   def record_last(self, t, call, x, *args, **kwargs):
     """Runs the exit, and records the last state."""
     y = call(x, *args, **kwargs)
-    call.tap(last=self.stack(call.site).last(x, jax.tree.leaves(y)[0]))
+    call.tap(last=self.stack(call.site).last(x, call.site.stream(y)))
     return y
 
   def apply(self, t, call, *args, **kwargs):
@@ -329,7 +329,7 @@ class _GlobalUniPT:
     net = self.stack_of(call.site)
     taps = call.taps()
     y = call(*args, **kwargs)
-    embedding = jax.lax.stop_gradient(jax.tree.leaves(y)[0])
+    embedding = jax.lax.stop_gradient(call.site.stream(y))
     anchor = linear(t['anchor'], jax.nn.relu(embedding))[:, None]  # Q [B, 1, m]
     last = taps[net.site.path]['last']
     states = range(net.depth + 1)
@@ -346,7 +346,7 @@ class _GlobalUniPT:
 
     total = weighted_sum(net, p, score, aligned, anchor, self.remat)
     update = linear(t['up'], jax.nn.relu(anchor + total))[:, 0]
-    return put_first(y, embedding + update)
+    return put_stream(call.site, y, embedding + update)
 
 
 def project_relu(state: jax.Array, t) -> jax.Array:

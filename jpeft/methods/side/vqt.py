@@ -136,7 +136,7 @@ class _VQT:
     """Runs a block, and records what its summaries add to the logits, as the tap `vote`."""
     block, arrays = call.pure()
     out = call(*args, **kwargs)
-    first = jax.tree.leaves(out)[0]
+    first = call.site.stream(out)
     batch = len(first)
 
     def summarise(queries):  # [T, d] to Z [B, T, d]
@@ -147,7 +147,7 @@ class _VQT:
       own_args, own_kwargs = on_stream(call, args, kwargs, lambda x: stream)
       call.local['summary'] = True
       try:
-        return jax.tree.leaves(block(arrays, *own_args, **own_kwargs))[0]
+        return call.site.stream(block(arrays, *own_args, **own_kwargs))
       finally:
         call.local['summary'] = False
 
