@@ -56,7 +56,7 @@ class Anatomy:
     ):
       name = 'block'
     if name not in self.roles and name in _NOT_EVERYWHERE:
-      return '(?!)'
+      return NOTHING
     if name not in self.roles:
       near = nearest(name, self.roles)
       hint = '' if near is None else f'; did you mean {{{near}}}?'
@@ -66,6 +66,8 @@ class Anatomy:
     return self.roles[name]
 
 
+# The pattern that matches nothing.
+NOTHING = '(?!)'
 # Parts that methods name beside others, and that a family may lack: nothing matches there.
 _NOT_EVERYWHERE = ('patch', 'final_norm')
 
@@ -138,14 +140,35 @@ def register_anatomy(anatomy: Anatomy) -> None:
   ANATOMIES.update({anatomy.name: anatomy, **rest})
 
 
+# A family fits if this share of its roles names something; below the second, only if no family of
+# another kind (causal, special tokens) fits nearly as well.
+_LEAST_SHARE = 0.5
+_CERTAIN_SHARE = 0.75
+_NEARLY = 0.1
+
+
 def choose(sites) -> Anatomy | None:
-  """The family whose roles match the largest share of a model's sites, if any matches its
-  blocks.
-  """
+  """The family whose roles match the largest share of a model's sites; None if none fits."""
+  shares = {name: share(anatomy, sites) for name, anatomy in ANATOMIES.items()}
+  best = max(shares, key=lambda name: shares[name])  # the first of equals
+  if shares[best] < _LEAST_SHARE:
+    return None
+  found = ANATOMIES[best]
+  if shares[best] < _CERTAIN_SHARE:
+    for name, other in ANATOMIES.items():
+      is_other_kind = (other.causal, other.lead) != (found.causal, found.lead)
+      if is_other_kind and shares[name] > shares[best] - _NEARLY:
+        return None
+  return found
 
-  def fit(anatomy: Anatomy) -> tuple[bool, float]:
-    hits = {r: any(re.fullmatch(p, path) for path in sites) for r, p in anatomy.roles.items()}
-    return hits['block'], sum(hits.values()) / len(hits)
 
-  best = max(ANATOMIES.values(), key=fit)
-  return best if fit(best)[0] else None
+def share(anatomy: Anatomy, sites) -> float:
+  """The share of a family's roles that name something; 0 if its blocks are not among them."""
+  named = [role for role, pattern in anatomy.roles.items() if _names(pattern, sites)]
+  if 'block' not in named:
+    return 0.0
+  return len(named) / len(anatomy.roles)
+
+
+def _names(pattern: str, sites) -> bool:
+  return any(re.fullmatch(pattern, path) for path in sites)

@@ -1,7 +1,10 @@
 """attach(model, method, backbone, *example) -> Tuned, resolved once, from shapes."""
 
+import re
+
 import jax
 
+from .anatomy import NOTHING
 from .discover import sites_of
 from .entries import unused_name
 from .layers import restricted
@@ -31,6 +34,7 @@ def attach(model, method: Method, backbone, /, *args, **kwargs) -> Tuned:
   # Weights first: arrays come before the call that reads them.
   rules.sort(key=lambda pair: isinstance(pair[0], Call))
   _check_names(rules)
+  _check_takes(rules)
   _check_losses(rules)
   decided = plan(rules, sites)
   for rule, site, _ in decided.boxed:
@@ -53,6 +57,7 @@ def _match(pattern: str, rule: Rule, sites: Sites) -> list[Site]:
     chosen = [restricted(site, rule.layers) for site in able]
     found = [site for site in chosen if site is not None]
   if found:
+    _check_alternatives(pattern, rule, sites)
     return found
   if able:
     raise ValueError(
@@ -69,10 +74,52 @@ def _match(pattern: str, rule: Rule, sites: Sites) -> list[Site]:
   why = 'no site matches'
   if matching:
     why = f'{len(matching)} sites match, but none has what it adapts'
+    if isinstance(rule, Call):
+      methods = dict.fromkeys(name for site in matching for name in site.methods)
+      why = (
+        f'{len(matching)} sites match, but of none a method {rule.method!r} is called (only '
+        f'{", ".join(methods) or "none"})'
+      )
   raise ValueError(
-    f'{rule.name}: {why}: {pattern!r}. Near it, of {len(sites)} sites: '
+    f'{rule.name}: {why}: {pattern!r}{_family_of(pattern, sites)}. Near it, of {len(sites)} sites: '
     f'{", ".join(sites.nearest(pattern))}'
   )
+
+
+def _family_of(pattern: str, sites: Sites) -> str:
+  """The naming scheme that was taken for the model, for errors about patterns with roles."""
+  if sites.anatomy is None or '{' not in pattern:
+    return ''
+  return (
+    f' (the model is taken for a {sites.anatomy.name!r}; describe one of your own by '
+    'jpeft.register_anatomy)'
+  )
+
+
+def _check_alternatives(pattern: str, rule: Rule, sites: Sites) -> None:
+  """Raises a ValueError if one of several alternatives, as of '{q}|{v}', names nothing."""
+  alternatives = _alternatives(pattern)
+  if len(alternatives) == 1:
+    return
+  for alternative in alternatives:
+    if not sites.find(alternative) and sites.expand(alternative) != f'(?:{NOTHING})':
+      raise ValueError(
+        f'{rule.name}: of {pattern!r}, {alternative!r} names nothing{_family_of(pattern, sites)}: '
+        'leave it out, or see what it should be called'
+      )
+
+
+def _alternatives(pattern: str) -> list[str]:
+  """What stands between the '|' of a pattern that are in no group."""
+  found = ['']
+  depth = 0
+  for letter in re.findall(r'\\?.', pattern):  # an escaped letter is one
+    depth += (letter in '([{') - (letter in ')]}')
+    if letter == '|' and depth == 0:
+      found.append('')
+    else:
+      found[-1] += letter
+  return found
 
 
 def _can_act(rule: Rule, site: Site) -> bool:
@@ -84,6 +131,9 @@ def _can_act(rule: Rule, site: Site) -> bool:
 
 def _check_names(rules: list[tuple[Rule, Site]]) -> None:
   """Raises a ValueError if two rules of one name meet."""
+  for rule, _ in rules:
+    if '/' in rule.name or not rule.name:
+      raise ValueError(f'the name of a rule, {rule.name!r}, must not be empty or have a "/"')
   seen = set()
   chosen = {}
   for rule, site in rules:
@@ -99,6 +149,16 @@ def _check_names(rules: list[tuple[Rule, Site]]) -> None:
         'another name='
       )
     seen.add(here)
+
+
+def _check_takes(rules: list[tuple[Rule, Site]]) -> None:
+  """Raises a ValueError if a rule of a layer takes arguments of the model's call."""
+  for rule, site in rules:
+    if rule.takes and site.path:
+      raise ValueError(
+        f'{rule.name} at {site.path!r}: takes={rule.takes!r} are arguments of tuned.apply, which a '
+        "rule at the model ('') alone gets"
+      )
 
 
 def _check_losses(rules: list[tuple[Rule, Site]]) -> None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .blame import blame
 from .discover import named_arrays
 from .entries import cast, names_entry
 from .injection import inject
@@ -322,8 +323,9 @@ def run_call(rule: Call, theta, bound: Bound, *args, **kwargs):
   wrapped = bound._run
   dtypes = []
 
-  def recording(*args, **kwargs):
-    out = wrapped(*args, **kwargs)
+  def recording(*own_args, **own_kwargs):
+    _check_passed(rule, bound.site, (args, kwargs), (own_args, own_kwargs))
+    out = wrapped(*own_args, **own_kwargs)
     dtypes.append([getattr(x, 'dtype', None) for x in jax.tree.leaves(out)])
     return out
 
@@ -334,14 +336,34 @@ def run_call(rule: Call, theta, bound: Bound, *args, **kwargs):
   token = _running.set((*around, (rule.name, bound.local)))
   try:
     dtype = _input_dtype(bound.site, args, kwargs)
-    out = rule.apply(cast(theta, dtype, rule.exact), bound, *args, **kwargs)
+    with blame(rule, bound.site, 'apply'):
+      out = rule.apply(cast(theta, dtype, rule.exact), bound, *args, **kwargs)
   finally:
     _running.reset(token)
+  if out is None and bound.site.out is not None:
+    raise ValueError(
+      f'apply of {rule.name!r} at {bound.site.path!r} returns nothing: return what the call gives'
+    )
   leaves, tree = jax.tree.flatten(out)
   if not dtypes or len(dtypes[-1]) != len(leaves):  # the rule returns something of its own
     return out
   leaves = [_with_dtype(x, dtype) for x, dtype in zip(leaves, dtypes[-1], strict=True)]
   return jax.tree.unflatten(tree, leaves)
+
+
+def _check_passed(rule: Call, site: Site, given, passed) -> None:
+  """Raises a ValueError if a rule does not pass on what the module is called with."""
+  args, kwargs = given
+  own_args, own_kwargs = passed
+  dropped = [name for name in kwargs if name not in own_kwargs and name not in rule.takes]
+  # Arguments may change between position and name.
+  missing = len(args) + len(dropped) - len(own_args) - len(set(own_kwargs) - set(kwargs))
+  if missing > 0:
+    lost = ', '.join(dropped) or f'{missing} by position'
+    raise ValueError(
+      f'apply of {rule.name!r} at {site.path!r} drops arguments of the call ({lost}): take and '
+      'pass on *args and **kwargs'
+    )
 
 
 def run_if(active: jax.Array, run: Callable, bound: Bound, *args, **kwargs):

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .blame import blame
 from .boxes import Box, Lazy
 from .entries import cast
 from .injection import PRODUCTS, inject
@@ -58,7 +59,12 @@ def fused(
     arrays[name] = product.kernel
     for i, (rule, t, active) in enumerate(rules):
       t = cast(t, y.dtype, rule.exact)
-      new = rule.dot(t, product.operand, y, _kernel(site, name, arrays), _fold_in(key, i))
+      with blame(rule, site, 'dot'):
+        new = rule.dot(t, product.operand, y, _kernel(site, name, arrays), _fold_in(key, i))
+      if new.shape != y.shape:
+        raise ValueError(
+          f'dot of {rule.name!r} at {site.path!r} makes {new.shape} of an output {y.shape}'
+        )
       y = _if_active(active, new.astype(out.dtype), y)
       arrays = _After(rule, t, active, site, arrays)
     return product.from_rows(y, out.shape)

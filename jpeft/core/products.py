@@ -23,6 +23,12 @@ class Operand:
   def __matmul__(self, m: jax.Array) -> jax.Array:
     return self.multiply(self.x, m.astype(self.x.dtype))
 
+  def __getattr__(self, name: str):
+    raise AttributeError(
+      f'an Operand has no {name!r}: it multiplies matrices by @, its array is x.x, and '
+      'x.map(fn) changes that'
+    )
+
   def map(self, fn: Callable[[jax.Array], jax.Array]) -> 'Operand':
     """The same operand with fn(x) in place of x: dropout, a mask, a scale."""
     return dataclasses.replace(self, x=fn(self.x))

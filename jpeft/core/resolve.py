@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jpeft.messages import did_you_mean
+
+from .blame import blame
 from .boxes import Arrays, Reader
 from .fused import field_of
 from .rules import Call, Rule, Weight
@@ -66,13 +69,27 @@ def changes(rule: Weight, site: Site) -> tuple[str, ...]:
 
   def new(key, arrays):
     number = jnp.int32(0) if site.axes else site.number
-    theta = rule.init(key, site, Arrays(arrays, _Zeros(site.model.arrays), number))
-    return rule.apply(theta, site, Reader(arrays))
+    with blame(rule, site, 'init'):
+      theta = rule.init(key, site, Arrays(arrays, _Zeros(site.model.arrays), number))
+    with blame(rule, site, 'apply'):
+      return rule.apply(theta, site, Reader(arrays))
 
   shapes = {}
   for name, leaf in site.leaves.items():
     shapes[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-  return tuple(jax.eval_shape(new, jax.random.key(0), shapes | site.boxes))
+  made = jax.eval_shape(new, jax.random.key(0), shapes | site.boxes)
+  for name, array in made.items():
+    if name not in site.leaves:
+      raise ValueError(
+        f'apply of {rule.name!r} at {site.path!r} returns {name!r}, which is no array of the site; '
+        f'its arrays are {", ".join(site.leaves) or "none"}{did_you_mean(name, site.leaves)}'
+      )
+    if tuple(array.shape) != site.leaves[name].shape:
+      raise ValueError(
+        f'apply of {rule.name!r} at {site.path!r} returns {name!r} of shape {tuple(array.shape)}, '
+        f'and the array is {site.leaves[name].shape}'
+      )
+  return tuple(made)
 
 
 def _has_dot(rule: Weight, site: Site) -> bool:

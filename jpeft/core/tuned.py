@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from .backends.choice import backend_of
+from .blame import blame
 from .boxes import Arrays, Box, Lazy, Reader, read
 from .context import Bound, NeedsRecording, Recording, acting, run_call, run_if
 from .entries import combine, entry_path, names_entry, partition
@@ -51,7 +52,13 @@ class Tuned:
     flat = backend_of(self.model).arrays(self.model, backbone)
     theta = {}
     for rule, site in self.rules:
-      t = self._init_rule(rule, site, _key_of(key, rule, site), flat)
+      with blame(rule, site, 'init'):
+        t = self._init_rule(rule, site, _key_of(key, rule, site), flat)
+      if not isinstance(t, dict):
+        raise ValueError(
+          f'init of {rule.name!r} at {site.path!r} must return a dict of arrays, not '
+          f'{type(t).__name__}'
+        )
       # A weak type would turn strong at the first update, and compile the training step again.
       t = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), t)
       if jax.tree.leaves(t):
@@ -124,7 +131,8 @@ class Tuned:
         continue
 
       def edit(t, key, rule=rule, site=site):
-        return rule.update(t, site, step, key)
+        with blame(rule, site, 'update'):
+          return rule.update(t, site, step, key)
 
       keys = _layer_keys(_key_of(key, rule, site), site)
       entries = theta[rule.name]
@@ -370,7 +378,8 @@ class Tuned:
       return {}
 
     def one_layer(t, arrays):
-      return change(t, site, Reader(arrays))
+      with blame(rule, site, 'merge' if isinstance(rule, Call) else 'apply'):
+        return change(t, site, Reader(arrays))
 
     stacked = jax.tree.map(site.stack_first, arrays)
     chosen = jax.tree.map(site.choose, stacked)
@@ -515,7 +524,8 @@ class _Applied:
 
   def __call__(self, theta, arrays):
     if self.site.chosen is None:
-      return self.rule.apply(theta, self.site, arrays)
+      with blame(self.rule, self.site, 'apply'):
+        return self.rule.apply(theta, self.site, arrays)
     theta, active = theta
     new = self.rule.apply(theta, self.site, arrays)  # in every layer; it counts in some
     return {name: jnp.where(active.reshape(()), read(x), arrays[name]) for name, x in new.items()}
