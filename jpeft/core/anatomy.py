@@ -140,9 +140,9 @@ def register_anatomy(anatomy: Anatomy) -> None:
   ANATOMIES.update({anatomy.name: anatomy, **rest})
 
 
-# A family fits if this share of its roles names something; below the second, only if no family of
-# another kind (causal, special tokens) fits nearly as well.
-_LEAST_SHARE = 0.5
+# A family fits if this share of its roles names something. Below the second share it is no more
+# than likely: then another family that fits nearly as well is its rival.
+_LEAST_SHARE = 1 / 3
 _CERTAIN_SHARE = 0.75
 _NEARLY = 0.1
 
@@ -153,13 +153,19 @@ def choose(sites) -> Anatomy | None:
   best = max(shares, key=lambda name: shares[name])  # the first of equals
   if shares[best] < _LEAST_SHARE:
     return None
-  found = ANATOMIES[best]
-  if shares[best] < _CERTAIN_SHARE:
-    for name, other in ANATOMIES.items():
-      is_other_kind = (other.causal, other.lead) != (found.causal, found.lead)
-      if is_other_kind and shares[name] > shares[best] - _NEARLY:
-        return None
-  return found
+  return ANATOMIES[best]
+
+
+def rival_of(chosen: Anatomy, sites) -> Anatomy | None:
+  """A family of another kind (causal, special tokens) that fits nearly as well; None if none."""
+  least = share(chosen, sites)
+  if least >= _CERTAIN_SHARE:
+    return None
+  for other in ANATOMIES.values():
+    is_other_kind = (other.causal, other.lead) != (chosen.causal, chosen.lead)
+    if is_other_kind and share(other, sites) > least - _NEARLY:
+      return other
+  return None
 
 
 def share(anatomy: Anatomy, sites) -> float:

@@ -39,9 +39,18 @@ def attach(model, method: Method, backbone, /, *args, **kwargs) -> Tuned:
   decided = plan(rules, sites)
   for rule, site, _ in decided.boxed:
     _check_requirement(rule, site, fused=(rule, site) in decided.wrapped.get(site.path, ()))
-  tuned = Tuned(model, tuple(rules), sites, Method(method), jax.eval_shape(lambda: backbone))
+  example = jax.tree.map(_shape, (args, kwargs))
+  shapes = jax.eval_shape(lambda: backbone)
+  tuned = Tuned(model, tuple(rules), sites, Method(method), shapes, example)
   _check_entries(tuned)  # and what a rule's `init` refuses is said here, not at the first step
   return tuned
+
+
+def _shape(x):
+  """The shape of an array; any other value (a flag, None) as it is."""
+  if hasattr(x, 'shape') and hasattr(x, 'dtype'):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+  return x
 
 
 def _match(pattern: str, rule: Rule, sites: Sites) -> list[Site]:
@@ -76,10 +85,7 @@ def _match(pattern: str, rule: Rule, sites: Sites) -> list[Site]:
     why = f'{len(matching)} sites match, but none has what it adapts'
     if isinstance(rule, Call):
       methods = dict.fromkeys(name for site in matching for name in site.methods)
-      why = (
-        f'{len(matching)} sites match, but of none a method {rule.method!r} is called (only '
-        f'{", ".join(methods) or "none"})'
-      )
+      why = f'{why}, a call of its method {rule.method!r} (called: {", ".join(methods) or "none"})'
   raise ValueError(
     f'{rule.name}: {why}: {pattern!r}{_family_of(pattern, sites)}. Near it, of {len(sites)} sites: '
     f'{", ".join(sites.nearest(pattern))}'

@@ -103,6 +103,8 @@ def sites_of(model, backbone, /, *args, **kwargs) -> Sites:
         site.boxes[name] = _one_layer(site, box)
     sites[path] = site
   sites.anatomy = anatomy.choose(sites)
+  if sites.anatomy is not None:
+    sites.rival = anatomy.rival_of(sites.anatomy, sites)
   numbered(sites)
   return sites
 

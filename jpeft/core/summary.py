@@ -9,7 +9,6 @@ from jpeft.messages import columns
 
 from .boxes import Box
 from .paths import leaf_paths
-from .rules import memory_class
 from .tuned import Tuned
 
 
@@ -30,6 +29,7 @@ class Summary:
     total: numbers of the backbone.
     memory: the memory class: what the backward pass must keep of the backbone.
     mergeable: whether `merge` gives plain weights.
+    unused: paths of trained entries of theta that reach no output.
   """
 
   rows: tuple[tuple, ...]
@@ -37,6 +37,7 @@ class Summary:
   total: int
   memory: str
   mergeable: bool
+  unused: tuple[str, ...] = ()
 
   def __str__(self) -> str:
     head = ('site', 'layers', 'class', 'rule', 'theta', 'trainable', 'merges')
@@ -48,6 +49,9 @@ class Summary:
     lines.append(
       f'{self.trainable:,} trainable numbers, {share} of {self.total:,}; {self.memory}; {merges}'
     )
+    if self.unused:
+      some = ', '.join(self.unused[:3])
+      lines.append(f'{len(self.unused)} arrays of theta reach no output: {some}')
     return '\n'.join(lines)
 
 
@@ -80,6 +84,7 @@ def summary(tuned: Tuned) -> Summary:
     rows=tuple(rows),
     trainable=count(trained),
     total=count(tuned.backbone),
-    memory=memory_class(rule for rule, _ in tuned.rules),
+    memory=tuned.memory,
+    unused=tuple(tuned.unused),
     mergeable=tuned.mergeable,
   )

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jpeft import programs
+
 from .backends.choice import backend_of
 from .blame import blame
 from .boxes import Arrays, Box, Lazy, Reader, read
@@ -16,10 +18,25 @@ from .context import Bound, NeedsRecording, Recording, acting, run_call, run_if
 from .entries import combine, entry_path, names_entry, partition
 from .fused import fused
 from .mode import mode_of
-from .paths import AUX, WRITTEN, join_path, natural
+from .paths import AUX, WRITTEN, join_path, leaf_paths, natural
 from .resolve import Plan, plan
-from .rules import Call, Method, Rule, Weight
+from .rules import (
+  FULL_CROSSING,
+  MEMORY_CLASSES,
+  NO_BACKPROP,
+  PARTIAL_REENTRY,
+  Call,
+  Method,
+  Rule,
+  Weight,
+  memory_class,
+)
 from .sites import Site, Sites
+
+# The shares of the FLOPs of frozen products above which a backward pass crosses a part of the
+# backbone, or all of it. A frozen head, or a few queries through a block, are below the first.
+_PARTIAL_SHARE = 0.25
+_FULL_SHARE = 0.5
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,6 +49,7 @@ class Tuned:
     sites: all sites of the model.
     method: as given to `attach`.
     backbone: the shapes of what the model stores.
+    example: the call that `attach` was given, (args, kwargs) with shapes for arrays.
   """
 
   model: Any
@@ -39,6 +57,7 @@ class Tuned:
   sites: Sites
   method: Method
   backbone: Any
+  example: tuple[tuple, dict]
 
   # ---- Theta.
 
@@ -337,6 +356,43 @@ class Tuned:
       return x if trained else jax.lax.stop_gradient(x)
 
     return jax.tree.map(leaf, theta, self.trainable(theta))
+
+  # ---- What a backward pass crosses.
+
+  @functools.cached_property
+  def crossing(self) -> programs.Crossing:
+    """Which frozen products a cotangent crosses, by a trace of the example's forward pass."""
+    leaves, tree = jax.tree.flatten(self.example)
+    arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.ShapeDtypeStruct)}
+    backend = backend_of(self.model)
+
+    def forward(theta, backbone, arrays):
+      inputs = tree.unflatten([arrays.get(i, x) for i, x in enumerate(leaves)])
+      args, kwargs = backend.fresh(inputs)
+      return self.apply(theta, backbone, *args, **kwargs)
+
+    return programs.crossing(forward, self.shapes, self.backbone, arrays)
+
+  @property
+  def memory(self) -> str:
+    """The memory class: what the backward pass must keep of the backbone.
+
+    It is what the rules declare, or more where a cotangent crosses more of the frozen products.
+    """
+    declared = memory_class(rule for rule, _ in self.rules)
+    proved = NO_BACKPROP
+    if self.crossing.share > _PARTIAL_SHARE:
+      proved = PARTIAL_REENTRY
+    if self.crossing.share > _FULL_SHARE:
+      proved = FULL_CROSSING
+    return max(declared, proved, key=MEMORY_CLASSES.index)
+
+  @property
+  def unused(self) -> list[str]:
+    """Paths of trained entries of theta that reach no output of the example's forward pass."""
+    paths = list(leaf_paths(self.shapes).items())
+    trained = leaf_paths(self.trainable(self.shapes))
+    return [paths[i][0] for i in self.crossing.unused if trained[paths[i][0]]]
 
   # ---- Merging.
 

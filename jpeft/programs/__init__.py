@@ -2,13 +2,16 @@
 
 from .compile import TooLarge, compiled, memory, mib, nbytes
 from .cost import flops, uncounted
+from .crossing import Crossing, crossing
 from .cut import Halves, cut
 from .equations import evaluated, hoisted, inside, reader, variables
 
 __all__ = [
+  'Crossing',
   'Halves',
   'TooLarge',
   'compiled',
+  'crossing',
   'cut',
   'evaluated',
   'flops',

@@ -41,11 +41,11 @@ def _count(jaxpr) -> Flops:
   once = 0.0
   for eqn in jaxpr.eqns:
     name = eqn.primitive.name
-    if name in _PRODUCTS:
-      count = _PRODUCTS[name](eqn)
+    if name in PRODUCTS:
+      count = PRODUCTS[name](eqn)
       found = [Flops(count, count)]
     else:
-      found = [_count(inner) for inner in _programs(eqn.params)]
+      found = [_count(inner) for inner in programs_of(eqn.params)]
     if name == 'cond' and found:
       found = [max(found)]
     rounds = 1
@@ -56,7 +56,7 @@ def _count(jaxpr) -> Flops:
   return Flops(all_rounds, once)
 
 
-def _programs(params: dict) -> list:
+def programs_of(params: dict) -> list:
   """The jaxprs among the parameters of an equation."""
   found = []
   for param in params.values():
@@ -81,4 +81,4 @@ def _conv(eqn) -> float:
   return 2.0 * math.prod(eqn.outvars[0].aval.shape) * kernel[features] * window
 
 
-_PRODUCTS = {'dot_general': _dot, 'conv_general_dilated': _conv}
+PRODUCTS = {'dot_general': _dot, 'conv_general_dilated': _conv}

@@ -73,4 +73,9 @@ def build(config, num_classes: int, load: Callable = models.load) -> tuple[Any, 
   tuned = attach(
     pretrained.model, method, pretrained.variables, *args, **kwargs, deterministic=True
   )
+  if tuned.unused:
+    raise ValueError(
+      f'{config.method.name}: {len(tuned.unused)} arrays of theta reach no output of this model '
+      f'and could not be trained: {", ".join(tuned.unused[:3])}'
+    )
   return pretrained, tuned

@@ -84,3 +84,36 @@ def test_third_parties_are_recognised(name, family):
   for role in ('block', 'attention', 'mlp', 'q', 'v', 'norm'):
     found = {s.path for s in sites.find(f'{{{role}}}')}
     assert found or name == 'nnx_raw' and role in 'qv', role
+
+
+class Pipeline(nn.Module):
+  """Blocks under a name that families use, with few of their parts."""
+
+  @nn.compact
+  def __call__(self, x):
+    for i in range(2):
+      x = nn.relu(nn.Dense(6, name=f'block_{i}')(x))
+    return nn.Dense(3, name='head')(x)
+
+
+def test_a_family_of_which_little_is_there_is_not_taken():
+  model = Pipeline()
+  sites = jpeft.sites_of(model, backbone(model), X)
+  assert sites.anatomy is None
+  with pytest.raises(ValueError, match='no known anatomy fits this model'):
+    jpeft.attach(model, gain('{block}'), backbone(model), X)
+
+
+def test_families_that_fit_alike_are_told_where_it_matters():
+  b = BACKBONES['nnx_vit_scan']
+  sites = jpeft.sites_of(b.model, b.backbone, *b.args, **b.kwargs)
+  assert sites.find('{q}')  # they agree on the names
+  for what in ('causal', 'lead'):
+    with pytest.raises(ValueError, match="fit the families 'llama' and .* jpeft.register_anatomy"):
+      getattr(sites, what)
+
+
+def test_a_pattern_without_a_match_names_the_family():
+  b = BACKBONES['linen_gemma']
+  with pytest.raises(ValueError, match="the model is taken for a 'decoder'; describe one of your"):
+    jpeft.attach(b.model, gain('{head}'), b.backbone, *b.args, **b.kwargs)

@@ -82,7 +82,7 @@ MISTAKES = {
   'a role without a family': (at('{q}', Call('m', same)), 'uses the role {q}.*register_anatomy'),
   'a method that is not called': (
     call_of(same, method='attend'),
-    "of none a method 'attend' is called \\(only __call__\\)",
+    r"none has what it adapts, a call of its method 'attend' \(called: __call__",
   ),
   'no array to adapt': (at('block_0', matrix('m', whole, scaled)), 'none has what it adapts'),
   'layers that there are not': (

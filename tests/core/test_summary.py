@@ -38,7 +38,7 @@ def test_a_table_of_sites_and_rules():
 def test_the_memory_class_is_that_of_the_worst_rule():
   model = Blocks()
   rules = [
-    low_rank('block_0/fc', 'one', memory=jpeft.core.rules.MEMORY_CLASSES[i]) for i in range(3)
+    low_rank('block_2/fc', 'one', memory=jpeft.core.rules.MEMORY_CLASSES[i]) for i in range(3)
   ]
   rules[1] = low_rank('block_1/fc', 'two', memory='partial re-entry')
   attach = lambda *rules: jpeft.summary(

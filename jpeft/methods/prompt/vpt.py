@@ -302,8 +302,7 @@ def _has_length(a: jax.Array, batch: int, length: int) -> bool:
 
 def lead_of(site: Site) -> int:
   """How many special tokens stand before the others."""
-  anatomy = site.model.anatomy
-  return anatomy.lead if anatomy else 0
+  return site.model.lead
 
 
 def _insert(site: Site, x: jax.Array, prompts: jax.Array) -> jax.Array:

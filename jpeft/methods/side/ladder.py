@@ -106,9 +106,7 @@ class Ladder(Stack):
     heads = self.heads
     if self.kind == 'mlp':
       heads = 0
-    anatomy = site.model.anatomy
-    causal = anatomy is not None and anatomy.causal
-    return lean_block(site, heads, self.narrow, causal)
+    return lean_block(site, heads, self.narrow, site.model.causal)
 
   def _own_block(self) -> SideBlock:
     site = self.stack[0]

@@ -390,8 +390,7 @@ def weighted_sum(net: Stack, p, score, aligned, like: jax.Array, remat: bool) ->
 def visible(net: Stack, taps, length: int) -> jax.Array | None:
   """Which tokens [B or 1, 1 or N, N] a token sees, 1 or 0; None for all."""
   seen = net.shared(taps, 'mask')
-  anatomy = net.site.model.anatomy
-  if anatomy is None or not anatomy.causal:
+  if not net.site.model.causal:
     return seen
   before = jnp.tril(jnp.ones((1, length, length), bool))
   if seen is None:

@@ -12,6 +12,7 @@ import jpeft
 from jpeft.core import Call, at, chain
 from jpeft.methods.prompt.vpt import vpt_deep, vpt_shallow
 from jpeft.models import Bert, ViT
+from tests.contract.anatomies import described
 from tests.fixtures import BACKBONES, noisy, plain
 from tests.methods.golden import full_size
 
@@ -316,7 +317,8 @@ def test_start_of_a_model_without_patches():
 
 def test_a_stack_through_modules_before_and_after_it():
   b = BACKBONES['nnx_vit_scan']
-  tuned, theta = attach(b.model, vpt_shallow(4, stack='dropout|blocks|norm'), b.backbone, *b.args)
+  with described(b):
+    tuned, theta = attach(b.model, vpt_shallow(4, stack='dropout|blocks|norm'), b.backbone, *b.args)
   assert list(theta['vpt_shallow']) == ['dropout']
   scanned = BACKBONES['linen_vit_scan']  # its family says so
   linen, other = attach(
