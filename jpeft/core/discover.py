@@ -36,6 +36,7 @@ class _Seen:
   inputs: dict[str, jax.ShapeDtypeStruct] = dataclasses.field(default_factory=dict)
   out: jax.ShapeDtypeStruct | None = None
   out_path: tuple[Any, ...] = ()
+  sources: dict[str, str] = dataclasses.field(default_factory=dict)
   fields: tuple[str, ...] = ()
   heads: tuple[int, int] | None = None
   module: Any = None
@@ -88,6 +89,7 @@ def sites_of(model, backbone, /, *args, **kwargs) -> Sites:
       inputs=facts.inputs,
       out=facts.out,
       out_path=facts.out_path,
+      sources=facts.sources,
       fields=facts.fields,
       axes=axes,
       lengths=_lengths(path, specs, axes),
@@ -190,25 +192,31 @@ def _stream(out, read: jax.ShapeDtypeStruct | None) -> tuple[tuple[Any, ...], An
 
 
 class _Outputs:
-  """The arrays that modules return, until a later module is called with one of them first."""
+  """The arrays that modules return, by which later modules are called."""
 
   def __init__(self, seen: dict[str, _Seen]):
     self._seen = seen
     self._made: dict[int, tuple[str, tuple, Any]] = {}  # by id; the array is kept, as is its id
+    self._read: set[int] = set()
 
   def add(self, path: str, out) -> None:
     for where, x in jax.tree_util.tree_leaves_with_path(out):
       if _looks_like_array(x):
         self._made[id(x)] = (path, where, x)
 
-  def read(self, inputs: dict[str, Any]) -> None:
-    """A module is called: what it reads first is the stream of the module that returned it."""
+  def read(self, inputs: dict[str, Any]) -> dict[str, str]:
+    """{parameter name: path of the module that returned it} of the inputs of a call.
+
+    What a module reads first is the stream of the module that returned it.
+    """
+    sources = {name: self._made[id(x)][0] for name, x in inputs.items() if id(x) in self._made}
     first = next(iter(inputs.values()), None)
-    path, where, x = self._made.pop(id(first), ('', (), None))
-    if x is None or self._seen[path].out_path == where:
-      return
-    self._seen[path].out_path = where
-    self._seen[path].out = _spec(x)
+    if id(first) in self._made and id(first) not in self._read:
+      self._read.add(id(first))
+      path, where, x = self._made[id(first)]
+      self._seen[path].out_path = where
+      self._seen[path].out = _spec(x)
+    return sources
 
 
 def _recorder(seen: dict[str, _Seen], backend):
@@ -219,7 +227,7 @@ def _recorder(seen: dict[str, _Seen], backend):
     def recorded(*args, **kwargs):
       fields = offered(module)
       inputs = named_arrays(getattr(type(module), method), args, kwargs)
-      outputs.read(inputs)
+      sources = outputs.read(inputs)
       shapes = backend.shapes_inside(module)
       heads = []
       if 'attention_fn' in fields:
@@ -241,6 +249,7 @@ def _recorder(seen: dict[str, _Seen], backend):
           inputs=specs,
           out=None if stream is None else _spec(stream),
           out_path=out_path,
+          sources=sources,
           fields=fields,
           heads=heads[0] if heads else None,
           module=backend.template(module),

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -82,6 +83,8 @@ class Site:
     kind: the name of its class.
     leaves: the arrays it owns, by name.
     inputs: shapes and dtypes of the arrays it is called with, by parameter name.
+    sources: {parameter name: path of the module whose output it is}, for inputs that come straight
+      from another module.
     out: shape and dtype of the stream that it returns; None when it is never called. The stream is
       the array that a later module is called with first; else the first array that is shaped as
       what the module is called with first; else the first array.
@@ -120,6 +123,7 @@ class Site:
   depth: int = 0
   chosen: tuple[int, ...] | None = None
   out_path: tuple[Any, ...] = ()
+  sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def stream(self, out) -> jax.Array:
     """The stream in an output of the module, which may hold caches or losses beside it."""

@@ -7,7 +7,7 @@ A side block maps a narrow stream [B, N, d'] to itself. It runs beside the model
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -101,15 +101,17 @@ class Lean(nn.Module):
     return s + dense(width, 'fc2')(hidden)
 
 
-def lean_block(site: Site, heads: int, width: int, causal: bool) -> SideBlock:
+def lean_block(
+  site: Site, heads: int, width: int, causal: bool, contexts: Sequence[str] = ('context',)
+) -> SideBlock:
   """A `Lean` block for a stream of some width.
 
   Args:
-    site: the backbone's block. Of its inputs the side block uses masks, and `context` if there is
-      one.
+    site: the backbone's block. Of its inputs the side block uses masks and contexts.
     heads: see Lean.
     width: of the stream.
     causal: see Lean.
+    contexts: its inputs that are another sequence to attend to; `Lean` has one.
 
   Raises:
     ValueError: the heads do not divide the width.
@@ -121,7 +123,7 @@ def lean_block(site: Site, heads: int, width: int, causal: bool) -> SideBlock:
   takes = ()
   if heads:
     kinds = mask_names(list(site.inputs)[1:])
-    takes = (*kinds, *(name for name in site.inputs if name == 'context'))
+    takes = (*kinds, *(name for name in contexts if name in site.inputs))
 
   def arguments(s, inputs):
     """The keyword arguments of `Lean`."""
@@ -133,8 +135,9 @@ def lean_block(site: Site, heads: int, width: int, causal: bool) -> SideBlock:
       if kind == 'mask':
         mask = segment_mask(mask)
       found[kind] = additive(mask, s.dtype)
-    if 'context' in takes and 'context' in inputs:
-      found['context'] = inputs['context']
+    for name in contexts:
+      if name in takes and name in inputs:
+        found['context'] = inputs[name]
     return found
 
   def init(key, s, inputs):

@@ -49,8 +49,8 @@ class Ladder(Stack):
         f'reduction={self.reduction} does not divide the width {self.width} of the blocks'
       )
     takes = self.block.takes
-    is_decoder = self.is_last and len(self.exits) > 1
-    if is_decoder and takes is not None and 'context' not in takes:
+    reads = takes is None or set(self.contexts) <= set(takes)
+    if self.encoder is not None and not reads:
       raise ValueError(
         "a side decoder without attention never reads the side encoder; use block='attention'"
       )
@@ -71,9 +71,8 @@ class Ladder(Stack):
   def roles(self) -> dict[str, str]:
     """{input of a block: role that makes it} for the inputs that a side network makes itself."""
     anatomy = self.site.model.anatomy
-    if anatomy is None:
-      return {}
-    return dict(anatomy.side)
+    known = {} if anatomy is None else dict(anatomy.side)
+    return known | dict.fromkeys(self.contexts, 'context')
 
   @functools.cached_property
   def specs(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -106,7 +105,7 @@ class Ladder(Stack):
     heads = self.heads
     if self.kind == 'mlp':
       heads = 0
-    return lean_block(site, heads, self.narrow, site.model.causal)
+    return lean_block(site, heads, self.narrow, site.model.causal, self.contexts)
 
   def _own_block(self) -> SideBlock:
     site = self.stack[0]
@@ -125,7 +124,9 @@ class Ladder(Stack):
     takes = self.specs if self.block.takes is None else self.block.takes
     tables = {}
     for name, role in self.roles.items():
-      if role not in model.anatomy.roles or name not in self.specs or name not in takes:
+      if name not in self.specs or name not in takes:
+        continue
+      if model.anatomy is None or role not in model.anatomy.roles:
         continue
       # The encoder has one table, the decoder another: the one beside the blocks is meant.
       made_by = [site for site in model.find(f'{{{role}}}') if _parent(site) == parent]
@@ -285,12 +286,11 @@ class Ladder(Stack):
     made = {}
     for name, site in self.tables.items():
       made[name] = site.module.apply({'params': t[name]}, length, length)
-    encoder = self.exits[0]
-    if encoder is self.site:
+    if self.encoder is None:
       return made
     for name, role in self.roles.items():
       if role == 'context' and name in self.specs:
-        made[name] = taps[encoder.path]['side']
+        made[name] = taps[self.encoder.path]['side']
     return made
 
   def norm(self, t, s: jax.Array) -> jax.Array:

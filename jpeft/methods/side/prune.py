@@ -122,9 +122,8 @@ def _kept_before(
   """The indices that the first block keeps of its input: the best columns of the embedding, or in
   a decoder those that the encoder kept last.
   """
-  position = net.exits.index(net.site)
-  if position:
-    encoder = dataclasses.replace(net, site=net.exits[position - 1])
+  if net.encoder is not None:
+    encoder = dataclasses.replace(net, site=net.encoder)
     _, kept = prune_ladder(encoder, arrays, scores)
     return kept
   tables = []

@@ -51,7 +51,7 @@ from jpeft.core import PARTIAL_REENTRY, Call, Method, Site, at, chain, factory
 
 from ..check import at_least, choice, within
 from ..nn import dense, drop, layer_norm, linear, put_stream, remat_if, rms_norm, scales
-from .stack import Stack, record
+from .stack import Stack, called, contexts_of, record
 
 DOWNS = ('gated', 'norm')
 UPS = ('linear', 'norm')
@@ -174,7 +174,7 @@ class _SHERL:
     The encoder's states are left out: the last block reads those of the side network instead.
     """
     others = list(inputs)[1:]
-    contexts = _contexts(site)
+    contexts = contexts_of(site, called(site, self.exit))
     return {name: inputs[name] for name in others if name not in contexts}
 
   def init(self, key, site, arrays):
@@ -263,9 +263,9 @@ class _SHERL:
     # Masks and position biases, as the backbone's own run had them.
     recorded = [name for name in taps[block.path] if name != 'x']
     inputs = {name: net.recorded(taps, name, deepest) for name in recorded}
-    if len(net.exits) > 1:
-      for name in _contexts(block):
-        inputs[name] = taps[net.exits[0].path]['side']
+    if net.encoder is not None:
+      for name in net.contexts:
+        inputs[name] = taps[net.encoder.path]['side']
     run, arrays = call.layer(block, index)
     return block.stream(run(arrays, x, **inputs))
 
@@ -294,11 +294,3 @@ def norm(t, x: jax.Array) -> jax.Array:
   if 'shift' in t['norm']:
     return layer_norm(t['norm'], x)
   return rms_norm(t['norm'], x)
-
-
-def _contexts(block: Site) -> list[str]:
-  """The inputs of a block that are the encoder's states, such as ['context']."""
-  anatomy = block.model.anatomy
-  if anatomy is None:
-    return []
-  return [name for name, role in anatomy.side.items() if role == 'context']

@@ -43,10 +43,34 @@ class Stack:
     """All exits of the model; an encoder-decoder has two."""
     return called(self.site, self.exit)
 
-  @property
+  @functools.cached_property
+  def encoder(self) -> Site | None:
+    """The exit whose last state the blocks of this stack attend to; None for any but a decoder."""
+    earlier = self.exits[: self.exits.index(self.site)]
+    if not earlier or not self.contexts:
+      return None
+    for exit in earlier:
+      if any(_is_state(self.stack[0].sources.get(name), exit) for name in self.contexts):
+        return exit
+    return earlier[0]
+
+  @functools.cached_property
+  def contexts(self) -> list[str]:
+    """The inputs of the blocks that are the states of an encoder.
+
+    The trace shows those that come straight from an encoder's exit; the model's family, or the name
+    'context', the others.
+    """
+    return contexts_of(self.stack[0], self.exits)
+
+  @functools.cached_property
   def is_last(self) -> bool:
-    """Whether this exit makes the prediction; an encoder's feeds the decoder's."""
-    return self.exits[-1] is self.site
+    """Whether this exit makes a prediction; that of an encoder feeds the decoder's.
+
+    Of two towers each makes its own.
+    """
+    others = [dataclasses.replace(self, site=exit) for exit in self.exits if exit is not self.site]
+    return all(other.encoder is not self.site for other in others)
 
   @functools.cached_property
   def stack(self) -> list[Site]:
@@ -285,6 +309,29 @@ def record(
     return call(*args, **kwargs)
 
   return at(blocks, Call(name, apply, taps=True, memory=memory))
+
+
+def contexts_of(block: Site, exits: Sequence[Site]) -> list[str]:
+  """The inputs of a block that are the states of an encoder.
+
+  Args:
+    block: of a decoder, say.
+    exits: where stacks end.
+  """
+  roles = {} if block.model.anatomy is None else block.model.anatomy.side
+  found = []
+  for name in list(block.inputs)[1:]:  # the stream comes first
+    is_known = name == 'context' or roles.get(name) == 'context'
+    if is_known or any(_is_state(block.sources.get(name), exit) for exit in exits):
+      found.append(name)
+  return found
+
+
+def _is_state(source: str | None, exit: Site) -> bool:
+  """Whether a module returns the output of an exit: it is the exit, or ends with it."""
+  if not source:
+    return False
+  return f'{exit.path}/'.startswith(f'{source}/')
 
 
 def stop_gradient(x: jax.Array) -> jax.Array:

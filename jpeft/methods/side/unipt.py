@@ -167,7 +167,7 @@ class _UniPT:
       t['proj']['out'] = dense(keys[3], inner, narrow)
     if net.is_last:
       t['up'] = dense(keys[4], narrow, out)
-    if net.is_last and len(net.exits) > 1:
+    if net.encoder is not None:
       t['cross'] = {'out': dense(keys[5], narrow, narrow), 'norm': scales(narrow)}
     return t
 
@@ -209,7 +209,7 @@ class _UniPT:
 
   def read_encoder(self, t, net: Stack, taps, p):
     """The p_i of a decoder, each plus what it takes up of the encoder's S."""
-    source = taps[net.exits[0].path]['side']
+    source = taps[net.encoder.path]['side']
     seen = net.shared(taps, 'context_mask')
 
     def read(p):
