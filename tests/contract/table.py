@@ -214,3 +214,14 @@ def one_each(pairs=DEFAULT) -> list[tuple[str, str]]:
   """One pair of every method, not always on the same backbone."""
   by_method = {m: [p for p in pairs if p[0] == m] for m in REGISTRY}
   return [found[i % len(found)] for i, found in enumerate(by_method.values()) if found]
+
+
+# A tied head is the embedding: a gradient of the table comes through all of the model.
+TIED = {('linear', 'linen_gemma'), ('linear', 'nnx_raw')}
+
+
+def memory_class(method: str, backbone: str) -> str:
+  """What a backward pass of a method keeps of a backbone."""
+  if (method, backbone) in TIED:
+    return 'full crossing'
+  return REGISTRY[method].memory

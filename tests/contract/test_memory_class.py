@@ -9,21 +9,13 @@ import pytest
 
 import jpeft
 from jpeft import programs
-from jpeft.methods import REGISTRY
-from tests.contract.table import SERVED, over
+from tests.contract.table import SERVED, memory_class, over
 from tests.core.small import adapter, backbone, low_rank
-
-# A tied head is the embedding: a gradient of the table comes through all of the model.
-TIED = {('linear', 'linen_gemma'), ('linear', 'nnx_raw')}
 
 
 @over(SERVED)
 def test_the_program_crosses_what_the_method_declares(pair):
-  declared = REGISTRY[pair.method].memory
-  if (pair.method, pair.b.name) in TIED:
-    assert pair.tuned.memory == 'full crossing' != declared
-  else:
-    assert pair.tuned.memory == declared
+  assert pair.tuned.memory == memory_class(pair.method, pair.b.name)
   assert pair.tuned.unused == []
 
 

@@ -6,7 +6,7 @@ import jpeft
 from jpeft import contract
 from jpeft.methods import REGISTRY
 from tests.contract.pair import far
-from tests.contract.table import SERVED, one_each, over, row
+from tests.contract.table import SERVED, memory_class, one_each, over, row
 from tests.fixtures import BACKBONES, leaf_paths, leaves_equal
 
 UNCHANGED = [p for p in SERVED if row(p[0]).start is not None]
@@ -50,7 +50,7 @@ def test_theta_is_what_its_shapes_and_the_summary_say(pair):
   assert {str(x.dtype) for x in jax.tree.leaves(theta)} == {'float32'}
   assert table.total == sum(x.size for x in leaf_paths(BACKBONES[pair.b.name].backbone).values())
   assert (table.memory, table.mergeable) == (
-    REGISTRY[pair.method].memory,
+    memory_class(pair.method, pair.b.name),
     REGISTRY[pair.method].mergeable,
   )
 
