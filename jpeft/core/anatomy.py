@@ -5,6 +5,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
+
 from jpeft.messages import nearest
 
 
@@ -141,31 +143,36 @@ def register_anatomy(anatomy: Anatomy) -> None:
 
 
 # A family fits if this share of its roles names something. Below the second share it is no more
-# than likely: then another family that fits nearly as well is its rival.
+# than likely, and families that fit nearly as well have a say.
 _LEAST_SHARE = 1 / 3
 _CERTAIN_SHARE = 0.75
 _NEARLY = 0.1
 
 
+def families_of(sites) -> list[Anatomy]:
+  """The families that a model may be of, the likeliest first; none if none fits.
+
+  They agree on the names of its parts as far as they have them. A causal family is none for a model
+  that is given no tokens (integers), unless it is certain.
+  """
+  reads_tokens = any(jnp.issubdtype(x.dtype, jnp.integer) for x in sites[''].inputs.values())
+  shares = {}
+  for anatomy in ANATOMIES.values():
+    found = share(anatomy, sites)
+    if found >= _CERTAIN_SHARE or (found >= _LEAST_SHARE and (reads_tokens or not anatomy.causal)):
+      shares[anatomy.name] = found
+  if not shares:
+    return []
+  order = sorted(shares, key=lambda name: -shares[name])  # the first of equals
+  most = shares[order[0]]
+  if most >= _CERTAIN_SHARE:
+    return [ANATOMIES[order[0]]]
+  return [ANATOMIES[name] for name in order if shares[name] > most - _NEARLY]
+
+
 def choose(sites) -> Anatomy | None:
   """The family whose roles match the largest share of a model's sites; None if none fits."""
-  shares = {name: share(anatomy, sites) for name, anatomy in ANATOMIES.items()}
-  best = max(shares, key=lambda name: shares[name])  # the first of equals
-  if shares[best] < _LEAST_SHARE:
-    return None
-  return ANATOMIES[best]
-
-
-def rival_of(chosen: Anatomy, sites) -> Anatomy | None:
-  """A family of another kind (causal, special tokens) that fits nearly as well; None if none."""
-  least = share(chosen, sites)
-  if least >= _CERTAIN_SHARE:
-    return None
-  for other in ANATOMIES.values():
-    is_other_kind = (other.causal, other.lead) != (chosen.causal, chosen.lead)
-    if is_other_kind and share(other, sites) > least - _NEARLY:
-      return other
-  return None
+  return next(iter(families_of(sites)), None)
 
 
 def share(anatomy: Anatomy, sites) -> float:

@@ -104,9 +104,8 @@ def sites_of(model, backbone, /, *args, **kwargs) -> Sites:
       if isinstance(box, Box):
         site.boxes[name] = _one_layer(site, box)
     sites[path] = site
-  sites.anatomy = anatomy.choose(sites)
-  if sites.anatomy is not None:
-    sites.rival = anatomy.rival_of(sites.anatomy, sites)
+  sites.families = anatomy.families_of(sites)
+  sites.anatomy = next(iter(sites.families), None)
   numbered(sites)
   return sites
 

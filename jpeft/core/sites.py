@@ -250,7 +250,7 @@ class Sites(dict[str, Site]):
 
   Attributes:
     anatomy: the naming scheme that fits the model; None without one.
-    rival: one of another kind that fits about as well; None without one.
+    families: it and those that fit about as well.
     arrays: {'path/name': shape, or box of shapes} of all arrays of the backbone.
     takes_boxes: whether arrays may be computed where the model reads them. A model that maps over
       its parameters (`nn.WeightNorm`) gets new arrays instead, computed before it runs.
@@ -261,7 +261,7 @@ class Sites(dict[str, Site]):
   def __init__(self, *args, **kwargs):
     super().__init__(*args, **kwargs)
     self.anatomy: Any = None
-    self.rival: Any = None
+    self.families: list[Any] = []
     self.arrays: dict[str, Any] = {}
     self.aliases: dict[str, str] = {}
     self.takes_boxes = True
@@ -271,28 +271,24 @@ class Sites(dict[str, Site]):
     """Whether a token sees only the tokens before it, by the model's family.
 
     Raises:
-      ValueError: two families of which it is one fit about as well.
+      ValueError: families that differ in this fit about as well.
     """
-    self._check_rival()
+    for other in self.families[1:]:
+      if other.causal != self.anatomy.causal:
+        raise ValueError(
+          f'the paths of this model fit the families {self.anatomy.name!r} and {other.name!r} '
+          'about as well, which differ in what a token sees: describe the model by '
+          'jpeft.register_anatomy'
+        )
     return self.anatomy is not None and self.anatomy.causal
 
   @property
   def lead(self) -> int:
     """How many special tokens stand before the others, by the model's family.
 
-    Raises:
-      ValueError: two families fit about as well.
+    Of families that fit about as well it is the most: what a head reads stays in its place.
     """
-    self._check_rival()
-    return 0 if self.anatomy is None else self.anatomy.lead
-
-  def _check_rival(self) -> None:
-    if self.rival is not None:
-      raise ValueError(
-        f'the paths of this model fit the families {self.anatomy.name!r} and {self.rival.name!r} '
-        'about as well, which differ in what a token sees or in special tokens: describe the model '
-        'by jpeft.register_anatomy'
-      )
+    return max((anatomy.lead for anatomy in self.families), default=0)
 
   def expand(self, pattern: str) -> str:
     """Replaces roles such as {q} or {block} by the anatomy's patterns."""

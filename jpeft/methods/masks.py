@@ -1,6 +1,7 @@
 """The attention masks that a block is called with, in one form."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,20 +16,37 @@ def is_of_other_sequence(name: str) -> bool:
   return any(part in name for part in _OTHER_SEQUENCE)
 
 
-def mask_names(names: Iterable[str]) -> dict[str, str]:
-  """Which inputs of a block are masks, and of which sequence.
+def reads_other_sequence(inputs: Mapping[str, Any]) -> bool:
+  """Whether a block is called with another sequence beside its stream.
 
   Args:
-    names: the block's inputs by parameter name.
+    inputs: what the block is called with, arrays or shapes by parameter name, the stream first.
+  """
+  for name, x in list(inputs.items())[1:]:
+    is_other_kind = any(part in name for part in ('mask', 'bias', 'position'))
+    if name == 'context' or (len(x.shape) == 3 and not is_other_kind):
+      return True
+  return False
+
+
+def mask_names(inputs: Mapping[str, Any]) -> dict[str, str]:
+  """Which inputs of a block are attention masks, and of which sequence.
+
+  An array [heads] that is called a mask masks heads. A mask of another sequence is one by its name,
+  in a block that reads another sequence: `encoder_mask` of an encoder's own block masks its tokens.
+
+  Args:
+    inputs: what the block is called with, arrays or shapes by parameter name, the stream first.
 
   Returns:
     {name: 'mask' for keys of the block's own sequence, 'context_mask' for those of another}.
   """
+  has_other = reads_other_sequence(inputs)
   kinds = {}
-  for name in names:
-    if 'mask' not in name:
+  for name, x in list(inputs.items())[1:]:
+    if 'mask' not in name or len(x.shape) < 2:
       continue
-    kinds[name] = 'context_mask' if is_of_other_sequence(name) else 'mask'
+    kinds[name] = 'context_mask' if has_other and is_of_other_sequence(name) else 'mask'
   return kinds
 
 
@@ -36,8 +54,8 @@ def masks(inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
   """The masks among a block's inputs: booleans [B or 1, 1 or N, M], True where a key is seen.
 
   Args:
-    inputs: what the block is called with, by parameter name. Masks of floats are biases of logits,
-      those of integers number the texts of a row (see `segment_mask`).
+    inputs: what the block is called with, by parameter name, the stream first. Masks of floats are
+      biases of logits, those of integers number the texts of a row (see `segment_mask`).
 
   Returns:
     {'mask': of the block's own sequence, 'context_mask': of another}, those that there are.
@@ -95,11 +113,16 @@ def seen_keys(mask: jax.Array, count: int) -> jax.Array:
   return jnp.full((*mask.shape[:-1], count), value, mask.dtype)
 
 
-def additive(mask: jax.Array, dtype) -> jax.Array:
-  """A mask as a bias of attention logits [B or 1, 1, 1 or N, M]; one of floats already is one."""
+def additive(mask: jax.Array, dtype, batch: int) -> jax.Array:
+  """A mask as a bias of attention logits [B or 1, heads or 1, 1 or N, M]; one of floats is one.
+
+  Of three axes the first is that of the examples, if it is as long, else that of the heads.
+  """
   if not jnp.issubdtype(mask.dtype, jnp.floating):
     # Half the least number, so that the sum of two biases is finite.
     mask = jnp.where(mask != 0, 0.0, jnp.finfo(dtype).min / 2)
   if is_per_key(mask):
     mask = mask[:, None, None]
+  if mask.ndim == 3 and len(mask) == batch:
+    mask = mask[:, None]
   return mask.astype(dtype).reshape((1,) * (4 - mask.ndim) + mask.shape)

@@ -1,6 +1,8 @@
 """Roles: what a model family calls its parts, and what is said when nobody knows."""
 
 import flax.linen as nn
+import jax
+import numpy as np
 import pytest
 
 import jpeft
@@ -104,13 +106,53 @@ def test_a_family_of_which_little_is_there_is_not_taken():
     jpeft.attach(model, gain('{block}'), backbone(model), X)
 
 
+class Generic(nn.Module):
+  """Blocks whose names several families have."""
+
+  tokens: bool
+
+  @nn.compact
+  def __call__(self, x):
+    if self.tokens:
+      x = nn.Embed(11, 6, name='embed')(x)
+    for i in range(2):
+      attention = nn.MultiHeadDotProductAttention(2, name=f'attention_{i}')
+      x = x + attention(x)
+      x = nn.Dense(6, name=f'block_{i}_fc')(x)
+    return nn.Dense(3, name='head')(x)
+
+
+def generic(causal):
+  return jpeft.Anatomy(
+    f'generic {causal}',
+    {'block': r'block_\d_fc', 'head': 'head', 'one': 'no', 'two': 'no'},
+    causal=causal,
+    lead=1 - causal,
+  )
+
+
 def test_families_that_fit_alike_are_told_where_it_matters():
+  x = np.ones((2, 5, 6), np.float32)
+  tokens = np.ones((2, 5), np.int32)
+  for causal in (False, True):
+    jpeft.register_anatomy(generic(causal))
+  try:
+    read = lambda model, x: jpeft.sites_of(model, model.init(jax.random.key(0), x), x)
+    sites = read(Generic(True), tokens)
+    assert sites.find('{block}') and sites.lead == 1
+    with pytest.raises(ValueError, match="fit the families 'generic .*in what a token"):
+      sites.causal  # noqa: B018
+    # A decoder reads tokens.
+    assert read(Generic(False), x).causal is False
+  finally:
+    for causal in (False, True):
+      del jpeft.ANATOMIES[f'generic {causal}']
+
+
+def test_a_vision_model_is_not_taken_for_a_decoder():
   b = BACKBONES['nnx_vit_scan']
   sites = jpeft.sites_of(b.model, b.backbone, *b.args, **b.kwargs)
-  assert sites.find('{q}')  # they agree on the names
-  for what in ('causal', 'lead'):
-    with pytest.raises(ValueError, match="fit the families 'llama' and .* jpeft.register_anatomy"):
-      getattr(sites, what)
+  assert sites.anatomy.name == 'vit' and not sites.causal and sites.lead == 1
 
 
 def test_a_pattern_without_a_match_names_the_family():

@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from jpeft.core import Bound, Call, Method, Site, at, factory
 
 from ..check import whole, within
-from ..masks import is_of_other_sequence, seen_keys
+from ..masks import is_of_other_sequence, reads_other_sequence, seen_keys
 from ..nn import drop, uniform
 
 
@@ -267,7 +267,8 @@ def _follow(site: Site, name: str, a: jax.Array, batch: int, length: int, tokens
   Raises:
     ValueError: it goes with the sequence, and is none of these.
   """
-  if is_of_other_sequence(name) or not _has_length(a, batch, length):
+  is_other = reads_other_sequence(site.inputs) and is_of_other_sequence(name)
+  if is_other or not _has_length(a, batch, length):
     return a
   lead = lead_of(site)
   if 'position' in name and jnp.issubdtype(a.dtype, jnp.integer):

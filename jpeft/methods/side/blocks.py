@@ -91,7 +91,7 @@ class Lean(nn.Module):
     if self.heads:
       if self.causal:
         length = s.shape[1]
-        before = additive(jnp.tril(jnp.ones((length, length), bool)), s.dtype)
+        before = additive(jnp.tril(jnp.ones((length, length), bool)), s.dtype, len(s))
         mask = before if mask is None else mask + before
       x = norm('norm1')(s)
       s = s + attend('', x, x, mask)
@@ -122,7 +122,7 @@ def lean_block(
   kinds = {}
   takes = ()
   if heads:
-    kinds = mask_names(list(site.inputs)[1:])
+    kinds = mask_names(site.inputs)
     takes = (*kinds, *(name for name in contexts if name in site.inputs))
 
   def arguments(s, inputs):
@@ -134,7 +134,7 @@ def lean_block(
       mask = inputs[name]
       if kind == 'mask':
         mask = segment_mask(mask)
-      found[kind] = additive(mask, s.dtype)
+      found[kind] = additive(mask, s.dtype, len(s))
     for name in contexts:
       if name in takes and name in inputs:
         found['context'] = inputs[name]

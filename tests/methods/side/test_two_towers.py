@@ -51,14 +51,6 @@ B = jnp.asarray(np.random.default_rng(1).standard_normal((3, 7, 8)), jnp.float32
 WHERE = {'blocks': r'.*/block_\d', 'exit': '.*/final_norm'}
 
 
-@pytest.fixture(autouse=True)
-def family():
-  """What a token sees cannot be read off names."""
-  jpeft.register_anatomy(jpeft.Anatomy('towers', {'block': r'(?:left|right)/block_\d'}))
-  yield
-  del jpeft.ANATOMIES['towers']
-
-
 def attached(model, method):
   held = noisy(model.init(jax.random.key(0), A, B))
   return jpeft.attach(model, method, held, A, B), held
