@@ -15,13 +15,31 @@ class Operand:
   """What a kernel is applied to: `operand @ m` for any m [fan_in, k] gives [..., k].
 
   For a convolution that is the convolution by m, its rows ordered as the kernel's.
+
+  Attributes:
+    x: the input of the layer.
+    multiply: (x, m) -> x @ m.
+    rows: x -> [..., fan_in], the input as rows; None where it is no matter of moving axes, as in a
+      convolution.
+    fan_in: rows of the kernel.
   """
 
   x: jax.Array
   multiply: Callable[[jax.Array, jax.Array], jax.Array]
+  rows: Callable[[jax.Array], jax.Array] | None
+  fan_in: int
 
   def __matmul__(self, m: jax.Array) -> jax.Array:
     return self.multiply(self.x, m.astype(self.x.dtype))
+
+  def columns(self, indices: jax.Array) -> jax.Array:
+    """The columns [..., k] of the input that some rows of the kernel are multiplied by.
+
+    A gradient with respect to those rows needs these columns of x, and nothing else of it.
+    """
+    if self.rows is not None:
+      return jnp.take(self.rows(self.x), indices, axis=-1)
+    return self @ jax.nn.one_hot(indices, self.fan_in, dtype=self.x.dtype, axis=0)
 
   def __getattr__(self, name: str):
     raise AttributeError(
@@ -73,9 +91,12 @@ def _dot(operation, leaf: Leaf, lhs, rhs, dims, *args, **kwargs) -> Product:
   contracted = [axis for _, axis in sorted(zip(right, left, strict=True))]
   free = [axis for axis in range(lhs.ndim) if axis not in left]
 
-  def multiply(x, m):
+  def rows_of(x):
     rows = jnp.transpose(x, (*free, *contracted))
-    rows = rows.reshape(*(x.shape[axis] for axis in free), -1)  # [..., fan_in]
+    return rows.reshape(*(x.shape[axis] for axis in free), -1)  # [..., fan_in]
+
+  def multiply(x, m):
+    rows = rows_of(x)
     return operation(rows, m, (((rows.ndim - 1,), (0,)), ((), ())), *args, **kwargs)
 
   def to_rows(out):
@@ -84,7 +105,7 @@ def _dot(operation, leaf: Leaf, lhs, rhs, dims, *args, **kwargs) -> Product:
   def from_rows(y, shape):
     return y.reshape(shape)
 
-  return Product(Operand(lhs, multiply), rhs, to_rows, from_rows)
+  return Product(Operand(lhs, multiply, rows_of, leaf.fan_in), rhs, to_rows, from_rows)
 
 
 def _einsum(operation, leaf: Leaf, spec: str, lhs, rhs, *args, **kwargs) -> Product:
@@ -107,7 +128,7 @@ def _einsum(operation, leaf: Leaf, spec: str, lhs, rhs, *args, **kwargs) -> Prod
     y = y.reshape(*y.shape[:-1], *(leaf.shape[axis] for axis in leaf.outs))
     return jnp.einsum(f'{free}{outs}->{out}', y)
 
-  return Product(Operand(lhs, multiply), rhs, to_rows, from_rows)
+  return Product(Operand(lhs, multiply, None, leaf.fan_in), rhs, to_rows, from_rows)
 
 
 def _conv(operation, leaf: Leaf, lhs, rhs, *args, **kwargs) -> Product:
@@ -127,4 +148,4 @@ def _conv(operation, leaf: Leaf, lhs, rhs, *args, **kwargs) -> Product:
   def from_rows(y, shape):
     return jnp.moveaxis(y, -1, channel)
 
-  return Product(Operand(lhs, multiply), rhs, to_rows, from_rows)
+  return Product(Operand(lhs, multiply, None, leaf.fan_in), rhs, to_rows, from_rows)

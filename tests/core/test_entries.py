@@ -14,6 +14,7 @@ from jpeft.models.llama import Llama
 from jpeft.training import optim, step
 from tests.core.small import Blocks, NnxBlocks, X, backbone, low_rank, plain
 from tests.fixtures import leaf_paths
+from tests.kept import residuals
 
 
 def rows_in_place(targets, count=3, name='rows'):
@@ -184,3 +185,61 @@ def test_freeze_takes_a_function_of_the_tree():
     assert {p[-1]: float(u.max()) for p, u in leaf_paths(updates).items() if np.any(u)} == {
       'b': -1.0
     }
+
+
+def rows_by_columns(targets, count=2, name='rows'):
+  """Trained rows of each kernel, through the columns of the input that they are multiplied by."""
+
+  def init(key, w):
+    chosen = jax.random.permutation(key, w.shape[0])[:count]
+    return {'rows': chosen, 'p': w[chosen]}
+
+  def weight(t, w):
+    return w.at[t['rows']].set(t['p'])
+
+  def dot(t, x, y, w, key):
+    frozen = jax.lax.stop_gradient(w()[t['rows']])
+    return y + x.columns(t['rows']) @ (t['p'] - frozen)
+
+  return jpeft.at(targets, jpeft.matrix(name, init, weight, dot))
+
+
+class Kinds(nn.Module):
+  """A dense layer, one of several axes, an einsum and a convolution."""
+
+  @nn.compact
+  def __call__(self, x):  # [B, 8, 6]
+    x = nn.Conv(6, (3,), name='conv')(x)
+    x = nn.DenseGeneral((2, 4), name='split')(x)  # [B, 8, 2, 4]
+    x = nn.DenseGeneral(6, axis=(-2, -1), name='join')(x)
+    x = nn.Einsum((6, 6), 'bnd,df->bnf', name='einsum')(x)
+    return nn.Dense(3, name='dense')(x)
+
+
+def test_columns_of_the_input_are_what_rows_of_the_kernel_multiply():
+  x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 6)), jnp.float32)
+  model = Kinds()
+  held = backbone(model, x)
+  tuned = jpeft.attach(model, rows_by_columns('.*'), held, x)
+  assert len(tuned.rules) == 5
+  # Start, merge, gradient, and dot against weight.
+  found = jpeft.check(tuned, held, x)
+  assert found, str(found)
+
+
+def test_the_backward_pass_keeps_the_chosen_columns_alone():
+  class One(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return nn.Dense(7, name='dense')(x)
+
+  x = jnp.ones((5, 64))
+  held = backbone(One(), x)
+  tuned = jpeft.attach(One(), rows_by_columns('dense', 3), held, x)
+  trained, state = tuned.split(tuned.init(jax.random.key(0), held))
+
+  def run(trained, x):
+    return tuned.apply(tuned.join(trained, state), held, x)
+
+  kept = [value.shape for value in residuals(run, trained, x, weights=held)]
+  assert (5, 3) in kept and (5, 64) not in kept

@@ -141,7 +141,7 @@ class _Projected:
       raise ValueError(
         f'velora: the input {list(x.x.shape)} of a layer is not multiplied along its last axis'
       )
-    projected = _ProjectedOperand(x.x, x.multiply, v, self.scale)
+    projected = _ProjectedOperand(x.x, x.multiply, x.rows, x.fan_in, v, self.scale)
     return self.rule.dot(_without_direction(t), projected, y, w, key)
 
 
