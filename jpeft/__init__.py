@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 # Registers the naming schemes of the backbones; the backbones are imported on first use.
 from jpeft import models as models
+from jpeft import thetas as thetas
 from jpeft.contract import Checks, check
 from jpeft.core import (
   ANATOMIES,
@@ -23,6 +24,7 @@ from jpeft.core import (
   chain,
   count,
   freeze,
+  frozen,
   in_layers,
   join,
   mask,
@@ -141,6 +143,7 @@ __all__ = [
   'fisher',
   'fp4',
   'freeze',
+  'frozen',
   'full',
   'group_lasso',
   'head2toe',

@@ -7,6 +7,7 @@ from .boxes import Box
 from .context import Bound
 from .discover import sites_of
 from .freeze import freeze, join, mask, split
+from .frozen import frozen
 from .mode import flags_of
 from .paths import EXTRAS, join_path, leaf_paths, natural
 from .products import Operand
@@ -61,6 +62,7 @@ __all__ = [
   'factory',
   'flags_of',
   'freeze',
+  'frozen',
   'in_layers',
   'join',
   'join_path',

@@ -60,17 +60,17 @@ def _match(pattern: str, rule: Rule, sites: Sites) -> list[Site]:
     ValueError: there are none; says what was near.
   """
   matching = sites.find(pattern)
-  able = [site for site in matching if _can_act(rule, site)]
-  found = able
+  chosen = matching
   if rule.layers is not None:
-    chosen = [restricted(site, rule.layers) for site in able]
-    found = [site for site in chosen if site is not None]
+    chosen = [restricted(site, rule.layers) for site in matching]
+    chosen = [site for site in chosen if site is not None]
+  found = [site for site in chosen if _can_act(rule, site)]
   if found:
     _check_alternatives(pattern, rule, sites)
     return found
-  if able:
+  if matching and not chosen:
     raise ValueError(
-      f'{rule.name}: none of the {len(able)} sites that match {pattern!r} is in the layers '
+      f'{rule.name}: none of the {len(matching)} sites that match {pattern!r} is in the layers '
       f'{rule.layers!r}'
     )
   for site in matching:
