@@ -13,12 +13,14 @@ from jpeft import programs
 
 from .backends.choice import backend_of
 from .blame import blame
-from .boxes import Arrays, Box, Lazy, Reader, read
-from .context import Bound, NeedsRecording, Recording, acting, run_call, run_if
+from .boxes import Arrays, Lazy, read
+from .context import NeedsRecording, Recording
 from .entries import combine, entry_path, names_entry, partition
-from .fused import fused
+from .hooks import Hooks
+from .merging import arrays_of, merged
 from .mode import mode_of
-from .paths import AUX, WRITTEN, join_path, leaf_paths, natural
+from .paths import join_path, leaf_paths
+from .recorded import beside_output, write_back
 from .resolve import Plan, plan
 from .rules import (
   FULL_CROSSING,
@@ -85,7 +87,7 @@ class Tuned:
     return theta
 
   def _init_rule(self, rule: Rule, site: Site, key, flat):
-    whole = _arrays_of(site, flat)
+    whole = arrays_of(site, flat)
     if not site.axes:
       return rule.init(key, site, Arrays(whole, flat, site.number))
     stacked = jax.tree.map(lambda x: site.choose(site.stack_first(x)), whole)
@@ -195,7 +197,7 @@ class Tuned:
     out, recorded = self._traced(theta, backbone, args, kwargs, aux)
     if not aux:
       return out
-    return out, self._beside(recorded)
+    return out, beside_output(recorded, self._sites_of_theta)
 
   def _traced(self, theta, backbone, args, kwargs, aux: bool) -> tuple[Any, dict]:
     """(output, records); traced once more where a rule records without having said so."""
@@ -205,8 +207,8 @@ class Tuned:
     extras = {path: self._extras(theta, path, key) for path in self._plan.wrapped}
 
     def run(records: bool):
-      hook = self._hook_of(training, Recording(records, aux))
-      wanted = self._wanted
+      hook = self._hooks.of_mode(training, Recording(records, aux))
+      wanted = self._hooks.wanted
       return backend.run(
         self.model, backbone, flat, extras, hook, wanted, records, args, dict(kwargs)
       )
@@ -219,37 +221,10 @@ class Tuned:
       self._recording_modes.add((training, aux))
       return run(True)
 
-  def _beside(self, recorded: dict) -> dict[str, Any]:
-    """What `call.aux` and `call.write` recorded, by name, of all layers."""
-    values: dict[str, list] = {}
-    written: dict[str, dict] = {}
-    for path in sorted(recorded, key=natural):
-      for rule, by_name in recorded[path].get(AUX, {}).items():
-        site = self.site_of(rule, path)
-        for name, x in by_name.items():
-          values.setdefault(name, []).append(_layers_of(site, x))
-      for rule, entries in recorded[path].get(WRITTEN, {}).items():
-        site = self.site_of(rule, path)
-        chosen = jax.tree.map(lambda x, site=site: site.choose(site.stack_first(x)), entries)
-        written.setdefault(rule, {})[path] = chosen
-    found = {}
-    for name, layers in values.items():
-      shapes = sorted({x.shape[1:] for x in layers})
-      if len(shapes) > 1:
-        raise ValueError(f'aux {name!r} has layers of the shapes {shapes}, which cannot be stacked')
-      found[name] = layers[0] if len(layers) == 1 else jnp.concatenate(layers)
-    if written:
-      found[WRITTEN] = written
-    return found
-
   @staticmethod
   def write_back(theta, aux: dict):
     """theta with the state that rules wrote in a call of `apply(..., aux=True)`."""
-    theta = {name: dict(sites) for name, sites in theta.items()}
-    for name, sites in aux.get(WRITTEN, {}).items():
-      for path, entries in sites.items():
-        theta[name][path] = {**theta[name][path], **entries}
-    return theta
+    return write_back(theta, aux)
 
   @property
   def has_loss(self) -> bool:
@@ -295,9 +270,9 @@ class Tuned:
     flat = dict(flat)
     for rule, site, names in self._plan.boxed:
       if not self.sites.takes_boxes:
-        flat |= self._merge_rule(rule, site, self._entry(theta, rule, site), flat)
+        flat |= merged(rule, site, self._entry(theta, rule, site), flat)
         continue
-      whole = _arrays_of(site, flat)
+      whole = arrays_of(site, flat)
       t = jax.tree.map(site.spread, self._entry(theta, rule, site))
       if site.chosen is not None:
         t = (t, jnp.asarray(site.active))
@@ -310,9 +285,7 @@ class Tuned:
     """Extra variables stored beside the parameters of the module at `path`.
 
     They are the theta of the rules there, in which layers of a stack they act, the number of the
-    layer and, in training, a random key. The name of the number's entry is that of this Tuned: it
-    changes the structure of the pytree, so that a jitted layer that was traced under another one
-    is traced again.
+    layer (see `Hooks`) and, in training, a random key.
     """
     site = self.sites[path]
     entries = {}
@@ -324,7 +297,7 @@ class Tuned:
     number = (
       jnp.zeros((), jnp.int32) if site.number is None else jnp.asarray(site.number, jnp.int32)
     )
-    extras = {'theta': entries, 'active': active, f'id{id(self)}': number}
+    extras = {'theta': entries, 'active': active, self._hooks.number: number}
     if key is not None:
       own = jax.random.fold_in(key, zlib.crc32(site.path.encode()))
       extras['key'] = jax.random.key_data(_layer_keys(own, site))
@@ -423,31 +396,8 @@ class Tuned:
     theta = self._stop_fixed(theta)
     flat = dict(backend.arrays(self.model, backbone))
     for rule, site in self.rules:
-      flat |= self._merge_rule(rule, site, self._entry(theta, rule, site), flat)
+      flat |= merged(rule, site, self._entry(theta, rule, site), flat)
     return backend.replace(self.model, backbone, flat)
-
-  def _merge_rule(self, rule: Rule, site: Site, t, flat) -> dict[str, Any]:
-    """{'path/name': new array or box} of what a rule replaces at a site."""
-    change = rule.merge if isinstance(rule, Call) else rule.apply
-    arrays = _arrays_of(site, flat)
-    if not arrays:
-      return {}
-
-    def one_layer(t, arrays):
-      with blame(rule, site, 'merge' if isinstance(rule, Call) else 'apply'):
-        return change(t, site, Reader(arrays))
-
-    stacked = jax.tree.map(site.stack_first, arrays)
-    chosen = jax.tree.map(site.choose, stacked)
-    merged = {}
-    for name, new in site.per_layer(one_layer)(t, chosen).items():
-      if site.chosen is not None:
-        new = _with_chosen(site, stacked[name], new)
-      new = jax.tree.map(site.stack_restore, new)
-      if not isinstance(new, Box):
-        new = new.astype(arrays[name].dtype)
-      merged[join_path(site.path, name)] = new
-    return merged
 
   # ---- What is resolved once and read at every trace.
 
@@ -456,12 +406,9 @@ class Tuned:
     return plan(self.rules, self.sites)
 
   @functools.cached_property
-  def _wanted(self) -> frozenset[tuple[str, str]]:
-    """(path, method) of the calls that are wrapped."""
-    wanted = {(path, '__call__') for path in self._plan.quantized}
-    for path, rules in self._plan.wrapped.items():
-      wanted |= {(path, rule.method) for rule, _ in rules}
-    return frozenset(wanted)
+  def _hooks(self) -> Hooks:
+    backend = backend_of(self.model)
+    return Hooks(backend, self.sites, self._plan, self._sites_of_theta, lambda: self.shapes)
 
   @functools.cached_property
   def _taps_are_declared(self) -> bool:
@@ -471,104 +418,6 @@ class Tuned:
   def _recording_modes(self) -> set[tuple[bool, bool]]:
     """(training, aux) of the calls in which a rule was seen to record."""
     return set()
-
-  @functools.cached_property
-  def _hooks(self) -> dict:
-    return {}
-
-  def _hook_of(self, training: bool, recording: Recording) -> Callable:
-    """The hook of a call: one object a mode, since the frameworks cache jitted layers by it."""
-    mode = training, recording
-    if mode not in self._hooks:
-      self._hooks[mode] = functools.partial(self._hook, training, recording)
-    return self._hooks[mode]
-
-  def _hook(self, training, recording, path, method, module, call, extras, taps):
-    """Wraps one call of one module. It has no arrays of its own, so that traces can be cached."""
-    key = extras.get('key')
-    if key is not None:
-      key = jax.random.wrap_key_data(key)
-    rules = [(rule, site) for rule, site in self._plan.wrapped[path] if rule.method == method]
-    rules = acting(rules, path)
-    theta = {name: self._one_layer(t, name, path) for name, t in extras['theta'].items()}
-    active = {name: x.reshape(()) for name, x in extras['active'].items()}
-    number = self.sites[path].number
-    if self.sites[path].axes:
-      number = extras[f'id{id(self)}'].reshape(())
-    call = self._fused(rules, theta, active, training, path, method, module, call, key)
-    for position, (rule, site) in enumerate(rules):
-      if not isinstance(rule, Call):
-        continue
-      bound = Bound(
-        call,
-        rule=rule,
-        site=site,
-        module=module,
-        backend=backend_of(self.model),
-        position=position,
-        position_at=functools.partial(self._position, rule.name),
-        number=number,
-        taps=functools.partial(self._of_chosen, rule.name, taps),
-        recording=recording,
-        theta=theta.get(rule.name, {}),
-        key=_key_of_rule(key, rule),
-        training=training,
-      )
-      run = functools.partial(run_call, rule, theta.get(rule.name, {}), bound)
-      call = run
-      if rule.name in active:
-        call = functools.partial(run_if, active[rule.name], run, bound)
-    return call
-
-  def _of_chosen(self, name: str, taps: Callable) -> dict:
-    """What was recorded, of a stack what the chosen layers of the rules called `name` recorded."""
-    recorded = taps()
-    found = dict(recorded)
-    for (rule, path), site in self._sites_of_theta.items():
-      if rule != name or site.chosen is None or path not in recorded:
-        continue
-      choose = lambda x, site=site: site.choose(site.stack_first(x))
-      kinds = {}
-      for kind, by_rule in recorded[path].items():
-        kinds[kind] = {**by_rule}
-        if name in by_rule:
-          kinds[kind][name] = jax.tree.map(choose, by_rule[name])
-      found[path] = kinds
-    return found
-
-  def _fused(self, rules, theta, active, training, path, method, module, call, key):
-    """The call of a module with the Weights that act on its product; the call itself without."""
-    weights = []
-    for rule, _ in rules:
-      if isinstance(rule, Weight):
-        weights.append((rule, theta.get(rule.name, {}), active.get(rule.name)))
-    box = None
-    if path in self._plan.quantized and method == '__call__':
-      box = backend_of(self.model).stored(module, self._plan.quantized[path])
-    if not weights and box is None:
-      return call
-    for rule, _, _ in weights:
-      if training and key is None and rule.requires == 'input in training':
-        raise ValueError(
-          f'{rule.name} dropout at {path!r} needs a random key: call '
-          "tuned.apply(..., rngs={'dropout': key})"
-        )
-    return fused(weights, self.sites[path], module, call, key if training else None, box)
-
-  def _position(self, name: str, path: str) -> int:
-    """How many of the rules around the call at a path come before those called `name`."""
-    names = [rule.name for rule, _ in self._plan.wrapped.get(path, ()) if rule.method == '__call__']
-    return names.index(name) if name in names else len(names)
-
-  def _one_layer(self, t, name: str, path: str):
-    """The theta of one layer, without the axes of one that restoring the stack added."""
-    if not t or not self.sites[path].axes:
-      return t
-    site = self.site_of(name, path)
-    shapes = self.shapes[name][path]
-    return jax.tree.map(
-      lambda x, shape: x.reshape(shape.shape[len(site.theta_lengths) :]), t, shapes
-    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -587,32 +436,6 @@ class _Applied:
     return {name: jnp.where(active.reshape(()), read(x), arrays[name]) for name, x in new.items()}
 
 
-def _arrays_of(site: Site, flat) -> dict[str, Any]:
-  """The arrays that a site owns, as they are stored."""
-  return {name: flat[join_path(site.path, name)] for name in site.leaves}
-
-
-def _layers_of(site: Site, x: jax.Array) -> jax.Array:
-  """What a rule recorded at a site, [layers, ...]: of a stack what its chosen layers recorded."""
-  if not site.axes:
-    return x[None]
-  chosen = site.choose(site.stack_first(x))
-  return chosen.reshape(-1, *chosen.shape[len(site.theta_lengths) :])
-
-
-def _with_chosen(site: Site, before, new):
-  """All layers of an array or box, with new ones in the chosen layers."""
-  if isinstance(new, Box):
-    return jax.tree.map(site.replace_chosen, before, new)
-  whole = before
-  if isinstance(before, Box):
-    each = read
-    for _ in site.lengths:
-      each = jax.vmap(each)
-    whole = each(before)
-  return site.replace_chosen(whole, new.astype(whole.dtype))
-
-
 def _stop_gradient(x):
   """A leaf of the backbone without gradient; integers and keys have none."""
   if hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, jnp.inexact):
@@ -623,13 +446,6 @@ def _stop_gradient(x):
 def _key_of(key, rule: Rule, site: Site):
   """A key for a rule at a site that no other rule or site changes."""
   return jax.random.fold_in(key, zlib.crc32(f'{rule.name} {site.path}'.encode()))
-
-
-def _key_of_rule(key, rule: Rule):
-  """A key for a rule, of the key of its site."""
-  if key is None:
-    return None
-  return jax.random.fold_in(key, zlib.crc32(rule.name.encode()))
 
 
 def _layer_keys(key, site: Site):

@@ -1,0 +1,61 @@
+"""What a rule makes of the stored arrays of its site, for `merge` and models without boxes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from .blame import blame
+from .boxes import Box, Reader, read
+from .paths import join_path
+from .rules import Call, Rule
+from .sites import Site
+
+
+def arrays_of(site: Site, flat: Mapping[str, Any]) -> dict[str, Any]:
+  """The arrays that a site owns, as they are stored, of {'path/name': array}."""
+  return {name: flat[join_path(site.path, name)] for name in site.leaves}
+
+
+def merged(rule: Rule, site: Site, t, flat: Mapping[str, Any]) -> dict[str, Any]:
+  """{'path/name': new array or box} of what a rule replaces at a site.
+
+  Args:
+    rule: a Weight, or a Call that merges.
+    site: where.
+    t: its theta there.
+    flat: {'path/name': array or box} of the whole model.
+  """
+  change = rule.merge if isinstance(rule, Call) else rule.apply
+  arrays = arrays_of(site, flat)
+  if not arrays:
+    return {}
+
+  def one_layer(t, arrays):
+    with blame(rule, site, 'merge' if isinstance(rule, Call) else 'apply'):
+      return change(t, site, Reader(arrays))
+
+  stacked = jax.tree.map(site.stack_first, arrays)
+  chosen = jax.tree.map(site.choose, stacked)
+  found = {}
+  for name, new in site.per_layer(one_layer)(t, chosen).items():
+    if site.chosen is not None:
+      new = _with_chosen(site, stacked[name], new)
+    new = jax.tree.map(site.stack_restore, new)
+    if not isinstance(new, Box):
+      new = new.astype(arrays[name].dtype)
+    found[join_path(site.path, name)] = new
+  return found
+
+
+def _with_chosen(site: Site, before, new):
+  """All layers of an array or box, with new ones in the chosen layers."""
+  if isinstance(new, Box):
+    return jax.tree.map(site.replace_chosen, before, new)
+  whole = before
+  if isinstance(before, Box):
+    each = read
+    for _ in site.lengths:
+      each = jax.vmap(each)
+    whole = each(before)
+  return site.replace_chosen(whole, new.astype(whole.dtype))
