@@ -194,10 +194,17 @@ class Tuned:
     """
     backbone = jax.tree.map(_stop_gradient, backbone)
     theta = self._stop_fixed(theta)
-    out, recorded = self._traced(theta, backbone, args, kwargs, aux)
-    if not aux:
-      return out
-    return out, beside_output(recorded, self._sites_of_theta)
+    try:
+      out, recorded = self._traced(theta, backbone, args, kwargs, aux)
+      if not aux:
+        return out
+      return out, beside_output(recorded, self._sites_of_theta)
+    except jax.errors.UnexpectedTracerError as error:
+      error.add_note(
+        'a rule recorded (tap, aux or write) inside a branch or a loop of the model, out of which '
+        'nothing recorded comes: record outside of it'
+      )
+      raise
 
   def _traced(self, theta, backbone, args, kwargs, aux: bool) -> tuple[Any, dict]:
     """(output, records); traced once more where a rule records without having said so."""

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 import jpeft
 from tests.core.small import adapter, low_rank, noisy, plain
@@ -134,6 +135,50 @@ def test_jit_inside_a_model_hides_nothing(used_before):
       ('Dense', ('dot_general',))
     ] * 2
     checked(model, adapter(r'block_\d'), X)
+
+
+class Branches(nn.Module):
+  """Two layers, one in each branch."""
+
+  kind: str
+
+  @nn.compact
+  def __call__(self, x, flag):
+    a = nn.Dense(6, name='a')
+    b = nn.Dense(6, name='b')
+    head = nn.Dense(3, name='head')
+    if self.is_initializing():
+      return head(a(x) + b(x))
+    if self.kind == 'cond':
+      x = nn.cond(flag, lambda m, x: a(x), lambda m, x: b(x), self, x)
+    else:
+      x = nn.switch(flag.astype(int), [lambda m, x: b(x), lambda m, x: a(x)], self, x)
+    return head(checkpoint_name(x, 'branch'))
+
+
+@pytest.mark.parametrize('kind', ('cond', 'switch'))
+@pytest.mark.parametrize('targets', ('a|b', 'a'))
+def test_rules_inside_branches(kind, targets):
+  model = Branches(kind)
+  for method in (low_rank(targets), adapter(targets), jpeft.tune(targets)):
+    held = noisy(model.init(jax.random.key(0), X, jnp.array(True)))
+    tuned = jpeft.attach(model, method, held, X, jnp.array(True))
+    theta = noisy(tuned.init(jax.random.key(1), held))
+    moved = []
+    for flag in (True, False):
+      out = jax.jit(tuned.apply)(theta, held, X, jnp.array(flag))
+      moved.append(float(np.abs(out - model.apply(held, X, jnp.array(flag))).max()))
+    assert moved[0] > 1e-3 and (moved[1] > 1e-3 if 'b' in targets else moved[1] == 0)
+
+
+def test_recording_inside_a_branch_is_told():
+  model = Branches('cond')
+  held = model.init(jax.random.key(0), X, jnp.array(True))
+  rule = jpeft.Call('seen', lambda t, call, x: (call.aux(x=x), call(x))[1])
+  tuned = jpeft.attach(model, jpeft.at('a', rule), held, X, jnp.array(True))
+  with pytest.raises(jax.errors.UnexpectedTracerError) as raised:
+    tuned.apply({}, held, X, jnp.array(True), aux=True)
+  assert 'inside a branch or a loop of the model' in ' '.join(raised.value.__notes__)
 
 
 # ---- Kernels that are changed or joined before the product.
