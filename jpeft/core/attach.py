@@ -86,9 +86,10 @@ def _match(pattern: str, rule: Rule, sites: Sites) -> list[Site]:
     if isinstance(rule, Call):
       methods = dict.fromkeys(name for site in matching for name in site.methods)
       why = f'{why}, a call of its method {rule.method!r} (called: {", ".join(methods) or "none"})'
+  hint = f'; {rule.hint}' if rule.hint else ''
   raise ValueError(
-    f'{rule.name}: {why}: {pattern!r}{_family_of(pattern, sites)}. Near it, of {len(sites)} sites: '
-    f'{", ".join(sites.nearest(pattern))}'
+    f'{rule.name}: {why}: {pattern!r}{hint}{_family_of(pattern, sites)}. '
+    f'Near it, of {len(sites)} sites: {", ".join(sites.nearest(pattern))}'
   )
 
 

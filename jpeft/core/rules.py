@@ -121,6 +121,7 @@ class Weight(_Made):
     memory: what the backward pass must keep of the backbone, one of MEMORY_CLASSES.
     head: the rule makes the model's prediction itself, so that no other head has to be trained.
     layers: which layers the rule acts in, see `at`; None for all.
+    hint: what to do where no site has what the rule adapts, for the error.
     origin: the factory call that made the rule; set by `factory`.
   """
 
@@ -136,6 +137,7 @@ class Weight(_Made):
   memory: str = FULL_CROSSING
   head: bool = False
   layers: Layers | None = None
+  hint: str = ''
   origin: Origin | None = None
 
   def __post_init__(self):
@@ -170,7 +172,7 @@ class Call(_Made):
       one trace more.
     takes: names of keyword arguments that the rule takes for itself, at the model ('') alone: they
       are given to `tuned.apply` beside those of the model, and the rule does not pass them on.
-    update, loss, memory, head, layers, origin: as for Weight.
+    update, loss, memory, head, layers, hint, origin: as for Weight.
     method: the method of the module that is wrapped.
   """
 
@@ -188,6 +190,7 @@ class Call(_Made):
   method: str = '__call__'
   head: bool = False
   layers: Layers | None = None
+  hint: str = ''
   origin: Origin | None = None
 
   @property

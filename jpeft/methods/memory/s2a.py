@@ -97,7 +97,9 @@ def s2a(
   modules = _S2A(rank, side, pool, bits, operand_bits, blocks, name).method()
   if biases is None:
     return modules
-  return chain(tune(biases, 'bias', name), modules)
+  ((pattern, rule),) = tune(biases, 'bias', name)
+  rule = dataclasses.replace(rule, hint='a model without biases takes biases=None')
+  return chain(at(pattern, rule), modules)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ import pytest
 
 import jpeft
 from jpeft.methods.memory.s2a import packed, s2a
+from jpeft.models.llama import Llama
 from jpeft.models.nn.blocks import Encoder, PreNormBlock
 from jpeft.models.vit.model import ViT
 from tests.contract.anatomies import described
@@ -179,3 +180,11 @@ def test_bad_hyperparameters_and_places():
   b = BACKBONES['linen_cnn']
   with pytest.raises(ValueError, match='a stream that keeps its shape .* use rank=0, side=0'):
     jpeft.attach(b.model, s2a(blocks=r'block_\d+', biases=None), b.backbone, *b.args, **b.kwargs)
+
+
+def test_a_model_without_biases_is_told_the_way_out():
+  model = Llama(width=32, depth=2, heads=4, mlp_dim=64, vocab=50)
+  tokens = jax.ShapeDtypeStruct((2, 6), jnp.int32)
+  held = jax.eval_shape(model.init, jax.random.key(0), tokens)
+  with pytest.raises(ValueError, match='a model without biases takes biases=None'):
+    jpeft.attach(model, jpeft.s2a(), held, tokens)
