@@ -70,7 +70,8 @@ def save_theta(path: pathlib.Path, theta, **info) -> None:
     theta: {method name: {site path: arrays}}.
     **info: JSON values for its header, such as step=100.
   """
-  arrays = {name: np.ascontiguousarray(leaf) for name, leaf in leaf_paths(theta).items()}
+  # Not np.ascontiguousarray, which makes vectors of scalars.
+  arrays = {name: np.asarray(leaf, order='C') for name, leaf in leaf_paths(theta).items()}
   header = {key: json.dumps(value) for key, value in info.items()}
   _write_bytes(path, save(arrays, header))
 
@@ -100,6 +101,8 @@ def load_theta(path: pathlib.Path, like) -> tuple[Any, dict]:
       f'{_few(arrays.keys() - wanted.keys())} too many'
     )
   for name, leaf in wanted.items():
+    if leaf.shape == () and arrays[name].shape == (1,):  # as older files have scalars
+      arrays[name] = arrays[name].reshape(())
     if arrays[name].shape != leaf.shape:
       raise ValueError(
         f'{path}: {name} has the shape {arrays[name].shape}, the model wants {leaf.shape}'

@@ -1,5 +1,6 @@
 """What is saved comes back bit for bit; what is half written or damaged does not."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,3 +109,14 @@ def test_fingerprint_sees_bits_names_and_shapes():
   ]
   assert fingerprint({'a': x}) == fingerprint({'a': np.arange(4, dtype=np.float32)})
   assert len({fingerprint(t) for t in [{'a': x}, *others]}) == 5
+
+
+def test_scalars_and_integers_of_theta_come_back(tmp_path):
+  theta = {'m': {'fc': {'gate': jnp.ones(()), 'rows': jnp.arange(3), 'on': jnp.array(True)}}}
+  save_theta(tmp_path / 't', theta)
+  back, _ = load_theta(tmp_path / 't', jax.eval_shape(lambda: theta))
+  chex.assert_trees_all_equal_shapes_and_dtypes(back, theta)
+  chex.assert_trees_all_equal(back, theta)
+  # Files written before had scalars as arrays of one number.
+  save_theta(tmp_path / 'old', jax.tree.map(jnp.atleast_1d, theta))
+  chex.assert_trees_all_equal(load_theta(tmp_path / 'old', jax.eval_shape(lambda: theta))[0], theta)

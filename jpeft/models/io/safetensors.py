@@ -116,7 +116,8 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, np.ndarray], config: Ma
 def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
   """Writes a safetensors file, which is then either whole or absent."""
   part = file.with_name(f'{file.name}.part')
-  tensors = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
+  # Not np.ascontiguousarray, which makes vectors of scalars.
+  tensors = {key: np.asarray(value, order='C') for key, value in tensors.items()}
   # transformers refuses files without this entry.
   safetensors.numpy.save_file(tensors, part, metadata={'format': 'pt'})
   part.replace(file)
