@@ -37,13 +37,14 @@ def start(config_file, tmp_path_factory):
   }
   flags = [f'--config.{key}={value}' for key, value in OPTIONS.items()]
 
-  def started(folder):
+  def started(folder, *more):
     command = [
       sys.executable,
       '-m',
       'jpeft.train',
       f'--config={config_file}',
       *flags,
+      *more,
       f'--workdir={folder}',
     ]
     return subprocess.Popen(
@@ -73,7 +74,7 @@ def reached(process, folder, step):
   raise AssertionError(f'step {step} was not reached: {process.communicate()[1]}')
 
 
-def assert_same(folder, other):
+def assert_same(folder, other, arrays=2):
   """All that two runs leave is equal, clocks apart."""
   folders = folder, other
   rows = [read_metrics(f / 'metrics.jsonl') for f in folders]
@@ -82,7 +83,7 @@ def assert_same(folder, other):
   assert len(logs[0]) == STEPS + STEPS // 7 + 1
   for name in ('theta.safetensors', 'best.safetensors'):
     a, b = load_file(folder / name), load_file(other / name)
-    assert a.keys() == b.keys() and len(a) == 2
+    assert a.keys() == b.keys() and len(a) == arrays
     for key in a:
       assert a[key].tobytes() == b[key].tobytes(), key
   reports = [json.loads((f / 'report.json').read_text()) for f in folders]
@@ -122,3 +123,72 @@ def test_sigterm_saves_and_exits(start, alone, tmp_path):
   _, told = process.communicate(timeout=120)
   assert process.returncode == 0 and f'going on after {last}' in told, told
   assert_same(folder, alone)
+
+
+METHOD = '''"""An adapter behind a running mean, which says what is minimised."""
+
+import jax
+import jax.numpy as jnp
+
+import jpeft
+
+
+def behind_mean(rank=2, name='behind_mean'):
+  def init(key, site, arrays):
+    width = site.out.shape[-1]
+    down = 0.1 * jax.random.normal(key, (width, rank))
+    state = {'mean': jnp.zeros(width), 'count': jnp.zeros((), jnp.int32)}
+    return {**state, 'down': down, 'up': jnp.zeros((rank, width))}
+
+  def apply(t, call, *args, **kwargs):
+    def adapted(h):
+      mean = t['mean']
+      if call.training:
+        mean = h.mean((0, 1))
+        call.write(mean=0.9 * t['mean'] + 0.1 * mean, count=t['count'] + 1)
+      y = jnp.tanh((h - mean) @ t['down'])
+      call.aux(size=jnp.abs(y).mean())
+      return h + y @ t['up']
+
+    return call.site.map_stream(call(*args, **kwargs), adapted)
+
+  def loss(task_loss, run):
+    out, aux = run()
+    return task_loss(out) + 0.1 * aux['size'].mean(), out
+
+  return jpeft.at('{block}', jpeft.Call(name, apply, init, fixed=('mean',), loss=loss))
+
+
+jpeft.register_method('behind_mean', behind_mean, title='an adapter behind a running mean')
+'''
+
+
+def test_state_and_losses_of_a_method_survive_a_kill(start, tmp_path):
+  file = tmp_path / 'behind_mean.py'
+  file.write_text(METHOD)
+  more = (
+    f'--import={file}',
+    '--config.method.name=behind_mean',
+    '--config.method.layers=-1:',
+    '--config.optimizer.accumulate=2',
+  )
+  alone = tmp_path / 'alone'
+  process = start(alone, *more)
+  _, told = process.communicate(timeout=120)
+  assert process.returncode == 0, told
+
+  killed = tmp_path / 'killed'
+  process = start(killed, *more)
+  reached(process, killed, 23)
+  process.send_signal(signal.SIGKILL)
+  process.communicate(timeout=120)
+  process = start(killed, *more)
+  _, told = process.communicate(timeout=120)
+  assert process.returncode == 0, told
+  assert_same(alone, killed, arrays=6)
+
+  theta = load_file(alone / 'theta.safetensors')
+  layers = {name.split('/')[2] for name in theta if name.startswith('behind_mean')}
+  assert layers == {'block_1'}
+  assert theta['behind_mean/encoder/block_1/count'] == 2 * STEPS  # two micro-batches an update
+  assert abs(theta['behind_mean/encoder/block_1/mean']).max() > 0
