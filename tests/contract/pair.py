@@ -44,17 +44,17 @@ class Pair:
     floats = [x for x, f in zip(leaves, self._is_float, strict=True) if f]
     self.start = jpeft.join(self.theta, floats)
 
-  def held(self, floats):
-    """The backbone with other float arrays."""
-    floats, others = iter(floats), iter(self._others)
+  def held(self, floats, others=None):
+    """The backbone with other float arrays, and with other integers if they are given."""
+    floats, others = iter(floats), iter(self._others if others is None else others)
     return jax.tree.unflatten(self._tree, [next(floats if f else others) for f in self._is_float])
 
-  def apply(self, theta, floats, args):
-    return self.tuned.apply(theta, self.held(floats), *args, **self.b.kwargs)
+  def apply(self, theta, floats, args, others=None):
+    return self.tuned.apply(theta, self.held(floats, others), *args, **self.b.kwargs)
 
-  def loss(self, tree, args):
+  def loss(self, tree, args, others=None):
     """(the sum of squares of the output, the output)."""
-    out = self.apply(*jpeft.split(tree), args)
+    out = self.apply(*jpeft.split(tree), args, others)
     return sum(jnp.sum(jnp.square(y.astype(jnp.float32))) for y in jax.tree.leaves(out)), out
 
   def split(self, tree):
@@ -62,7 +62,7 @@ class Pair:
     trained, held = self.tuned.split(tree['theta'])
     return {**tree, 'theta': trained}, held
 
-  def gradient(self, tree, args, wrap=lambda loss: loss):
+  def gradient(self, tree, args, wrap=lambda loss: loss, others=None):
     """(the output, the gradients of both trees with what is trained of theta).
 
     `wrap` is applied to the function that is differentiated.
@@ -71,7 +71,7 @@ class Pair:
 
     def loss(trained):
       theta = self.tuned.join(trained['theta'], held)
-      return self.loss({**trained, 'theta': theta}, args)
+      return self.loss({**trained, 'theta': theta}, args, others)
 
     (_, out), grads = jax.value_and_grad(wrap(loss), has_aux=True)(trained)
     return out, grads
