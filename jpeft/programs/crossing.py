@@ -135,13 +135,18 @@ def _scan(eqn, operands: list[_Mark], times: float, sums: _Sums) -> list[_Mark]:
   constants = operands[:consts]
   carry = operands[consts : consts + carried]
   slices = operands[consts + carried :]
-  while True:  # until the carry depends on nothing more
-    outs = _walk(body, [*constants, *carry, *slices], 1, _Sums())
-    grown = [_joined(pair) for pair in zip(carry, outs[:carried], strict=True)]
-    if grown == carry:
-      break
-    carry = grown
+  carry = _settled(body, constants, carry, slices)
   return _walk(body, [*constants, *carry, *slices], times * eqn.params['length'], sums)
+
+
+def _settled(body, constants, carry: list[_Mark], slices) -> list[_Mark]:
+  """The marks of what a loop carries, once another round adds nothing to them."""
+  while True:
+    outs = _walk(body, [*constants, *carry, *slices], 1, _Sums())
+    grown = [_joined(pair) for pair in zip(carry, outs[: len(carry)], strict=True)]
+    if grown == carry:
+      return carry
+    carry = grown
 
 
 def _while(eqn, operands: list[_Mark], times: float, sums: _Sums) -> list[_Mark]:
@@ -150,12 +155,7 @@ def _while(eqn, operands: list[_Mark], times: float, sums: _Sums) -> list[_Mark]
   body = eqn.params['body_jaxpr'].jaxpr
   constants = operands[of_condition:of_body]
   carry = operands[of_body:]
-  while True:
-    outs = _walk(body, [*constants, *carry], 1, _Sums())
-    grown = [_joined(pair) for pair in zip(carry, outs, strict=True)]
-    if grown == carry:
-      break
-    carry = grown
+  carry = _settled(body, constants, carry, [])
   # A loop of unknown length has no backward pass.
   outs = _walk(body, [*constants, *carry], times, sums)
   return [mark._replace(cotangents=0) for mark in outs]
