@@ -53,6 +53,7 @@ def classes_of(config) -> int:
 
 def _of_config(name: str, config, where: Target, search: bool) -> Plan:
   pretrained, tuned = training.build(config, classes_of(config), models.describe)
+  training.check_used(config, tuned)
   example = tasks.of(config).example(config, pretrained)
   _, tx = training.optimizer_of(config, tuned, steps=1000)
   work = Work(

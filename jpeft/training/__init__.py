@@ -2,7 +2,7 @@
 
 from jpeft.messages import markdown
 
-from .build import build, hyperparameters, method_of, optimizer_of
+from .build import build, check_used, hyperparameters, method_of, optimizer_of
 from .checkpoints import Checkpoints, fingerprint, load_theta, save_theta, write
 from .feature_cache import Features, Part, cached
 from .fit import compiled, fitting
@@ -48,6 +48,7 @@ __all__ = [
   'build',
   'cached',
   'check_imported',
+  'check_used',
   'claimed',
   'compiled',
   'describe',

@@ -36,6 +36,15 @@ def hyperparameters(config) -> dict[str, Any]:
   return defaults | config.method.to_dict()
 
 
+def check_used(config, tuned: Tuned) -> None:
+  """Raises a ValueError if arrays of theta reach no output: no training would move them."""
+  if tuned.unused:
+    raise ValueError(
+      f'{config.method.name}: {len(tuned.unused)} arrays of theta reach no output of this model '
+      f'and could not be trained: {", ".join(tuned.unused[:3])}'
+    )
+
+
 def optimizer_of(
   config, tuned: Tuned, steps: int
 ) -> tuple[optax.Schedule, optax.GradientTransformation]:
@@ -73,9 +82,4 @@ def build(config, num_classes: int, load: Callable = models.load) -> tuple[Any, 
   tuned = attach(
     pretrained.model, method, pretrained.variables, *args, **kwargs, deterministic=True
   )
-  if tuned.unused:
-    raise ValueError(
-      f'{config.method.name}: {len(tuned.unused)} arrays of theta reach no output of this model '
-      f'and could not be trained: {", ".join(tuned.unused[:3])}'
-    )
   return pretrained, tuned

@@ -16,7 +16,7 @@ from jpeft.quant import nbytes
 from jpeft.version import __version__
 
 from . import feature_cache, fit, report, sharding, step
-from .build import build, optimizer_of
+from .build import build, check_used, optimizer_of
 from .checkpoints import Checkpoints, fingerprint, save_theta
 from .feature_cache import Features, Part
 from .folder import begin, claimed
@@ -72,6 +72,7 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     steps = config.steps or max(1, round(config.epochs * batches.steps_per_epoch))
     rate, tx = optimizer_of(config, tuned, steps)
     facts = summary(tuned)
+    check_used(config, tuned)
 
   # ---- Compilation, from shapes: an update that cannot fit is refused before anything is put on a
   # device.

@@ -166,11 +166,8 @@ def _depth(name: str, leaf, site: Site) -> int | np.ndarray | None:
   if found:
     return int(found[1])
   if site.lengths:
-    lengths = site.theta_lengths
-    numbers = np.arange(site.layers)
-    if site.chosen is not None:
-      numbers = numbers[list(site.chosen)]
-    return numbers.astype(np.float32).reshape(*lengths, *[1] * (leaf.ndim - len(lengths)))
+    numbers = site.choose(np.arange(site.layers, dtype=np.float32).reshape(site.lengths))
+    return numbers.reshape(*numbers.shape, *[1] * (leaf.ndim - numbers.ndim))
   if re.match(r'[^/]*/embed', name):
     return -1
   return None

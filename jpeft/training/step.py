@@ -105,7 +105,7 @@ def train_step(
 
   # Micro-batches are summed. What a method adds to the loss is a mean, so that it is divided by
   # their number, and the task's loss, which is a sum over `count` already, is not.
-  parts = accumulate if tuned.has_loss else 1
+  rounds = accumulate if tuned.has_loss else 1
 
   def objective(trained, held, backbone, batch, key, count):
     theta = tuned.join(trained, held)
@@ -114,12 +114,12 @@ def train_step(
       return forward(theta, backbone, batch, key, aux=True, **takes)
 
     def loss(logits):
-      return tasks.loss(logits, batch['label'], smoothing).sum() / count * parts
+      return tasks.loss(logits, batch['label'], smoothing).sum() / count * rounds
 
     value, logits, aux = tuned.objective(run, loss)
     correct = (logits.argmax(-1) == batch['label']).sum()
     _, held = tuned.split(tuned.write_back(theta, aux))
-    return value / parts, (correct, held)
+    return value / rounds, (correct, held)
 
   differentiate = jax.value_and_grad(objective, has_aux=True)
 
