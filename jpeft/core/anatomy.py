@@ -170,11 +170,6 @@ def families_of(sites) -> list[Anatomy]:
   return [ANATOMIES[name] for name in order if shares[name] > most - _NEARLY]
 
 
-def choose(sites) -> Anatomy | None:
-  """The family whose roles match the largest share of a model's sites; None if none fits."""
-  return next(iter(families_of(sites)), None)
-
-
 def share(anatomy: Anatomy, sites) -> float:
   """The share of a family's roles that name something; 0 if its blocks are not among them."""
   named = [role for role, pattern in anatomy.roles.items() if _names(pattern, sites)]

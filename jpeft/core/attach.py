@@ -7,6 +7,7 @@ import jax
 from .anatomy import NOTHING
 from .discover import sites_of
 from .entries import unused_name
+from .example import specs_of
 from .layers import restricted
 from .paths import leaf_paths
 from .resolve import changes, plan
@@ -39,18 +40,11 @@ def attach(model, method: Method, backbone, /, *args, **kwargs) -> Tuned:
   decided = plan(rules, sites)
   for rule, site, _ in decided.boxed:
     _check_requirement(rule, site, fused=(rule, site) in decided.wrapped.get(site.path, ()))
-  example = jax.tree.map(_shape, (args, kwargs))
+  example = specs_of((args, kwargs))
   shapes = jax.eval_shape(lambda: backbone)
   tuned = Tuned(model, tuple(rules), sites, Method(method), shapes, example)
   _check_entries(tuned)  # and what a rule's `init` refuses is said here, not at the first step
   return tuned
-
-
-def _shape(x):
-  """The shape of an array; any other value (a flag, None) as it is."""
-  if hasattr(x, 'shape') and hasattr(x, 'dtype'):
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
-  return x
 
 
 def _match(pattern: str, rule: Rule, sites: Sites) -> list[Site]:

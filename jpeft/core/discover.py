@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
 from . import anatomy
 from .backends.choice import backend_of
 from .boxes import Box, Probe
+from .example import spec_of, taken_apart
 from .injection import inject, offered
 from .layers import numbered
 from .paths import join_path
@@ -55,7 +55,7 @@ def sites_of(model, backbone, /, *args, **kwargs) -> Sites:
     **kwargs: keyword arguments of the forward pass.
   """
   arrays = backend_of(model).arrays(model, backbone)
-  specs = {key: _spec(x) for key, x in arrays.items()}
+  specs = {key: spec_of(x) for key, x in arrays.items()}
   takes_boxes = True
   try:
     seen, used = _traced(model, backbone, specs, args, kwargs, Probe)
@@ -105,7 +105,6 @@ def sites_of(model, backbone, /, *args, **kwargs) -> Sites:
         site.boxes[name] = _one_layer(site, box)
     sites[path] = site
   sites.families = anatomy.families_of(sites)
-  sites.anatomy = next(iter(sites.families), None)
   numbered(sites)
   return sites
 
@@ -119,31 +118,20 @@ def _traced(
   """
   backend = backend_of(model)
   seen: dict[str, _Seen] = {}
-  leaves, tree = jax.tree.flatten((args, kwargs))
+  traced, put = taken_apart((args, kwargs))
   # Empty, under a name of this trace: a layer that the model jits itself would else be answered
   # from the cache of an earlier trace, and its modules would not be seen.
   mark = {f'trace{next(_traces)}': {}}
   fresh = {path.rpartition('/')[0]: mark for path in specs}
-  # What is no array (a flag, None) keeps its value.
-  traced = {i: _spec(x) for i, x in enumerate(leaves) if _is_array(x)}
 
   def forward(flat, traced):
-    inputs = tree.unflatten([traced.get(i, x) for i, x in enumerate(leaves)])
-    args, kwargs = backend.fresh(inputs)
+    args, kwargs = backend.fresh(put(traced))
     hook = _recorder(seen, backend)
     arrays = {name: wrap(x) for name, x in flat.items()}
     out, _ = backend.run(model, backbone, arrays, fresh, hook, None, False, args, dict(kwargs))
     return out
 
   return seen, uses(forward, specs, traced)
-
-
-def _spec(x) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
-def _is_array(x) -> bool:
-  return isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
 
 
 def _looks_like_array(x) -> bool:
@@ -214,7 +202,7 @@ class _Outputs:
       self._read.add(id(first))
       path, where, x = self._made[id(first)]
       self._seen[path].out_path = where
-      self._seen[path].out = _spec(x)
+      self._seen[path].out = spec_of(x)
     return sources
 
 
@@ -238,7 +226,7 @@ def _recorder(seen: dict[str, _Seen], backend):
       methods = before.methods if before else ()
       calls = before.calls if before else 0
       if method == '__call__' or before is None:
-        specs = {name: _spec(x) for name, x in inputs.items()}
+        specs = {name: spec_of(x) for name, x in inputs.items()}
         # No module reads what the model itself returns: there the first array it is.
         read = next(iter(specs.values()), None) if path else None
         out_path, stream = _stream(out, read)
@@ -246,7 +234,7 @@ def _recorder(seen: dict[str, _Seen], backend):
         seen[path] = _Seen(
           kind=type(module).__name__,
           inputs=specs,
-          out=None if stream is None else _spec(stream),
+          out=None if stream is None else spec_of(stream),
           out_path=out_path,
           sources=sources,
           fields=fields,

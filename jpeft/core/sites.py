@@ -249,8 +249,7 @@ class Sites(dict[str, Site]):
   """Path -> Site, in the order of the forward pass; finds sites by pattern or role.
 
   Attributes:
-    anatomy: the naming scheme that fits the model; None without one.
-    families: it and those that fit about as well.
+    families: the naming schemes that fit the model about as well, the likeliest first.
     arrays: {'path/name': shape, or box of shapes} of all arrays of the backbone.
     takes_boxes: whether arrays may be computed where the model reads them. A model that maps over
       its parameters (`nn.WeightNorm`) gets new arrays instead, computed before it runs.
@@ -260,11 +259,15 @@ class Sites(dict[str, Site]):
 
   def __init__(self, *args, **kwargs):
     super().__init__(*args, **kwargs)
-    self.anatomy: Any = None
     self.families: list[Any] = []
     self.arrays: dict[str, Any] = {}
     self.aliases: dict[str, str] = {}
     self.takes_boxes = True
+
+  @property
+  def anatomy(self) -> Any:
+    """The naming scheme that fits the model; None without one."""
+    return self.families[0] if self.families else None
 
   @property
   def causal(self) -> bool:

@@ -16,6 +16,7 @@ from .blame import blame
 from .boxes import Arrays, Lazy, read
 from .context import NeedsRecording, Recording
 from .entries import combine, entry_path, names_entry, partition
+from .example import taken_apart
 from .hooks import Hooks
 from .merging import arrays_of, merged
 from .mode import mode_of
@@ -342,13 +343,11 @@ class Tuned:
   @functools.cached_property
   def crossing(self) -> programs.Crossing:
     """Which frozen products a cotangent crosses, by a trace of the example's forward pass."""
-    leaves, tree = jax.tree.flatten(self.example)
-    arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.ShapeDtypeStruct)}
+    arrays, put = taken_apart(self.example)
     backend = backend_of(self.model)
 
     def forward(theta, backbone, arrays):
-      inputs = tree.unflatten([arrays.get(i, x) for i, x in enumerate(leaves)])
-      args, kwargs = backend.fresh(inputs)
+      args, kwargs = backend.fresh(put(arrays))
       return self.apply(theta, backbone, *args, **kwargs)
 
     return programs.crossing(forward, self.shapes, self.backbone, arrays)
@@ -435,11 +434,13 @@ class _Applied:
   site: Site
 
   def __call__(self, theta, arrays):
-    if self.site.chosen is None:
-      with blame(self.rule, self.site, 'apply'):
-        return self.rule.apply(theta, self.site, arrays)
-    theta, active = theta
-    new = self.rule.apply(theta, self.site, arrays)  # in every layer; it counts in some
+    active = None
+    if self.site.chosen is not None:  # it is computed in every layer, and counts in some
+      theta, active = theta
+    with blame(self.rule, self.site, 'apply'):
+      new = self.rule.apply(theta, self.site, arrays)
+    if active is None:
+      return new
     return {name: jnp.where(active.reshape(()), read(x), arrays[name]) for name, x in new.items()}
 
 

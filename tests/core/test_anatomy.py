@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import jpeft
-from jpeft.core.anatomy import choose
 from tests.core.small import Blocks, X, backbone, gain
 from tests.fixtures import BACKBONES
 
@@ -81,7 +80,7 @@ def test_an_own_anatomy_of_a_known_name_replaces_it():
 def test_third_parties_are_recognised(name, family):
   b = BACKBONES[name]
   sites = jpeft.sites_of(b.model, b.backbone, *b.args, **b.kwargs)
-  anatomy = choose(sites)
+  anatomy = sites.anatomy
   assert (anatomy.name, anatomy.causal, anatomy.lead) == (family, b.causal, b.lead)
   for role in ('block', 'attention', 'mlp', 'q', 'v', 'norm'):
     found = {s.path for s in sites.find(f'{{{role}}}')}
