@@ -8,6 +8,8 @@ from .context import Bound
 from .discover import sites_of
 from .freeze import freeze, join, mask, split
 from .frozen import frozen
+from .generated import generated
+from .generator import Place
 from .mode import flags_of
 from .paths import EXTRAS, join_path, leaf_paths, natural
 from .products import Operand
@@ -47,6 +49,7 @@ __all__ = [
   'NO_BACKPROP',
   'Operand',
   'Origin',
+  'Place',
   'PARTIAL_REENTRY',
   'REQUIREMENTS',
   'Rule',
@@ -63,6 +66,7 @@ __all__ = [
   'flags_of',
   'freeze',
   'frozen',
+  'generated',
   'in_layers',
   'join',
   'join_path',

@@ -37,6 +37,7 @@ def attach(model, method: Method, backbone, /, *args, **kwargs) -> Tuned:
   _check_names(rules)
   _check_takes(rules)
   _check_losses(rules)
+  _check_generators(rules)
   decided = plan(rules, sites)
   for rule, site, _ in decided.boxed:
     _check_requirement(rule, site, fused=(rule, site) in decided.wrapped.get(site.path, ()))
@@ -171,12 +172,39 @@ def _check_losses(rules: list[tuple[Rule, Site]]) -> None:
     )
 
 
+def _check_generators(rules: list[tuple[Rule, Site]]) -> None:
+  """Raises a ValueError if entries that are made of a smaller tree would be lost."""
+  generators = {rule.name: rule.generator for rule, _ in rules if rule.generator is not None}
+  for rule, site in rules:
+    if rule.name not in generators:
+      continue
+    if rule.generator is not generators[rule.name]:
+      raise ValueError(
+        f'two methods called {rule.name!r}, of which one is generated: give one another name='
+      )
+    if rule.update is not None:
+      raise ValueError(
+        f'{rule.name} at {site.path!r}: update edits entries that are made of a smaller tree at '
+        'each call, so that the edit would be lost'
+      )
+
+
 def _check_entries(tuned: Tuned) -> None:
   """Raises a ValueError if a rule names entries of theta that it does not have."""
   thetas: dict[Rule, list] = {}
   for rule, site in tuned.rules:
-    entries = tuned.shapes.get(rule.name, {}).get(site.path, {})
+    entries = tuned.read_shapes.get(rule.name, {}).get(site.path, {})
     thetas.setdefault(rule, []).append(entries)
+  jax.eval_shape(tuned.expand, tuned.shapes)
+  for name, generator in tuned.generators.items():
+    trees = list(tuned.shapes[name].values())
+    unused = unused_name(generator.fixed, trees)
+    if unused is not None:
+      there = ', '.join(dict.fromkeys(path for tree in trees for path in leaf_paths(tree)))
+      raise ValueError(
+        f'{name}: fixed={unused!r} of generated names no entry of its smaller tree; there are '
+        f'{there or "none"}'
+      )
   for rule, trees in thetas.items():
     for field in ('fixed', 'exact'):
       name = unused_name(getattr(rule, field), trees)

@@ -142,6 +142,8 @@ class Bound:
 
   def _check_written(self, name: str, value) -> None:
     where = f'{self._rule.name} at {self.site.path!r} writes {name!r}'
+    if self._rule.generator is not None:
+      raise ValueError(f'{where}, which is made of a smaller tree at each call: it would be lost')
     if name not in self._theta:
       raise ValueError(f'{where}, and its theta has {", ".join(self._theta) or "no entries"}')
     old = self._theta[name]

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .generator import Generator
 from .rules import Method, Rule
 from .sites import Site
 
@@ -50,8 +51,29 @@ def _frozen(rule: Rule, theta: Mapping[str, Any]) -> Rule:
       )
     return layer
 
+  generator = rule.generator
+  if generator is not None:
+    return dataclasses.replace(
+      rule, generator=_frozen_generator(rule.name, generator, sites), update=None, origin=None
+    )
   # A schedule has run its course, and the equality of factories does not see theta.
   return dataclasses.replace(rule, init=init, fixed=('*',), update=None, origin=None)
+
+
+def _frozen_generator(name: str, generator: Generator, given: Mapping[str, Any]) -> Generator:
+  """A generator whose smaller tree is a trained one."""
+
+  def init(key, places):
+    wanted = jax.eval_shape(lambda key: generator.init(key, places), key)
+    kept = jax.tree.map(jnp.asarray, dict(given))
+    if jax.tree.map(jnp.shape, kept) != jax.tree.map(jnp.shape, wanted):
+      raise ValueError(
+        f'frozen: theta has other arrays for the generated {name!r} than the method: was it '
+        'trained with other hyperparameters, or on another model?'
+      )
+    return kept
+
+  return Generator(init, generator.expand, fixed=('*',))
 
 
 def _of_layer(x: jax.Array, site: Site, number) -> jax.Array:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import jax
 
+from .generator import Generator
 from .layers import Layers
 from .sites import Leaf
 
@@ -122,6 +123,7 @@ class Weight(_Made):
     head: the rule makes the model's prediction itself, so that no other head has to be trained.
     layers: which layers the rule acts in, see `at`; None for all.
     hint: what to do where no site has what the rule adapts, for the error.
+    generator: how t follows from a smaller tree; set by `generated`.
     origin: the factory call that made the rule; set by `factory`.
   """
 
@@ -138,6 +140,7 @@ class Weight(_Made):
   head: bool = False
   layers: Layers | None = None
   hint: str = ''
+  generator: Generator | None = None
   origin: Origin | None = None
 
   def __post_init__(self):
@@ -172,7 +175,7 @@ class Call(_Made):
       one trace more.
     takes: names of keyword arguments that the rule takes for itself, at the model ('') alone: they
       are given to `tuned.apply` beside those of the model, and the rule does not pass them on.
-    update, loss, memory, head, layers, hint, origin: as for Weight.
+    update, loss, memory, head, layers, hint, generator, origin: as for Weight.
     method: the method of the module that is wrapped.
   """
 
@@ -191,6 +194,7 @@ class Call(_Made):
   head: bool = False
   layers: Layers | None = None
   hint: str = ''
+  generator: Generator | None = None
   origin: Origin | None = None
 
   @property

@@ -9,6 +9,7 @@ from jpeft.messages import columns
 
 from .boxes import Box
 from .paths import leaf_paths
+from .sites import Site
 from .tuned import Tuned
 
 
@@ -63,23 +64,20 @@ def summary(tuned: Tuned) -> Summary:
   """
   trained, _ = tuned.split(tuned.shapes)
   rows = []
+
+  def add(name: str, site: Site, where: str, kind: str, mergeable: bool) -> None:
+    t = tuned.shapes.get(name, {}).get(site.path, {})
+    layers = math.prod(site.theta_lengths)
+    numbers = count(trained.get(name, {}).get(site.path, {}))
+    merges = 'yes' if mergeable else 'no'
+    rows.append((where, layers, kind, name, _shapes(t, site), numbers, merges))
+
   for rule, site in tuned.rules:
-    t = tuned.shapes.get(rule.name, {}).get(site.path, {})
-    shapes = []
-    for name, x in leaf_paths(t).items():
-      of_layer = list(x.shape[len(site.theta_lengths) :])
-      shapes.append(f'{name.replace("/", ".")}{of_layer}')
-    rows.append(
-      (
-        site.path or '(model)',
-        math.prod(site.theta_lengths),
-        site.kind,
-        rule.name,
-        ' '.join(shapes),
-        count(trained.get(rule.name, {}).get(site.path, {})),
-        'yes' if rule.mergeable else 'no',
-      )
-    )
+    add(rule.name, site, site.path or '(model)', site.kind, rule.mergeable)
+  for name in tuned.generators:
+    if '' in tuned.shapes[name]:
+      merges = all(rule.mergeable for rule, _ in tuned.rules if rule.name == name)
+      add(name, tuned.site_of(name, ''), '(shared)', '-', merges)
   return Summary(
     rows=tuple(rows),
     trainable=count(trained),
@@ -88,3 +86,12 @@ def summary(tuned: Tuned) -> Summary:
     unused=tuple(tuned.unused),
     mergeable=tuned.mergeable,
   )
+
+
+def _shapes(t, site: Site) -> str:
+  """The entries of one layer, such as 'kernel.a[768, 8]'."""
+  shapes = []
+  for name, x in leaf_paths(t).items():
+    of_layer = list(x.shape[len(site.theta_lengths) :])
+    shapes.append(f'{name.replace("/", ".")}{of_layer}')
+  return ' '.join(shapes)

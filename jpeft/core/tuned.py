@@ -17,6 +17,7 @@ from .boxes import Arrays, Lazy, read
 from .context import NeedsRecording, Recording
 from .entries import combine, entry_path, names_entry, partition
 from .example import taken_apart
+from .generator import Generator, Place
 from .hooks import Hooks
 from .merging import arrays_of, merged
 from .mode import mode_of
@@ -70,7 +71,48 @@ class Tuned:
     return jax.eval_shape(self.init, jax.random.key(0), self.backbone)
 
   def init(self, key: jax.Array, backbone) -> dict:
-    """theta = {method name: {site path: arrays}}; in stacked layers the stack comes first."""
+    """theta = {method name: {site path: arrays}}; in stacked layers the stack comes first.
+
+    Of a method that `generated` made it is the smaller tree, with what sites share at the path ''.
+    """
+    theta = self._init_rules(key, backbone)
+    for name, generator in self.generators.items():
+      own_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+      theta[name] = generator.start(name, own_key, self._places(name, theta[name]))
+    return theta
+
+  def expand(self, theta):
+    """theta as the rules read it: what `generated` methods make of their smaller trees.
+
+    For a method without such parts it is theta itself. It is the theta of the plain method, so that
+    `attach(model, lora(8), ...)` can read, merge or export what `generated(lora(8), ...)` learned.
+    """
+    if not self.generators:
+      return theta
+    theta = _stop_where(theta, self.trainable(theta))
+    for name, generator in self.generators.items():
+      if name in theta:
+        places = self._places(name, self.read_shapes[name])
+        theta = theta | {name: generator.expanded(name, theta[name], places)}
+    return theta
+
+  def _places(self, name: str, entries) -> dict[str, Place]:
+    return {path: Place(self._sites_of_theta[name, path], t) for path, t in entries.items()}
+
+  @functools.cached_property
+  def generators(self) -> dict[str, Generator]:
+    """{name of a method: how its theta follows from a smaller tree}."""
+    return {rule.name: rule.generator for rule, _ in self.rules if rule.generator is not None}
+
+  @functools.cached_property
+  def read_shapes(self):
+    """theta as the rules read it, as shapes."""
+    if not self.generators:
+      return self.shapes
+    return jax.eval_shape(self._init_rules, jax.random.key(0), self.backbone)
+
+  def _init_rules(self, key, backbone) -> dict:
+    """What the `init` of all rules makes."""
     flat = backend_of(self.model).arrays(self.model, backbone)
     theta = {}
     for rule, site in self.rules:
@@ -105,21 +147,27 @@ class Tuned:
 
   @functools.cached_property
   def _sites_of_theta(self) -> dict[tuple[str, str], Site]:
-    return {(rule.name, site.path): site for rule, site in self.rules}
+    sites = {(rule.name, site.path): site for rule, site in self.rules}
+    for name in self.generators:
+      sites.setdefault((name, ''), self.sites[''])
+    return sites
 
   def trainable(self, theta) -> Any:
     """A tree of bools: False for entries that a rule names in `fixed`, integers and booleans."""
-    fixed = {}
+    fixed = self._fixed_of_rules
+    for name, generator in self.generators.items():
+      paths = [path for rule, path in self._sites_of_theta if rule == name]
+      fixed = fixed | dict.fromkeys([(name, path) for path in paths], generator.fixed)
+    return _trained(theta, fixed)
+
+  @functools.cached_property
+  def _fixed_of_rules(self) -> dict[tuple[str, str], tuple[str, ...]]:
+    """{(name of a rule, path): names of entries that are not trained, of theta as it is read}."""
+    fixed: dict[tuple[str, str], tuple[str, ...]] = {}
     for rule, site in self.rules:
-      fixed.setdefault((rule.name, site.path), []).extend(rule.fixed)
-
-    def is_trained(path, x):
-      if not jnp.issubdtype(x.dtype, jnp.inexact):
-        return False
-      rule, site, *entry = entry_path(path)
-      return not any(names_entry(name, entry) for name in fixed.get((rule, site), ()))
-
-    return jax.tree_util.tree_map_with_path(is_trained, theta)
+      here = (rule.name, site.path)
+      fixed[here] = fixed.get(here, ()) + rule.fixed
+    return fixed
 
   def split(self, theta) -> tuple[Any, Any]:
     """(what is trained, what is held) of theta: two trees like it, with None in the other's places.
@@ -194,7 +242,7 @@ class Tuned:
       the key 'written' what `call.write` wrote, for `write_back`.
     """
     backbone = jax.tree.map(_stop_gradient, backbone)
-    theta = self._stop_fixed(theta)
+    theta = self._read(theta)
     try:
       out, recorded = self._traced(theta, backbone, args, kwargs, aux)
       if not aux:
@@ -320,7 +368,7 @@ class Tuned:
     try:
       return theta[rule.name][site.path]
     except KeyError:
-      if site.path not in self.shapes.get(rule.name, {}):
+      if site.path not in self.read_shapes.get(rule.name, {}):
         return {}
       there = ', '.join(theta) or 'nothing'
       raise ValueError(
@@ -328,15 +376,12 @@ class Tuned:
         'made by another method?'
       ) from None
 
-  def _stop_fixed(self, theta):
-    """theta with stop_gradient on the entries that are not trained."""
+  def _read(self, theta):
+    """theta as the rules read it, with stop_gradient on the entries that are not trained."""
+    theta = self.expand(theta)
     if not any(rule.fixed for rule, _ in self.rules):
       return theta
-
-    def leaf(x, trained):
-      return x if trained else jax.lax.stop_gradient(x)
-
-    return jax.tree.map(leaf, theta, self.trainable(theta))
+    return _stop_where(theta, _trained(theta, self._fixed_of_rules))
 
   # ---- What a backward pass crosses.
 
@@ -399,7 +444,7 @@ class Tuned:
         'cannot be merged'
       )
     backend = backend_of(self.model)
-    theta = self._stop_fixed(theta)
+    theta = self._read(theta)
     flat = dict(backend.arrays(self.model, backbone))
     for rule, site in self.rules:
       flat |= merged(rule, site, self._entry(theta, rule, site), flat)
@@ -414,7 +459,7 @@ class Tuned:
   @functools.cached_property
   def _hooks(self) -> Hooks:
     backend = backend_of(self.model)
-    return Hooks(backend, self.sites, self._plan, self._sites_of_theta, lambda: self.shapes)
+    return Hooks(backend, self.sites, self._plan, self._sites_of_theta, lambda: self.read_shapes)
 
   @functools.cached_property
   def _taps_are_declared(self) -> bool:
@@ -442,6 +487,28 @@ class _Applied:
     if active is None:
       return new
     return {name: jnp.where(active.reshape(()), read(x), arrays[name]) for name, x in new.items()}
+
+
+def _trained(theta, fixed) -> Any:
+  """A tree of bools: False for integers, booleans and the entries that are named.
+
+  Args:
+    theta: {name of a rule: {path: entries}}.
+    fixed: {(name of a rule, path): names of entries, see `Weight.fixed`}.
+  """
+
+  def is_trained(path, x):
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+      return False
+    rule, site, *entry = entry_path(path)
+    return not any(names_entry(name, entry) for name in fixed.get((rule, site), ()))
+
+  return jax.tree_util.tree_map_with_path(is_trained, theta)
+
+
+def _stop_where(theta, trained):
+  """theta with stop_gradient on the entries that are not trained."""
+  return jax.tree.map(lambda x, is_trained: x if is_trained else _stop_gradient(x), theta, trained)
 
 
 def _stop_gradient(x):
