@@ -276,6 +276,10 @@ class _Trial:
       rule, site = self.tuned.unmergeable[0]
       where = site.path or 'the model'
       return Check('merge', None, f'{rule.name} at {where} changes the computation: no weights do')
+    for rule, _ in self.tuned.rules:
+      if isinstance(rule, Weight) and rule.outer:
+        names = ', '.join(rule.outer)
+        return Check('merge', None, f'merges at given values of {names}, which {rule.name} reads')
     merged = jax.jit(self.tuned.merge)(self.moved, self.backbone)
     return self.row('merge', lambda: merge_fault(self._plain(merged), self.out))
 

@@ -24,13 +24,15 @@ def attach(model, method: Method, backbone, /, *args, **kwargs) -> Tuned:
     method: such as `lora(8)` or `chain(lora(8), tune('{head}'))`.
     backbone: what the model stores: Linen's variables, or `nnx.state(model)`; shapes will do.
     *args: an example input; shapes (jax.ShapeDtypeStruct) will do.
-    **kwargs: keyword arguments of the forward pass.
+    **kwargs: keyword arguments of the forward pass, and those that rules take for themselves.
 
   Raises:
     ValueError: a pattern matches no site, or no site that its rule can adapt; two rules of one
       name meet at a site.
   """
-  sites = sites_of(model, backbone, *args, **kwargs)
+  taken = {name for _, rule in method for name in rule.takes}
+  of_model = {name: value for name, value in kwargs.items() if name not in taken}
+  sites = sites_of(model, backbone, *args, **of_model)
   rules = [(rule, site) for pattern, rule in method for site in _match(pattern, rule, sites)]
   # Weights first: arrays come before the call that reads them.
   rules.sort(key=lambda pair: isinstance(pair[0], Call))
@@ -38,6 +40,7 @@ def attach(model, method: Method, backbone, /, *args, **kwargs) -> Tuned:
   _check_takes(rules)
   _check_losses(rules)
   _check_generators(rules)
+  _check_outer(rules, sites)
   decided = plan(rules, sites)
   for rule, site, _ in decided.boxed:
     _check_requirement(rule, site, fused=(rule, site) in decided.wrapped.get(site.path, ()))
@@ -186,6 +189,25 @@ def _check_generators(rules: list[tuple[Rule, Site]]) -> None:
       raise ValueError(
         f'{rule.name} at {site.path!r}: update edits entries that are made of a smaller tree at '
         'each call, so that the edit would be lost'
+      )
+
+
+def _check_outer(rules: list[tuple[Rule, Site]], sites: Sites) -> None:
+  """Raises a ValueError if what a Weight reads of a call around can never be there."""
+  callers = {rule.name for rule, _ in rules if isinstance(rule, Call)}
+  for rule, site in rules:
+    if not isinstance(rule, Weight) or not rule.outer:
+      continue
+    names = ', '.join(rule.outer)
+    if rule.name not in callers:
+      raise ValueError(
+        f'{rule.name} at {site.path!r} reads {names} of a call around it (outer=): chain a Call '
+        f'called {rule.name!r} that puts that into call.local'
+      )
+    if not sites.takes_boxes:
+      raise ValueError(
+        f'{rule.name} at {site.path!r} reads {names} of a call around it (outer=), and this model '
+        'maps over its parameters, so that they are computed before it is called'
       )
 
 

@@ -13,7 +13,7 @@ from .entries import cast, names_entry
 from .injection import inject
 from .mode import flags_of
 from .paths import AUX, TAPPED, WRITTEN, leaf_paths, natural
-from .rules import Call
+from .rules import Call, Weight
 from .sites import Site
 
 # (method, its `local`) of the wrapped calls that are running, the outermost first.
@@ -300,6 +300,35 @@ class Bound:
 
     run.defvjp(forward, backward)
     return lambda *args: run(arrays, args)
+
+
+def with_outer(rule: Weight, site: Site, t):
+  """t with the entries that a Weight reads of a call around (`Weight.outer`).
+
+  Raises:
+    ValueError: no rule of the method put them into its `local`.
+  """
+  found = {}
+  for entry in rule.outer:
+    around = [local for name, local in _running.get() if name == rule.name and entry in local]
+    if not around:
+      raise ValueError(
+        f'{rule.name} at {site.path!r} reads {entry!r} of a call around it (outer=), and no Call '
+        f'called {rule.name!r} around it has put that into call.local'
+      )
+    found[entry] = jnp.asarray(around[-1][entry])
+  return {**t, **found}
+
+
+def check_scalars(rule: Weight, site: Site, t) -> None:
+  """Raises a ValueError if a rule that acts through its kernel reads other than scalars around."""
+  for entry in rule.outer:
+    if jnp.ndim(t[entry]):
+      raise ValueError(
+        f'{rule.name} at {site.path!r} reads {entry!r} of shape {jnp.shape(t[entry])}, and here '
+        'acts through the kernel, which serves all examples: that takes a scalar, or a rule with '
+        'dot at a layer that offers its product'
+      )
 
 
 def acting(rules: list, path: str) -> list:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from .blame import blame
 from .boxes import Box, Lazy
+from .context import check_scalars
 from .entries import cast
 from .injection import PRODUCTS, inject
 from .products import product_of
@@ -97,7 +98,12 @@ class _After(dict):
     super().__init__()
     self._before = before
     self._active = active
-    self._make = lambda: rule.apply(t, site, before)
+
+    def make():
+      check_scalars(rule, site, t)
+      return rule.apply(t, site, before)
+
+    self._make = make
 
   def __missing__(self, name):
     if not self:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from .backends.protocol import Backend
-from .context import Bound, Recording, acting, run_call, run_if
+from .context import Bound, Recording, acting, run_call, run_if, with_outer
 from .fused import fused
 from .recorded import SitesOfTheta, records_for
 from .resolve import Plan
@@ -113,7 +113,8 @@ class Hooks:
     weights = []
     for rule, _ in rules:
       if isinstance(rule, Weight):
-        weights.append((rule, theta.get(rule.name, {}), active.get(rule.name)))
+        t = with_outer(rule, self._sites[path], theta.get(rule.name, {}))
+        weights.append((rule, t, active.get(rule.name)))
     box = None
     if path in self._plan.quantized and method == '__call__':
       box = self._backend.stored(module, self._plan.quantized[path])

@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from .blame import blame
 from .boxes import Box, Reader, read
 from .paths import join_path
-from .rules import Call, Rule
+from .rules import Call, Rule, Weight
 from .sites import Site
 
 
@@ -17,7 +18,9 @@ def arrays_of(site: Site, flat: Mapping[str, Any]) -> dict[str, Any]:
   return {name: flat[join_path(site.path, name)] for name in site.leaves}
 
 
-def merged(rule: Rule, site: Site, t, flat: Mapping[str, Any]) -> dict[str, Any]:
+def merged(
+  rule: Rule, site: Site, t, flat: Mapping[str, Any], outer: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
   """{'path/name': new array or box} of what a rule replaces at a site.
 
   Args:
@@ -25,13 +28,22 @@ def merged(rule: Rule, site: Site, t, flat: Mapping[str, Any]) -> dict[str, Any]
     site: where.
     t: its theta there.
     flat: {'path/name': array or box} of the whole model.
+    outer: {name: scalar} that rules read of a call of the model (`Weight.outer`).
+
+  Raises:
+    ValueError: the rule reads a number that is not given.
   """
   change = rule.merge if isinstance(rule, Call) else rule.apply
   arrays = arrays_of(site, flat)
   if not arrays:
     return {}
 
+  around = {}
+  if isinstance(rule, Weight):
+    around = {entry: _given(rule, site, entry, outer or {}) for entry in rule.outer}
+
   def one_layer(t, arrays):
+    t = {**t, **around}
     with blame(rule, site, 'merge' if isinstance(rule, Call) else 'apply'):
       return change(t, site, Reader(arrays))
 
@@ -46,6 +58,21 @@ def merged(rule: Rule, site: Site, t, flat: Mapping[str, Any]) -> dict[str, Any]
       new = new.astype(arrays[name].dtype)
     found[join_path(site.path, name)] = new
   return found
+
+
+def _given(rule: Weight, site: Site, entry: str, outer: Mapping[str, Any]) -> jax.Array:
+  if entry not in outer:
+    raise ValueError(
+      f'{rule.name} at {site.path!r} reads {entry!r} of each call of the model: give one number '
+      f'for all calls, merge(..., outer={{{entry!r}: ...}})'
+    )
+  value = jnp.asarray(outer[entry])
+  if value.ndim:
+    raise ValueError(
+      f'{rule.name} at {site.path!r} reads {entry!r} of shape {value.shape}: one kernel serves all '
+      'examples, so that it takes one number'
+    )
+  return value
 
 
 def _with_chosen(site: Site, before, new):

@@ -67,12 +67,19 @@ def plan(rules: Sequence[tuple[Rule, Site]], sites: Sites) -> Plan:
 def changes(rule: Weight, site: Site) -> tuple[str, ...]:
   """The names of the arrays that a Weight replaces at a site, from shapes."""
 
+  for entry in rule.outer:
+    if entry in site.leaves:
+      raise ValueError(
+        f'{rule.name} at {site.path!r}: outer={entry!r} is the name of an array of the site'
+      )
+
   def new(key, arrays):
     number = jnp.int32(0) if site.axes else site.number
     with blame(rule, site, 'init'):
       theta = rule.init(key, site, Arrays(arrays, _Zeros(site.model.arrays), number))
+    around = {entry: jnp.zeros(()) for entry in rule.outer}
     with blame(rule, site, 'apply'):
-      return rule.apply(theta, site, Reader(arrays))
+      return rule.apply({**theta, **around}, site, Reader(arrays))
 
   shapes = {}
   for name, leaf in site.leaves.items():

@@ -116,6 +116,9 @@ class Weight(_Made):
     requires: what the rule needs of a layer, one of REQUIREMENTS. 'input': it acts on the layer's
       input, so `attach` refuses layers without an injection point; 'input in training': the same,
       since dropout acts there.
+    outer: names that a Call of the same method puts into `call.local` around the site, and that the
+      rule gets as further entries of t: numbers that belong to a call of the model, such as one for
+      each example. `apply` can express those alone that are scalars.
     update: (t, site, step, key) -> t: a schedule or a periodic edit, after each training step.
     loss: (loss, run) -> (value, out): what is minimised in place of loss(out), where run(**takes)
       is one pass over the batch and gives (out, aux); see `Tuned.objective`.
@@ -134,6 +137,7 @@ class Weight(_Made):
   fixed: tuple[str, ...] = ()
   exact: tuple[str, ...] = ()
   requires: str = REQUIREMENTS[0]
+  outer: tuple[str, ...] = ()
   update: Callable[..., Any] | None = None
   loss: Callable[..., Any] | None = None
   memory: str = FULL_CROSSING
@@ -301,6 +305,7 @@ def matrix(
   *,
   fixed: Iterable[str] = (),
   exact: Iterable[str] = (),
+  outer: Iterable[str] = (),
   **options,
 ) -> Weight:
   """A Weight written for one [fan_in, fan_out] matrix, for every kernel of a site.
@@ -314,6 +319,7 @@ def matrix(
     weight: (t, w) -> w'.
     dot: (t, x, y, w, key) -> y', see Weight.
     fixed, exact: entries of the t of one matrix, see Weight.
+    outer: further entries that t gets from a call around, see Weight.
     **options: further fields of Weight.
   """
 
@@ -331,18 +337,28 @@ def matrix(
       theta[array] = mapped(init, leaf)(keys, leaf.fold(arrays[array]))
     return theta
 
+  outer = tuple(outer)
+
+  def apart(theta):
+    """({array: t of its matrix}, what comes from a call around)."""
+    own = {array: t for array, t in theta.items() if array not in outer}
+    return own, {entry: theta[entry] for entry in outer}
+
   def apply_site(theta, site, arrays):
+    own, around = apart(theta)
     out = {}
-    for array, t in theta.items():
+    for array, t in own.items():
       leaf = site.leaves[array]
-      out[array] = leaf.unfold(mapped(weight, leaf)(t, leaf.fold(arrays[array])))
+      new = mapped(lambda t, w: weight({**t, **around}, w), leaf)
+      out[array] = leaf.unfold(new(t, leaf.fold(arrays[array])))
     return out
 
   def dot_site(theta, *rest):
-    (t,) = theta.values()
-    return dot(t, *rest)
+    own, around = apart(theta)
+    (t,) = own.values()
+    return dot({**t, **around}, *rest)
 
   # A site's theta is {array: t of its matrix}.
   options['fixed'] = tuple(f'*/{entry}' for entry in fixed)
   options['exact'] = tuple(f'*/{entry}' for entry in exact)
-  return Weight(name, init_site, apply_site, dot and dot_site, **options)
+  return Weight(name, init_site, apply_site, dot and dot_site, outer=outer, **options)

@@ -3,18 +3,19 @@
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jpeft import programs
+from jpeft.messages import did_you_mean
 
 from .backends.choice import backend_of
 from .blame import blame
 from .boxes import Arrays, Lazy, read
-from .context import NeedsRecording, Recording
+from .context import NeedsRecording, Recording, check_scalars, with_outer
 from .entries import combine, entry_path, names_entry, partition
 from .example import taken_apart
 from .generator import Generator, Place
@@ -255,6 +256,51 @@ class Tuned:
       )
       raise
 
+  def apply_each(self, thetas, index: jax.Array, backbone, *args, rngs=None, **kwargs):
+    """The output with a theta for each example of a batch, such as the adapter of each user.
+
+    Each example is computed as a batch of one under its own theta; products with the backbone stay
+    one product for the batch. What does not lead with the batch, such as a mask for all, is passed
+    on as it is.
+
+    Args:
+      thetas: several thetas as one tree, each array led by their number (`jpeft.thetas.stack`).
+      index: which theta each example is for, [B] integers.
+      backbone: as given to `attach`.
+      *args, **kwargs: of the model's call, arrays of examples [B, ...].
+      rngs: {name: key}; each example draws numbers of its own.
+
+    Raises:
+      ValueError: no argument leads with B, an output does not, or `aux` or `mutable` is asked for.
+    """
+    for option in ('aux', 'mutable'):
+      if kwargs.get(option):
+        raise ValueError(f'apply_each gives the output alone: {option}= is not taken')
+    count = index.shape[0]
+    arrays, put = taken_apart((args, kwargs))
+    leaves = jax.tree.leaves((args, kwargs))
+    examples = {i: leaves[i] for i, x in arrays.items() if x.shape[:1] == (count,)}
+    others = {i: leaves[i] for i in arrays if i not in examples}
+    if not examples:
+      raise ValueError(f'apply_each: index names {count} examples, and no argument leads with that')
+    keys = jax.tree.map(lambda key: jax.random.split(key, count), rngs)
+
+    def one(theta, keys, example):
+      batch = {i: jnp.asarray(x)[None] for i, x in example.items()}
+      own_args, own_kwargs = put(others | batch)
+      if keys is not None:
+        own_kwargs = own_kwargs | {'rngs': keys}
+      out = self.apply(theta, backbone, *own_args, **own_kwargs)
+      for y in jax.tree.leaves(out):
+        if y.shape[:1] != (1,):
+          raise ValueError(
+            f'apply_each: an output {y.shape} of one example has no axis of examples'
+          )
+      return jax.tree.map(lambda y: y[0], out)
+
+    chosen = jax.tree.map(lambda x: x[index], thetas)
+    return jax.vmap(one)(chosen, keys, examples)
+
   def _traced(self, theta, backbone, args, kwargs, aux: bool) -> tuple[Any, dict]:
     """(output, records); traced once more where a rule records without having said so."""
     backend = backend_of(self.model)
@@ -430,14 +476,29 @@ class Tuned:
     """The rules that change the computation in a way that no weights express."""
     return [(rule, site) for rule, site in self.rules if not rule.mergeable]
 
-  def merge(self, theta, backbone):
+  def merge(self, theta, backbone, outer: Mapping[str, Any] | None = None):
     """A backbone that the untouched model runs as `apply` runs theta.
 
     Where a kernel is a box, what replaces it is plain, unless the rule returns a box too.
 
+    Args:
+      theta: from `init`.
+      backbone: as given to `attach`.
+      outer: {name: scalar} for what rules read of each call (`Weight.outer`): the merged weights
+        serve all calls at that value.
+
     Raises:
-      ValueError: some rule changes the computation in a way that no weights express.
+      ValueError: some rule changes the computation in a way that no weights express, or a number in
+        `outer` is missing or read by no rule.
     """
+    read_names = {
+      entry for rule, _ in self.rules if isinstance(rule, Weight) for entry in rule.outer
+    }
+    for entry in outer or {}:
+      if entry not in read_names:
+        raise ValueError(
+          f'merge: outer={entry!r} is read by no rule{did_you_mean(entry, read_names)}'
+        )
     for rule, site in self.unmergeable:
       raise ValueError(
         f'{rule.name} at {site.path!r} changes the computation, not the weights: it '
@@ -447,7 +508,7 @@ class Tuned:
     theta = self._read(theta)
     flat = dict(backend.arrays(self.model, backbone))
     for rule, site in self.rules:
-      flat |= merged(rule, site, self._entry(theta, rule, site), flat)
+      flat |= merged(rule, site, self._entry(theta, rule, site), flat, outer)
     return backend.replace(self.model, backbone, flat)
 
   # ---- What is resolved once and read at every trace.
@@ -482,6 +543,8 @@ class _Applied:
     active = None
     if self.site.chosen is not None:  # it is computed in every layer, and counts in some
       theta, active = theta
+    theta = with_outer(self.rule, self.site, theta)
+    check_scalars(self.rule, self.site, theta)
     with blame(self.rule, self.site, 'apply'):
       new = self.rule.apply(theta, self.site, arrays)
     if active is None:
