@@ -6,6 +6,7 @@ from .backends.choice import backend_of
 from .boxes import Box
 from .context import Bound
 from .discover import sites_of
+from .edits import State
 from .freeze import freeze, join, mask, split
 from .frozen import frozen
 from .generated import generated
@@ -55,6 +56,7 @@ __all__ = [
   'Rule',
   'Site',
   'Sites',
+  'State',
   'Tuned',
   'Weight',
   'at',

@@ -185,6 +185,10 @@ def _check_generators(rules: list[tuple[Rule, Site]]) -> None:
       raise ValueError(
         f'two methods called {rule.name!r}, of which one is generated: give one another name='
       )
+    if rule.stages:
+      raise ValueError(
+        f'{rule.name} at {site.path!r}: its stages name entries that are made of a smaller tree'
+      )
     if rule.update is not None:
       raise ValueError(
         f'{rule.name} at {site.path!r}: update edits entries that are made of a smaller tree at '
@@ -228,8 +232,9 @@ def _check_entries(tuned: Tuned) -> None:
         f'{there or "none"}'
       )
   for rule, trees in thetas.items():
-    for field in ('fixed', 'exact'):
-      name = unused_name(getattr(rule, field), trees)
+    staged = [name for _, names in rule.stages for name in names]
+    for field, names in (('fixed', rule.fixed), ('exact', rule.exact), ('stages', staged)):
+      name = unused_name(names, trees)
       if name is not None:
         there = ', '.join(dict.fromkeys(path for tree in trees for path in leaf_paths(tree)))
         raise ValueError(

@@ -11,6 +11,9 @@ from .generator import Generator
 from .rules import Method, Rule
 from .sites import Site
 
+# A schedule has run its course, and the equality of factories does not see theta.
+_AT_REST: dict[str, Any] = {'update': None, 'edit': None, 'stages': (), 'origin': None}
+
 
 def frozen(method: Method, theta: Mapping[str, Any]) -> Method:
   """A method that starts as a trained theta and is not trained further.
@@ -53,11 +56,9 @@ def _frozen(rule: Rule, theta: Mapping[str, Any]) -> Rule:
 
   generator = rule.generator
   if generator is not None:
-    return dataclasses.replace(
-      rule, generator=_frozen_generator(rule.name, generator, sites), update=None, origin=None
-    )
-  # A schedule has run its course, and the equality of factories does not see theta.
-  return dataclasses.replace(rule, init=init, fixed=('*',), update=None, origin=None)
+    kept = _frozen_generator(rule.name, generator, sites)
+    return dataclasses.replace(rule, generator=kept, **_AT_REST)
+  return dataclasses.replace(rule, init=init, fixed=('*',), **_AT_REST)
 
 
 def _frozen_generator(name: str, generator: Generator, given: Mapping[str, Any]) -> Generator:

@@ -20,6 +20,9 @@ PARTIAL_REENTRY = 'partial re-entry'
 FULL_CROSSING = 'full crossing'
 MEMORY_CLASSES = (NO_BACKPROP, PARTIAL_REENTRY, FULL_CROSSING)
 
+# ((when, names of entries that are not trained from then on), ...)
+Stages = tuple[tuple[float, tuple[str, ...]], ...]
+
 # What a Weight needs of the layer that it acts on.
 REQUIREMENTS = ('nothing', 'input', 'input in training')
 
@@ -120,6 +123,10 @@ class Weight(_Made):
       rule gets as further entries of t: numbers that belong to a call of the model, such as one for
       each example. `apply` can express those alone that are scalars.
     update: (t, site, step, key) -> t: a schedule or a periodic edit, after each training step.
+    edit: (state, grads, step, key) -> state: the same for all sites of the method at once, with the
+      gradients and the optimizer's moments, see `edits.State`.
+    stages: ((when, fixed), ...): from then on `fixed` is what is not trained, with the names that
+      the field of that name takes. When: a number of updates, or below 1 a share of all.
     loss: (loss, run) -> (value, out): what is minimised in place of loss(out), where run(**takes)
       is one pass over the batch and gives (out, aux); see `Tuned.objective`.
     memory: what the backward pass must keep of the backbone, one of MEMORY_CLASSES.
@@ -139,6 +146,8 @@ class Weight(_Made):
   requires: str = REQUIREMENTS[0]
   outer: tuple[str, ...] = ()
   update: Callable[..., Any] | None = None
+  edit: Callable[..., Any] | None = None
+  stages: Stages = ()
   loss: Callable[..., Any] | None = None
   memory: str = FULL_CROSSING
   head: bool = False
@@ -151,6 +160,7 @@ class Weight(_Made):
     if self.requires not in REQUIREMENTS:
       choices = ', '.join(map(repr, REQUIREMENTS))
       raise ValueError(f'{self.name}: requires={self.requires!r} must be one of {choices}')
+    _check_stages(self)
 
   # A Weight acts on the call of its module, and takes no arguments of that call.
   method: ClassVar[str] = '__call__'
@@ -179,7 +189,7 @@ class Call(_Made):
       one trace more.
     takes: names of keyword arguments that the rule takes for itself, at the model ('') alone: they
       are given to `tuned.apply` beside those of the model, and the rule does not pass them on.
-    update, loss, memory, head, layers, hint, generator, origin: as for Weight.
+    update, edit, stages, loss, memory, head, layers, hint, generator, origin: as for Weight.
     method: the method of the module that is wrapped.
   """
 
@@ -192,6 +202,8 @@ class Call(_Made):
   taps: bool = False
   takes: tuple[str, ...] = ()
   update: Callable[..., Any] | None = None
+  edit: Callable[..., Any] | None = None
+  stages: Stages = ()
   loss: Callable[..., Any] | None = None
   memory: str = FULL_CROSSING
   method: str = '__call__'
@@ -201,6 +213,9 @@ class Call(_Made):
   generator: Generator | None = None
   origin: Origin | None = None
 
+  def __post_init__(self):
+    _check_stages(self)
+
   @property
   def mergeable(self) -> bool:
     """Whether plain weights express the rule."""
@@ -208,6 +223,18 @@ class Call(_Made):
 
 
 Rule = Weight | Call
+
+
+def _check_stages(rule: Rule) -> None:
+  """Raises a ValueError if the stages of a rule are no rising numbers."""
+  begins = [when for when, _ in rule.stages]
+  are_counts = all(isinstance(when, int) and when >= 1 for when in begins)
+  are_shares = all(0 < when < 1 for when in begins)
+  if not (are_counts or are_shares) or begins != sorted(set(begins)):
+    raise ValueError(
+      f'{rule.name}: stages begin at rising numbers of updates, or at rising shares of all '
+      f'updates below 1, not at {begins}'
+    )
 
 
 def memory_class(rules: Iterable[Rule]) -> str:
@@ -306,6 +333,7 @@ def matrix(
   fixed: Iterable[str] = (),
   exact: Iterable[str] = (),
   outer: Iterable[str] = (),
+  stages: Stages = (),
   **options,
 ) -> Weight:
   """A Weight written for one [fan_in, fan_out] matrix, for every kernel of a site.
@@ -318,7 +346,7 @@ def matrix(
     init: (key, w) -> t.
     weight: (t, w) -> w'.
     dot: (t, x, y, w, key) -> y', see Weight.
-    fixed, exact: entries of the t of one matrix, see Weight.
+    fixed, exact, stages: entries of the t of one matrix, see Weight.
     outer: further entries that t gets from a call around, see Weight.
     **options: further fields of Weight.
   """
@@ -359,6 +387,10 @@ def matrix(
     return dot({**t, **around}, *rest)
 
   # A site's theta is {array: t of its matrix}.
-  options['fixed'] = tuple(f'*/{entry}' for entry in fixed)
-  options['exact'] = tuple(f'*/{entry}' for entry in exact)
+  def of_each(entries):
+    return tuple(f'*/{entry}' for entry in entries)
+
+  options['fixed'] = of_each(fixed)
+  options['exact'] = of_each(exact)
+  options['stages'] = tuple((when, of_each(entries)) for when, entries in stages)
   return Weight(name, init_site, apply_site, dot and dot_site, outer=outer, **options)

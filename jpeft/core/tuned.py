@@ -16,6 +16,7 @@ from .backends.choice import backend_of
 from .blame import blame
 from .boxes import Arrays, Lazy, read
 from .context import NeedsRecording, Recording, check_scalars, with_outer
+from .edits import Moments, edited
 from .entries import combine, entry_path, names_entry, partition
 from .example import taken_apart
 from .generator import Generator, Place
@@ -183,10 +184,79 @@ class Tuned:
     """The theta that `split` took apart."""
     return combine(trained, held)
 
+  # ---- After an update of the optimizer.
+
   @property
   def updates(self) -> bool:
     """Whether `update` does anything."""
     return any(rule.update for rule, _ in self.rules)
+
+  @property
+  def edits(self) -> bool:
+    """Whether `edit` does anything."""
+    return any(rule.update or rule.edit for rule, _ in self.rules)
+
+  def edit(self, before, theta, optimizer, grads, step, key) -> tuple[Any, Any]:
+    """(theta, optimizer) after the schedules and periodic edits that the method's rules make.
+
+    These are `update` of each rule at each of its sites, and then `edit` of each rule.
+
+    Args:
+      before: theta before the optimizer's update.
+      theta: after it.
+      optimizer: the state of an Optax transform of what is trained.
+      grads: of what is trained, as `split` gives it.
+      step: how many updates were made, a scalar (it may be traced).
+      key: a random key.
+
+    Raises:
+      ValueError: an edit returns something else than it got, or the optimizer keeps no moments in
+        the shape of each entry.
+    """
+    theta = self.update(theta, step, key)
+    edits = {(rule.name, rule.edit): (rule, site) for rule, site in self.rules if rule.edit}
+    if not edits:
+      return theta, optimizer
+    moments = Moments.of(optimizer, self.split(before)[0])
+    trees = moments.trees
+    for rule, site in edits.values():
+      own = jax.random.fold_in(key, zlib.crc32(f'edit of {rule.name}'.encode()))
+      theta, trees = edited(rule, site, before, theta, trees, grads, step, own)
+    return theta, moments.put_back(trees)
+
+  def stages(self, steps: int) -> tuple[int, ...]:
+    """After how many updates other entries are trained: 0, and when the rules' stages begin.
+
+    Args:
+      steps: updates in all, of which stages may be shares.
+
+    Raises:
+      ValueError: a stage that begins at the last update or after it.
+    """
+    begins = {0}
+    for rule, _ in self.rules:
+      for when, _ in rule.stages:
+        begin = _begin(when, steps)
+        if begin >= steps:
+          raise ValueError(
+            f'{rule.name}: a stage begins after {begin} updates, and there are {steps} in all'
+          )
+        begins.add(begin)
+    return tuple(sorted(begins))
+
+  def at_stage(self, number: int, steps: int) -> 'Tuned':
+    """The same method with what is trained after `number` of `steps` updates; theta is the same."""
+    if not any(rule.stages for rule, _ in self.rules):
+      return self
+    staged = {}
+    for rule, _ in self.rules:
+      fixed = rule.fixed
+      for when, names in rule.stages:
+        if _begin(when, steps) <= number:
+          fixed = names
+      staged[id(rule)] = dataclasses.replace(rule, fixed=tuple(fixed))
+    rules = tuple((staged[id(rule)], site) for rule, site in self.rules)
+    return dataclasses.replace(self, rules=rules)
 
   def update(self, theta, step, key):
     """theta after the schedules and periodic edits that the method's rules make.
@@ -550,6 +620,11 @@ class _Applied:
     if active is None:
       return new
     return {name: jnp.where(active.reshape(()), read(x), arrays[name]) for name, x in new.items()}
+
+
+def _begin(when: float, steps: int) -> int:
+  """The number of updates before a stage: `when`, or a share of all."""
+  return when if isinstance(when, int) else max(1, round(when * steps))
 
 
 def _trained(theta, fixed) -> Any:

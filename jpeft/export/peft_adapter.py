@@ -67,14 +67,22 @@ def save_adapter(
     alpha: of the method.
     rslora: of the method.
     base: name or path of the base model, for whoever opens the folder.
-    tuned: the method on the backbone; needed where it acts in some layers of a scanned stack.
+    tuned: the method on the backbone; needed where it acts in some layers of a scanned stack, or
+      where `generated` made it: then the entries are written that its rules read.
 
   Raises:
     ValueError: theta holds what such folders cannot.
   """
   places = _places(pretrained)
   content = _Content()
+  if tuned is not None:
+    theta = tuned.expand(theta)
   for name, path, array, values in _entries(theta):
+    if f'{path}/{array}' not in places:
+      raise ValueError(
+        f'theta has {array!r} of {name!r} at {path or "the model"!r}, which is no array of the base '
+        'model; of a generated method, give tuned='
+      )
     place, keys = places[f'{path}/{array}']
     keys = _chosen(keys, name, path, tuned)
     _check_layers(values, place, keys, path)

@@ -8,6 +8,7 @@ from jpeft import models, tasks, training
 from jpeft.methods import preset
 
 from .devices import Target
+from .measure import STEPS
 from .result import Plan, Plans
 from .search import or_instead, planned
 from .work import Work
@@ -55,7 +56,6 @@ def _of_config(name: str, config, where: Target, search: bool) -> Plan:
   pretrained, tuned = training.build(config, classes_of(config), models.describe)
   training.check_used(config, tuned)
   example = tasks.of(config).example(config, pretrained)
-  _, tx = training.optimizer_of(config, tuned, steps=1000)
   work = Work(
     model=pretrained.model,
     variables=pretrained.variables,
@@ -67,4 +67,8 @@ def _of_config(name: str, config, where: Target, search: bool) -> Plan:
     accumulate=config.optimizer.accumulate,
     smoothing=config.loss.label_smoothing,
   )
-  return planned(work, name, tuned, tx, where, search)
+
+  def optimizer(tuned):
+    return training.optimizer_of(config, tuned, STEPS)[1]
+
+  return planned(work, name, tuned, optimizer, where, search)

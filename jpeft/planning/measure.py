@@ -1,7 +1,7 @@
 """The plan of one method at one batch size: a whole training step, compiled from shapes."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,28 +14,44 @@ from .devices import Target
 from .result import Plan
 from .work import Work
 
+# Updates of the run whose step is planned: no schedule or stage is longer.
+STEPS = 1_000_000
+
 
 def measure(
   work: Work,
   name: str,
   tuned: Tuned,
-  tx: optax.GradientTransformation,
+  optimizer: Callable[[Tuned], optax.GradientTransformation],
   where: Target,
   size: int | None = None,
 ) -> Plan:
-  """The plan of one method at one batch size.
+  """The plan of one method at one batch size: of the stage of training that needs the most.
 
   Args:
     work: what is trained.
     name: of the method.
     tuned: `work.tuned` of the method.
-    tx: the optimizer of its theta.
+    optimizer: makes the optimizer of what is trained of theta.
     where: the target.
     size: examples an update; those of the work if left out.
 
   Raises:
     ValueError: the mesh is larger than the target, or does not divide the batch.
   """
+  stages = [tuned.at_stage(begin, STEPS) for begin in tuned.stages(STEPS)]
+  plans = [_of_stage(work, name, stage, optimizer(stage), where, size) for stage in stages]
+  return max(plans, key=lambda plan: plan.total)
+
+
+def _of_stage(
+  work: Work,
+  name: str,
+  tuned: Tuned,
+  tx: optax.GradientTransformation,
+  where: Target,
+  size: int | None,
+) -> Plan:
   start = time.perf_counter()
   size = size or work.size
   mesh = where.mesh(*work.mesh)

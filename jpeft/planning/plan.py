@@ -11,7 +11,7 @@ from flax import nnx
 
 from jpeft import methods as registry
 from jpeft import tasks, training
-from jpeft.core import Method, flags_of
+from jpeft.core import Method, Tuned, flags_of
 from jpeft.methods import preset
 from jpeft.models import REMATS, Remat
 
@@ -85,11 +85,14 @@ def plan(
   )
   where = devices.target(target)
 
+  def made(tuned: Tuned) -> optax.GradientTransformation:
+    rate = optax.constant_schedule(1e-3)
+    return training.optimizer(tuned, tuned.shapes, rate, name=optimizer)
+
   def plan_of(name: str, method: Method, storage: str | None) -> Plan:
     stored = work.stored(storage)
     tuned = stored.tuned(method)
-    tx = training.optimizer(tuned, tuned.shapes, optax.constant_schedule(1e-3), name=optimizer)
-    return planned(stored, name, tuned, tx, where, search)
+    return planned(stored, name, tuned, made, where, search)
 
   def plan_of_name(name: str) -> Plan:
     method, hyperparameters = preset(name)

@@ -42,16 +42,18 @@ def largest(fits: Callable[[int], bool], start: int, unit: int = 1, most: int = 
       size = max(middle, low + unit)
 
 
-def planned(work: Work, name: str, tuned: Tuned, tx, where: Target, search: bool) -> Plan:
+def planned(
+  work: Work, name: str, tuned: Tuned, optimizer: Callable, where: Target, search: bool
+) -> Plan:
   """The plan at the batch of the work and, if `search`, the largest batch."""
-  first = measure(work, name, tuned, tx, where)
+  first = measure(work, name, tuned, optimizer, where)
   if not search or first.limit is None:
     return first
 
   def fits(size: int) -> bool:
     if size == work.size:
       return first.fits
-    return measure(work, name, tuned, tx, where, size).fits
+    return measure(work, name, tuned, optimizer, where, size).fits
 
   unit = work.mesh[0] * work.accumulate
   return dataclasses.replace(first, largest=largest(fits, work.size, unit))

@@ -24,6 +24,7 @@ from .imports import imports_of
 from .memory import Memory
 from .metrics import Metrics, values
 from .progress import Progress
+from .stages import current, entered, stages_of
 from .watch import Signals, Watch
 
 
@@ -70,33 +71,44 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
       eval_part = feature_cache.cached(eval_part, tuned, eval_size)
     batches = data.Batches(train_part.source, train_size, train_part.transform, config.seed)
     steps = config.steps or max(1, round(config.epochs * batches.steps_per_epoch))
-    rate, tx = optimizer_of(config, tuned, steps)
-    facts = summary(tuned)
+    stages = stages_of(tuned, steps, lambda staged: optimizer_of(config, staged, steps))
+    if memory.cached_features and len(stages) > 1:
+      raise ValueError(
+        f'config.data.cache_features: {config.method.name} trains other entries from an update on, '
+        'and features are of what is frozen in all of a run; leave it out'
+      )
+    facts = summary(stages[0].tuned)
     check_used(config, tuned)
 
   # ---- Compilation, from shapes: an update that cannot fit is refused before anything is put on a
   # device.
   rows = sharding.over_data(mesh)
   offload = sharding.offloads(mesh, memory.offload)
-  state_shapes = step.state_shapes(tuned, tx, pretrained.variables)
-  state_sharding = sharding.state_sharding(mesh, state_shapes, offload)
-  state_shapes = sharding.with_sharding(state_shapes, state_sharding)
   backbone_sharding = sharding.of_backbone(
     mesh, pretrained.variables, config.mesh.backbone == 'sharded'
   )
   backbone_shapes = sharding.with_sharding(pretrained.variables, backbone_sharding)
-  train_step = step.train_step(
-    tuned,
-    train_part.forward,
-    tx,
-    config.seed,
-    config.loss.label_smoothing,
-    config.optimizer.accumulate,
-    offload,
-  )
   batch_shapes = step.batch_shapes(train_part.example, train_size, rows)
-  with cli.inputs_checked():
-    update, cost = fit.fitting(train_step, state_shapes, backbone_shapes, batch_shapes)
+  for stage in stages:
+    forward = train_part.forward
+    if stage.tuned is not tuned:
+      forward = step.forward(stage.tuned, True)
+    train_step = step.train_step(
+      stage.tuned,
+      forward,
+      stage.tx,
+      config.seed,
+      config.loss.label_smoothing,
+      config.optimizer.accumulate,
+      offload,
+    )
+    state_shapes = step.state_shapes(stage.tuned, stage.tx, pretrained.variables)
+    stage.sharding = sharding.state_sharding(mesh, state_shapes, offload)
+    state_shapes = sharding.with_sharding(state_shapes, stage.sharding)
+    with cli.inputs_checked():
+      stage.update, stage.cost = fit.fitting(
+        train_step, state_shapes, backbone_shapes, batch_shapes
+      )
 
   def compiled_eval(part: Part, theta_shapes):
     example = part.example | {'mask': np.ones(1, np.float32)}
@@ -109,7 +121,6 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
   # ---- Arrays on their devices.
   backbone = jax.device_put(pretrained.variables, backbone_sharding)
   backbone_sha256 = fingerprint(backbone)
-  state = jax.device_put(step.initial_state(tuned, tx, backbone, config.seed), state_sharding)
 
   # ---- The folder, and where the run was when it stopped.
   reads = tasks.modality_of(pretrained).name
@@ -127,6 +138,9 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     checkpoints = Checkpoints(folder / 'checkpoints', config.checkpoint.keep)
     stack.callback(checkpoints.close)
     start = checkpoints.latest or 0
+    stage = current(stages, start)
+    state = step.initial_state(stage.tuned, stage.tx, backbone, config.seed)
+    state = jax.device_put(state, stage.sharding)
     seconds_before = 0.0
     if start:
       state, kept = checkpoints.restore(state)
@@ -143,7 +157,11 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
   if start:
     first_line += f', going on after {start}'
   progress.note(first_line)
-  progress.note(report.needs(cost))
+  progress.note(report.needs(stage.cost))
+  for later in stages:
+    if later.begin > start:
+      count = summary(later.tuned).trainable
+      progress.note(f'after {later.begin} updates: {count:,} trainable numbers')
   if source_info:
     progress.note(source_info)
   signals = stack.enter_context(Signals())
@@ -218,16 +236,19 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     with cli.inputs_checked():
       batch = next(batches)
     indices = batch.pop('index')
-    state, out = update(state, backbone, put(batch))
+    state, out = stage.update(state, backbone, put(batch))
     number += 1
     watch.add(number, indices, out)
+    if current(stages, number) is not stage:
+      stage = current(stages, number)
+      state = entered(stage, state)
     if number % config.log.every == 0 or number == steps:
       watch.check()
       metrics.add(
         number,
         'train',
         **step.means(state['sums']),
-        lr=float(rate(number - 1)),
+        lr=float(stage.rate(number - 1)),
         grad_norm=float(out['grad_norm']),
       )
       state['sums'] = jax.device_put(step.zero_sums(), sharding.replicated(mesh))
@@ -261,7 +282,7 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     'steps': steps,
     'batch_size': train_size,
     'seconds': round(seconds(), 2),
-    'step_cost': cost,
+    'step_cost': max((one.cost for one in stages), key=lambda cost: cost.get('total_bytes', 0)),
     'device': f'{mesh.size} x {mesh.devices.flat[0].device_kind}',
     'backbone_sha256': backbone_sha256,
     'theta_sha256': fingerprint(state['theta']),

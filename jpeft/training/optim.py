@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jpeft.core import Site, Tuned, freeze
+from jpeft.core import Site, Tuned, freeze, leaf_paths
 from jpeft.messages import did_you_mean
 
 # The number of a block in the path of a leaf.
@@ -270,7 +270,31 @@ def optimizer(
   parts.append(optax.scale_by_learning_rate(rate))
   tx = optax.chain(*parts)
 
-  if all(jax.tree.leaves(tuned.trainable(theta))):
+  # With stages the state has the same places in all of them, so that moments can be carried on.
+  is_staged = any(rule.stages for rule, _ in tuned.rules)
+  if all(jax.tree.leaves(tuned.trainable(theta))) and not is_staged:
     return tx
   # By a function of the tree: it serves all of theta, and what `tuned.split` gives of it.
   return freeze(tx, tuned.trainable)
+
+
+def carried(before, tx: optax.GradientTransformation, trained):
+  """The state of an optimizer where other entries are trained from now on.
+
+  What the state before had for an entry, or counted, goes on; what it had for entries that are not
+  trained any more is dropped, and new ones start as `tx` starts them.
+
+  Args:
+    before: the state of the optimizer so far.
+    tx: the optimizer from now on.
+    trained: what is trained of theta from now on, from `Tuned.split`.
+  """
+  known = leaf_paths(before)
+
+  def leaf(path, x):
+    old = known.get(jax.tree_util.keystr(path, simple=True, separator='/'))
+    if old is None or jnp.shape(old) != jnp.shape(x):
+      return x
+    return old
+
+  return jax.tree_util.tree_map_with_path(leaf, tx.init(trained))

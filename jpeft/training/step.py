@@ -159,11 +159,18 @@ def train_step(
     if offload:
       optimizer = jax.device_put(optimizer, jax.memory.Space.Device)
     updates, optimizer = tx.update(grads, optimizer, trained)
+    theta = tuned.join(optax.apply_updates(trained, updates), held)
+    if tuned.edits:
+      theta, optimizer = tuned.edit(
+        state['theta'],
+        theta,
+        optimizer,
+        grads,
+        number + 1,
+        jax.random.fold_in(key, STREAM_UPDATE),
+      )
     if offload:
       optimizer = jax.device_put(optimizer, jax.memory.Space.Host)
-    theta = tuned.join(optax.apply_updates(trained, updates), held)
-    if tuned.updates:
-      theta = tuned.update(theta, number + 1, jax.random.fold_in(key, STREAM_UPDATE))
 
     new = {'loss': loss * count, 'correct': correct, 'labels': count}
     sums = jax.tree.map(lambda total, x: total + x, state['sums'], new)

@@ -26,18 +26,38 @@ def counted(name='counted'):
   return jpeft.at('{block}', jpeft.Call(name, apply, init), layers=0)
 
 
+def shared_factor():
+  """LoRA of the queries whose a all layers share."""
+
+  def init(key, places):
+    first = next(iter(places.values())).t['kernel']['a']
+    own = {path: {'b': place.t['kernel']['b']} for path, place in places.items()}
+    return {'': {'a': first.reshape(-1, *first.shape[-2:])[0]}, **own}
+
+  def expand(t, places):
+    made = {}
+    for path, place in places.items():
+      a = jnp.broadcast_to(t['']['a'], place.t['kernel']['a'].shape)
+      made[path] = {'kernel': {'a': a, 'b': t[path]['b']}}
+    return made
+
+  return jpeft.generated(jpeft.lora(2, targets='{q}'), init, expand)
+
+
 def method_of(kind, b):
   if kind == 'layers':
     return jpeft.in_layers(jpeft.lora(2), '-1:')
   if kind == 'state':
     return counted()
+  if kind == 'generated':
+    return shared_factor()
   trained = jpeft.attach(b.model, jpeft.lora(2), b.backbone, *b.args, **b.kwargs)
   theta = noisy(trained.init(jax.random.key(0), b.backbone))
   return jpeft.chain(jpeft.frozen(jpeft.lora(2), theta), jpeft.pfeiffer(8))
 
 
 @pytest.mark.parametrize('name', ('linen_vit', 'linen_vit_scan', 'nnx_vit_scan'))
-@pytest.mark.parametrize('kind', ('layers', 'state', 'frozen'))
+@pytest.mark.parametrize('kind', ('layers', 'state', 'frozen', 'generated'))
 def test_the_same_numbers_as_on_one_device(kind, name):
   b = BACKBONES[name]
   with described(b):

@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jpeft
+from tests import fixtures
 from tests.methods.golden import peft
 
 CASES = {
@@ -232,3 +233,21 @@ def test_what_such_folders_cannot_hold_is_told(method, message, bert, tmp_path):
   with pytest.raises(ValueError, match=message):
     jpeft.save_adapter(tmp_path / 'out', loaded, theta, 8)
   assert not (tmp_path / 'out').exists()
+
+
+def test_a_generated_method_writes_what_its_rules_read(bert, tmp_path):
+  loaded, args = bert()
+  double = lambda t, scale: jax.tree.map(lambda x: scale * x, t)
+  method = jpeft.generated(
+    jpeft.lora(2, 4),
+    lambda key, places: {path: double(place.t, 0.5) for path, place in places.items()},
+    lambda t, places: double(t, 2.0),
+  )
+  tuned = jpeft.attach(loaded.model, method, loaded.variables, *args)
+  theta = fixtures.noisy(tuned.init(jax.random.key(0), loaded.variables))
+  jpeft.save_adapter(tmp_path, loaded, theta, 4, tuned=tuned)
+  _, again = jpeft.load_adapter(tmp_path, loaded)
+  jax.tree.map(np.testing.assert_allclose, again, tuned.expand(theta))
+  shared = {'lora': {'': {'a': np.zeros((2, 2))}}}
+  with pytest.raises(ValueError, match='no array of the base model; of a generated method'):
+    jpeft.save_adapter(tmp_path, loaded, shared, 4)

@@ -407,3 +407,18 @@ def test_every_name_of_a_train_flag_is_known(uncompiled, model):
   # The flag has no default: a call without it is a TypeError.
   (plan, *_) = jpeft.plan(model, {'full': jpeft.tune('head')}, IMAGES)
   assert plan.trainable == 8 * 8 * 3 * 3 + 3
+
+
+def test_the_stage_that_needs_most_is_planned():
+  """A method that trains more from an update on is planned as it is then."""
+  low = jpeft.lora(8)
+  rest = ('kernel/a', 'kernel/b')
+  later = [
+    (pattern, dataclasses.replace(rule, fixed=rest, stages=((0.5, ()),))) for pattern, rule in low
+  ]
+  plans = [
+    jpeft.plan(vit(), {'method': method}, IMAGES, target='cpu')[0]
+    for method in (low, jpeft.Method(later))
+  ]
+  assert plans[0].trainable == plans[1].trainable > 0
+  assert plans[0].optimizer == plans[1].optimizer

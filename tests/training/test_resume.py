@@ -125,7 +125,11 @@ def test_sigterm_saves_and_exits(start, alone, tmp_path):
   assert_same(folder, alone)
 
 
-METHOD = '''"""An adapter behind a running mean, which says what is minimised."""
+METHOD = '''"""An adapter behind a running mean, with a loss of its own, beside a low-rank product.
+
+From update 30 on the adapter is trained in part. The layers share a factor of the product, and each
+fourth update clears the moments of the other.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -156,14 +160,35 @@ def behind_mean(rank=2, name='behind_mean'):
     out, aux = run()
     return task_loss(out) + 0.1 * aux['size'].mean(), out
 
-  return jpeft.at('{block}', jpeft.Call(name, apply, init, fixed=('mean',), loss=loss))
+  stages = ((30, ('mean', 'down')),)
+  adapter = jpeft.Call(name, apply, init, fixed=('mean',), loss=loss, stages=stages)
+  return jpeft.chain(jpeft.at('{block}', adapter), shared_low_rank(rank))
+
+
+def shared_low_rank(rank, name='shared'):
+  def init(key, w):
+    return {'a': jax.random.normal(key, (w.shape[0], rank)), 'b': jnp.zeros((rank, w.shape[1]))}
+
+  def edit(state, grads, step, key):
+    cleared = jax.tree.map(lambda m: jnp.where(step % 4 == 0, 0.0, m), state.moments)
+    return state._replace(moments=cleared)
+
+  def init_shared(key, places):
+    own = {path: {'b': place.t['kernel']['b']} for path, place in places.items()}
+    return {'': {'a': next(iter(places.values())).t['kernel']['a']}, **own}
+
+  def expand(t, places):
+    return {path: {'kernel': {'a': t['']['a'], 'b': t[path]['b']}} for path in places}
+
+  product = jpeft.matrix(name, init, lambda t, w: w + t['a'] @ t['b'], edit=edit)
+  return jpeft.generated(jpeft.at('{q}|{v}', product), init_shared, expand)
 
 
 jpeft.register_method('behind_mean', behind_mean, title='an adapter behind a running mean')
 '''
 
 
-def test_state_and_losses_of_a_method_survive_a_kill(start, tmp_path):
+def test_all_that_a_method_may_be_survives_kills(start, tmp_path):
   file = tmp_path / 'behind_mean.py'
   file.write_text(METHOD)
   more = (
@@ -176,16 +201,18 @@ def test_state_and_losses_of_a_method_survive_a_kill(start, tmp_path):
   process = start(alone, *more)
   _, told = process.communicate(timeout=120)
   assert process.returncode == 0, told
+  assert 'after 30 updates: ' in told
 
   killed = tmp_path / 'killed'
-  process = start(killed, *more)
-  reached(process, killed, 23)
-  process.send_signal(signal.SIGKILL)
-  process.communicate(timeout=120)
+  for step in (23, 43):  # in the first stage and in the second
+    process = start(killed, *more)
+    reached(process, killed, step)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=120)
   process = start(killed, *more)
   _, told = process.communicate(timeout=120)
   assert process.returncode == 0, told
-  assert_same(alone, killed, arrays=6)
+  assert_same(alone, killed, arrays=9)
 
   theta = load_file(alone / 'theta.safetensors')
   layers = {name.split('/')[2] for name in theta if name.startswith('behind_mean')}

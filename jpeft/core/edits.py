@@ -1,0 +1,158 @@
+"""Edits of theta and of the optimizer's state, after an update."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .blame import blame
+from .paths import leaf_paths
+from .rules import Rule
+from .sites import Site
+
+
+class State(NamedTuple):
+  """What an `edit` gets and returns: one method's part of a training state.
+
+  Attributes:
+    theta: {site path: entries} after the optimizer's update; in stacked layers the stack comes
+      first. Of a method that `generated` made it is the smaller tree.
+    before: the same before the update. What is returned here is not read.
+    moments: trees like theta, of what the optimizer keeps for each number, such as the mean and the
+      variance of Adam in this order; None in the places of what is not trained.
+  """
+
+  theta: Mapping[str, Any]
+  before: Mapping[str, Any]
+  moments: tuple[Mapping[str, Any], ...]
+
+
+def edited(
+  rule: Rule, site: Site, before, theta, moments: list, grads, step, key
+) -> tuple[Any, list]:
+  """(theta, moments) after the `edit` of a rule.
+
+  Args:
+    rule: with the edit.
+    site: any of its sites, for errors.
+    before: theta before the update.
+    theta: after it.
+    moments: trees like what is trained of theta.
+    grads: of what is trained of theta.
+    step: how many updates were made.
+    key: a random key.
+
+  Raises:
+    ValueError: the edit returns something else than it got, or changes shapes.
+  """
+  name = rule.name
+  state = State(theta[name], before[name], tuple(tree[name] for tree in moments))
+  with blame(rule, site, 'edit'):
+    new = rule.edit(state, grads[name], step, key)
+  if not isinstance(new, State):
+    raise ValueError(
+      f'edit of {name!r} must return a State, such as state._replace(theta=...), not '
+      f'{type(new).__name__}'
+    )
+  checked = _like(name, 'theta', new.theta, state.theta)
+  if len(new.moments) != len(moments):
+    raise ValueError(f'edit of {name!r} returns {len(new.moments)} moments of {len(moments)}')
+  kept = []
+  for tree, old in zip(new.moments, state.moments, strict=True):
+    kept.append(_like(name, 'moments', tree, old))
+  together = zip(moments, kept, strict=True)
+  return {**theta, name: checked}, [{**tree, name: own} for tree, own in together]
+
+
+def _like(name: str, what: str, new, old):
+  """A tree with the structure, the shapes and the dtypes of another."""
+  found = leaf_paths(new)
+  wanted = leaf_paths(old)
+  for path in sorted(found.keys() ^ wanted.keys()):
+    problem = 'drops' if path in wanted else 'adds'
+    raise ValueError(f'edit of {name!r} {problem} {path!r} of {what}')
+  for path, x in wanted.items():
+    if jnp.shape(found[path]) != jnp.shape(x):
+      raise ValueError(
+        f'edit of {name!r} makes {path!r} of {what} {jnp.shape(found[path])}, and it is '
+        f'{jnp.shape(x)}'
+      )
+  leaves = [jnp.asarray(found[path], x.dtype) for path, x in wanted.items()]
+  return jax.tree.unflatten(jax.tree.structure(old), leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+  """What an optimizer's state keeps for each trained number.
+
+  Attributes:
+    trees: in the order of the state, each with the structure of what is trained.
+    rest: the state as a list, with None in place of those trees.
+    structure: of that list.
+    own: the structure that each tree has in the state.
+  """
+
+  trees: list
+  rest: list
+  structure: Any
+  own: list
+
+  @classmethod
+  def of(cls, optimizer, trained) -> 'Moments':
+    """Takes a state apart.
+
+    Args:
+      optimizer: the state of an Optax transform.
+      trained: what is trained of theta, from `Tuned.split`.
+
+    Raises:
+      ValueError: what it keeps for an entry has another shape than the entry.
+    """
+    paths = list(leaf_paths(trained))
+
+    def is_like(node) -> bool:
+      return bool(paths) and list(leaf_paths(node)) == paths
+
+    shapes = {path: jnp.shape(x) for path, x in leaf_paths(trained).items()}
+    nodes, structure = jax.tree_util.tree_flatten_with_path(optimizer, is_leaf=is_like)
+    trees = []
+    rest = []
+    own = []
+    for keys, node in nodes:
+      if not is_like(node):
+        _check_whole(jax.tree_util.keystr(keys, simple=True, separator='/'), paths)
+        rest.append(node)
+        continue
+      for path, x in leaf_paths(node).items():
+        if jnp.shape(x) != shapes[path]:
+          raise ValueError(
+            'an edit needs moments in the shape of each entry, and the optimizer keeps '
+            f'{jnp.shape(x)} for {path!r}: take one that does, such as adamw or sgd'
+          )
+      # Optax has other nodes than None in the places of what is masked.
+      trees.append(jax.tree.unflatten(jax.tree.structure(trained), jax.tree.leaves(node)))
+      rest.append(None)
+      own.append(jax.tree.structure(node))
+    return cls(trees, rest, structure, own)
+
+  def put_back(self, trees: list):
+    """The state with other trees."""
+    nodes = iter(
+      jax.tree.unflatten(own, jax.tree.leaves(tree))
+      for own, tree in zip(self.own, trees, strict=True)
+    )
+    return jax.tree.unflatten(
+      self.structure, [next(nodes) if node is None else node for node in self.rest]
+    )
+
+
+def _check_whole(place: str, paths: list[str]) -> None:
+  """Raises a ValueError if an array of an optimizer's state belongs to one entry of many."""
+  for path in paths:
+    if place.endswith(f'/{path}'):
+      raise ValueError(
+        f'an edit needs moments of all entries together, and the optimizer keeps those of {path!r} '
+        'with a part of them: give all of theta one update rule'
+      )
