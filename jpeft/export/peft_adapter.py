@@ -80,7 +80,7 @@ def save_adapter(
   for name, path, array, values in _entries(theta):
     if f'{path}/{array}' not in places:
       raise ValueError(
-        f'theta has {array!r} of {name!r} at {path or "the model"!r}, which is no array of the base '
+        f'theta has {array!r} of {name!r} at {path or "the model"!r}, no array of the base '
         'model; of a generated method, give tuned='
       )
     place, keys = places[f'{path}/{array}']
