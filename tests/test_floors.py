@@ -135,3 +135,18 @@ def test_a_climb_and_a_reach_are_found(tmp_path, monkeypatch):
     'jpeft.core.wrong, line 3: _private is not in the __all__ of jpeft.programs',
     'jpeft.core.wrong, line 4: torch is not among the third-party packages of jpeft.core',
   ]
+
+
+@pytest.mark.parametrize('module', [name for name in modules() if name.startswith('jpeft.methods')])
+def test_methods_use_what_is_public(module):
+  """No method reads a private attribute of something that is not its own."""
+  tree = ast.parse(modules()[module].read_text())
+  reached = []
+  for node in ast.walk(tree):
+    if not isinstance(node, ast.Attribute) or not node.attr.startswith('_'):
+      continue
+    is_own = isinstance(node.value, ast.Name) and node.value.id in ('self', 'cls')
+    is_of_python = node.attr.startswith('__') or node.attr in ('_replace', '_asdict', '_fields')
+    if not is_own and not is_of_python:
+      reached.append(f'line {node.lineno}: {ast.unparse(node)}')
+  assert not reached
