@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import jpeft
+from tests.contract.anatomies import described
 from tests.core.small import (
   WIDTH,
   Blocks,
@@ -19,6 +20,7 @@ from tests.core.small import (
   plain,
   train,
 )
+from tests.fixtures import BACKBONES
 
 DEPTH = 4
 MODELS = {
@@ -194,6 +196,46 @@ def test_beside_another_method_and_alone():
     tuned.only('low').apply(theta, held, X), alone.apply(theta, held, X)
   )
   assert hypernetwork() != adapter(BLOCKS)
+
+
+@pytest.mark.parametrize('backbone_name', ('linen_vit', 'linen_vit_scan', 'nnx_vit_scan'))
+def test_under_packed_blocks(backbone_name):
+  """A shared entry gets the gradients of all layers, where their residuals are in few bits too."""
+  b = BACKBONES[backbone_name]
+
+  def init(key, places):
+    first = next(iter(places.values())).t['kernel']['a']
+    return {'': {'a': first.reshape(-1, *first.shape[-2:])[0]}}
+
+  def expand(t, places):
+    made = {}
+    for path, place in places.items():
+      a = jnp.broadcast_to(t['']['a'], place.t['kernel']['a'].shape)
+      made[path] = {'kernel': {'a': a, 'b': jnp.full(place.t['kernel']['b'].shape, 0.1)}}
+    return made
+
+  lora = jpeft.lora(2, targets='{q}')
+
+  def tuned_by(method):
+    with described(b):
+      method = jpeft.chain(method, jpeft.packed(bits=8))
+      return jpeft.attach(b.model, method, b.backbone, *b.args, **b.kwargs)
+
+  def gradient(tuned, theta):
+    def loss(theta):
+      out = tuned.apply(theta, b.backbone, *b.args, **b.kwargs)
+      return sum(jnp.sum(jnp.square(y)) for y in jax.tree.leaves(out))
+
+    return jax.jit(jax.grad(loss))(theta)['lora']
+
+  tuned = tuned_by(jpeft.generated(lora, init, expand))
+  theta = tuned.init(jax.random.key(0), b.backbone)
+  shared = gradient(tuned, theta)['']['a']
+  apart = gradient(tuned_by(lora), tuned.expand(theta))
+  layers = [t['kernel']['a'].reshape(-1, *shared.shape) for t in apart.values()]
+  total = np.concatenate(layers).sum(0)
+  assert np.any(total)
+  np.testing.assert_allclose(shared, total, rtol=1e-4, atol=1e-5 * np.abs(total).max())
 
 
 def attach(init, expand, method=None, **options):
