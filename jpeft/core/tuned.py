@@ -99,7 +99,13 @@ class Tuned:
     return theta
 
   def _places(self, name: str, entries) -> dict[str, Place]:
-    return {path: Place(self._sites_of_theta[name, path], t) for path, t in entries.items()}
+    """What the rules of one name read, in the order of the forward pass."""
+    sites = self._sites_of_theta.items()
+    return {
+      path: Place(site, entries[path])
+      for (rule, path), site in sites
+      if rule == name and path in entries
+    }
 
   @functools.cached_property
   def generators(self) -> dict[str, Generator]:

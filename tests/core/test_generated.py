@@ -238,6 +238,22 @@ def test_under_packed_blocks(backbone_name):
   np.testing.assert_allclose(shared, total, rtol=1e-4, atol=1e-5 * np.abs(total).max())
 
 
+def test_places_come_in_the_order_of_the_forward_pass():
+  model = Blocks(12)
+  seen = []
+
+  def same(tree, places):
+    seen.append(list(places))
+    return {path: place.t for path, place in places.items()} if tree is None else tree
+
+  method = jpeft.generated(low_rank('.*/fc'), lambda key, places: same(None, places), same)
+  held = backbone(model)
+  tuned = jpeft.attach(model, method, held, X)
+  tuned.apply(tuned.init(jax.random.key(0), held), held, X)
+  assert len(seen) > 2
+  assert all(paths == [f'block_{i}/fc' for i in range(12)] for paths in seen)
+
+
 def attach(init, expand, method=None, **options):
   method = low_rank('block_0/fc') if method is None else method
   return jpeft.attach(
