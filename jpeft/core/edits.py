@@ -1,7 +1,8 @@
 """Edits of theta and of the optimizer's state, after an update."""
 
 import dataclasses
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +31,36 @@ class State(NamedTuple):
 
 
 def edited(
+  rules: Sequence[tuple[Rule, Site]], before, theta, trained, optimizer, grads, step, key
+) -> tuple[Any, Any]:
+  """(theta, optimizer) after the `edit` of each rule, once for each name.
+
+  Args:
+    rules: with their sites.
+    before: theta before the update.
+    theta: after it.
+    trained: what is trained of theta before the update, from `Tuned.split`.
+    optimizer: the state of an Optax transform of what is trained.
+    grads: of what is trained.
+    step: how many updates were made.
+    key: a random key.
+
+  Raises:
+    ValueError: an edit returns something else than it got, or the optimizer keeps no moments in the
+      shape of each entry.
+  """
+  edits = {(rule.name, rule.edit): (rule, site) for rule, site in rules if rule.edit}
+  if not edits:
+    return theta, optimizer
+  moments = Moments.of(optimizer, trained)
+  trees = moments.trees
+  for rule, site in edits.values():
+    own_key = jax.random.fold_in(key, zlib.crc32(f'edit of {rule.name}'.encode()))
+    theta, trees = _edited(rule, site, before, theta, trees, grads, step, own_key)
+  return theta, moments.put_back(trees)
+
+
+def _edited(
   rule: Rule, site: Site, before, theta, moments: list, grads, step, key
 ) -> tuple[Any, list]:
   """(theta, moments) after the `edit` of a rule.

@@ -66,3 +66,32 @@ def combine(first, second):
   return jax.tree.map(
     lambda a, b: b if a is None else a, first, second, is_leaf=lambda x: x is None
   )
+
+
+def trained(theta, fixed) -> Any:
+  """A tree of bools: False for integers, booleans and the entries that are named.
+
+  Args:
+    theta: {name of a rule: {path: entries}}.
+    fixed: {(name of a rule, path): names of entries, see `Weight.fixed`}.
+  """
+
+  def is_trained(path, x):
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+      return False
+    rule, site, *entry = entry_path(path)
+    return not any(names_entry(name, entry) for name in fixed.get((rule, site), ()))
+
+  return jax.tree_util.tree_map_with_path(is_trained, theta)
+
+
+def stop_where(theta, is_trained):
+  """theta with stop_gradient where a tree of bools is False."""
+  return jax.tree.map(lambda x, keeps: x if keeps else stop_gradient(x), theta, is_trained)
+
+
+def stop_gradient(x):
+  """A leaf without gradient; integers and keys have none."""
+  if hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, jnp.inexact):
+    return jax.lax.stop_gradient(x)
+  return x

@@ -16,8 +16,9 @@ from .backends.choice import backend_of
 from .blame import blame
 from .boxes import Arrays, Lazy, read
 from .context import NeedsRecording, Recording, check_scalars, with_outer
-from .edits import Moments, edited
-from .entries import combine, entry_path, names_entry, partition
+from .each import apply_each
+from .edits import edited
+from .entries import combine, partition, stop_gradient, stop_where, trained
 from .example import taken_apart
 from .generator import Generator, Place
 from .hooks import Hooks
@@ -38,6 +39,7 @@ from .rules import (
   memory_class,
 )
 from .sites import Site, Sites
+from .stages import begins, staged
 
 # The shares of the FLOPs of frozen products above which a backward pass crosses a part of the
 # backbone, or all of it. A frozen head, or a few queries through a block, are below the first.
@@ -91,7 +93,7 @@ class Tuned:
     """
     if not self.generators:
       return theta
-    theta = _stop_where(theta, self.trainable(theta))
+    theta = stop_where(theta, self.trainable(theta))
     for name, generator in self.generators.items():
       if name in theta:
         places = self._places(name, self.read_shapes[name])
@@ -166,7 +168,7 @@ class Tuned:
     for name, generator in self.generators.items():
       paths = [path for rule, path in self._sites_of_theta if rule == name]
       fixed = fixed | dict.fromkeys([(name, path) for path in paths], generator.fixed)
-    return _trained(theta, fixed)
+    return trained(theta, fixed)
 
   @functools.cached_property
   def _fixed_of_rules(self) -> dict[tuple[str, str], tuple[str, ...]]:
@@ -220,15 +222,8 @@ class Tuned:
         the shape of each entry.
     """
     theta = self.update(theta, step, key)
-    edits = {(rule.name, rule.edit): (rule, site) for rule, site in self.rules if rule.edit}
-    if not edits:
-      return theta, optimizer
-    moments = Moments.of(optimizer, self.split(before)[0])
-    trees = moments.trees
-    for rule, site in edits.values():
-      own = jax.random.fold_in(key, zlib.crc32(f'edit of {rule.name}'.encode()))
-      theta, trees = edited(rule, site, before, theta, trees, grads, step, own)
-    return theta, moments.put_back(trees)
+    trained_before = self.split(before)[0]
+    return edited(self.rules, before, theta, trained_before, optimizer, grads, step, key)
 
   def stages(self, steps: int) -> tuple[int, ...]:
     """After how many updates other entries are trained: 0, and when the rules' stages begin.
@@ -239,29 +234,13 @@ class Tuned:
     Raises:
       ValueError: a stage that begins at the last update or after it.
     """
-    begins = {0}
-    for rule, _ in self.rules:
-      for when, _ in rule.stages:
-        begin = _begin(when, steps)
-        if begin >= steps:
-          raise ValueError(
-            f'{rule.name}: a stage begins after {begin} updates, and there are {steps} in all'
-          )
-        begins.add(begin)
-    return tuple(sorted(begins))
+    return begins(self.rules, steps)
 
   def at_stage(self, number: int, steps: int) -> 'Tuned':
     """The same method with what is trained after `number` of `steps` updates; theta is the same."""
-    if not any(rule.stages for rule, _ in self.rules):
+    rules = staged(self.rules, number, steps)
+    if all(new is old for (new, _), (old, _) in zip(rules, self.rules, strict=True)):
       return self
-    staged = {}
-    for rule, _ in self.rules:
-      fixed = rule.fixed
-      for when, names in rule.stages:
-        if _begin(when, steps) <= number:
-          fixed = names
-      staged[id(rule)] = dataclasses.replace(rule, fixed=tuple(fixed))
-    rules = tuple((staged[id(rule)], site) for rule, site in self.rules)
     return dataclasses.replace(self, rules=rules)
 
   def update(self, theta, step, key):
@@ -318,7 +297,7 @@ class Tuned:
       is {name: array [layers, ...]} of `call.aux`, over all layers that gave that name, and under
       the key 'written' what `call.write` wrote, for `write_back`.
     """
-    backbone = jax.tree.map(_stop_gradient, backbone)
+    backbone = jax.tree.map(stop_gradient, backbone)
     theta = self._read(theta)
     try:
       out, recorded = self._traced(theta, backbone, args, kwargs, aux)
@@ -349,33 +328,7 @@ class Tuned:
     Raises:
       ValueError: no argument leads with B, an output does not, or `aux` or `mutable` is asked for.
     """
-    for option in ('aux', 'mutable'):
-      if kwargs.get(option):
-        raise ValueError(f'apply_each gives the output alone: {option}= is not taken')
-    count = index.shape[0]
-    arrays, put = taken_apart((args, kwargs))
-    leaves = jax.tree.leaves((args, kwargs))
-    examples = {i: leaves[i] for i, x in arrays.items() if x.shape[:1] == (count,)}
-    others = {i: leaves[i] for i in arrays if i not in examples}
-    if not examples:
-      raise ValueError(f'apply_each: index names {count} examples, and no argument leads with that')
-    keys = jax.tree.map(lambda key: jax.random.split(key, count), rngs)
-
-    def one(theta, keys, example):
-      batch = {i: jnp.asarray(x)[None] for i, x in example.items()}
-      own_args, own_kwargs = put(others | batch)
-      if keys is not None:
-        own_kwargs = own_kwargs | {'rngs': keys}
-      out = self.apply(theta, backbone, *own_args, **own_kwargs)
-      for y in jax.tree.leaves(out):
-        if y.shape[:1] != (1,):
-          raise ValueError(
-            f'apply_each: an output {y.shape} of one example has no axis of examples'
-          )
-      return jax.tree.map(lambda y: y[0], out)
-
-    chosen = jax.tree.map(lambda x: x[index], thetas)
-    return jax.vmap(one)(chosen, keys, examples)
+    return apply_each(self.apply, thetas, index, backbone, args, kwargs, rngs)
 
   def _traced(self, theta, backbone, args, kwargs, aux: bool) -> tuple[Any, dict]:
     """(output, records); traced once more where a rule records without having said so."""
@@ -503,7 +456,7 @@ class Tuned:
     theta = self.expand(theta)
     if not any(rule.fixed for rule, _ in self.rules):
       return theta
-    return _stop_where(theta, _trained(theta, self._fixed_of_rules))
+    return stop_where(theta, trained(theta, self._fixed_of_rules))
 
   # ---- What a backward pass crosses.
 
@@ -626,40 +579,6 @@ class _Applied:
     if active is None:
       return new
     return {name: jnp.where(active.reshape(()), read(x), arrays[name]) for name, x in new.items()}
-
-
-def _begin(when: float, steps: int) -> int:
-  """The number of updates before a stage: `when`, or a share of all."""
-  return when if isinstance(when, int) else max(1, round(when * steps))
-
-
-def _trained(theta, fixed) -> Any:
-  """A tree of bools: False for integers, booleans and the entries that are named.
-
-  Args:
-    theta: {name of a rule: {path: entries}}.
-    fixed: {(name of a rule, path): names of entries, see `Weight.fixed`}.
-  """
-
-  def is_trained(path, x):
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
-      return False
-    rule, site, *entry = entry_path(path)
-    return not any(names_entry(name, entry) for name in fixed.get((rule, site), ()))
-
-  return jax.tree_util.tree_map_with_path(is_trained, theta)
-
-
-def _stop_where(theta, trained):
-  """theta with stop_gradient on the entries that are not trained."""
-  return jax.tree.map(lambda x, is_trained: x if is_trained else _stop_gradient(x), theta, trained)
-
-
-def _stop_gradient(x):
-  """A leaf of the backbone without gradient; integers and keys have none."""
-  if hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, jnp.inexact):
-    return jax.lax.stop_gradient(x)
-  return x
 
 
 def _key_of(key, rule: Rule, site: Site):
