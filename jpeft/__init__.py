@@ -94,6 +94,7 @@ if TYPE_CHECKING:
   from jpeft.export import load_adapter, save_adapter
   from jpeft.models import load, save_pretrained
   from jpeft.tasks import register_metric, register_modality
+  from jpeft.training import optim
 
 # What loads backbones, or trains, is imported on first use: `import jpeft` is light.
 __getattr__ = on_first_use(
@@ -104,6 +105,7 @@ __getattr__ = on_first_use(
     '.models': ('load', 'save_pretrained'),
     '.plan': ('plan',),
     '.tasks': ('register_metric', 'register_modality'),
+    '.training': ('optim',),
   },
 )
 
@@ -172,6 +174,7 @@ __all__ = [
   'nbytes',
   'nf4',
   'norm',
+  'optim',
   'packed',
   'parallel',
   'peqa',

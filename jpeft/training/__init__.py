@@ -2,6 +2,7 @@
 
 from jpeft.messages import markdown
 
+from . import optim
 from .build import build, check_used, hyperparameters, method_of, optimizer_of
 from .checkpoints import Checkpoints, fingerprint, load_theta, save_theta, write
 from .feature_cache import Features, Part, cached
@@ -69,6 +70,7 @@ __all__ = [
   'needs',
   'of_backbone',
   'offloads',
+  'optim',
   'optimizer',
   'optimizer_of',
   'over_data',

@@ -19,6 +19,12 @@ import optax
 from jpeft.core import Site, Tuned, freeze, leaf_paths
 from jpeft.messages import did_you_mean
 
+from .matrix_view import axes_of
+from .matrix_view import fold as fold
+from .matrix_view import name_of as _name
+from .matrix_view import on_matrices as on_matrices
+from .matrix_view import unfold as unfold
+
 # The number of a block in the path of a leaf.
 _BLOCK_NUMBER = re.compile(r'(?:block|layer)s?[_/](\d+)(?:/|$)')
 
@@ -93,12 +99,6 @@ def lora_fa(scale: float = 1.0, eps: float = 1e-8) -> optax.GradientTransformati
 
 
 # ---- Factors of the learning rate.
-
-
-def _name(path) -> str:
-  """A leaf of theta as one word: 'lora/encoder/block_0/attention/query/kernel/a'."""
-  keys = [getattr(key, 'key', getattr(key, 'idx', key)) for key in path]
-  return '/'.join(str(key) for key in keys if key != '')
 
 
 def _site(tuned: Tuned, path) -> Site:
@@ -190,7 +190,7 @@ def matrices(tuned: Tuned):
   """params -> bools: True for the leaves to decay, which are a matrix or more in one layer."""
 
   def leaf(path, x):
-    return x.ndim - len(_site(tuned, path).theta_lengths) > 1
+    return axes_of(tuned, path, x) > 1
 
   return lambda params: jax.tree_util.tree_map_with_path(leaf, params)
 
