@@ -1,18 +1,19 @@
-"""Arithmetic on trained thetas: sums, means, differences, parts.
+"""Arithmetic on trained thetas: sums, means, differences, parts, other ranks.
 
 A theta is {method name: {site path: arrays}}. Two of one method and one model have the same
 structure, so that they are added and averaged as vectors are. Integers and booleans are state
 (which rows are trained, say) and not added: they must be equal in all.
 """
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpeft.core import leaf_paths
+from jpeft.core import Rule, Site, Tuned, Weight, leaf_paths
 from jpeft.messages import did_you_mean
 
 
@@ -111,11 +112,230 @@ def only(theta: Mapping[str, Any], *names: str) -> dict[str, Any]:
   Raises:
     ValueError: it has no adapter of such a name.
   """
+  _check_names(theta, names)
+  return {name: theta[name] for name in names}
+
+
+def drop(theta: Mapping[str, Any], *names: str) -> dict[str, Any]:
+  """A theta without some of its adapters, such as the head of a task.
+
+  Raises:
+    ValueError: it has no adapter of such a name.
+  """
+  _check_names(theta, names)
+  return {name: theta[name] for name in theta if name not in names}
+
+
+def _check_names(theta: Mapping[str, Any], names: Sequence[str]) -> None:
   for name in names:
     if name not in theta:
       hint = did_you_mean(name, theta)
       raise ValueError(f'theta has no adapter {name!r}, only {", ".join(theta)}{hint}')
-  return {name: theta[name] for name in names}
+
+
+# ---- Low-rank pairs: a [fan_in, r] and b [r, fan_out], of which s a b is added to a matrix.
+
+
+def re_rank(tuned: Tuned, theta: Any, target: Tuned, fresh: Any = None) -> dict[str, Any]:
+  """theta of a low-rank method as theta of the same method with another rank.
+
+  A lower rank is cut out by the SVD of a b, which is not formed: the nearest product of that rank
+  in the Frobenius norm. To a higher rank a and b stay, and what is new adds nothing. The factors s
+  of the two methods (LoRA's alpha / r) may differ: b is scaled for it.
+
+  Args:
+    tuned: what theta is of.
+    theta: its arrays other than pairs are taken as they are.
+    target: the same model under the other method, such as lora(4) where `tuned` has lora(8).
+    fresh: `target.init(...)`: where the directions that a higher rank adds start, so that they can
+      be trained. Without it they are zero, and no gradient moves a pair of zeros.
+
+  Raises:
+    ValueError: a rule does more than add a multiple of a b (DoRA, PiSSA), or the two methods differ
+      in more than ranks and factors.
+  """
+
+  def joined(pairs, rank):
+    ((a, b),) = pairs
+    if a.shape[-1] > rank:
+      return _truncated(a, b, rank)
+    return a, b
+
+  return _with_pairs(tuned, [theta], target, fresh, joined)
+
+
+def concat(tuned: Tuned, thetas: Sequence[Any], target: Tuned, fresh: Any = None) -> dict[str, Any]:
+  """One theta that adds to each matrix exactly what several thetas add together.
+
+  Args:
+    tuned: what the thetas are of.
+    thetas: what is no pair, such as a head, must be equal in all (see `drop`).
+    target: the same model under the method with the sum of the ranks, or a higher one.
+    fresh: as for `re_rank`.
+
+  Raises:
+    ValueError: as `re_rank`; there is no theta, or a lower rank in the target.
+  """
+  if not thetas:
+    raise ValueError('concat: there is no theta')
+
+  def joined(pairs, rank):
+    a = jnp.concatenate([a for a, _ in pairs], -1)
+    b = jnp.concatenate([b for _, b in pairs], -2)
+    if a.shape[-1] > rank:
+      raise ValueError(
+        f'concat: the ranks sum to {a.shape[-1]} and the target has rank {rank}: give a target of '
+        'that rank, and cut its theta by re_rank'
+      )
+    return a, b
+
+  return _with_pairs(tuned, thetas, target, fresh, joined)
+
+
+def _with_pairs(
+  tuned: Tuned, thetas: Sequence[Any], target: Tuned, fresh: Any, joined: Callable
+) -> dict[str, Any]:
+  """theta of `target` from thetas of `tuned`.
+
+  Args:
+    tuned, thetas, target, fresh: see `concat`.
+    joined: (pairs (a, b) of one matrix, the rank of the target) -> one pair, of that rank at most.
+  """
+  wanted = _entries(target.shapes)
+  given = [_entries(theta) for theta in thetas]
+  for entries in given:
+    for where in sorted(entries.keys() ^ wanted.keys()):
+      raise ValueError(f'{_path(where)!r} is in theta or in the target, and not in both')
+  starts = None if fresh is None else _entries(fresh)
+  found: dict[str, Any] = {}
+  for where, like in wanted.items():
+    name, path, array = where
+    old, old_site = _rule(tuned, name, path)
+    new, new_site = _rule(target, name, path)
+    parts = [entries[where] for entries in given]
+    if _is_pair(like) and isinstance(old, Weight) and isinstance(new, Weight):
+      pair = joined([(t['a'], t['b']) for t in parts], like['a'].shape[-1])
+      factor = _factor(old, old_site, where, parts[0]) / _factor(new, new_site, where, like)
+      entry = _filled_up(pair, factor, like, where, starts)
+    else:
+      _check_kept(old, new, parts, where)
+      entry = parts[0]
+    found.setdefault(name, {}).setdefault(path, {})[array] = entry
+  _check_shapes(found, target.shapes)
+  return found
+
+
+# (name of an adapter, path of a site, name of an array or of an entry).
+_Where = tuple[str, str, str]
+
+
+def _entries(theta: Any) -> dict[_Where, Any]:
+  found = {}
+  for name, sites in theta.items():
+    for path, arrays in sites.items():
+      for array, entry in arrays.items():
+        found[name, path, array] = entry
+  return found
+
+
+def _path(where: _Where) -> str:
+  return '/'.join(where)
+
+
+def _rule(tuned: Tuned, name: str, path: str) -> tuple[Rule, Site]:
+  """The first rule of a name at a site."""
+  for rule, site in tuned.rules:
+    if (rule.name, site.path) == (name, path):
+      return rule, site
+  raise ValueError(f'no rule {name!r} acts at {path!r}: is theta of this method?')
+
+
+def _is_pair(entry: Any) -> bool:
+  """Whether an entry of theta is a [..., fan_in, r] and b [..., r, fan_out], and nothing else."""
+  if not isinstance(entry, Mapping) or set(entry) != {'a', 'b'}:
+    return False
+  a, b = entry['a'].shape, entry['b'].shape
+  return len(a) == len(b) > 1 and a[-1] == b[-2]
+
+
+def _factor(rule: Weight, site: Site, where: _Where, pair: Any) -> float:
+  """s of the rule that makes w + s a b of a matrix w, asked of the rule itself on a small matrix.
+
+  Raises:
+    ValueError: the rule does something else.
+  """
+  array, rank = where[2], pair['a'].shape[-1]
+  leaf = site.leaves.get(array)
+  if leaf is not None:
+    leaf = dataclasses.replace(leaf, shape=(2, 3), ins=(0,), batch=())
+    small = dataclasses.replace(site, leaves={array: leaf}, boxes={})
+    rng = np.random.default_rng(0)
+    shapes = ((2, 3), (2, rank), (rank, 3))
+    w, a, b = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
+    with jax.default_matmul_precision('highest'):
+      added = rule.apply({array: {'a': a, 'b': b}}, small, {array: w})[array] - w
+      product = a @ b
+    factor = float(jnp.sum(added * product) / jnp.sum(product**2))
+    if factor != 0 and np.allclose(added, factor * product, rtol=1e-3, atol=1e-3 * abs(factor)):
+      return factor
+  raise ValueError(f'{_path(where)!r}: {rule.name} does not add a multiple of a b to a matrix')
+
+
+def _truncated(a: jax.Array, b: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
+  """The nearest product of a rank to a b, by QR of both factors and the SVD of an r x r core."""
+  with jax.default_matmul_precision('highest'):
+    q_a, r_a = jnp.linalg.qr(a.astype(jnp.float32))
+    q_b, r_b = jnp.linalg.qr(_transposed(b).astype(jnp.float32))
+    u, s, vt = jnp.linalg.svd(r_a @ _transposed(r_b), full_matrices=False)
+    root = jnp.sqrt(s[..., None, :rank])
+    left = q_a @ (u[..., :rank] * root)
+    right = q_b @ (_transposed(vt[..., :rank, :]) * root)
+  return left.astype(a.dtype), _transposed(right).astype(b.dtype)
+
+
+def _transposed(x: jax.Array) -> jax.Array:
+  return jnp.swapaxes(x, -1, -2)
+
+
+def _filled_up(pair, factor: float, like, where: _Where, starts) -> dict[str, jax.Array]:
+  """A pair whose b is multiplied by a factor, with further directions up to the rank of `like`."""
+  a, b = pair
+  rank, full = a.shape[-1], like['a'].shape[-1]
+  more_a = jnp.zeros((*a.shape[:-1], full - rank), a.dtype)
+  more_b = jnp.zeros((*b.shape[:-2], full - rank, b.shape[-1]), b.dtype)
+  if starts is not None:
+    start = starts[where]
+    more_a, more_b = start['a'][..., rank:], start['b'][..., rank:, :]
+    if jnp.any(more_a) and jnp.any(more_b):
+      raise ValueError(
+        f'{_path(where)!r}: what `fresh` has there is not zero: give it as `target.init` does'
+      )
+  a = jnp.concatenate([a, more_a.astype(a.dtype)], -1)
+  b = jnp.concatenate([(factor * b).astype(b.dtype), more_b.astype(b.dtype)], -2)
+  return {'a': a, 'b': b}
+
+
+def _check_kept(old: Rule, new: Rule, parts: Sequence[Any], where: _Where) -> None:
+  """Raises a ValueError if an entry that is no pair cannot be taken as it is."""
+  if old.origin is not None and old != new:
+    inside = ', '.join(parts[0]) if isinstance(parts[0], Mapping) else where[2]
+    raise ValueError(
+      f'{_path(where)!r} ({inside}) is no pair of a and b alone, and its methods differ: '
+      f'{old.origin}, and {new.origin} in the target'
+    )
+  first = leaf_paths(parts[0])
+  for part in parts[1:]:
+    for inside, x in leaf_paths(part).items():
+      if not np.array_equal(x, first[inside]):
+        raise ValueError(f'{_path(where)!r} differs between thetas, and is no pair of a and b')
+
+
+def _check_shapes(theta: Any, shapes: Any) -> None:
+  """Raises a ValueError that names the first array of another shape or dtype."""
+  found = leaf_paths(theta)
+  for path, like in leaf_paths(shapes).items():
+    if path not in found or (found[path].shape, found[path].dtype) != (like.shape, like.dtype):
+      raise ValueError(f'{path!r} of theta does not fit the target, which has {like.shape} there')
 
 
 def _weighted(thetas: Sequence[Any], weights: Sequence[float]) -> Any:
