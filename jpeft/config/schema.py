@@ -153,6 +153,12 @@ FIELDS: dict[str, Field] = {
     "train the model's head as well; if left out, where it is fresh: not "
     'of a model that writes text',
   ),
+  'method.start': Field(
+    _OPTIONAL_TEXT,
+    None,
+    'a run folder, or a theta file of one (.safetensors): theta starts as it is there, and what it '
+    'lacks, such as the head of other labels, starts fresh',
+  ),
   'method.saved_bits': Field(
     (int, type(None)),
     None,

@@ -22,6 +22,7 @@ def method_of(config):
   values = config.method.to_dict()
   name = values.pop('name')
   head = values.pop('head')
+  del values['start']  # of training, see `start_of`
   values['saved_bits'] = Memory.of(config).saved_bits
   try:
     return methods.make(name, head=head, **values)

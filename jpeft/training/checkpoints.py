@@ -76,6 +76,23 @@ def save_theta(path: pathlib.Path, theta, **info) -> None:
   _write_bytes(path, save(arrays, header))
 
 
+def read_theta(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
+  """({path in theta: array}, info) of a file that `save_theta` wrote.
+
+  Raises:
+    FileNotFoundError, ValueError: no such file, or not such a file.
+  """
+  if not path.is_file():
+    raise FileNotFoundError(f'there is no file {path}')
+  try:
+    with safe_open(path, 'numpy') as file:
+      info = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+      arrays = {name: file.get_tensor(name) for name in file.keys()}
+  except (SafetensorError, json.JSONDecodeError) as error:
+    raise ValueError(f'{path} is not a readable safetensors file: {error}') from error
+  return arrays, info
+
+
 def load_theta(path: pathlib.Path, like) -> tuple[Any, dict]:
   """(theta, info) of a file that `save_theta` wrote.
 
@@ -86,23 +103,15 @@ def load_theta(path: pathlib.Path, like) -> tuple[Any, dict]:
   Raises:
     FileNotFoundError, ValueError: no such file, not such a file, or the theta of another method.
   """
-  if not path.is_file():
-    raise FileNotFoundError(f'there is no file {path}')
-  try:
-    with safe_open(path, 'numpy') as file:
-      info = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
-      arrays = {name: file.get_tensor(name) for name in file.keys()}
-  except (SafetensorError, json.JSONDecodeError) as error:
-    raise ValueError(f'{path} is not a readable safetensors file: {error}') from error
+  arrays, info = read_theta(path)
   wanted = leaf_paths(like)
   if arrays.keys() != wanted.keys():
     raise ValueError(
-      f'{path} holds another theta: it lacks {_few(wanted.keys() - arrays.keys())} and has '
-      f'{_few(arrays.keys() - wanted.keys())} too many'
+      f'{path} holds another theta: it lacks {few(wanted.keys() - arrays.keys())} and has '
+      f'{few(arrays.keys() - wanted.keys())} too many'
     )
   for name, leaf in wanted.items():
-    if leaf.shape == () and arrays[name].shape == (1,):  # as older files have scalars
-      arrays[name] = arrays[name].reshape(())
+    arrays[name] = of_older_file(arrays[name], leaf)
     if arrays[name].shape != leaf.shape:
       raise ValueError(
         f'{path}: {name} has the shape {arrays[name].shape}, the model wants {leaf.shape}'
@@ -111,7 +120,14 @@ def load_theta(path: pathlib.Path, like) -> tuple[Any, dict]:
   return jax.tree.unflatten(jax.tree.structure(like), leaves), info
 
 
-def _few(found: Iterable[str]) -> str:
+def of_older_file(x: np.ndarray, like) -> np.ndarray:
+  """An array of a theta file; older files have scalars as vectors of one number."""
+  if like.shape == () and x.shape == (1,):
+    return x.reshape(())
+  return x
+
+
+def few(found: Iterable[str]) -> str:
   """The first three names, and how many more there are."""
   listed = sorted(found)
   if not listed:
@@ -123,6 +139,11 @@ def _few(found: Iterable[str]) -> str:
 
 
 # ---- The training state.
+
+
+def has_checkpoint(folder: pathlib.Path) -> bool:
+  """Whether a folder of checkpoints has a complete one; nothing is created or read."""
+  return any(path.name.isdigit() for path in folder.glob('*'))
 
 
 class Checkpoints:

@@ -1,7 +1,8 @@
 """The folder of a run: entering it, and opening the run that it describes.
 
 config.json      the whole configuration; the same command goes on with the run
-run.json         labels, SHA-256 of the backbone and of the files it came from, modules to import
+run.json         labels, modules to import; SHA-256 of the backbone, of the files it came from
+                 and of the theta file that the run started from
 checkpoints/     the training state, by step
 metrics.jsonl    one line a log interval and an evaluation
 best.safetensors, theta.safetensors     theta of the best evaluation, and of the end

@@ -25,6 +25,7 @@ from .memory import Memory
 from .metrics import Metrics, values
 from .progress import Progress
 from .stages import current, entered, stages_of
+from .start import start_of
 from .watch import Signals, Watch
 
 
@@ -79,6 +80,7 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
       )
     facts = summary(stages[0].tuned)
     check_used(config, tuned)
+    other_run = start_of(config, tuned, folder)
 
   # ---- Compilation, from shapes: an update that cannot fit is refused before anything is put on a
   # device.
@@ -133,13 +135,15 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
       imports=imports_of(config, reads),
       backbone_sha256=backbone_sha256,
       files=pretrained.files,
+      start_sha256=None if other_run is None else other_run.sha256,
       jpeft=__version__,
     )
     checkpoints = Checkpoints(folder / 'checkpoints', config.checkpoint.keep)
     stack.callback(checkpoints.close)
     start = checkpoints.latest or 0
     stage = current(stages, start)
-    state = step.initial_state(stage.tuned, stage.tx, backbone, config.seed)
+    put_start = None if other_run is None else other_run.put
+    state = step.initial_state(stage.tuned, stage.tx, backbone, config.seed, put_start)
     state = jax.device_put(state, stage.sharding)
     seconds_before = 0.0
     if start:
@@ -157,6 +161,8 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
   if start:
     first_line += f', going on after {start}'
   progress.note(first_line)
+  if other_run is not None and other_run.arrays:
+    progress.note(other_run.told)
   progress.note(report.needs(stage.cost))
   for later in stages:
     if later.begin > start:

@@ -15,14 +15,29 @@ from jpeft.core import Tuned
 STREAM_THETA, STREAM_STEP, STREAM_UPDATE = range(3)
 
 
-def initial_state(tuned: Tuned, tx: optax.GradientTransformation, backbone, seed: int) -> dict:
+def initial_state(
+  tuned: Tuned,
+  tx: optax.GradientTransformation,
+  backbone,
+  seed: int,
+  start: Callable | None = None,
+) -> dict:
   """The arrays that an update changes.
 
   These are theta, the optimizer's state, the step, and the sums since the last line of the log.
+
+  Args:
+    tuned: from `attach`.
+    tx: what the optimizer's state is of.
+    backbone: which theta may start from.
+    seed: of theta.
+    start: fresh theta -> theta, such as `Start.put`; theta stays fresh if left out.
   """
   key = jax.random.fold_in(jax.random.key(seed), STREAM_THETA)
   # Copied: a theta that starts as the backbone's own array would be donated with it.
   theta = jax.tree.map(jnp.copy, jax.jit(tuned.init)(key, backbone))
+  if start is not None:
+    theta = start(theta)
   return {
     'theta': theta,
     'optimizer': tx.init(tuned.split(theta)[0]),
