@@ -221,7 +221,7 @@ def _with_pairs(
       _check_kept(old, new, parts, where)
       entry = parts[0]
     found.setdefault(name, {}).setdefault(path, {})[array] = entry
-  _check_shapes(found, target.shapes)
+  _check_fits(found, target.shapes)
   return found
 
 
@@ -266,7 +266,7 @@ def _factor(rule: Weight, site: Site, where: _Where, pair: Any) -> float:
   """
   array, rank = where[2], pair['a'].shape[-1]
   leaf = site.leaves.get(array)
-  if leaf is not None:
+  if leaf is not None and not rule.outer:
     leaf = dataclasses.replace(leaf, shape=(2, 3), ins=(0,), batch=())
     small = dataclasses.replace(site, leaves={array: leaf}, boxes={})
     rng = np.random.default_rng(0)
@@ -330,7 +330,7 @@ def _check_kept(old: Rule, new: Rule, parts: Sequence[Any], where: _Where) -> No
         raise ValueError(f'{_path(where)!r} differs between thetas, and is no pair of a and b')
 
 
-def _check_shapes(theta: Any, shapes: Any) -> None:
+def _check_fits(theta: Any, shapes: Any) -> None:
   """Raises a ValueError that names the first array of another shape or dtype."""
   found = leaf_paths(theta)
   for path, like in leaf_paths(shapes).items():
