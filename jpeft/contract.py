@@ -5,7 +5,6 @@ sentence about what is wrong. `tests/contract` uses the same functions on all me
 """
 
 import dataclasses
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpeft.core import Method, Tuned, Weight, backend_of, leaf_paths
+from jpeft.core import Method, Tuned, Weight, backend_of, leaf_paths, named_key
 from jpeft.messages import columns
 
 # Two ways to compute one function in float32 differ by rounding alone.
@@ -301,7 +300,7 @@ def _moved(theta: Any) -> Any:
   def noisy(path, x):
     if not jnp.issubdtype(x.dtype, jnp.floating):
       return x
-    key = jax.random.fold_in(jax.random.key(1), zlib.crc32(jax.tree_util.keystr(path).encode()))
+    key = named_key(jax.random.key(1), jax.tree_util.keystr(path))
     return x + 0.1 * jax.random.normal(key, x.shape, x.dtype)
 
   return jax.tree_util.tree_map_with_path(noisy, theta)

@@ -11,6 +11,7 @@ from .freeze import freeze, join, mask, split
 from .frozen import frozen
 from .generated import generated
 from .generator import Place
+from .keys import named_key
 from .mode import flags_of
 from .paths import EXTRAS, join_path, leaf_paths, natural
 from .products import Operand
@@ -76,6 +77,7 @@ __all__ = [
   'mask',
   'matrix',
   'memory_class',
+  'named_key',
   'natural',
   'register_anatomy',
   'sites_of',

@@ -11,6 +11,7 @@ from .blame import blame
 from .discover import named_arrays
 from .entries import cast, names_entry
 from .injection import inject
+from .keys import named_key
 from .mode import flags_of
 from .paths import AUX, TAPPED, WRITTEN, leaf_paths, natural
 from .rules import Call, Weight
@@ -51,6 +52,7 @@ class Bound:
     number: of the layer, from 0 on; None outside of layers. In a stack it is traced.
     local: a dict that lives as long as this call; the method's rules inside of it can read it.
     outer: the `local` of the nearest call around this one that the method wraps; None without one.
+    root: the `local` of the outermost such call, whatever lies between; None without one.
   """
 
   def __init__(
@@ -93,6 +95,7 @@ class Bound:
     self.number = number
     self.local: dict[str, Any] = {}
     self.outer: dict[str, Any] | None = None
+    self.root: dict[str, Any] | None = None
     self._run = run
     self._rule = rule
     self._backend = backend
@@ -102,6 +105,7 @@ class Bound:
     self._recording = recording
     self._theta = theta
     self._key = key
+    self._purpose: str | None = None  # what the key itself was first asked for
 
   def __call__(self, *args, **kwargs):
     return self._run(*args, **kwargs)
@@ -213,13 +217,12 @@ class Bound:
     """A context in which modules of the rule's own run; no other rule acts on them."""
     return self._backend.outside()
 
-  @property
-  def key(self) -> jax.Array | None:
-    """A random key for one layer and step in training, if one was given."""
-    return self._key if self.training else None
-
-  def rng(self, what: str) -> jax.Array | None:
+  def rng(self, what: str, *, optional: bool = False) -> jax.Array | None:
     """A random key for one layer and step in training, None in evaluation.
+
+    Args:
+      what: it is for. The same gets the same key in one call, something else gets another.
+      optional: None too where the model trains and no key was given.
 
     Raises:
       ValueError: the model trains, and no key was given.
@@ -227,11 +230,17 @@ class Bound:
     if not self.training:
       return None
     if self._key is None:
+      if optional:
+        return None
       raise ValueError(
         f'{what} at {self.site.path!r} needs a random key: call '
         "tuned.apply(..., rngs={'dropout': key})"
       )
-    return self._key
+    if self._purpose is None:
+      self._purpose = what
+    if what == self._purpose:
+      return self._key
+    return named_key(self._key, what)
 
   def pure(self) -> tuple[Callable, Any]:
     """(fn, arrays): the wrapped module as a pure function fn(arrays, *args, **kwargs).
@@ -362,8 +371,10 @@ def run_call(rule: Call, theta, bound: Bound, *args, **kwargs):
 
   bound._run = recording
   around = _running.get()
-  # The nearest call of the same method.
-  bound.outer = next((local for name, local in reversed(around) if name == rule.name), None)
+  of_method = [local for name, local in around if name == rule.name]
+  if of_method:
+    bound.root = of_method[0]
+    bound.outer = of_method[-1]
   token = _running.set((*around, (rule.name, bound.local)))
   try:
     dtype = _input_dtype(bound.site, args, kwargs)

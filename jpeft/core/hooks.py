@@ -1,7 +1,6 @@
 """What runs in place of the calls of modules at which rules act."""
 
 import functools
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +9,10 @@ import jax
 from .backends.protocol import Backend
 from .context import Bound, Recording, acting, run_call, run_if, with_outer
 from .fused import fused
+from .keys import named_key
 from .recorded import SitesOfTheta, records_for
 from .resolve import Plan
-from .rules import Call, Rule, Weight
+from .rules import Call, Weight
 from .sites import Sites
 
 
@@ -100,7 +100,7 @@ class Hooks:
         taps=own_taps,
         recording=recording,
         theta=theta.get(rule.name, {}),
-        key=_key_of_rule(key, rule),
+        key=named_key(key, rule.name),
         training=training,
       )
       call = functools.partial(run_call, rule, theta.get(rule.name, {}), bound)
@@ -140,10 +140,3 @@ class Hooks:
     stack = len(self._sites_of_theta[name, path].theta_lengths)
     shapes = self._shapes()[name][path]
     return jax.tree.map(lambda x, shape: x.reshape(shape.shape[stack:]), t, shapes)
-
-
-def _key_of_rule(key, rule: Rule):
-  """A key for a rule, of the key of its site."""
-  if key is None:
-    return None
-  return jax.random.fold_in(key, zlib.crc32(rule.name.encode()))

@@ -4,13 +4,13 @@ import dataclasses
 import functools
 import inspect
 import itertools
-import zlib
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import jax
 
 from .generator import Generator
+from .keys import named_key
 from .layers import Layers
 from .sites import Leaf
 
@@ -359,7 +359,7 @@ def matrix(
   def init_site(key, site, arrays):
     theta = {}
     for array in site.matrices:
-      leaf, sub = site.leaves[array], jax.random.fold_in(key, zlib.crc32(array.encode()))
+      leaf, sub = site.leaves[array], named_key(key, array)
       sizes = [leaf.shape[i] for i in leaf.batch]
       keys = jax.random.split(sub, sizes) if sizes else sub
       theta[array] = mapped(init, leaf)(keys, leaf.fold(arrays[array]))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,6 +21,7 @@ from .entries import combine, partition, stop_gradient, stop_where, trained
 from .example import taken_apart
 from .generator import Generator, Place
 from .hooks import Hooks
+from .keys import named_key
 from .merging import arrays_of, merged
 from .mode import mode_of
 from .paths import join_path, leaf_paths
@@ -81,7 +81,7 @@ class Tuned:
     """
     theta = self._init_rules(key, backbone)
     for name, generator in self.generators.items():
-      own_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+      own_key = named_key(key, name)
       theta[name] = generator.start(name, own_key, self._places(name, theta[name]))
     return theta
 
@@ -430,7 +430,7 @@ class Tuned:
     )
     extras = {'theta': entries, 'active': active, self._hooks.number: number}
     if key is not None:
-      own = jax.random.fold_in(key, zlib.crc32(site.path.encode()))
+      own = named_key(key, site.path)
       extras['key'] = jax.random.key_data(_layer_keys(own, site))
     return jax.tree.map(site.stack_restore, extras)
 
@@ -583,7 +583,7 @@ class _Applied:
 
 def _key_of(key, rule: Rule, site: Site):
   """A key for a rule at a site that no other rule or site changes."""
-  return jax.random.fold_in(key, zlib.crc32(f'{rule.name} {site.path}'.encode()))
+  return named_key(key, f'{rule.name} {site.path}')
 
 
 def _layer_keys(key, site: Site):

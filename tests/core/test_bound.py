@@ -242,3 +242,66 @@ def test_a_second_run_as_a_pure_function_records_nothing_again(name):
   np.testing.assert_array_equal(
     *(jpeft.attach(model, m, held, X).apply({}, held, X) for m in chains)
   )
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_another_purpose_gets_another_key(name):
+  model = MODELS[name]()
+  held = backbone(model)
+
+  def noise(t, call, x, *args):
+    keys = [call.rng(what) for what in ('one', 'two', 'one')]
+    out = call(x, *args)
+    draws = [jnp.zeros(()) if key is None else jax.random.uniform(key) for key in keys]
+    call.aux(draws=jnp.stack(draws))
+    return out
+
+  tuned = jpeft.attach(model, wrapped(noise), held, X)
+  _, aux = jax.jit(lambda key: tuned.apply({}, held, X, rngs={'dropout': key}, aux=True))(
+    jax.random.key(0)
+  )
+  draws = np.asarray(aux['draws'])
+  assert draws.shape == (3, 3)
+  np.testing.assert_array_equal(draws[:, 0], draws[:, 2])
+  assert len(np.unique(draws[:, :2])) == 6
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_root_is_the_outermost_call_whatever_lies_between(name):
+  """A trained number at the model reaches the layers inside of blocks that have a rule too."""
+  model = MODELS[name]()
+  held = backbone(model)
+
+  def root(t, call, *args):
+    assert call.root is None and call.outer is None
+    call.local['gain'] = t['gain']
+    return call(*args)
+
+  def block(t, call, *args):
+    call.local['place'] = 'block'
+    assert call.root is call.outer
+    return call(*args)
+
+  def layer(t, call, *args):
+    assert call.outer == {'place': 'block'}
+    return call.root['gain'] * call(*args)
+
+  method = jpeft.chain(
+    jpeft.at('', jpeft.Call('m', root, lambda key, site, arrays: {'gain': jnp.ones(())})),
+    jpeft.at(BLOCKS, jpeft.Call('m', block)),
+    jpeft.at('.*/fc', jpeft.Call('m', layer)),
+  )
+  tuned = jpeft.attach(model, method, held, X)
+  out = jax.jit(lambda gain: tuned.apply({'m': {'': {'gain': gain}}}, held, X))
+
+  def scaled(path, x):
+    return 1.7 * x if 'fc' in jax.tree_util.keystr(path) else x
+
+  want = plain(model, jax.tree_util.tree_map_with_path(scaled, held), X)
+  np.testing.assert_allclose(out(1.7), want, atol=1e-5)
+
+  def loss(gain):
+    return jnp.square(out(gain)).sum()
+
+  numeric = (loss(1.01) - loss(0.99)) / 0.02
+  np.testing.assert_allclose(jax.grad(loss)(1.0), numeric, rtol=1e-2)

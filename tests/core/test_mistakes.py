@@ -190,7 +190,7 @@ MISTAKES = {
     "not subscriptable\nin apply of the rule 'm' at 'head'",
   ),
   'a key where none came': (
-    call_of(lambda t, call, x: call(x) + jax.random.normal(call.key)),
+    call_of(lambda t, call, x: call(x) + jax.random.normal(call.rng('noise'))),
     "NoneType.*\nin apply of the rule 'm' at 'head'",
   ),
   'taps that nobody records': (

@@ -87,7 +87,10 @@ def test_who_decides_about_training(case):
   model, kwargs, training, keyed = CASES[case]
   seen = []
   tuned, held = attached(
-    model, spy('fc', lambda call: seen.append((call.training, call.key is not None)))
+    model,
+    spy(
+      'fc', lambda call: seen.append((call.training, call.rng('spy', optional=True) is not None))
+    ),
   )
   args = kwargs.get('args', ())
   out = tuned.apply({}, held, X, *args, **{k: v for k, v in kwargs.items() if k != 'args'})

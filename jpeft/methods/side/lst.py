@@ -206,11 +206,10 @@ class _LST:
     taps = call.taps()
 
     s = net.embeddings(taps)  # [B, N, d], or [B, N, d'] if pooled
-    key = call.key
-    if self.dropout:
-      key = call.rng('lst dropout')
-      if key is not None:
-        s = drop(s, jax.random.fold_in(key, 0), self.dropout)
+    # The side blocks may have a dropout of their own, without which they need no key.
+    key = call.rng('lst dropout', optional=not self.dropout)
+    if self.dropout and key is not None:
+      s = drop(s, jax.random.fold_in(key, 0), self.dropout)
     if not self.pooled:
       s = linear(t['in'], s)
 

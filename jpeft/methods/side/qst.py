@@ -227,7 +227,8 @@ class _QST:
       'gate': jax.nn.sigmoid(t['gate']),
       'h': net.each(self.down, taps, last, net.states, t.get('down')),
     }
-    s = net.climb(call, t, s, self.mix, rows, call.key, self.remat)
+    key = call.rng('dropout of side blocks', optional=True)
+    s = net.climb(call, t, s, self.mix, rows, key, self.remat)
 
     if not net.is_last:  # the side decoder attends to it
       call.tap(side=s)
