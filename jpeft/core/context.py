@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .blame import blame
-from .discover import named_arrays
+from .discover import named, named_arrays
 from .entries import cast, names_entry
 from .injection import inject
 from .keys import named_key
@@ -193,6 +193,11 @@ class Bound:
       )
     return found
 
+  @property
+  def has_cache(self) -> bool:
+    """Whether the module holds a cache of earlier tokens, which this call goes on with."""
+    return self._backend.has_cache(self.module)
+
   def read_cache(self) -> dict | None:
     """What this rule wrote into the model's collection 'cache' in the call before, {} at first.
 
@@ -208,6 +213,10 @@ class Bound:
   def inputs(self, *args, **kwargs) -> dict[str, jax.Array]:
     """The array arguments of the call by parameter name, the first one first."""
     return named_arrays(getattr(type(self.module), self._rule.method), args, kwargs)
+
+  def arguments(self, *args, **kwargs) -> dict[str, Any]:
+    """All arguments of the call by parameter name, arrays and others."""
+    return named(getattr(type(self.module), self._rule.method), args, kwargs)
 
   def inject(self, **fields):
     """Sets the module's own injection points (attention_fn, ...) while the context lasts."""

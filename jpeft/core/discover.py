@@ -140,26 +140,25 @@ def _looks_like_array(x) -> bool:
 
 def named_arrays(fn: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
   """The array arguments of a method call by parameter name, the first one first."""
-  named = _named(fn, args, kwargs)
-  return {name: x for name, x in named.items() if _looks_like_array(x)}
+  return {name: x for name, x in named(fn, args, kwargs).items() if _looks_like_array(x)}
 
 
-def _named(fn: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
+def named(fn: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
   """All arguments of a method call by parameter name; positions where there is no name."""
   try:
     given = inspect.signature(fn).bind(None, *args, **kwargs)
   except (TypeError, ValueError):
     return {**{str(i): x for i, x in enumerate(args)}, **kwargs}
-  named = {}
+  found: dict[str, Any] = {}
   for name, value in given.arguments.items():
     kind = given.signature.parameters[name].kind
     if kind is inspect.Parameter.VAR_POSITIONAL:
-      named |= {str(i): x for i, x in enumerate(value)}
+      found |= {str(i): x for i, x in enumerate(value)}
     elif kind is inspect.Parameter.VAR_KEYWORD:
-      named |= value
+      found |= value
     else:
-      named[name] = value
-  return named
+      found[name] = value
+  return found
 
 
 def _stream(out, read: jax.ShapeDtypeStruct | None) -> tuple[tuple[Any, ...], Any]:

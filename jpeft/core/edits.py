@@ -1,7 +1,6 @@
 """Edits of theta and of the optimizer's state, after an update."""
 
 import dataclasses
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .blame import blame
+from .keys import named_key
 from .paths import leaf_paths
 from .rules import Rule
 from .sites import Site
@@ -55,7 +55,7 @@ def edited(
   moments = Moments.of(optimizer, trained)
   trees = moments.trees
   for rule, site in edits.values():
-    own_key = jax.random.fold_in(key, zlib.crc32(f'edit of {rule.name}'.encode()))
+    own_key = named_key(key, f'edit of {rule.name}')
     theta, trees = _edited(rule, site, before, theta, trees, grads, step, own_key)
   return theta, moments.put_back(trees)
 

@@ -1,9 +1,11 @@
 """One file a method, one row a method in the registry."""
 
 from .adapter.bottleneck import adaptformer, houlsby, parallel, pfeiffer
+from .arguments import on_first
 from .memory.meft import meft, reconstruction_error
 from .memory.s2a import packed, s2a
 from .memory.velora import directed, projected, velora
+from .nn import drop
 from .presets import names, preset
 from .prompt.prefix import prefix
 from .prompt.vpt import vpt_deep, vpt_shallow
@@ -20,6 +22,7 @@ from .side.sherl import sherl
 from .side.unipt import unipt, unipt_global
 from .side.vqt import vqt
 from .subset.tune import bitfit, full, linear, norm, tune
+from .tokens import Tokens
 from .weight.ia3 import ia3
 from .weight.lora import dora, lora, lora_fa, qlora
 from .weight.peqa import peqa
@@ -29,11 +32,13 @@ from .weight.vera import vera
 __all__ = [
   'Entry',
   'REGISTRY',
+  'Tokens',
   'adaptformer',
   'bitfit',
   'directed',
   'dist',
   'dora',
+  'drop',
   'fisher',
   'full',
   'group_lasso',
@@ -49,6 +54,7 @@ __all__ = [
   'meft',
   'names',
   'norm',
+  'on_first',
   'packed',
   'parallel',
   'peqa',

@@ -185,6 +185,10 @@ def _collect(path: str, tree: Mapping, found: dict) -> None:
       _collect(join_path(path, name), value, found)
 
 
+def has_cache(module) -> bool:
+  return module.is_mutable_collection('cache') and bool(module.variables.get('cache'))
+
+
 def read_cache(module, name: str) -> dict | None:
   if not module.is_mutable_collection('cache'):
     return None

@@ -247,6 +247,14 @@ def _recorded() -> dict[str, dict]:
   return found
 
 
+def has_cache(module) -> bool:
+  for _, part in nnx.iter_modules(module):
+    holds = any(isinstance(value, nnx.Cache) for value in vars(part).values())
+    if holds and getattr(part, 'decode', None) is not False:
+      return True
+  return False
+
+
 def read_cache(module, name: str) -> None:
   return None
 

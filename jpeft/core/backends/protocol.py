@@ -112,6 +112,13 @@ class Backend(Protocol):
         the params of the module, so that nothing comes out of it.
     """
 
+  def has_cache(self, module) -> bool:
+    """Whether a module or one in it has a cache of an earlier call, which this call goes on with.
+
+    In Linen that is a part of a mutable collection 'cache', in NNX a Variable `nnx.Cache` of a
+    module whose field `decode` is not False.
+    """
+
   def read_cache(self, module, name: str) -> dict | None:
     """What a rule wrote into the model's cache in the call before; {} in the first call.
 

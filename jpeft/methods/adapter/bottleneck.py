@@ -35,6 +35,7 @@ import jax.numpy as jnp
 
 from jpeft.core import Bound, Call, Method, Site, at, chain, factory
 
+from ..arguments import first_array
 from ..check import require, whole, within
 from ..nn import drop
 
@@ -152,7 +153,7 @@ def parallel(
     return adapter.init(key, site.input, site.out)
 
   def apply(theta, call, *args, **kwargs):
-    x = _first_input(call, args, kwargs)
+    x = first_array(call, args, kwargs)
     out = call(*args, **kwargs)
     return call.site.map_stream(out, lambda h: h + adapter.branch(theta, call, x))
 
@@ -197,7 +198,7 @@ def adaptformer(
       raise ValueError(
         f'{name}: {call.site.path!r}, the stream, lies in no block that {blocks!r} names'
       )
-    call.outer['u'] = _first_input(call, args, kwargs)
+    call.outer['u'] = first_array(call, args, kwargs)
     return call(*args, **kwargs)
 
   def apply(theta, call, *args, **kwargs):
@@ -319,11 +320,6 @@ def _houlsby(key, down, up):
 
 # (key, shape of W_down, shape of W_up) -> (W_down, W_up).
 STARTS = {'lora': _lora, 'bert': _bert, 'houlsby': _houlsby}
-
-
-def _first_input(call: Bound, args, kwargs) -> jax.Array:
-  """The first array that a module is called with."""
-  return next(iter(call.inputs(*args, **kwargs).values()))
 
 
 def _is_norm(site: Site) -> bool:

@@ -40,6 +40,7 @@ import jax.numpy as jnp
 from jpeft.core import Bound, Call, Method, Site, Tuned, at, chain, factory
 
 from ..adapter.bottleneck import Adapter
+from ..arguments import first_array
 from ..check import choice, is_whole, require
 from ..nn import put_stream
 from ..side.stack import Stack
@@ -217,7 +218,7 @@ class _MEFT:
     """The MLP with its adapter beside it; zeros while the attention half runs alone."""
     if not _runs(call, 'mlp'):
       return _zeros(call, args, kwargs)
-    x = next(iter(call.inputs(*args, **kwargs).values()))
+    x = first_array(call, args, kwargs)
     out = call(*args, **kwargs)
     return call.site.map_stream(out, lambda h: h + self.adapter.branch(t, call, x))
 

@@ -38,6 +38,7 @@ from jpeft.core import (
 )
 from jpeft.residuals import tied
 
+from ..arguments import first_array
 from ..check import whole
 
 
@@ -219,7 +220,7 @@ def _means_of_inputs(paths: Iterable[str]) -> Method:
   """A method by which the model returns {path: {'mean': of the input of that site, [fan_in]}}."""
 
   def record(t, call, *args, **kwargs):
-    x = next(iter(call.inputs(*args, **kwargs).values()))
+    x = first_array(call, args, kwargs)
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     call.tap(mean=rows.mean(0))
     return call(*args, **kwargs)

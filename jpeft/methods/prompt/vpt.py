@@ -26,16 +26,16 @@ The head's initial bias of the paper belongs to the head. Not mergeable.
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from jpeft.core import Bound, Call, Method, Site, at, factory
 
+from ..arguments import first_array, on_first
 from ..check import whole, within
-from ..masks import is_of_other_sequence, reads_other_sequence, seen_keys
 from ..nn import drop, uniform
+from ..tokens import Tokens
 
 
 @factory
@@ -55,14 +55,16 @@ def vpt_deep(
       sequence.
   """
   _check('vpt_deep', tokens, dropout)
+  prompts = Tokens(tokens)
 
   def init(key, site, arrays):
     return _init(key, tokens, site, site.input)
 
   def apply(t, call, *args, **kwargs):
-    args, kwargs = enter(call, args, kwargs, tokens, _prompts(t, call, dropout))
-    out = call(*args, **kwargs)
-    return call.site.map_stream(out, lambda x: remove_tokens(call.site, x, tokens))
+    new = _prompts(t, call, dropout, first_array(call, args, kwargs))
+    args, kwargs = prompts.enter(call, args, kwargs, new)
+    out, _ = prompts.leave(call, call(*args, **kwargs))
+    return out
 
   return at(blocks, Call(name, apply, init))
 
@@ -127,25 +129,28 @@ class _Shallow:
   def apply(self, t, call, *args, **kwargs):
     """Runs one module of the stack; the prompts enter at the first, and leave at the last."""
     first, last = self.ends(call.site)
-    prompts = None
-    if first:
-      prompts = _prompts(t, call, self.dropout)
+    prompts = Tokens(self.tokens)
 
     def insert(x):
-      return _insert(call.site, x, prompts(x))
+      return prompts.insert(call.site, x, _prompts(t, call, self.dropout, x))
 
     def remove(x):
-      return remove_tokens(call.site, x, self.tokens)
+      rest, _ = prompts.remove(call.site, x)
+      return rest
 
     if _runs_modules(call.site):  # its sequence has the prompts, which enter with its input
-      args, kwargs = enter(call, args, kwargs, self.tokens, prompts)
+      if first:
+        new = _prompts(t, call, self.dropout, first_array(call, args, kwargs))
+        args, kwargs = prompts.enter(call, args, kwargs, new)
+      else:
+        args, kwargs = prompts.carry(call, args, kwargs)
       out = call(*args, **kwargs)
       if last:
         out = call.site.map_stream(out, remove)
       return out
     # The prompts stay outside of it: they enter behind the first module, and leave before the last.
     if last:
-      args, kwargs = on_stream(call, args, kwargs, remove)
+      args, kwargs = on_first(call, args, kwargs, remove)
     out = call(*args, **kwargs)
     if first:
       out = call.site.map_stream(out, insert)
@@ -187,132 +192,11 @@ def spread_of(site: Site, width: int) -> float:
   return math.sqrt(6 / (fan_in + width))
 
 
-def _prompts(t, call: Bound, rate: float) -> Callable[[jax.Array], jax.Array]:
-  """x [B, N, D] -> the prompts [B, p, D] beside it; every example has a dropout of its own."""
-
-  def make(x):
-    rows = t['prompts'].astype(x.dtype)
-    prompts = jnp.broadcast_to(rows, (len(x), *rows.shape))
-    key = None
-    if rate:
-      key = call.rng('prompt dropout')
-    return drop(prompts, key, rate)
-
-  return make
-
-
-# A call on a sequence with more tokens
-
-
-def enter(
-  call: Bound, args, kwargs, tokens: int, prompts: Callable[[jax.Array], jax.Array] | None
-) -> tuple[list, dict]:
-  """The arguments of a call whose sequence has prompts.
-
-  Args:
-    call: of the module.
-    args, kwargs: its arguments, of which those that go with the sequence are of its own tokens.
-    tokens: how many prompts there are.
-    prompts: x [B, N, D] -> the prompts [B, p, D], which are put into x; None where x has them
-      already.
-  """
-  x = next(iter(call.inputs(*args, **kwargs).values()))
-  length = x.shape[1]
-  if prompts is None:
-    length -= tokens
-
-  def stream(x):
-    if prompts is None:
-      return x
-    return _insert(call.site, x, prompts(x))
-
-  def other(name, a):
-    return _follow(call.site, name, a, len(x), length, tokens)
-
-  return on_stream(call, args, kwargs, stream, other)
-
-
-def on_stream(
-  call: Bound, args, kwargs, stream: Callable, other: Callable = lambda name, a: a
-) -> tuple[list, dict]:
-  """The arguments of a call: stream(x) for the first array, other(name, a) for the further ones."""
-  named = call.inputs(*args, **kwargs)
-  x = next(iter(named.values()))
-  # By identity: args and kwargs have no parameter names, and are passed on in the form they came.
-  names = {id(a): name for name, a in named.items()}
-
-  def changed(a):
-    if a is x:
-      return stream(a)
-    if id(a) in names:
-      return other(names[id(a)], a)
-    return a
-
-  args = [changed(a) for a in args]
-  kwargs = {name: changed(a) for name, a in kwargs.items()}
-  return args, kwargs
-
-
-def _follow(site: Site, name: str, a: jax.Array, batch: int, length: int, tokens: int) -> jax.Array:
-  """An argument of a block, for `tokens` prompts more if it goes with the sequence.
-
-  Args:
-    site: the block.
-    name: of the argument.
-    a: a mask, a bias, positions, or something else.
-    batch: B.
-    length: how many tokens the sequence has without the prompts.
-    tokens: how many prompts there are.
-
-  Raises:
-    ValueError: it goes with the sequence, and is none of these.
-  """
-  is_other = reads_other_sequence(site.inputs) and is_of_other_sequence(name)
-  if is_other or not _has_length(a, batch, length):
-    return a
-  lead = lead_of(site)
-  if 'position' in name and jnp.issubdtype(a.dtype, jnp.integer):
-    # The prompts take the positions after the special tokens; those of later tokens move by p.
-    new = lead + jnp.arange(tokens, dtype=a.dtype)
-    new = jnp.broadcast_to(new, (*a.shape[:-1], tokens))
-    return jnp.concatenate([a[..., :lead], new, a[..., lead:] + tokens], -1)
-  if a.shape[-1] not in (length, 1) or length not in a.shape[-2:]:
-    raise ValueError(
-      f'{name} {list(a.shape)} of {site.path!r} goes with its {length} tokens, and nothing is '
-      f'known of what it would be for {tokens} prompts'
-    )
-  has_queries = a.ndim > 2 or (a.ndim == 2 and a.shape[0] != batch)  # [B, N] has none
-  if has_queries and a.shape[-2] == length:
-    row = a[..., :1, :]  # what the first token sees
-    rows = jnp.broadcast_to(row, (*a.shape[:-2], tokens, a.shape[-1]))
-    a = jnp.concatenate([a[..., :lead, :], rows, a[..., lead:, :]], -2)
-  if a.shape[-1] == length:
-    a = jnp.concatenate([a[..., :lead], seen_keys(a, tokens), a[..., lead:]], -1)
-  return a
-
-
-def _has_length(a: jax.Array, batch: int, length: int) -> bool:
-  """Whether an array has an axis of tokens: of this length, and not the axis of examples."""
-  if length in a.shape[1:]:
-    return True
-  return a.shape[:1] == (length,) and length != batch
-
-
-# The place of the prompts
-
-
-def lead_of(site: Site) -> int:
-  """How many special tokens stand before the others."""
-  return site.model.lead
-
-
-def _insert(site: Site, x: jax.Array, prompts: jax.Array) -> jax.Array:
-  """The sequence [B, N, D] with prompts [B, p, D] behind the leading special tokens."""
-  lead = lead_of(site)
-  return jnp.concatenate([x[:, :lead], prompts, x[:, lead:]], 1)
-
-
-def remove_tokens(site: Site, x: jax.Array, tokens: int) -> jax.Array:
-  """The sequence without `tokens` tokens behind the leading special ones."""
-  lead = lead_of(site)
-  return jnp.concatenate([x[:, :lead], x[:, lead + tokens :]], 1)
+def _prompts(t, call: Bound, rate: float, x: jax.Array) -> jax.Array:
+  """The prompts [B, p, D] beside x [B, N, D]; every example has a dropout of its own."""
+  rows = t['prompts'].astype(x.dtype)
+  prompts = jnp.broadcast_to(rows, (len(x), *rows.shape))
+  key = None
+  if rate:
+    key = call.rng('prompt dropout')
+  return drop(prompts, key, rate)

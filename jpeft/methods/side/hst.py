@@ -44,6 +44,7 @@ from einops import rearrange
 
 from jpeft.core import FULL_CROSSING, Call, Method, Site, at, chain, factory
 
+from ..arguments import first_array
 from ..nn import (
   attend,
   conv,
@@ -59,8 +60,8 @@ from ..nn import (
   truncated_normal,
   uniform,
 )
-from ..prompt.vpt import enter, lead_of, remove_tokens
 from ..subset.tune import tune
+from ..tokens import Tokens
 from .stack import Stack
 
 OUTPUTS = ('logits', 'maps', 'segmentation')
@@ -177,7 +178,7 @@ class _HST:
   def grid(self, net: Stack) -> tuple[int, int]:
     """Rows and columns of patches."""
     _, height, width, _ = _shape_of_images(net.site)
-    patches = net.stack[0].input.shape[1] - lead_of(net.site)
+    patches = net.stack[0].input.shape[1] - net.site.model.lead
     patch_size = math.isqrt(max(1, height * width // max(patches, 1)))
     rows, columns = height // patch_size, width // patch_size
     if rows * columns != patches:
@@ -212,16 +213,12 @@ class _HST:
   def apply_token(self, t, call, *args, **kwargs):
     """Runs a block with e_i among its tokens, records G_i and V_i, and returns the other tokens."""
 
-    def token(x):
-      return jnp.broadcast_to(t['meta'].astype(x.dtype), (len(x), *t['meta'].shape))  # [B, 1, d]
-
-    args, kwargs = enter(call, args, kwargs, 1, token)
-    out = call(*args, **kwargs)
-    x = call.site.stream(out)  # [B, special + 1 + N, d]
-    special = lead_of(call.site)
-    rest = remove_tokens(call.site, x, 1)  # [B, special + N, d]
-    call.tap(meta=x[:, special : special + 1], patches=rest[:, special:])
-    return put_stream(call.site, out, rest)
+    token = Tokens(1)
+    args, kwargs = token.enter(call, args, kwargs, t['meta'])
+    out, meta = token.leave(call, call(*args, **kwargs))  # meta is G_i [B, 1, d]
+    special = call.site.model.lead
+    call.tap(meta=meta, patches=call.site.stream(out)[:, special:])
+    return out
 
   # The pyramid beside it
 
@@ -282,7 +279,7 @@ class _HST:
     """The model's output, made from the maps of the four stages."""
     net = self.stack(call.site)
     grid = self.grid(net)
-    images = next(iter(call.inputs(*args, **kwargs).values()))
+    images = first_array(call, args, kwargs)
     y = call(*args, **kwargs)
     taps = call.taps()
     key = None

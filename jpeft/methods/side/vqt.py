@@ -38,10 +38,11 @@ import jax.numpy as jnp
 
 from jpeft.core import NO_BACKPROP, Call, Method, at, chain, factory
 
+from ..arguments import on_first
 from ..check import whole, within
 from ..nn import drop, remat_if, uniform
 from ..prompt.prefix import ARGUMENTS
-from ..prompt.vpt import on_stream, spread_of
+from ..prompt.vpt import spread_of
 from . import features
 
 _BIAS = -math.log(99)
@@ -144,7 +145,7 @@ class _VQT:
         # Makes keys and values inside of what is recomputed, so that the forward pass keeps none.
         block(arrays, *args, **kwargs)
       stream = jnp.broadcast_to(queries, (batch, *queries.shape))
-      own_args, own_kwargs = on_stream(call, args, kwargs, lambda x: stream)
+      own_args, own_kwargs = on_first(call, args, kwargs, lambda x: stream)
       call.local['summary'] = True
       try:
         return call.site.stream(block(arrays, *own_args, **own_kwargs))
