@@ -35,7 +35,7 @@ from jpeft.training import write
 CONFIG, FILE = 'adapter_config.json', 'adapter_model.safetensors'
 _BASE = 'base_model.model.'
 _PARTS = {'a': 'lora_A.weight', 'b': 'lora_B.weight', 'm': 'lora_magnitude_vector'}
-_TABLE_PARTS = {'a': 'lora_embedding_A', 'b': 'lora_embedding_B'}
+_TABLE_PARTS = {**_PARTS, 'a': 'lora_embedding_A', 'b': 'lora_embedding_B'}
 _PART_OF = {name: part for table in (_PARTS, _TABLE_PARTS) for part, name in table.items()}
 _CHANGES_BASE = ('pissa', 'olora', 'loftq', 'corda')  # starts that change the matrix they adapt
 _ARRAY = re.compile(

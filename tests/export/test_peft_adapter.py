@@ -130,6 +130,32 @@ def test_a_start_from_the_matrix_and_a_head_come_back_as_one_function(bert, tmp_
   )
 
 
+@pytest.mark.parametrize('scan', [False, True])
+def test_dora_of_a_table_is_written_by_the_names_of_peft(scan, bert, tmp_path):
+  loaded, args = bert(scan=scan)
+  method = jpeft.dora(2, 4, 'embed/word|{q}')
+  tuned = jpeft.attach(loaded.model, method, loaded.variables, *args)
+  theta = jax.tree.map(lambda x: x + 0.1, tuned.init(jax.random.key(0), loaded.variables))
+  jpeft.save_adapter(tmp_path, loaded, theta, 4, tuned=tuned)
+  tensors = load_file(tmp_path / 'adapter_model.safetensors')
+  table = 'base_model.model.bert.embeddings.word_embeddings.lora_'
+  shapes = {key.removeprefix(table): x.shape for key, x in tensors.items() if table in key}
+  words, width = loaded.variables['params']['embed']['word']['embedding'].shape
+  assert shapes == {
+    'embedding_A': (2, words),
+    'embedding_B': (width, 2),
+    'magnitude_vector': (width,),
+  }
+  assert sum(key.endswith('query.lora_magnitude_vector') for key in tensors) == 2
+  assert json.loads((tmp_path / 'adapter_config.json').read_text())['use_dora']
+  again, kept = attached(loaded, args, tmp_path)
+  np.testing.assert_allclose(
+    again.apply(kept, loaded.variables, *args),
+    tuned.apply(theta, loaded.variables, *args),
+    atol=5e-6,
+  )
+
+
 def test_an_adapter_goes_on_a_backbone_in_4_bits(folder, bert):
   small, args = bert(quantize=jpeft.nf4(32))
   tuned, theta = attached(small, args, folder('bert_lora'))

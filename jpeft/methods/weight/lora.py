@@ -25,9 +25,9 @@ in head).
 Deviations. PiSSA and OLoRA are published as an edit of the backbone, w - s a0 b0; here the backbone
 is never edited, and theta has a0 and b0 as fixed entries: the same function with the same
 gradients. |v| is computed from w, a and b without the product a b. Embedding tables [V, d] are
-adapted too where a pattern names them: table + s a b with a = 0, b ~ N(0, 1), as peft starts them,
-read off the model as what is gathered from; the whole table is computed at each step, so that a
-tied output head sees the same table.
+adapted too where a pattern names them: a table is a matrix w with a = 0, b ~ N(0, 1), as peft
+starts them, and for DoRA one magnitude a feature, m [d]. They are read off the model as what is
+gathered from; the whole table is computed at each step, so that a tied output head sees the same.
 
 Other ranks elsewhere: chain(lora(8, targets='{q}'), lora(16, targets='{v}')). LoRA+ (2402.12354), a
 larger learning rate for b, belongs to the optimizer, which multiplies rates by regex over the paths
@@ -176,7 +176,7 @@ def dora(
   Args:
     rank: r.
     alpha: the product is scaled by alpha / rank.
-    targets: pattern of sites; every kernel they own is adapted.
+    targets: pattern of sites; every kernel and embedding table they own is adapted.
     dropout: rate on the input of the correction; it costs one more product with w.
     rslora: scale by alpha / sqrt(rank) instead.
     name: in theta.
@@ -206,8 +206,12 @@ def dora(
     return y + (factor - 1) * (x @ w()) + factor * low_rank
 
   # m is exact: rounded to the dtype of y, m / |v| would not be 1 at the start.
-  rule = matrix(name, init_kernel, weight, dot, requires=required(dropout), exact=('m',))
-  return at(targets, rule)
+  kernels = matrix(name, init_kernel, weight, dot, requires=required(dropout), exact=('m',))
+
+  def magnitude(w, a, b):
+    return {'m': _column_norms(w, a, b, scale)}
+
+  return at(targets, _with_tables(kernels, rank, weight, magnitude))
 
 
 def _uniform(key, w, rank, scale):
@@ -283,32 +287,43 @@ def _column_norms(w, a, b, scale):
   return jax.lax.stop_gradient(jnp.sqrt(jnp.maximum(square, jnp.finfo(jnp.float32).tiny)))
 
 
-def _with_tables(rule: Weight, rank: int, weight) -> Weight:
-  """The rule for kernels, extended to the embedding tables that a site owns."""
+def _nothing_more(w, a, b) -> dict:
+  return {}
+
+
+def _with_tables(rule: Weight, rank: int, weight, more=_nothing_more) -> Weight:
+  """The rule for kernels, extended to the embedding tables that a site owns.
+
+  Args:
+    rule: for kernels.
+    rank: of the factors of a table.
+    weight: (entries of a table, table) -> the new table, both [V, d].
+    more: (table, a, b) -> further entries.
+  """
 
   def init(key, site, arrays):
     theta = rule.init(key, site, arrays)
     # Tables start as in peft, b drawn and a zero; where a is fixed it has to be a that is drawn.
     drawn = 'a' if '*/a' in rule.fixed else 'b'
-    for number, (name, leaf) in enumerate(_tables(site).items()):
+    for number, (name, leaf) in enumerate(tables(site).items()):
       factors = {'a': jnp.zeros((leaf.fan_in, rank)), 'b': jnp.zeros((rank, leaf.fan_out))}
       own_key = jax.random.fold_in(key, number)
       factors[drawn] = jax.random.normal(own_key, factors[drawn].shape)
-      theta[name] = factors
+      theta[name] = {**factors, **more(leaf.fold(arrays[name]), **factors)}
     return theta
 
   def apply(theta, site, arrays):
-    tables = _tables(site)
-    kernels = {name: t for name, t in theta.items() if name not in tables}
+    found = tables(site)
+    kernels = {name: t for name, t in theta.items() if name not in found}
     new = rule.apply(kernels, site, arrays)
-    for name, leaf in tables.items():
+    for name, leaf in found.items():
       new[name] = leaf.unfold(weight(theta[name], leaf.fold(arrays[name])))
     return new
 
   return dataclasses.replace(rule, init=init, apply=apply)
 
 
-def _tables(site: Site) -> dict[str, Leaf]:
+def tables(site: Site) -> dict[str, Leaf]:
   """The embedding tables of a site: arrays [V, d] whose rows are gathered."""
   found = {}
   for name, leaf in site.leaves.items():

@@ -10,8 +10,10 @@ Hugging Face peft d is vera_lambda_d and e is vera_lambda_b.
 
 Deviations. a and b are drawn again, from a seed, wherever they are used: theta has d and e alone.
 They are shared by the layers of one shape, where peft cuts those of all shapes out of one pair of
-matrices; `projections` takes such a pair.
+matrices; `projections` takes such a pair. Embedding tables are refused, as peft does.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 from jpeft.core import Method, at, factory, matrix
 
 from ..nn import drop
-from .lora import check_rank, required
+from .lora import check_rank, required, tables
 
 
 @factory
@@ -46,7 +48,8 @@ def vera(
     name: in theta.
 
   Raises:
-    ValueError: a hyperparameter outside its range; at `attach`, a layer larger than `projections`.
+    ValueError: a hyperparameter outside its range; at `attach`, a layer larger than `projections`,
+      or an embedding table.
   """
   check_rank(rank, dropout)
   if projections is not None:
@@ -77,7 +80,17 @@ def vera(
     low = x.map(lambda v: drop(v, key, dropout)) @ a  # [.., r]
     return y + (low * theta['d']) @ b.astype(low.dtype) * theta['e']
 
-  return at(targets, matrix(name, init, weight, dot, requires=required(dropout)))
+  rule = matrix(name, init, weight, dot, requires=required(dropout))
+
+  def init_site(key, site, arrays):
+    if tables(site) and not site.matrices:
+      raise ValueError(
+        f'{name}: {site.path!r} is an embedding table, whose rows are looked up, and VeRA adapts '
+        'products: leave it out of targets, or adapt it by lora or dora'
+      )
+    return rule.init(key, site, arrays)
+
+  return at(targets, dataclasses.replace(rule, init=init_site))
 
 
 def _kaiming(key, shape: tuple[int, int]) -> jax.Array:

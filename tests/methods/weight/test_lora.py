@@ -278,6 +278,50 @@ def test_a_tied_table_is_adapted_in_both_places():
   )
 
 
+def test_dora_of_a_tied_table_has_a_magnitude_for_every_feature():
+  """As peft: v = table + s a b, m and |v| over the rows of a feature, |v| no part of a gradient."""
+  model, tokens = Tied(), jnp.array([[0, 3, 6]])
+  variables = jax.jit(model.init)(jax.random.key(0), tokens)
+  tuned = attach(model, dora(2, 4, 'table'), variables, tokens)
+  theta = jax.jit(tuned.init)(jax.random.key(1), variables)
+  t = theta['dora']['table']['embedding']
+  assert {name: x.shape for name, x in t.items()} == {'a': (7, 2), 'b': (2, 6), 'm': (6,)}
+  assert not t['a'].any() and t['b'].std() > 0.5
+  plain = model.apply(variables, tokens)
+  np.testing.assert_allclose(tuned.apply(theta, variables, tokens), plain, atol=1e-6)
+
+  theta = moved(theta)
+  table = variables['params']['table']['embedding']
+
+  def expected(t):
+    v = table + 2 * t['a'] @ t['b']
+    new = t['m'] / jax.lax.stop_gradient(jnp.linalg.norm(v, axis=0)) * v
+    return jnp.tanh(new[tokens]) @ new.T
+
+  t = theta['dora']['table']['embedding']
+  np.testing.assert_allclose(tuned.apply(theta, variables, tokens), expected(t), atol=1e-5)
+  merged = tuned.merge(theta, variables)
+  np.testing.assert_allclose(model.apply(merged, tokens), expected(t), atol=1e-5)
+  loss = lambda theta: jnp.sin(tuned.apply(theta, variables, tokens)).sum()
+  found = jax.grad(loss)(theta)['dora']['table']['embedding']
+  wanted = jax.grad(lambda t: jnp.sin(expected(t)).sum())(t)
+  for name, grad in wanted.items():
+    assert jnp.abs(grad).max() > 1e-3
+    np.testing.assert_allclose(found[name], grad, atol=1e-5, err_msg=name)
+
+
+def test_dora_adapts_tables_and_kernels_of_one_pattern(backbones):
+  model, variables, args = backbones['bert']
+  tuned = attach(model, dora(2, 4, 'embed/word|{q}'), variables, *args)
+  assert set(tuned.shapes['dora']['embed/word']['embedding']) == {'a', 'b', 'm'}
+  assert len(tuned.shapes['dora']) == 3
+  theta = moved(jax.jit(tuned.init)(jax.random.key(0), variables))
+  out = tuned.apply(theta, variables, *args)
+  assert np.abs(out - model.apply(variables, *args)).max() > 1e-2
+  merged = tuned.merge(theta, variables)
+  np.testing.assert_allclose(model.apply(merged, *args), out, atol=1e-5)
+
+
 def runs(method, keys=300):
   """(outputs under dropout [keys, ...], output in evaluation, base output) of a layer with a moved
   theta.

@@ -80,6 +80,15 @@ def test_dropout_thins_the_adapters_input_alone(bert):
   np.testing.assert_allclose(dropped, y, atol=1e-6)
 
 
+@pytest.mark.parametrize('targets', ['embed/word', '{q}|embed/word'])
+def test_a_table_is_refused_as_in_peft(bert, targets):
+  model, variables, tokens = bert
+  with pytest.raises(
+    ValueError, match="vera: 'embed/word' is an embedding table, .* adapt it by lora or dora"
+  ):
+    attach(model, vera(4, targets), variables, *tokens)
+
+
 def test_the_count_on_roberta_base():
   roberta = full_size.roberta_base()
   assert jpeft.summary(attach(roberta.model, vera(1024), *roberta.shapes)).trainable == 43_008
