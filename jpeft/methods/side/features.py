@@ -4,8 +4,8 @@ A head over concatenated features is a sum of products: each place adds its own,
 the features are made, so that no list of features is carried to the head and stacked layers stay
 stacked. theta holds beside each W_i [F_i, C] a fixed mask `keep` [F_i], ones at first.
 
-Selection has two stages: train with `group_lasso` in the loss, then `select` the features whose
-weights are largest and train a fresh head on those.
+Selection has two stages: train with `lasso`, which adds `group_lasso` to what training minimises,
+then `select` the features whose weights are largest and train a fresh head on those.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpeft.core import NO_BACKPROP, Call, Method, Site, at
+from jpeft.core import NO_BACKPROP, Bound, Call, Method, Site, at
 
 from .stack import called
 
@@ -67,7 +67,12 @@ def unit(x: jax.Array) -> jax.Array:
 
 
 def head_method(
-  name: str, head: str, std: Callable[[int], float], bias: float = 0.0, norm: bool = True
+  name: str,
+  head: str,
+  std: Callable[[int], float],
+  bias: float = 0.0,
+  norm: bool = True,
+  lasso: float = 0.0,
 ) -> Method:
   """A new head over its own input and all that was recorded as `vote`.
 
@@ -77,10 +82,34 @@ def head_method(
     std: number of classes -> std of the initial weights.
     bias: initial bias.
     norm: whether features are brought to length one.
+    lasso: factor of the sum of all that `penalise` gave, in what training minimises.
   """
-  rule = _Head(name, head, std, bias, norm)
-  call = Call(name, rule.apply, rule.init, fixed=FIXED, taps=True, memory=NO_BACKPROP, head=True)
+  rule = _Head(name, head, std, bias, norm, lasso)
+  loss = None
+  if lasso:
+    loss = rule.loss
+  call = Call(
+    name, rule.apply, rule.init, fixed=FIXED, taps=True, loss=loss, memory=NO_BACKPROP, head=True
+  )
   return at(head, call)
+
+
+def penalise(call: Bound, name: str, t: Mapping[str, Any], lasso: float) -> None:
+  """Gives the penalty of the features at one place, beside the output; nothing if lasso is 0.
+
+  Args:
+    call: of the place.
+    name: the method's.
+    t: its parameters, with a 'kernel' [F, C].
+    lasso: factor of the penalty.
+  """
+  if lasso:
+    call.aux(**{_penalty(name): group_lasso({call.site.path: t})})
+
+
+def _penalty(name: str) -> str:
+  """What the penalties of a method are called beside the output."""
+  return f'{name}_lasso'
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,6 +119,7 @@ class _Head:
   std: Callable[[int], float]
   bias: float
   norm: bool
+  lasso: float
 
   def init(self, key, site, arrays):
     classes = head_of(site, self.head, self.name).out.shape[-1]
@@ -98,6 +128,7 @@ class _Head:
     return t
 
   def apply(self, t, call, x, *args, **kwargs):
+    penalise(call, self.name, t, self.lasso)
     x = jax.lax.stop_gradient(x)
     if self.norm:
       x = unit(x)
@@ -108,6 +139,11 @@ class _Head:
     # Behind norms features may be wider than the model's numbers.
     return logits.astype(call.site.out.dtype)
 
+  def loss(self, task_loss, run):
+    """The task's loss, and the penalties of all places."""
+    out, aux = run()
+    return task_loss(out) + self.lasso * aux[_penalty(self.name)].sum(), out
+
 
 def group_lasso(t: Mapping[str, Any]) -> jax.Array:
   """The penalty that empties features: the sum over features of the length of their row of weights.
@@ -117,7 +153,7 @@ def group_lasso(t: Mapping[str, Any]) -> jax.Array:
   """
   total = 0
   for site in t.values():
-    square = jnp.square(site['kernel']).sum(-1)
+    square = jnp.square(site['kernel'].astype(jnp.float32)).sum(-1)
     # The root has no slope at zero, where a row that the penalty has emptied must stay. The inner
     # `where` keeps its infinite derivative out of the gradient, where 0 * inf is nan.
     length = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)

@@ -3,9 +3,9 @@
 Evci et al., 2022 (arXiv 2201.03529; google-research/head2toe). Each activation [B, N, c] or [B, h,
 w, c] is averaged to about `target` values an example: over all places if c >= target; else over
 windows of floor(N / (target / c)) tokens, or of (w // floor(sqrt(target / c))) pixels squared. All
-of them, flattened, and the model's own feature are read by one linear layer. Trained with
-`group_lasso` in the loss, the features of the largest weights are kept by `select`, and a fresh
-head is trained on those.
+of them, flattened, and the model's own feature are read by one linear layer. Trained with `lasso`,
+which adds its `group_lasso` to the loss, the features of the largest weights are kept by `select`,
+and a fresh head is trained on those.
 
 Deviations. Which activations those are is a pattern; its default, what embedding, attention and
 MLPs give and the final norm, leaves out what enters the attention. Windows that do not divide the
@@ -20,6 +20,7 @@ from einops import rearrange, reduce
 
 from jpeft.core import NO_BACKPROP, Call, Method, at, chain, factory
 
+from ..check import at_least
 from . import features
 
 
@@ -30,6 +31,7 @@ def head2toe(
   std: float = 0.01,
   taps: str = '{embed}|{attention}|{fc1}|{fc2}|{final_norm}',
   head: str = '{head}',
+  lasso: float = 0.0,
   name: str = 'head2toe',
 ) -> Method:
   """A linear head over all activations (arXiv 2201.03529); trains the head too.
@@ -40,13 +42,14 @@ def head2toe(
     std: of the initial weights.
     taps: pattern of the modules whose first output is read.
     head: pattern of the module that maps the feature [B, d] to logits [B, C].
+    lasso: factor of the group lasso, which training adds to the loss.
     name: in theta: {'kernel': [F, C], 'keep': [F]} of each module, 'bias' of the head.
 
   Raises:
     ValueError: a hyperparameter outside its range; at `attach`, a model that does not give one
       prediction an example.
   """
-  return _Head2Toe(target, norm, std, taps, head, name).method()
+  return _Head2Toe(target, norm, std, taps, head, lasso, name).method()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,18 +61,22 @@ class _Head2Toe:
   std: float
   taps: str
   head: str
+  lasso: float
   name: str
 
   def __post_init__(self):
     if self.target < 1:
       raise ValueError(f'head2toe: target={self.target} must be at least 1')
+    at_least('head2toe', 'lasso', self.lasso, 0)
 
   def method(self) -> Method:
     """Each activation adds its own part of the logits; the head sums them."""
     part = Call(
       self.name, self.apply, self.init, fixed=features.FIXED, taps=True, memory=NO_BACKPROP
     )
-    head = features.head_method(self.name, self.head, lambda classes: self.std, norm=self.norm)
+    head = features.head_method(
+      self.name, self.head, lambda classes: self.std, norm=self.norm, lasso=self.lasso
+    )
     return chain(at(self.taps, part), head)
 
   def init(self, key, site, arrays):
@@ -89,6 +96,7 @@ class _Head2Toe:
     if self.norm:
       x = features.unit(x)
     call.tap(vote=features.vote(t, x))
+    features.penalise(call, self.name, t, self.lasso)
     return out
 
 

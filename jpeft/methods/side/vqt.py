@@ -23,7 +23,7 @@ v, or, with `remat`, x. The official code runs one sequence [q; x] and keeps eve
 the same numbers.
 
 q ~ U(-a, a), a as for prompts; W ~ N(0, 2 / C), b = -log 99, a prior of one hundredth.
-`group_lasso` and `select` are the paper's compression; dropout falls on q.
+`lasso` and `select` are the paper's compression; dropout falls on q.
 
 Deviations. Dropout of the backbone is what the model's own flag says; the authors run it in eval
 mode. Masks of the model let a summary see what any token sees. The ablations (pooled summaries) are
@@ -39,7 +39,7 @@ import jax.numpy as jnp
 from jpeft.core import NO_BACKPROP, Call, Method, at, chain, factory
 
 from ..arguments import on_first
-from ..check import whole, within
+from ..check import at_least, whole, within
 from ..nn import drop, remat_if, uniform
 from ..prompt.prefix import ARGUMENTS
 from ..prompt.vpt import spread_of
@@ -57,6 +57,7 @@ def vqt(
   blocks: str = '{block}',
   attention: str = '{attention}',
   head: str = '{head}',
+  lasso: float = 0.0,
   name: str = 'vqt',
 ) -> Method:
   """Visual query tuning (arXiv 2212.03220); trains the head too.
@@ -69,6 +70,7 @@ def vqt(
     blocks: pattern of the blocks.
     attention: pattern of the modules in them that call their own `attention_fn`.
     head: pattern of the module that maps the feature [B, d] to logits [B, C].
+    lasso: factor of the group lasso of the head's weights, which training adds to the loss.
     name: in theta: of a block {'queries': [T, d], 'kernel': [T d, C], 'keep': [T d]}, of the head
       {'kernel': [d, C], 'bias': [C], 'keep': [d]}.
 
@@ -76,7 +78,7 @@ def vqt(
     ValueError: a hyperparameter outside its range; at `attach`, attention that is computed inline,
       or a model that does not give one prediction an example.
   """
-  return _VQT(tokens, dropout, norm, remat, blocks, attention, head, name).method()
+  return _VQT(tokens, dropout, norm, remat, blocks, attention, head, lasso, name).method()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,11 +96,13 @@ class _VQT:
   blocks: str
   attention: str
   head: str
+  lasso: float
   name: str
 
   def __post_init__(self):
     whole('vqt', 'tokens', self.tokens, 1)
     within('vqt', 'dropout', self.dropout, 0, 1)
+    at_least('vqt', 'lasso', self.lasso, 0)
 
   def method(self) -> Method:
     """Attention that stores and reads keys and values, blocks that run twice, and the new head."""
@@ -114,7 +118,7 @@ class _VQT:
     return chain(
       at(self.attention, attention),
       at(self.blocks, block),
-      features.head_method(self.name, self.head, _std, _BIAS, self.norm),
+      features.head_method(self.name, self.head, _std, _BIAS, self.norm, self.lasso),
     )
 
   # A block, which runs a second time on its queries.
@@ -160,6 +164,7 @@ class _VQT:
     if self.norm:
       z = features.unit(z)
     call.tap(vote=features.vote(t, z))
+    features.penalise(call, self.name, t, self.lasso)
     return out
 
   # The attention in it, which stores keys and values in the first run and reads them in the second.

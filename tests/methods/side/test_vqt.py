@@ -1,5 +1,6 @@
 """VQT: the second query stream, what it costs to keep, the head, and the selection of features."""
 
+import functools
 import math
 
 import jax
@@ -154,6 +155,38 @@ def test_group_lasso_and_selection():
     select(t, 0.1, fresh)
 
 
+@pytest.mark.parametrize('scan', [False, True], ids=['unrolled', 'scanned'])
+@pytest.mark.parametrize(
+  'make', [functools.partial(jpeft.vqt, 2), jpeft.head2toe], ids=['vqt', 'head2toe']
+)
+def test_training_adds_the_penalty(make, scan):
+  """The loss and its gradient with lasso are those of the task and of `group_lasso` over theta."""
+  model, held = vit(scan=scan)
+  options = {'taps': '{block}'} if make is jpeft.head2toe else {}
+  tuned, theta = attached(model, held, make(lasso=0.01, **options), IMAGES)
+  plain = jpeft.attach(model, make(**options), held, IMAGES)
+  assert tuned.has_loss and not plain.has_loss
+  (name,) = theta
+
+  def task(out):
+    return jnp.square(out).mean()
+
+  def minimised(theta):
+    run = functools.partial(tuned.apply, theta, held, IMAGES, aux=True)
+    value, out, _ = tuned.objective(run, task)
+    return value, out
+
+  def wanted(theta):
+    return task(plain.apply(theta, held, IMAGES)) + 0.01 * group_lasso(theta[name])
+
+  assert float(wanted(theta)) > float(task(plain.apply(theta, held, IMAGES))) + 0.01
+  (value, out), found = jax.jit(jax.value_and_grad(minimised, has_aux=True))(theta)
+  np.testing.assert_allclose(value, wanted(theta), rtol=1e-5)
+  np.testing.assert_allclose(out, plain.apply(theta, held, IMAGES), atol=1e-5)
+  expected = jax.jit(jax.grad(wanted))(theta)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+
+
 def test_what_is_not_selected_is_not_read():
   model, held = vit(scan=True)
   tuned, theta = attached(model, held, jpeft.vqt(2), IMAGES)
@@ -182,6 +215,8 @@ def test_masks_let_a_summary_see_what_any_token_sees():
   'make, message',
   [
     (lambda: jpeft.vqt(0), 'whole number'),
+    (lambda: jpeft.vqt(lasso=-1), 'lasso=-1 must be at least 0'),
+    (lambda: jpeft.head2toe(lasso=-1), 'lasso=-1 must be at least 0'),
     (lambda: jpeft.vqt(head='{norm}'), 'names 6 modules'),
     (lambda: jpeft.vqt(head='{final_norm}'), 'one prediction'),
     (lambda: jpeft.vqt(attention='{mlp}'), 'no attention_fn'),
