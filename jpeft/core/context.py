@@ -10,12 +10,14 @@ import jax.numpy as jnp
 from .blame import blame
 from .discover import named, named_arrays
 from .entries import cast, names_entry
+from .example import spec_of, taken_apart
 from .injection import inject
 from .keys import named_key
 from .mode import flags_of
 from .paths import AUX, TAPPED, WRITTEN, leaf_paths, natural
 from .rules import Call, Weight
 from .sites import Site
+from .trace import Use, uses
 
 # (method, its `local`) of the wrapped calls that are running, the outermost first.
 _running: contextvars.ContextVar[tuple[tuple[str, dict], ...]] = contextvars.ContextVar(
@@ -217,6 +219,30 @@ class Bound:
   def arguments(self, *args, **kwargs) -> dict[str, Any]:
     """All arguments of the call by parameter name, arrays and others."""
     return named(getattr(type(self.module), self._rule.method), args, kwargs)
+
+  def adds(self, name: str, args, kwargs) -> bool:
+    """Whether the module adds an array argument as it is to what it computes, as a bias of logits.
+
+    It is read off a trace of the module. A mask that the module selects by, or makes a bias of
+    itself, is not added.
+
+    Args:
+      name: of the parameter.
+      args, kwargs: of the call.
+    """
+    fn, arrays = self.pure()
+    specs, put = taken_apart((args, kwargs))
+
+    def run(given, arrays, specs):
+      args, kwargs = put(specs)
+      old = self.inputs(*args, **kwargs)[name]
+      args = [given[name] if a is old else a for a in args]
+      kwargs = {key: given[name] if a is old else a for key, a in kwargs.items()}
+      return fn(arrays, *args, **kwargs)
+
+    given = {name: spec_of(self.inputs(*args, **kwargs)[name])}
+    use = uses(run, given, arrays, specs).get(name, Use())
+    return use.direct and use.primitive in ('add', 'sub')
 
   def inject(self, **fields):
     """Sets the module's own injection points (attention_fn, ...) while the context lasts."""

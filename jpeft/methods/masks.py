@@ -113,15 +113,6 @@ def seen_keys(mask: jax.Array, count: int) -> jax.Array:
   return jnp.full((*mask.shape[:-1], count), value, mask.dtype)
 
 
-def hidden_keys(mask: jax.Array, count: int) -> jax.Array:
-  """Entries [.., count] of a mask or additive bias [.., M], for keys that no query sees."""
-  value = 0
-  if jnp.issubdtype(mask.dtype, jnp.floating):
-    # Half the least number, so that the sum of two biases is finite.
-    value = jnp.finfo(mask.dtype).min / 2
-  return jnp.full((*mask.shape[:-1], count), value, mask.dtype)
-
-
 def additive(mask: jax.Array, dtype, batch: int) -> jax.Array:
   """A mask as a bias of attention logits [B or 1, heads or 1, 1 or N, M]; one of floats is one.
 

@@ -11,7 +11,7 @@ from jpeft.core import Bound, Site
 
 from .arguments import first_array, on_first
 from .check import whole
-from .masks import hidden_keys, is_of_other_sequence, reads_other_sequence, seen_keys
+from .masks import is_of_other_sequence, reads_other_sequence
 
 PLACES = ('lead', 'front', 'end')
 
@@ -29,7 +29,8 @@ class Tokens:
 
   What a module is called with beside the sequence follows it. Of a mask or an additive bias, every
   token sees the method's, and these see what the first token sees. Positions of later tokens move
-  by p. Arguments about another sequence, as of an encoder, stay as they are.
+  by p. Arguments about another sequence, as of an encoder, stay as they are. A mask of floats is a
+  bias where the module adds it, else ones and zeros, as those of `flax.linen.make_causal_mask`.
 
   Attributes:
     count: p.
@@ -158,6 +159,8 @@ class Tokens:
         f'{site.path!r} is given a cache of earlier tokens, {_AGAIN.format(self.count)}'
       )
 
+    selected: set[str] = set()  # masks of floats that are no bias
+
     def other(name, a):
       is_other = reads_other_sequence(site.inputs) and is_of_other_sequence(name)
       leaves = [x for x in jax.tree.leaves(a) if hasattr(x, 'shape')]
@@ -168,15 +171,26 @@ class Tokens:
           f'{name} of {site.path!r} is a cache of earlier tokens, {_AGAIN.format(self.count)}'
         )
       if hasattr(a, 'shape') and _has_length(a, batch, length):
-        return self._longer(site, name, a, batch, length)
+        is_bias = jnp.issubdtype(a.dtype, jnp.floating) and name not in selected
+        return self._longer(site, name, a, batch, length, is_bias)
       for x in leaves:
         if x is not a and _has_length(x, batch, length):
           raise _unknown(site, name, x, length, self.count)
       return a
 
-    return on_first(call, args, kwargs, stream, other)
+    longer = on_first(call, args, kwargs, stream, other)
+    for name, a in call.inputs(*args, **kwargs).items():
+      is_mask = 'mask' in name and jnp.issubdtype(a.dtype, jnp.floating)
+      # With the longer arguments, which fit each other.
+      if is_mask and _has_length(a, batch, length) and not call.adds(name, *longer):
+        selected.add(name)
+    if selected:
+      longer = on_first(call, args, kwargs, stream, other)
+    return longer
 
-  def _longer(self, site: Site, name: str, a: jax.Array, batch: int, length: int) -> jax.Array:
+  def _longer(
+    self, site: Site, name: str, a: jax.Array, batch: int, length: int, is_bias: bool
+  ) -> jax.Array:
     """An argument that goes with the sequence, for the tokens too.
 
     Args:
@@ -185,6 +199,7 @@ class Tokens:
       a: a mask, a bias or positions, with an axis of `length`.
       batch: B.
       length: how many tokens the sequence has without these.
+      is_bias: whether it is added to logits.
 
     Raises:
       ValueError: it is none of these.
@@ -198,6 +213,10 @@ class Tokens:
       return jnp.concatenate([a[..., :start], new, a[..., start:] + count], -1)
     if a.shape[-1] not in (length, 1) or length not in a.shape[-2:]:
       raise _unknown(site, name, a, length, count)
+    seen, hidden = 1, 0
+    if is_bias:
+      # Half the least number, so that the sum of two biases is finite.
+      seen, hidden = 0, float(jnp.finfo(a.dtype).min) / 2
     has_queries = a.ndim > 2 or (a.ndim == 2 and a.shape[0] != batch)  # [B, N] has none
     has_queries = has_queries and a.shape[-2] == length
     if has_queries:
@@ -206,15 +225,15 @@ class Tokens:
         before = max(start - 1, 0)
       row = a[..., before : before + 1, :]
       if self.causal and start == 0:  # there is no token that they could see
-        row = hidden_keys(row, row.shape[-1])
+        row = jnp.full_like(row, hidden)
       rows = jnp.broadcast_to(row, (*a.shape[:-2], count, a.shape[-1]))
       a = jnp.concatenate([a[..., :start, :], rows, a[..., start:, :]], -2)
     if a.shape[-1] == length:
-      keys = seen_keys(a, count)
+      keys = jnp.full((*a.shape[:-1], count), seen, a.dtype)
       if self.causal and has_queries:
         queries = jnp.arange(length + count)[:, None]
         is_seen = queries >= start + jnp.arange(count)
-        keys = jnp.where(is_seen, keys, hidden_keys(a, count))
+        keys = jnp.where(is_seen, keys, jnp.asarray(hidden, a.dtype))
       a = jnp.concatenate([a[..., :start], keys, a[..., start:]], -1)
     return a
 

@@ -280,6 +280,57 @@ def test_without_causal_everyone_sees_the_tokens_and_these_what_the_first_token_
   np.testing.assert_array_equal(mask, np.array(wanted, bool))
 
 
+MASKS = {
+  'bool': CAUSAL,
+  'of flax': nn.make_causal_mask(X[..., 0]),
+  'added': jnp.where(CAUSAL, 0.0, -1e9),
+  'made a bias': CAUSAL.astype(jnp.float32),
+}
+
+
+class Masked(nn.Module):
+  """Attention under a mask of any kind, in a block of its own."""
+
+  kind: str
+
+  @nn.compact
+  def __call__(self, x, mask):
+    if self.kind == 'added':
+      given = {'bias': mask}
+    elif self.kind == 'made a bias':
+      given = {'bias': (1 - mask) * -1e9}
+    else:
+      given = {'mask': mask}
+    heads = x[:, :, None]
+    y = nn.dot_product_attention(heads, heads, heads, **given)[:, :, 0]
+    return x + nn.Dense(WIDTH, name='fc')(y)
+
+
+@pytest.mark.parametrize('way', ['enter', 'carry'])
+@pytest.mark.parametrize('kind', MASKS)
+def test_a_mask_of_floats_is_what_the_module_makes_of_it(kind, way):
+  model = nn.Sequential([Masked(kind)])
+  held = backbone(model, X, MASKS[kind])
+  tokens = Tokens(COUNT, 1)
+
+  def rule(t, call, x, mask):
+    if way == 'enter':
+      args, kwargs = tokens.enter(call, (x, mask), {}, NEW)
+    else:
+      args, kwargs = tokens.carry(call, (among(x, NEW, 1), mask), {})
+    return tokens.leave(call, call(*args, **kwargs))[0]
+
+  tuned = jpeft.attach(model, at('layers_0', Call('m', rule)), held, X, MASKS[kind])
+  out = jax.jit(lambda held: tuned.apply({}, held, X, MASKS[kind]))(held)
+  seen = np.array([[1, 1, 1, 0, 0]] * 3 + [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]], bool)
+  fc = held['params']['layers_0']['fc']
+  x = among(X, NEW, 1)
+  heads = x[:, :, None]
+  y = nn.dot_product_attention(heads, heads, heads, mask=seen[None, None])[:, :, 0]
+  want, _ = apart(x + y @ fc['kernel'] + fc['bias'], 1)
+  np.testing.assert_allclose(out, want, atol=1e-5)
+
+
 PAIR = (jnp.ones((2, 8, 1, WIDTH)), jnp.ones((2, 8, 1, WIDTH)))
 MISTAKES = {
   'a place': (lambda: Tokens(2, 'middle'), r"place='middle' must be 'lead', 'front'"),
