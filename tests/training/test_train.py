@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from jpeft import cli, data, train, training
+from jpeft import cli, data, group_lasso, train, training
 from jpeft.tasks import classification
 from jpeft.training import feature_cache
 from jpeft.training.checkpoints import fingerprint, load_theta
@@ -54,6 +54,15 @@ def test_it_learns(load, tmp_path):
   )
   assert loss_of(tmp_path)[0] > 0.6 > 0.2 > loss_of(tmp_path)[-1]
   assert told['eval']['accuracy'] >= 0.9
+
+
+def test_a_penalty_of_the_method_is_trained(load, tmp_path):
+  lengths = {}
+  for lasso in (0.0, 1.0):
+    training.train(load('head2toe', **{'method.lasso': lasso}), tmp_path / str(lasso))
+    _, _, theta = training.reopen(tmp_path / str(lasso))
+    lengths[lasso] = float(group_lasso(theta['head2toe']))
+  assert lengths[1.0] < 0.9 * lengths[0.0]
 
 
 def test_a_complete_run_is_not_trained_again(load, tmp_path):
