@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jpeft.core import Bound
+
 # Parts of the names of arguments about another sequence, as of a decoder that attends to an
 # encoder: `context_mask`, `cross_attention_mask`, `encoder_mask`, `memory_mask`.
 _OTHER_SEQUENCE = ('context', 'cross', 'encoder', 'memory')
@@ -50,12 +52,30 @@ def mask_names(inputs: Mapping[str, Any]) -> dict[str, str]:
   return kinds
 
 
+def conditions(call: Bound, args, kwargs) -> list[str]:
+  """The names of masks of floats that a module selects by, such as `flax.linen.make_causal_mask`.
+
+  They are ones and zeros; those that it adds to its logits are biases.
+
+  Args:
+    call: of the module.
+    args, kwargs: its arguments.
+  """
+  found = []
+  for name, x in call.inputs(*args, **kwargs).items():
+    is_mask = 'mask' in name and x.ndim > 1 and jnp.issubdtype(x.dtype, jnp.floating)
+    if is_mask and not call.adds(name, args, kwargs):
+      found.append(name)
+  return found
+
+
 def masks(inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
   """The masks among a block's inputs: booleans [B or 1, 1 or N, M], True where a key is seen.
 
   Args:
     inputs: what the block is called with, by parameter name, the stream first. Masks of floats are
-      biases of logits, those of integers number the texts of a row (see `segment_mask`).
+      biases of logits (see `conditions`), those of integers number the texts of a row (see
+      `segment_mask`).
 
   Returns:
     {'mask': of the block's own sequence, 'context_mask': of another}, those that there are.

@@ -11,7 +11,7 @@ from jpeft.core import Bound, Site
 
 from .arguments import first_array, on_first
 from .check import whole
-from .masks import is_of_other_sequence, reads_other_sequence
+from .masks import conditions, is_of_other_sequence, reads_other_sequence
 
 PLACES = ('lead', 'front', 'end')
 
@@ -159,7 +159,7 @@ class Tokens:
         f'{site.path!r} is given a cache of earlier tokens, {_AGAIN.format(self.count)}'
       )
 
-    selected: set[str] = set()  # masks of floats that are no bias
+    selected: list[str] = []  # masks of floats that are no bias
 
     def other(name, a):
       is_other = reads_other_sequence(site.inputs) and is_of_other_sequence(name)
@@ -179,11 +179,7 @@ class Tokens:
       return a
 
     longer = on_first(call, args, kwargs, stream, other)
-    for name, a in call.inputs(*args, **kwargs).items():
-      is_mask = 'mask' in name and jnp.issubdtype(a.dtype, jnp.floating)
-      # With the longer arguments, which fit each other.
-      if is_mask and _has_length(a, batch, length) and not call.adds(name, *longer):
-        selected.add(name)
+    selected += conditions(call, *longer)  # of the longer arguments, which fit each other
     if selected:
       longer = on_first(call, args, kwargs, stream, other)
     return longer

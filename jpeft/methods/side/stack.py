@@ -12,6 +12,8 @@ import jax.numpy as jnp
 
 from jpeft.core import NO_BACKPROP, Call, Method, Site, at, chain, natural
 
+from ..masks import conditions
+
 
 def called(site: Site, pattern: str) -> list[Site]:
   """The sites of a model that match a pattern and that the forward pass calls."""
@@ -297,6 +299,8 @@ def record(
 
   def apply(t, call, *args, **kwargs):
     inputs = {n: stop_gradient(x) for n, x in call.inputs(*args, **kwargs).items()}
+    for mask in conditions(call, args, kwargs):
+      inputs[mask] = inputs[mask] != 0  # floats that are recorded are biases
     stream = next(iter(inputs.values()))
     tap = keep(stream)
     pooled = tap.shape != stream.shape

@@ -92,12 +92,13 @@ def attached(block, extra, method):
   return tuned, noisy(tuned.init(jax.random.key(1), held)), held
 
 
+@pytest.mark.parametrize('dtype', (bool, np.float32))  # Flax makes masks of floats
 @pytest.mark.parametrize('heads', (1, 2))
-def test_a_mask_of_examples_is_not_one_of_heads(heads):
+def test_a_mask_of_examples_is_not_one_of_heads(heads, dtype):
   """With as many heads as examples too."""
-  mask = np.ones((2, 5, 5), bool)
-  mask[1, :, 4] = False  # the last token of the second example is seen by nobody
-  mask[1, 4, 4] = True
+  mask = np.ones((2, 5, 5), dtype)
+  mask[1, :, 4] = 0  # the last token of the second example is seen by nobody
+  mask[1, 4, 4] = 1
   tuned, theta, held = attached(Full, mask, jpeft.lst(2, block='attention', heads=heads, **WHERE))
   out = tuned.apply(theta, held, X, mask)
   moved = tuned.apply(theta, held, X.at[:, 4].add(1.0), mask)
