@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from jpeft.core import Site
+from jpeft.cutting import cut_map, kernel_of
 
 # Scores.
 
@@ -175,7 +176,7 @@ def prune_block(
       continue
     rows = _rows_of(group, scores, shapes, kept)
     for site in group:
-      pruned[site.path] = _cut(site, arrays[site.path], shapes[site.path], kept, rows)
+      pruned[site.path] = cut_map(site, arrays[site.path], shapes[site.path], kept, rows)
     kept = rows
   return pruned, kept
 
@@ -186,28 +187,14 @@ def _rows_of(
   """The indices that linear maps keep of their output, one choice for the group."""
   importance = 1.0
   for site in group:
-    (name,) = site.matrices
-    folded = site.leaves[name].fold(scores[site.path][name])  # [fan_in, fan_out]
+    name, leaf = kernel_of(site)
+    folded = leaf.fold(scores[site.path][name])  # [fan_in, fan_out]
     importance = importance * jnp.take(folded, kept, 0)
   first = group[0]
-  (name,) = first.matrices
+  name, leaf = kernel_of(first)
   narrow = shapes[first.path][name]
-  count = math.prod(narrow[i] for i in first.leaves[name].outs)
+  count = math.prod(narrow[i] for i in leaf.outs)
   return keep_rows(jnp.sum(jnp.abs(importance), 0), count)
-
-
-def _cut(
-  site: Site, arrays: dict, shapes: dict, kept: jax.Array, rows: jax.Array
-) -> dict[str, jax.Array]:
-  """The arrays of a linear map with some of its inputs (`kept`) and of its outputs (`rows`)."""
-  (kernel,) = site.matrices
-  leaf = site.leaves[kernel]
-  cut = jnp.take(jnp.take(leaf.fold(arrays[kernel]), kept, 0), rows, 1)
-  new = {kernel: dataclasses.replace(leaf, shape=shapes[kernel]).unfold(cut)}
-  for name, x in arrays.items():
-    if name != kernel:
-      new[name] = jnp.take(x.reshape(-1), rows).reshape(shapes[name])
-  return new
 
 
 def _groups(sites: list[Site]) -> list[list[Site]]:

@@ -87,8 +87,8 @@ class Bert(nn.Module):
   Attributes:
     width: D of the residual stream.
     depth: number of blocks.
-    heads: attention heads.
-    mlp_dim: hidden width of the MLPs.
+    heads: attention heads; a tuple has one number a block.
+    mlp_dim: hidden width of the MLPs; a tuple has one number a block.
     vocab: number of words.
     positions: rows of the position table.
     types: rows of the token type table.
@@ -97,6 +97,7 @@ class Bert(nn.Module):
     pool: what the head reads: 'cls' (the first token), 'mean' (of the tokens under the mask), or
       'tokens' (all hidden states [B, N, D], no head).
     pooler: whether tanh(Dense) follows the pooling.
+    head_dim: size of a head; None for width / heads.
     eps: of the norms.
     activation: of the MLPs.
     dropout: rate on the embedding, on each branch and on the pooled feature.
@@ -110,8 +111,8 @@ class Bert(nn.Module):
 
   width: int
   depth: int
-  heads: int
-  mlp_dim: int
+  heads: int | tuple[int, ...]
+  mlp_dim: int | tuple[int, ...]
   vocab: int
   positions: int = 512
   types: int = 2
@@ -119,6 +120,7 @@ class Bert(nn.Module):
   num_classes: int | None = None
   pool: str = 'cls'
   pooler: bool = False
+  head_dim: int | None = None
   eps: float = 1e-12
   activation: Callable[[jax.Array], jax.Array] = gelu
   dropout: float = 0.0

@@ -225,10 +225,10 @@ class Llama(nn.Module):
   Attributes:
     width: D of the residual stream.
     depth: number of blocks.
-    heads: query heads.
-    mlp_dim: hidden width of the gated MLPs.
+    heads: query heads; a tuple has one number a block.
+    mlp_dim: hidden width of the gated MLPs; a tuple has one number a block.
     vocab: number of words.
-    kv_heads: key and value heads; None for as many as query heads.
+    kv_heads: key and value heads; None for as many as query heads; a tuple has one number a block.
     head_dim: size of a head; None for width / heads.
     tied: whether the logits come from the word table; else from a Dense `head`.
     qkv_bias: whether query, key and value have a bias (Qwen2).
@@ -250,10 +250,10 @@ class Llama(nn.Module):
 
   width: int
   depth: int
-  heads: int
-  mlp_dim: int
+  heads: int | tuple[int, ...]
+  mlp_dim: int | tuple[int, ...]
   vocab: int
-  kv_heads: int | None = None
+  kv_heads: int | tuple[int, ...] | None = None
   head_dim: int | None = None
   tied: bool = False
   qkv_bias: bool = False
@@ -291,7 +291,6 @@ class Llama(nn.Module):
     block = block_of(
       self,
       LlamaBlock,
-      head_dim=self.head_dim or self.width // self.heads,
       kv_heads=self.kv_heads,
       qkv_bias=self.qkv_bias,
       out_bias=self.out_bias,

@@ -1,6 +1,17 @@
 """What the backbones share: layers, blocks, positions."""
 
-from .blocks import REMATS, Encoder, PostNormBlock, PreNormBlock, Remat, block_of, run_blocks
+from .blocks import (
+  REMATS,
+  Encoder,
+  Maker,
+  PostNormBlock,
+  PreNormBlock,
+  Remat,
+  block_of,
+  by_block,
+  head_dim_of,
+  run_blocks,
+)
 from .layers import (
   MLP,
   Attention,
@@ -22,6 +33,7 @@ __all__ = [
   'Block',
   'Encoder',
   'MLP',
+  'Maker',
   'PositionBias',
   'PostNormBlock',
   'PreNormBlock',
@@ -31,10 +43,12 @@ __all__ = [
   'activation',
   'attend',
   'block_of',
+  'by_block',
   'check_pool',
   'default_init',
   'gelu',
   'gelu_tanh',
+  'head_dim_of',
   'layer_norm',
   'resize_grid',
   'rms_norm',

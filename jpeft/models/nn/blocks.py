@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -64,13 +64,15 @@ class PostNormBlock(Block):
     return layer_norm(self, 'norm2')(x + dropout(y, deterministic=deterministic))
 
 
+# Makes a block: block(name=...). Blocks of several sizes have a maker each.
+Maker = Callable[..., nn.Module]
 # Whether to recompute blocks in the backward pass; 'dots': all but their products with weights.
 Remat = bool | Literal['dots']
 REMATS: tuple[Remat, ...] = (False, True, 'dots')
 
 
 def run_blocks(
-  block: Callable[..., nn.Module],
+  block: Maker | tuple[Maker, ...],
   depth: int,
   x,
   *,
@@ -84,7 +86,7 @@ def run_blocks(
   `blocks`, compiled once, whose parameters have the layers as their first axis.
 
   Args:
-    block: makes a block: block(name=...).
+    block: makes a block: block(name=...); of blocks of several sizes one maker each.
     depth: number of blocks.
     x: the input of the first block, [B, N, D].
     scan: whether to use nn.scan.
@@ -99,10 +101,14 @@ def run_blocks(
     The output of the last block, [B, N, D].
 
   Raises:
-    ValueError: `remat` is none of REMATS.
+    ValueError: `remat` is none of REMATS; or blocks of several sizes are to be scanned.
   """
   if remat not in REMATS:
     raise ValueError(f'remat={remat!r} is none of {", ".join(map(repr, REMATS))}')
+  if scan and isinstance(block, tuple):
+    raise ValueError(
+      'scan=True runs one program for all blocks, and these have different sizes: use scan=False'
+    )
   # Lambdas, so that interceptors can tell these calls from those of the blocks by their name.
   run = lambda block, x: block(x, **inputs)
   if remat:
@@ -115,7 +121,8 @@ def run_blocks(
     run = nn.remat(run, prevent_cse=not scan, policy=policy)
   if not scan:
     for i in range(depth):
-      x = run(block(name=f'block_{i}'), x)
+      make = block[i] if isinstance(block, tuple) else block
+      x = run(make(name=f'block_{i}'), x)
     return x
   # Each layer has its own slice of the stacked arrays, and its own random keys.
   scanned = nn.scan(
@@ -131,7 +138,7 @@ def run_blocks(
 class Encoder(nn.Module):
   """A stack of blocks, unrolled or scanned; see `run_blocks`."""
 
-  block: Callable[..., nn.Module]
+  block: Maker | tuple[Maker, ...]
   depth: int
   scan: bool = False
   remat: Remat = False
@@ -163,14 +170,61 @@ _SHARED = (
 )
 
 
-def block_of(model, kind: type[Block], **fields) -> Callable[..., nn.Module]:
-  """A maker of blocks, for `run_blocks`.
+# The sizes that may be a tuple, with one value a block.
+_BY_BLOCK = ('heads', 'kv_heads', 'cross_heads', 'bias_heads', 'mlp_dim')
+
+
+def block_of(
+  model, kind: type[Block], depth: int | None = None, **fields
+) -> Maker | tuple[Maker, ...]:
+  """A maker of blocks, for `run_blocks`; of blocks that differ in their sizes one each.
 
   Args:
-    model: has the fields that it shares with its blocks, and width.
+    model: has the fields that it shares with its blocks, and width; head_dim may be left out.
     kind: class of the blocks.
-    **fields: of the blocks alone; head_dim is width / heads if left out.
+    depth: number of blocks; the model's depth if left out.
+    **fields: of the blocks alone, or in place of the model's.
+
+  Raises:
+    ValueError: a size has not one value a block, or nothing says how large a head is.
   """
   shared = {name: getattr(model, name) for name in _SHARED}
-  fields = {'head_dim': model.width // model.heads} | fields
-  return functools.partial(kind, **shared, **fields)
+  fields = {**shared, 'head_dim': head_dim_of(model), **fields}
+  if depth is None:
+    depth = model.depth
+  sizes = {}
+  for name in _BY_BLOCK:
+    if isinstance(fields.get(name), tuple):
+      sizes[name] = by_block(name, fields[name], depth)
+  by_layer = [{name: values[i] for name, values in sizes.items()} for i in range(depth)]
+  makers = [functools.partial(kind, **{**fields, **own}) for own in by_layer]
+  if all(own == by_layer[0] for own in by_layer[1:]):
+    return makers[0]
+  return tuple(makers)
+
+
+def by_block(name: str, size: Any, depth: int) -> tuple[Any, ...]:
+  """The values that a size has in each block; one that is no tuple is that of all blocks.
+
+  Raises:
+    ValueError: there are more values than blocks, or fewer.
+  """
+  if not isinstance(size, tuple):
+    return (size,) * depth
+  if len(size) != depth:
+    raise ValueError(f'{name}={size} has {len(size)} values, one a block, and there are {depth}')
+  return size
+
+
+def head_dim_of(model) -> int:
+  """The size of a head: the field head_dim, or width / heads.
+
+  Raises:
+    ValueError: it is left out, and blocks have different numbers of heads.
+  """
+  head_dim = getattr(model, 'head_dim', None)
+  if head_dim is not None:
+    return head_dim
+  if isinstance(model.heads, tuple):
+    raise ValueError(f'with heads={model.heads} head_dim must say how large a head is')
+  return model.width // model.heads

@@ -12,7 +12,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ..nn import MLP, Attention, Block, PositionBias, Remat, block_of, rms_norm, run_blocks
+from ..nn import (
+  MLP,
+  Attention,
+  Block,
+  Maker,
+  PositionBias,
+  Remat,
+  block_of,
+  by_block,
+  rms_norm,
+  run_blocks,
+)
 
 _init = nn.initializers.lecun_normal()
 
@@ -23,10 +34,15 @@ class T5Block(Block):
   Attributes:
     gated: whether the MLP has a gate (v1.1).
     cross: whether the block attends to a context.
+    cross_heads: attention heads there; None for as many as in self-attention.
+    bias_heads: for each head of self-attention the head of the bias that it reads; None for all in
+      their order.
   """
 
   gated: bool = False
   cross: bool = False
+  cross_heads: int | None = None
+  bias_heads: tuple[int, ...] | None = None
 
   @nn.compact
   def __call__(self, x, mask=None, bias=None, context=None, context_mask=None, deterministic=True):
@@ -34,8 +50,7 @@ class T5Block(Block):
     dropout = nn.Dropout(self.dropout, name='dropout')
     make_attention = functools.partial(
       Attention,
-      self.heads,
-      self.head_dim,
+      head_dim=self.head_dim,
       qkv_bias=False,
       out_bias=False,
       scaled=False,
@@ -44,12 +59,19 @@ class T5Block(Block):
       **types,
     )
 
-    attention = make_attention(name='attention')
+    attention = make_attention(self.heads, name='attention')
+    if self.bias_heads is not None:
+      if len(self.bias_heads) != self.heads:
+        raise ValueError(
+          f'bias_heads={self.bias_heads} names {len(self.bias_heads)} heads of the position bias, '
+          f'one for each of the {self.heads} heads of the block'
+        )
+      bias = bias[:, list(self.bias_heads)]
     y = rms_norm(self, 'norm1')(x)
     y = attention(y, mask=mask, bias=bias, deterministic=deterministic)
     x = x + dropout(y, deterministic=deterministic)
     if self.cross:
-      attention = make_attention(name='cross_attention')
+      attention = make_attention(self.cross_heads or self.heads, name='cross_attention')
       y = rms_norm(self, 'norm_cross')(x)
       y = attention(y, context, mask=context_mask, deterministic=deterministic)
       x = x + dropout(y, deterministic=deterministic)
@@ -70,7 +92,7 @@ class T5Stack(nn.Module):
   """Position bias, blocks and final norm of the encoder or the decoder.
 
   Attributes:
-    block: makes a block: block(name=...).
+    block: makes a block, see `run_blocks`.
     depth: number of blocks.
     position_bias: makes the position bias: position_bias(name=...).
     dropout: rate on the input and on the output.
@@ -81,7 +103,7 @@ class T5Stack(nn.Module):
     param_dtype: of the parameters.
   """
 
-  block: Callable[..., nn.Module]
+  block: Maker | tuple[Maker, ...]
   depth: int
   position_bias: Callable[..., nn.Module]
   dropout: float = 0.0
@@ -114,6 +136,8 @@ class T5Stack(nn.Module):
 class T5(nn.Module):
   """An encoder-decoder of text; called with tokens and decoder tokens, it returns logits.
 
+  Numbers of heads and hidden widths are those of all blocks, or a tuple with one a block.
+
   Attributes:
     width: D of the residual stream.
     depth: number of encoder blocks.
@@ -122,6 +146,12 @@ class T5(nn.Module):
     vocab: number of words.
     head_dim: size of a head; heads * head_dim may differ from width.
     decoder_depth: number of decoder blocks; None for as many as in the encoder.
+    decoder_heads: heads of self-attention in the decoder; None for as many as in the encoder.
+    cross_heads: heads of cross-attention; None for as many as in the decoder's self-attention.
+    decoder_mlp_dim: hidden width of the decoder's MLPs; None for that of the encoder's.
+    bias_heads: for each encoder block the heads of the position bias that its heads read; None for
+      all in their order.
+    decoder_bias_heads: the same for the decoder.
     gated: whether the MLPs have a gate (v1.1).
     tied: whether the logits come from the word table; else from a Dense `head`.
     scale_output: whether the decoder's output is divided by sqrt(width) before the head.
@@ -140,11 +170,16 @@ class T5(nn.Module):
 
   width: int
   depth: int
-  heads: int
-  mlp_dim: int
+  heads: int | tuple[int, ...]
+  mlp_dim: int | tuple[int, ...]
   vocab: int
   head_dim: int = 64
   decoder_depth: int | None = None
+  decoder_heads: int | tuple[int, ...] | None = None
+  cross_heads: int | tuple[int, ...] | None = None
+  decoder_mlp_dim: int | tuple[int, ...] | None = None
+  bias_heads: tuple[tuple[int, ...], ...] | None = None
+  decoder_bias_heads: tuple[tuple[int, ...], ...] | None = None
   gated: bool = False
   tied: bool = True
   scale_output: bool = True
@@ -206,10 +241,11 @@ def _stack(model: T5, name: str, depth: int) -> T5Stack:
   """The encoder or the decoder of a model, with its sizes and rates."""
   types = {'dtype': model.dtype, 'param_dtype': model.param_dtype}
   is_decoder = name == 'decoder'
-  block = block_of(model, T5Block, head_dim=model.head_dim, gated=model.gated, cross=is_decoder)
+  sizes = decoder_sizes(model) if is_decoder else encoder_sizes(model)
+  block = block_of(model, T5Block, depth, gated=model.gated, cross=is_decoder, **sizes)
   position_bias = functools.partial(
     PositionBias,
-    model.heads,
+    _biases(sizes['heads'], sizes['bias_heads'], depth),
     model.buckets,
     model.max_distance,
     bidirectional=not is_decoder,
@@ -226,6 +262,41 @@ def _stack(model: T5, name: str, depth: int) -> T5Stack:
     name=name,
     **types,
   )
+
+
+def encoder_sizes(model: T5) -> dict[str, Any]:
+  """The sizes of the encoder's blocks, by the names of a block's fields."""
+  return {'heads': model.heads, 'mlp_dim': model.mlp_dim, 'bias_heads': model.bias_heads}
+
+
+def decoder_sizes(model: T5) -> dict[str, Any]:
+  """The sizes of the decoder's blocks, by the names of a block's fields."""
+  sizes = encoder_sizes(model) | {'bias_heads': model.decoder_bias_heads}
+  if model.decoder_heads is not None:
+    sizes['heads'] = model.decoder_heads
+  if model.decoder_mlp_dim is not None:
+    sizes['mlp_dim'] = model.decoder_mlp_dim
+  sizes['cross_heads'] = sizes['heads']
+  if model.cross_heads is not None:
+    sizes['cross_heads'] = model.cross_heads
+  return sizes
+
+
+def _biases(heads, bias_heads, depth: int) -> int:
+  """The number of heads of the position bias that the blocks of a stack share.
+
+  Raises:
+    ValueError: blocks have different numbers of heads, and nothing says which each of them reads.
+  """
+  if bias_heads is not None:
+    return 1 + max(head for block in bias_heads for head in block)
+  different = set(by_block('heads', heads, depth))
+  if len(different) > 1:
+    raise ValueError(
+      f'blocks with heads={heads} share one position bias: bias_heads must say which of its heads '
+      'each block reads'
+    )
+  return different.pop()
 
 
 def _key_mask(mask):

@@ -116,8 +116,8 @@ class ViT(nn.Module):
   Attributes:
     width: D of the residual stream.
     depth: number of blocks.
-    heads: attention heads.
-    mlp_dim: hidden width of the MLPs.
+    heads: attention heads; a tuple has one number a block.
+    mlp_dim: hidden width of the MLPs; a tuple has one number a block.
     patch_size: side of a patch in pixels.
     image_size: side of the images, or (height, width).
     num_classes: outputs of the head; None for no head.
@@ -129,6 +129,7 @@ class ViT(nn.Module):
     mask_token: whether the embedding has a token for hidden patches.
     layer_scale: initial value of the LayerScale of each branch, None for none.
     qkv_bias: whether query, key and value have a bias.
+    head_dim: size of a head; None for width / heads.
     eps: of the norms.
     activation: of the MLPs.
     dropout: rate on the embedding and on each branch.
@@ -142,8 +143,8 @@ class ViT(nn.Module):
 
   width: int
   depth: int
-  heads: int
-  mlp_dim: int
+  heads: int | tuple[int, ...]
+  mlp_dim: int | tuple[int, ...]
   patch_size: int
   image_size: int | tuple[int, int] = 224
   num_classes: int | None = None
@@ -154,6 +155,7 @@ class ViT(nn.Module):
   mask_token: bool = False
   layer_scale: float | None = None
   qkv_bias: bool = True
+  head_dim: int | None = None
   eps: float = 1e-6
   activation: Callable[[jax.Array], jax.Array] = gelu
   dropout: float = 0.0
