@@ -95,7 +95,14 @@ from jpeft.version import __version__
 if TYPE_CHECKING:
   from jpeft.data import register_dataset
   from jpeft.export import load_adapter, save_adapter
-  from jpeft.models import load, save_pretrained
+  from jpeft.models import (
+    Keep,
+    load,
+    narrowed,
+    narrowed_theta,
+    save_pretrained,
+    widened_theta,
+  )
   from jpeft.tasks import register_metric, register_modality
   from jpeft.training import optim
 
@@ -105,7 +112,14 @@ __getattr__ = on_first_use(
   {
     '.data': ('register_dataset',),
     '.export': ('load_adapter', 'save_adapter'),
-    '.models': ('load', 'save_pretrained'),
+    '.models': (
+      'Keep',
+      'load',
+      'narrowed',
+      'narrowed_theta',
+      'save_pretrained',
+      'widened_theta',
+    ),
     '.plan': ('plan',),
     '.tasks': ('register_metric', 'register_modality'),
     '.training': ('optim',),
@@ -127,6 +141,7 @@ __all__ = [
   'Checks',
   'Entry',
   'Halves',
+  'Keep',
   'Leaf',
   'Method',
   'Operand',
@@ -176,6 +191,8 @@ __all__ = [
   'mask',
   'matrix',
   'meft',
+  'narrowed',
+  'narrowed_theta',
   'nbytes',
   'nf4',
   'norm',
@@ -217,4 +234,5 @@ __all__ = [
   'vpt_deep',
   'vpt_shallow',
   'vqt',
+  'widened_theta',
 ]

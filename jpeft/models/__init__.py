@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     write_tensors,
   )
   from .llama import Llama, LlamaBlock, grown
+  from .narrow import Keep, narrowed, narrowed_theta, widened_theta
   from .nn import (
     REMATS,
     Encoder,
@@ -52,6 +53,7 @@ __all__ = [
   'Bert',
   'Encoder',
   'FILES',
+  'Keep',
   'Llama',
   'LlamaBlock',
   'Place',
@@ -77,12 +79,15 @@ __all__ = [
   'layer_norm',
   'load',
   'load_tokenizer',
+  'narrowed',
+  'narrowed_theta',
   'read_json',
   'read_tensors',
   'save_pretrained',
   'save_tokenizer',
   'shapes_of',
   'shift_right',
+  'widened_theta',
   'write_tensors',
 ]
 
@@ -102,6 +107,7 @@ __getattr__ = on_first_use(
       'write_tensors',
     ),
     '.llama': ('Llama', 'LlamaBlock', 'grown'),
+    '.narrow': ('Keep', 'narrowed', 'narrowed_theta', 'widened_theta'),
     '.nn': (
       'Encoder',
       'PostNormBlock',

@@ -41,6 +41,8 @@ class Family(NamedTuple):
     describe: (config, model) -> config for a file of this model.
     edits: (config, model) -> {path: function of an array that was read}.
     colours: mean and std of the pixels in [0, 1]; None for text.
+    sizes: {field of the model: key of transformers} of the sizes that `narrowed` changes, where
+      there is a key for them: one number for all blocks.
   """
 
   build: Callable[[Mapping, Checkpoint | None, Request], nn.Module]
@@ -49,6 +51,79 @@ class Family(NamedTuple):
   describe: Callable[[Mapping, nn.Module], dict]
   edits: Callable[[Mapping, nn.Module], dict] = lambda config, model: {}
   colours: Mapping[str, tuple[float, ...]] | None = None
+  sizes: Mapping[str, str] = {}
+
+
+# The fields that hold the sizes of blocks, and our own key for those that transformers has no key
+# for: such a file loads here, and transformers refuses its tensors by their shapes.
+_SIZES = (
+  'head_dim',
+  'heads',
+  'kv_heads',
+  'mlp_dim',
+  'decoder_heads',
+  'cross_heads',
+  'decoder_mlp_dim',
+  'bias_heads',
+  'decoder_bias_heads',
+)
+_OWN_SIZES = 'jpeft_sizes'
+
+
+def built(
+  family: Family, config: Mapping, checkpoint: Checkpoint | None, request: Request
+) -> nn.Module:
+  """The model of a config, with the sizes of its blocks."""
+  model = family.build(config, checkpoint, request)
+  own = {}
+  for name, size in config.get(_OWN_SIZES, {}).items():
+    if isinstance(size, (list, tuple)):
+      size = _tuples(size)[: request.layers]  # those of the blocks that are built
+    own[name] = size
+  return model.clone(**own)
+
+
+def described(family: Family, config: Mapping, model: nn.Module) -> dict:
+  """The config for a file of a model.
+
+  Args:
+    family: of the model.
+    config: of the model that it was made from.
+    model: perhaps with other sizes, see `narrowed`.
+
+  Raises:
+    ValueError: its vocabulary is cut, so that ids in the config mean other words.
+  """
+  words = getattr(model, 'vocab', None)
+  if words is not None and words != config['vocab_size']:
+    raise ValueError(
+      f'the model knows {words} words and its config says vocab_size={config["vocab_size"]}: give '
+      'the config with the new size, and with new numbers of the tokens that it names, such as '
+      'eos_token_id'
+    )
+  config = family.describe(config, model)
+  config.pop(_OWN_SIZES, None)
+  plain = family.build(config, None, Request())
+  for name, key in family.sizes.items():
+    size = getattr(model, name)
+    if isinstance(size, int) and size != getattr(plain, name):
+      config[key] = size
+  plain = family.build(config, None, Request())
+  own = {}
+  for name in _SIZES:
+    size = getattr(model, name, None)
+    if size != getattr(plain, name, None):
+      own[name] = size
+  if own:
+    config[_OWN_SIZES] = own
+  return config
+
+
+def _tuples(size):
+  """A size as it is read from a file, with tuples in place of lists."""
+  if isinstance(size, (list, tuple)):
+    return tuple(_tuples(part) for part in size)
+  return size
 
 
 def shape_of(checkpoint: Checkpoint | None, key: str) -> tuple[int, ...] | None:

@@ -17,7 +17,7 @@ from jpeft.quant import Format, coded, kernels
 from jpeft.quant import quantize as quantized
 
 from .bert import BERT_FAMILIES
-from .families import Family, Request
+from .families import Family, Request, built, described
 from .io import (
   GGUF_FILE,
   Checkpoint,
@@ -196,7 +196,7 @@ def _pretrained(
   return Pretrained(
     model=model,
     variables=variables,
-    config=family.describe(config, model),
+    config=described(family, config, model),
     family=config['model_type'],
     preprocess=_preprocess(folder, family, model),
     tokenizer=str(tokenizer) if tokenizer.exists() else None,
@@ -259,7 +259,7 @@ def from_config(
   family = family_of(config)
   request = Request(num_classes, image_size, layers, pool, fields)
   try:
-    model = family.build(config, checkpoint, request)
+    model = built(family, config, checkpoint, request)
   except KeyError as error:
     raise ValueError(
       f'the config of a {config["model_type"]} model needs {error}; this one has '
@@ -296,6 +296,9 @@ def save_pretrained(
 ) -> None:
   """Writes model.safetensors and config.json as transformers writes them.
 
+  Sizes of blocks that its configs have no key for, such as other numbers of heads in each block,
+  are written under a key of our own: `load` reads such a file, transformers refuses it.
+
   Args:
     folder: where to; made if needed.
     model: as loaded, or of the same classes.
@@ -303,7 +306,8 @@ def save_pretrained(
     config: the `config` of a Pretrained.
 
   Raises:
-    ValueError: a parameter has no place in this family's files.
+    ValueError: a parameter has no place in this family's files; or the vocabulary is not that of
+      the config.
   """
   family = family_of(config)
   table = family.table(model)
@@ -314,7 +318,7 @@ def save_pretrained(
   # A tied head is part of the base model, and a family without a prefix has no bare model.
   if table.tied or not table.base or any(path.startswith('head/') for path in params):
     architecture = headed
-  config = family.describe(config, model) | {'architectures': [architecture]}
+  config = described(family, config, model) | {'architectures': [architecture]}
   write_checkpoint(Path(folder), tensors, config)
 
 

@@ -123,8 +123,11 @@ def _describe(config: Mapping, model: Bert) -> dict:
   }
 
 
-def _example(model: Bert) -> tuple:
+def example(model: Bert) -> tuple:
+  """Abstract inputs of one call."""
   return (jax.ShapeDtypeStruct((1, 8), jnp.int32),)
 
 
-BERT_FAMILIES = {name: Family(_build, _table, _example, _describe) for name in ('bert', 'roberta')}
+_SIZES = {'heads': 'num_attention_heads', 'mlp_dim': 'intermediate_size'}
+_FAMILY = Family(_build, _table, example, _describe, sizes=_SIZES)
+BERT_FAMILIES = {'bert': _FAMILY, 'roberta': _FAMILY}

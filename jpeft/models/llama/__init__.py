@@ -7,9 +7,15 @@ from jpeft.lazy import on_first_use
 if TYPE_CHECKING:
   from .files import LLAMA_FAMILIES
   from .model import Llama, LlamaBlock, grown
+  from .sizes import LLAMA_SIZES
 
-__all__ = ['LLAMA_FAMILIES', 'Llama', 'LlamaBlock', 'grown']
+__all__ = ['LLAMA_FAMILIES', 'LLAMA_SIZES', 'Llama', 'LlamaBlock', 'grown']
 
 __getattr__ = on_first_use(
-  __name__, {'.files': ('LLAMA_FAMILIES',), '.model': ('Llama', 'LlamaBlock', 'grown')}
+  __name__,
+  {
+    '.files': ('LLAMA_FAMILIES',),
+    '.model': ('Llama', 'LlamaBlock', 'grown'),
+    '.sizes': ('LLAMA_SIZES',),
+  },
 )

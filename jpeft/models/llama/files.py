@@ -147,14 +147,23 @@ def _describe(config: Mapping, model: Llama) -> dict:
   return config
 
 
-def _example(model: Llama) -> tuple:
+def example(model: Llama) -> tuple:
+  """Abstract inputs of one call."""
   return (jax.ShapeDtypeStruct((1, 8), jnp.int32),)
+
+
+_SIZES = {
+  'heads': 'num_attention_heads',
+  'kv_heads': 'num_key_value_heads',
+  'head_dim': 'head_dim',
+  'mlp_dim': 'intermediate_size',
+}
 
 
 def _family(kind: str) -> Family:
   build = functools.partial(_build, kind)
   table = functools.partial(_table, kind)
-  return Family(build, table, _example, _describe)
+  return Family(build, table, example, _describe, sizes=_SIZES)
 
 
 LLAMA_FAMILIES = {kind: _family(kind) for kind in _NAMES}

@@ -133,7 +133,8 @@ def _describe(config: Mapping, model: T5) -> dict:
   }
 
 
-def _example(model: T5) -> tuple:
+def example(model: T5) -> tuple:
+  """Abstract inputs of one call."""
   tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
   return tokens, tokens
 
@@ -144,4 +145,5 @@ def _table(model: T5) -> Table:
   return T5_V1
 
 
-T5_FAMILIES = {'t5': Family(_build, _table, _example, _describe)}
+_SIZES = {'heads': 'num_heads', 'mlp_dim': 'd_ff'}
+T5_FAMILIES = {'t5': Family(_build, _table, example, _describe, sizes=_SIZES)}

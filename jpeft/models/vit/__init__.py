@@ -7,7 +7,10 @@ from jpeft.lazy import on_first_use
 if TYPE_CHECKING:
   from .files import VIT_FAMILIES
   from .model import ViT
+  from .sizes import VIT_SIZES
 
-__all__ = ['VIT_FAMILIES', 'ViT']
+__all__ = ['VIT_FAMILIES', 'VIT_SIZES', 'ViT']
 
-__getattr__ = on_first_use(__name__, {'.files': ('VIT_FAMILIES',), '.model': ('ViT',)})
+__getattr__ = on_first_use(
+  __name__, {'.files': ('VIT_FAMILIES',), '.model': ('ViT',), '.sizes': ('VIT_SIZES',)}
+)

@@ -154,7 +154,8 @@ def _edits(config: Mapping, model: ViT) -> dict:
   return {'embed/position': functools.partial(resize_grid, old=old, new=new)}
 
 
-def _example(model: ViT) -> tuple:
+def example(model: ViT) -> tuple:
+  """Abstract inputs of one call."""
   rows, columns = grid(model.image_size, model.patch_size)
   size = rows * model.patch_size, columns * model.patch_size
   return (jax.ShapeDtypeStruct((1, *size, 3), jnp.float32),)
@@ -166,9 +167,19 @@ def _deit_table(model: ViT) -> Table:
   return DEIT
 
 
-_family = functools.partial(Family, _build, example=_example, describe=_describe, edits=_edits)
+_family = functools.partial(
+  Family,
+  _build,
+  example=example,
+  describe=_describe,
+  edits=_edits,
+  sizes={'heads': 'num_attention_heads', 'mlp_dim': 'intermediate_size'},
+)
 VIT_FAMILIES = {
   'vit': _family(table=lambda model: VIT, colours=HALF),
   'deit': _family(table=_deit_table, colours=IMAGENET),
-  'dinov2': _family(table=lambda model: DINOV2, colours=IMAGENET),
+  # Its configs have a ratio of integers in place of the hidden width of the MLPs.
+  'dinov2': _family(
+    table=lambda model: DINOV2, colours=IMAGENET, sizes={'heads': 'num_attention_heads'}
+  ),
 }

@@ -1,0 +1,62 @@
+"""The sizes of T5, for narrowing."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..nn import by_block
+from ..sizes import Sized, Sizes, common
+from .files import example
+from .model import T5, decoder_sizes, encoder_sizes
+from .naming import T5_NAMING
+
+
+def _sizes(model: T5) -> dict[str, Sizes]:
+  decoder_depth = model.decoder_depth or model.depth
+  return {
+    'encoder': _by_block(encoder_sizes(model), model.depth),
+    'decoder': _by_block(decoder_sizes(model), decoder_depth),
+  }
+
+
+def _by_block(sizes: Mapping[str, Any], depth: int) -> Sizes:
+  values = {}
+  for name, size in sizes.items():
+    if size is not None:
+      values[name] = by_block(name, size, depth)
+  values.setdefault('bias_heads', tuple(tuple(range(heads)) for heads in values['heads']))
+  return Sizes(**values)
+
+
+def _resized(model: T5, sizes: Mapping[str, Sizes], vocab: int | None) -> T5:
+  encoder = sizes['encoder']
+  decoder = sizes['decoder']
+  return model.clone(
+    depth=len(encoder.heads),
+    decoder_depth=len(decoder.heads),
+    heads=common(encoder.heads),
+    decoder_heads=_unless(decoder.heads, encoder.heads),
+    cross_heads=_unless(decoder.cross_heads, decoder.heads),
+    mlp_dim=common(encoder.mlp_dim),
+    decoder_mlp_dim=_unless(decoder.mlp_dim, encoder.mlp_dim),
+    bias_heads=_bias_heads(encoder),
+    decoder_bias_heads=_bias_heads(decoder),
+    vocab=vocab or model.vocab,
+  )
+
+
+def _unless(values: tuple[int, ...], default: tuple[int, ...]) -> int | tuple[int, ...] | None:
+  """The values of a field; None where they are those of the field that it follows."""
+  if common(values) == common(default):
+    return None
+  return common(values)
+
+
+def _bias_heads(sizes: Sizes) -> tuple[tuple[int, ...], ...] | None:
+  """The field; None where every block reads all heads of the position bias in their order."""
+  columns = {head for heads in sizes.bias_heads for head in heads}
+  if all(heads == tuple(range(len(columns))) for heads in sizes.bias_heads):
+    return None
+  return sizes.bias_heads
+
+
+T5_SIZES = Sized(T5, T5_NAMING, _sizes, _resized, example, words=('embed', 'head'))
