@@ -73,9 +73,21 @@ _OWN_SIZES = 'jpeft_sizes'
 def built(
   family: Family, config: Mapping, checkpoint: Checkpoint | None, request: Request
 ) -> nn.Module:
-  """The model of a config, with the sizes of its blocks."""
+  """The model of a config, with the sizes of its blocks.
+
+  Raises:
+    ValueError: of those of `build`; or the first blocks of a T5 whose blocks read other heads of
+      the position bias: with the last blocks its table would lose columns.
+  """
   model = family.build(config, checkpoint, request)
   own = {}
+  if request.layers is not None and any(
+    'bias_heads' in name for name in config.get(_OWN_SIZES, {})
+  ):
+    raise ValueError(
+      'layers: blocks of this model read different heads of a shared position bias; load it whole, '
+      f'then take jpeft.narrowed(..., jpeft.Keep(layers=range({request.layers}), ...))'
+    )
   for name, size in config.get(_OWN_SIZES, {}).items():
     if isinstance(size, (list, tuple)):
       size = _tuples(size)[: request.layers]  # those of the blocks that are built
