@@ -85,7 +85,8 @@ def built(
     'bias_heads' in name for name in config.get(_OWN_SIZES, {})
   ):
     raise ValueError(
-      'layers: blocks of this model read different heads of a shared position bias; load it whole, '
+      f'layers={request.layers}: blocks of this model read different heads of a shared position '
+      'bias; load it whole, '
       f'then take jpeft.narrowed(..., jpeft.Keep(layers=range({request.layers}), ...))'
     )
   for name, size in config.get(_OWN_SIZES, {}).items():

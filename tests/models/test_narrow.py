@@ -210,6 +210,13 @@ def test_methods_learn_on_a_narrow_model(name, make):
   assert loss(moved) < loss(trained)
 
 
+def test_side_blocks_are_not_cut_out_of_blocks_of_several_sizes():
+  model, variables, inputs = made('vit')
+  model, variables = jpeft.narrowed(model, variables, Keep(mlp={1: range(8)}))
+  with pytest.raises(ValueError, match="blocks 'encoder/block_0' and 'encoder/block_1' have diff"):
+    jpeft.attach(model, jpeft.lst(2, prune='magnitude'), variables, *inputs)
+
+
 def test_a_theta_is_cut_and_put_back():
   model, variables, inputs = made('llama', scan=True)
   keep = Keep(layers=(0, 2), heads=UNEQUAL['heads'], mlp={2: (11,)}, vocabulary=range(3, 20))

@@ -13,7 +13,7 @@ from jpeft.core import Bound, Site
 
 from ..nn import linear
 from .blocks import SideBlock, check_block, lean_block, own_block
-from .prune import flatten, float32, prune_ladder
+from .prune import check_alike, flatten, float32, prune_ladder
 from .stack import Stack, called
 
 BLOCKS = ('auto', 'own', 'attention', 'mlp')
@@ -56,6 +56,8 @@ class Ladder(Stack):
       )
     if prune is not None and takes is not None:
       raise ValueError("prune cuts the backbone's own blocks, and this model's cannot be narrowed")
+    if prune is not None:
+      check_alike(self.stack)
 
   @property
   def narrow(self) -> int:

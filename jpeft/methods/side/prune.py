@@ -9,7 +9,7 @@ are not tied between layers.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -137,6 +137,26 @@ def _kept_before(
     raise ValueError("prune: found no embedding of the blocks' width at the role {embed}")
   columns = jnp.sum(jnp.abs(scores[tables[0]]).reshape(-1, net.width), 0)
   return keep_rows(columns, keep_count(net.width, net.reduction))
+
+
+def check_alike(blocks: Sequence[Site]) -> None:
+  """Raises a ValueError if blocks, which are cut to one size, have different sizes themselves."""
+
+  def shapes_in(block: Site) -> dict[str, tuple[int, ...]]:
+    found = {}
+    for path, site in block.model.items():
+      if path.startswith(f'{block.path}/'):
+        local = path.removeprefix(block.path)
+        found |= {f'{local}/{name}': leaf.shape for name, leaf in site.leaves.items()}
+    return found
+
+  first = shapes_in(blocks[0])
+  for block in blocks[1:]:
+    if shapes_in(block) != first:
+      raise ValueError(
+        f'prune cuts all side blocks to one size, and the blocks {blocks[0].path!r} and '
+        f'{block.path!r} have different sizes; use prune=None'
+      )
 
 
 # One block.
