@@ -181,13 +181,15 @@ def test_cuts_of_cuts_are_one_cut(scan):
   twice = jpeft.narrowed(model, variables, keep_of('t5', UNEQUAL))
   again = Keep(layers=(1, 2), heads={1: (0, 3), 2: (2,)}, mlp={1: (1, 2)})
   twice = jpeft.narrowed(*twice, again)
-  once = Keep(
+  once_keep = Keep(
     layers=(1, 2),
     heads={1: (0, 3), 2: (3,)},
     mlp={1: (4, 8), 2: (11,)},
     decoder=keep_of('t5', UNEQUAL).decoder,
   )
-  once = jpeft.narrowed(model, variables, once)
+  once = jpeft.narrowed(model, variables, once_keep)
+  abstract = jax.eval_shape(lambda v: jpeft.narrowed(model, v, once_keep)[1], variables)
+  assert jax.tree.map(jnp.shape, abstract) == jax.tree.map(jnp.shape, once[1])
   assert once[0] == twice[0] and once[0].bias_heads == ((0, 1), (1,))
   assert once[1]['params']['encoder']['position_bias']['embedding'].shape[1] == 2
   jax.tree.map(np.testing.assert_array_equal, once[1], twice[1])
@@ -304,6 +306,15 @@ def test_what_cannot_be_narrowed_is_one_sentence():
   boxed = jpeft.quantize(model, jpeft.nf4(), variables, *inputs)
   with pytest.raises(ValueError, match='narrow the model, then quantize it'):
     jpeft.narrowed(model, boxed, Keep(layers=(0,)))
+  narrow, small = jpeft.narrowed(model, variables, Keep(layers=(0,)))
+  boxed = jpeft.quantize(narrow, jpeft.nf4(), small, *inputs)
+  assert outputs(narrow, boxed, inputs).shape == (2, 3)
+  with pytest.raises(
+    ValueError, match="only the backbone has 'encoder/block_0/attention/key/bias'"
+  ):
+    jpeft.narrowed(made('vit', scan=True)[0], variables, Keep(layers=(0,)))
+  with pytest.raises(ValueError, match=r'shape \(3,\) in the backbone and \(5,\) in the model'):
+    jpeft.narrowed(model.clone(num_classes=5), variables, Keep(layers=(0,)))
   with pytest.raises(ValueError, match='the variables also have cache'):
     jpeft.narrowed(model, {**variables, 'cache': {}}, Keep(layers=(0,)))
   with pytest.raises(TypeError, match='ViT, Bert, T5, Llama, .* got Attention'):

@@ -27,15 +27,15 @@ def narrowed(model, backbone, keep: Keep) -> tuple[Any, Any]:
   Raises:
     TypeError: another model.
     ValueError: numbers that do not ascend, that there are not, or that leave nothing; kernels in 4
-      bits; or variables other than params.
+      bits; variables other than params, or of another model.
 
   Example:
     >>> keep = jpeft.Keep(layers=(0, 2), heads={0: (1,)})  # doctest: +SKIP
     >>> model, variables = jpeft.narrowed(model, variables, keep)  # doctest: +SKIP
   """
   plan = plan_of(model, keep)
-  _check_backbone(model, backbone)
   arrays = backend_of(model).arrays(model, backbone)
+  _check_backbone(backbone, arrays, plan.wide.arrays)
   params = {}
   for path, site in plan.narrow.items():
     if site.leaves:
@@ -45,9 +45,17 @@ def narrowed(model, backbone, keep: Keep) -> tuple[Any, Any]:
   return plan.model, backend_of(model).replace(plan.model, plan.shapes, params)
 
 
-def _check_backbone(model, backbone) -> None:
-  """Raises a ValueError for a backbone that cannot be cut."""
-  for path, array in backend_of(model).arrays(model, backbone).items():
+def _check_backbone(backbone, arrays: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
+  """Raises a ValueError for a backbone that cannot be cut, or that is none of the model."""
+  for path in sorted(arrays.keys() ^ shapes.keys()):
+    owner = 'backbone' if path in arrays else 'model'
+    raise ValueError(f'only the {owner} has {path!r}: are the variables those of this model?')
+  for path, array in arrays.items():
+    if array.shape != shapes[path].shape:
+      raise ValueError(
+        f'{path!r} has the shape {array.shape} in the backbone and {shapes[path].shape} in the '
+        'model'
+      )
     if isinstance(array, Box):
       raise ValueError(
         f'{path!r} is stored as {type(array).__name__}, which cannot be cut: narrow the model, '

@@ -42,12 +42,14 @@ class Plan(NamedTuple):
   Attributes:
     model: the narrow model.
     shapes: its variables, as shapes.
-    narrow: its sites.
+    wide: sites of the wide model.
+    narrow: sites of the narrow one.
     sources: {path of a narrow site: the source of each layer of its stack}.
   """
 
   model: Any
   shapes: Any
+  wide: Sites
   narrow: Sites
   sources: dict[str, list[Source]]
 
@@ -84,7 +86,7 @@ def plan_of(model, keep: Keep) -> Plan:
   for path, found in sources.items():
     if not found:
       found.append(_source_outside(family, wide[path], words, columns))
-  return Plan(narrow_model, shapes, narrow, sources)
+  return Plan(narrow_model, shapes, wide, narrow, sources)
 
 
 def _family_of(model) -> Sized:
