@@ -6,6 +6,7 @@ from .backends.choice import backend_of
 from .boxes import Box
 from .context import Bound
 from .discover import sites_of
+from .dot_product import grouped_attention
 from .edits import State
 from .freeze import freeze, join, mask, split
 from .frozen import frozen
@@ -70,6 +71,7 @@ __all__ = [
   'freeze',
   'frozen',
   'generated',
+  'grouped_attention',
   'in_layers',
   'join',
   'join_path',

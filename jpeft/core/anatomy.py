@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from jpeft.messages import nearest
 
+from .dot_product import dot_product_attention
+
 
 @dataclasses.dataclass(frozen=True)
 class Anatomy:
@@ -28,10 +30,14 @@ class Anatomy:
     lead: how many special tokens (class, distillation) stand before the others.
     exit: the role whose output is the last hidden state: 'final_norm', or 'encoder' where blocks
       end with a norm.
-    attend: attention with extra keys and values, for models that compute it inline:
-      (call, keys, values, *args, **kwargs) -> out of the {attention} module, keys and values being
-      [rows, kv heads, head size].
-    heads: (kv heads, head size) of an {attention} site, where `attend` serves it.
+    attention: the forward pass of an {attention} module that computes attention inline, written
+      against an attention function: (module, attention_fn, *args, **kwargs) -> what the module
+      returns. It uses the submodules and params of the bound module under their own names, and
+      calls attention_fn(query, key, value, bias=None, mask=None, ...) with a query
+      [B, N, heads, head size] and key and value [B, M, kv heads, head size], which gives
+      [B, N, heads, head size]. It runs in place of the module while a rule wraps attention.
+    attention_fn: what `attention` is given where no rule changes it; by default
+      `flax.linen.dot_product_attention`, also for fewer kv heads than heads.
     side: how a side block is called: {keyword of the block: role whose own output it is}, such as
       {'bias': 'position_bias', 'context': 'context'}.
   """
@@ -41,9 +47,16 @@ class Anatomy:
   causal: bool = False
   lead: int = 0
   exit: str = 'final_norm'
-  attend: Callable[..., Any] | None = None
-  heads: Callable[..., tuple[int, int]] | None = None
+  attention: Callable[..., Any] | None = None
+  attention_fn: Callable[..., Any] = dot_product_attention
   side: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self):
+    if self.attention is not None and 'attention' not in self.roles:
+      raise ValueError(
+        f'the anatomy {self.name!r} has `attention` and no role {{attention}}: name the modules '
+        'whose forward pass it is'
+      )
 
   def role(self, name: str) -> str:
     """The pattern of a role.

@@ -5,6 +5,7 @@ import re
 import jax
 
 from .anatomy import NOTHING
+from .attention import refusal
 from .discover import sites_of
 from .entries import unused_name
 from .example import specs_of
@@ -41,6 +42,7 @@ def attach(model, method: Method, backbone, /, *args, **kwargs) -> Tuned:
   _check_losses(rules)
   _check_generators(rules)
   _check_outer(rules, sites)
+  _check_attention(rules)
   decided = plan(rules, sites)
   for rule, site, _ in decided.boxed:
     _check_requirement(rule, site, fused=(rule, site) in decided.wrapped.get(site.path, ()))
@@ -213,6 +215,15 @@ def _check_outer(rules: list[tuple[Rule, Site]], sites: Sites) -> None:
         f'{rule.name} at {site.path!r} reads {names} of a call around it (outer=), and this model '
         'maps over its parameters, so that they are computed before it is called'
       )
+
+
+def _check_attention(rules: list[tuple[Rule, Site]]) -> None:
+  """Raises a ValueError if a rule needs attention that is out of reach."""
+  for rule, site in rules:
+    if isinstance(rule, Call) and rule.requires == 'attention':
+      why = refusal(rule, site)
+      if why is not None:
+        raise ValueError(why)
 
 
 def _check_entries(tuned: Tuned) -> None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .attention import refusal, wrapped, wrapped_too, wraps
 from .blame import blame
 from .discover import named, named_arrays
 from .entries import cast, names_entry
@@ -248,6 +249,31 @@ class Bound:
     """Sets the module's own injection points (attention_fn, ...) while the context lasts."""
     return inject(self.module, **fields)
 
+  def attend(self, wrap: Callable[[Callable], Callable], *args, **kwargs):
+    """Runs the wrapped call with wrap(attention_fn) as the attention function of the module.
+
+    attention_fn(query, key, value, bias=None, mask=None, ...) is what the module attends by: its
+    own field, or, where it computes attention inline, that of its anatomy. A rule that calls this
+    says so by `requires='attention'`; then `site.heads` is (kv heads, head size) in its `init`.
+
+    Args:
+      wrap: attention_fn -> another function that is called in the same way: with a query
+        [B, N, heads, head size] and key and value [B, M, kv heads, head size], the arguments of
+        `flax.linen.dot_product_attention`; it gives [B, N, heads, head size].
+      *args, **kwargs: of the call.
+
+    Raises:
+      ValueError: the attention of the module is out of reach.
+    """
+    why = refusal(self._rule, self.site)
+    if why is not None:
+      raise ValueError(why)
+    if self.site.inline:
+      with wrapped_too(self.site.path, wrap):
+        return self(*args, **kwargs)
+    with self.inject(attention_fn=wrap(self.module.attention_fn)):
+      return self(*args, **kwargs)
+
   def outside(self):
     """A context in which modules of the rule's own run; no other rule acts on them."""
     return self._backend.outside()
@@ -382,11 +408,13 @@ def acting(rules: list, path: str) -> list:
 
 def _limited(fn: Callable, path: str, count: int) -> Callable:
   """fn(arrays, ...) with the first `count` of the rules at a path, and nothing recorded."""
+  around = wraps()  # fn may be traced later than the rules around it run
 
   def run(arrays, *args, **kwargs):
     token = _limits.set({**_limits.get({}), path: count})
     try:
-      return fn(arrays, *args, **kwargs)
+      with wrapped(around):
+        return fn(arrays, *args, **kwargs)
     finally:
       _limits.reset(token)
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from . import anatomy
+from .attention import never_called
 from .backends.choice import backend_of
 from .boxes import Box, Probe
 from .example import spec_of, taken_apart
@@ -105,6 +106,7 @@ def sites_of(model, backbone, /, *args, **kwargs) -> Sites:
         site.boxes[name] = _one_layer(site, box)
     sites[path] = site
   sites.families = anatomy.families_of(sites)
+  _find_inline(model, backbone, sites, specs, args, kwargs)
   numbered(sites)
   return sites
 
@@ -118,6 +120,33 @@ def _traced(
   """
   backend = backend_of(model)
   seen: dict[str, _Seen] = {}
+
+  def recorder():
+    return _recorder(seen, backend)
+
+  forward, traced = _forward(model, backbone, specs, args, kwargs, recorder, wrap=wrap)
+  return seen, uses(forward, specs, traced)
+
+
+def _forward(
+  model,
+  backbone,
+  specs: dict,
+  args,
+  kwargs,
+  hook: Callable,
+  wanted: frozenset[tuple[str, str]] | None = None,
+  wrap: Callable = lambda x: x,
+) -> tuple[Callable, dict]:
+  """(forward, arrays): a forward pass as a function of weights like `specs` and of these arrays.
+
+  Args:
+    model, backbone, specs, args, kwargs: see `sites_of`.
+    hook: () -> the hook of a pass, see `Backend.run`.
+    wanted: where it acts.
+    wrap: makes of each weight what the model gets.
+  """
+  backend = backend_of(model)
   traced, put = taken_apart((args, kwargs))
   # Empty, under a name of this trace: a layer that the model jits itself would else be answered
   # from the cache of an earlier trace, and its modules would not be seen.
@@ -126,12 +155,11 @@ def _traced(
 
   def forward(flat, traced):
     args, kwargs = backend.fresh(put(traced))
-    hook = _recorder(seen, backend)
     arrays = {name: wrap(x) for name, x in flat.items()}
-    out, _ = backend.run(model, backbone, arrays, fresh, hook, None, False, args, dict(kwargs))
+    out, _ = backend.run(model, backbone, arrays, fresh, hook(), wanted, False, args, dict(kwargs))
     return out
 
-  return seen, uses(forward, specs, traced)
+  return forward, traced
 
 
 def _looks_like_array(x) -> bool:
@@ -258,6 +286,77 @@ def _recording_heads(attention: Callable, heads: list) -> Callable:
     return attention(query, key, value, *args, **kwargs)
 
   return recording
+
+
+def _find_inline(model, backbone, sites: Sites, specs: dict, args, kwargs) -> None:
+  """Tries the family's form of attention at the {attention} sites that attend inline.
+
+  The sites get their `heads`, or say what is wrong with the form.
+  """
+  family = sites.anatomy
+  if family is None or family.attention is None:
+    return
+  tried = []
+  for site in sites.find('{attention}'):
+    if site.heads is None and '__call__' in site.methods:
+      tried.append(site.path)
+  if not tried:
+    return
+  heads: dict[str, list] = {path: [] for path in tried}
+  faults: dict[str, str] = {}
+  hook = _inline_trial(family, backend_of(model), heads, faults)
+  wanted = frozenset((path, '__call__') for path in tried)
+  forward, traced = _forward(model, backbone, specs, args, kwargs, lambda: hook, wanted)
+  jax.eval_shape(forward, specs, traced)
+  for path in tried:
+    fault = faults.get(path, '')
+    found = None if fault else heads[path][0]
+    sites[path] = dataclasses.replace(
+      sites[path], heads=found, inline=not fault, inline_fault=fault
+    )
+
+
+def _inline_trial(family: anatomy.Anatomy, backend, heads: dict[str, list], faults: dict[str, str]):
+  """A hook that runs a copy of each module in the inline form of its family, beside the module.
+
+  Args:
+    family: whose `attention` is tried.
+    backend: of the model.
+    heads: {path: a list that gets (key heads, head size) of each call of the attention function}.
+    faults: {path: what is wrong with the form there}, filled in.
+  """
+  running = set()
+  name = f'the `attention` of the anatomy {family.name!r}'
+
+  def hook(path, method, module, call, extras, taps):
+    def form(*args, **kwargs):
+      attention_fn = _recording_heads(family.attention_fn, heads[path])
+      return family.attention(module, attention_fn, *args, **kwargs)
+
+    def beside(*args, **kwargs):
+      fn, arrays = backend.pure(module, path)
+      out = call(*args, **kwargs)
+      running.add(path)
+      try:
+        made = jax.eval_shape(lambda: fn(arrays, *args, **kwargs))
+      except Exception as error:  # whatever a function of the user raises
+        faults[path] = f'{name} fails there: {type(error).__name__}: {error}'
+        return out
+      finally:
+        running.discard(path)
+      if not heads[path]:
+        faults[path] = never_called(family)
+      elif _shapes(made) != _shapes(out):
+        faults[path] = f'{name} returns {_shapes(made)} in place of {_shapes(out)}'
+      return out
+
+    return form if path in running else beside  # the copy comes here too
+
+  return hook
+
+
+def _shapes(out) -> Any:
+  return jax.tree.map(lambda x: getattr(x, 'shape', None), out)
 
 
 def _stack(path: str, specs: dict, shapes: dict[str, Shape], used: dict[str, Use]):

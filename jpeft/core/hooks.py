@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from .attention import inline
 from .backends.protocol import Backend
 from .context import Bound, Recording, acting, run_call, run_if, with_outer
 from .fused import fused
@@ -80,6 +81,8 @@ class Hooks:
     number = self._sites[path].number
     if self._sites[path].axes:
       number = extras[self.number].reshape(())
+    if self._sites[path].inline and method == '__call__':
+      call = inline(self._sites[path], module, call)
     call = self._with_products(rules, theta, active, training, path, method, module, call, key)
     for position, (rule, site) in enumerate(rules):
       if not isinstance(rule, Call):

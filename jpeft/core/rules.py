@@ -25,6 +25,8 @@ Stages = tuple[tuple[float, tuple[str, ...]], ...]
 
 # What a Weight needs of the layer that it acts on.
 REQUIREMENTS = ('nothing', 'input', 'input in training')
+# What a Call needs of the module that it wraps.
+CALL_REQUIREMENTS = ('nothing', 'attention')
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,6 +98,12 @@ def _nothing(key, site, arrays) -> dict:
   return {}
 
 
+def _check_choice(name: str, requires: str, known: tuple[str, ...]) -> None:
+  if requires not in known:
+    choices = ', '.join(map(repr, known))
+    raise ValueError(f'{name}: requires={requires!r} must be one of {choices}')
+
+
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Weight(_Made):
   """Reparametrises arrays that a site owns.
@@ -157,9 +165,7 @@ class Weight(_Made):
   origin: Origin | None = None
 
   def __post_init__(self):
-    if self.requires not in REQUIREMENTS:
-      choices = ', '.join(map(repr, REQUIREMENTS))
-      raise ValueError(f'{self.name}: requires={self.requires!r} must be one of {choices}')
+    _check_choice(self.name, self.requires, REQUIREMENTS)
     _check_stages(self)
 
   # A Weight acts on the call of its module, and takes no arguments of that call.
@@ -189,6 +195,8 @@ class Call(_Made):
       one trace more.
     takes: names of keyword arguments that the rule takes for itself, at the model ('') alone: they
       are given to `tuned.apply` beside those of the model, and the rule does not pass them on.
+    requires: what the rule needs of the module, one of CALL_REQUIREMENTS. 'attention': it calls
+      `attend`, so `attach` refuses modules whose attention is out of reach.
     update, edit, stages, loss, memory, head, layers, hint, generator, origin: as for Weight.
     method: the method of the module that is wrapped.
   """
@@ -201,6 +209,7 @@ class Call(_Made):
   exact: tuple[str, ...] = ()
   taps: bool = False
   takes: tuple[str, ...] = ()
+  requires: str = CALL_REQUIREMENTS[0]
   update: Callable[..., Any] | None = None
   edit: Callable[..., Any] | None = None
   stages: Stages = ()
@@ -214,6 +223,7 @@ class Call(_Made):
   origin: Origin | None = None
 
   def __post_init__(self):
+    _check_choice(self.name, self.requires, CALL_REQUIREMENTS)
     _check_stages(self)
 
   @property

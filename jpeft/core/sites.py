@@ -94,7 +94,8 @@ class Site:
     axes: the axes that scans and vmaps around it added to its arrays, outermost first; in arrays of
       theta they come first instead.
     lengths: the sizes of those axes.
-    heads: (key/value heads, head size) where the module calls its own `attention_fn`.
+    heads: (key/value heads, head size) where rules reach its attention: it calls its own
+      `attention_fn`, or its family has its inline form.
     module: an unbound copy of a Linen module, for side networks that reuse its class.
     methods: the names of its methods that the forward pass calls.
     boxes: what stands for one layer's arrays where the backbone holds boxes, as shapes.
@@ -104,6 +105,8 @@ class Site:
     depth: how many layers there are in all, of which these are numbers.
     chosen: positions in the stack where a rule acts (`layers=`); None for all of them. Its theta
       has entries for these alone.
+    inline: whether it computes attention inline, and `Anatomy.attention` stands in for it.
+    inline_fault: why `Anatomy.attention` does not serve it; '' if it does, or there is none.
   """
 
   path: str
@@ -124,6 +127,8 @@ class Site:
   chosen: tuple[int, ...] | None = None
   out_path: tuple[Any, ...] = ()
   sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  inline: bool = False
+  inline_fault: str = ''
 
   def stream(self, out) -> jax.Array:
     """The stream in an output of the module, which may hold caches or losses beside it."""

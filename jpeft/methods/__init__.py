@@ -2,6 +2,7 @@
 
 from .adapter.bottleneck import adaptformer, houlsby, parallel, pfeiffer
 from .arguments import on_first
+from .keys import more_keys
 from .memory.meft import meft, reconstruction_error
 from .memory.s2a import packed, s2a
 from .memory.velora import directed, projected, velora
@@ -52,6 +53,7 @@ __all__ = [
   'lst',
   'make',
   'meft',
+  'more_keys',
   'names',
   'norm',
   'on_first',

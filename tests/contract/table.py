@@ -58,10 +58,6 @@ KERNELS = {CONV: {'targets': '{conv}'}}
 TOKENS = r'prompts need tokens \[B, N, D\], and ConvBlock'
 ONE = 'none has what it adapts|modules that are called|give one prediction|a pooled embedding'
 STREAM = r'reads one stream of tokens \[B, N, d\]'
-INLINE = dict.fromkeys(
-  ('linen_bert', 'linen_gemma', 'linen_fused', 'nnx_raw'),
-  'calls no attention_fn of its own that could',
-)
 
 ROWS: dict[str, Row] = {
   'linear': Row(start=0),
@@ -86,7 +82,7 @@ ROWS: dict[str, Row] = {
     start=None, cannot={CONV: TOKENS, 'linen_gemma': 'no sequence can grow or shrink'}
   ),
   'vpt_deep': Row(start=None, cannot={CONV: TOKENS}),
-  'prefix': Row(start=None, cannot={**INLINE, CONV: 'no role {attention}'}),
+  'prefix': Row(start=None, cannot={CONV: 'no role {attention}'}),
   'lst': Row(start=None, cannot={CONV: STREAM}),
   'qst': Row(start=0, cannot={CONV: STREAM}),
   'side_tuning': Row(start=None, cannot={CONV: STREAM}),
@@ -98,11 +94,7 @@ ROWS: dict[str, Row] = {
   ),
   'vqt': Row(
     start=None,
-    cannot={
-      **INLINE,
-      **dict.fromkeys(DECODERS, f'{ONE}|no attention_fn'),
-      CONV: 'no role {attention}',
-    },
+    cannot={**dict.fromkeys(DECODERS, ONE), CONV: 'no role {attention}'},
   ),
   'hst': Row(
     hp={'widths': (8, 8, 12, 12), 'heads': (2, 2, 4, 4)},

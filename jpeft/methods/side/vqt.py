@@ -40,8 +40,8 @@ from jpeft.core import NO_BACKPROP, Call, Method, at, chain, factory
 
 from ..arguments import on_first
 from ..check import at_least, whole, within
+from ..keys import named_options
 from ..nn import drop, remat_if, uniform
-from ..prompt.prefix import ARGUMENTS
 from ..prompt.vpt import spread_of
 from . import features
 
@@ -68,14 +68,15 @@ def vqt(
     norm: whether the feature and each block's summaries are brought to length 1.
     remat: keep the input of each block and make keys and values again in the backward pass.
     blocks: pattern of the blocks.
-    attention: pattern of the modules in them that call their own `attention_fn`.
+    attention: pattern of the modules in them that call their own `attention_fn`, or compute
+      attention inline and have an anatomy that knows how (`Anatomy.attention`).
     head: pattern of the module that maps the feature [B, d] to logits [B, C].
     lasso: factor of the group lasso of the head's weights, which training adds to the loss.
     name: in theta: of a block {'queries': [T, d], 'kernel': [T d, C], 'keep': [T d]}, of the head
       {'kernel': [d, C], 'bias': [C], 'keep': [d]}.
 
   Raises:
-    ValueError: a hyperparameter outside its range; at `attach`, attention that is computed inline,
+    ValueError: a hyperparameter outside its range; at `attach`, attention that is out of reach,
       or a model that does not give one prediction an example.
   """
   return _VQT(tokens, dropout, norm, remat, blocks, attention, head, lasso, name).method()
@@ -106,7 +107,7 @@ class _VQT:
 
   def method(self) -> Method:
     """Attention that stores and reads keys and values, blocks that run twice, and the new head."""
-    attention = Call(self.name, self.apply_attention, self.init_attention, memory=NO_BACKPROP)
+    attention = Call(self.name, self.apply_attention, requires='attention', memory=NO_BACKPROP)
     block = Call(
       self.name,
       self.apply_block,
@@ -169,31 +170,23 @@ class _VQT:
 
   # The attention in it, which stores keys and values in the first run and reads them in the second.
 
-  def init_attention(self, key, site, arrays):
-    """No parameters; refuses attention whose keys and values are out of reach."""
-    if site.heads is None:
-      raise ValueError(
-        f'{self.name}: {site.kind} at {site.path!r} calls no attention_fn of its own that could '
-        'take other queries; give its class that field'
-      )
-    return {}
-
   def apply_attention(self, t, call, *args, **kwargs):
     """Runs the attention: on all tokens as it is, on q_i with the keys and values of those."""
     block = call.outer
     path = call.site.path
-    base = call.module.attention_fn
 
-    def attention_fn(query, key, value, *rest, **named):
-      if not block.get('summary'):
-        block[path] = jax.lax.stop_gradient((key, value))
-        return base(query, key, value, *rest, **named)
-      named |= dict(zip(ARGUMENTS, rest, strict=False))
-      key, value = block[path]
-      return base(query, key, value, **self.options_of_queries(path, named))
+    def wrap(attention_fn):
+      def attend(query, key, value, *rest, **named):
+        if not block.get('summary'):
+          block[path] = jax.lax.stop_gradient((key, value))
+          return attention_fn(query, key, value, *rest, **named)
+        key, value = block[path]
+        options = self.options_of_queries(path, named_options(rest, named))
+        return attention_fn(query, key, value, **options)
 
-    with call.inject(attention_fn=attention_fn):
-      return call(*args, **kwargs)
+      return attend
+
+    return call.attend(wrap, *args, **kwargs)
 
   def options_of_queries(self, path: str, options: dict) -> dict:
     """The further arguments of an attention function, where the queries are q_i.

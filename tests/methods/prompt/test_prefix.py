@@ -161,32 +161,21 @@ def test_bert_with_a_prefix_is_that_of_peft(tmp_path):
   )
 
 
-def attend(call, keys, values, x, start=3):
-  """The attention of somebody's Llama, with keys and values in front; positions count from
+def llama(module, attention_fn, x, start=3):
+  """The attention of somebody's Llama, written against an attention function; positions count from
   `start`.
   """
-  self = call.module
   turned = lambda h: rope(jnp.pad(h, ((0, 0), (start, 0), (0, 0), (0, 0))))[:, start:]
-  front = lambda rows, h: jnp.concatenate([jnp.broadcast_to(rows, (len(h), *rows.shape)), h], 1)
-  q, k, v = (
-    turned(self.q_proj(x)),
-    front(keys, turned(self.k_proj(x))),
-    front(values, self.v_proj(x)),
-  )
-  b, n, h, width = q.shape
-  logits = jnp.einsum('BNGRK,BMGK->BGRNM', q.reshape(b, n, k.shape[2], -1, width), k) * width**-0.5
-  mask = jnp.arange(n)[:, None] + len(keys) >= jnp.arange(k.shape[1])
-  weights = jax.nn.softmax(jnp.where(mask, logits, -1e30))
-  return self.o_proj(jnp.einsum('BGRNM,BMGK->BNGRK', weights, v).reshape(b, n, -1))
+  q, k, v = turned(module.q_proj(x)), turned(module.k_proj(x)), module.v_proj(x)
+  mask = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
+  return module.o_proj(attention_fn(q, k, v, mask=mask[None, None]).reshape(x.shape))
 
 
 @pytest.fixture
 def described():
-  """Somebody's Llama as an anatomy that knows how to attend to more keys."""
+  """Somebody's Llama as an anatomy that has its attention."""
   roles = {'block': r'layers/\d+', 'attention': r'layers/\d+/self_attn', 'final_norm': 'final_norm'}
-  jpeft.register_anatomy(
-    jpeft.Anatomy('mine', roles, causal=True, attend=attend, heads=lambda site: (2, 4))
-  )
+  jpeft.register_anatomy(jpeft.Anatomy('mine', roles, causal=True, attention=llama))
   yield
   del jpeft.ANATOMIES['mine']
 

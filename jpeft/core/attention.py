@@ -1,0 +1,87 @@
+"""One door to the queries, keys and values of an attention module, wherever it computes them.
+
+A module that calls its own field `attention_fn` gets another function there. For modules that
+compute attention inline, an anatomy may hold the same forward pass written against an attention
+function (`Anatomy.attention`): it runs in place of the module's own while a rule wraps attention.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+
+from .anatomy import Anatomy
+from .rules import Call
+from .sites import Site
+
+# {path of a site: what the rules that run wrap around its attention function, the outermost rule's
+# first}; of modules that compute attention inline.
+Wraps = dict[str, tuple[Callable, ...]]
+_wraps: contextvars.ContextVar[Wraps] = contextvars.ContextVar('jpeft_wraps')
+
+
+def refusal(rule: Call, site: Site) -> str | None:
+  """Why a rule cannot reach the attention of a module, as a sentence; None if it can."""
+  where = f'{rule.name}: {site.kind} at {site.path!r}'
+  anatomy = site.model.anatomy
+  if site.heads is not None:
+    if site.inline and rule.method != '__call__':
+      return f'{where} attends inline, where a rule reaches attention in its __call__ alone'
+    return None
+  if site.inline_fault:
+    return f'{where} calls no attention_fn of its own, and {site.inline_fault}'
+  ways_out = 'give its class that field, or its anatomy `attention` (jpeft.register_anatomy)'
+  if anatomy is not None and anatomy.attention is not None:
+    ways_out = f'the anatomy {anatomy.name!r} has the attention of its {{attention}} alone'
+  return (
+    f'{where} calls no attention_fn of its own, through which rules reach queries, keys and '
+    f'values: {ways_out}'
+  )
+
+
+def wraps() -> Wraps:
+  """What the rules that run wrap around inline attention."""
+  return _wraps.get({})
+
+
+@contextlib.contextmanager
+def wrapped(now: Wraps) -> Iterator[None]:
+  """A context in which inline attention is wrapped so."""
+  token = _wraps.set(now)
+  try:
+    yield
+  finally:
+    _wraps.reset(token)
+
+
+def wrapped_too(path: str, wrap: Callable):
+  """A context in which the inline attention at a path is wrapped by one function more."""
+  return wrapped({**wraps(), path: (*wraps().get(path, ()), wrap)})
+
+
+def inline(site: Site, module, call: Callable) -> Callable:
+  """The call of a module, or the form that its family has of it while rules wrap its attention."""
+
+  def run(*args, **kwargs):
+    here = wraps().get(site.path)
+    if here is None:
+      return call(*args, **kwargs)
+    anatomy = site.model.anatomy
+    wrapped_fn = anatomy.attention_fn
+    for wrap in here:
+      wrapped_fn = wrap(wrapped_fn)
+    called = []
+
+    def attention_fn(*inputs, **options):
+      called.append(True)
+      return wrapped_fn(*inputs, **options)
+
+    out = anatomy.attention(module, attention_fn, *args, **kwargs)
+    if not called:
+      raise ValueError(f'{never_called(anatomy)} at {site.path!r}')
+    return out
+
+  return run
+
+
+def never_called(anatomy: Anatomy) -> str:
+  return f'the `attention` of the anatomy {anatomy.name!r} never calls the attention_fn it is given'
