@@ -12,7 +12,7 @@ from .blame import blame
 from .discover import named, named_arrays
 from .entries import cast, names_entry
 from .example import spec_of, taken_apart
-from .injection import inject
+from .injection import PRODUCTS, inject
 from .keys import named_key
 from .mode import flags_of
 from .paths import AUX, TAPPED, WRITTEN, leaf_paths, natural
@@ -100,6 +100,7 @@ class Bound:
     self.outer: dict[str, Any] | None = None
     self.root: dict[str, Any] | None = None
     self._run = run
+    self._active: jax.Array | None = None  # in a stack: whether the rule acts in this layer
     self._rule = rule
     self._backend = backend
     self._position = position
@@ -247,7 +248,20 @@ class Bound:
 
   def inject(self, **fields):
     """Sets the module's own injection points (attention_fn, ...) while the context lasts."""
-    return inject(self.module, **fields)
+    chosen = {}
+    for name, new in fields.items():
+      chosen[name] = self._where_active(new, getattr(self.module, name) or PRODUCTS.get(name))
+    return inject(self.module, **chosen)
+
+  def _where_active(self, new: Callable, old: Callable) -> Callable:
+    """`new`; in a stack `old` in the layers where the rule does not act."""
+    if self._active is None:
+      return new
+
+    def choose(*args, **kwargs):
+      return jnp.where(self._active, new(*args, **kwargs), old(*args, **kwargs))
+
+    return choose
 
   def attend(self, wrap: Callable[[Callable], Callable], *args, **kwargs):
     """Runs the wrapped call with wrap(attention_fn) as the attention function of the module.
@@ -269,7 +283,11 @@ class Bound:
     if why is not None:
       raise ValueError(why)
     if self.site.inline:
-      with wrapped_too(self.site.path, wrap):
+
+      def chosen(attention_fn):
+        return self._where_active(wrap(attention_fn), attention_fn)
+
+      with wrapped_too(self.site.path, chosen):
         return self(*args, **kwargs)
     with self.inject(attention_fn=wrap(self.module.attention_fn)):
       return self(*args, **kwargs)
@@ -511,6 +529,7 @@ def run_if(active: jax.Array, run: Callable, bound: Bound, *args, **kwargs):
     return out
 
   bound._run = once
+  bound._active = active
   out = run(*args, **kwargs)
   if len(plain) != 1:
     raise ValueError(f'{where}: it must call the layer once, and called it {len(plain)} times')
