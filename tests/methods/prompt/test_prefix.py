@@ -8,7 +8,10 @@ import pytest
 from flax import nnx
 
 import jpeft
+from jpeft.core import backend_of
 from jpeft.methods.prompt.prefix import prefix
+from tests.contract.anatomies import described as family_of
+from tests.fixtures import BACKBONES
 from tests.fixtures.nnx_models import Llama, rope
 from tests.methods.golden import full_size, peft
 
@@ -185,6 +188,92 @@ def test_llama_that_attends_inline_is_that_of_peft_through_its_anatomy(described
   model, state, args = peft.llama()
   tuned = jpeft.attach(model, prefix(3), state, *args)
   check(tuned, state, args, [f'layers/{i}/self_attn' for i in range(2)], held, 2)
+
+
+def turned(x):
+  """Rotates [B, N, H, K] by positions 0, 1, ..: pairs are complex numbers."""
+  half = x.shape[-1] // 2
+  z = x[..., :half] + 1j * x[..., half:]
+  angle = np.arange(x.shape[1])[:, None, None] * 10_000.0 ** (-np.arange(half) / half)
+  z = z * np.exp(1j * angle)
+  return np.concatenate([z.real, z.imag], -1)
+
+
+def of_bert(p, x):
+  q, k, v = (
+    (x @ p[f'self/{n}/kernel'] + p[f'self/{n}/bias']).reshape(*x.shape[:2], 4, 8)
+    for n in ('query', 'key', 'value')
+  )
+
+  def finish(y):
+    y = y.reshape(x.shape) @ p['output/dense/kernel'] + p['output/dense/bias'] + x
+    y = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-12)
+    return y * p['output/LayerNorm/scale'] + p['output/LayerNorm/bias']
+
+  padded = np.arange(10) >= np.array([[10], [7]])
+  return q, k, v, np.tile(padded[:, None, None], (1, 1, 10, 1)), finish
+
+
+def of_fused(p, x):
+  parts = np.split(x @ p['qkv/kernel'] + p['qkv/bias'], 3, -1)
+  q, k, v = (part.reshape(*x.shape[:2], 4, 8) for part in parts)
+  finish = lambda y: y.reshape(x.shape) @ p['proj/kernel'] + p['proj/bias']
+  return q, k, v, np.zeros((16, 16), bool), finish
+
+
+def of_decoder(p, x, of='{}'):
+  to_q, to_kv, to_out = (p[of.format(n)] for n in ('q_einsum', 'kv_einsum', 'attn_vec_einsum'))
+  q = np.einsum('bnd,hdk->bnhk', x, to_q)
+  k, v = (np.einsum('bnd,gdk->bngk', x, w) for w in to_kv)
+  future = ~np.tril(np.ones((10, 10), bool))
+  finish = lambda y: np.einsum('bnhk,hkd->bnd', y, to_out)
+  return turned(q), turned(k), v, future, finish
+
+
+def of_gemma(p, x):
+  return of_decoder(p, x, '{}/w')
+
+
+# {backbone: (arrays of the attention module, its input) -> (q, k, v, what is hidden, the rest)}.
+BY_HAND = {
+  'linen_bert': of_bert,
+  'linen_fused': of_fused,
+  'linen_gemma': of_gemma,
+  'nnx_raw': of_decoder,
+}
+
+
+@pytest.mark.parametrize('name', BY_HAND)
+def test_inline_attention_with_a_prefix_in_numpy(name):
+  b = BACKBONES[name]
+
+  def record(t, call, x, *args, **kwargs):
+    out = call(x, *args, **kwargs)
+    call.aux(x=x, y=call.site.stream(out))
+    return out
+
+  spied = jpeft.chain(prefix(3), jpeft.at('{attention}', jpeft.Call('spy', record)))
+  with family_of(b):
+    tuned = jpeft.attach(b.model, spied, b.backbone, *b.args, **b.kwargs)
+  theta = tuned.init(jax.random.key(0), b.backbone)
+  _, seen = tuned.apply(theta, b.backbone, *b.args, **b.kwargs, aux=True)
+  arrays = backend_of(b.model).arrays(b.model, b.backbone)
+  layer = 0
+  for site in tuned.sites.find(b.roles['attention']):
+    inside = {n: x for n, x in arrays.items() if n.startswith(f'{site.path}/')}
+    for i in range(site.layers):
+      of_layer = lambda x, site=site, i=i: np.asarray(site.take(x, i), np.float64)
+      p = {n.removeprefix(f'{site.path}/'): of_layer(x) for n, x in inside.items()}
+      x = np.asarray(seen['x'][layer], np.float64)
+      q, k, v, hidden, finish = BY_HAND[name](p, x)
+      t = {n: np.reshape(x, (-1, *x.shape[-3:]))[i] for n, x in theta['prefix'][site.path].items()}
+      keys = np.repeat(front(t['keys'], k), 4 // k.shape[2], 2)
+      values = np.repeat(front(t['values'], v), 4 // k.shape[2], 2)
+      hidden = np.concatenate([np.zeros((*hidden.shape[:-1], 3), bool), hidden], -1)
+      want = finish(attention(q, keys, values, hidden))
+      np.testing.assert_allclose(seen['y'][layer], want, atol=5e-5)
+      layer += 1
+  assert layer == b.depth
 
 
 def test_a_model_that_attends_inline_is_refused_with_the_way_out():
