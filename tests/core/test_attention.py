@@ -189,11 +189,14 @@ def test_what_attends_by_default_is_the_familys(family):
   assert leaves_equal(tuned.apply(theta, held, TOKENS), plain(model, held, TOKENS))
 
 
-def test_nnx_modules_too(family):
+@pytest.mark.parametrize('dot', [True, False])
+def test_nnx_modules_too(family, dot):
   family(NNX_ROLES, nnx_form, attention_fn=capped)
   model = NnxModel()
   held = backbone(model)
-  tuned = jpeft.attach(model, jpeft.chain(attending(doubled), low_rank('{q}')), held, TOKENS)
+  tuned = jpeft.attach(
+    model, jpeft.chain(attending(doubled), low_rank('{q}', dot=dot)), held, TOKENS
+  )
   theta = noisy(tuned.init(jax.random.key(0), held))
   x = TOKENS
   for i in range(2):
@@ -248,6 +251,28 @@ def test_a_form_is_as_good_as_a_field(family, name, scan):
     runs.append((out, grads))
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), *runs)
   assert all(jnp.any(g != 0) for g in jax.tree.leaves(runs[0][1]))
+
+
+def test_a_function_that_is_traced_later_is_wrapped_as_well(family):
+  """A custom_vjp inside jit is traced when a gradient is taken, after the rules have run."""
+  family(NNX_ROLES, nnx_form, attention_fn=capped)
+  model = NnxModel()
+  held = backbone(model)
+
+  def saved(t, call, x):
+    return call.saving(lambda x: {'x': x}, lambda p: p['x'])(x)
+
+  def around(t, call, x):
+    return call.attend(lambda attention_fn: doubled(3.0, attention_fn), x)
+
+  inner = jpeft.at('{attention}', jpeft.Call('saved', saved))
+  outer = jpeft.at('{attention}', jpeft.Call('around', around, requires='attention'))
+  grads = []
+  for method in (jpeft.chain(inner, outer), outer):
+    tuned = jpeft.attach(model, method, held, TOKENS)
+    run = jax.jit(lambda x, tuned=tuned: jnp.sum(tuned.apply({}, held, x) ** 2))
+    grads.append(jax.grad(run)(TOKENS))
+  np.testing.assert_allclose(*grads, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('attends', [Field, Inline])
