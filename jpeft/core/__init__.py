@@ -1,6 +1,6 @@
 """The mechanism: sites, rules, and `attach`."""
 
-from .anatomy import ANATOMIES, Anatomy, register_anatomy
+from .anatomy import ANATOMIES, Anatomy, Part, register_anatomy
 from .attach import attach
 from .backends.choice import backend_of
 from .boxes import Box
@@ -54,6 +54,7 @@ __all__ = [
   'Origin',
   'Place',
   'PARTIAL_REENTRY',
+  'Part',
   'REQUIREMENTS',
   'Rule',
   'Site',

@@ -13,16 +13,51 @@ from .dot_product import dot_product_attention
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+  """What a role names where that is less than a module: some of its arrays, or a slice of them.
+
+  Attributes:
+    path: regex over whole paths of modules.
+    array: regex of the names of the arrays; all by default.
+    take: which entries of an output axis of these arrays: (index, count) for one of `count` equal
+      pieces, or a function (site, size) -> a slice or indices, where `site` is the module and
+      `size` the length of the axis. None for all of them.
+    axis: the axis that is cut, counted among the output axes of an array: 0 is the first one that
+      is neither contracted with the input nor batched.
+  """
+
+  path: str
+  array: str = '.*'
+  take: tuple[int, int] | Callable[..., Any] | None = None
+  axis: int = 0
+
+  def __post_init__(self):
+    if self.take is None or callable(self.take):
+      return
+    index, count = self.take
+    if not 0 <= index < count:
+      raise ValueError(
+        f'the part of {self.path!r} has take={self.take!r}: (index, count) is one of count equal '
+        'pieces, numbered from 0'
+      )
+
+
+# What a role is: a regex over whole paths, a part of a module, or several of these.
+Role = str | Part | tuple[str | Part, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Anatomy:
   """The names of one model family.
 
   Attributes:
     name: of the family.
-    roles: {role: regex over whole paths}. Roles that methods use by default: block (a residual
-      block), q, k, v, o (projections), attention (the module that calls them), mlp, fc1, fc2, norm
-      (inside blocks), final_norm, embed (makes the tokens), encoder (runs the blocks), head,
-      linear (every linear map of a block), patch (the layer that makes tokens of pixels); norm1 and
-      norm2 (what attention and MLP read, where a norm comes first), block_end (the block, or the
+    roles: {role: regex over whole paths}, or a `Part` where a module or an array serves several
+      roles, or a tuple of both for models that differ. Roles that methods use by default: block (a
+      residual block), q, k, v, o (projections), attention (the module that calls them), mlp, fc1,
+      fc2, norm (inside blocks), final_norm, embed (makes the tokens), encoder (runs the blocks),
+      head, linear (every linear map of a block), patch (the layer that makes tokens of pixels);
+      norm1 and norm2 (what attention and MLP read, where a norm comes first), block_end (the block, or the
       norm that ends it: what the stream leaves through), stack (what the finished token sequence
       runs through, in order: a module that runs the blocks, or the blocks themselves, with the
       module before and after them where the blocks are one scanned stack).
@@ -43,7 +78,7 @@ class Anatomy:
   """
 
   name: str
-  roles: Mapping[str, str]
+  roles: Mapping[str, Role]
   causal: bool = False
   lead: int = 0
   exit: str = 'final_norm'
@@ -59,7 +94,23 @@ class Anatomy:
       )
 
   def role(self, name: str) -> str:
-    """The pattern of a role.
+    """The pattern of the modules of a role, or that it is a part of.
+
+    Raises:
+      ValueError: this family has no such part.
+    """
+    return _either(one.path if isinstance(one, Part) else one for one in self.named_by(name))
+
+  def modules(self, name: str) -> str:
+    """The pattern of the modules that a role names as a whole."""
+    return _either(one for one in self.named_by(name) if isinstance(one, str))
+
+  def parts(self, name: str) -> list[Part]:
+    """What a role names of modules that serve other roles too."""
+    return [one for one in self.named_by(name) if isinstance(one, Part)]
+
+  def named_by(self, name: str) -> tuple[str | Part, ...]:
+    """What a role stands for.
 
     Raises:
       ValueError: this family has no such part.
@@ -71,24 +122,34 @@ class Anatomy:
     ):
       name = 'block'
     if name not in self.roles and name in _NOT_EVERYWHERE:
-      return NOTHING
+      return (NOTHING,)
     if name not in self.roles:
       near = nearest(name, self.roles)
       hint = '' if near is None else f'; did you mean {{{near}}}?'
       raise ValueError(
         f'the anatomy {self.name!r} has no role {{{name}}}, only {", ".join(self.roles)}{hint}'
       )
-    return self.roles[name]
+    found = self.roles[name]
+    return found if isinstance(found, tuple) else (found,)
 
 
 # The pattern that matches nothing.
 NOTHING = '(?!)'
+# The linear maps of a block: each of them has arrays, or a part of arrays, of its own.
+MAPS = ('q', 'k', 'v', 'o', 'fc1', 'fc2')
 # Parts that methods name beside others, and that a family may lack: nothing matches there.
 _NOT_EVERYWHERE = ('patch', 'final_norm')
+
+
+def _either(patterns) -> str:
+  """A regex for any of several."""
+  return '|'.join(patterns) or NOTHING
+
 
 _VIT_BLOCK = r'(?:.*/)?encoderblock(?:_\d+)?'
 _MHA = r'(?:.*/)?MultiHeadDotProductAttention_\d+'
 _LAYER = r'(?:.*/)?layers(?:/\d+)?'
+_ATTN = rf'{_LAYER}/(?:self_)?attn'
 
 # The first of the families that fit best is chosen, so the order matters only between equals. Here
 # are those of other projects; jpeft.models puts its own before them.
@@ -124,15 +185,24 @@ ANATOMIES: dict[str, Anatomy] = {
       'decoder',
       {
         'block': _LAYER,
-        'attention': rf'{_LAYER}/(?:self_)?attn',
+        'attention': _ATTN,
         'mlp': rf'{_LAYER}/mlp',
-        'q': rf'{_LAYER}/(?:self_)?attn/q_(?:proj|einsum)',
-        'k': rf'{_LAYER}/(?:self_)?attn/(?:k_proj|kv_einsum)',
-        'v': rf'{_LAYER}/(?:self_)?attn/(?:v_proj|kv_einsum)',
-        'o': rf'{_LAYER}/(?:self_)?attn/(?:o_proj|attn_vec_einsum)',
+        # kv_einsum is [2, heads, d, size], and qkv_einsum [3, heads, d, size].
+        'q': (rf'{_ATTN}/q_(?:proj|einsum)', Part(rf'{_ATTN}/qkv_einsum', take=(0, 3))),
+        'k': (
+          rf'{_ATTN}/k_proj',
+          Part(rf'{_ATTN}/kv_einsum', take=(0, 2)),
+          Part(rf'{_ATTN}/qkv_einsum', take=(1, 3)),
+        ),
+        'v': (
+          rf'{_ATTN}/v_proj',
+          Part(rf'{_ATTN}/kv_einsum', take=(1, 2)),
+          Part(rf'{_ATTN}/qkv_einsum', take=(2, 3)),
+        ),
+        'o': rf'{_ATTN}/(?:o_proj|attn_vec_einsum)',
         'fc1': rf'{_LAYER}/mlp/(?:gate|up)_proj',
         'fc2': rf'{_LAYER}/mlp/down_proj',
-        'linear': rf'{_LAYER}/(?:self_)?attn/(?:[qkvo]_proj|\w*einsum)|{_LAYER}/mlp(?:/\w+_proj)?',
+        'linear': rf'{_ATTN}/(?:[qkvo]_proj|\w*einsum)|{_LAYER}/mlp(?:/\w+_proj)?',
         'norm': rf'{_LAYER}/\w*norm\w*',
         'norm1': rf'{_LAYER}/(?:input_layernorm|pre_attention_norm)',
         'norm2': rf'{_LAYER}/(?:post_attention_layernorm|pre_ffw_norm|pre_feedforward_layernorm)',
@@ -185,7 +255,7 @@ def families_of(sites) -> list[Anatomy]:
 
 def share(anatomy: Anatomy, sites) -> float:
   """The share of a family's roles that name something; 0 if its blocks are not among them."""
-  named = [role for role, pattern in anatomy.roles.items() if _names(pattern, sites)]
+  named = [role for role in anatomy.roles if _names(anatomy.role(role), sites)]
   if 'block' not in named:
     return 0.0
   return len(named) / len(anatomy.roles)

@@ -4,7 +4,7 @@ import re
 
 import jax
 
-from .anatomy import NOTHING
+from .anatomy import MAPS, NOTHING
 from .attention import refusal
 from .discover import sites_of
 from .entries import unused_name
@@ -13,7 +13,7 @@ from .layers import restricted
 from .paths import leaf_paths
 from .resolve import changes, plan
 from .rules import Call, Method, Rule, Weight
-from .sites import Site, Sites
+from .sites import Site, Sites, overlap, roles_of
 from .tuned import Tuned
 
 
@@ -45,7 +45,7 @@ def attach(model, method: Method, backbone, /, *args, **kwargs) -> Tuned:
   _check_attention(rules)
   decided = plan(rules, sites)
   for rule, site, _ in decided.boxed:
-    _check_requirement(rule, site, fused=(rule, site) in decided.wrapped.get(site.path, ()))
+    _check_requirement(rule, site, fused=(rule, site) in decided.wrapped.get(site.owner, ()))
   example = specs_of((args, kwargs))
   shapes = jax.eval_shape(lambda: backbone)
   tuned = Tuned(model, tuple(rules), sites, Method(method), shapes, example)
@@ -60,6 +60,7 @@ def _match(pattern: str, rule: Rule, sites: Sites) -> list[Site]:
     ValueError: there are none; says what was near.
   """
   matching = sites.find(pattern)
+  _check_parts(pattern, rule, matching)
   chosen = matching
   if rule.layers is not None:
     chosen = [restricted(site, rule.layers) for site in matching]
@@ -67,6 +68,7 @@ def _match(pattern: str, rule: Rule, sites: Sites) -> list[Site]:
   found = [site for site in chosen if _can_act(rule, site)]
   if found:
     _check_alternatives(pattern, rule, sites)
+    _check_shared(pattern, rule, found)
     return found
   if matching and not chosen:
     raise ValueError(
@@ -129,6 +131,55 @@ def _alternatives(pattern: str) -> list[str]:
   return found
 
 
+def _check_parts(pattern: str, rule: Rule, matching: list[Site]) -> None:
+  """Raises a ValueError if a pattern names a part of a module, whose call a rule wraps."""
+  if not isinstance(rule, Call):
+    return
+  for site in matching:
+    if site.part:
+      raise ValueError(
+        f'{rule.name}: in {pattern!r}, {{{site.part}}} is a part of {site.owner!r} alone '
+        f'({", ".join(site.leaves)}), and the rule wraps the call of a whole module: name that '
+        'module instead'
+      )
+
+
+def _check_shared(pattern: str, rule: Rule, found: list[Site]) -> None:
+  """Raises a ValueError if a role of a pattern has its arrays in common with one left out.
+
+  Where a scheme says of a fused kernel only that it serves several roles, a rule that is asked for
+  some of them would change the others too.
+  """
+  asked = [role for role in roles_of(pattern) if role in MAPS]
+  if isinstance(rule, Call) or not asked:
+    return
+  for site in found:
+    anatomy = site.model.anatomy
+    here = [role for role in MAPS if role in anatomy.roles]
+    here = [role for role in here if re.fullmatch(anatomy.modules(role), site.path)]
+    left_out = [role for role in here if role not in asked]
+    if not left_out or len(left_out) == len(here) or _is_named_otherwise(site, pattern, asked):
+      continue
+    kernels = set(site.matrices) & set(changes(rule, site))
+    if kernels and kernels < set(site.matrices):
+      continue  # the rule tells arrays apart itself
+    named = '|'.join(f'{{{role}}}' for role in here)
+    raise ValueError(
+      f'{rule.name}: {pattern!r} names {site.path!r}, which by the scheme {anatomy.name!r} is '
+      f'{", ".join(f"{{{role}}}" for role in left_out)} too: name all of it ({named!r}), or say '
+      'what is which by jpeft.Part in jpeft.register_anatomy'
+    )
+
+
+def _is_named_otherwise(site: Site, pattern: str, asked: list[str]) -> bool:
+  """Whether a pattern names a site without some of its roles."""
+
+  def of_role(role: str) -> str:
+    return NOTHING if role in asked else site.model.anatomy.role(role)
+
+  return bool(re.fullmatch(site.model.expand(pattern, of_role), site.path))
+
+
 def _can_act(rule: Rule, site: Site) -> bool:
   """Whether a site has the method that a Call wraps, or arrays that a Weight replaces."""
   if isinstance(rule, Call):
@@ -156,6 +207,23 @@ def _check_names(rules: list[tuple[Rule, Site]]) -> None:
         'another name='
       )
     seen.add(here)
+  _check_overlaps(rules)
+
+
+def _check_overlaps(rules: list[tuple[Rule, Site]]) -> None:
+  """Raises a ValueError if a rule acts twice on entries of an array, by parts that overlap."""
+  seen: dict[tuple[str, str, str], list[Site]] = {}
+  for rule, site in rules:
+    for name in site.leaves if isinstance(rule, Weight) else ():
+      others = seen.setdefault((rule.name, site.owner, name), [])
+      for other in others:
+        if (site.part or other.part) and overlap(site, other, name):
+          raise ValueError(
+            f'two rules called {rule.name!r} act on {name!r} at {other.path!r} and at '
+            f'{site.path!r}, which overlap: name one of them, or give one of the methods another '
+            'name='
+          )
+      others.append(site)
 
 
 def _check_takes(rules: list[tuple[Rule, Site]]) -> None:

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from .blame import blame
-from .boxes import Box, Lazy
+from .boxes import Box, Lazy, Reader
 from .context import check_scalars
 from .entries import cast
 from .injection import PRODUCTS, inject
+from .merging import changed
 from .products import product_of
 from .rules import Weight
 from .sites import Site
@@ -19,7 +20,8 @@ from .sites import Site
 def field_of(site: Site) -> str | None:
   """The injection point through which the site's only kernel is applied; None without one."""
   fields = [field for field in PRODUCTS if field in site.fields]
-  if not site.model.takes_boxes or not fields or len(site.matrices) != 1:
+  module = site.model[site.owner]
+  if not site.model.takes_boxes or not fields or not site.matrices or len(module.matrices) != 1:
     return None
   kernel = site.leaves[site.matrices[0]]
   # A kernel that is masked or scaled before the product is not what the layer multiplies by.
@@ -29,12 +31,18 @@ def field_of(site: Site) -> str | None:
 
 
 def fused(
-  rules: Sequence[tuple[Weight, Any, Any]], site: Site, module, call, key, box: Box | None = None
+  rules: Sequence[tuple[Weight, Site, Any, Any]],
+  site: Site,
+  module,
+  call,
+  key,
+  box: Box | None = None,
 ) -> Callable:
   """The call of a layer with `rules` applied to y = x @ w instead of w.
 
   Args:
-    rules: (rule, t, active) in order; each rule has `dot`. Where `active`, a traced bool, is not
+    rules: (rule, own site, t, active) in order; each rule has `dot`, and gets the columns of y that
+      belong to its site, which may be a part of the module. Where `active`, a traced bool, is not
       None, the rule acts in some layers of a stack, and it says whether in this one.
     site: where; `field_of(site)` is not None.
     module: the bound module.
@@ -58,16 +66,19 @@ def fused(
     # Arrays beside the kernel are boxed, so what `w` makes of them here is not used.
     arrays = {n: jnp.zeros(leaf.shape, leaf.dtype) for n, leaf in site.leaves.items()}
     arrays[name] = product.kernel
-    for i, (rule, t, active) in enumerate(rules):
+    for i, (rule, own, t, active) in enumerate(rules):
       t = cast(t, y.dtype, rule.exact)
-      with blame(rule, site, 'dot'):
-        new = rule.dot(t, product.operand, y, _kernel(site, name, arrays), _fold_in(key, i))
-      if new.shape != y.shape:
+      columns = own.columns(name)
+      old = y[..., columns]
+      with blame(rule, own, 'dot'):
+        new = rule.dot(t, product.operand, old, _kernel(own, name, arrays), _fold_in(key, i))
+      if new.shape != old.shape:
         raise ValueError(
-          f'dot of {rule.name!r} at {site.path!r} makes {new.shape} of an output {y.shape}'
+          f'dot of {rule.name!r} at {own.path!r} makes {new.shape} of an output {old.shape}'
         )
-      y = _if_active(active, new.astype(out.dtype), y)
-      arrays = _After(rule, t, active, site, arrays)
+      new = _if_active(active, new.astype(out.dtype), old)
+      y = y.at[..., columns].set(new) if own.part else new
+      arrays = _After(rule, t, active, own, arrays)
     return product.from_rows(y, out.shape)
 
   def run(*args, **kwargs):
@@ -82,7 +93,7 @@ def fused(
 
 def _kernel(site: Site, name: str, arrays) -> Callable[[], jax.Array]:
   """The `w` of `dot`: computes the matrix [fan_in, fan_out] as the rules before leave it."""
-  return lambda: site.leaves[name].fold(arrays[name])
+  return lambda: site.leaves[name].fold(site.narrow(name, arrays[name]))
 
 
 def _fold_in(key, number: int):
@@ -101,7 +112,7 @@ class _After(dict):
 
     def make():
       check_scalars(rule, site, t)
-      return rule.apply(t, site, before)
+      return changed(rule.apply, t, site, Reader(before))
 
     self._make = make
 

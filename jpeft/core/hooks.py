@@ -12,7 +12,7 @@ from .context import Bound, Recording, acting, run_call, run_if, with_outer
 from .fused import fused
 from .keys import named_key
 from .recorded import SitesOfTheta, records_for
-from .resolve import Plan
+from .resolve import Plan, entry_at_module
 from .rules import Call, Weight
 from .sites import Sites
 
@@ -76,7 +76,10 @@ class Hooks:
       key = jax.random.wrap_key_data(key)
     rules = [(rule, site) for rule, site in self._plan.wrapped[path] if rule.method == method]
     rules = acting(rules, path)
-    theta = {name: self._one_layer(t, name, path) for name, t in extras['theta'].items()}
+    theta = {}
+    for rule, site in rules:
+      entry = entry_at_module(rule, site)
+      theta[entry] = self._one_layer(extras['theta'].get(entry, {}), rule.name, site.path)
     active = {name: x.reshape(()) for name, x in extras['active'].items()}
     number = self._sites[path].number
     if self._sites[path].axes:
@@ -114,16 +117,17 @@ class Hooks:
   def _with_products(self, rules, theta, active, training, path, method, module, call, key):
     """The call of a module with the Weights that act on its product; the call itself without."""
     weights = []
-    for rule, _ in rules:
+    for rule, site in rules:
       if isinstance(rule, Weight):
-        t = with_outer(rule, self._sites[path], theta.get(rule.name, {}))
-        weights.append((rule, t, active.get(rule.name)))
+        entry = entry_at_module(rule, site)
+        t = with_outer(rule, site, theta[entry])
+        weights.append((rule, site, t, active.get(entry)))
     box = None
     if path in self._plan.quantized and method == '__call__':
       box = self._backend.stored(module, self._plan.quantized[path])
     if not weights and box is None:
       return call
-    for rule, _, _ in weights:
+    for rule, *_ in weights:
       if training and key is None and rule.requires == 'input in training':
         raise ValueError(
           f'{rule.name} dropout at {path!r} needs a random key: call '
@@ -138,8 +142,9 @@ class Hooks:
 
   def _one_layer(self, t, name: str, path: str):
     """The theta of one layer, without the axes of one that restoring the stack added."""
-    if not t or not self._sites[path].axes:
+    site = self._sites_of_theta[name, path]
+    if not t or not site.axes:
       return t
-    stack = len(self._sites_of_theta[name, path].theta_lengths)
+    stack = len(site.theta_lengths)
     shapes = self._shapes()[name][path]
     return jax.tree.map(lambda x, shape: x.reshape(shape.shape[stack:]), t, shapes)

@@ -1,6 +1,6 @@
 """What a rule makes of the stored arrays of its site, for `merge` and models without boxes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,8 +14,29 @@ from .sites import Site
 
 
 def arrays_of(site: Site, flat: Mapping[str, Any]) -> dict[str, Any]:
-  """The arrays that a site owns, as they are stored, of {'path/name': array}."""
-  return {name: flat[join_path(site.path, name)] for name in site.leaves}
+  """The arrays of the module of a site, as they are stored, of {'path/name': array}."""
+  return {name: flat[join_path(site.owner, name)] for name in site.leaves}
+
+
+def narrowed(site: Site, stored: Mapping[str, Any]) -> dict[str, Any]:
+  """What a site has of one layer's arrays of its module."""
+  return {name: site.narrow(name, stored[name]) for name in site.leaves}
+
+
+def changed(change: Callable, t, site: Site, arrays: Reader) -> dict[str, Any]:
+  """{name: new array or box of the module} of what a rule makes of one layer's arrays.
+
+  Args:
+    change: (t, site, arrays) -> new arrays of the site, which may be a part of its module.
+    t: theta of one layer.
+    site: where.
+    arrays: of the module.
+  """
+  if not site.part:
+    return change(t, site, arrays)
+  stored = {name: arrays.stored(name) for name in site.leaves}
+  new = change(t, site, Reader(narrowed(site, stored)))
+  return {name: site.widen(name, stored[name], x) for name, x in new.items()}
 
 
 def merged(
@@ -45,7 +66,7 @@ def merged(
   def one_layer(t, arrays):
     t = {**t, **around}
     with blame(rule, site, 'merge' if isinstance(rule, Call) else 'apply'):
-      return change(t, site, Reader(arrays))
+      return changed(change, t, site, Reader(arrays))
 
   stacked = jax.tree.map(site.stack_first, arrays)
   chosen = jax.tree.map(site.choose, stacked)
@@ -56,7 +77,7 @@ def merged(
     new = jax.tree.map(site.stack_restore, new)
     if not isinstance(new, Box):
       new = new.astype(arrays[name].dtype)
-    found[join_path(site.path, name)] = new
+    found[join_path(site.owner, name)] = new
   return found
 
 

@@ -47,12 +47,12 @@ def plan(rules: Sequence[tuple[Rule, Site]], sites: Sites) -> Plan:
     acts_in_call = isinstance(rule, Call)
     if isinstance(rule, Weight):
       names = changes(rule, site)
-      acts_in_call = _has_dot(rule, site) and site.path not in boxed_kernels
+      acts_in_call = _has_dot(rule, site) and site.owner not in boxed_kernels
     if acts_in_call:
-      wrapped.setdefault(site.path, []).insert(0, (rule, site))
+      wrapped.setdefault(site.owner, []).insert(0, (rule, site))
       names = tuple(name for name in names if name not in site.matrices)
     elif set(names) & set(site.matrices):
-      boxed_kernels.add(site.path)
+      boxed_kernels.add(site.owner)
     if names:
       boxed.insert(0, (rule, site, names))
   quantized = {}
@@ -61,6 +61,11 @@ def plan(rules: Sequence[tuple[Rule, Site]], sites: Sites) -> Plan:
       quantized[path] = site.matrices[0]
       wrapped.setdefault(path, [])
   return Plan(boxed, wrapped, quantized)
+
+
+def entry_at_module(rule: Rule, site: Site) -> str:
+  """Tells the theta of a rule at several parts of one module apart."""
+  return f'{rule.name}:{site.part}' if site.part else rule.name
 
 
 @functools.lru_cache(maxsize=65536)

@@ -4,13 +4,17 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .boxes import read
+
+# A role in a pattern.
+_ROLE = r'\{([a-z]\w*)\}'
 MATRIX_USES = ('dot_general', 'conv_general_dilated')
 
 
@@ -76,12 +80,12 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Site:
-  """A module of the user's model.
+  """A module of the user's model, or a part of one that a role names.
 
   Attributes:
-    path: its '/'-joined path; '' is the model itself.
+    path: its '/'-joined path; '' is the model itself. That of a part ends with ':' and the role.
     kind: the name of its class.
-    leaves: the arrays it owns, by name.
+    leaves: the arrays it owns, by name; of a part those that belong to it, as it sees them.
     inputs: shapes and dtypes of the arrays it is called with, by parameter name.
     sources: {parameter name: path of the module whose output it is}, for inputs that come straight
       from another module.
@@ -107,6 +111,8 @@ class Site:
       has entries for these alone.
     inline: whether it computes attention inline, and `Anatomy.attention` stands in for it.
     inline_fault: why `Anatomy.attention` does not serve it; '' if it does, or there is none.
+    part: the role by which a part of a module was asked for; '' for a whole module.
+    slices: {array: (axis, slice or indices)} of the arrays that a part has a slice of.
   """
 
   path: str
@@ -129,6 +135,44 @@ class Site:
   sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
   inline: bool = False
   inline_fault: str = ''
+  part: str = ''
+  slices: Mapping[str, tuple[int, Any]] = dataclasses.field(default_factory=dict)
+
+  # ---- Parts of a module.
+
+  @property
+  def owner(self) -> str:
+    """The path of the module that stores the arrays: its own, without the role of a part."""
+    return self.path.removesuffix(f':{self.part}') if self.part else self.path
+
+  def narrow(self, name: str, x):
+    """What a part has of one layer's array of its module; arrays that are not cut as they are."""
+    if name not in self.slices:
+      return x
+    return read(x)[self._index(name)]
+
+  def widen(self, name: str, x, new):
+    """The array of the module with `new` in place of what the part has of it."""
+    if name not in self.slices:
+      return new
+    x = jnp.asarray(read(x))
+    return x.at[self._index(name)].set(read(new).astype(x.dtype))
+
+  def columns(self, name: str) -> Any:
+    """Which columns of the folded kernel of the module a part has: a slice, or indices."""
+    if name not in self.slices:
+      return slice(None)
+    axis, index = self.slices[name]
+    leaf = self.model[self.owner].leaves[name]
+    numbers = np.arange(leaf.fan_out).reshape([leaf.shape[i] for i in leaf.outs])
+    before = (slice(None),) * leaf.outs.index(axis)
+    return _as_slice(numbers[(*before, index)].reshape(-1))
+
+  def _index(self, name: str) -> tuple:
+    axis, index = self.slices[name]
+    return (*(slice(None),) * axis, index)
+
+  # ---- What it returns.
 
   def stream(self, out) -> jax.Array:
     """The stream in an output of the module, which may hold caches or losses beside it."""
@@ -148,6 +192,8 @@ class Site:
       if path == self.out_path:
         return i
     return 0  # of another structure than in the traced call
+
+  # ---- Arrays and their stacks.
 
   @property
   def input(self) -> jax.ShapeDtypeStruct | None:
@@ -268,6 +314,7 @@ class Sites(dict[str, Site]):
     self.arrays: dict[str, Any] = {}
     self.aliases: dict[str, str] = {}
     self.takes_boxes = True
+    self._parts: dict[str, Site] = {}
 
   @property
   def anatomy(self) -> Any:
@@ -298,8 +345,13 @@ class Sites(dict[str, Site]):
     """
     return max((anatomy.lead for anatomy in self.families), default=0)
 
-  def expand(self, pattern: str) -> str:
-    """Replaces roles such as {q} or {block} by the anatomy's patterns."""
+  def expand(self, pattern: str, of_role: Callable[[str], str] | None = None) -> str:
+    """Replaces roles such as {q} or {block} by the anatomy's patterns.
+
+    Args:
+      pattern: a regex with roles.
+      of_role: role -> its pattern; by default that of the modules that it names, or names parts of.
+    """
 
     def role(match: re.Match) -> str:
       if self.anatomy is None:
@@ -309,17 +361,133 @@ class Sites(dict[str, Site]):
           f'regex over its paths ({some}, ...), or describe the model by '
           'jpeft.register_anatomy(...)'
         )
-      return f'(?:{self.anatomy.role(match[1])})'
+      return f'(?:{(of_role or self.anatomy.role)(match[1])})'
 
-    return re.sub(r'\{([a-z]\w*)\}', role, pattern)
+    return re.sub(_ROLE, role, pattern)
 
   def find(self, pattern: str) -> list[Site]:
-    """The sites whose whole path matches."""
+    """The sites whose whole path matches.
+
+    Of a module that a role names a part of it is that part: a Site of its own, with the arrays
+    that belong to the role.
+
+    Raises:
+      ValueError: no role may leave out a part of a module: what else is of it would be adapted.
+    """
     expanded = re.compile(self.expand(pattern))
-    return [site for path, site in self.items() if expanded.fullmatch(path)]
+    cuts = self._cuts(pattern)
+    if not cuts:
+      return [site for path, site in self.items() if expanded.fullmatch(path)]
+    whole = re.compile(self.expand(pattern, self.anatomy.modules))
+    found = []
+    for path, site in self.items():
+      if whole.fullmatch(path):
+        if not expanded.fullmatch(path):
+          raise ValueError(
+            f'{pattern!r} leaves out a part of {path!r}, and would name all of it: name what is '
+            'meant instead'
+          )
+        found.append(site)
+        continue
+      for role, parts in cuts.items():
+        here = [part for part, regex in parts if regex.fullmatch(path)]
+        if here:
+          found += self._part(site, role, here)
+    return found
+
+  def _cuts(self, pattern: str) -> dict[str, list[tuple[Any, re.Pattern]]]:
+    """{role: (part, the pattern with this part alone)} of the roles that name parts of modules."""
+    cuts: dict[str, list[tuple[Any, re.Pattern]]] = {}
+    for role in roles_of(pattern):
+      for part in self.anatomy.parts(role):
+
+        def of_role(name, role=role, part=part):
+          return part.path if name == role else self.anatomy.modules(name)
+
+        cuts.setdefault(role, []).append((part, re.compile(self.expand(pattern, of_role))))
+    return cuts
+
+  def _part(self, site: Site, role: str, parts: list) -> list[Site]:
+    """The part of a module that a role names, the same each time; none if it has no such arrays."""
+    path = f'{site.path}:{role}'
+    if path not in self._parts:
+      leaves = {}
+      slices = {}
+      for part in parts:
+        for name, leaf in site.leaves.items():
+          if name in leaves or not re.fullmatch(part.array, name):
+            continue
+          leaves[name] = leaf
+          if part.take is not None:
+            axis, index, size = _cut(part, site, name, role)
+            shape = (*leaf.shape[:axis], size, *leaf.shape[axis + 1 :])
+            leaves[name] = dataclasses.replace(leaf, shape=shape)
+            slices[name] = axis, index
+      boxes = {name: box for name, box in site.boxes.items() if name in leaves.keys() - slices}
+      self._parts[path] = dataclasses.replace(
+        site, path=path, part=role, leaves=leaves, slices=slices, boxes=boxes
+      )
+    found = self._parts[path]
+    if not found.slices and len(found.leaves) == len(site.leaves):
+      return [site]
+    return [found] if found.leaves else []
 
   def nearest(self, pattern: str, n: int = 5) -> list[str]:
     """Paths that look like the pattern, for error messages."""
     words = re.sub(r'[^\w/]+', ' ', pattern).strip() or pattern
     paths = [path for path in self if path]
     return difflib.get_close_matches(words, paths, n, 0.2) or paths[:n]
+
+
+def roles_of(pattern: str) -> list[str]:
+  """The roles in a pattern, in order."""
+  return list(dict.fromkeys(re.findall(_ROLE, pattern)))
+
+
+def overlap(a: Site, b: Site, name: str) -> bool:
+  """Whether two sites of one module have entries of an array in common."""
+  if name not in a.slices or name not in b.slices:
+    return True
+  axis, one = a.slices[name]
+  other_axis, other = b.slices[name]
+  if axis != other_axis:
+    return True
+  numbers = np.arange(a.model[a.owner].leaves[name].shape[axis])
+  return bool(np.intersect1d(numbers[one], numbers[other]).size)
+
+
+def _cut(part, site: Site, name: str, role: str) -> tuple[int, Any, int]:
+  """(axis, slice or indices, how many they are) of the slice of an array that a role names.
+
+  Raises:
+    ValueError: the array has no such axis or entries.
+  """
+  leaf = site.leaves[name]
+  where = f'the role {{{role}}} takes a part of {name!r} at {site.path!r}'
+  if part.axis >= len(leaf.outs):
+    raise ValueError(
+      f'{where}, whose output has {len(leaf.outs)} axes, and not axis={part.axis}: name the arrays '
+      'that are cut by Part(..., array=)'
+    )
+  axis = leaf.outs[part.axis]
+  size = leaf.shape[axis]
+  if callable(part.take):
+    numbers = np.arange(size)[part.take(site, size)]
+  else:
+    index, count = part.take
+    if size % count:
+      raise ValueError(f'{where}, whose {size} outputs are not {count} equal pieces')
+    numbers = np.arange(size)[size // count * index : size // count * (index + 1)]
+  if not len(numbers):
+    raise ValueError(f'{where}, and takes none of its {size} outputs')
+  return axis, _as_slice(numbers), len(numbers)
+
+
+def _as_slice(numbers: np.ndarray) -> Any:
+  """The same as a slice, where numbers follow each other at one distance."""
+  step = 1
+  if len(numbers) > 1:
+    step = int(numbers[1] - numbers[0])
+  if step < 1 or np.any(np.diff(numbers) != step):
+    return numbers
+  return slice(int(numbers[0]), int(numbers[-1]) + 1, step)

@@ -22,11 +22,11 @@ from .example import taken_apart
 from .generator import Generator, Place
 from .hooks import Hooks
 from .keys import named_key
-from .merging import arrays_of, merged
+from .merging import arrays_of, changed, merged, narrowed
 from .mode import mode_of
 from .paths import join_path, leaf_paths
 from .recorded import beside_output, write_back
-from .resolve import Plan, plan
+from .resolve import Plan, entry_at_module, plan
 from .rules import (
   FULL_CROSSING,
   MEMORY_CLASSES,
@@ -142,12 +142,12 @@ class Tuned:
   def _init_rule(self, rule: Rule, site: Site, key, flat):
     whole = arrays_of(site, flat)
     if not site.axes:
-      return rule.init(key, site, Arrays(whole, flat, site.number))
+      return rule.init(key, site, Arrays(narrowed(site, whole), flat, site.number))
     stacked = jax.tree.map(lambda x: site.choose(site.stack_first(x)), whole)
     numbers = site.choose(jnp.asarray(site.number))
 
     def one_layer(key, arrays, number):
-      return rule.init(key, site, Arrays(arrays, flat, number))
+      return rule.init(key, site, Arrays(narrowed(site, arrays), flat, number))
 
     return site.per_layer(one_layer)(_layer_keys(key, site), stacked, numbers)
 
@@ -409,7 +409,7 @@ class Tuned:
         t = (t, jnp.asarray(site.active))
       t = jax.tree.map(site.stack_restore, t)
       for name in names:
-        flat[join_path(site.path, name)] = Lazy(whole, t, _Applied(rule, site), name)
+        flat[join_path(site.owner, name)] = Lazy(whole, t, _Applied(rule, site), name)
     return flat
 
   def _extras(self, theta, path: str, key):
@@ -422,9 +422,10 @@ class Tuned:
     entries = {}
     active = {}
     for rule, own in self._plan.wrapped[path]:
-      entries[rule.name] = jax.tree.map(own.spread, self._entry(theta, rule, own))
+      entry = entry_at_module(rule, own)
+      entries[entry] = jax.tree.map(own.spread, self._entry(theta, rule, own))
       if own.chosen is not None:
-        active[rule.name] = jnp.asarray(own.active)
+        active[entry] = jnp.asarray(own.active)
     number = (
       jnp.zeros((), jnp.int32) if site.number is None else jnp.asarray(site.number, jnp.int32)
     )
@@ -575,7 +576,7 @@ class _Applied:
     theta = with_outer(self.rule, self.site, theta)
     check_scalars(self.rule, self.site, theta)
     with blame(self.rule, self.site, 'apply'):
-      new = self.rule.apply(theta, self.site, arrays)
+      new = changed(self.rule.apply, theta, self.site, arrays)
     if active is None:
       return new
     return {name: jnp.where(active.reshape(()), read(x), arrays[name]) for name, x in new.items()}

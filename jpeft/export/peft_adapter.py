@@ -80,8 +80,8 @@ def save_adapter(
   for name, path, array, values in _entries(theta):
     if f'{path}/{array}' not in places:
       raise ValueError(
-        f'theta has {array!r} of {name!r} at {path or "the model"!r}, no array of the base '
-        'model; of a generated method, give tuned='
+        f'theta has {name!r} at {path or "the model"!r}, and no array {array!r} of the pretrained '
+        'files is there: an adapter folder holds whole modules; of a generated method, give tuned='
       )
     place, keys = places[f'{path}/{array}']
     keys = _chosen(keys, name, path, tuned)

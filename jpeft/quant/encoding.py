@@ -47,6 +47,11 @@ def kernels(sites: Sites, targets: str) -> dict[str, tuple[Site, str]]:
   """
   found = {}
   for site in sites.find(targets):
+    if site.part:
+      raise ValueError(
+        f'{targets!r} names {{{site.part}}}, a part of {site.owner!r}: a kernel is stored as a '
+        'whole, so name the module'
+      )
     for name in site.matrices:
       found[join_path(site.path, name)] = (site, name)
   if not found:

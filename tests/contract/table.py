@@ -50,11 +50,12 @@ class Row:
 CONV = 'linen_cnn'
 DECODERS = ('linen_gemma', 'nnx_llama', 'nnx_raw')
 NO_BIAS = dict.fromkeys(DECODERS, 'bitfit: .* match, but none has what it adapts')
-NO_DOOR = {
-  'linen_gemma': 'acts on the input of a layer, and .* offers no injection point',
-  'nnx_raw': 'must multiply one axis of its input',
-}
+NO_DOOR = dict.fromkeys(
+  ('linen_gemma', 'nnx_raw'), 'acts on the input of a layer, and .* offers no injection point'
+)
 KERNELS = {CONV: {'targets': '{conv}'}}
+# Where {fc1} and {fc2} are arrays of one module, whose call alone can be wrapped.
+WHOLE = dict.fromkeys(('linen_gemma', 'nnx_raw'), {'taps': '{embed}|{attention}|{mlp}'})
 TOKENS = r'prompts need tokens \[B, N, D\], and ConvBlock'
 ONE = 'none has what it adapts|modules that are called|give one prediction|a pooled embedding'
 STREAM = r'reads one stream of tokens \[B, N, d\]'
@@ -74,7 +75,14 @@ ROWS: dict[str, Row] = {
   'ssf': Row(
     start=None, dead=('.*/key/.*/shift',), on={CONV: {'targets': '{conv}|{bn}|{final_norm}'}}
   ),
-  'houlsby': Row(start=1e-3, on={CONV: {'targets': '{linear}'}}),
+  'houlsby': Row(
+    start=1e-3,
+    on={
+      CONV: {'targets': '{linear}'},
+      'linen_gemma': {'targets': '{o}|{mlp}'},
+      'nnx_raw': {'targets': '{attention}|{mlp}'},
+    },
+  ),
   'pfeiffer': Row(start=0.1),
   'parallel': Row(start=0, on={CONV: {'targets': '{linear}'}}),
   'adaptformer': Row(start=0, cannot={CONV: 'no role {norm2}', 'linen_bert': 'no role {norm2}'}),
@@ -89,7 +97,7 @@ ROWS: dict[str, Row] = {
   'head2toe': Row(
     hp={'target': 64},
     start=None,
-    on={CONV: {'taps': '{embed}|{conv}|{linear}'}},
+    on={CONV: {'taps': '{embed}|{conv}|{linear}'}, **WHOLE},
     cannot=dict.fromkeys(DECODERS, ONE),
   ),
   'vqt': Row(

@@ -239,7 +239,7 @@ def _share_rows(a: Site, b: Site) -> bool:
     return False
   together = (('q', 'k', 'v'), ('fc1',))
   for roles in together:
-    pattern = '|'.join(anatomy.roles[role] for role in roles if role in anatomy.roles)
+    pattern = '|'.join(anatomy.role(role) for role in roles if role in anatomy.roles)
     if pattern and re.fullmatch(pattern, a.path) and re.fullmatch(pattern, b.path):
       return True
   return False

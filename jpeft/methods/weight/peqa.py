@@ -37,6 +37,11 @@ def peqa(targets: str = '{linear}', name: str = 'peqa') -> Method:
   def init(key, site, arrays):
     theta = {}
     for kernel in site.matrices:
+      if kernel in site.slices:
+        raise ValueError(
+          f'{name}: {{{site.part}}} is a slice of {kernel!r} at {site.owner!r}, and scales '
+          'belong to a whole kernel: name the module'
+        )
       box = arrays.stored(kernel)
       if not isinstance(box, Quantized):
         raise ValueError(
