@@ -1,13 +1,14 @@
 """What a Call can use of the model around it."""
 
 import contextvars
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from .attention import refusal, wrapped, wrapped_too, wraps
+from .beside import Beside, beside, given_by_position
 from .blame import blame
 from .discover import named, named_arrays
 from .entries import cast, names_entry
@@ -246,6 +247,22 @@ class Bound:
     use = uses(run, given, arrays, specs).get(name, Use())
     return use.direct and use.primitive in ('add', 'sub')
 
+  def beside(self, args: tuple, kwargs: dict, without: Collection[str] = ()) -> Beside:
+    """What the call gets beside its stream, as a pytree to tap: for a module that runs again.
+
+    `fn(arrays, *args, **kwargs)` of `layer` takes what its `with_stream(x)` returns, by position
+    and by name as the call had it; flags and `None` go along.
+
+    Args:
+      args, kwargs: of the call.
+      without: parameters that `with_stream` is given instead.
+
+    Raises:
+      ValueError: an argument cannot go along.
+    """
+    with blame(self._rule, self.site, 'apply'):
+      return beside(getattr(type(self.module), self._rule.method), args, kwargs, without)
+
   def inject(self, **fields):
     """Sets the module's own injection points (attention_fn, ...) while the context lasts."""
     chosen = {}
@@ -345,7 +362,9 @@ class Bound:
     flags = flags_of(signature, self.training)
 
     def with_flags(arrays, *args, **kwargs):
-      return fn(arrays, *args, **{**flags, **kwargs})
+      given = given_by_position(signature, len(args))
+      further = {name: flag for name, flag in flags.items() if name not in given}
+      return fn(arrays, *args, **{**further, **kwargs})
 
     return _limited(with_flags, site.path, self._position_at(site.path)), arrays
 

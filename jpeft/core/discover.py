@@ -162,13 +162,13 @@ def _forward(
   return forward, traced
 
 
-def _looks_like_array(x) -> bool:
+def looks_like_array(x) -> bool:
   return hasattr(x, 'shape') and hasattr(x, 'dtype')
 
 
 def named_arrays(fn: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
   """The array arguments of a method call by parameter name, the first one first."""
-  return {name: x for name, x in named(fn, args, kwargs).items() if _looks_like_array(x)}
+  return {name: x for name, x in named(fn, args, kwargs).items() if looks_like_array(x)}
 
 
 def named(fn: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def _stream(out, read: jax.ShapeDtypeStruct | None) -> tuple[tuple[Any, ...], An
     out: the output.
     read: the first array that the module is called with.
   """
-  arrays = [pair for pair in jax.tree_util.tree_leaves_with_path(out) if _looks_like_array(pair[1])]
+  arrays = [pair for pair in jax.tree_util.tree_leaves_with_path(out) if looks_like_array(pair[1])]
   if not arrays:
     return (), None
   for pair in arrays:
@@ -215,7 +215,7 @@ class _Outputs:
 
   def add(self, path: str, out) -> None:
     for where, x in jax.tree_util.tree_leaves_with_path(out):
-      if _looks_like_array(x):
+      if looks_like_array(x):
         self._made[id(x)] = (path, where, x)
 
   def read(self, inputs: dict[str, Any]) -> dict[str, str]:

@@ -238,15 +238,14 @@ class _MEFT:
     Raises:
       ValueError: the block returns more than its stream.
     """
-    inputs = call.inputs(*args, **kwargs)
-    x = inputs.pop(next(iter(inputs)))
+    x = next(iter(call.inputs(*args, **kwargs).values()))
     leaves, tree = jax.tree.flatten(_shapes(call, args, kwargs))
     if len(leaves) != 1:
       raise ValueError(
         f'{self.name}: the block {call.site.path!r} returns {len(leaves)} arrays; only its stream '
         'can be made again'
       )
-    call.tap(**inputs)
+    call.tap(beside=call.beside(args, kwargs))
     return jax.tree.unflatten(tree, [x])
 
   # At the exit
@@ -303,7 +302,7 @@ class _MEFT:
       if block.axes:
         index = None  # all layers of the stack: arrays [layers, ...]
       fn, arrays = call.layer(block, index)
-      row = {'arrays': arrays, 'inputs': _layers_first(taps[block.path], block)}
+      row = {'arrays': arrays, 'inputs': _layers_first(taps[block.path]['beside'], block)}
       taken = min(block.layers, max(count - start, 0))
       if taken:
         f = self.part(self.variant.f, call, fn, dtype)
@@ -343,7 +342,8 @@ class _MEFT:
         return self.adapter.apply(row['t'], x, row.get('key'))
       # Read while the block is traced, so that each part of a layer is a program of its own.
       call.local['running'] = name
-      out = fn(row['arrays'], x, **row['inputs'])
+      args, kwargs = row['inputs'].with_stream(x)
+      out = fn(row['arrays'], *args, **kwargs)
       return call.site.stream(out)
 
     return run
@@ -396,7 +396,7 @@ def _shapes(call: Bound, args, kwargs):
 # Rows: trees of arrays [layers, ...] of a stacked block, [...] of a single one.
 
 
-def _layers_first(taps: dict, block: Site) -> dict:
+def _layers_first(taps: Any, block: Site) -> Any:
   """What a block recorded, with the axes of nested scans folded into one."""
   if not block.axes:
     return taps

@@ -145,7 +145,7 @@ class _SHERL:
     """The blocks record their inputs; each exit merges them, the last one runs a block again."""
     side = Call(self.name, self.apply, self.init, taps=True, memory=PARTIAL_REENTRY)
     return chain(
-      record(self.name, self.blocks, also=self.tap_inputs, memory=PARTIAL_REENTRY),
+      record(self.name, self.blocks, beside=self.given_again, memory=PARTIAL_REENTRY),
       at(self.exit, side),
     )
 
@@ -168,14 +168,12 @@ class _SHERL:
       )
     return (0, *(i + 1 for i in chosen))
 
-  def tap_inputs(self, site: Site, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """What a block records beside the stream, to be run again: its other inputs.
+  def given_again(self, site: Site) -> list[str]:
+    """The inputs that a block is given where it runs again, and need not record.
 
-    The encoder's states are left out: the last block reads those of the side network instead.
+    They are the encoder's states: the last block reads those of the side network instead.
     """
-    others = list(inputs)[1:]
-    contexts = contexts_of(site, called(site, self.exit))
-    return {name: inputs[name] for name in others if name not in contexts}
+    return contexts_of(site, called(site, self.exit))
 
   def init(self, key, site, arrays):
     net = self.stack(site)
@@ -260,14 +258,13 @@ class _SHERL:
     """LastBlock(x) [B, N, d]; a decoder's attends to what the encoder's exit recorded as `side`."""
     deepest = net.depth - 1
     block, index = net.layer(deepest)
-    # Masks and position biases, as the backbone's own run had them.
-    recorded = [name for name in taps[block.path] if name != 'x']
-    inputs = {name: net.recorded(taps, name, deepest) for name in recorded}
+    states = {}
     if net.encoder is not None:
-      for name in net.contexts:
-        inputs[name] = taps[net.encoder.path]['side']
+      states = dict.fromkeys(net.contexts, taps[net.encoder.path]['side'])
+    # Masks and position biases, as the backbone's own run had them.
+    args, kwargs = net.beside(taps, deepest).with_stream(x, **states)
     run, arrays = call.layer(block, index)
-    return block.stream(run(arrays, x, **inputs))
+    return block.stream(run(arrays, *args, **kwargs))
 
 
 def merged(t, u: jax.Array) -> jax.Array:

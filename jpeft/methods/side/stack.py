@@ -4,7 +4,7 @@ read.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -172,6 +172,14 @@ class Stack:
     """What one layer recorded under a name."""
     return self.by_layer(taps, name)[layer]
 
+  def beside(self, taps, layer: int) -> Any:
+    """What one layer was called with beside its stream, as `call.beside` gave it to the taps."""
+    block, index = self.layer(layer)
+    tap = taps[block.path]['beside']
+    if not block.axes:
+      return tap
+    return jax.tree.map(lambda x: _layers_first(block, x)[index], tap)
+
   def shared(self, taps, name: str) -> jax.Array | None:
     """A recorded value that is the same for every block (such as the attention mask); None if
     nothing was recorded.
@@ -286,6 +294,7 @@ def record(
   keep: Callable[[jax.Array], jax.Array] = lambda x: x,
   also: Callable[..., Mapping[str, jax.Array]] = lambda site, inputs: {},
   memory: str = NO_BACKPROP,
+  beside: Callable[[Site], Collection[str]] | None = None,
 ) -> Method:
   """A method that records the input of every block, under stop_gradient, as the tap `x`.
 
@@ -295,6 +304,8 @@ def record(
     keep: what is recorded of the stream, such as means over groups of features.
     also: (site, {parameter name: array}) -> what else is recorded of what a block is called with.
     memory: the method's memory class.
+    beside: for blocks that run again, site -> the parameters that are given there; what else a
+      block is called with beside its stream is recorded as the tap `beside`.
   """
 
   def apply(t, call, *args, **kwargs):
@@ -309,7 +320,11 @@ def record(
       # block and keep every full-width one alive until then.
       tap, first = jax.lax.optimization_barrier((tap, args[0]))
       args = (first, *args[1:])
-    call.tap(x=tap, **also(call.site, inputs))
+    further = dict(also(call.site, inputs))
+    if beside is not None:
+      around = call.beside(args, kwargs, beside(call.site))
+      further['beside'] = jax.tree.map(stop_gradient, around)
+    call.tap(x=tap, **further)
     return call(*args, **kwargs)
 
   return at(blocks, Call(name, apply, taps=True, memory=memory))
