@@ -58,9 +58,9 @@ class Anatomy:
       fc2, norm (inside blocks), final_norm, embed (makes the tokens), encoder (runs the blocks),
       head, linear (every linear map of a block), patch (the layer that makes tokens of pixels);
       norm1 and norm2 (what attention and MLP read, where a norm comes first), block_end (the block,
-      or the norm that ends it: what the stream leaves through), stack (what the finished token sequence
-      runs through, in order: a module that runs the blocks, or the blocks themselves, with the
-      module before and after them where the blocks are one scanned stack).
+      or the norm that ends it: what the stream leaves through), stack (what the finished token
+      sequence runs through, in order: a module that runs the blocks, or the blocks themselves, with
+      the module before and after them where the blocks are one scanned stack).
     causal: whether a token sees only the tokens before it.
     lead: how many special tokens (class, distillation) stand before the others.
     exit: the role whose output is the last hidden state: 'final_norm', or 'encoder' where blocks

@@ -38,7 +38,12 @@ class Beside:
 
   args: tuple
   kwargs: dict[str, Any]
+  names: tuple[str, ...] = dataclasses.field(metadata={'static': True})
   stream: str = dataclasses.field(metadata={'static': True})
+
+  def by_name(self) -> dict[str, Any]:
+    """The arguments by parameter name, each a pytree of its arrays."""
+    return {**dict(zip(self.names, self.args, strict=True)), **self.kwargs}
 
   def with_stream(self, x: jax.Array, **others) -> tuple[tuple, dict[str, Any]]:
     """(args, kwargs) of the same call on another stream.
@@ -83,6 +88,7 @@ def beside(
   return Beside(
     args=tuple(kept(name, value) for name, value in zip(names, args, strict=True)),
     kwargs={name: kept(name, value) for name, value in kwargs.items()},
+    names=tuple(names),
     stream=stream,
   )
 

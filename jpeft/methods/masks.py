@@ -146,3 +146,10 @@ def additive(mask: jax.Array, dtype, batch: int) -> jax.Array:
   if mask.ndim == 3 and len(mask) == batch:
     mask = mask[:, None]
   return mask.astype(dtype).reshape((1,) * (4 - mask.ndim) + mask.shape)
+
+
+def has_length(x: jax.Array, batch: int, length: int) -> bool:
+  """Whether an array has an axis of tokens: of this length, and not the axis of examples."""
+  if length in x.shape[1:]:
+    return True
+  return x.shape[:1] == (length,) and length != batch

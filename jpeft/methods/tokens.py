@@ -11,7 +11,7 @@ from jpeft.core import Bound, Site
 
 from .arguments import first_array, on_first
 from .check import whole
-from .masks import conditions, is_of_other_sequence, reads_other_sequence
+from .masks import conditions, has_length, is_of_other_sequence, reads_other_sequence
 
 PLACES = ('lead', 'front', 'end')
 
@@ -170,11 +170,11 @@ class Tokens:
         raise ValueError(
           f'{name} of {site.path!r} is a cache of earlier tokens, {_AGAIN.format(self.count)}'
         )
-      if hasattr(a, 'shape') and _has_length(a, batch, length):
+      if hasattr(a, 'shape') and has_length(a, batch, length):
         is_bias = jnp.issubdtype(a.dtype, jnp.floating) and name not in selected
         return self._longer(site, name, a, batch, length, is_bias)
       for x in leaves:
-        if x is not a and _has_length(x, batch, length):
+        if x is not a and has_length(x, batch, length):
           raise _unknown(site, name, x, length, self.count)
       return a
 
@@ -232,13 +232,6 @@ class Tokens:
         keys = jnp.where(is_seen, keys, jnp.asarray(hidden, a.dtype))
       a = jnp.concatenate([a[..., :start], keys, a[..., start:]], -1)
     return a
-
-
-def _has_length(a: jax.Array, batch: int, length: int) -> bool:
-  """Whether an array has an axis of tokens: of this length, and not the axis of examples."""
-  if length in a.shape[1:]:
-    return True
-  return a.shape[:1] == (length,) and length != batch
 
 
 def _is_cache(name: str) -> bool:

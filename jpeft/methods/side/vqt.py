@@ -41,6 +41,7 @@ from jpeft.core import NO_BACKPROP, Call, Method, at, chain, factory
 from ..arguments import on_first
 from ..check import at_least, whole, within
 from ..keys import named_options
+from ..masks import has_length, is_of_other_sequence, mask_names
 from ..nn import drop, remat_if, uniform
 from ..prompt.vpt import spread_of
 from . import features
@@ -141,6 +142,7 @@ class _VQT:
   def apply_block(self, t, call, *args, **kwargs):
     """Runs a block, and records what its summaries add to the logits, as the tap `vote`."""
     block, arrays = call.pure()
+    self.check_arguments(call, args, kwargs)
     out = call(*args, **kwargs)
     first = call.site.stream(out)
     batch = len(first)
@@ -167,6 +169,22 @@ class _VQT:
     call.tap(vote=features.vote(t, z))
     features.penalise(call, self.name, t, self.lasso)
     return out
+
+  def check_arguments(self, call, args, kwargs) -> None:
+    """Raises a ValueError if an argument of a block goes by the positions of its tokens."""
+    inputs = call.inputs(*args, **kwargs)
+    batch, length = next(iter(inputs.values())).shape[:2]
+    seen_by_attention = mask_names(inputs)
+    for name, value in call.beside(args, kwargs).by_name().items():
+      if name in seen_by_attention or is_of_other_sequence(name):
+        continue
+      for x in jax.tree.leaves(value):
+        is_bias = x.ndim > 2 and x.shape[-1] == length
+        if has_length(x, batch, length) and not is_bias:
+          raise ValueError(
+            f'{self.name}: {name!r} of the block {call.site.path!r}, {list(x.shape)}, goes by the '
+            'position of a token, and a summary has none'
+          )
 
   # The attention in it, which stores keys and values in the first run and reads them in the second.
 
