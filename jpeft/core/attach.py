@@ -214,7 +214,7 @@ def _check_overlaps(rules: list[tuple[Rule, Site]]) -> None:
   """Raises a ValueError if a rule acts twice on entries of an array, by parts that overlap."""
   seen: dict[tuple[str, str, str], list[Site]] = {}
   for rule, site in rules:
-    for name in site.leaves if isinstance(rule, Weight) else ():
+    for name in changes(rule, site) if isinstance(rule, Weight) else ():
       others = seen.setdefault((rule.name, site.owner, name), [])
       for other in others:
         if (site.part or other.part) and overlap(site, other, name):

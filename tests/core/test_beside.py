@@ -164,9 +164,7 @@ def test_arguments_by_position_go_along(name, method):
 
 
 def test_what_goes_by_a_position_is_named():
-  with pytest.raises(
-    ValueError, match="'position_embeddings' of the block 'block_0'"
-  ):
+  with pytest.raises(ValueError, match="'position_embeddings' of the block 'block_0'"):
     run(Model, 'all', METHODS['vqt'])
 
 
