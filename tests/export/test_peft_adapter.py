@@ -275,5 +275,19 @@ def test_a_generated_method_writes_what_its_rules_read(bert, tmp_path):
   _, again = jpeft.load_adapter(tmp_path, loaded)
   jax.tree.map(np.testing.assert_allclose, again, tuned.expand(theta))
   shared = {'lora': {'': {'a': np.zeros((2, 2))}}}
-  with pytest.raises(ValueError, match='no array of the base model; of a generated method'):
+  with pytest.raises(ValueError, match='whole modules; of a generated method, give tuned='):
     jpeft.save_adapter(tmp_path, loaded, shared, 4)
+
+
+def test_a_part_of_a_layer_is_told(bert, tmp_path):
+  loaded, args = bert()
+  query = r'.*/attention/query'
+  anatomy = jpeft.Anatomy('halves', {'block': r'.*/block_\d', 'q': jpeft.Part(query, take=(0, 2))})
+  jpeft.register_anatomy(anatomy)
+  try:
+    tuned = jpeft.attach(loaded.model, jpeft.lora(2, targets='{q}'), loaded.variables, *args)
+  finally:
+    del jpeft.ANATOMIES['halves']
+  theta = tuned.init(jax.random.key(0), loaded.variables)
+  with pytest.raises(ValueError, match="at '.*query:q', and no array .* whole modules"):
+    jpeft.save_adapter(tmp_path / 'out', loaded, theta, 8)
