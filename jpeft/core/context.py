@@ -445,15 +445,19 @@ def acting(rules: list, path: str) -> list:
 
 def _limited(fn: Callable, path: str, count: int) -> Callable:
   """fn(arrays, ...) with the first `count` of the rules at a path, and nothing recorded."""
-  around = wraps()  # fn may be traced later than the rules around it run
+  # fn may be traced later than the rules around it run: then they are around it as they were.
+  around = wraps()
+  running = _running.get()
 
   def run(arrays, *args, **kwargs):
-    token = _limits.set({**_limits.get({}), path: count})
+    limits = _limits.set({**_limits.get({}), path: count})
+    calls = _running.set(running)
     try:
       with wrapped(around):
         return fn(arrays, *args, **kwargs)
     finally:
-      _limits.reset(token)
+      _running.reset(calls)
+      _limits.reset(limits)
 
   return run
 

@@ -65,6 +65,20 @@ def test_saving_as_it_is_changes_no_bit(name):
   assert leaves_equal((out, grads), (same, again))
 
 
+@pytest.mark.parametrize('name', MODELS)
+def test_a_gradient_of_a_compiled_function_is_the_same(name):
+  """A custom_vjp inside jit is traced when a gradient is taken: the rules inside act then too."""
+  model = MODELS[name]()
+  held = backbone(model)
+  method = jpeft.chain(low_rank('.*fc'), saving(lambda x: x, lambda x: x))
+  tuned = jpeft.attach(model, method, held, X)
+  theta = noisy(tuned.init(jax.random.key(0), held))
+  loss = lambda theta: jnp.sum(jnp.square(tuned.apply(theta, held, X)))
+  inside, outside = jax.jit(jax.grad(loss))(theta), jax.grad(jax.jit(loss))(theta)
+  assert all(jnp.any(g != 0) for g in jax.tree.leaves(inside))
+  jax.tree.map(lambda g, h: np.testing.assert_allclose(g, h, rtol=1e-5, atol=1e-5), inside, outside)
+
+
 @pytest.mark.parametrize('pack', PACKS)
 @pytest.mark.parametrize('name', MODELS)
 def test_saving_less_keeps_the_output_and_nearly_the_gradient(name, pack):

@@ -7,7 +7,7 @@ named collections in and out, and 'params' is always among them.
 
 import contextlib
 import contextvars
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +20,10 @@ from ..paths import EXTRAS, TAP, join_path, key_path, path_keys
 
 # Where a module that runs as a pure function stands in the model; '' for the model itself.
 _prefix: contextvars.ContextVar[str] = contextvars.ContextVar('jpeft_prefix', default='')
+# The interceptor of the call of the model that runs.
+_intercepting: contextvars.ContextVar[Callable | None] = contextvars.ContextVar(
+  'jpeft_intercepting', default=None
+)
 _outside: contextvars.ContextVar[bool] = contextvars.ContextVar('jpeft_outside', default=False)
 
 
@@ -95,7 +99,7 @@ def run(model, backbone, flat, extras, hook, wanted, records, args, kwargs):
   mutable = list(returned)
   if records and 'params' not in returned:
     mutable.append('params')
-  with nn.intercept_methods(_interceptor(hook, wanted)):
+  with _intercepted(_interceptor(hook, wanted)):
     if not mutable:
       return model.apply(variables, *args, **kwargs), {}
     out, state = model.apply(variables, *args, mutable=mutable, **kwargs)
@@ -115,6 +119,16 @@ def _collections(mutable, backbone) -> list[str]:
   if isinstance(mutable, str):
     return [mutable]
   return list(mutable)
+
+
+@contextlib.contextmanager
+def _intercepted(interceptor: Callable) -> Iterator[None]:
+  token = _intercepting.set(interceptor)
+  try:
+    with nn.intercept_methods(interceptor):
+      yield
+  finally:
+    _intercepting.reset(token)
 
 
 def _interceptor(hook, wanted):
@@ -215,12 +229,19 @@ def pure(module, path: str):
 
 
 def _applied(unbound, path: str, rngs: dict):
-  """unbound.apply as fn(variables, *args, **kwargs); its calls have their paths in the model."""
+  """unbound.apply as fn(variables, *args, **kwargs); its calls have their paths in the model.
+
+  It may be traced when the call of the model has ended: a custom_vjp inside of jit is, when a
+  gradient is taken of the whole. The rules inside of it act then too.
+  """
+  interceptor = _intercepting.get()
 
   def fn(variables, *args, **kwargs):
     token = _prefix.set(path)
+    has_ended = interceptor is not None and _intercepting.get() is not interceptor
     try:
-      return unbound.apply(variables, *args, rngs=rngs, **kwargs)
+      with _intercepted(interceptor) if has_ended else contextlib.nullcontext():
+        return unbound.apply(variables, *args, rngs=rngs, **kwargs)
     finally:
       _prefix.reset(token)
 
