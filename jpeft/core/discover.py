@@ -137,7 +137,7 @@ def _forward(
   hook: Callable,
   wanted: frozenset[tuple[str, str]] | None = None,
   wrap: Callable = lambda x: x,
-) -> tuple[Callable, dict]:
+) -> tuple[Callable, tuple]:
   """(forward, arrays): a forward pass as a function of weights like `specs` and of these arrays.
 
   Args:
@@ -147,19 +147,24 @@ def _forward(
     wrap: makes of each weight what the model gets.
   """
   backend = backend_of(model)
-  traced, put = taken_apart((args, kwargs))
+  inputs, put = taken_apart((args, kwargs))
+  # What the model stores beside its weights, such as statistics, where only shapes are given.
+  stored, structure = jax.tree.flatten(backbone)
+  shapes = {i: x for i, x in enumerate(stored) if isinstance(x, jax.ShapeDtypeStruct)}
   # Empty, under a name of this trace: a layer that the model jits itself would else be answered
   # from the cache of an earlier trace, and its modules would not be seen.
   mark = {f'trace{next(_traces)}': {}}
   fresh = {path.rpartition('/')[0]: mark for path in specs}
 
   def forward(flat, traced):
-    args, kwargs = backend.fresh(put(traced))
+    inputs, shapes = traced
+    args, kwargs = backend.fresh(put(inputs))
+    given = structure.unflatten([shapes.get(i, x) for i, x in enumerate(stored)])
     arrays = {name: wrap(x) for name, x in flat.items()}
-    out, _ = backend.run(model, backbone, arrays, fresh, hook(), wanted, False, args, dict(kwargs))
+    out, _ = backend.run(model, given, arrays, fresh, hook(), wanted, False, args, dict(kwargs))
     return out
 
-  return forward, traced
+  return forward, (inputs, shapes)
 
 
 def looks_like_array(x) -> bool:

@@ -9,6 +9,7 @@ import pytest
 
 import jpeft
 from jpeft.core.stacks import stack_axes
+from tests.contract.anatomies import described
 from tests.core.small import Blocks, NnxBlocks, X, backbone
 from tests.fixtures import BACKBONES, EDGES
 
@@ -179,3 +180,15 @@ def test_stack_axes(outer, inner, axes):
 def test_stack_axes_that_nothing_explains():
   with pytest.raises(ValueError, match='cannot tell which axes'):
     stack_axes([(3, 5)], [(4,)])
+
+
+@pytest.mark.parametrize('name', BACKBONES)
+def test_shapes_do_for_all_that_a_model_stores(name):
+  b = BACKBONES[name]
+  shapes = jax.eval_shape(lambda: b.backbone)
+  with described(b):
+    tuned = [
+      jpeft.attach(b.model, jpeft.norm(), held, *b.args, **b.kwargs) for held in (b.backbone, shapes)
+    ]
+  assert tuned[0].shapes == tuned[1].shapes
+  assert str(jpeft.summary(tuned[0])) == str(jpeft.summary(tuned[1]))
