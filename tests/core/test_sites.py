@@ -188,7 +188,8 @@ def test_shapes_do_for_all_that_a_model_stores(name):
   shapes = jax.eval_shape(lambda: b.backbone)
   with described(b):
     tuned = [
-      jpeft.attach(b.model, jpeft.norm(), held, *b.args, **b.kwargs) for held in (b.backbone, shapes)
+      jpeft.attach(b.model, jpeft.norm(), held, *b.args, **b.kwargs)
+      for held in (b.backbone, shapes)
     ]
   assert tuned[0].shapes == tuned[1].shapes
   assert str(jpeft.summary(tuned[0])) == str(jpeft.summary(tuned[1]))
