@@ -58,6 +58,7 @@ class Tuned:
     method: as given to `attach`.
     backbone: the shapes of what the model stores.
     example: the call that `attach` was given, (args, kwargs) with shapes for arrays.
+    begin: of what `at_stage` made, the method as it was attached; else None.
   """
 
   model: Any
@@ -66,6 +67,7 @@ class Tuned:
   method: Method
   backbone: Any
   example: tuple[tuple, dict]
+  begin: 'Tuned | None' = None
 
   # ---- Theta.
 
@@ -238,10 +240,11 @@ class Tuned:
 
   def at_stage(self, number: int, steps: int) -> 'Tuned':
     """The same method with what is trained after `number` of `steps` updates; theta is the same."""
-    rules = staged(self.rules, number, steps)
-    if all(new is old for (new, _), (old, _) in zip(rules, self.rules, strict=True)):
-      return self
-    return dataclasses.replace(self, rules=rules)
+    first = self.begin or self
+    rules = staged(first.rules, number, steps)
+    if all(new is old for (new, _), (old, _) in zip(rules, first.rules, strict=True)):
+      return first
+    return dataclasses.replace(first, rules=rules, begin=first)
 
   def update(self, theta, step, key):
     """theta after the schedules and periodic edits that the method's rules make.

@@ -167,6 +167,7 @@ def test_stages_change_what_is_trained(name):
   one = WIDTH * RANK * 3
   counts = [jpeft.summary(tuned.at_stage(n, 10)).trainable for n in range(6)]
   assert counts == [2 * one, 2 * one, one, one, one, one]
+  assert tuned.at_stage(4, 10).at_stage(0, 10) is tuned
   path = next(iter(theta['low']))
   grads = [
     jax.grad(lambda t, n=n: loss_of(tuned.at_stage(n, 10), held, t))(theta) for n in (0, 2, 4)
