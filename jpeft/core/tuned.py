@@ -280,7 +280,7 @@ class Tuned:
         raise ValueError(f'no adapter is called {name!r}; there are {", ".join(known)}')
     rules = tuple((rule, site) for rule, site in self.rules if rule.name in names)
     method = Method((pattern, rule) for pattern, rule in self.method if rule.name in names)
-    return dataclasses.replace(self, rules=rules, method=method)
+    return dataclasses.replace(self, rules=rules, method=method, begin=None)
 
   # ---- The model under the method.
 
