@@ -56,7 +56,7 @@ def update_of(config) -> Update:
   batch = _batch(example, config.data.batch_size)
   step = training.train_step(
     tuned,
-    training.forward(tuned, True),
+    training.Forward(tuned, True),
     tx,
     config.seed,
     config.loss.label_smoothing,

@@ -344,7 +344,7 @@ class Bound:
     It serves to reverse, recompute or compress a block, or to run it again. The rules that act
     before this one act inside; what the module writes (caches, statistics, taps) is dropped.
     """
-    fn, arrays = self._backend.pure(self.module, self.site.path)
+    fn, arrays = self._backend.pure(self.module, self.site.path, self._rule.method)
     return _limited(fn, self.site.path, self._position), arrays
 
   def layer(self, site: Site, index: int | None = 0) -> tuple[Callable, Any]:

@@ -76,7 +76,7 @@ class Work:
     """(state, backbone, batch) -> (state, ...): the trainer's update."""
     return training.train_step(
       tuned,
-      training.forward(tuned, True, self.mode(True)),
+      training.Forward(tuned, True, self.mode(True)),
       tx,
       seed=0,
       smoothing=self.smoothing,

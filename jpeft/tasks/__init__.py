@@ -11,6 +11,7 @@ from .modality import (
   modality_of,
   register_modality,
 )
+from .pieces import MOST_LOGITS, NotInPieces, in_pieces, token_losses
 from .task import Task, loss
 
 TASKS: dict[str, Task] = {'classification': CLASSIFICATION, 'language': LANGUAGE}
@@ -25,12 +26,15 @@ __all__ = [
   'CLASSIFICATION',
   'LANGUAGE',
   'METRICS',
+  'MOST_LOGITS',
   'Metric',
   'Modality',
+  'NotInPieces',
   'TASKS',
   'Task',
   'best',
   'better',
+  'in_pieces',
   'inputs',
   'loss',
   'modality',
@@ -40,4 +44,5 @@ __all__ = [
   'register_metric',
   'register_modality',
   'registered_module',
+  'token_losses',
 ]

@@ -89,11 +89,18 @@ def tally(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, ja
   Returns:
     loss: in nats; right: how many greedy guesses are right; tokens: how many there are.
   """
+  right = logits.argmax(-1) == labels
+  return tally_losses(loss(logits, labels), right, labels, mask)
+
+
+def tally_losses(
+  losses: jax.Array, right: jax.Array, labels: jax.Array, mask: jax.Array
+) -> dict[str, jax.Array]:
+  """The same sums from the loss of each token, and whether its label is the likeliest, [B, N]."""
   learned = (labels >= 0) & (mask[:, None] > 0)
-  right = learned & (logits.argmax(-1) == labels)
   return {
-    'loss': jnp.where(learned, loss(logits, labels), 0).sum(),
-    'right': right.sum(),
+    'loss': jnp.where(learned, losses, 0).sum(),
+    'right': (learned & right).sum(),
     'tokens': learned.sum(),
   }
 
@@ -158,4 +165,14 @@ def distance(a: Sequence, b: Sequence) -> int:
   return row[-1]
 
 
-LANGUAGE = Task(source, rows, example, tally, scores, check, written, untuned=True)
+LANGUAGE = Task(
+  source,
+  rows,
+  example,
+  tally,
+  scores,
+  check,
+  written,
+  untuned=True,
+  tally_losses=tally_losses,
+)

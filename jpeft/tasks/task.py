@@ -19,6 +19,8 @@ class Task(NamedTuple):
       compile with.
     tally: (logits, labels, mask) -> what `scores` needs of one batch, mask [B] being False for rows
       that only fill up the last one; tallies are added.
+    tally_losses: (losses, right, labels, mask) -> the same tally from the loss of each label and
+      whether it is the likeliest; None where a tally needs logits.
     scores: a summed tally -> {metric: value}.
     check: (config, tuned) -> nothing; raises a ValueError for a method that the rows do not go
       with.
@@ -36,6 +38,7 @@ class Task(NamedTuple):
   check: Callable[..., None] = lambda *_: None
   written: Callable[..., dict[str, float] | None] = lambda *_: {}
   untuned: bool = False
+  tally_losses: Callable[..., dict[str, jax.Array]] | None = None
 
 
 def loss(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:

@@ -27,10 +27,10 @@ from .sharding import (
   with_sharding,
 )
 from .step import (
+  Forward,
   batch_shapes,
   eval_step,
   evaluate,
-  forward,
   initial_state,
   means,
   state_shapes,
@@ -41,6 +41,7 @@ from .step import (
 __all__ = [
   'Checkpoints',
   'Features',
+  'Forward',
   'Memory',
   'Metrics',
   'Part',
@@ -57,7 +58,6 @@ __all__ = [
   'evaluate',
   'fingerprint',
   'fitting',
-  'forward',
   'hyperparameters',
   'imports_of',
   'initial_state',

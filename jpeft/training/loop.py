@@ -58,7 +58,7 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
 
     def part_of(source, training: bool) -> Part:
       rows, transform = task.rows(config, pretrained, source, training)
-      forward = step.forward(tuned, training)
+      forward = step.Forward(tuned, training)
       return Part(rows, transform, forward, task.example(config, pretrained))
 
     train_size = config.data.batch_size
@@ -94,7 +94,7 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
   for stage in stages:
     forward = train_part.forward
     if stage.tuned is not tuned:
-      forward = step.forward(stage.tuned, True)
+      forward = step.Forward(stage.tuned, True)
     train_step = step.train_step(
       stage.tuned,
       forward,
@@ -115,7 +115,7 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
   def compiled_eval(part: Part, theta_shapes):
     example = part.example | {'mask': np.ones(1, np.float32)}
     shapes = step.batch_shapes(example, eval_size, rows)
-    fn = step.eval_step(part.forward, task.tally)
+    fn = step.eval_step(part.forward, task.tally, task.tally_losses)
     return fit.compiled(fn, theta_shapes, backbone_shapes, shapes)[0]
 
   eval_step = compiled_eval(eval_part, state_shapes['theta'])
@@ -164,6 +164,10 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
   if other_run is not None and other_run.arrays:
     progress.note(other_run.told)
   progress.note(report.needs(stage.cost))
+  if isinstance(train_part.forward, step.Forward):
+    _, why = train_part.forward.in_pieces(batch_shapes, config.loss.label_smoothing)
+    if why:
+      progress.note(f'logits are made whole: {why}')
   for later in stages:
     if later.begin > start:
       count = summary(later.tuned).trainable
@@ -193,7 +197,7 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
 
   if task.untuned and not start and not metrics.has(0, 'untuned'):
     untuned = tuned.only()
-    part = untuned_part._replace(forward=step.forward(untuned, False))
+    part = untuned_part._replace(forward=step.Forward(untuned, False))
     scores = evaluated(untuned, {}, compiled_eval(part, {}), part, writes=True)
     if scores is not None:
       metrics.add(0, 'untuned', **scores)

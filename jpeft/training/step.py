@@ -1,5 +1,7 @@
 """One update of theta and one evaluation step, as functions to be compiled."""
 
+import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -72,26 +74,72 @@ def batch_shapes(
   }
 
 
-def forward(tuned: Tuned, training: bool, mode: Mapping[str, bool] | None = None) -> Callable:
-  """(theta, backbone, batch, key, aux=False, **takes) -> logits [B, C], or [B, N, V] of texts.
+@dataclasses.dataclass(frozen=True)
+class Forward:
+  """The forward pass of a method on batches.
 
-  With `aux` it returns (logits, aux), see `Tuned.apply`; `takes` are arguments that the method's
-  rules take for themselves.
-
-  Args:
+  Attributes:
     tuned: from `attach`.
-    training: whether the key is read, for dropout.
+    training: whether keys are read, for dropout.
     mode: the argument by which the model knows whether it trains; `deterministic` if left out.
   """
-  options = {'deterministic': not training} if mode is None else mode
 
-  def run(theta, backbone, batch, key, aux=False, **takes):
+  tuned: Tuned
+  training: bool
+  mode: Mapping[str, bool] | None = None
+
+  def __call__(self, theta, backbone, batch, key, aux=False, **takes):
+    """logits [B, C], or [B, N, V] of texts; with `aux` (logits, aux), see `Tuned.apply`.
+
+    `takes` are arguments that the method's rules take for themselves.
+    """
+    return self._apply(self.tuned, theta, backbone, batch, key, aux, **takes)
+
+  def losses(self, theta, backbone, batch, key, smoothing: float = 0.0):
+    """((the loss of each label, whether it is the likeliest), aux).
+
+    Logits of texts are not made whole where they are large, see `in_pieces`.
+    """
+    labels = batch['label']
+    pieces, _ = self.in_pieces(batch, smoothing)
+    if pieces is None:
+      logits, aux = self(theta, backbone, batch, key, aux=True)
+      right = (logits.argmax(-1) == labels) & (labels >= 0)
+      return (tasks.loss(logits, labels, smoothing), right), aux
+    losses, aux = self._apply(pieces, theta, backbone, batch, key, True, labels=labels)
+    return (losses[..., 0], losses[..., 1] > 0), aux
+
+  def in_pieces(self, batch, smoothing: float = 0.0) -> tuple[Tuned | None, str]:
+    """(the method with losses in place of logits, '') where whole logits are large.
+
+    Else (None, '') or, where they are large and cannot be avoided, (None, why).
+    """
+    labels = batch['label']
+    out = self.tuned.sites[''].out
+    if len(labels.shape) != 2 or math.prod(labels.shape) * out.shape[-1] <= tasks.MOST_LOGITS:
+      return None, ''
+    made, why = tasks.in_pieces(self.tuned, smoothing)
+    if why:
+      return None, why
+    shapes = jax.eval_shape(lambda: (self.tuned.shapes, self.tuned.backbone, batch))
+    try:
+      key = jax.random.key(0)
+      jax.eval_shape(
+        lambda theta, backbone, batch: self._apply(
+          made, theta, backbone, batch, key, True, labels=batch['label']
+        ),
+        *shapes,
+      )
+    except tasks.NotInPieces as error:
+      return None, str(error)
+    return made, ''
+
+  def _apply(self, tuned, theta, backbone, batch, key, aux, **takes):
+    options = {'deterministic': not self.training} if self.mode is None else self.mode
     args, kwargs = tasks.inputs(batch)
-    if training:
+    if self.training:
       kwargs = kwargs | {'rngs': {'dropout': key}}
     return tuned.apply(theta, backbone, *args, aux=aux, **kwargs, **options, **takes)
-
-  return run
 
 
 def train_step(
@@ -109,7 +157,7 @@ def train_step(
 
   Args:
     tuned: from `attach`.
-    forward: from `forward`, in training.
+    forward: a `Forward` in training, or a function that is called like it.
     tx: from `optim.optimizer`.
     seed: of dropout and of the method's own edits; the step is folded in.
     smoothing: of the labels.
@@ -131,8 +179,13 @@ def train_step(
     def loss(logits):
       return tasks.loss(logits, batch['label'], smoothing).sum() / count * rounds
 
-    value, logits, aux = tuned.objective(run, loss)
-    correct = (logits.argmax(-1) == batch['label']).sum()
+    if isinstance(forward, Forward) and not tuned.has_loss:
+      (losses, right), aux = forward.losses(theta, backbone, batch, key, smoothing)
+      value = losses.sum() / count
+      correct = right.sum()
+    else:
+      value, logits, aux = tuned.objective(run, loss)
+      correct = (logits.argmax(-1) == batch['label']).sum()
     _, held = tuned.split(tuned.write_back(theta, aux))
     return value / rounds, (correct, held)
 
@@ -196,16 +249,20 @@ def train_step(
   return step
 
 
-def eval_step(forward: Callable, tally: Callable) -> Callable:
+def eval_step(forward: Callable, tally: Callable, tally_losses: Callable | None = None) -> Callable:
   """(theta, backbone, batch) -> the tally of one batch.
 
   Args:
     forward: of evaluation.
-    tally: of a task.
+    tally, tally_losses: of a task.
   """
 
   def step(theta, backbone, batch):
-    logits = forward(theta, backbone, batch, jax.random.key(0))
+    key = jax.random.key(0)
+    if isinstance(forward, Forward) and tally_losses is not None:
+      (losses, right), _ = forward.losses(theta, backbone, batch, key)
+      return tally_losses(losses, right, batch['label'], batch['mask'])
+    logits = forward(theta, backbone, batch, key)
     return tally(logits, batch['label'], batch['mask'])
 
   return step

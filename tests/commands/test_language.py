@@ -135,7 +135,7 @@ def test_micro_batches_give_the_update_of_the_whole_batch(settings):
   found = []
   for parts in (1, 2):
     tx = optax.sgd(1.0)
-    update = step.train_step(tuned, step.forward(tuned, True), tx, 0, accumulate=parts)
+    update = step.train_step(tuned, step.Forward(tuned, True), tx, 0, accumulate=parts)
     state = {
       'theta': theta,
       'optimizer': tx.init(theta),

@@ -94,7 +94,7 @@ def test_a_training_step_leaves_state_alone():
     state = step.initial_state(tuned, tx, held, 0)
     # Moments of what is trained, and the counter of Adam.
     assert sum(x.size for x in jax.tree.leaves(state['optimizer']) if x.ndim) == 2 * 3 * 3
-    fn = step.train_step(tuned, step.forward(tuned, True), tx, 0, accumulate=accumulate)
+    fn = step.train_step(tuned, step.Forward(tuned, True), tx, 0, accumulate=accumulate)
     new, _ = jax.jit(fn)(state, held, batch)
     before, after = leaf_paths(state['theta']), leaf_paths(new['theta'])
     moved = {path.rpartition('/')[2] for path in before if np.any(before[path] != after[path])}

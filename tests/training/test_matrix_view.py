@@ -301,7 +301,7 @@ def test_in_the_training_step_of_a_method_with_state(wrapped):
   if wrapped:
     tx = jpeft.freeze(tx, tuned.trainable)
   state = step.initial_state(tuned, tx, row.backbone, 0)
-  forward = step.forward(tuned, False, {'train': False})
+  forward = step.Forward(tuned, False, {'train': False})
   batch = {'image': row.args[0], 'label': np.array([0, 1], np.int32)}
   update = jax.jit(step.train_step(tuned, forward, tx, 0))
   losses = []

@@ -36,7 +36,7 @@ def prepared(method, tx=None):
 
 def test_update_against_plain_jax():
   tuned, tx, backbone, state = prepared(jpeft.tune('.*'))
-  new, out = jax.jit(step.train_step(tuned, step.forward(tuned, True), tx, 0))(
+  new, out = jax.jit(step.train_step(tuned, step.Forward(tuned, True), tx, 0))(
     state, backbone, BATCH
   )
   key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), step.STREAM_STEP), 0)
@@ -60,7 +60,7 @@ def test_donating_the_state_leaves_the_backbone_alone():
   # A theta of `tune` starts as the backbone's own arrays.
   tuned, tx, backbone, state = prepared(jpeft.tune('.*'))
   before = jax.tree.map(np.array, backbone)
-  fn = step.train_step(tuned, step.forward(tuned, True), tx, 0)
+  fn = step.train_step(tuned, step.Forward(tuned, True), tx, 0)
   update, cost = fit.compiled(fn, state, backbone, BATCH, donate=(0,))
   for _ in range(2):
     state, _ = update(state, backbone, BATCH)
@@ -77,7 +77,7 @@ def test_schedules_of_a_method_are_called_with_the_number_of_updates():
     update=lambda t, site, number, key: {**t, 'n': t['n'] + 10 * number},
   )
   tuned, tx, backbone, state = prepared(jpeft.at('head', seen))
-  update = jax.jit(step.train_step(tuned, step.forward(tuned, True), tx, 0))
+  update = jax.jit(step.train_step(tuned, step.Forward(tuned, True), tx, 0))
   for _ in range(3):
     state, _ = update(state, backbone, BATCH)
   assert float(state['theta']['count']['head']['n']) == 10 + 20 + 30
@@ -86,7 +86,7 @@ def test_schedules_of_a_method_are_called_with_the_number_of_updates():
 
 def test_dropout_changes_with_the_step_and_not_between_runs():
   tuned, _, backbone, state = prepared(jpeft.tune('head'))
-  update = jax.jit(step.train_step(tuned, step.forward(tuned, True), optax.sgd(0.0), 0))
+  update = jax.jit(step.train_step(tuned, step.Forward(tuned, True), optax.sgd(0.0), 0))
   one, first = update(state, backbone, BATCH)
   _, second = update(one, backbone, BATCH)
   _, again = update(state, backbone, BATCH)
@@ -95,7 +95,7 @@ def test_dropout_changes_with_the_step_and_not_between_runs():
 
 def test_sums_count_what_was_seen():
   tuned, tx, backbone, state = prepared(jpeft.tune('head'))
-  update = jax.jit(step.train_step(tuned, step.forward(tuned, True), tx, 0, accumulate=2))
+  update = jax.jit(step.train_step(tuned, step.Forward(tuned, True), tx, 0, accumulate=2))
   losses = []
   for _ in range(3):
     state, out = update(state, backbone, BATCH)
@@ -136,7 +136,7 @@ def test_the_optimizers_state_alone_goes_to_the_host():
 def test_state_that_comes_from_the_host_is_updated_as_if_it_had_stayed():
   tuned, tx, backbone, state = prepared(jpeft.tune('head'), optax.adam(0.1))
   here, there = (
-    jax.jit(step.train_step(tuned, step.forward(tuned, True), tx, 0, offload=offload))(
+    jax.jit(step.train_step(tuned, step.Forward(tuned, True), tx, 0, offload=offload))(
       state, backbone, BATCH
     )[0]
     for offload in (False, True)
@@ -160,7 +160,7 @@ def test_what_a_method_minimises_does_not_grow_with_micro_batches(accumulate):
 
   rule = jpeft.Call('gated', apply, init, loss=minimised)
   tuned, tx, backbone, state = prepared(jpeft.at('head', rule))
-  forward = step.forward(tuned, False)
+  forward = step.Forward(tuned, False)
   update = jax.jit(step.train_step(tuned, forward, tx, 0, accumulate=accumulate))
   new, out = update(state, backbone, BATCH)
   logits = forward(state['theta'], backbone, BATCH, jax.random.key(0))

@@ -223,12 +223,12 @@ def outside():
     _outside.reset(token)
 
 
-def pure(module, path: str):
+def pure(module, path: str, method: str = '__call__'):
   unbound, variables = module.unbind()
-  return _applied(unbound, path, _dropout_key(module)), variables
+  return _applied(unbound, path, _dropout_key(module), method), variables
 
 
-def _applied(unbound, path: str, rngs: dict):
+def _applied(unbound, path: str, rngs: dict, method: str = '__call__'):
   """unbound.apply as fn(variables, *args, **kwargs); its calls have their paths in the model.
 
   It may be traced when the call of the model has ended: a custom_vjp inside of jit is, when a
@@ -241,7 +241,7 @@ def _applied(unbound, path: str, rngs: dict):
     has_ended = interceptor is not None and _intercepting.get() is not interceptor
     try:
       with _intercepted(interceptor) if has_ended else contextlib.nullcontext():
-        return unbound.apply(variables, *args, rngs=rngs, **kwargs)
+        return unbound.apply(variables, *args, rngs=rngs, method=method, **kwargs)
     finally:
       _prefix.reset(token)
 

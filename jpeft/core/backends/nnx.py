@@ -272,16 +272,16 @@ def outside():
   yield
 
 
-def pure(module, path: str):
+def pure(module, path: str, method: str = '__call__'):
   graphdef, state = nnx.split(module)
-  return _merged(graphdef), state
+  return _merged(graphdef, method), state
 
 
-def _merged(graphdef):
-  """fn(state, *args, **kwargs), which calls a module on a copy of its state."""
+def _merged(graphdef, method: str = '__call__'):
+  """fn(state, *args, **kwargs), which calls a method of a module on a copy of its state."""
 
   def fn(state, *args, **kwargs):
-    return nnx.merge(graphdef, state, copy=True)(*args, **kwargs)
+    return getattr(nnx.merge(graphdef, state, copy=True), method)(*args, **kwargs)
 
   return fn
 

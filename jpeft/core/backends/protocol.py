@@ -136,8 +136,8 @@ class Backend(Protocol):
   def outside(self) -> contextlib.AbstractContextManager:
     """A context in which modules of a rule's own run; hooks do not act on them."""
 
-  def pure(self, module, path: str):
-    """(fn, arrays): a module as the pure function fn(arrays, *args, **kwargs).
+  def pure(self, module, path: str, method: str = '__call__'):
+    """(fn, arrays): a method of a module as the pure function fn(arrays, *args, **kwargs).
 
     The arrays are all that it reads, with the random keys of its dropout. What it writes is
     dropped.

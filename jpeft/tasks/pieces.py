@@ -1,0 +1,247 @@
+"""The loss of texts without whole logits: the head runs on some tokens at a time.
+
+Logits [B, N, V] of a large vocabulary are most of what a step of a side network keeps. Here the
+head, whatever rules act in it, runs on [B, n, D] of its input at a time, and what leaves it is two
+numbers a token. Where the head is frozen, the gradient of its input is formed beside the logits, in
+the forward pass: nothing is computed twice, and what is kept is as large as that input. Where the
+head is trained, its pieces are computed again in the backward pass.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.extend import core as jex
+
+from jpeft.core import Call, Site, Tuned, at, chain
+from jpeft.programs import hoisted
+
+from .task import loss
+
+NAME = 'pieces'
+# Numbers of the logits of one piece, at most.
+MOST_LOGITS = 2**26
+
+
+class NotInPieces(ValueError):
+  """A model that makes something else of its head's output than its own."""
+
+
+def in_pieces(tuned: Tuned, smoothing: float = 0.0, most: int = MOST_LOGITS) -> tuple[Tuned, str]:
+  """(a Tuned that gives losses in place of logits, ''), or (the same Tuned, why it cannot).
+
+  `apply(..., labels=labels)` of the first gives [B, N, 2] in float32: the loss of each token, 0
+  where its label is negative, and 1 where the largest logit is that of its label. Without labels it
+  gives logits. theta is the same.
+
+  Args:
+    tuned: of a model whose output is what its head returns, [B, N, V].
+    smoothing: the share of the target that all words get alike.
+    most: numbers of the logits of one piece.
+  """
+  head, method, reason = _head_of(tuned)
+  if head is None:
+    return tuned, reason
+  for rule, site in tuned.rules:
+    if site.owner != head.path or rule.method != method:
+      continue
+    if isinstance(rule, Call):
+      return tuned, f'{rule.name} wraps the head {head.path!r}'
+    if rule.requires == 'input in training':
+      return tuned, f'{rule.name} drops out at the head {head.path!r}'
+  if tuned.has_loss:
+    return tuned, 'the method has a loss of its own, which reads the output'
+  pieces = _Pieces(smoothing, most)
+  model = tuned.sites['']
+  rules = ((pieces.at_model(), model), (pieces.at_head(method), head))
+  method_with = chain(tuned.method, *(at(site.path, rule) for rule, site in rules))
+  made = dataclasses.replace(tuned, rules=(*tuned.rules, *rules), method=method_with, begin=None)
+  return made, ''
+
+
+def _head_of(tuned: Tuned) -> tuple[Site | None, str, str]:
+  """(the module whose output is that of the model, the method of it, why there is none)."""
+  out = tuned.sites[''].out
+  if out is None or not hasattr(out, 'shape') or len(out.shape) != 3:
+    return None, '', 'the model does not return logits [B, N, V] alone'
+  anatomy = tuned.sites.anatomy
+  if anatomy is None:
+    return None, '', 'the model is of no known family: describe it by jpeft.register_anatomy'
+  for site in tuned.sites.find('{head}') if 'head' in anatomy.roles else []:
+    if site.out is not None and site.out.shape == out.shape and not site.axes:
+      return site, '__call__', ''
+  # A tied head is another method of the module that embeds, called after that which does.
+  for site in tuned.sites.find('{embed}'):
+    if len(site.methods) > 1 and not site.axes:
+      return site, site.methods[-1], ''
+  return None, '', 'no module of it, {head} or a method of {embed}, makes its output'
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pieces:
+  """Two rules: one gives the labels to the other, which makes losses of the head's input."""
+
+  smoothing: float
+  most: int
+
+  def at_model(self) -> Call:
+    return Call(NAME, self.model, takes=('labels',))
+
+  def at_head(self, method: str) -> Call:
+    return Call(NAME, self.head, method=method)
+
+  def model(self, t, call, *args, labels=None, **kwargs):
+    """Runs the model; with labels its output is what the head made of them."""
+    call.local['labels'] = labels
+    out = call(*args, **kwargs)
+    if labels is None:
+      return out
+    if out is not call.local.get('losses'):
+      raise NotInPieces(
+        'the model changes what its head returns, so that losses cannot be made in the head'
+      )
+    return out
+
+  def head(self, t, call, x, *args, **kwargs):
+    labels = call.root['labels']
+    if labels is None:
+      return call(x, *args, **kwargs)
+    if x.shape[:2] != labels.shape:
+      raise NotInPieces(
+        f'the head {call.site.path!r} reads {list(x.shape)}, and there are {list(labels.shape)} '
+        'labels'
+      )
+    run, arrays = call.pure()
+    words = call.site.model[''].out.shape[-1]
+    most = max(1, self.most // (x.shape[0] * words))
+    count = -(-x.shape[1] // most)
+    size = -(-x.shape[1] // count)  # all pieces alike, up to the tokens that fill the last one
+
+    def head(arrays, x):
+      return run(arrays, x, *args, **kwargs)
+
+    losses = token_losses(head, arrays, x, labels, size, self.smoothing)
+    call.root['losses'] = losses
+    return losses
+
+
+def token_losses(
+  head: Callable, arrays: Any, x: jax.Array, labels: jax.Array, size: int, smoothing: float = 0.0
+) -> jax.Array:
+  """[B, N, 2] in float32: the loss of each token, and whether its label has the largest logit.
+
+  Args:
+    head: (arrays, x [B, n, D]) -> logits [B, n, V], of each token by itself.
+    arrays: what it reads.
+    x: its input [B, N, D].
+    labels: [B, N] integers; tokens with a negative one have loss 0.
+    size: tokens of each row that it runs on at a time.
+    smoothing: of the labels.
+
+  Differentiable once, in reverse, in x and arrays.
+  """
+  length = x.shape[1]
+  x = _cut(x, size, 0)  # [pieces, B, n, D]
+  labels = _cut(labels, size, -1)
+  logits_of, values = _program(head, arrays, jax.ShapeDtypeStruct(x.shape[1:], x.dtype))
+
+  def losses(values, x, labels):
+    """[B, n, 2] of a piece."""
+    logits = logits_of(values, x)
+    right = (logits.argmax(-1) == labels) & (labels >= 0)
+    return jnp.stack([loss(logits, labels, smoothing), right.astype(jnp.float32)], -1)
+
+  def over_pieces(fn, *pieces):
+    return jax.lax.scan(lambda _, piece: (None, fn(*piece)), None, pieces)[1]
+
+  @jax.custom_vjp
+  def run(values, x, labels):
+    return over_pieces(lambda x, labels: losses(values, x, labels), x, labels)
+
+  def forward(values, x, labels):
+    trained = tuple(i for i, value in enumerate(values) if _has_gradient(value))
+    values = [value.value for value in values]
+    x, labels = x.value, labels.value
+    if trained:
+      out = over_pieces(lambda x, labels: losses(values, x, labels), x, labels)
+      return out, (values, x, labels, _Static(trained))
+
+    def with_slope(x, labels):
+      out, vjp = jax.vjp(lambda x: losses(values, x, labels), x)
+      (slope,) = vjp(jnp.zeros_like(out).at[..., 0].set(1))
+      return out, slope
+
+    out, slope = over_pieces(with_slope, x, labels)
+    return out, ([None] * len(values), slope, None, _Static(()))
+
+  def backward(residuals, cotangent):
+    values, x, labels, trained = residuals
+    if isinstance(cotangent, SymbolicZero):
+      cotangent = jnp.zeros(cotangent.shape, cotangent.dtype)
+    if labels is None:  # x is the slope of the loss of each token
+      return values, x * cotangent[..., :1].astype(x.dtype), None
+
+    def step(total, piece):
+      x, labels, cotangent = piece
+
+      def of_trained(own, x):
+        replaced = dict(zip(trained.value, own, strict=True))
+        return losses([replaced.get(i, value) for i, value in enumerate(values)], x, labels)
+
+      _, vjp = jax.vjp(of_trained, [values[i] for i in trained.value], x)
+      of_own, of_x = vjp(cotangent)
+      return jax.tree.map(jnp.add, total, of_own), of_x
+
+    zeros = [jnp.zeros_like(values[i]) for i in trained.value]
+    of_own, of_x = jax.lax.scan(step, zeros, (x, labels, cotangent))
+    found = dict(zip(trained.value, of_own, strict=True))
+    return [found.get(i) for i in range(len(values))], of_x, None
+
+  run.defvjp(forward, backward, symbolic_zeros=True)
+  out = jnp.moveaxis(run(values, x, labels), 0, 1)  # [B, pieces, n, 2]
+  return out.reshape(out.shape[0], -1, 2)[:, :length]
+
+
+def _cut(x: jax.Array, size: int, fill: int) -> jax.Array:
+  """[B, N, ...] as pieces [N / size, B, size, ...], filled up at the end."""
+  missing = -x.shape[1] % size
+  x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
+  x = x.reshape(x.shape[0], -1, size, *x.shape[2:])
+  return jnp.moveaxis(x, 1, 0)
+
+
+def _program(head: Callable, arrays: Any, piece) -> tuple[Callable, list]:
+  """((values, x) -> logits, values): `head` traced, with all that it reads as arguments.
+
+  A custom_vjp may not close over traced arrays, and its parts are traced when no rule acts.
+  """
+  leaves, tree = jax.tree.flatten(arrays)
+
+  def run(leaves, x):
+    return head(tree.unflatten(leaves), x)
+
+  closed = jax.make_jaxpr(run)([jax.typeof(leaf) for leaf in leaves], piece)
+  jaxpr, consts = hoisted(closed)
+  program = jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))
+
+  def logits_of(values, x):
+    (logits,) = program(*values, x)
+    return logits
+
+  return logits_of, [*consts, *leaves]
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Static:
+  """What the forward pass gives the backward pass beside arrays."""
+
+  value: Any
+
+
+def _has_gradient(pair) -> bool:
+  """Whether an input of a custom_vjp is one that a gradient flows into."""
+  return pair.perturbed and jnp.issubdtype(pair.value.dtype, jnp.inexact)
