@@ -13,7 +13,10 @@ import os
 import pathlib
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+Item = TypeVar('Item')
 
 SHARED = (
   '--import MODULE imports a module or a .py file first, such as one that registers a method '
@@ -48,6 +51,17 @@ def inputs_checked():
     yield
   except (ValueError, OSError, RuntimeError, ImportError) as error:
     raise Mistake(' '.join(str(error).split())) from error
+
+
+def checked(items: Iterator[Item]) -> Iterator[Item]:
+  """The items of an iterator, such as batches; an error in reading one becomes a Mistake."""
+  while True:
+    with inputs_checked():
+      try:
+        item = next(items)
+      except StopIteration:
+        return
+    yield item
 
 
 def command(

@@ -1,37 +1,84 @@
 """From an image file to an array."""
 
+import contextlib
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def decode(file: Path | bytes, name: str) -> np.ndarray:
-  """The pixels of an image file; transparent parts become white.
+  """The pixels of an image file as a viewer shows them; transparent parts become white.
+
+  A photograph that is turned by its EXIF orientation alone is turned. Of an animation the first
+  frame is taken, CMYK and other colour spaces become RGB.
 
   Args:
-    file: path or content of a file that Pillow reads; of an animation the first frame is taken.
+    file: path or content of a file that Pillow reads.
     name: of the file, for messages.
 
   Returns:
     uint8 [H, W, 3], or [H, W, 1] of a grey image.
 
   Raises:
-    ValueError: not an image, cut off, or with more than 8 bits a channel.
+    ValueError: not an image, cut off, with more than 8 bits a channel, or with more pixels than
+      twice `PIL.Image.MAX_IMAGE_PIXELS`.
   """
+  with _named(name), _opened(file) as image:
+    image.load()
+    _check_depth(image, name)
+    image = _upright(image)
+    if image.has_transparency_data:
+      white = Image.new('RGBA', image.size, 'white')
+      image = Image.alpha_composite(white, image.convert('RGBA'))
+    if image.mode in ('1', 'L'):
+      return np.array(image.convert('L'))[..., None]  # [H, W, 1]
+    return np.array(image.convert('RGB'))
+
+
+def check_header(file: Path, name: str) -> None:
+  """Raises the ValueErrors of `decode` that the first bytes of a file show, in microseconds."""
+  with _named(name), _opened(file) as image:
+    _check_depth(image, name)
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+  """Makes of what Pillow raises about a file a ValueError that names it."""
+  try:
+    yield
+  except _Refused:
+    raise
+  except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+    raise _Refused(
+      f'{name} has more than {most:,} pixels; make it smaller or, if the file can be trusted and '
+      'fits into memory, raise PIL.Image.MAX_IMAGE_PIXELS in a module for --import'
+    ) from error
+  except Exception as error:  # on broken files Pillow raises nearly everything
+    raise _Refused(f'{name} is no readable image ({error or type(error).__name__})') from error
+
+
+class _Refused(ValueError):
+  """A ValueError that names the file already."""
+
+
+def _opened(file: Path | bytes) -> Image.Image:
   if isinstance(file, bytes):
     file = io.BytesIO(file)
-  try:
-    with Image.open(file) as image:
-      image.load()
-  except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three on broken files
-    raise ValueError(f'{name} is no readable image ({error})') from error
+  return Image.open(file)
+
+
+def _check_depth(image: Image.Image, name: str) -> None:
   if image.mode[0] in 'IF':
-    raise ValueError(f'{name} has pixels of mode {image.mode}; convert it to 8 bits a channel')
-  if image.has_transparency_data:
-    white = Image.new('RGBA', image.size, 'white')
-    image = Image.alpha_composite(white, image.convert('RGBA'))
-  if image.mode in ('1', 'L'):
-    return np.array(image.convert('L'))[..., None]  # [H, W, 1]
-  return np.array(image.convert('RGB'))
+    raise _Refused(f'{name} has pixels of mode {image.mode}; convert it to 8 bits a channel')
+
+
+def _upright(image: Image.Image) -> Image.Image:
+  """The image, turned as its EXIF data say; as it is where these cannot be read."""
+  try:
+    return ImageOps.exif_transpose(image)
+  except Exception:  # viewers show a picture with broken EXIF data as it is stored, too
+    return image

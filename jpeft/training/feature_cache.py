@@ -1,13 +1,13 @@
 """Examples as the backbone's features of them: the backbone runs once and not once an epoch."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jpeft import data, programs
+from jpeft import cli, data, programs
 from jpeft.core import Tuned
 from jpeft.programs import cut
 
@@ -27,11 +27,15 @@ class Part(NamedTuple):
   forward: Callable
   example: dict[str, np.ndarray]
 
-  def once(self, batch_size: int) -> data.Batches:
-    """One pass over the examples in their order, the last batch filled up."""
-    return data.Batches(
+  def once(self, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+    """One pass over the examples in their order, the last batch filled up.
+
+    An example that cannot be read is a `cli.Mistake`.
+    """
+    batches = data.Batches(
       self.source, batch_size, self.transform, shuffle=False, epochs=1, drop_remainder=False
     )
+    return cli.checked(batches)
 
 
 def cached(part: Part, tuned: Tuned, batch_size: int) -> Part:

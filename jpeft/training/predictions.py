@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from jpeft import data, tasks
+from jpeft import cli, data, tasks
 from jpeft.core import Tuned
 
 ROWS = 32  # examples a batch
@@ -37,7 +37,7 @@ def predictions(config, pretrained, tuned: Tuned, theta, examples: Sequence[dict
     drop_remainder=False,
   )
   found = []
-  for batch in batches:
+  for batch in cli.checked(batches):
     real = batch['mask'] > 0  # the last batch is filled up
     found.append(np.asarray(probabilities(theta, pretrained.variables, batch))[real])
   return np.concatenate(found)

@@ -203,11 +203,19 @@ def test_data_that_is_no_image(bad, images, tmp_path):
   own = shutil.copytree(images, tmp_path / 'images')
   for file in (own / 'train/red').iterdir():
     file.write_text('no image')
-  assert 'is no readable image' in bad(
-    f'--config.data.name=folder:{own}', '--config.data.in_memory=true'
-  )
-  # Not read ahead, it is met in the middle of training, after the line that tells what is trained.
-  assert 'is no readable image' in bad(f'--config.data.name=folder:{own}', before=2)
+  assert 'is no readable image' in bad(f'--config.data.name=folder:{own}')
+
+
+@pytest.mark.parametrize('split', ['train', 'test'])
+def test_images_that_are_cut_off(bad, images, tmp_path, split):
+  own = shutil.copytree(images, tmp_path / 'images')
+  for file in (own / split / 'red').iterdir():
+    file.write_bytes(file.read_bytes()[:60])  # the header is whole
+  name = f'--config.data.name=folder:{own}'
+  assert 'is no readable image' in bad(name, '--config.data.in_memory=true')
+  # Not read ahead, one is met in the middle of training or of an evaluation, after the lines that
+  # tell what is trained.
+  assert 'is no readable image' in bad(name, before=2)
 
 
 # ---- Run folders.

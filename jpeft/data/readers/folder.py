@@ -5,16 +5,24 @@
 
 Classes are the folder names in alphabetical order. Images are divided and mixed by a hash of their
 relative path, so that 'train[:1000]' has all classes in it. Hidden files, and files whose suffix is
-none of an image, are left out.
+none of an image, are left out. Empty files are refused, and images in formats that Pillow does not
+read. In folders of up to CHECKED images the beginning of each is read at once, so that a file that
+is no image is told before training; one that is cut off is told when it is read.
 """
 
 from pathlib import Path
 
-from ..decode import decode
+from ..decode import check_header, decode
 from ..source import Dataset, Example, split_rows, suggestion
 
 Labelled = tuple[Path, str]  # an image file, its class
-SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff')
+SUFFIXES = (
+  *('.png', '.jpg', '.jpeg', '.jpe', '.jfif', '.webp', '.avif', '.bmp', '.gif', '.tif', '.tiff'),
+  *('.ppm', '.pgm'),
+)
+# Images all the same: without a word a class would lose them.
+UNREAD = ('.heic', '.heif', '.jxl', '.dng', '.cr2', '.nef', '.arw', '.svg', '.dcm')
+CHECKED = 20_000  # images, about a second
 
 
 def folder(path: str) -> Dataset:
@@ -22,8 +30,8 @@ def folder(path: str) -> Dataset:
 
   Raises:
     FileNotFoundError: no such folder.
-    ValueError: no images in it, or a class that 'train' has not; on reading, a file that is no
-      image.
+    ValueError: no images in it, a class that 'train' has not, images that are empty or of UNREAD;
+      a file that is no image, on reading if not before.
   """
   root = Path(path).expanduser()
   if not root.is_dir():
@@ -46,6 +54,7 @@ def folder(path: str) -> Dataset:
       images += found
 
   classes = _classes(images, train)
+  _check_files([file for file, _ in images])
   labels = {name: label for label, name in enumerate(classes)}
 
   def read(row: int) -> Example:
@@ -72,6 +81,16 @@ def _classes(images: list[Labelled], train: Path) -> list[str]:
   return classes
 
 
+def _check_files(files: list[Path]) -> None:
+  """Raises a ValueError if a file is empty or, of not too many, begins as no image does."""
+  for file in files:
+    if not file.stat().st_size:
+      raise ValueError(f'{file} is no readable image (it is empty)')
+  if len(files) <= CHECKED:
+    for file in files:
+      check_header(file, str(file))
+
+
 def _labelled(part: Path) -> list[Labelled]:
   """The images below the folders of classes."""
   return [(file, label.name) for label in _folders(part) for file in _images(label)]
@@ -82,8 +101,23 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _images(path: Path) -> list[Path]:
-  files = (file for file in path.rglob('*') if file.suffix.lower() in SUFFIXES)
-  return sorted(file for file in files if not _hidden(file))
+  """The images below a folder, in order.
+
+  Raises:
+    ValueError: there are some of a format that is not read.
+  """
+  found = []
+  for file in sorted(path.rglob('*')):
+    suffix = file.suffix.lower()
+    if _hidden(file):
+      continue
+    if suffix in UNREAD:
+      raise ValueError(
+        f'{file} is of a format that is not read; convert the {suffix} files to .jpg'
+      )
+    if suffix in SUFFIXES:
+      found.append(file)
+  return found
 
 
 def _hidden(path: Path) -> bool:

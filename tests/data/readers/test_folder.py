@@ -89,6 +89,20 @@ def test_deep_pixels_are_refused(tmp_path):
     list(data.load(f'folder:{tmp_path}', 'train+test'))
 
 
+@pytest.mark.parametrize(
+  ('name', 'content', 'said'),
+  [
+    ('a.png', b'hello', r'a\.png is no readable image'),
+    ('a.jpg', b'', r'a\.jpg is no readable image \(it is empty\)'),
+    ('a.HEIC', b'x', r'a\.HEIC is of a format that is not read; convert the \.heic files to \.jpg'),
+  ],
+)
+def test_files_that_are_no_images_are_told_before_any_is_read(flat, name, content, said):
+  (flat / 'owl' / name).write_bytes(content)
+  with pytest.raises(ValueError, match=said):
+    data.load(f'folder:{flat}', 'test[:1]')
+
+
 def test_what_is_missing_is_said(flat, tmp_path):
   with pytest.raises(FileNotFoundError, match="there is no folder .*/owls; did you mean 'owl'"):
     data.load(f'folder:{flat}/owls', 'train')
