@@ -57,3 +57,18 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
     lines.append(f'| {" | ".join(cells)} |')
   return '\n'.join(lines)
+
+
+def no_row(where: str, token: str, number: int, vocabulary: int) -> str:
+  """What to say of a token that a model has no row for; JAX would read NaN there.
+
+  Args:
+    where: what has the token.
+    token: how it is written.
+    number: its id.
+    vocabulary: rows of the model's table.
+  """
+  return (
+    f'{where} has the token {token!r} with the number {number}, and the model has rows for '
+    f'{vocabulary} tokens: the tokenizer is not that of these weights, or tokens were added to it'
+  )

@@ -6,13 +6,14 @@ from .image import image_transform
 from .load import load, register_dataset, registered_module
 from .packing import Packed, prompt
 from .source import Dataset, Source, in_memory
-from .text import text_transform
+from .text import check_texts, text_transform
 
 __all__ = [
   'Batches',
   'Dataset',
   'Packed',
   'Source',
+  'check_texts',
   'decode',
   'image_transform',
   'in_memory',

@@ -1,8 +1,10 @@
 """From chats, prompts and completions to rows of tokens, several texts in one row."""
 
 import dataclasses
+import json
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +14,7 @@ IGNORED = -1  # the label of a token that is not learnt
 OPEN = 32  # rows that may still take a text
 
 # A token is learnt if its prediction counts in the loss.
+Message = dict[str, Any]  # 'role' and 'content', of calls 'tool_calls' and more
 Piece = tuple[str, bool]  # a part of a text, whether it is learnt
 Text = tuple[np.ndarray, np.ndarray]  # tokens int32 [N], whether each is learnt bool [N]
 
@@ -57,7 +60,8 @@ class Packed:
       pack: False for one text a row.
 
     Raises:
-      ValueError: a chat that the tokenizer cannot write, or no text with a completion.
+      ValueError: a chat that the tokenizer cannot write, a token that the model has no row for, or
+        no text with a completion.
     """
     self.classes = []
     self._length = length
@@ -66,8 +70,12 @@ class Packed:
     open_rows: list[_Row] = []  # the row that took a text last is the last
     cut = 0
     left_out = 0
+    empty = 0
     for number in range(len(source)):
-      tokens, learnt = encode(source[number], tokenizer, chat)
+      try:
+        tokens, learnt = encode(source[number], tokenizer, chat)
+      except ValueError as error:
+        raise ValueError(f'example {number}: {error}') from error
       if len(tokens) > length:
         cut += 1
       tokens = tokens[:length]
@@ -76,6 +84,8 @@ class Packed:
       if not learnt[1:].any():
         left_out += 1
         continue
+      if (tokens[learnt] == tokenizer.eos).all():
+        empty += 1
       row = None
       if pack:
         row = next((row for row in open_rows if row.room >= len(tokens)), None)
@@ -92,6 +102,11 @@ class Packed:
         f'of {len(source)} texts none has a completion within its first {length} tokens; raise '
         'data.max_length'
       )
+    if empty == len(source) - left_out:
+      raise ValueError(
+        f'of {len(source)} texts all completions are empty, so that there is nothing to learn but '
+        'to end'
+      )
     padding = sum(row.room for row in self._rows) / (len(self._rows) * length)
     self.about = (
       f'{len(source) - left_out:,} texts in {len(self._rows):,} rows of {length} tokens, '
@@ -101,6 +116,8 @@ class Packed:
       self.about += f'; {cut:,} cut off'
     if left_out:
       self.about += f', {left_out:,} left out: their completions begin later'
+    if empty:
+      self.about += f'; {empty:,} with an empty completion'
 
   def __len__(self) -> int:
     return len(self._rows)
@@ -195,10 +212,12 @@ def pieces_of(example: Example, tokenizer, chat: bool = False) -> tuple[list[Pie
     {'role': 'user', 'content': example['prompt']},
     {'role': 'assistant', 'content': example['completion']},
   ]
-  return _chat(messages, tokenizer), False
+  return _chat(messages, tokenizer, example.get('tools')), False
 
 
-def _chat(messages: Sequence[dict[str, str]], tokenizer) -> list[Piece]:
+def _chat(
+  messages: Sequence[Message], tokenizer, tools: Sequence[dict[str, Any]] | None
+) -> list[Piece]:
   """The pieces of a chat: each answer as the template closes it, up to the token that ends it."""
   eos = tokenizer.token(tokenizer.eos)
   pieces = []
@@ -206,8 +225,8 @@ def _chat(messages: Sequence[dict[str, str]], tokenizer) -> list[Piece]:
   for turn, message in enumerate(messages):
     if turn == 0 or message['role'] != 'assistant':
       continue
-    asked = tokenizer.chat(messages[:turn])
-    answered = tokenizer.chat(messages[: turn + 1], reply=False)
+    asked = tokenizer.chat(messages[:turn], tools=tools)
+    answered = tokenizer.chat(messages[: turn + 1], reply=False, tools=tools)
     if not asked.startswith(written) or not answered.startswith(asked):
       raise ValueError(
         'the chat template writes the beginning of a chat differently when it goes on, so that '
@@ -220,13 +239,57 @@ def _chat(messages: Sequence[dict[str, str]], tokenizer) -> list[Piece]:
       answer = content + end
     pieces += [(asked.removeprefix(written), False), (answer, True)]
     written = asked + answer
-  _check_markers(tokenizer, messages, written)
+    last = turn
+  _check_markers(tokenizer, [*messages, *(tools or ())], written)
+  _check_written(tokenizer, messages[: last + 1], tools, written)
   return pieces
 
 
-def _check_markers(tokenizer, messages: Sequence[dict[str, str]], text: str) -> None:
+def _check_written(
+  tokenizer, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, text: str
+) -> None:
+  """Raises a ValueError if the template leaves out a message, its tool calls, or the tools.
+
+  Templates do so without a word with roles and fields that they do not know.
+
+  Args:
+    tokenizer: with the template.
+    messages: a chat up to its last answer.
+    tools: of the chat.
+    text: the chat as the template writes it.
+  """
+
+  def changes(others: Sequence[Message], other_tools: Sequence | None) -> bool:
+    """Whether the template writes another chat otherwise, or refuses it."""
+    try:
+      written = tokenizer.chat(others, reply=False, tools=other_tools)
+    except ValueError:
+      return True
+    return written != tokenizer.chat(messages, reply=False, tools=tools)
+
+  left_out = None
+  if tools and not changes(messages, None):
+    left_out = "the chat's tools"
+  for i, message in enumerate(messages):
+    other = None
+    what = ''
+    if message.get('tool_calls'):
+      what = ' tool_calls'
+      other = {name: value for name, value in message.items() if name != 'tool_calls'}
+    elif message['role'] != 'assistant' and message['content'].strip() not in text:
+      other = message | {'content': message['content'] + ' x'}
+    if other is not None and not changes([*messages[:i], other, *messages[i + 1 :]], tools):
+      left_out = f'the{what or " content"} of message {i}, of role {message["role"]!r}'
+  if left_out:
+    raise ValueError(
+      f'the chat template leaves out {left_out}, and the model would never see it: take a template '
+      'that writes it, or leave it out of the data'
+    )
+
+
+def _check_markers(tokenizer, messages: Sequence[Message], text: str) -> None:
   """Raises a ValueError if a marker such as <|user|>, which the template writes, is no token."""
-  contents = ' '.join(message['content'] for message in messages)
+  contents = json.dumps(messages, ensure_ascii=False)
   for marker in sorted(_markers(text) - _markers(contents)):
     if tokenizer.encoder.token_to_id(marker) is None:
       raise ValueError(

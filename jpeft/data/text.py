@@ -1,9 +1,12 @@
 """From texts to tokens of a fixed length."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
+
+from jpeft.messages import no_row
 
 from .source import Example, Transform
 
@@ -11,7 +14,11 @@ PADS = ('[PAD]', '<pad>', '<|pad|>', '<|padding|>')
 
 
 def text_transform(
-  tokenizer: Tokenizer | str | Path, max_length: int, pad_token: str | None = None
+  tokenizer: Tokenizer | str | Path,
+  max_length: int,
+  pad_token: str | None = None,
+  vocabulary: int | None = None,
+  types: int | None = None,
 ) -> Transform:
   """Turns {'text', ['pair'], 'label'} into arrays of `max_length` tokens, cut or padded at the end.
 
@@ -20,6 +27,9 @@ def text_transform(
     max_length: tokens kept, special ones included.
     pad_token: the token of the padding. If left out, the tokenizer's own, else whichever of [PAD],
       <pad>, ... it knows.
+    vocabulary: rows of the model's table of tokens; None if not known. A text with a token beyond
+      it is a ValueError, since JAX would read it as NaN.
+    types: the same of its table of segments.
 
   Returns:
     A transform for `Batches`: (example, rng) -> {'tokens': int32 [max_length], 'token_mask': bool
@@ -28,8 +38,8 @@ def text_transform(
 
   Raises:
     FileNotFoundError: no such tokenizer.json.
-    ValueError: it is not one, it has no pad token, or max_length leaves no room for a token of the
-      text.
+    ValueError: it is not one, it has no pad token or one beyond the table, or max_length leaves no
+      room for a token of the text.
   """
   if isinstance(tokenizer, Tokenizer):
     # A copy: truncation and padding are settings of the object itself.
@@ -41,10 +51,20 @@ def text_transform(
     raise ValueError(f'max_length={max_length} leaves no room beside {special} special tokens')
   pad = _pad(tokenizer, pad_token)
   tokenizer.enable_truncation(max_length)
-  tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad), pad_token=pad, length=max_length)
+  pad_id = tokenizer.token_to_id(pad)
+  if vocabulary is not None:
+    _check_ids([pad_id], vocabulary, tokenizer, 'the padding')
+  tokenizer.enable_padding(pad_id=pad_id, pad_token=pad, length=max_length)
 
   def transform(example: Example, rng: np.random.Generator | None = None) -> Example:
     encoding = tokenizer.encode(example['text'], example.get('pair'))
+    if vocabulary is not None:
+      _check_ids(encoding.ids, vocabulary, tokenizer, repr(example['text'][:40]))
+    if types is not None and max(encoding.type_ids) >= types:
+      raise ValueError(
+        f'the tokenizer gives the second text of a pair the segment {max(encoding.type_ids)}, and '
+        f'the model has rows for {types}: pairs need another model or tokenizer'
+      )
     rest = {name: value for name, value in example.items() if name not in ('text', 'pair')}
     arrays = {
       'tokens': np.array(encoding.ids, np.int32),
@@ -54,6 +74,41 @@ def text_transform(
     return arrays | rest
 
   return transform
+
+
+def _check_ids(ids: Sequence[int], vocabulary: int, tokenizer: Tokenizer, where: str) -> None:
+  """Raises a ValueError if a token is beyond the table of the model.
+
+  Args:
+    ids: of the tokens.
+    vocabulary: rows of the table.
+    tokenizer: which made them.
+    where: what has these tokens, for the message.
+  """
+  largest = max(ids, default=0)
+  if largest >= vocabulary:
+    raise ValueError(no_row(where, tokenizer.id_to_token(largest), largest, vocabulary))
+
+
+def check_texts(source, transform: Transform, tokenizer: str | Path, vocabulary: int) -> None:
+  """Raises a ValueError if a text has a token that the model has no row for.
+
+  The texts are only read if the tokenizer knows such a token.
+
+  Args:
+    source: len and [i] -> {'text', ['pair'], ...}.
+    transform: from `text_transform`, with this vocabulary.
+    tokenizer: its tokenizer.json.
+    vocabulary: rows of the model's table of tokens.
+  """
+  count = len(source)
+  if max(_read(tokenizer).get_vocab().values()) < vocabulary:
+    count = min(count, 1)
+  for i in range(count):
+    try:
+      transform(source[i])
+    except ValueError as error:
+      raise ValueError(f'example {i}: {error}') from error
 
 
 def _read(path: str | Path) -> Tokenizer:

@@ -283,12 +283,14 @@ def decoder_tokenizer(pretrained: Pretrained) -> Tokenizer:
   """The tokenizer of a backbone that writes text.
 
   Raises:
-    ValueError: it is no decoder, or has no tokenizer that can be read.
+    ValueError: it is no decoder, or has no tokenizer that can be read, or one whose padding or
+      end-of-text token the model has no row for.
   """
   check_decoder(pretrained)
   if pretrained.tokenizer is None:
     raise ValueError('there is no tokenizer.json beside the weights, so texts cannot be read')
-  return load_tokenizer(pretrained.tokenizer)
+  tokenizer = load_tokenizer(pretrained.tokenizer)
+  return dataclasses.replace(tokenizer, vocabulary=pretrained.model.vocab)
 
 
 def save_pretrained(

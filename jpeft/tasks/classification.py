@@ -14,7 +14,10 @@ from .task import Task, loss
 
 
 class Numbered:
-  """A source whose examples also have their number, so that what a batch holds is known."""
+  """A source whose examples also have their number, so that what a batch holds is known.
+
+  An example without a label of its classes is a ValueError on reading: a loss would not see it.
+  """
 
   def __init__(self, source):
     self._source = source
@@ -24,7 +27,14 @@ class Numbered:
     return len(self._source)
 
   def __getitem__(self, i: int) -> dict:
-    return self._source[i] | {'index': i}
+    example = self._source[i]
+    label = example.get('label')
+    if label is None or label >= len(self.classes):
+      raise ValueError(
+        f'example {i} has the label {label!r}; there are {len(self.classes)} classes, numbered '
+        'from 0'
+      )
+    return example | {'index': i}
 
 
 def source(config, split: str) -> data.Source:
@@ -55,8 +65,11 @@ def rows(config, pretrained, source, training: bool) -> tuple[Numbered, Callable
       needs to read it.
   """
   check_example(pretrained, source[0], config.data.name)
-  transform = modality_of(pretrained).transform(config, pretrained, training)
-  return Numbered(source), transform
+  modality = modality_of(pretrained)
+  transform = modality.transform(config, pretrained, training)
+  numbered = Numbered(source)
+  modality.check(pretrained, numbered, transform)
+  return numbered, transform
 
 
 def example(config, pretrained) -> dict[str, np.ndarray]:

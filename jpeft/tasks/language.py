@@ -58,11 +58,26 @@ def check(config, tuned: Tuned) -> None:
 
 
 def rows(config, pretrained, source, training: bool) -> tuple[data.Packed, None]:
-  """(rows of tokens, None)."""
+  """(rows of tokens, None).
+
+  Raises:
+    ValueError: rows longer than the model was made for, fewer rows than a batch, or texts that
+      cannot be packed; see `Packed`.
+  """
+  length = config.data.max_length
+  positions = pretrained.config.get('max_position_embeddings')
+  if positions is not None and length > positions:
+    raise ValueError(
+      f'config.data.max_length is {length}, more than the {positions} positions that the model was '
+      'made for'
+    )
   tokenizer = models.decoder_tokenizer(pretrained)
-  packed = data.Packed(
-    source, tokenizer, config.data.max_length, config.data.chat, config.data.pack
-  )
+  packed = data.Packed(source, tokenizer, length, config.data.chat, config.data.pack)
+  if training and len(packed) < config.data.batch_size:
+    raise ValueError(
+      f'the training split fills {len(packed)} rows, fewer than the {config.data.batch_size} of a '
+      f'batch: {packed.about}; lower config.data.batch_size, or config.data.max_length to have more'
+    )
   return packed, None
 
 
@@ -121,7 +136,8 @@ def written(config, pretrained, source, write: Callable, stop: Callable) -> dict
 
   The error rate is the number of words to insert, delete or replace, over that of the words that
   were asked for; phonemes are the words of the phoneme data. Blanks at the ends do not count, and a
-  text is as long as the longest of the right ones at most.
+  text is as long as the longest of the right ones at most. Where no word was asked for there is no
+  error rate.
   """
   count = min(config.eval.generate, len(source))
   if not count:
@@ -147,7 +163,10 @@ def written(config, pretrained, source, write: Callable, stop: Callable) -> dict
     exact += found == asked
     errors += distance(found, asked)
     words += len(asked)
-  return {'exact_match': exact / count, f'{source.unit}_error_rate': errors / words}
+  scores = {'exact_match': exact / count}
+  if words:
+    scores[f'{source.unit}_error_rate'] = errors / words
+  return scores
 
 
 def distance(a: Sequence, b: Sequence) -> int:

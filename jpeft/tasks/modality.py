@@ -14,6 +14,10 @@ from jpeft.registering import module_of
 Transform = Callable[..., dict[str, Any]]
 
 
+def _nothing(*_) -> None:
+  """Checks nothing."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Modality:
   """One kind of input: images, texts, or what `register_modality` adds.
@@ -31,6 +35,8 @@ class Modality:
     read: files that a user names -> (a name for each example, the examples). Raises a ValueError
       or an OSError that names the file which cannot be read.
     has_length: whether `data.max_length` is the length of its rows.
+    check: (pretrained, source, its transform) -> nothing; raises a ValueError, before training, for
+      examples that the backbone cannot read.
   """
 
   name: str
@@ -42,6 +48,7 @@ class Modality:
   call: Callable[[Mapping[str, Any]], tuple[tuple, dict[str, Any]]]
   read: Callable[[Sequence[str]], tuple[list[str], list[dict[str, Any]]]]
   has_length: bool = False
+  check: Callable[[Any, Any, Transform], None] = _nothing
 
 
 # ---- Images.
@@ -97,7 +104,19 @@ def _text_transform(config, pretrained, training: bool) -> Transform:
   """
   if pretrained.tokenizer is None:
     raise ValueError(f'{config.model.source} has no tokenizer.json, so texts cannot be read')
-  return data.text_transform(pretrained.tokenizer, config.data.max_length)
+  return data.text_transform(
+    pretrained.tokenizer,
+    config.data.max_length,
+    vocabulary=pretrained.config.get('vocab_size'),
+    types=pretrained.config.get('type_vocab_size'),
+  )
+
+
+def _check_text_source(pretrained, source, transform: Transform) -> None:
+  """Raises a ValueError if a text has a token that the backbone has no row for."""
+  vocabulary = pretrained.config.get('vocab_size')
+  if vocabulary is not None:
+    data.check_texts(source, transform, pretrained.tokenizer, vocabulary)
 
 
 def _text_example(config, pretrained) -> dict[str, np.ndarray]:
@@ -134,6 +153,7 @@ TEXT = Modality(
   call=_text_call,
   read=_read_lines,
   has_length=True,
+  check=_check_text_source,
 )
 
 

@@ -1,11 +1,13 @@
 """The model of a run, from its folder alone."""
 
 import json
+import shutil
 import sys
 
 import jax
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from jpeft import adapter, attach, cli, config, merge, models, predict, tasks, training
 from jpeft.data.decode import decode
@@ -101,7 +103,7 @@ BERT = {
 @pytest.fixture(scope='module')
 def reviews(tmp_path_factory):
   """(a BERT's folder with its tokenizer, a CSV file of texts with labels)."""
-  from tokenizers import Tokenizer, pre_tokenizers
+  from tokenizers import pre_tokenizers
   from tokenizers import models as parts
 
   folder = tmp_path_factory.mktemp('bert')
@@ -171,3 +173,30 @@ def test_texts_from_training_to_merged_weights(reviews, config_file, tmp_path, c
   merge.main(['--run', str(tmp_path / 'run'), '--out', str(tmp_path / 'out')])
   assert (tmp_path / 'out/tokenizer.json').exists()
   assert models.load(tmp_path / 'out').config['label2id'] == {'neg': 0, 'pos': 1}
+
+
+def test_texts_with_tokens_beyond_the_table(reviews, config_file, tmp_path, monkeypatch):
+  folder = shutil.copytree(reviews[0], tmp_path / 'larger')
+  tokenizer = Tokenizer.from_file(str(folder / 'tokenizer.json'))
+  tokenizer.add_tokens(['new'])
+  tokenizer.save(str(folder / 'tokenizer.json'))
+  table = tmp_path / 'own.csv'
+  chosen = {
+    'model.source': folder,
+    'data.name': f'csv:{table}',
+    'data.test': 'train',
+    'data.max_length': 6,
+    'model.pool': 'mean',
+    'steps': 1,
+  }
+  settings = config.load(f'{config_file}:linear', {k: str(v) for k, v in chosen.items()})
+  texts = [f'a film {word}' for word in 'abcdefghijklmno']
+  table.write_text('text,label\n' + ''.join(f'{text},{i % 2}\n' for i, text in enumerate(texts)))
+  training.train(settings, tmp_path / 'run')
+  monkeypatch.setattr(sys, 'stdin', ['a film\n', 'a new film\n'])
+  told = "'a new film' has the token 'new' with the number 12, and the model has rows for 12"
+  with pytest.raises(cli.Mistake, match=told):
+    predict.main(['--run', str(tmp_path / 'run'), '--input', '-'])
+  table.write_text(table.read_text() + ''.join(f'a new film,{i % 2}\n' for i in range(9)))
+  with pytest.raises(cli.Mistake, match=f'example [0-9]+: {told}'):
+    training.train(settings, tmp_path / 'other')

@@ -2,6 +2,8 @@
 must have.
 """
 
+import dataclasses
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, pre_tokenizers, processors
@@ -188,3 +190,83 @@ def test_rows_are_the_same_each_time_and_go_on_from_any_batch():
   assert one.keys() == other.keys()
   for name, x in one.items():
     np.testing.assert_array_equal(x, other[name])
+
+
+# ---- What a template would leave out, and what is empty.
+
+CALL = {'type': 'function', 'function': {'name': 'c', 'arguments': {'a': 'b'}}}
+TOOLS = [{'type': 'function', 'function': {'name': 'c', 'parameters': {}}}]
+CALLS = (
+  '{% if tools %}<|user|> {% for t in tools %}{{ t.function.name }} {% endfor %}{{ eos_token }} '
+  "{% endif %}{% for m in messages %}<|{{ 'user' if m.role == 'tool' else m.role }}|> "
+  '{% for call in m.tool_calls %}{{ call.function.name }} '
+  '{% for key, value in call.function.arguments.items() %}{{ key }} {{ value }} {% endfor %}'
+  '{% endfor %}{{ m.content }} {{ eos_token }} {% endfor %}'
+  '{% if add_generation_prompt %}<|assistant|> {% endif %}'
+)
+NAMED = "{% for m in messages %}{% if m.role == 'user' %}<|user|> {{ m.content }} {{ eos_token }} "
+NAMED += "{% elif m.role == 'assistant' %}<|assistant|> {{ m.content }} {{ eos_token }} {% endif %}"
+NAMED += '{% endfor %}{% if add_generation_prompt %}<|assistant|> {% endif %}'
+RENAMED = TEMPLATE.replace("m['role']", "m['role'].replace('tool', 'user')")
+
+
+def calling(**more):
+  messages = [
+    {'role': 'user', 'content': 'a'},
+    {'role': 'assistant', 'content': '', 'tool_calls': [CALL]},
+    {'role': 'tool', 'content': 'd'},
+    {'role': 'assistant', 'content': 'e'},
+  ]
+  return {'messages': messages, **more}
+
+
+def test_calls_of_tools_are_learnt():
+  expected = '<|user|> a <|end|> <|assistant|> *c *a *b *<|end|> '
+  expected += '<|user|> d <|end|> <|assistant|> *e *<|end|>'
+  assert marked(calling(), with_={'template': CALLS}) == expected
+  with_tools = marked(calling(tools=TOOLS), with_={'template': CALLS})
+  assert with_tools == f'<|user|> c <|end|> {expected}'
+  assert data.prompt(calling(tools=TOOLS), tokenizer(CALLS))[1].strip() == 'e'
+
+
+@pytest.mark.parametrize(
+  'example,template,message',
+  (
+    (calling(), RENAMED, "leaves out the tool_calls of message 1, of role 'assistant'"),
+    (
+      {'messages': [{'role': 'system', 'content': 'h'}, *talk('a', 'b')['messages']]},
+      NAMED,
+      "example 0: the chat template leaves out the content of message 0, of role 'system'",
+    ),
+    ({**talk('a', 'b'), 'tools': TOOLS}, NAMED, "leaves out the chat's tools"),
+  ),
+)
+def test_what_a_template_would_leave_out_is_told(example, template, message):
+  with pytest.raises(ValueError, match=message):
+    data.Packed([example], tokenizer(template), 24)
+  assert len(data.Packed([talk('a', 'b')], tokenizer(template), 24)) == 1
+
+
+def test_contents_that_a_template_changes_are_written():
+  quoted = TEMPLATE.replace("m['content']", "m['content'] | upper | tojson")
+  marked(talk('a', 'b'), with_={'template': quoted})
+
+
+def test_empty_completions_are_counted_and_alone_refused():
+  empty = {'prompt': 'a', 'completion': ''}
+  packed = data.Packed([empty, *EXAMPLES], tokenizer(), 12)
+  assert packed.about.endswith('; 1 with an empty completion')
+  for examples in ([empty] * 3, [talk('a', '')] * 3):
+    with pytest.raises(ValueError, match='of 3 texts all completions are empty'):
+      data.Packed(examples, tokenizer(), 12)
+
+
+def test_a_token_without_a_row_is_named():
+  small = dataclasses.replace(tokenizer(), vocabulary=ID['g'])
+  data.Packed(EXAMPLES[2:3], small, 12)
+  with pytest.raises(
+    ValueError, match=r"example 1: 'd e f g' has the token 'g' with the number 11, and .* for 11 to"
+  ):
+    data.Packed([EXAMPLES[2], EXAMPLES[1]], small, 12)
+  with pytest.raises(ValueError, match=r"its end or padding has the token 'h' with the number 12"):
+    dataclasses.replace(small, pad=ID['h'])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from jpeft import data
 from jpeft.data import text_transform
 
 WORDS = ['[UNK]', '[CLS]', '[SEP]', 'a', 'good', 'film', '[PAD]']
@@ -78,3 +79,31 @@ def test_what_is_wrong_is_said(tmp_path):
 def test_arrays_stack():
   fn = text_transform(tokenizer(), 5)
   np.stack([fn({'text': text})['tokens'] for text in ('', 'a', 'a good film a good film')])
+
+
+def test_tokens_and_segments_beyond_the_tables_are_named():
+  for rows in (7, None):
+    assert text_transform(tokenizer(), 4, vocabulary=rows)({'text': 'film'})['tokens'].max() == 6
+  with pytest.raises(
+    ValueError, match=r"the padding has the token '\[PAD\]' with the number 6, .*rows for 6 tokens"
+  ):
+    text_transform(tokenizer(), 4, vocabulary=6)
+  fn = text_transform(tokenizer(), 4, pad_token='[SEP]', vocabulary=5)
+  assert fn({'text': 'a good'})['tokens'].tolist() == [1, 3, 4, 2]
+  with pytest.raises(ValueError, match="'a film' has the token 'film' with the number 5, and the"):
+    fn({'text': 'a film'})
+
+  one = text_transform(tokenizer(), 8, types=1)
+  assert one({'text': 'a'})['types'].max() == 0
+  with pytest.raises(ValueError, match='the second text of a pair the segment 1, and .* for 1:'):
+    one({'text': 'a', 'pair': 'a'})
+
+
+def test_all_texts_are_checked_where_the_tokenizer_knows_more_than_the_model(tmp_path):
+  file = tmp_path / 'tokenizer.json'
+  tokenizer().save(str(file))
+  texts = [{'text': 'a'}] * 9 + [{'text': 'good film'}]
+  options = {'pad_token': '[SEP]'}
+  data.check_texts(texts, text_transform(file, 4, **options, vocabulary=7), file, 7)
+  with pytest.raises(ValueError, match="example 9: 'good film' has the token 'film' with the"):
+    data.check_texts(texts, text_transform(file, 4, **options, vocabulary=5), file, 5)

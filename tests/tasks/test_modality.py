@@ -76,7 +76,8 @@ def test_one_from_outside_serves_the_whole_task(sound, config):
   assert args[0] is batch['frames'] and kwargs == {}
 
   names, examples = tasks.modality('sound').read(['a.npy'])
-  rows, transform = CLASSIFICATION.rows(config, SOUNDS, Source(examples), False)
+  labelled = [example | {'label': 1} for example in examples]
+  rows, transform = CLASSIFICATION.rows(config, SOUNDS, Source(labelled), False)
   assert names == ['a.npy']
   chex.assert_shape(transform(rows[0], None)['frames'], (5, 4))
 
@@ -113,3 +114,11 @@ def test_what_cannot_be_registered(attribute):
 def test_unknown_name():
   with pytest.raises(ValueError, match="unknown modality 'texts'; did you mean 'text'"):
     tasks.modality('texts')
+
+
+@pytest.mark.parametrize('label', [None, 2])
+def test_labels_that_are_no_class_are_named(sound, config, label):
+  _, examples = tasks.modality('sound').read(['a.npy'])
+  rows, _ = CLASSIFICATION.rows(config, SOUNDS, Source([examples[0] | {'label': label}]), False)
+  with pytest.raises(ValueError, match=f'example 0 has the label {label}; there are 2 classes'):
+    rows[0]

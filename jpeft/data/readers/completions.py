@@ -5,11 +5,16 @@
     completions:PATH?messages=conversation    another name than 'messages'
     completions:PATH?prompt=question&completion=answer
                                               other names than 'prompt' and 'completion'
+    completions:PATH?tools=functions          another name than 'tools'
 
 A file is divided by a hash of what is asked, so that equal questions are in one split.
 A line is a chat, {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant",
 "content": "Hello."}]}, or a pair, {"prompt": "2 + 2 =", "completion": " 4"}, whose texts are put
 together as they are. The assistant's messages and the completions are what is learnt.
+
+Messages may have further fields that a chat template writes, such as 'tool_calls' of the assistant,
+whose content may then be null or missing. A chat may have 'tools', a list of JSON schemas or the
+JSON text of one.
 """
 
 import functools
@@ -20,7 +25,7 @@ from typing import Any
 from ..source import Dataset, Example, split_rows, suggestion
 from .files import Values, examples_of, files_of, jsonl_rows, options_of
 
-NAMES = {'messages': 'messages', 'prompt': 'prompt', 'completion': 'completion'}
+NAMES = {'messages': 'messages', 'prompt': 'prompt', 'completion': 'completion', 'tools': 'tools'}
 
 
 def completions(spec: str) -> Dataset:
@@ -41,12 +46,19 @@ def completions(spec: str) -> Dataset:
 
 
 def _example(file: Path, names: dict[str, str], line: int, values: Values) -> Example:
-  """{'messages'} or {'prompt', 'completion'} of a line."""
+  """{'messages', ['tools']} or {'prompt', 'completion'} of a line."""
   where = f'line {line} of {file}'
   if names['messages'] in values:
     messages = values[names['messages']]
     _check_messages(where, messages)
-    return {'messages': messages}
+    # Templates write the content of a call as a text, if at all.
+    chat: Example = {
+      'messages': [message | {'content': message.get('content') or ''} for message in messages]
+    }
+    tools = _tools(where, values.get(names['tools']))
+    if tools:
+      chat['tools'] = tools
+    return chat
   pair = {}
   for part in ('prompt', 'completion'):
     name = names[part]
@@ -80,7 +92,24 @@ def _check_messages(where: str, messages: Any) -> None:
 def _is_message(message: Any) -> bool:
   if not isinstance(message, dict):
     return False
-  return isinstance(message.get('role'), str) and isinstance(message.get('content'), str)
+  content = message.get('content')
+  if content is None and message.get('tool_calls'):
+    content = ''
+  return isinstance(message.get('role'), str) and isinstance(content, str)
+
+
+def _tools(where: str, tools: Any) -> list[dict[str, Any]] | None:
+  """The tools of a chat, of their list or its JSON text; None for none."""
+  if isinstance(tools, str):
+    try:
+      tools = json.loads(tools or 'null')
+    except json.JSONDecodeError as error:
+      raise ValueError(f'{where}: its tools are no JSON ({error})') from error
+  if tools is None:
+    return None
+  if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+    raise ValueError(f'{where}: tools are a list of JSON schemas, or the JSON text of one')
+  return tools
 
 
 def _asked(example: Example) -> str:

@@ -56,7 +56,7 @@ class TokenEmbed(nn.Module):
     if tokens.shape[1] > longest:
       raise ValueError(
         f'{tokens.shape[1]} tokens are more than the {longest} positions that the '
-        'model knows; truncate the text'
+        'model knows; truncate the text (data.max_length of a config)'
       )
     embed = functools.partial(
       nn.Embed,

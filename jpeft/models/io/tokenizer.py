@@ -1,11 +1,20 @@
-"""Tokenizers with chat templates: from tokenizer.json and its neighbours, or from a GGUF file."""
+"""Tokenizers with chat templates: from tokenizer.json and its neighbours, or from a GGUF file.
+
+Templates get what transformers gives them: `messages`, `tools`, `documents`,
+`add_generation_prompt`, the special tokens by name, `raise_exception`, `strftime_now`, the
+statements `break`, `continue` and `generation`, and a `tojson` that leaves characters as they are.
+"""
 
 import dataclasses
+import datetime
 import functools
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from jpeft.messages import no_row
 
 from .gguf import Gguf
 from .safetensors import read_json
@@ -27,14 +36,24 @@ class Tokenizer:
     eos: id of the token that ends a text.
     bos: id of the token that begins one; None for none.
     pad: id of the padding.
-    template: the chat template, a Jinja text; None for none.
+    template: the chat template, a Jinja text, or {name: template} where there are several:
+      'default' and, for chats with tools, 'tool_use'; None for none.
+    vocabulary: rows of the model's table of tokens; None if not known. JAX would read a token
+      beyond it as NaN.
+    specials: {name: how it is written} of the special tokens that templates may write, such as
+      'unk_token'; those of `eos` and `bos` need not be there.
   """
 
   encoder: Any
   eos: int
   bos: int | None
   pad: int
-  template: str | None
+  template: str | Mapping[str, str] | None
+  vocabulary: int | None = None
+  specials: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False)
+
+  def __post_init__(self):
+    self._check([self.eos, self.pad], 'its end or padding')
 
   def encode(self, text: str, begin: bool = False) -> list[int]:
     """The ids of a text; special tokens that are written out in it get their own.
@@ -43,11 +62,21 @@ class Tokenizer:
       text: any.
       begin: add the token that begins a text, if the model was trained with one. A chat template
         writes its own.
+
+    Raises:
+      ValueError: a token that the model has no row for.
     """
     ids = self.encoder.encode(text, add_special_tokens=False).ids
+    self._check(ids, repr(text[:40]))
     if begin and self._begins_with_bos():
       return [self.bos, *ids]
     return ids
+
+  def _check(self, ids: Sequence[int], where: str) -> None:
+    """Raises a ValueError if one of the ids, which `where` has, is beyond the vocabulary."""
+    largest = max(ids, default=0)
+    if self.vocabulary is not None and largest >= self.vocabulary:
+      raise ValueError(no_row(where, self.token(largest), largest, self.vocabulary))
 
   def _begins_with_bos(self) -> bool:
     """Whether the model was trained on texts that begin with `bos`."""
@@ -63,32 +92,54 @@ class Tokenizer:
     """The text of ids, without special tokens."""
     return self.encoder.decode([int(i) for i in ids], skip_special_tokens=True)
 
-  def chat(self, messages: Sequence[Mapping[str, str]], reply: bool = True) -> str:
+  def chat(
+    self,
+    messages: Sequence[Mapping[str, Any]],
+    reply: bool = True,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+  ) -> str:
     """A conversation as the model was trained on it.
+
+    A template that writes the date takes that of today, or of $SOURCE_DATE_EPOCH.
 
     Args:
       messages: such as [{'role': 'user', 'content': 'Hello'}].
       reply: end with the opening of the model's answer.
+      tools: JSON schemas of the functions that the model may call.
 
     Raises:
       ValueError: there is no template, or it refuses the messages.
     """
-    if self.template is None:
-      raise ValueError('this tokenizer has no chat template: write the prompt yourself')
-    import jinja2
-
+    template = self._template_for(tools)
     bos = ''
     if self.bos is not None:
       bos = self.token(self.bos)
+    names = {**self.specials, 'bos_token': bos, 'eos_token': self.token(self.eos)}
     try:
-      return _compiled(self.template).render(
+      return _compiled(template).render(
         messages=list(messages),
+        tools=tools,
+        documents=None,
         add_generation_prompt=reply,
-        bos_token=bos,
-        eos_token=self.token(self.eos),
+        **names,
       )
-    except jinja2.TemplateError as error:
+    except Exception as error:  # what a template does with messages of another kind is its own
       raise ValueError(f'the chat template refuses the messages: {error}') from error
+
+  def _template_for(self, tools: Sequence | None) -> str:
+    """The template of a chat with these tools."""
+    if not self.template:
+      raise ValueError('this tokenizer has no chat template: write the prompt yourself')
+    if isinstance(self.template, str):
+      return self.template
+    if tools is not None and 'tool_use' in self.template:
+      return self.template['tool_use']
+    if 'default' not in self.template:
+      raise ValueError(
+        f"of the chat templates of this tokenizer none is called 'default': there are "
+        f'{", ".join(self.template)}'
+      )
+    return self.template['default']
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -96,7 +147,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
   Args:
     path: tokenizer.json, a folder with that file, or a .gguf file. The special tokens are those of
-      tokenizer_config.json beside it; the chat template is there or in chat_template.jinja.
+      tokenizer_config.json beside it; the chat template is in chat_template.jinja or there, where
+      it may be a list of templates with names.
 
   Raises:
     ValueError: there are no special tokens, or a kind of tokenizer that is not supported.
@@ -116,21 +168,26 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
   config = {}
   if file.exists():
     config = read_json(file)
+  specials = {}
+  for name, token in config.items():
+    if name.endswith('_token') and isinstance(token, (str, Mapping)):
+      specials[name] = token['content'] if isinstance(token, Mapping) else token
+  ids = {}
+  for name in ('eos', 'bos', 'pad'):
+    token = specials.get(f'{name}_token')
+    ids[name] = encoder.token_to_id(token) if token else None
+  return _tokenizer(encoder, ids, _template_of(path.parent, config), file, specials)
+
+
+def _template_of(folder: Path, config: Mapping[str, Any]) -> str | dict[str, str] | None:
+  """The chat template, or the named ones, of a folder with this tokenizer_config.json."""
+  jinja = folder / 'chat_template.jinja'
+  if jinja.exists():
+    return jinja.read_text(encoding='utf-8')
   template = config.get('chat_template')
-  jinja = path.with_name('chat_template.jinja')
-  if not template:
-    template = jinja.read_text() if jinja.exists() else None
-  ids = {name: _special_id(encoder, config.get(f'{name}_token')) for name in ('eos', 'bos', 'pad')}
-  return _tokenizer(encoder, ids, template, file)
-
-
-def _special_id(encoder, token: str | Mapping[str, Any] | None) -> int | None:
-  """The id of a special token as tokenizer_config.json writes it: its text, or an object of it."""
-  if isinstance(token, Mapping):
-    token = token['content']
-  if not token:
-    return None
-  return encoder.token_to_id(token)
+  if isinstance(template, list):
+    return {one['name']: one['template'] for one in template}
+  return template
 
 
 def from_gguf(file: Gguf) -> Tokenizer:
@@ -181,13 +238,21 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
   tokenizer.encoder.save(str(folder / 'tokenizer.json'))
   ids = {'eos_token': tokenizer.eos, 'bos_token': tokenizer.bos, 'pad_token': tokenizer.pad}
   config = {name: tokenizer.token(i) for name, i in ids.items() if i is not None}
-  if tokenizer.template is not None:
-    config['chat_template'] = tokenizer.template
+  template = tokenizer.template
+  if template is not None and not isinstance(template, str):
+    template = [{'name': name, 'template': text} for name, text in template.items()]
+  config = {**tokenizer.specials, **config}
+  if template is not None:
+    config['chat_template'] = template
   (folder / 'tokenizer_config.json').write_text(json.dumps(config, indent=2) + '\n')
 
 
 def _tokenizer(
-  encoder, ids: Mapping[str, int | None], template: str | None, where: Path
+  encoder,
+  ids: Mapping[str, int | None],
+  template: str | Mapping[str, str] | None,
+  where: Path,
+  specials: Mapping[str, str] | None = None,
 ) -> Tokenizer:
   """A tokenizer of the ids of 'eos', 'bos' and 'pad', which are those of the file `where`."""
   if ids['eos'] is None:
@@ -195,7 +260,7 @@ def _tokenizer(
   pad = ids['pad']
   if pad is None:
     pad = ids['eos']
-  return Tokenizer(encoder, ids['eos'], ids['bos'], pad, template)
+  return Tokenizer(encoder, ids['eos'], ids['bos'], pad, template, specials=specials or {})
 
 
 @functools.cache
@@ -214,12 +279,42 @@ def _splits() -> dict[str, Any]:
 @functools.lru_cache(maxsize=16)
 def _compiled(template: str):
   """A chat template, ready to render. Templates come with checkpoints: they run in a sandbox."""
-  from jinja2 import TemplateError
+  from jinja2 import TemplateError, nodes
+  from jinja2.ext import Extension
   from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+  class Generation(Extension):
+    """{% generation %} ... {% endgeneration %}, around what the model writes: its content."""
+
+    tags = {'generation'}
+
+    def parse(self, parser):
+      line = next(parser.stream).lineno
+      body = parser.parse_statements(('name:endgeneration',), drop_needle=True)
+      return nodes.Scope(body, lineno=line)
 
   def refuse(message):
     raise TemplateError(message)
 
-  environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+  environment = ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=[Generation, 'jinja2.ext.loopcontrols']
+  )
+  environment.filters['tojson'] = _json
   environment.globals['raise_exception'] = refuse
+  environment.globals['strftime_now'] = _now
   return environment.from_string(template)
+
+
+def _json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+  """JSON of a value for a template; that of Jinja would escape < and > as for a web page."""
+  return json.dumps(
+    value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+  )
+
+
+def _now(form: str) -> str:
+  """The date of today, or that of $SOURCE_DATE_EPOCH, which makes rows the same on any day."""
+  fixed = os.environ.get('SOURCE_DATE_EPOCH')
+  if fixed:
+    return datetime.datetime.fromtimestamp(int(fixed), datetime.UTC).strftime(form)
+  return datetime.datetime.now().strftime(form)

@@ -82,3 +82,24 @@ def test_unknown_options_and_files_are_named(tmp_path):
     FileNotFoundError, match="there is no file .*owm.jsonl; did you mean 'own.jsonl'"
   ):
     data.load(f'completions:{tmp_path}/owm.jsonl', 'train')
+
+
+def test_chats_that_call_tools(tmp_path):
+  call = {'type': 'function', 'function': {'name': 'f', 'arguments': {}}}
+  asked = [{'role': 'user', 'content': 'u'}]
+  schema = [{'type': 'function', 'function': {'name': 'f'}}]
+  answers = [{'role': 'assistant', 'content': None}, {'role': 'assistant'}]
+  rows = [{'messages': [*asked, answer | {'tool_calls': [call]}]} for answer in answers]
+  rows[0]['functions'] = schema
+  rows[1]['functions'] = json.dumps(schema)
+  path = file(tmp_path / 'own.jsonl', *rows, CHAT)
+  found = [*data.load(f'completions:{path}?tools=functions', 'train+test')]
+  assert sum('tools' in example for example in found) == 2
+  for example in found:
+    if 'tools' in example:
+      assert example['tools'] == schema
+      assert example['messages'][1] == {'role': 'assistant', 'content': '', 'tool_calls': [call]}
+  for tools in ('{', '3', {'name': 'f'}):
+    path = file(tmp_path / 'own.jsonl', {**CHAT, 'tools': tools})
+    with pytest.raises(ValueError, match='line 1 of .*own.jsonl.* tools are'):
+      data.load(f'completions:{path}', 'train')
