@@ -16,6 +16,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
+from jpeft import textfiles
+
 Item = TypeVar('Item')
 
 SHARED = (
@@ -216,10 +218,14 @@ def lines(name: str) -> list[str]:
 
   Raises:
     FileNotFoundError: there is no such file.
+    ValueError: bytes or characters that are no text.
   """
   check_input(name)
   if name == '-':
-    found = [line.rstrip('\n') for line in sys.stdin]
+    found = list(sys.stdin)
   else:
-    found = pathlib.Path(name).read_text().splitlines()
-  return [line for line in found if line.strip()]
+    with textfiles.opened(pathlib.Path(name)) as file:
+      found = list(file)
+  for number, line in enumerate(found, 1):
+    textfiles.check_whole(line, f'line {number} of {name}')
+  return [line.rstrip('\n') for line in found if line.strip()]

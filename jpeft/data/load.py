@@ -76,5 +76,5 @@ def load(name: str, split: str, data_dir: str | Path | None = None) -> Source:
     meant = f'{kind}:PATH' if colon else name
     known = [*PACKAGED, *_REGISTERED, *(f'{reader}:PATH' for reader in READERS)]
     raise ValueError(f'unknown data set {name!r}; {suggestion(meant, known)}')
-  rows = splits.rows(split, dataset.splits, name)
+  rows = splits.rows(split, dataset.splits, name, dataset.left_out)
   return Source(dataset.read, rows, dataset.classes, dataset.unit)

@@ -22,12 +22,14 @@ class Dataset(NamedTuple):
     splits: {name: its rows}; no row is in two splits.
     classes: name of each label; none where examples are texts to write.
     unit: name of what the blanks in a completion separate, such as 'word' or 'phoneme'.
+    left_out: {split that is there and cannot be used: why}; None for none.
   """
 
   read: Callable[[int], Example]
   splits: dict[str, Rows]
   classes: list[str]
   unit: str = 'word'
+  left_out: dict[str, str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

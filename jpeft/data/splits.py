@@ -7,7 +7,9 @@ from .source import Rows, suggestion
 _PART = re.compile(r'(?P<name>[\w.-]+)(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?')
 
 
-def rows(split: str, splits: dict[str, Rows], where: str) -> Rows:
+def rows(
+  split: str, splits: dict[str, Rows], where: str, left_out: dict[str, str] | None = None
+) -> Rows:
   """The rows that a split names.
 
   Args:
@@ -15,11 +17,12 @@ def rows(split: str, splits: dict[str, Rows], where: str) -> Rows:
       percent of the split rounded to the nearest row; negative ones count from the end.
     splits: {name: its rows}.
     where: the data set, for messages.
+    left_out: {split that cannot be used: why}.
 
   Raises:
     ValueError: not such a text, no such split, or no row in it.
   """
-  parts = [_part(part.strip(), splits, where) for part in split.split('+')]
+  parts = [_part(part.strip(), splits, where, left_out or {}) for part in split.split('+')]
   if len(parts) == 1:
     chosen = parts[0]
   else:
@@ -30,7 +33,7 @@ def rows(split: str, splits: dict[str, Rows], where: str) -> Rows:
   return chosen
 
 
-def _part(part: str, splits: dict[str, Rows], where: str) -> Rows:
+def _part(part: str, splits: dict[str, Rows], where: str, left_out: dict[str, str]) -> Rows:
   """The rows of one name with its slice."""
   match = _PART.fullmatch(part)
   if not match:
@@ -38,6 +41,8 @@ def _part(part: str, splits: dict[str, Rows], where: str) -> Rows:
       f"{part!r} is no split; write 'train', 'train[:1000]', 'train[50%:]' or 'train+test'"
     )
   name = match['name']
+  if name in left_out:
+    raise ValueError(f'{where} has no split {name!r}: {left_out[name]}')
   if name not in splits:
     raise ValueError(f'{where} has no split {name!r}; {suggestion(name, splits)}')
   found = splits[name]

@@ -103,8 +103,8 @@ BERT = {
 @pytest.fixture(scope='module')
 def reviews(tmp_path_factory):
   """(a BERT's folder with its tokenizer, a CSV file of texts with labels)."""
-  from tokenizers import pre_tokenizers
   from tokenizers import models as parts
+  from tokenizers import pre_tokenizers
 
   folder = tmp_path_factory.mktemp('bert')
   model = models.from_config(BERT)

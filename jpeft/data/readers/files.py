@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from jpeft import textfiles
+
 from ..source import Example, suggestion
 
 Values = dict[str, Any]  # {column: value}
@@ -67,12 +69,9 @@ def examples_of(
   """example(line, values) of all rows of a file.
 
   Raises:
-    ValueError: there are none, or they are not UTF-8.
+    ValueError: there are none.
   """
-  try:
-    found = [example(line, values) for line, values in rows]
-  except UnicodeDecodeError as error:
-    raise ValueError(f'{file} is not UTF-8 text ({error})') from error
+  found = [example(line, values) for line, values in rows]
   if not found:
     raise ValueError(f'{file} is empty: there is no row of data in it')
   return found
@@ -82,10 +81,10 @@ def jsonl_rows(file: Path) -> Iterator[Row]:
   """(line number, object) of each line that is not empty.
 
   Raises:
-    ValueError: a line that is no JSON, or no object.
+    ValueError: a line that is no JSON, no object or no text.
   """
-  with file.open(encoding='utf-8-sig') as opened:
-    for line, text in enumerate(opened, 1):
+  with textfiles.opened(file) as lines:
+    for line, text in enumerate(lines, 1):
       if text.strip():
         yield line, _json_object(file, line, text)
 
@@ -93,8 +92,10 @@ def jsonl_rows(file: Path) -> Iterator[Row]:
 def _json_object(file: Path, line: int, text: str) -> Values:
   try:
     values = json.loads(text)
-  except json.JSONDecodeError as error:
+  except (json.JSONDecodeError, RecursionError) as error:
     raise ValueError(f'line {line} of {file} is no JSON ({error})') from error
   if not isinstance(values, dict):
     raise ValueError(f'line {line} of {file} is a JSON {type(values).__name__}, not an object')
+  if '\\u' in text:  # the only way to write half a character
+    textfiles.check_whole(json.dumps(values, ensure_ascii=False), f'line {line} of {file}')
   return values

@@ -5,16 +5,27 @@
     csv:PATH?text=sentence&label=y          other columns than 'text' and 'label'
     csv:PATH?text=premise&pair=hypothesis   pairs of texts
     csv:PATH?delimiter=;                    another delimiter than a comma (than a tab in .tsv)
+    csv:PATH?quote=                         another quote than ", or none: quotes are letters
+    csv:PATH?header=no&text=3&label=1       no line of names: columns are numbered from 0
 
 Labels are texts or integers; `classes` has them in alphabetical order, or in that of their value if
 all are integers. Rows are divided and mixed by a hash of their text, so that equal texts are in one
-split and a file sorted by class can be sliced.
+split and a file sorted by class can be sliced. A file of a folder that lacks the column of labels,
+such as GLUE's test.tsv, is left out. The TSV of GLUE has no quotes:
+
+    csv:SST-2?text=sentence&quote=                                train.tsv, dev.tsv
+    csv:MRPC?text=%231 String&pair=%232 String&label=Quality&quote=
+    csv:CoLA?header=no&text=3&label=1&quote=
 """
 
+import contextlib
 import csv
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+from jpeft import textfiles
 
 from ..source import Dataset, Example, split_rows, suggestion
 from .files import Row, Values, examples_of, files_of, jsonl_rows, options_of
@@ -23,15 +34,24 @@ COLUMNS = {'text': 'text', 'label': 'label'}  # {part of an example: its column}
 
 
 def csv_table(spec: str) -> Dataset:
-  """The rows of a CSV file, or of a folder of them; UTF-8 with a header line.
+  """The rows of a CSV file, or of a folder of them; UTF-8, or UTF-16 with a byte-order mark.
 
   Raises:
     FileNotFoundError: no such file or folder.
     ValueError: no rows, a missing column or option, or a line that cannot be read.
   """
-  path, options = options_of(spec, 'csv', ('text', 'pair', 'label', 'delimiter'), COLUMNS)
-  delimiter = options.pop('delimiter', None)
-  return _table(path, 'csv', options, functools.partial(_csv_rows, delimiter=delimiter))
+  known = ('text', 'pair', 'label', 'delimiter', 'quote', 'header')
+  path, options = options_of(spec, 'csv', known, COLUMNS)
+  header = options.pop('header', 'yes')
+  if header not in ('yes', 'no'):
+    raise ValueError(f"csv:{spec}: header={header} must be 'yes' or 'no'")
+  read_rows = functools.partial(
+    _csv_rows,
+    delimiter=options.pop('delimiter', None),
+    quote=options.pop('quote', '"'),
+    header=header == 'yes',
+  )
+  return _table(path, 'csv', options, read_rows)
 
 
 def jsonl_table(spec: str) -> Dataset:
@@ -50,7 +70,11 @@ def _table(
 ) -> Dataset:
   examples = []
   keys = {}
-  for split, file in files_of(path, kind).items():
+  files = files_of(path, kind)
+  left_out = _unlabelled(files, columns['label'], read_rows)
+  for split, file in files.items():
+    if split in left_out:
+      continue
     found = examples_of(file, read_rows(file), functools.partial(_example, file, columns))
     keys[split] = [_key(example) for example in found]
     examples += found
@@ -61,7 +85,21 @@ def _table(
     example = examples[row]
     return example | {'label': labels[example['label']]}
 
-  return Dataset(read, split_rows(keys), classes)
+  return Dataset(read, split_rows(keys), classes, left_out=left_out)
+
+
+def _unlabelled(
+  files: dict[str, Path], label: str, read_rows: Callable[[Path], Iterator[Row]]
+) -> dict[str, str]:
+  """{split: why it is left out} of the files without a column of labels, if another has one."""
+  left_out = {}
+  for split, file in files.items():
+    _, values = next(read_rows(file), (0, {label: None}))
+    if label not in values:
+      left_out[split] = f'{file} has no column {label!r}; {suggestion(label, values)}'
+  if len(left_out) == len(files):
+    return {}  # to be told with the line
+  return left_out
 
 
 def _key(example: dict[str, str]) -> str:
@@ -69,13 +107,31 @@ def _key(example: dict[str, str]) -> str:
   return '\t'.join(example[name] for name in ('text', 'pair') if name in example)
 
 
-def _csv_rows(file: Path, delimiter: str | None) -> Iterator[Row]:
+def _csv_rows(file: Path, delimiter: str | None, quote: str, header: bool) -> Iterator[Row]:
+  """(line number, {column: text}) of each row.
+
+  Args:
+    file: its path.
+    delimiter: between fields; None for that of the suffix.
+    quote: what fields with delimiters are put in; '' if nothing is.
+    header: whether the first row has the names of the columns, else they are '0', '1', ...
+  """
   if delimiter is None:
     delimiter = '\t' if file.suffix == '.tsv' else ','
   if len(delimiter) != 1:
     raise ValueError(f'the delimiter {delimiter!r} is not one character')
-  with file.open(encoding='utf-8-sig', newline='') as opened:
-    reader = csv.DictReader(opened, delimiter=delimiter, strict=True)
+  if len(quote) > 1:
+    raise ValueError(f'the quote {quote!r} is not one character, or none')
+  quoting: dict[str, Any] = {'quotechar': quote, 'strict': True}
+  if not quote:
+    quoting = {'quoting': csv.QUOTE_NONE}
+  with textfiles.opened(file, newline='') as lines, _long_fields():
+    names = None
+    if not header:
+      width = len(next(csv.reader(lines, delimiter=delimiter, **quoting), ()))
+      names = [str(number) for number in range(width)]
+      lines.seek(0)
+    reader = csv.DictReader(lines, names, delimiter=delimiter, **quoting)
     try:
       for row in reader:
         if None in row:  # the key of fields that have no name in the header
@@ -85,7 +141,20 @@ def _csv_rows(file: Path, delimiter: str | None) -> Iterator[Row]:
           )
         yield reader.line_num, row
     except csv.Error as error:
-      raise ValueError(f'{file} is no CSV after line {reader.line_num} ({error})') from error
+      raise ValueError(
+        f'{file} is no CSV after line {reader.line_num} ({error}); if its quotes are letters, say '
+        f'{file.name}?quote='
+      ) from error
+
+
+@contextlib.contextmanager
+def _long_fields() -> Iterator[None]:
+  """While it is open, fields may be longer than the 131,072 characters that Python allows."""
+  before = csv.field_size_limit(2**31 - 1)
+  try:
+    yield
+  finally:
+    csv.field_size_limit(before)
 
 
 def _example(file: Path, columns: dict[str, str], line: int, values: Values) -> dict[str, str]:

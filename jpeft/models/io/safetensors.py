@@ -144,7 +144,7 @@ def read_json(path: Path) -> dict:
     ValueError: it is no JSON object.
   """
   try:
-    value = json.loads(path.read_text())
+    value = json.loads(path.read_text(encoding='utf-8'))
   except ValueError as error:
     raise ValueError(f'{path} is no JSON: {error}') from error
   if not isinstance(value, dict):

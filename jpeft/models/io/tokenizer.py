@@ -160,7 +160,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = path / 'tokenizer.json'
   import tokenizers  # here, since backbones of images do without it
 
-  encoder = tokenizers.Tokenizer.from_str(path.read_text())
+  encoder = tokenizers.Tokenizer.from_str(path.read_text(encoding='utf-8'))
   # Batches are padded and cut by the caller.
   encoder.no_padding()
   encoder.no_truncation()

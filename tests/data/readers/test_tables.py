@@ -1,5 +1,6 @@
 """CSV and JSON-lines files of texts."""
 
+import csv
 import json
 
 import pytest
@@ -99,7 +100,20 @@ def test_classes_are_sorted_by_value_or_name(tmp_path, labels, classes):
     ('a.csv', 'text,label\n"a,1\n', r'a\.csv is no CSV after line 1 \(unexpected end'),
     ('a.csv', 'text,label\n', r'a\.csv is empty: there is no row'),
     ('a.csv', '', 'is empty'),
-    ('a.csv', b'text,label\n\xff,1\n', 'is not UTF-8 text'),
+    ('a.csv', b'text,label\n\xff,1\n', r'a\.csv is not UTF-8 text in line 2 \(invalid start byte'),
+    (
+      'a.csv',
+      'text,label\na,1\n'.encode('utf-16-le'),
+      'is UTF-16 without a byte-order mark, or no',
+    ),
+    ('a.csv', 'text,label\n"a" b,1\n', r'is no CSV after line .*are letters, say a\.csv\?quote='),
+    ('a.jsonl', b'{"text": "a\xff"}', r'a\.jsonl is not UTF-8 text in line 1'),
+    (
+      'a.jsonl',
+      '{"text": "a", "label": 1}\n{"text": "a\\ud83d", "label": 1}',
+      r'line 2 of .*a\.jsonl has half a character \(U\+D83D',
+    ),
+    ('a.jsonl', '[' * 100_000, r'line 1 of .*a\.jsonl is no JSON'),
     ('a.jsonl', '', r'a\.jsonl is empty'),
     ('a.jsonl', '{"text": "a", "label": 1}\n{"text"', 'line 2 of .* is no JSON'),
     ('a.jsonl', '[1]', 'line 1 of .* is a JSON list, not an object'),
@@ -143,3 +157,46 @@ def test_missing_files_and_options(reviews):
 def test_unknown_data_sets(name, text):
   with pytest.raises(ValueError, match=text):
     data.load(name, 'train')
+
+
+@pytest.mark.parametrize('kind', ['csv', 'jsonl'])
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16', 'utf-32'])
+def test_texts_of_any_encoding_and_length(tmp_path, kind, encoding):
+  texts = ['a\0b', 'two\nlines, "quoted"', 'x' * 140_000, '\U0001f600 \u00e9\u2028.']
+  file = tmp_path / f'a.{kind}'
+  if kind == 'csv':
+    quoted = [text.replace('"', '""') for text in texts]
+    lines = ['text,label', *(f'"{text}",{i}' for i, text in enumerate(quoted))]
+  else:
+    lines = [json.dumps({'text': text, 'label': i}) for i, text in enumerate(texts)]
+  file.write_bytes('\r\n'.join(lines).encode(encoding))
+  before = csv.field_size_limit()
+  found = data.load(f'{kind}:{file}', 'train+test')
+  assert {example['label']: example['text'] for example in found} == dict(enumerate(texts))
+  assert csv.field_size_limit() == before
+
+
+def test_the_tables_of_glue(tmp_path):
+  sst = tmp_path / 'SST-2'
+  sst.mkdir()
+  (sst / 'train.tsv').write_text('sentence\tlabel\n"good\t1\nbad " ``\t0\n')
+  (sst / 'dev.tsv').write_text('sentence\tlabel\nfine\t1\n')
+  (sst / 'test.tsv').write_text('index\tsentence\n0\tpoor\n')
+  name = f'csv:{sst}?text=sentence&quote='
+  assert {e['text']: e['label'] for e in data.load(name, 'train')} == {'"good': 1, 'bad " ``': 0}
+  assert len(data.load(name, 'dev')) == 1
+  with pytest.raises(
+    ValueError, match=r"no split 'test': .*test\.tsv has no column 'label'; there"
+  ):
+    data.load(name, 'test')
+  cola = tmp_path / 'train.tsv'
+  cola.write_text('gj04\t1\t\tIt "is.\nbc01\t0\t*\tIs it\n', encoding='utf-8-sig')
+  name = f'csv:{cola}?header=no&text=3&label=1&quote='
+  found = {e['text']: e['label'] for e in data.load(name, 'train+test')}
+  assert found == {'It "is.': 1, 'Is it': 0}
+  for option, said in (
+    ('header=maybe', "must be 'yes' or 'no'"),
+    ('quote=xy', "quote 'xy' is not"),
+  ):
+    with pytest.raises(ValueError, match=said):
+      data.load(f'csv:{cola}?{option}', 'train')
