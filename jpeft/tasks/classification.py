@@ -29,7 +29,7 @@ class Numbered:
   def __getitem__(self, i: int) -> dict:
     example = self._source[i]
     label = example.get('label')
-    if label is None or label >= len(self.classes):
+    if label is None or not 0 <= label < len(self.classes):
       raise ValueError(
         f'example {i} has the label {label!r}; there are {len(self.classes)} classes, numbered '
         'from 0'

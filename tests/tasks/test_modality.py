@@ -116,7 +116,7 @@ def test_unknown_name():
     tasks.modality('texts')
 
 
-@pytest.mark.parametrize('label', [None, 2])
+@pytest.mark.parametrize('label', [None, 2, -1])
 def test_labels_that_are_no_class_are_named(sound, config, label):
   _, examples = tasks.modality('sound').read(['a.npy'])
   rows, _ = CLASSIFICATION.rows(config, SOUNDS, Source([examples[0] | {'label': label}]), False)

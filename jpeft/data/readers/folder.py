@@ -6,13 +6,13 @@
 Classes are the folder names in alphabetical order. Images are divided and mixed by a hash of their
 relative path, so that 'train[:1000]' has all classes in it. Hidden files, and files whose suffix is
 none of an image, are left out. Empty files are refused, and images in formats that Pillow does not
-read. In folders of up to CHECKED images the beginning of each is read at once, so that a file that
+read. In folders of up to 20,000 images the beginning of each is read at once, so that a file that
 is no image is told before training; one that is cut off is told when it is read.
 """
 
 from pathlib import Path
 
-from ..decode import check_header, decode
+from ..decode import check_files, decode
 from ..source import Dataset, Example, split_rows, suggestion
 
 Labelled = tuple[Path, str]  # an image file, its class
@@ -22,7 +22,6 @@ SUFFIXES = (
 )
 # Images all the same: without a word a class would lose them.
 UNREAD = ('.heic', '.heif', '.jxl', '.dng', '.cr2', '.nef', '.arw', '.svg', '.dcm')
-CHECKED = 20_000  # images, about a second
 
 
 def folder(path: str) -> Dataset:
@@ -54,7 +53,7 @@ def folder(path: str) -> Dataset:
       images += found
 
   classes = _classes(images, train)
-  _check_files([file for file, _ in images])
+  check_files([file for file, _ in images])
   labels = {name: label for label, name in enumerate(classes)}
 
   def read(row: int) -> Example:
@@ -79,16 +78,6 @@ def _classes(images: list[Labelled], train: Path) -> list[str]:
         f'{file} is of class {name!r}, which {train} has not; {suggestion(name, classes)}'
       )
   return classes
-
-
-def _check_files(files: list[Path]) -> None:
-  """Raises a ValueError if a file is empty or, of not too many, begins as no image does."""
-  for file in files:
-    if not file.stat().st_size:
-      raise ValueError(f'{file} is no readable image (it is empty)')
-  if len(files) <= CHECKED:
-    for file in files:
-      check_header(file, str(file))
 
 
 def _labelled(part: Path) -> list[Labelled]:

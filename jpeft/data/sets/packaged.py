@@ -2,13 +2,13 @@
 
 import contextlib
 import importlib
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from ..decode import decode
 from ..source import Dataset, Example
+from ..stored import folder_of_tfds, rows_of
 
 # {name of a data set and of the module here: its builder}. Modules are imported when their set is
 # loaded, because TFDS takes a second to import.
@@ -27,30 +27,16 @@ def packaged(name: str, data_dir: str | Path | None) -> Dataset:
     RuntimeError: its archive could not be downloaded.
     ValueError: the archive in the cache is another one.
   """
-  import tensorflow_datasets as tfds
-
   module = importlib.import_module(f'.{name}', __package__)
-  where = data_dir or os.environ.get('TFDS_DATA_DIR') or Path.home() / 'tensorflow_datasets'
-  builder = getattr(module, PACKAGED[name])(data_dir=str(where), file_format='array_record')
+  where = str(folder_of_tfds(data_dir))
+  builder = getattr(module, PACKAGED[name])(data_dir=where, file_format='array_record')
   with contextlib.redirect_stdout(sys.stderr):  # stdout belongs to the program
     builder.download_and_prepare()
   features = builder.info.features
-  decoders = None
-  if 'image' in features:
-    # Decoded as one's own files are, whether TFDS would take OpenCV or Pillow.
-    decoders = {'image': tfds.decode.SkipDecoding()}
-  parts = builder.as_data_source(decoders=decoders)
-  splits = {}
-  start = 0
-  for split, part in parts.items():
-    splits[split] = range(start, start + len(part))
-    start += len(part)
+  stored, splits = rows_of(builder, 'image' if 'image' in features else None)
 
   def read(row: int) -> Example:
-    for split, rows in splits.items():
-      if row in rows:
-        return _example(parts[split][row - rows.start], f'image {row} of {name}')
-    raise IndexError(f'{name} has no row {row}')
+    return _example(stored(row), f'image {row} of {name}')
 
   classes = []
   if 'label' in features:

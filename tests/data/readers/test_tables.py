@@ -150,7 +150,7 @@ def test_missing_files_and_options(reviews):
     (
       'qqq',
       "there is 'mnist5k', 'movie_sentiment', 'emoji_groups', 'phonemes', 'folder:PATH', "
-      "'csv:PATH', 'jsonl:PATH'",
+      "'lists:PATH', 'csv:PATH', 'jsonl:PATH'",
     ),
   ],
 )
