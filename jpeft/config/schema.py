@@ -81,6 +81,9 @@ def _are_groups(value) -> bool:
 
 STORAGES = ('nf4', 'nf4_double', 'fp4', 'fp4_double', 'int4', 'int4_1', 'affine')
 
+# Of labels; f1 is for two of them, pearson and spearman for labels in an order.
+FURTHER_METRICS = ('f1', 'balanced_accuracy', 'matthews', 'pearson', 'spearman')
+
 FIELDS: dict[str, Field] = {
   'task': _choice(
     'classification', 'what is learnt, labels or texts', 'classification', 'language'
@@ -205,7 +208,16 @@ FIELDS: dict[str, Field] = {
   # What a run reports and stores.
   'eval.every': _positive(int, None, 'updates between evaluations; at the end alone if left out'),
   'eval.metric': _choice(
-    'accuracy', 'that decides which theta is best', 'accuracy', 'macro_f1', 'loss', 'perplexity'
+    'accuracy',
+    'that decides which theta is best',
+    *('accuracy', 'macro_f1', 'loss', 'perplexity', *FURTHER_METRICS),
+  ),
+  'eval.also': Field(
+    (tuple, list),
+    (),
+    f'metrics that are reported beside the usual ones: {", ".join(FURTHER_METRICS)}',
+    f'some of {", ".join(FURTHER_METRICS)}',
+    lambda v: all(name in FURTHER_METRICS for name in v),
   ),
   'eval.generate': _not_negative(
     int, 0, 'prompts of the test split that are continued greedily at the end, and before'
@@ -226,8 +238,11 @@ FIELDS: dict[str, Field] = {
 OPEN = ('method',)
 # {key: values beside those of FIELDS}, of what was registered from outside jpeft.
 _ALLOWED: dict[str, set[str]] = {}
-# The metric that a task does not have.
-_FOREIGN_METRIC = {'classification': 'perplexity', 'language': 'macro_f1'}
+# The metrics that a task does not have.
+_FOREIGN_METRICS = {
+  'classification': ('perplexity',),
+  'language': ('macro_f1', *FURTHER_METRICS),
+}
 
 
 def allow(key: str, value: str) -> None:
@@ -280,10 +295,11 @@ def check_key(key: str, others: Iterable[str] = ()) -> None:
 
 
 def _check_task(out: dict[str, Any]) -> None:
-  if out['eval.metric'] == _FOREIGN_METRIC[out['task']]:
-    raise ValueError(
-      f'config.eval.metric={out["eval.metric"]!r} is no metric of config.task={out["task"]!r}'
-    )
+  foreign = _FOREIGN_METRICS[out['task']]
+  for key, names in (('eval.metric', [out['eval.metric']]), ('eval.also', out['eval.also'])):
+    for name in names:
+      if name in foreign:
+        raise ValueError(f'config.{key}={name!r} is no metric of config.task={out["task"]!r}')
   lengths = [key for key in ('steps', 'epochs') if out[key] is not None]
   if len(lengths) != 1:
     which = 'both' if lengths else 'neither'

@@ -2,7 +2,15 @@
 
 from .classification import CLASSIFICATION
 from .language import LANGUAGE
-from .metrics import METRICS, Metric, best, better, register_metric, registered_module
+from .metrics import (
+  METRICS,
+  Metric,
+  best,
+  better,
+  register_metric,
+  registered_module,
+  requested,
+)
 from .modality import (
   Modality,
   inputs,
@@ -45,4 +53,5 @@ __all__ = [
   'register_modality',
   'registered_module',
   'token_losses',
+  'requested',
 ]

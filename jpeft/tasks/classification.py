@@ -1,6 +1,6 @@
 """Labels of images or texts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import numpy as np
 
 from jpeft import data
 
-from .metrics import registered_scores
+from .metrics import further_scores, requested
 from .modality import check_example, modality_of
 from .task import Task, loss
 
@@ -54,6 +54,11 @@ def source(config, split: str) -> data.Source:
       f'config.model.num_classes is {config.model.num_classes}, but {config.data.name} has '
       f'{len(classes)} labels: {", ".join(classes[:10])}'
     )
+  if 'f1' in requested(config) and len(classes) != 2:
+    raise ValueError(
+      f"the metric 'f1' is that of two classes, and {config.data.name} has {len(classes)}: take "
+      "'macro_f1'"
+    )
   return data.in_memory(found) if config.data.in_memory else found
 
 
@@ -97,8 +102,11 @@ def tally(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, ja
   return {'loss': (loss(logits, labels) * kept).sum(), 'confusion': confusion}
 
 
-def scores(tally: dict[str, np.ndarray]) -> dict[str, float]:
-  """accuracy, macro_f1 (over the labels that occur or are predicted) and loss of a summed tally."""
+def scores(tally: dict[str, np.ndarray], names: Sequence[str] = ()) -> dict[str, float]:
+  """accuracy, macro_f1 (over the labels that occur or are predicted) and loss of a summed tally.
+
+  Beside these, the metrics that are named or were registered.
+  """
   confusion = np.asarray(tally['confusion'], np.float64)
   hits = np.diag(confusion)
   total = confusion.sum()
@@ -111,7 +119,7 @@ def scores(tally: dict[str, np.ndarray]) -> dict[str, float]:
     'macro_f1': float(f1.mean()),
     'loss': float(tally['loss'] / total),
   }
-  return own | registered_scores('classification', tally)
+  return own | further_scores('classification', tally, names)
 
 
 CLASSIFICATION = Task(source, rows, example, tally, scores)

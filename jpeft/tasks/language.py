@@ -11,7 +11,7 @@ from jpeft import data, models
 from jpeft.core import Tuned
 from jpeft.models import grown
 
-from .metrics import registered_scores
+from .metrics import further_scores
 from .task import Task, loss
 
 
@@ -120,15 +120,15 @@ def tally_losses(
   }
 
 
-def scores(tally: dict[str, np.ndarray]) -> dict[str, float]:
-  """perplexity, loss and accuracy a token of the completions."""
+def scores(tally: dict[str, np.ndarray], names: Sequence[str] = ()) -> dict[str, float]:
+  """perplexity, loss and accuracy a token of the completions, and registered metrics."""
   mean = float(tally['loss'] / tally['tokens'])
   own = {
     'perplexity': math.exp(min(mean, 700)),  # exp(710) overflows
     'loss': mean,
     'accuracy': float(tally['right'] / tally['tokens']),
   }
-  return own | registered_scores('language', tally)
+  return own | further_scores('language', tally, names)
 
 
 def written(config, pretrained, source, write: Callable, stop: Callable) -> dict[str, float] | None:

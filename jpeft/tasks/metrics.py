@@ -1,12 +1,13 @@
 """Metrics: what an evaluation reports, computed from a tally that is summed over its batches."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from jpeft.config import allow
 from jpeft.registering import module_of
 
-Tally = Mapping[str, object]
+from . import agreement
+from .agreement import Tally
 
 
 class Metric(NamedTuple):
@@ -32,7 +33,15 @@ _OWN = {
   'loss': Metric(None, 'both', True),
   'perplexity': Metric(None, 'language', True),
 }
-METRICS: dict[str, Metric] = dict(_OWN)
+# Computed where `eval.metric` or `eval.also` names them.
+_ON_REQUEST = {
+  'f1': Metric(agreement.f1, 'classification', False),
+  'balanced_accuracy': Metric(agreement.balanced_accuracy, 'classification', False),
+  'matthews': Metric(agreement.matthews, 'classification', False),
+  'pearson': Metric(agreement.pearson, 'classification', False),
+  'spearman': Metric(agreement.spearman, 'classification', False),
+}
+METRICS: dict[str, Metric] = {**_OWN, **_ON_REQUEST}
 
 
 def register_metric(
@@ -55,7 +64,7 @@ def register_metric(
   Raises:
     ValueError: jpeft has a metric of that name, or no such task.
   """
-  if name in _OWN:
+  if name in _OWN or name in _ON_REQUEST:
     raise ValueError(f'{name!r} is a metric of jpeft: choose another name')
   if task not in ('classification', 'language'):
     raise ValueError(f"task={task!r} must be 'classification' or 'language'")
@@ -68,9 +77,24 @@ def registered_module(name: str) -> str | None:
   return METRICS[name].module
 
 
-def registered_scores(task: str, tally: Tally) -> dict[str, float]:
-  """{name: value} of the metrics of a task that were registered from outside jpeft."""
-  chosen = {name: metric for name, metric in METRICS.items() if metric.task == task}
+def requested(config) -> tuple[str, ...]:
+  """The metrics that a configuration names."""
+  return (config.eval.metric, *config.eval.also)
+
+
+def further_scores(task: str, tally: Tally, names: Sequence[str] = ()) -> dict[str, float]:
+  """{name: value} of the metrics of a task that were registered from outside jpeft, or are named.
+
+  Args:
+    task: its name.
+    tally: summed over an evaluation.
+    names: from `requested`.
+  """
+  chosen = {
+    name: metric
+    for name, metric in METRICS.items()
+    if metric.task == task and (name in names or name not in _ON_REQUEST)
+  }
   return {
     name: float(metric.compute(tally))
     for name, metric in chosen.items()

@@ -21,7 +21,7 @@ class Task(NamedTuple):
       that only fill up the last one; tallies are added.
     tally_losses: (losses, right, labels, mask) -> the same tally from the loss of each label and
       whether it is the likeliest; None where a tally needs logits.
-    scores: a summed tally -> {metric: value}.
+    scores: (a summed tally, names of further metrics) -> {metric: value}.
     check: (config, tuned) -> nothing; raises a ValueError for a method that the rows do not go
       with.
     written: (config, pretrained, source, write, stop) -> {metric: value} of texts that the model
@@ -34,7 +34,7 @@ class Task(NamedTuple):
   rows: Callable[..., tuple[Any, Callable | None]]
   example: Callable[..., dict[str, Any]]
   tally: Callable[..., dict[str, jax.Array]]
-  scores: Callable[[dict], dict[str, float]]
+  scores: Callable[..., dict[str, float]]
   check: Callable[..., None] = lambda *_: None
   written: Callable[..., dict[str, float] | None] = lambda *_: {}
   untuned: bool = False

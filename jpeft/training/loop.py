@@ -18,6 +18,7 @@ from jpeft.version import __version__
 from . import feature_cache, fit, report, sharding, step
 from .build import build, check_used, optimizer_of
 from .checkpoints import Checkpoints, fingerprint, save_theta
+from .confusion import write_confusion
 from .feature_cache import Features, Part
 from .folder import begin, claimed
 from .imports import imports_of
@@ -182,12 +183,19 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
   def put(batch):
     return jax.device_put(batch, rows)
 
-  # ---- Evaluation.
+  # ---- Evaluation, with `number` updates made.
+  number = start
+
   def evaluated(model, theta, eval_step, part: Part, writes: bool):
     """Scores of a model on the test split, of its texts too if `writes`; None after a signal."""
     batches = part.once(eval_size)
-    scores = step.evaluate(eval_step, task.scores, theta, backbone, batches, rows, stop)
-    if scores is None or not writes:
+    tally = step.evaluate(eval_step, theta, backbone, batches, rows, stop)
+    if tally is None:
+      return None
+    if 'confusion' in tally:
+      write_confusion(folder, number, train_source.classes, tally['confusion'])
+    scores = task.scores(tally, tasks.requested(config))
+    if not writes:
       return scores
     write = functools.partial(completions, model, backbone, theta=theta)
     written = task.written(config, pretrained, eval_source, write, stop)
@@ -215,8 +223,7 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
       progress.note(f'features of {len(part.source)} examples: {size}')
       part.source.fill(backbone, put, stop)
 
-  # ---- The loop. With `number` updates made: evaluate, save, and make one more.
-  number = start
+  # ---- The loop: evaluate, save, and make one more update.
   watch = Watch(config.data.train, checkpoints)
 
   def save_checkpoint():

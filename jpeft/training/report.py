@@ -9,6 +9,7 @@ from jpeft.messages import markdown
 from jpeft.programs import mib
 
 from .checkpoints import write
+from .confusion import confusion_section
 from .curves import draw_curves
 
 # The metrics that a table has a column for.
@@ -59,6 +60,7 @@ def write_report(folder: pathlib.Path, report: dict[str, Any], rows: list[dict])
   has_curves = draw_curves(folder / 'curves.png', rows)
   lines = [f'# {report["method"]} on {report["data"]}', '', table([report]), '']
   lines += [f'- {name}: {value}' for name, value in _facts(report).items()]
+  lines += confusion_section(folder)
   if has_curves:
     lines += ['', '![curves](curves.png)']
   write(folder / 'report.md', '\n'.join([*lines, '']))

@@ -270,23 +270,21 @@ def eval_step(forward: Callable, tally: Callable, tally_losses: Callable | None 
 
 def evaluate(
   eval_step: Callable,
-  scores: Callable,
   theta,
   backbone,
   batches,
   rows: NamedSharding,
   stop: Callable[[], Any],
-) -> dict[str, float] | None:
-  """The scores over all batches.
+) -> dict[str, np.ndarray] | None:
+  """The tally of all batches.
 
   Args:
     eval_step: compiled.
-    scores: of its task.
     theta: what is evaluated.
     backbone: beside it.
     batches: one pass, the last batch filled up.
     rows: the sharding of a batch.
-    stop: called between batches; when it returns true there are no scores.
+    stop: called between batches; when it returns true there is no tally.
   """
   total = None
   for batch in batches:
@@ -298,4 +296,4 @@ def evaluate(
       total = tally
     else:
       total = jax.tree.map(np.add, total, tally)
-  return scores(total)
+  return total

@@ -167,6 +167,13 @@ def test_labels_and_sizes(bad):
   )
 
 
+def test_f1_is_of_two_classes(bad, images, tmp_path):
+  own = shutil.copytree(images, tmp_path / 'images')
+  shutil.copytree(own / 'train/red', own / 'train/green')
+  said = bad(f'--config.data.name=folder:{own}', "--config.eval.also=('f1',)")
+  assert "the metric 'f1' is that of two classes, and" in said and "has 3: take 'macro_f1'" in said
+
+
 def test_truncated_weights(bad, copy):
   file = copy / 'model.safetensors'
   file.write_bytes(file.read_bytes()[:-100])

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+import scipy.stats
 
 import jpeft
 from jpeft import config, tasks
-from jpeft.tasks import metrics
+from jpeft.tasks import agreement, metrics
 
 TALLY = {'loss': np.float32(6.0), 'confusion': np.array([[3, 1], [0, 4]])}
 VALUES = {
@@ -41,6 +42,54 @@ def test_it_is_computed_beside_those_of_the_task(registered):
   assert language['surprise'] == 1.0 and language['accuracy'] == 0.5
 
 
+@pytest.mark.parametrize('classes', [2, 4])
+@pytest.mark.parametrize('seed', range(3))
+def test_scores_on_request_against_the_examples_themselves(classes, seed):
+  rng = np.random.default_rng(seed)
+  labels = rng.integers(0, classes, 60)
+  guesses = np.where(rng.random(60) < 0.6, labels, rng.integers(0, classes, 60))
+  confusion = np.zeros((classes + 1, classes + 1))  # the last class never occurs
+  np.add.at(confusion, (labels, guesses), 1)
+  names = ('balanced_accuracy', 'matthews', 'pearson', 'spearman')
+  found = tasks.CLASSIFICATION.scores({'loss': 1.0, 'confusion': confusion}, names)
+
+  assert found['balanced_accuracy'] == pytest.approx(
+    np.mean([(guesses[labels == label] == label).mean() for label in range(classes)])
+  )
+  assert found['pearson'] == pytest.approx(scipy.stats.pearsonr(labels, guesses)[0])
+  assert found['spearman'] == pytest.approx(scipy.stats.spearmanr(labels, guesses)[0])
+  # R_K is the covariance of the indicators, summed over classes, over both spreads.
+  true, told = (np.eye(classes)[x] - np.eye(classes)[x].mean(0) for x in (labels, guesses))
+  spread = np.sqrt((true * true).sum() * (told * told).sum())
+  assert found['matthews'] == pytest.approx((true * told).sum() / spread)
+  if classes == 2:
+    assert found['matthews'] == pytest.approx(np.corrcoef(labels, guesses)[0, 1])
+    precision = labels[guesses == 1].mean()
+    recall = guesses[labels == 1].mean()
+    pair = {'confusion': confusion[:2, :2]}
+    assert agreement.f1(pair) == pytest.approx(2 / (1 / precision + 1 / recall))
+
+
+def test_what_is_undefined_is_nothing():
+  one = {'loss': 1.0, 'confusion': np.array([[5, 0], [0, 0]])}
+  names = ('f1', 'balanced_accuracy', 'matthews', 'pearson', 'spearman')
+  found = tasks.CLASSIFICATION.scores(one, names)
+  assert {name: found[name] for name in names} == {
+    **dict.fromkeys(names, 0.0),
+    'balanced_accuracy': 1.0,
+  }
+
+
+def test_a_config_may_ask_for_more():
+  asked = config.complete({**VALUES, 'eval': {'metric': 'matthews', 'also': ('f1', 'spearman')}})
+  assert tasks.requested(asked) == ('matthews', 'f1', 'spearman')
+  for also in (('f2',), ('accuracy',)):
+    with pytest.raises(ValueError, match='config.eval.also must be some of f1, balanced_accuracy'):
+      config.complete({**VALUES, 'eval': {'also': also}})
+  with pytest.raises(ValueError, match="config.eval.also='f1' is no metric of config.task='lang"):
+    config.complete({**VALUES, 'task': 'language', 'eval': {'metric': 'loss', 'also': ('f1',)}})
+
+
 def test_a_config_may_choose_the_best_theta_by_it(registered):
   chosen = config.complete({**VALUES, 'eval': {'metric': 'worst_class'}})
   assert chosen.eval.metric == 'worst_class'
@@ -64,6 +113,7 @@ def test_it_says_where_it_came_from(registered):
   ('name', 'task', 'message'),
   (
     ('accuracy', 'classification', "'accuracy' is a metric of jpeft"),
+    ('matthews', 'classification', "'matthews' is a metric of jpeft"),
     ('mine', 'retrieval', "task='retrieval' must be 'classification' or 'language'"),
   ),
 )

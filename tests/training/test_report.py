@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jpeft import tasks
-from jpeft.training import metrics, progress, report
+from jpeft.training import confusion, metrics, progress, report
 
 
 def test_loss_against_numpy():
@@ -104,3 +104,23 @@ def test_table_is_aligned_markdown():
     '61',
   ]
   assert lines[3].count('| - ') == 1
+
+
+def test_what_classes_are_taken_for(tmp_path):
+  assert confusion.confusion_section(tmp_path) == []
+  counts = np.array([[8, 1, 1], [0, 0, 0], [2, 3, 5.0]])
+  confusion.write_confusion(tmp_path, 7, ['a|b', 'none', 'c'], counts)
+  page = '\n'.join(confusion.confusion_section(tmp_path))
+  rows = [' '.join(line.split()) for line in page.splitlines() if line]
+  assert rows[0] == '## Classes, at step 7'
+  assert rows[3:6] == [
+    r'| a\|b | 10 | 80.0 % | none (1) |',
+    '| none | 0 | - | - |',
+    '| c | 10 | 50.0 % | none (3) |',
+  ]
+  assert rows[8:] == [r'| a\|b | 8 | 1 | 1 |', '| none | 0 | 0 | 0 |', '| c | 2 | 3 | 5 |']
+
+  many = [str(number) for number in range(300)]
+  confusion.write_confusion(tmp_path, 7, many, np.eye(300))
+  page = '\n'.join(confusion.confusion_section(tmp_path))
+  assert 'The first 200 of 300; confusion.json has all.' in page and 'prediction' not in page

@@ -31,6 +31,7 @@ def test_run_folder_is_complete(load, tmp_path):
     'report.json',
     'report.md',
     'curves.png',
+    'confusion.json',
     'theta.safetensors',
     'best.safetensors',
     'checkpoints',
@@ -46,6 +47,20 @@ def test_run_folder_is_complete(load, tmp_path):
   best, about = load_theta(tmp_path / 'run/best.safetensors', tuned.shapes)
   assert about['step'] == told['best']['step'] and about['accuracy'] == told['best']['value']
   assert jax.tree.structure(best) == jax.tree.structure(theta)
+
+
+def test_a_run_reports_the_metrics_that_it_is_asked_for(load, tmp_path):
+  changes = {'eval.metric': 'matthews', 'eval.also': "('f1', 'balanced_accuracy')"}
+  told = training.train(load('linear', **changes), tmp_path)
+  assert told['best']['metric'] == 'matthews'
+  kept = json.loads((tmp_path / 'confusion.json').read_text())
+  (a, b), (c, d) = kept['confusion']
+  assert kept['labels'] == ['blue', 'red'] and kept['step'] == 12 and a + b == c + d == 5
+  assert told['eval']['f1'] == pytest.approx(2 * d / (2 * d + b + c) if d else 0)
+  assert told['eval']['balanced_accuracy'] == pytest.approx((a + d) / 10)
+  assert told['eval']['accuracy'] == pytest.approx((a + d) / 10)
+  assert '## Classes, at step 12' in (tmp_path / 'report.md').read_text()
+  assert training.train(load('linear', **changes), tmp_path) == told
 
 
 def test_it_learns(load, tmp_path):
