@@ -127,8 +127,8 @@ FIELDS: dict[str, Field] = {
   'data.name': Field(
     TEXT,
     REQUIRED,
-    'mnist5k, movie_sentiment, emoji_groups, phonemes, folder:PATH, csv:PATH, '
-    'jsonl:PATH or completions:PATH',
+    'mnist5k, movie_sentiment, emoji_groups, phonemes, folder:PATH, lists:PATH, csv:PATH, '
+    'jsonl:PATH, completions:PATH or tfds:NAME',
   ),
   'data.train': Field(TEXT, 'train', "split to train on, such as 'train[:1000]'"),
   'data.test': Field(TEXT, 'test', 'split to evaluate on'),
