@@ -65,6 +65,8 @@ def text_transform(
         f'the tokenizer gives the second text of a pair the segment {max(encoding.type_ids)}, and '
         f'the model has rows for {types}: pairs need another model or tokenizer'
       )
+    if not any(encoding.attention_mask):
+      raise ValueError(f'{example["text"][:40]!r} has no token, and a model cannot read nothing')
     rest = {name: value for name, value in example.items() if name not in ('text', 'pair')}
     arrays = {
       'tokens': np.array(encoding.ids, np.int32),
@@ -91,9 +93,9 @@ def _check_ids(ids: Sequence[int], vocabulary: int, tokenizer: Tokenizer, where:
 
 
 def check_texts(source, transform: Transform, tokenizer: str | Path, vocabulary: int) -> None:
-  """Raises a ValueError if a text has a token that the model has no row for.
+  """Raises a ValueError if a text has a token that the model has no row for, or no token at all.
 
-  The texts are only read if the tokenizer knows such a token.
+  Only the first text is read if the tokenizer knows no such token and puts special ones around all.
 
   Args:
     source: len and [i] -> {'text', ['pair'], ...}.
@@ -102,7 +104,9 @@ def check_texts(source, transform: Transform, tokenizer: str | Path, vocabulary:
     vocabulary: rows of the model's table of tokens.
   """
   count = len(source)
-  if max(_read(tokenizer).get_vocab().values()) < vocabulary:
+  encoder = _read(tokenizer)
+  knows_more = max(encoder.get_vocab().values()) >= vocabulary
+  if not knows_more and encoder.num_special_tokens_to_add(is_pair=False):
     count = min(count, 1)
   for i in range(count):
     try:

@@ -78,7 +78,42 @@ def rows(config, pretrained, source, training: bool) -> tuple[data.Packed, None]
       f'the training split fills {len(packed)} rows, fewer than the {config.data.batch_size} of a '
       f'batch: {packed.about}; lower config.data.batch_size, or config.data.max_length to have more'
     )
+  if not training:
+    _check_prompts(config, source, tokenizer, positions)
   return packed, None
+
+
+def _check_prompts(config, source, tokenizer, positions: int | None) -> None:
+  """Raises a ValueError if one of the prompts that are to be continued is empty or too long."""
+  prompts, wanted = _asked(config, source, tokenizer)
+  for i, tokens in enumerate(prompts):
+    if not tokens:
+      raise ValueError(
+        f'example {i} of the test split has an empty prompt, which nothing can be written after: '
+        'set config.eval.generate=0'
+      )
+    if positions is not None and len(tokens) + _room(wanted, tokenizer) > positions:
+      raise ValueError(
+        f'example {i} of the test split has a prompt of {len(tokens)} tokens, which leaves no room '
+        f'for a completion in the {positions} positions that the model was made for: set '
+        'config.eval.generate=0'
+      )
+
+
+def _asked(config, source, tokenizer) -> tuple[list[list[int]], list[str]]:
+  """(tokens of the prompts, completions that they should be given) of what is to be written."""
+  prompts = []
+  wanted = []
+  for i in range(min(config.eval.generate, len(source))):
+    tokens, text = data.prompt(source[i], tokenizer, config.data.chat)
+    prompts.append(tokens)
+    wanted.append(text)
+  return prompts, wanted
+
+
+def _room(wanted: Sequence[str], tokenizer) -> int:
+  """How many tokens may be written: those of the longest completion, and the end."""
+  return max(len(tokenizer.encode(text)) for text in wanted) + 1
 
 
 def example(config, pretrained) -> dict[str, np.ndarray]:
@@ -139,19 +174,13 @@ def written(config, pretrained, source, write: Callable, stop: Callable) -> dict
   text is as long as the longest of the right ones at most. Where no word was asked for there is no
   error rate.
   """
-  count = min(config.eval.generate, len(source))
-  if not count:
+  if not config.eval.generate:
     return {}
   tokenizer = models.decoder_tokenizer(pretrained)
-  prompts = []
-  wanted = []
-  for i in range(count):
-    tokens, text = data.prompt(source[i], tokenizer, config.data.chat)
-    prompts.append(tokens)
-    wanted.append(text)
-  longest = max(len(tokenizer.encode(text)) for text in wanted)
-
-  texts = write(prompts, new_tokens=longest + 1, stop=(tokenizer.eos,), pad=tokenizer.pad)
+  prompts, wanted = _asked(config, source, tokenizer)
+  count = len(prompts)
+  longest = _room(wanted, tokenizer)
+  texts = write(prompts, new_tokens=longest, stop=(tokenizer.eos,), pad=tokenizer.pad)
   exact = 0
   errors = 0
   words = 0

@@ -7,6 +7,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from jpeft import cli, config, generate, training
+from jpeft.data.source import digest
 
 
 @pytest.fixture
@@ -87,3 +88,23 @@ def test_written_texts_where_some_have_no_words(settings, tmp_path):
   changes = {'data.name': f'completions:{tmp_path / "data"}', 'eval.generate': 1}
   told = training.train(settings(**changes), tmp_path / 'run')
   assert 'exact_match' in told['eval'] and 'word_error_rate' not in told['eval']
+
+
+@pytest.mark.parametrize(
+  ('prompt', 'said'),
+  [
+    ('', 'example 0 of the test split has an empty prompt'),
+    ('a ' * 127, 'has a prompt of 127 tokens, which leaves no room for a completion in the 128'),
+  ],
+)
+def test_prompts_that_cannot_be_continued(settings, tmp_path, prompt, said):
+  (tmp_path / 'data').mkdir()
+  rows = [(f'{x} {y}', 'A') for x in 'abcdefghi' for y in 'abcdefghi']
+  pairs(tmp_path / 'data' / 'train.jsonl', *rows)
+  pairs(tmp_path / 'data' / 'test.jsonl', (prompt, 'A B'), ('a', 'A'))
+  changes = {'data.name': f'completions:{tmp_path / "data"}', 'eval.generate': 1}
+  # The prompt comes first, whatever the hashes are.
+  before = int(digest(prompt) > digest('a'))
+  changes['data.test'] = f'test[{before}:]+test[:{before}]'
+  with pytest.raises(cli.Mistake, match=said):
+    training.train(settings(**changes), tmp_path / 'run')

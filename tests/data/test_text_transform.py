@@ -107,3 +107,14 @@ def test_all_texts_are_checked_where_the_tokenizer_knows_more_than_the_model(tmp
   data.check_texts(texts, text_transform(file, 4, **options, vocabulary=7), file, 7)
   with pytest.raises(ValueError, match="example 9: 'good film' has the token 'film' with the"):
     data.check_texts(texts, text_transform(file, 4, **options, vocabulary=5), file, 5)
+
+
+def test_texts_without_a_token_are_told_before_training(tmp_path):
+  bare = tokenizer()
+  bare.post_processor = None
+  file = tmp_path / 'tokenizer.json'
+  bare.save(str(file))
+  fn = text_transform(file, 4, vocabulary=7)
+  data.check_texts([{'text': 'a'}], fn, file, 7)
+  with pytest.raises(ValueError, match="example 1: ' ' has no token, and a model cannot read"):
+    data.check_texts([{'text': 'a'}, {'text': ' '}], fn, file, 7)

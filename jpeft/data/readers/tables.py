@@ -21,7 +21,7 @@ such as GLUE's test.tsv, is left out. The TSV of GLUE has no quotes:
 import contextlib
 import csv
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ def csv_table(spec: str) -> Dataset:
     delimiter=options.pop('delimiter', None),
     quote=options.pop('quote', '"'),
     header=header == 'yes',
+    used=tuple(options.values()),
   )
   return _table(path, 'csv', options, read_rows)
 
@@ -107,7 +108,9 @@ def _key(example: dict[str, str]) -> str:
   return '\t'.join(example[name] for name in ('text', 'pair') if name in example)
 
 
-def _csv_rows(file: Path, delimiter: str | None, quote: str, header: bool) -> Iterator[Row]:
+def _csv_rows(
+  file: Path, delimiter: str | None, quote: str, header: bool, used: Sequence[str]
+) -> Iterator[Row]:
   """(line number, {column: text}) of each row.
 
   Args:
@@ -115,6 +118,7 @@ def _csv_rows(file: Path, delimiter: str | None, quote: str, header: bool) -> It
     delimiter: between fields; None for that of the suffix.
     quote: what fields with delimiters are put in; '' if nothing is.
     header: whether the first row has the names of the columns, else they are '0', '1', ...
+    used: the columns that are read, of which there must not be two.
   """
   if delimiter is None:
     delimiter = '\t' if file.suffix == '.tsv' else ','
@@ -133,6 +137,9 @@ def _csv_rows(file: Path, delimiter: str | None, quote: str, header: bool) -> It
       lines.seek(0)
     reader = csv.DictReader(lines, names, delimiter=delimiter, **quoting)
     try:
+      for name in used:
+        if (reader.fieldnames or []).count(name) > 1:
+          raise ValueError(f'{file} has several columns {name!r}: give them other names')
       for row in reader:
         if None in row:  # the key of fields that have no name in the header
           raise ValueError(

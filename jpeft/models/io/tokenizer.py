@@ -230,7 +230,21 @@ def from_gguf(file: Gguf) -> Tokenizer:
     encoder.post_processor = processors.TemplateProcessing(
       f'{bos} $A', special_tokens=[(bos, ids['bos'])]
     )
-  return _tokenizer(encoder, ids, file.metadata.get('tokenizer.chat_template'), file.folder)
+  return _tokenizer(encoder, ids, _template_of_gguf(file), file.folder)
+
+
+def _template_of_gguf(file: Gguf) -> str | dict[str, str] | None:
+  """The chat template, or the named ones, in the metadata of a GGUF file."""
+  key = 'tokenizer.chat_template'
+  names = {
+    name.removeprefix(f'{key}.'): text
+    for name, text in file.metadata.items()
+    if name.startswith(f'{key}.')
+  }
+  template = file.metadata.get(key)
+  if names and template:
+    return {'default': template, **names}
+  return names or template
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:

@@ -98,6 +98,7 @@ def test_classes_are_sorted_by_value_or_name(tmp_path, labels, classes):
     ),
     ('a.csv', 'text,label\na,\n', "has '' as its 'label'"),
     ('a.csv', 'text,label\n"a,1\n', r'a\.csv is no CSV after line 1 \(unexpected end'),
+    ('a.csv', 'text,label,text\na,1,b\n', r"a\.csv has several columns 'text': give them other"),
     ('a.csv', 'text,label\n', r'a\.csv is empty: there is no row'),
     ('a.csv', '', 'is empty'),
     ('a.csv', b'text,label\n\xff,1\n', r'a\.csv is not UTF-8 text in line 2 \(invalid start byte'),
