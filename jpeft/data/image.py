@@ -84,7 +84,11 @@ def image_transform(
     return image.resize(square, resampling)
 
   def transform(example: Example, rng: np.random.Generator | None = None) -> Example:
-    pixels = example['image']
+    pixels = np.asarray(example['image'])
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] not in (1, 3):
+      raise ValueError(
+        f'an image is uint8 [H, W, 3] or [H, W, 1], not {pixels.dtype} {list(pixels.shape)}'
+      )
     if pixels.shape[-1] == 1:
       pixels = pixels[..., 0]  # Pillow takes grey images without an axis of channels
     image = resized(Image.fromarray(pixels), rng)

@@ -57,16 +57,20 @@ def text_transform(
   tokenizer.enable_padding(pad_id=pad_id, pad_token=pad, length=max_length)
 
   def transform(example: Example, rng: np.random.Generator | None = None) -> Example:
-    encoding = tokenizer.encode(example['text'], example.get('pair'))
+    text, pair = example['text'], example.get('pair')
+    try:
+      encoding = tokenizer.encode(text, pair)
+    except TypeError as error:
+      raise ValueError(f'{text!r:.60} is no text that a tokenizer reads ({error})') from error
     if vocabulary is not None:
-      _check_ids(encoding.ids, vocabulary, tokenizer, repr(example['text'][:40]))
+      _check_ids(encoding.ids, vocabulary, tokenizer, repr(text[:40]))
     if types is not None and max(encoding.type_ids) >= types:
       raise ValueError(
         f'the tokenizer gives the second text of a pair the segment {max(encoding.type_ids)}, and '
         f'the model has rows for {types}: pairs need another model or tokenizer'
       )
     if not any(encoding.attention_mask):
-      raise ValueError(f'{example["text"][:40]!r} has no token, and a model cannot read nothing')
+      raise ValueError(f'{text[:40]!r} has no token, and a model cannot read nothing')
     rest = {name: value for name, value in example.items() if name not in ('text', 'pair')}
     arrays = {
       'tokens': np.array(encoding.ids, np.int32),

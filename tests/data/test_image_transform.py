@@ -126,3 +126,20 @@ def test_without_augmentation_nothing_is_drawn():
 def test_arguments_are_checked_at_once(kwargs, text):
   with pytest.raises(ValueError, match=text):
     image_transform(**{'image_size': 8} | kwargs)
+
+
+@pytest.mark.parametrize(
+  ('image', 'said'),
+  [
+    (np.zeros((4, 4, 3), np.float32), r'not float32 \[4, 4, 3\]'),
+    (np.zeros((3, 4, 5), np.uint8), r'not uint8 \[3, 4, 5\]'),
+    (np.zeros((4, 4, 4), np.uint8), r'not uint8 \[4, 4, 4\]'),
+    (
+      np.zeros((4, 4), np.uint8),
+      r'an image is uint8 \[H, W, 3\] or \[H, W, 1\], not uint8 \[4, 4\]',
+    ),
+  ],
+)
+def test_what_is_no_image_is_named(image, said):
+  with pytest.raises(ValueError, match=said):
+    image_transform(8)({'image': image})

@@ -5,6 +5,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from jpeft import data
+from jpeft import models as models_of_jpeft
 from jpeft.data import text_transform
 
 WORDS = ['[UNK]', '[CLS]', '[SEP]', 'a', 'good', 'film', '[PAD]']
@@ -118,3 +119,11 @@ def test_texts_without_a_token_are_told_before_training(tmp_path):
   data.check_texts([{'text': 'a'}], fn, file, 7)
   with pytest.raises(ValueError, match="example 1: ' ' has no token, and a model cannot read"):
     data.check_texts([{'text': 'a'}, {'text': ' '}], fn, file, 7)
+
+
+@pytest.mark.parametrize('text', ['a \ud83d', 3, None])
+def test_what_is_no_text_is_named(text):
+  with pytest.raises(ValueError, match='is no text that a tokenizer reads'):
+    text_transform(tokenizer(), 4)({'text': text})
+  with pytest.raises(ValueError, match='is no text that a tokenizer reads'):
+    models_of_jpeft.Tokenizer(tokenizer(), 2, None, 6, None).encode(text)

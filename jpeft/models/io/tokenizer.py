@@ -64,9 +64,12 @@ class Tokenizer:
         writes its own.
 
     Raises:
-      ValueError: a token that the model has no row for.
+      ValueError: a token that the model has no row for, or no text.
     """
-    ids = self.encoder.encode(text, add_special_tokens=False).ids
+    try:
+      ids = self.encoder.encode(text, add_special_tokens=False).ids
+    except TypeError as error:
+      raise ValueError(f'{text!r:.60} is no text that a tokenizer reads ({error})') from error
     self._check(ids, repr(text[:40]))
     if begin and self._begins_with_bos():
       return [self.bos, *ids]
@@ -244,7 +247,9 @@ def _template_of_gguf(file: Gguf) -> str | dict[str, str] | None:
   template = file.metadata.get(key)
   if names and template:
     return {'default': template, **names}
-  return names or template
+  if names:
+    return names
+  return template
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import types
 
 import pytest
 from tokenizers import Tokenizer, pre_tokenizers
@@ -75,3 +76,13 @@ def test_templates_with_names(written, tmp_path):
 def test_templates_that_refuse(written, template):
   with pytest.raises(ValueError, match='the chat template refuses the messages: '):
     written(template)
+
+
+def test_named_templates_of_gguf():
+  from jpeft.models.io.tokenizer import _template_of_gguf
+
+  key = 'tokenizer.chat_template'
+  read = lambda **metadata: _template_of_gguf(types.SimpleNamespace(metadata=metadata))
+  assert read(**{key: 'a', f'{key}s': ['tool_use']}) == 'a'
+  assert read(**{key: 'a', f'{key}.tool_use': 'b'}) == {'default': 'a', 'tool_use': 'b'}
+  assert read(**{f'{key}.tool_use': 'b'}) == {'tool_use': 'b'} and read() is None
