@@ -219,6 +219,12 @@ FIELDS: dict[str, Field] = {
     f'some of {", ".join(FURTHER_METRICS)}',
     lambda v: all(name in FURTHER_METRICS for name in v),
   ),
+  'eval.patience': _positive(
+    int,
+    None,
+    'evaluations in a row without a better eval.metric that end a run; if left out, it runs to its '
+    'last update',
+  ),
   'eval.generate': _not_negative(
     int, 0, 'prompts of the test split that are continued greedily at the end, and before'
   ),
@@ -300,6 +306,8 @@ def _check_task(out: dict[str, Any]) -> None:
     for name in names:
       if name in foreign:
         raise ValueError(f'config.{key}={name!r} is no metric of config.task={out["task"]!r}')
+  if out['eval.patience'] is not None and out['eval.every'] is None:
+    raise ValueError('config.eval.patience counts evaluations: set config.eval.every too')
   lengths = [key for key in ('steps', 'epochs') if out[key] is not None]
   if len(lengths) != 1:
     which = 'both' if lengths else 'neither'

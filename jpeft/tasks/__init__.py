@@ -10,6 +10,7 @@ from .metrics import (
   register_metric,
   registered_module,
   requested,
+  stale,
 )
 from .modality import (
   Modality,
@@ -54,4 +55,5 @@ __all__ = [
   'registered_module',
   'token_losses',
   'requested',
+  'stale',
 ]

@@ -109,6 +109,13 @@ def best(metric: str, rows: list[dict]) -> dict:
   return max(rows, key=lambda row: row[metric])
 
 
+def stale(metric: str, rows: list[dict]) -> int:
+  """How many evaluations followed the best one; 0 if there is none."""
+  if not rows:
+    return 0
+  return len(rows) - 1 - rows.index(best(metric, rows))
+
+
 def better(metric: str, new: dict, rows: list[dict]) -> bool:
   """Whether an evaluation is better than all before it."""
   return best(metric, [*rows, new]) is new

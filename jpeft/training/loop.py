@@ -5,6 +5,7 @@ import functools
 import json
 import pathlib
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -186,8 +187,24 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
   # ---- Evaluation, with `number` updates made.
   number = start
 
-  def evaluated(model, theta, eval_step, part: Part, writes: bool):
-    """Scores of a model on the test split, of its texts too if `writes`; None after a signal."""
+  def is_last(*newest: dict[str, float]) -> bool:
+    """Whether no update follows: all are made, or evaluations have got no better for too long.
+
+    Args:
+      newest: scores of an evaluation that is not yet in metrics.jsonl.
+    """
+    if number == steps:
+      return True
+    patience = config.eval.patience
+    scored = [*metrics.of('test'), *newest]
+    return patience is not None and tasks.stale(config.eval.metric, scored) >= patience
+
+  def always(scores: dict[str, float]) -> bool:
+    """That texts are written, whatever the scores are."""
+    return True
+
+  def evaluated(model, theta, eval_step, part: Part, writes: Callable[[dict], bool]):
+    """Scores of a model on the test split, and of its texts if writes(scores); None if stopped."""
     batches = part.once(eval_size)
     tally = step.evaluate(eval_step, theta, backbone, batches, rows, stop)
     if tally is None:
@@ -195,7 +212,7 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     if 'confusion' in tally:
       write_confusion(folder, number, train_source.classes, tally['confusion'])
     scores = task.scores(tally, tasks.requested(config))
-    if not writes:
+    if not writes(scores):
       return scores
     write = functools.partial(completions, model, backbone, theta=theta)
     written = task.written(config, pretrained, eval_source, write, stop)
@@ -206,7 +223,7 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
   if task.untuned and not start and not metrics.has(0, 'untuned'):
     untuned = tuned.only()
     part = untuned_part._replace(forward=step.Forward(untuned, False))
-    scores = evaluated(untuned, {}, compiled_eval(part, {}), part, writes=True)
+    scores = evaluated(untuned, {}, compiled_eval(part, {}), part, writes=always)
     if scores is not None:
       metrics.add(0, 'untuned', **scores)
       progress.note(report.line('untuned', scores))
@@ -239,13 +256,13 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     if stop() or is_due(config.eval.every) or is_due(config.checkpoint.every):
       watch.check()
     if is_due(config.eval.every) and not metrics.has(number, 'test'):
-      scores = evaluated(tuned, state['theta'], eval_step, eval_part, writes=number == steps)
+      scores = evaluated(tuned, state['theta'], eval_step, eval_part, writes=is_last)
       if scores is not None:
         if tasks.better(config.eval.metric, scores, metrics.of('test')):
           save_theta(folder / 'best.safetensors', state['theta'], step=number, **scores)
         metrics.add(number, 'test', **scores)
         progress.note(report.line(f'step {number}', scores))
-    if stop() or number == steps:
+    if stop() or is_last():
       break
     if is_due(config.checkpoint.every) and number > start:
       save_checkpoint()
@@ -273,9 +290,15 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
 
   save_checkpoint()
   checkpoints.wait()
-  if not metrics.has(steps, 'test'):
+  if not is_last() or not metrics.has(number, 'test'):
     raise cli.Stopped(
       signals.caught, f'checkpoint {number} of {steps} is in {folder}; the same command goes on'
+    )
+
+  if number < steps:
+    progress.note(
+      f'no better {config.eval.metric} in {config.eval.patience} evaluations: ended after {number} '
+      f'of {steps} updates'
     )
 
   # ---- The report.
@@ -296,7 +319,7 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     'best': {'step': best['step'], 'metric': config.eval.metric, 'value': best[config.eval.metric]},
     'storage': memory.storage,
     'backbone_bytes': nbytes(backbone),
-    'steps': steps,
+    'steps': number,
     'batch_size': train_size,
     'seconds': round(seconds(), 2),
     'step_cost': max((one.cost for one in stages), key=lambda cost: cost.get('total_bytes', 0)),

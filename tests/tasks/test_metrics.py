@@ -104,6 +104,12 @@ def test_the_best_is_the_least_where_lower_is_better(registered):
   assert tasks.best('loss', [{'loss': 2.0}, {'loss': 1.0}]) == {'loss': 1.0}
 
 
+def test_how_long_nothing_was_better():
+  rows = [{'loss': value} for value in (3.0, 1.0, 1.0, 2.0)]
+  assert [tasks.stale('loss', rows[:count]) for count in range(5)] == [0, 0, 0, 1, 2]
+  assert tasks.stale('accuracy', [{'accuracy': 0.5}] * 3) == 2
+
+
 def test_it_says_where_it_came_from(registered):
   assert tasks.registered_module('worst_class') == __name__
   assert tasks.registered_module('accuracy') is None

@@ -63,6 +63,22 @@ def test_a_run_reports_the_metrics_that_it_is_asked_for(load, tmp_path):
   assert training.train(load('linear', **changes), tmp_path) == told
 
 
+def test_a_run_ends_when_it_gets_no_better(load, tmp_path):
+  # At this rate theta all but stays, so that no evaluation is better than the first.
+  changes = {'optimizer.lr': 1e-12, 'eval.every': 2, 'eval.metric': 'accuracy', 'steps': 12}
+  told = training.train(load('linear', **changes, **{'eval.patience': 2}), tmp_path / 'run')
+  assert told['steps'] == 6 and told['best']['step'] == 2
+  rows = read_metrics(tmp_path / 'run/metrics.jsonl')
+  assert [r['step'] for r in rows if r['split'] == 'test'] == [2, 4, 6]
+  # Killed before its report, it ends there again.
+  for name in ('report.json', 'theta.safetensors'):
+    (tmp_path / 'run' / name).unlink()
+  again = training.train(load('linear', **changes, **{'eval.patience': 2}), tmp_path / 'run')
+  assert again['theta_sha256'] == told['theta_sha256'] and again['steps'] == 6
+  with pytest.raises(ValueError, match='config.eval.patience counts evaluations: set config.eval'):
+    load('linear', **{'eval.patience': 2, 'eval.every': None})
+
+
 def test_it_learns(load, tmp_path):
   told = training.train(
     load('full', **{'steps': 60, 'optimizer.lr': 3e-3, 'eval.every': 60}), tmp_path
