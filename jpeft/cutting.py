@@ -35,7 +35,7 @@ def cut_map(
 
   Args:
     site: owns one kernel [fan_in, fan_out] as `Leaf.fold` has it, or one table [rows, columns], and
-      vectors of its outputs.
+      vectors of its outputs; or such vectors alone, of which only outputs are cut.
     arrays: of one layer, by name.
     shapes: of the result.
     ins: the inputs, or rows of a table, that stay.
@@ -44,6 +44,8 @@ def cut_map(
   Raises:
     ValueError: the site has not one kernel or table.
   """
+  if ins is None and not _kernels(site):
+    return {name: _taken(x, outs, -1) for name, x in arrays.items()}
   kernel, leaf = kernel_of(site)
   folded = _taken(_taken(leaf.fold(arrays[kernel]), ins, 0), outs, 1)
   cut = {kernel: dataclasses.replace(leaf, shape=shapes[kernel]).unfold(folded)}
@@ -59,7 +61,7 @@ def kernel_of(site: Site) -> tuple[str, Leaf]:
   Raises:
     ValueError: there is none, or more than one.
   """
-  names = site.matrices or [name for name, leaf in site.leaves.items() if leaf.use == 'gather']
+  names = _kernels(site)
   if len(names) != 1:
     raise ValueError(
       f'{site.kind} at {site.path!r} cannot be cut: it has {len(names)} kernels, and not one'
@@ -69,6 +71,11 @@ def kernel_of(site: Site) -> tuple[str, Leaf]:
   if not leaf.is_matrix:
     leaf = dataclasses.replace(leaf, ins=(0,))
   return name, leaf
+
+
+def _kernels(site: Site) -> list[str]:
+  """The names of its kernels; if there are none, of its tables."""
+  return list(site.matrices) or [name for name, leaf in site.leaves.items() if leaf.use == 'gather']
 
 
 def _taken(x: jax.Array, indices: Indices, axis: int) -> jax.Array:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 
+from .heads import Heads
 from .io import Checkpoint, Table
 
 # Mean and std of the pixels, per channel.
@@ -20,6 +21,7 @@ class Request(NamedTuple):
     image_size: side of the images in pixels.
     layers: number of blocks, from the first.
     pool: what the head reads.
+    head: what it gives, see `load`; decided before the model is built.
     fields: fields of the module that no config has: dtype, param_dtype, scan, remat.
   """
 
@@ -27,6 +29,7 @@ class Request(NamedTuple):
   image_size: int | None = None
   layers: int | None = None
   pool: str | None = None
+  head: str | None = None
   fields: Mapping[str, Any] = {}
 
 
@@ -43,6 +46,7 @@ class Family(NamedTuple):
     colours: mean and std of the pixels in [0, 1]; None for text.
     sizes: {field of the model: key of transformers} of the sizes that `narrowed` changes, where
       there is a key for them: one number for all blocks.
+    heads: those that its models can have.
   """
 
   build: Callable[[Mapping, Checkpoint | None, Request], nn.Module]
@@ -52,6 +56,7 @@ class Family(NamedTuple):
   edits: Callable[[Mapping, nn.Module], dict] = lambda config, model: {}
   colours: Mapping[str, tuple[float, ...]] | None = None
   sizes: Mapping[str, str] = {}
+  heads: Heads = Heads({})
 
 
 # The fields that hold the sizes of blocks, and our own key for those that transformers has no key
@@ -116,6 +121,7 @@ def described(family: Family, config: Mapping, model: nn.Module) -> dict:
     )
   config = family.describe(config, model)
   config.pop(_OWN_SIZES, None)
+  # Sizes do not depend on the head.
   plain = family.build(config, None, Request())
   for name, key in family.sizes.items():
     size = getattr(model, name)

@@ -18,10 +18,12 @@ from jpeft.quant import quantize as quantized
 
 from .bert import BERT_FAMILIES
 from .families import Family, Request, built, described
+from .heads import STORED, chosen
 from .io import (
   GGUF_FILE,
   Checkpoint,
   Gguf,
+  Table,
   Tokenizer,
   find,
   from_files,
@@ -67,6 +69,7 @@ def load(
   source: str | Path,
   *,
   num_classes: int | None = None,
+  head: str | None = STORED,
   image_size: int | None = None,
   dtype: Any = 'float32',
   param_dtype: Any = 'float32',
@@ -85,7 +88,11 @@ def load(
     source: a folder with config.json and safetensors files (or model.gguf); a .gguf file; the name
       of weights that a Python package carries ('dinov2-s14', 'minilm-l6', 'smollm2-135m'); or the
       id of a model on the Hugging Face hub ('org/name', needs huggingface_hub).
-    num_classes: None keeps the head of the checkpoint, if it has one; a number makes a fresh one.
+    num_classes: a number of labels makes a fresh head; None keeps the weights of the checkpoint's.
+    head: what the head gives. 'stored' is that of the checkpoint, or 'classification' with
+      num_classes. 'classification': a label each input; 'tokens': a label each token; 'questions':
+      [B, N, 2], logits that an answer starts and ends at each token; 'masked': the word at each
+      token; 'text': the next word, of decoders. None leaves the head out.
     image_size: side of the images in pixels; position tables are resized to it. None as trained.
     dtype: of the computation.
     param_dtype: of the weights.
@@ -94,9 +101,10 @@ def load(
       weights.
     seed: of the fresh weights.
     layers: keep the first so many blocks (T5: of each stack).
-    pool: what the head reads, or what is returned without one: 'cls', 'mean', 'cls_mean' (images
-      only) or 'tokens'. None for the family's own: 'cls_mean' for DINOv2, 'mean' for sentence
-      encoders such as MiniLM, else 'cls'.
+    pool: what a head of one label an input reads, or what is returned without one: 'cls', 'mean',
+      'cls_mean' (images only), 'last' (decoders only) or 'tokens', all hidden states. None for the
+      family's own: 'cls_mean' for a head of DINOv2, 'mean' for sentence encoders such as MiniLM,
+      'last' for decoders, else 'cls'.
     dropout: every dropout rate of the model; None for those of the checkpoint's config.
     quantize: store kernels in 4 bits, such as `jpeft.nf4()`; they are read and coded one at a time.
     targets: pattern of the modules whose kernels are stored so.
@@ -105,7 +113,8 @@ def load(
     A `Pretrained`. Its model returns logits if it has a head, else the pooled feature.
 
   Raises:
-    ValueError: the source is unknown, or its tensors do not fit the model.
+    ValueError: the source is unknown, its tensors do not fit the model, or it has a head that jpeft
+      does not have and nothing says to leave it out.
     FileNotFoundError: a file is missing.
 
   Example:
@@ -119,6 +128,7 @@ def load(
     config,
     checkpoint=checkpoint,
     num_classes=num_classes,
+    head=head,
     image_size=image_size,
     dtype=dtype,
     param_dtype=param_dtype,
@@ -138,7 +148,7 @@ def load(
     coders = _coders(model, family, quantize, targets)
   fresh = set()
   if num_classes is not None:
-    fresh = _fresh(shapes, checkpoint)
+    fresh = _fresh(shapes, checkpoint, family.table(model))
   params = from_files(
     checkpoint,
     family.table(model),
@@ -230,6 +240,7 @@ def from_config(
   *,
   checkpoint: Checkpoint | Gguf | None = None,
   num_classes: int | None = None,
+  head: str | None = STORED,
   image_size: int | None = None,
   dtype: Any = 'float32',
   param_dtype: Any = 'float32',
@@ -257,7 +268,8 @@ def from_config(
     'remat': remat,
   }
   family = family_of(config)
-  request = Request(num_classes, image_size, layers, pool, fields)
+  head = chosen(head, num_classes, pool, family.heads, config, checkpoint)
+  request = Request(num_classes, image_size, layers, pool, head, fields)
   try:
     model = built(family, config, checkpoint, request)
   except KeyError as error:
@@ -272,7 +284,13 @@ def from_config(
 
 def check_decoder(pretrained: Pretrained) -> None:
   """Raises a ValueError if a backbone writes no text."""
-  if not isinstance(pretrained.model, Llama):
+  if isinstance(pretrained.model, Llama):
+    if pretrained.model.head != 'text':
+      raise ValueError(
+        f'a {pretrained.family} model with the head {pretrained.model.head!r} writes no text: load '
+        "it with head='text'"
+      )
+  else:
     raise ValueError(
       f'a {pretrained.family} model writes no text; decoders are {", ".join(LLAMA_FAMILIES)}, '
       "such as 'smollm2-135m'"
@@ -357,12 +375,16 @@ def _coders(model: nn.Module, family: Family, form: Format, targets: str) -> dic
   return {path: functools.partial(coded, form, *place) for path, place in found.items()}
 
 
-def _fresh(shapes: Mapping, checkpoint: Checkpoint | Gguf) -> set[str]:
+def _fresh(shapes: Mapping, checkpoint: Checkpoint | Gguf, table: Table) -> set[str]:
   """The paths that a new head makes fresh: the head, and a pooler that the files do not have."""
-  roots = {'head', 'head_distill', 'pooler'}
-  if any('pooler.' in key or 'classifier.dense.' in key for key in checkpoint.shapes):
-    roots.remove('pooler')
-  return {path for path in shapes if path.split('/')[0] in roots}
+  stored = {table.bare(key) for key in checkpoint.shapes}
+  leaves = table.leaves()
+  fresh = set()
+  for path in shapes:
+    root = path.split('/')[0]
+    if root in ('head', 'head_distill') or root == 'pooler' and leaves[path][0] not in stored:
+      fresh.add(path)
+  return fresh
 
 
 def _initialised(paths: set[str], shapes: Mapping, seed: int, dtype: Any) -> dict[str, jax.Array]:

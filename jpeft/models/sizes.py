@@ -41,7 +41,7 @@ class Sized(NamedTuple):
     sizes: model -> {path of a stack of blocks: its sizes}.
     resized: (model, such sizes, number of words or None for no change) -> model of these sizes.
     example: model -> abstract inputs of one call.
-    words: paths of the modules with a row or a column for each word.
+    words: model -> paths of the modules with a row or a column for each word.
   """
 
   kind: type[nn.Module]
@@ -49,7 +49,7 @@ class Sized(NamedTuple):
   sizes: Callable[[Any], dict[str, Sizes]]
   resized: Callable[[Any, Mapping[str, Sizes], int | None], Any]
   example: Callable[[Any], tuple]
-  words: tuple[str, ...] = ()
+  words: Callable[[Any], tuple[str, ...]] = lambda model: ()
 
 
 def common(values: tuple) -> Any:

@@ -10,6 +10,31 @@ from jpeft import models
 GOLDEN = Path(__file__).parent / 'golden'
 CAUSAL = ('llama', 'mistral', 'qwen2', 'qwen3')
 NAMES = ('vit', 'deit', 'dinov2', 'bert', 'roberta', 't5', 't5_gated', *CAUSAL)
+# Smaller ones: heads, and families near those above.
+HEADS = (
+  'bert_tokens',
+  'bert_questions',
+  'bert_masked',
+  'roberta_masked',
+  'distilbert_masked',
+  'electra_masked',
+  'llama_labels',
+  'qwen2_tokens',
+  'qwen3_questions',
+  't5_encoder',
+  't5_tokens',
+)
+KIN = (
+  'xlm_roberta',
+  'camembert',
+  'distilbert',
+  'electra',
+  'mpnet',
+  'mt5',
+  'dinov2_registers',
+  'vit_mae',
+  'llama_yarn',
+)
 INPUTS = ('images', 'tokens', 'decoder_tokens', 'mask', 'types')
 
 
@@ -24,7 +49,8 @@ def outputs(loaded, inputs, **kwargs):
   out = np.asarray(
     jax.jit(lambda v, x: loaded.model.apply(v, **x, **kwargs))(loaded.variables, inputs)
   )
-  return out * inputs['mask'][..., None] if isinstance(loaded.model, models.Llama) else out
+  decodes = isinstance(loaded.model, models.Llama) and out.ndim == 3
+  return out * inputs['mask'][..., None] if decodes else out
 
 
 def close(got, want, tolerance=2e-6):

@@ -48,6 +48,37 @@ LLAMA3 = {
   'high_freq_factor': 4.0,
   'original_max_position_embeddings': 32,
 }
+TINY = {
+  **LABELS,
+  'hidden_size': 12,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 2,
+  'intermediate_size': 16,
+  'vocab_size': 30,
+  'max_position_embeddings': 24,
+}
+TINY_IMAGES = {k: v for k, v in TINY.items() if k not in ('vocab_size', 'max_position_embeddings')}
+TINY_IMAGES |= {'patch_size': 7, 'image_size': 28}
+TINY_ROBERTA = {**TINY, 'type_vocab_size': 1, 'pad_token_id': 1}
+TINY_DISTILBERT = {
+  **LABELS,
+  'dim': 12,
+  'n_layers': 2,
+  'n_heads': 2,
+  'hidden_dim': 16,
+  'vocab_size': 30,
+  'max_position_embeddings': 24,
+}
+TINY_CAUSAL = {**TINY, 'num_key_value_heads': 1, 'head_dim': 6, 'pad_token_id': 0}
+TINY_T5 = {**T5, **LABELS, 'd_model': 12, 'd_ff': 16, 'num_heads': 2, 'vocab_size': 30}
+YARN = {
+  'rope_type': 'yarn',
+  'rope_theta': 100.0,
+  'factor': 4.0,
+  'beta_fast': 4.0,
+  'beta_slow': 1.0,
+  'original_max_position_embeddings': 16,
+}
 
 MODELS = {
   'vit': ('ViTForImageClassification', transformers.ViTConfig(**IMAGES)),
@@ -88,12 +119,68 @@ MODELS = {
     ),
   ),
   'qwen3': ('Qwen3ForCausalLM', transformers.Qwen3Config(**CAUSAL, tie_word_embeddings=True)),
+  # Heads.
+  'bert_tokens': ('BertForTokenClassification', transformers.BertConfig(**TINY)),
+  'bert_questions': (
+    'BertForQuestionAnswering',
+    transformers.BertConfig(**{k: v for k, v in TINY.items() if k not in LABELS}),
+  ),
+  'bert_masked': ('BertForMaskedLM', transformers.BertConfig(**TINY, hidden_act='relu')),
+  'roberta_masked': ('RobertaForMaskedLM', transformers.RobertaConfig(**TINY_ROBERTA)),
+  'llama_labels': ('LlamaForSequenceClassification', transformers.LlamaConfig(**TINY_CAUSAL)),
+  'qwen2_tokens': ('Qwen2ForTokenClassification', transformers.Qwen2Config(**TINY_CAUSAL)),
+  'qwen3_questions': (
+    'Qwen3ForQuestionAnswering',
+    transformers.Qwen3Config(**{k: v for k, v in TINY_CAUSAL.items() if k not in LABELS}),
+  ),
+  't5_encoder': ('T5EncoderModel', transformers.T5Config(**TINY_T5)),
+  't5_tokens': ('T5ForTokenClassification', transformers.T5Config(**TINY_T5)),
+  # Kin.
+  'xlm_roberta': (
+    'XLMRobertaForSequenceClassification',
+    transformers.XLMRobertaConfig(**TINY_ROBERTA),
+  ),
+  'camembert': (
+    'CamembertForTokenClassification',
+    transformers.CamembertConfig(**TINY_ROBERTA),
+  ),
+  'distilbert': (
+    'DistilBertForSequenceClassification',
+    transformers.DistilBertConfig(**TINY_DISTILBERT),
+  ),
+  'distilbert_masked': ('DistilBertForMaskedLM', transformers.DistilBertConfig(**TINY_DISTILBERT)),
+  'electra': (
+    'ElectraForSequenceClassification',
+    transformers.ElectraConfig(**TINY, embedding_size=8),
+  ),
+  'electra_masked': ('ElectraForMaskedLM', transformers.ElectraConfig(**TINY, embedding_size=8)),
+  'mpnet': ('MPNetForSequenceClassification', transformers.MPNetConfig(**TINY, pad_token_id=1)),
+  'mt5': (
+    'MT5ForConditionalGeneration',
+    transformers.MT5Config(**TINY_T5, feed_forward_proj='gated-gelu', tie_word_embeddings=False),
+  ),
+  'dinov2_registers': (
+    'Dinov2WithRegistersForImageClassification',
+    transformers.Dinov2WithRegistersConfig(
+      **{k: v for k, v in TINY_IMAGES.items() if k != 'intermediate_size'},
+      mlp_ratio=2,
+      num_register_tokens=3,
+    ),
+  ),
+  'vit_mae': (
+    'ViTMAEModel',
+    transformers.ViTMAEConfig(**TINY_IMAGES, mask_ratio=0.0),
+  ),
+  'llama_yarn': (
+    'LlamaForCausalLM',
+    transformers.LlamaConfig(**{**TINY_CAUSAL, 'head_dim': 12}, rope_parameters=YARN),
+  ),
 }
 
 
 def perturbed(kind, config):
   model = getattr(transformers, kind)(config)
-  if config.model_type == 't5' and config.feed_forward_proj == 'gated-gelu':
+  if config.model_type in ('t5', 'mt5') and config.feed_forward_proj == 'gated-gelu':
     model.lm_head.weight = torch.nn.Parameter(torch.randn(config.vocab_size, config.d_model))
   with torch.no_grad():
     for parameter in model.parameters():
@@ -101,16 +188,23 @@ def perturbed(kind, config):
   return model
 
 
-def inputs(config):
+def inputs(kind, config):
   """Our inputs by name; images are channels last."""
   rng = np.random.default_rng(0)
-  if config.model_type in ('vit', 'deit', 'dinov2'):
+  if hasattr(config, 'patch_size'):
     return {'images': rng.normal(size=(2, 28, 28, 3)).astype('float32')}
-  tokens = rng.integers(3, 60, (3, 18))
+  tokens = rng.integers(3, config.vocab_size, (3, 18))
   mask = np.arange(18) < np.array([[18], [11], [6]])
-  tokens = np.where(mask, tokens, 1 if config.model_type == 'roberta' else 0)
-  if config.model_type == 't5':
-    return {'tokens': tokens, 'mask': mask, 'decoder_tokens': rng.integers(3, 60, (3, 16))}
+  tokens = np.where(mask, tokens, 1 if config.pad_token_id == 1 else 0)
+  if config.model_type in ('t5', 'mt5'):
+    if 'ForConditionalGeneration' not in kind:
+      return {'tokens': tokens, 'mask': mask}
+    words = rng.integers(3, config.vocab_size, (3, 16))
+    return {'tokens': tokens, 'mask': mask, 'decoder_tokens': words}
+  if kind == 'LlamaForSequenceClassification':
+    tokens[2] = tokens[2, ::-1]  # transformers finds the last token by the padding before it
+  if config.model_type in ('distilbert', 'mpnet'):
+    return {'tokens': tokens, 'mask': mask}
   if not hasattr(config, 'type_vocab_size'):
     return {
       'tokens': tokens,
@@ -132,8 +226,13 @@ def logits(model, given, **options):
     names[k]: torch.tensor(v.transpose(0, 3, 1, 2) if k == 'images' else v.astype('int64'))
     for k, v in given.items()
   }
+  if model.config.model_type == 'vit_mae':
+    options['noise'] = torch.arange(16.0).tile(2, 1)  # so that the patches keep their order
   with torch.no_grad():
-    return model(**given, **options).logits.numpy()
+    out = model(**given, **options)
+  if 'start_logits' in out:
+    return torch.stack([out.start_logits, out.end_logits], -1).numpy()
+  return out.get('logits', out.get('last_hidden_state')).numpy()
 
 
 def main(wanted: list[str]):
@@ -145,9 +244,9 @@ def main(wanted: list[str]):
     perturbed(kind, config).save_pretrained(folder)
     (folder / 'generation_config.json').unlink(missing_ok=True)
     model = getattr(transformers, kind).from_pretrained(folder).eval()
-    given = inputs(config)
+    given = inputs(kind, config)
     arrays = {**given, 'logits': logits(model, given)}
-    if kind.endswith('ForCausalLM'):
+    if 'num_key_value_heads' in config.to_dict() and arrays['logits'].ndim == 3:
       arrays['logits'] *= given['mask'][..., None]  # what follows padding is nobody's business
     if config.model_type in ('vit', 'dinov2'):
       large = np.random.default_rng(1).normal(size=(1, 42, 42, 3)).astype('float32')

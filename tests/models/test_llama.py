@@ -167,8 +167,8 @@ def test_rotation_turns_pairs_and_keeps_distances():
   'change,message',
   (
     (
-      {'rope_scaling': {'rope_type': 'yarn', 'factor': 2.0}},
-      "rope type 'yarn' is none of default, linear, llama3",
+      {'rope_scaling': {'rope_type': 'longrope', 'factor': 2.0}},
+      "rope type 'longrope' is none of default, linear, llama3, yarn",
     ),
     ({'partial_rotary_factor': 0.5}, 'partial_rotary_factor 0.5 is not supported'),
     (
@@ -217,6 +217,8 @@ def test_attention_dropout_follows_its_key():
   )
 
 
-def test_a_decoder_takes_no_classes():
-  with pytest.raises(ValueError, match='Llama writes text'):
-    models.load(GOLDEN / 'llama', num_classes=2)
+def test_a_decoder_that_gives_labels_writes_no_text():
+  loaded = models.load(GOLDEN / 'llama', num_classes=2)
+  assert loaded.variables['params']['head']['kernel'].shape == (24, 2)
+  with pytest.raises(ValueError, match="a llama model with the head 'classification' writes no"):
+    models.check_decoder(loaded)

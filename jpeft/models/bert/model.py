@@ -1,4 +1,9 @@
-"""BERT (arXiv:1810.04805), RoBERTa (arXiv:1907.11692), MiniLM (arXiv:2002.10957) in one module."""
+"""BERT (arXiv:1810.04805) and its kin in one module.
+
+RoBERTa (arXiv:1907.11692), XLM-R (arXiv:1911.02116), CamemBERT (arXiv:1911.03894), MiniLM
+(arXiv:2002.10957), DistilBERT (arXiv:1910.01108), ELECTRA (arXiv:2003.10555) and MPNet
+(arXiv:2004.09297).
+"""
 
 import functools
 from collections.abc import Callable
@@ -10,16 +15,22 @@ import jax.numpy as jnp
 
 from ..nn import (
   Encoder,
+  PositionBias,
   PostNormBlock,
   Remat,
+  WordBias,
   block_of,
   check_pool,
   default_init,
   gelu,
+  head_of,
   layer_norm,
+  masked_mean,
+  outputs_of,
 )
 
 POOLS = ('cls', 'mean', 'tokens')
+BERT_HEADS = ('classification', 'tokens', 'questions', 'masked')
 
 
 class TokenEmbed(nn.Module):
@@ -29,9 +40,10 @@ class TokenEmbed(nn.Module):
     width: D of the tokens.
     vocab: number of words.
     positions: rows of the position table.
-    types: rows of the type table.
+    types: rows of the type table; 0 for no such table (DistilBERT).
     pad_id: None counts positions from 0; a number counts them from pad_id + 1 and skips the tokens
       that equal pad_id (RoBERTa).
+    table_width: width of the tables where it differs from D; a Dense then follows (ELECTRA).
     eps: of the norm.
     dropout: rate on the result.
     dtype: of the computation.
@@ -43,12 +55,25 @@ class TokenEmbed(nn.Module):
   positions: int
   types: int
   pad_id: int | None = None
+  table_width: int | None = None
   eps: float = 1e-12
   dropout: float = 0.0
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
 
-  @nn.compact
+  def setup(self):
+    dtypes = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
+    width = self.table_width or self.width
+    embed = functools.partial(nn.Embed, features=width, embedding_init=default_init, **dtypes)
+    self.word = embed(self.vocab)
+    self.position = embed(self.positions)
+    if self.types:
+      self.type = embed(self.types)
+    self.norm = layer_norm(self)
+    self.drop = nn.Dropout(self.dropout)
+    if width != self.width:
+      self.project = nn.Dense(self.width, kernel_init=default_init, **dtypes)
+
   def __call__(self, tokens, types=None, deterministic=True):
     longest = self.positions
     if self.pad_id is not None:
@@ -58,31 +83,26 @@ class TokenEmbed(nn.Module):
         f'{tokens.shape[1]} tokens are more than the {longest} positions that the '
         'model knows; truncate the text (data.max_length of a config)'
       )
-    embed = functools.partial(
-      nn.Embed,
-      features=self.width,
-      embedding_init=default_init,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-    )
     if self.pad_id is None:
       positions = jnp.arange(tokens.shape[1])[None]  # [1, N]
     else:
       real = (tokens != self.pad_id).astype(jnp.int32)
       positions = jnp.cumsum(real, 1) * real + self.pad_id  # [B, N]
-    if types is None:
-      types = jnp.zeros_like(tokens)
-    x = embed(self.vocab, name='word')(tokens) + embed(self.types, name='type')(types)
-    x = x + embed(self.positions, name='position')(positions)
-    x = layer_norm(self, 'norm')(x)
-    return nn.Dropout(self.dropout, name='dropout')(x, deterministic=deterministic)
+    x = self.word(tokens)
+    if self.types:
+      x = x + self.type(jnp.zeros_like(tokens) if types is None else types)
+    x = x + self.position(positions)
+    x = self.drop(self.norm(x), deterministic=deterministic)
+    if self.table_width not in (None, self.width):
+      x = self.project(x)
+    return x
 
 
 class Bert(nn.Module):
   """A bidirectional text encoder with post-norm blocks.
 
-  Called with tokens [B, N], it returns logits [B, num_classes], or the feature that a head would
-  read when num_classes is None; with pool='mean' that is the sentence embedding.
+  Called with tokens [B, N], it returns what its head gives; without a head the feature that a head
+  would read, which with pool='mean' is the sentence embedding.
 
   Attributes:
     width: D of the residual stream.
@@ -91,12 +111,22 @@ class Bert(nn.Module):
     mlp_dim: hidden width of the MLPs; a tuple has one number a block.
     vocab: number of words.
     positions: rows of the position table.
-    types: rows of the token type table.
+    types: rows of the token type table; 0 for none.
     pad_id: see `TokenEmbed`.
-    num_classes: outputs of the head; None for no head.
-    pool: what the head reads: 'cls' (the first token), 'mean' (of the tokens under the mask), or
-      'tokens' (all hidden states [B, N, D], no head).
-    pooler: whether tanh(Dense) follows the pooling.
+    table_width: see `TokenEmbed`.
+    bias_buckets: rows of a table of relative positions, whose bias all blocks share; None for none
+      (MPNet has one).
+    num_classes: number of labels; None for a head without labels, or for no head.
+    head: 'classification': logits [B, num_classes] of the pooled feature; 'tokens': the same of
+      each token, [B, N, num_classes]; 'questions': logits [B, N, 2] that an answer starts and ends
+      at a token; 'masked': logits [B, N, vocab] of the word at each token. None is
+      'classification' if there are num_classes, else no head.
+    pool: what a head of the pooled feature reads, or what is returned without a head: 'cls' (the
+      first token), 'mean' (of the tokens under the mask), or 'tokens' (all hidden states [B, N, D],
+      no head).
+    pooler: whether a Dense follows the pooling.
+    pooler_activation: after that Dense.
+    head_activation: inside the head of masked words.
     head_dim: size of a head; None for width / heads.
     eps: of the norms.
     activation: of the MLPs.
@@ -117,9 +147,14 @@ class Bert(nn.Module):
   positions: int = 512
   types: int = 2
   pad_id: int | None = None
+  table_width: int | None = None
+  bias_buckets: int | None = None
   num_classes: int | None = None
+  head: str | None = None
   pool: str = 'cls'
   pooler: bool = False
+  pooler_activation: Callable[[jax.Array], jax.Array] = jnp.tanh
+  head_activation: Callable[[jax.Array], jax.Array] = gelu
   head_dim: int | None = None
   eps: float = 1e-12
   activation: Callable[[jax.Array], jax.Array] = gelu
@@ -142,9 +177,10 @@ class Bert(nn.Module):
       deterministic: no dropout.
 
     Returns:
-      Logits [B, num_classes], or the pooled feature.
+      What the head gives, see the field `head`, or the pooled feature.
     """
-    check_pool(self.pool, POOLS, self.num_classes)
+    head = head_of(self, BERT_HEADS)
+    check_pool(self.pool, POOLS, self.num_classes if head == 'classification' else None)
     dtypes = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
     embed = TokenEmbed(
       self.width,
@@ -152,6 +188,7 @@ class Bert(nn.Module):
       self.positions,
       self.types,
       pad_id=self.pad_id,
+      table_width=self.table_width,
       eps=self.eps,
       dropout=self.dropout,
       name='embed',
@@ -161,26 +198,27 @@ class Bert(nn.Module):
     key_mask = None
     if mask is not None:
       key_mask = mask.astype(bool)[:, None, None, :]  # [B, 1, 1, N]
+    bias = None
+    if self.bias_buckets is not None:
+      bias = PositionBias(self.heads, self.bias_buckets, name='position_bias', **dtypes)
+      bias = bias(x.shape[1], x.shape[1])  # [1, H, N, N]
     block = block_of(self, PostNormBlock)
     encoder = Encoder(block, self.depth, self.scan, self.remat, name='encoder')
-    x = encoder(x, mask=key_mask, deterministic=deterministic)  # [B, N, D]
-    if self.pool == 'mean':
-      x = masked_mean(x, mask)
-    elif self.pool == 'cls':
-      x = x[:, 0]
-    dropout = nn.Dropout(self.dropout, name='dropout')
+    x = encoder(x, mask=key_mask, bias=bias, deterministic=deterministic)  # [B, N, D]
+
     dense = functools.partial(nn.Dense, kernel_init=default_init, **dtypes)
-    if self.pooler:
-      x = jnp.tanh(dense(self.width, name='pooler')(x))
-    if self.num_classes is None:
+    if head == 'masked':
+      x = dense(self.table_width or self.width, name='head_dense')(x)
+      x = layer_norm(self, 'head_norm')(self.head_activation(x))
+      return WordBias(name='head', **dtypes)(embed.word.attend(x))
+    if head in (None, 'classification'):
+      if self.pool == 'mean':
+        x = masked_mean(x, mask)
+      elif self.pool == 'cls':
+        x = x[:, 0]
+      if self.pooler:
+        x = self.pooler_activation(dense(self.width, name='pooler')(x))
+    if head is None:
       return x
-    x = dropout(x, deterministic=deterministic)
-    return dense(self.num_classes, name='head')(x)
-
-
-def masked_mean(x, mask=None):
-  """The mean over the tokens of x [B, N, D] for which mask [B, N] is nonzero."""
-  if mask is None:
-    return x.mean(1)
-  weight = mask.astype(x.dtype)[..., None]  # [B, N, 1]
-  return (x * weight).sum(1) / jnp.maximum(weight.sum(1), 1)  # a row without tokens gives zero
+    x = nn.Dropout(self.dropout, name='dropout')(x, deterministic=deterministic)
+    return dense(outputs_of(self, head), name='head')(x)

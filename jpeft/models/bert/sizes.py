@@ -1,4 +1,4 @@
-"""The sizes of BERT, RoBERTa and MiniLM, for narrowing."""
+"""The sizes of BERT and its kin, for narrowing."""
 
 from collections.abc import Mapping
 
@@ -18,6 +18,11 @@ def _sizes(model: Bert) -> dict[str, Sizes]:
 def _resized(model: Bert, sizes: Mapping[str, Sizes], vocab: int | None) -> Bert:
   stack = sizes['encoder']
   heads = common(stack.heads)
+  if model.bias_buckets is not None and heads != model.heads:
+    raise ValueError(
+      'heads: the blocks of an MPNet share a position bias, from which no heads are cut; cut '
+      'layers, hidden units or words'
+    )
   return model.clone(
     depth=len(stack.heads),
     heads=heads,
@@ -27,4 +32,10 @@ def _resized(model: Bert, sizes: Mapping[str, Sizes], vocab: int | None) -> Bert
   )
 
 
-BERT_SIZES = Sized(Bert, BERT_NAMING, _sizes, _resized, example, words=('embed/word',))
+def _words(model: Bert) -> tuple[str, ...]:
+  if model.head == 'masked':
+    return ('embed/word', 'head')
+  return ('embed/word',)
+
+
+BERT_SIZES = Sized(Bert, BERT_NAMING, _sizes, _resized, example, _words)

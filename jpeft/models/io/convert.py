@@ -113,7 +113,7 @@ def _names(checkpoint: Checkpoint, table: Table) -> dict[str, str]:
   """{key as the table has it: key in the file}."""
   names = {}
   for name in checkpoint.shapes:
-    key = name.removeprefix(table.base)
+    key = table.bare(name)
     key = re.sub(r'\.beta$', '.bias', key)  # names of before 2019
     key = re.sub(r'\.gamma$', '.weight', key)
     names[key] = name

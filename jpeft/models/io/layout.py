@@ -61,6 +61,8 @@ class Table(NamedTuple):
     architectures: the names in transformers of the bare model and of the one with a head.
     tied: whether the head is an array of the base model; the keys of a file then have the prefix
       although no head is stored.
+    other_bases: prefixes that files of this family have in place of `base` where they have another
+      head than the model.
   """
 
   base: str
@@ -69,6 +71,7 @@ class Table(NamedTuple):
   ignore: tuple[str, ...]
   architectures: tuple[str, str]
   tied: bool = False
+  other_bases: tuple[str, ...] = ()
 
   def leaves(self) -> dict[str, tuple[str, Leaf, bool]]:
     """{path of an array: (key, how it is stored, whether it belongs to the head)}."""
@@ -83,6 +86,12 @@ class Table(NamedTuple):
     """Patterns of the keys inside blocks; their first group is the block's number."""
     starts = {key.split('{i}')[0] for _, _, key in self.rows if '{i}' in key}
     return [re.escape(start) + r'(\d+)\.' for start in sorted(starts)]
+
+  def bare(self, name: str) -> str:
+    """The key of a tensor without its prefix."""
+    for base in (self.base, *self.other_bases):
+      name = name.removeprefix(base)
+    return name
 
   def known(self, key: str) -> bool:
     """Whether a key without prefix may be left unread."""

@@ -1,12 +1,14 @@
 """Llama, Mistral, SmolLM2, Qwen2 and Qwen3 as Hugging Face stores them."""
 
 import functools
+import math
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
-from ..families import Family, Request, depth_of, shape_of
+from ..families import Family, Request, depth_of, shape_of, with_labels
+from ..heads import Heads
 from ..io import Checkpoint, Table
 from ..nn import Rope, activation
 from .model import Llama
@@ -37,22 +39,45 @@ _HEAD = 'lm_head.weight'
 # Buffers in files of before 2023.
 _FREQUENCIES = r'layers\.\d+\.self_attn\.rotary_emb\.inv_freq'
 _NAMES = {'llama': 'Llama', 'mistral': 'Mistral', 'qwen2': 'Qwen2', 'qwen3': 'Qwen3'}
-_SCALINGS = ('default', 'linear', 'llama3')
+_SCALINGS = ('default', 'linear', 'llama3', 'yarn')
+
+
+# Of each head: its key, and what follows the family's name in its class.
+_PURPOSES = {
+  'text': ('lm_head', 'ForCausalLM'),
+  'classification': ('score', 'ForSequenceClassification'),
+  'tokens': ('score', 'ForTokenClassification'),
+  'questions': ('qa_outputs', 'ForQuestionAnswering'),
+}
+_HEADS = Heads({head: rf'{key}\.weight' for head, (key, _) in _PURPOSES.items()}, default='text')
+# Buffers, copies of the word table, and heads that the model does without: which head it has is
+# decided before.
+_IGNORE = (_FREQUENCIES, *sorted({rf'{key}\..*' for key, _ in _PURPOSES.values()}))
 
 
 def _table(kind: str, model: Llama) -> Table:
-  architectures = (f'{_NAMES[kind]}Model', f'{_NAMES[kind]}ForCausalLM')
-  head = (('head', 'dense', 'lm_head'),)
-  ignore = (_FREQUENCIES,)
-  if model.tied:
-    head = ()
-    ignore = (_FREQUENCIES, r'lm_head\.weight')  # some files have a copy of the word table
-  return Table('model.', _ROWS, head, ignore, architectures, tied=model.tied)
+  key, purpose = _PURPOSES[model.head or 'text']
+  # transformers has the decoder under another name in most classes that answer questions.
+  base, other = 'model.', 'transformer.'
+  if model.head == 'questions' and kind != 'mistral':
+    base, other = other, base
+  tied = model.head == 'text' and model.tied
+  head = () if tied or model.head is None else (('head', 'dense', key),)
+  architectures = (f'{_NAMES[kind]}Model', _NAMES[kind] + purpose)
+  return Table(base, _ROWS, head, _IGNORE, architectures, tied=tied, other_bases=(other,))
 
 
 def _build(kind: str, config: Mapping, checkpoint: Checkpoint | None, request: Request) -> Llama:
-  if request.num_classes is not None or request.pool is not None:
-    raise ValueError(f'{_NAMES[kind]} writes text: it takes neither num_classes nor pool')
+  if request.head not in (None, 'classification') and request.pool is not None:
+    raise ValueError(
+      f'head {request.head!r} reads every token: it takes no pool, got {request.pool!r}'
+    )
+  classes = request.num_classes
+  if request.head == 'questions':
+    classes = None
+  elif request.head in ('classification', 'tokens') and classes is None:
+    shape = shape_of(checkpoint, 'score.weight')
+    classes = shape[0] if shape else None
   qkv_bias = config.get('attention_bias', False)
   out_bias = qkv_bias
   if kind == 'qwen2':
@@ -60,7 +85,7 @@ def _build(kind: str, config: Mapping, checkpoint: Checkpoint | None, request: R
     qkv_bias = True
     out_bias = False
   tied = config.get('tie_word_embeddings', False)
-  if checkpoint is not None and not tied:
+  if checkpoint is not None and not tied and request.head == 'text':
     tied = shape_of(checkpoint, _HEAD) is None
   depth = depth_of(config, 'num_hidden_layers', request)
   return Llama(
@@ -72,6 +97,9 @@ def _build(kind: str, config: Mapping, checkpoint: Checkpoint | None, request: R
     kv_heads=config.get('num_key_value_heads'),
     head_dim=config.get('head_dim'),
     tied=tied,
+    num_classes=classes,
+    head=request.head,
+    pool=request.pool or config.get('jpeft_pool', 'last'),
     qkv_bias=qkv_bias,
     out_bias=out_bias,
     mlp_bias=config.get('mlp_bias', False),
@@ -103,6 +131,8 @@ def rope_of(config: Mapping) -> Rope:
     return Rope(theta)
   if kind == 'linear':
     return Rope(theta, kind, float(rope['factor']))
+  if kind == 'yarn':
+    return _yarn(theta, rope, config)
   return Rope(
     theta,
     kind,
@@ -111,6 +141,37 @@ def rope_of(config: Mapping) -> Rope:
     high=float(rope['high_freq_factor']),
     original=int(rope['original_max_position_embeddings']),
   )
+
+
+def _yarn(theta: float, rope: Mapping, config: Mapping) -> Rope:
+  """The rotary positions of YaRN, arXiv:2309.00071."""
+  original = rope.get('original_max_position_embeddings', config.get('max_position_embeddings'))
+  if original is None:
+    raise ValueError('rope type yarn needs original_max_position_embeddings')
+  factor = rope.get('factor')
+  if factor is None:
+    factor = config['max_position_embeddings'] / original
+  magnitude = rope.get('attention_factor')
+  if magnitude is None:
+    magnitude = _yarn_magnitude(factor, rope.get('mscale'), rope.get('mscale_all_dim'))
+  return Rope(
+    theta,
+    'yarn',
+    factor=float(factor),
+    low=float(rope.get('beta_slow') or 1),
+    high=float(rope.get('beta_fast') or 32),
+    original=int(original),
+    magnitude=float(magnitude),
+    whole=rope.get('truncate', True),
+  )
+
+
+def _yarn_magnitude(factor: float, scale: float | None, all_scale: float | None) -> float:
+  """What queries and keys are multiplied by: 0.1 log(factor) + 1, or a quotient of two such."""
+  log = math.log(max(factor, 1))
+  if scale and all_scale:
+    return (0.1 * scale * log + 1) / (0.1 * all_scale * log + 1)
+  return 0.1 * log + 1
 
 
 def _window(kind: str, config: Mapping, depth: int) -> int | None:
@@ -141,7 +202,12 @@ def _window(kind: str, config: Mapping, depth: int) -> int | None:
 
 
 def _describe(config: Mapping, model: Llama) -> dict:
-  config = dict(config) | {'num_hidden_layers': model.depth, 'tie_word_embeddings': model.tied}
+  classes = 2 if model.head == 'questions' else model.num_classes
+  config = with_labels(config, classes) | {'num_hidden_layers': model.depth}
+  if model.head == 'text':
+    config['tie_word_embeddings'] = model.tied
+  else:
+    config['jpeft_pool'] = model.pool  # our own key, which transformers ignores
   if config.get('layer_types'):
     config['layer_types'] = config['layer_types'][: model.depth]
   return config
@@ -163,7 +229,7 @@ _SIZES = {
 def _family(kind: str) -> Family:
   build = functools.partial(_build, kind)
   table = functools.partial(_table, kind)
-  return Family(build, table, example, _describe, sizes=_SIZES)
+  return Family(build, table, example, _describe, sizes=_SIZES, heads=_HEADS)
 
 
 LLAMA_FAMILIES = {kind: _family(kind) for kind in _NAMES}

@@ -15,7 +15,25 @@ from einops import rearrange
 
 from jpeft.core import grouped_attention
 
-from ..nn import MLP, Block, Encoder, Remat, Rope, attend, block_of, default_init, rms_norm
+from ..nn import (
+  MLP,
+  Block,
+  Encoder,
+  Remat,
+  Rope,
+  attend,
+  block_of,
+  check_pool,
+  default_init,
+  head_of,
+  last_token,
+  masked_mean,
+  outputs_of,
+  rms_norm,
+)
+
+POOLS = ('last', 'mean', 'tokens')
+LLAMA_HEADS = ('classification', 'tokens', 'questions', 'text')
 
 
 def causal_mask(places, texts, key_texts, window: int | None):
@@ -190,6 +208,8 @@ class LlamaBlock(Block):
 class Llama(nn.Module):
   """A decoder of text; called with tokens, it returns the logits of the token after each.
 
+  It may have another head in place of that one, and read a text instead of writing one.
+
   Attributes:
     width: D of the residual stream.
     depth: number of blocks.
@@ -198,7 +218,14 @@ class Llama(nn.Module):
     vocab: number of words.
     kv_heads: key and value heads; None for as many as query heads; a tuple has one number a block.
     head_dim: size of a head; None for width / heads.
-    tied: whether the logits come from the word table; else from a Dense `head`.
+    tied: whether the logits of words come from the word table; else from a Dense `head`.
+    num_classes: number of labels of a head that gives labels.
+    head: 'text': logits [B, N, vocab] of the word after each token; 'classification': logits
+      [B, num_classes] of the pooled feature; 'tokens': the same of each token; 'questions': logits
+      [B, N, 2] that an answer starts and ends at a token. None for no head.
+    pool: what a head of the pooled feature reads, or what is returned without a head: 'last' (the
+      last token under the mask), 'mean' (of the tokens under the mask), or 'tokens' (all hidden
+      states [B, N, D]).
     qkv_bias: whether query, key and value have a bias (Qwen2).
     out_bias: whether the output projection of attention has a bias.
     mlp_bias: whether the layers of the MLP have biases.
@@ -224,6 +251,9 @@ class Llama(nn.Module):
   kv_heads: int | tuple[int, ...] | None = None
   head_dim: int | None = None
   tied: bool = False
+  num_classes: int | None = None
+  head: str | None = 'text'
+  pool: str = 'last'
   qkv_bias: bool = False
   out_bias: bool = False
   mlp_bias: bool = False
@@ -252,8 +282,10 @@ class Llama(nn.Module):
       deterministic: no dropout.
 
     Returns:
-      Logits [B, N, vocab].
+      What the head gives, see the field `head`, or the pooled feature.
     """
+    head = head_of(self, LLAMA_HEADS)
+    check_pool(self.pool, POOLS, self.num_classes if head == 'classification' else None)
     types = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
     embed = nn.Embed(self.vocab, self.width, embedding_init=default_init, name='embed', **types)
     block = block_of(
@@ -270,6 +302,16 @@ class Llama(nn.Module):
     decoder = Encoder(block, self.depth, self.scan, self.remat, name='decoder')
     x = decoder(embed(tokens), mask=mask, deterministic=deterministic)  # [B, N, D]
     x = rms_norm(self, 'final_norm')(x)
-    if self.tied:
+    if head == 'text' and self.tied:
       return embed.attend(x)
-    return nn.Dense(self.vocab, use_bias=False, kernel_init=default_init, name='head', **types)(x)
+    if head in (None, 'classification'):
+      if self.pool == 'last':
+        x = last_token(x, mask)
+      elif self.pool == 'mean':
+        x = masked_mean(x, mask)
+    if head is None:
+      return x
+    outputs = self.vocab if head == 'text' else outputs_of(self, head)
+    use_bias = head in ('tokens', 'questions')
+    dense = nn.Dense(outputs, use_bias, kernel_init=default_init, name='head', **types)
+    return dense(x)

@@ -49,4 +49,8 @@ def _group(model: Llama) -> int:
   return groups.pop()
 
 
-LLAMA_SIZES = Sized(Llama, LLAMA_NAMING, _sizes, _resized, example, words=('embed', 'head'))
+def _words(model: Llama) -> tuple[str, ...]:
+  return ('embed', 'head') if model.head == 'text' else ('embed',)
+
+
+LLAMA_SIZES = Sized(Llama, LLAMA_NAMING, _sizes, _resized, example, _words)

@@ -85,7 +85,7 @@ def plan_of(model, keep: Keep) -> Plan:
       sources[path + local].append(Source(site, layer, ins, outs))
   for path, found in sources.items():
     if not found:
-      found.append(_source_outside(family, wide[path], words, columns))
+      found.append(_source_outside(family, model, wide[path], words, columns))
   return Plan(narrow_model, shapes, wide, narrow, sources)
 
 
@@ -108,7 +108,7 @@ def _words(family: Sized, model, keep: Keep) -> Indices:
   """
   if keep.vocabulary is None:
     return None
-  if not family.words:
+  if not family.words(model):
     raise ValueError(f'vocabulary: a {family.kind.__name__} reads no words')
   words = checked('vocabulary', keep.vocabulary, model.vocab, 'words')
   pad_id = getattr(model, 'pad_id', None)
@@ -218,14 +218,14 @@ def _block_cut(
 
 
 def _source_outside(
-  family: Sized, site: Site, words: Indices, columns: Mapping[str, Indices]
+  family: Sized, model, site: Site, words: Indices, columns: Mapping[str, Indices]
 ) -> Source:
   """Where a module outside of blocks comes from: the wide module of the same path."""
   if _plays(family, 'position_bias', site.path):
-    return Source(site, outs=columns[site.path.rpartition('/')[0]])
-  if site.path in family.words:
-    # The head has a column for each word, the table of words a row.
-    if site.matrices:
-      return Source(site, outs=words)
-    return Source(site, ins=words)
+    return Source(site, outs=columns.get(site.path.rpartition('/')[0]))
+  if site.path in family.words(model):
+    # The head has a column for each word (and may be a bias alone), the table of words a row.
+    if any(leaf.use == 'gather' for leaf in site.leaves.values()):
+      return Source(site, ins=words)
+    return Source(site, outs=words)
   return Source(site)

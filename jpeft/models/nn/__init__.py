@@ -12,6 +12,7 @@ from .blocks import (
   head_dim_of,
   run_blocks,
 )
+from .heads import HEADS, WordBias, head_of, last_token, masked_mean, outputs_of
 from .layers import (
   MLP,
   Attention,
@@ -32,6 +33,7 @@ __all__ = [
   'Attention',
   'Block',
   'Encoder',
+  'HEADS',
   'MLP',
   'Maker',
   'PositionBias',
@@ -40,6 +42,7 @@ __all__ = [
   'REMATS',
   'Remat',
   'Rope',
+  'WordBias',
   'activation',
   'attend',
   'block_of',
@@ -49,7 +52,11 @@ __all__ = [
   'gelu',
   'gelu_tanh',
   'head_dim_of',
+  'head_of',
+  'last_token',
   'layer_norm',
+  'masked_mean',
+  'outputs_of',
   'resize_grid',
   'rms_norm',
   'run_blocks',

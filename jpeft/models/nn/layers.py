@@ -222,8 +222,11 @@ class Block(nn.Module):
   param_dtype: Any = jnp.float32
 
 
-def layer_norm(module, name):
-  """A LayerNorm of a module that has the fields eps, dtype and param_dtype."""
+def layer_norm(module, name=None):
+  """A LayerNorm of a module that has the fields eps, dtype and param_dtype.
+
+  It has no name of its own in `setup`, where attributes give names.
+  """
   # The fast variance, mean(x^2) - mean(x)^2, loses digits that published checkpoints need.
   return nn.LayerNorm(
     module.eps,
@@ -239,7 +242,7 @@ def rms_norm(module, name):
   return nn.RMSNorm(module.eps, dtype=module.dtype, param_dtype=module.param_dtype, name=name)
 
 
-def check_pool(pool: str, known: tuple[str, ...], num_classes: int | None) -> None:
+def check_pool(pool: str, known: tuple[str, ...], num_classes: int | None = None) -> None:
   """Checks a pooling.
 
   Raises:

@@ -13,12 +13,15 @@ class Rope(NamedTuple):
 
   Attributes:
     theta: the slowest feature has a wavelength of nearly 2 pi theta positions.
-    scaling: 'default'; 'linear', all slower by `factor`; or 'llama3', slow features slower by
-      `factor`, fast ones as they were, those between interpolated.
+    scaling: 'default'; 'linear', all slower by `factor`; or 'llama3' and 'yarn' (arXiv:2309.00071),
+      slow features slower by `factor`, fast ones as they were, those between interpolated: by their
+      frequencies in 'llama3', by their numbers in 'yarn'.
     factor: of the scaling.
-    low: llama3: wavelengths above original / low are slow.
-    high: llama3: wavelengths below original / high are fast.
-    original: llama3: the context length of the first training.
+    low: llama3, yarn: features that turn less often than this in the original context are slow.
+    high: llama3, yarn: features that turn more often than this are fast.
+    original: llama3, yarn: the context length of the first training.
+    magnitude: yarn: queries and keys are multiplied by it.
+    whole: yarn: whether the first and last feature between slow and fast are whole numbers.
   """
 
   theta: float = 10000.0
@@ -27,6 +30,8 @@ class Rope(NamedTuple):
   low: float = 1.0
   high: float = 4.0
   original: int = 8192
+  magnitude: float = 1.0
+  whole: bool = True
 
   def frequencies(self, size: int) -> np.ndarray:
     """Radians a position, float32 [size / 2], for heads of an even size.
@@ -41,19 +46,42 @@ class Rope(NamedTuple):
       return plain.astype(np.float32)
     if self.scaling == 'linear':
       return (plain / self.factor).astype(np.float32)
-    if self.scaling != 'llama3':
+    if self.scaling == 'llama3':
+      turns = self.original * plain / (2 * math.pi)  # full turns within the original context
+      fast = np.clip((turns - self.low) / (self.high - self.low), 0, 1)  # 1: fast, 0: slow
+    elif self.scaling == 'yarn':
+      fast = self._fast_by_number(size)
+    else:
       raise ValueError(
-        f"the RoPE scaling {self.scaling!r} is not supported, only 'default', 'linear' and 'llama3'"
+        f'the RoPE scaling {self.scaling!r} is not supported, only '
+        "'default', 'linear', 'llama3' and 'yarn'"
       )
-    turns = self.original * plain / (2 * math.pi)  # full turns within the original context
-    fast = np.clip((turns - self.low) / (self.high - self.low), 0, 1)  # 1: fast, 0: slow
     return (plain * (fast + (1 - fast) / self.factor)).astype(np.float32)
+
+  def _fast_by_number(self, size: int) -> np.ndarray:
+    """How fast each feature of a head is, from 0 (slow) to 1 (fast), [size / 2]: YaRN."""
+
+    def number(turns: float) -> float:
+      """The feature, counted from 0, that turns so often within the original context."""
+      wavelength = self.original / (turns * 2 * math.pi)
+      return size * math.log(wavelength) / (2 * math.log(self.theta))
+
+    first = number(self.high)
+    last = number(self.low)
+    if self.whole:
+      first = math.floor(first)
+      last = math.ceil(last)
+    first = max(first, 0)
+    last = min(last, size - 1)
+    if first == last:
+      last += 0.001
+    return 1 - np.clip((np.arange(size // 2) - first) / (last - first), 0, 1)
 
   def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
     """Turns x [.., N, H, K] by its positions [.., N], in float32; returns the dtype of x."""
     angle = positions[..., None, None] * self.frequencies(x.shape[-1])  # [.., N, 1, K / 2]
-    cos = jnp.cos(angle)
-    sin = jnp.sin(angle)
+    cos = jnp.cos(angle) * self.magnitude
+    sin = jnp.sin(angle) * self.magnitude
     left, right = jnp.split(x.astype(jnp.float32), 2, -1)
     turned = [left * cos - right * sin, right * cos + left * sin]
     return jnp.concatenate(turned, -1).astype(x.dtype)

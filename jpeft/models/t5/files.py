@@ -1,12 +1,14 @@
-"""T5, T5 v1.1 and Flan-T5 as Hugging Face stores them."""
+"""T5, T5 v1.1, Flan-T5 and mT5 as Hugging Face stores them."""
 
+import functools
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..families import Family, Request, depth_of
+from ..families import Family, Request, depth_of, shape_of, with_labels
+from ..heads import Heads
 from ..io import Checkpoint, Table
 from ..nn import activation
 from .model import T5
@@ -58,27 +60,47 @@ _SHARED_ROWS = (
   *_stack('encoder', cross=False),
   *_stack('decoder', cross=True),
 )
-# Copies of the word table, and a table that the first releases stored without using it.
+# Copies of the word table, a table that the first releases stored without using it, and what the
+# encoder alone does without: whether it is alone is decided before.
 _IGNORE = (
   r'(encoder|decoder)\.embed_tokens\.weight',
   r'lm_head\.weight',
   r'decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight',
 )
-
-T5_V1 = Table(
-  base='',
-  rows=(*_SHARED_ROWS, *_mlp(gated=False)),
-  head=(('head', 'dense', 'lm_head'),),
-  ignore=_IGNORE,
-  # Without a head of its own it is the same class, whose head is the word table.
-  architectures=('T5ForConditionalGeneration', 'T5ForConditionalGeneration'),
+_IGNORE_DECODER = (*_IGNORE, r'decoder\..*', r'classifier\..*')
+_NAMES = {'t5': 'T5', 'mt5': 'MT5'}
+_HEADS = Heads(
+  {'text': r'decoder\.final_layer_norm\.weight', 'tokens': r'classifier\.weight'},
+  others=(r'classification_head\..*', r'qa_outputs\..*'),
+  default='text',
 )
-T5_GATED = T5_V1._replace(rows=(*_SHARED_ROWS, *_mlp(gated=True)))
+
+
+def _table(kind: str, model: T5) -> Table:
+  rows = (*_SHARED_ROWS, *_mlp(model.gated))
+  name = _NAMES[kind]
+  if model.head == 'text':
+    # Without a head of its own it is the same class, whose head is the word table.
+    both = f'{name}ForConditionalGeneration'
+    return Table('', rows, (('head', 'dense', 'lm_head'),), _IGNORE, (both, both))
+  encoder = f'{name}EncoderModel'
+  if model.head is None:
+    return Table('', rows, (), _IGNORE_DECODER, (encoder, encoder), other_bases=('transformer.',))
+  head = (('head', 'dense', 'classifier'),)
+  return Table(
+    'transformer.', rows, head, _IGNORE_DECODER, (encoder, f'{name}ForTokenClassification')
+  )
 
 
 def _build(config: Mapping, checkpoint: Checkpoint | None, request: Request) -> T5:
-  if request.num_classes is not None or request.pool is not None:
-    raise ValueError('T5 writes text: it takes neither num_classes nor pool')
+  if request.head is not None and request.pool is not None:
+    raise ValueError(
+      f'head {request.head!r} of a T5 reads every token: it takes no pool, got {request.pool!r}'
+    )
+  classes = request.num_classes
+  if request.head == 'tokens' and classes is None:
+    shape = shape_of(checkpoint, 'classifier.weight')
+    classes = shape[0] if shape else None
   name = config.get('feed_forward_proj', 'relu')
   gated = name.startswith('gated-')
   name = name.removeprefix('gated-')
@@ -92,7 +114,9 @@ def _build(config: Mapping, checkpoint: Checkpoint | None, request: Request) -> 
   # Only models that were trained tied scale their output; a file may since have got its own head.
   tied = config.get('tie_word_embeddings', True)
   scale_output = config.get('scale_decoder_outputs', tied)
-  if checkpoint is not None:
+  if config['model_type'] == 'mt5':
+    scale_output = False  # none was trained tied, whatever configs say since
+  if checkpoint is not None and request.head == 'text':
     tied = _tied(checkpoint)
   return T5(
     config['d_model'],
@@ -104,6 +128,9 @@ def _build(config: Mapping, checkpoint: Checkpoint | None, request: Request) -> 
     decoder_depth=decoder_depth,
     gated=gated,
     tied=tied,
+    num_classes=classes,
+    head=request.head,
+    pool=request.pool or config.get('jpeft_pool', 'tokens'),
     scale_output=scale_output,
     buckets=config.get('relative_attention_num_buckets', 32),
     max_distance=config.get('relative_attention_max_distance', 128),
@@ -125,7 +152,14 @@ def _tied(checkpoint: Checkpoint) -> bool:
 
 
 def _describe(config: Mapping, model: T5) -> dict:
-  return dict(config) | {
+  config = with_labels(config, model.num_classes)
+  if model.head != 'text':
+    # The decoder that it was made without may come back, so that the config keeps its sizes.
+    return config | {
+      'num_layers': model.depth,
+      'jpeft_pool': model.pool,  # our own key, which transformers ignores
+    }
+  return config | {
     'num_layers': model.depth,
     'num_decoder_layers': model.decoder_depth,
     'tie_word_embeddings': model.tied,
@@ -136,14 +170,20 @@ def _describe(config: Mapping, model: T5) -> dict:
 def example(model: T5) -> tuple:
   """Abstract inputs of one call."""
   tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-  return tokens, tokens
+  if model.head == 'text':
+    return tokens, tokens
+  return (tokens,)
 
 
-def _table(model: T5) -> Table:
-  if model.gated:
-    return T5_GATED
-  return T5_V1
+def _family(kind: str) -> Family:
+  return Family(
+    _build,
+    functools.partial(_table, kind),
+    example,
+    _describe,
+    sizes={'heads': 'num_heads', 'mlp_dim': 'd_ff'},
+    heads=_HEADS,
+  )
 
 
-_SIZES = {'heads': 'num_heads', 'mlp_dim': 'd_ff'}
-T5_FAMILIES = {'t5': Family(_build, _table, example, _describe, sizes=_SIZES)}
+T5_FAMILIES = {kind: _family(kind) for kind in _NAMES}

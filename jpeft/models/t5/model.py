@@ -21,9 +21,16 @@ from ..nn import (
   Remat,
   block_of,
   by_block,
+  check_pool,
+  head_of,
+  masked_mean,
+  outputs_of,
   rms_norm,
   run_blocks,
 )
+
+POOLS = ('mean', 'tokens')
+T5_HEADS = ('tokens', 'text')
 
 _init = nn.initializers.lecun_normal()
 
@@ -136,6 +143,8 @@ class T5Stack(nn.Module):
 class T5(nn.Module):
   """An encoder-decoder of text; called with tokens and decoder tokens, it returns logits.
 
+  With another head than 'text' it is the encoder alone, and called with tokens.
+
   Numbers of heads and hidden widths are those of all blocks, or a tuple with one a block.
 
   Attributes:
@@ -154,6 +163,11 @@ class T5(nn.Module):
     decoder_bias_heads: the same for the decoder.
     gated: whether the MLPs have a gate (v1.1).
     tied: whether the logits come from the word table; else from a Dense `head`.
+    num_classes: number of labels of the head 'tokens'.
+    head: 'text': logits [B, M, vocab] of what the decoder writes; 'tokens': logits
+      [B, N, num_classes] of each token of the encoder. None for the encoder without a head.
+    pool: what the encoder returns without a head: 'tokens' (all hidden states [B, N, D]) or 'mean'
+      (of those under the mask).
     scale_output: whether the decoder's output is divided by sqrt(width) before the head.
     buckets: rows of the tables of relative positions.
     max_distance: from here on distances share a row.
@@ -182,6 +196,9 @@ class T5(nn.Module):
   decoder_bias_heads: tuple[tuple[int, ...], ...] | None = None
   gated: bool = False
   tied: bool = True
+  num_classes: int | None = None
+  head: str | None = 'text'
+  pool: str = 'tokens'
   scale_output: bool = True
   buckets: int = 32
   max_distance: int = 128
@@ -196,29 +213,45 @@ class T5(nn.Module):
   param_dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, tokens, decoder_tokens, mask=None, decoder_mask=None, deterministic=True):
+  def __call__(self, tokens, decoder_tokens=None, mask=None, decoder_mask=None, deterministic=True):
     """Runs the model.
 
     Args:
       tokens: word ids [B, N].
       decoder_tokens: ids of the words that the decoder has written before each position [B, M]: the
-        target shifted right, see `shift_right`.
+        target shifted right, see `shift_right`; None for the encoder alone.
       mask: [B, N], nonzero where a token is real; None when all are.
       decoder_mask: the same for decoder_tokens [B, M].
       deterministic: no dropout.
 
     Returns:
-      Logits [B, M, vocab].
+      What the head gives, see the field `head`, or the feature of the encoder.
+
+    Raises:
+      ValueError: decoder tokens are missing, or there is no decoder to read them.
     """
+    head = head_of(self, T5_HEADS)
+    check_pool(self.pool, POOLS)
+    if (head == 'text') != (decoder_tokens is not None):
+      raise ValueError(
+        "decoder_tokens are for a T5 with the head 'text', which writes them: this one has the "
+        f'head {head!r}, and decoder_tokens {"were" if head != "text" else "were not"} given'
+      )
     types = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
     embed = nn.Embed(
       self.vocab, self.width, embedding_init=nn.initializers.normal(1.0), name='embed', **types
     )
     encoder = _stack(self, 'encoder', self.depth)
-    decoder = _stack(self, 'decoder', self.decoder_depth or self.depth)
-
     context_mask = _key_mask(mask)
     context = encoder(embed(tokens), mask=context_mask, deterministic=deterministic)  # [B, N, D]
+    if head is None:
+      return masked_mean(context, mask) if self.pool == 'mean' else context
+    if head == 'tokens':
+      dropout = nn.Dropout(self.dropout, name='dropout')
+      context = dropout(context, deterministic=deterministic)
+      return nn.Dense(outputs_of(self, head), kernel_init=_init, name='head', **types)(context)
+
+    decoder = _stack(self, 'decoder', self.decoder_depth or self.depth)
     causal = nn.make_causal_mask(decoder_tokens, dtype=bool)  # [B, 1, M, M]
     if decoder_mask is not None:
       causal = causal & _key_mask(decoder_mask)

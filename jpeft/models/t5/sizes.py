@@ -11,11 +11,11 @@ from .naming import T5_NAMING
 
 
 def _sizes(model: T5) -> dict[str, Sizes]:
-  decoder_depth = model.decoder_depth or model.depth
-  return {
-    'encoder': _by_block(encoder_sizes(model), model.depth),
-    'decoder': _by_block(decoder_sizes(model), decoder_depth),
-  }
+  sizes = {'encoder': _by_block(encoder_sizes(model), model.depth)}
+  if model.head == 'text':
+    decoder_depth = model.decoder_depth or model.depth
+    sizes['decoder'] = _by_block(decoder_sizes(model), decoder_depth)
+  return sizes
 
 
 def _by_block(sizes: Mapping[str, Any], depth: int) -> Sizes:
@@ -29,18 +29,24 @@ def _by_block(sizes: Mapping[str, Any], depth: int) -> Sizes:
 
 def _resized(model: T5, sizes: Mapping[str, Sizes], vocab: int | None) -> T5:
   encoder = sizes['encoder']
+  vocab = vocab or model.vocab
+  own = {
+    'depth': len(encoder.heads),
+    'heads': common(encoder.heads),
+    'mlp_dim': common(encoder.mlp_dim),
+    'bias_heads': _bias_heads(encoder),
+  }
+  if 'decoder' not in sizes:
+    return model.clone(**own, vocab=vocab)
   decoder = sizes['decoder']
   return model.clone(
-    depth=len(encoder.heads),
+    **own,
     decoder_depth=len(decoder.heads),
-    heads=common(encoder.heads),
     decoder_heads=_unless(decoder.heads, encoder.heads),
     cross_heads=_unless(decoder.cross_heads, decoder.heads),
-    mlp_dim=common(encoder.mlp_dim),
     decoder_mlp_dim=_unless(decoder.mlp_dim, encoder.mlp_dim),
-    bias_heads=_bias_heads(encoder),
     decoder_bias_heads=_bias_heads(decoder),
-    vocab=vocab or model.vocab,
+    vocab=vocab,
   )
 
 
@@ -59,4 +65,8 @@ def _bias_heads(sizes: Sizes) -> tuple[tuple[int, ...], ...] | None:
   return sizes.bias_heads
 
 
-T5_SIZES = Sized(T5, T5_NAMING, _sizes, _resized, example, words=('embed', 'head'))
+def _words(model: T5) -> tuple[str, ...]:
+  return ('embed', 'head') if model.head == 'text' else ('embed',)
+
+
+T5_SIZES = Sized(T5, T5_NAMING, _sizes, _resized, example, _words)

@@ -1,4 +1,4 @@
-"""ViT, DeiT and DINOv2 as Hugging Face stores them."""
+"""ViT, DeiT, DINOv2 and the encoder of ViT-MAE as Hugging Face stores them."""
 
 import functools
 from collections.abc import Mapping
@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ..families import HALF, IMAGENET, Family, Request, depth_of, shape_of, with_labels
+from ..heads import Heads
 from ..io import Checkpoint, Table
 from ..nn import activation, resize_grid
 from .model import ViT, grid
@@ -15,6 +16,7 @@ _EMBED = (
   ('embed/cls', 'param', 'embeddings.cls_token'),
   ('embed/distill', 'param', 'embeddings.distillation_token'),
   ('embed/mask', 'param', 'embeddings.mask_token'),
+  ('embed/registers', 'param', 'embeddings.register_tokens'),
   ('embed/position', 'param', 'embeddings.position_embeddings'),
   ('embed/patch', 'conv', 'embeddings.patch_embeddings.projection'),
   ('final_norm', 'norm', 'layernorm'),
@@ -25,7 +27,7 @@ _ATTENTION = (
   ('encoder/block/attention/value', 'dense', 'encoder.layer.{i}.attention.attention.value'),
   ('encoder/block/attention/out', 'dense', 'encoder.layer.{i}.attention.output.dense'),
 )
-# Heads that the model does without, and parts for masked image modelling.
+# Heads that the model does without, which is decided before, and parts for masked image modelling.
 _IGNORE = (r'pooler\..*', r'(\w+_)?classifier\..*', r'embeddings\.mask_token', r'decoder\..*')
 
 VIT = Table(
@@ -67,6 +69,12 @@ DINOV2 = Table(
   ignore=_IGNORE,
   architectures=('Dinov2Model', 'Dinov2ForImageClassification'),
 )
+DINOV2_REGISTERS = DINOV2._replace(
+  base='dinov2_with_registers.',
+  architectures=('Dinov2WithRegistersModel', 'Dinov2WithRegistersForImageClassification'),
+)
+# Heads that paint pixels: of ViT-MAE, and of the other classes for masked images.
+_HEADS = Heads({'classification': r'(cls_)?classifier\.weight'}, others=(r'decoder\..*',))
 
 
 def _size(size) -> int | tuple[int, int]:
@@ -78,7 +86,7 @@ def _size(size) -> int | tuple[int, int]:
 
 def _classes(config: Mapping, checkpoint: Checkpoint | None, request: Request) -> int | None:
   """The number of classes: that of the request, else that of the head in the files."""
-  if request.num_classes is not None or request.pool == 'tokens':
+  if request.head is None or request.num_classes is not None:
     return request.num_classes
   names = ['classifier']
   if config['model_type'] == 'deit':
@@ -98,12 +106,13 @@ def _build(config: Mapping, checkpoint: Checkpoint | None, request: Request) -> 
       'DINOv2 with use_swiglu_ffn (the giant variant) is not supported; its small, '
       'base and large variants are'
     )
-  dinov2 = kind == 'dinov2'
+  dinov2 = kind.startswith('dinov2')
   pool = 'cls'
   layer_scale = None
   if dinov2:
-    pool = 'cls_mean'
     layer_scale = config.get('layerscale_value', 1.0)
+    if request.head is not None:
+      pool = 'cls_mean'
   pool = request.pool or config.get('jpeft_pool', pool)
   classes = _classes(config, checkpoint, request)
   has_pooler = shape_of(checkpoint, 'pooler.dense.weight') is not None
@@ -120,6 +129,7 @@ def _build(config: Mapping, checkpoint: Checkpoint | None, request: Request) -> 
     pooler=has_pooler and classes is None and pool == 'cls' and not dinov2,
     distill=kind == 'deit',
     distill_head=has_distill_head and classes is not None,
+    registers=config.get('num_register_tokens', 4) if kind == 'dinov2_with_registers' else 0,
     mask_token=dinov2 and config.get('use_mask_token', True),
     layer_scale=layer_scale,
     qkv_bias=config.get('qkv_bias', True),
@@ -144,6 +154,15 @@ def _describe(config: Mapping, model: ViT) -> dict:
     'jpeft_pool': model.pool,  # our own key, which transformers ignores
     'image_size': size,
   }
+
+
+def _describe_mae(config: Mapping, model: ViT) -> dict:
+  """That of a ViT, which the encoder of a ViT-MAE is."""
+  own = ('mask_ratio', 'norm_pix_loss')
+  config = {
+    key: value for key, value in config.items() if key not in own and not key.startswith('decoder_')
+  }
+  return _describe(config | {'model_type': 'vit'}, model)
 
 
 def _edits(config: Mapping, model: ViT) -> dict:
@@ -174,12 +193,14 @@ _family = functools.partial(
   describe=_describe,
   edits=_edits,
   sizes={'heads': 'num_attention_heads', 'mlp_dim': 'intermediate_size'},
+  heads=_HEADS,
 )
+# Configs of DINOv2 have a ratio of integers in place of the hidden width of the MLPs.
+_dinov2 = functools.partial(_family, colours=IMAGENET, sizes={'heads': 'num_attention_heads'})
 VIT_FAMILIES = {
   'vit': _family(table=lambda model: VIT, colours=HALF),
+  'vit_mae': _family(table=lambda model: VIT, colours=IMAGENET, describe=_describe_mae),
   'deit': _family(table=_deit_table, colours=IMAGENET),
-  # Its configs have a ratio of integers in place of the hidden width of the MLPs.
-  'dinov2': _family(
-    table=lambda model: DINOV2, colours=IMAGENET, sizes={'heads': 'num_attention_heads'}
-  ),
+  'dinov2': _dinov2(table=lambda model: DINOV2),
+  'dinov2_with_registers': _dinov2(table=lambda model: DINOV2_REGISTERS),
 }

@@ -1,4 +1,8 @@
-"""ViT (arXiv:2010.11929), DeiT (arXiv:2012.12877) and DINOv2 (arXiv:2304.07193) in one module."""
+"""ViT (arXiv:2010.11929) and its kin in one module.
+
+DeiT (arXiv:2012.12877), DINOv2 (arXiv:2304.07193), with registers (arXiv:2309.16588), and the
+encoder of ViT-MAE (arXiv:2111.06377).
+"""
 
 import functools
 from collections.abc import Callable
@@ -43,13 +47,14 @@ def grid(image_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
 
 
 class PatchEmbed(nn.Module):
-  """Images to tokens [class, (distillation,) patches], with learned positions.
+  """Images to tokens [class, (distillation,) (registers,) patches], with learned positions.
 
   Attributes:
     width: D of the tokens.
     patch_size: side of a patch in pixels.
     grid: rows and columns of patches.
     distill: whether a distillation token follows the class token.
+    registers: number of tokens without a position between the class token and the patches.
     mask_token: whether there is a token that stands for hidden patches.
     dropout: rate on the tokens.
     dtype: of the computation.
@@ -60,6 +65,7 @@ class PatchEmbed(nn.Module):
   patch_size: int
   grid: tuple[int, int]
   distill: bool = False
+  registers: int = 0
   mask_token: bool = False
   dropout: float = 0.0
   dtype: Any = jnp.float32
@@ -104,6 +110,10 @@ class PatchEmbed(nn.Module):
     tokens = [token.astype(x.dtype) for token in tokens]
     x = jnp.concatenate([*tokens, x], 1)  # [B, N, D]
     x = x + param('position', 1, x.shape[1], self.width).astype(x.dtype)
+    if self.registers:
+      registers = param('registers', 1, self.registers, self.width).astype(x.dtype)
+      registers = jnp.broadcast_to(registers, (x.shape[0], self.registers, self.width))
+      x = jnp.concatenate([x[:, : len(first)], registers, x[:, len(first) :]], 1)
     return nn.Dropout(self.dropout, name='dropout')(x, deterministic=deterministic)
 
 
@@ -126,6 +136,7 @@ class ViT(nn.Module):
     pooler: whether tanh(Dense) follows the pooling, as in a bare ViTModel.
     distill: whether there is a distillation token (DeiT).
     distill_head: whether a second head reads it; the logits are then the mean of both.
+    registers: number of register tokens, which no head reads (DINOv2 with registers).
     mask_token: whether the embedding has a token for hidden patches.
     layer_scale: initial value of the LayerScale of each branch, None for none.
     qkv_bias: whether query, key and value have a bias.
@@ -152,6 +163,7 @@ class ViT(nn.Module):
   pooler: bool = False
   distill: bool = False
   distill_head: bool = False
+  registers: int = 0
   mask_token: bool = False
   layer_scale: float | None = None
   qkv_bias: bool = True
@@ -185,6 +197,7 @@ class ViT(nn.Module):
       self.patch_size,
       grid(self.image_size, self.patch_size),
       distill=self.distill,
+      registers=self.registers,
       mask_token=self.mask_token,
       dropout=self.dropout,
       name='embed',
@@ -195,7 +208,7 @@ class ViT(nn.Module):
     encoder = Encoder(block, self.depth, self.scan, self.remat, name='encoder')
     x = encoder(x, deterministic=deterministic)
     x = layer_norm(self, 'final_norm')(x)
-    feature = _pooled(x, self.pool, first_patch=2 if self.distill else 1)
+    feature = _pooled(x, self.pool, first_patch=1 + int(self.distill) + self.registers)
     dense = functools.partial(nn.Dense, kernel_init=default_init, **types)
     if self.pooler:
       feature = jnp.tanh(dense(self.width, name='pooler')(feature))

@@ -1,0 +1,73 @@
+"""Heads: what reads the hidden states of a backbone."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+# One label an example; one label a token; where an answer starts and ends; the word that a mask
+# hides; the next word.
+HEADS = ('classification', 'tokens', 'questions', 'masked', 'text')
+
+
+def head_of(model, known: tuple[str, ...]) -> str | None:
+  """What the head of a model gives; None without a head.
+
+  Args:
+    model: has the fields head and num_classes. A number of classes without a head is
+      'classification'.
+    known: the heads that its class can have.
+
+  Raises:
+    ValueError: another head, or one whose number of outputs is not said or said in vain.
+  """
+  head = model.head
+  if head is None and model.num_classes is not None:
+    head = 'classification'
+  if head is not None and head not in known:
+    raise ValueError(f'head {head!r} is none of {", ".join(known)}')
+  by_class = head in ('classification', 'tokens')
+  if by_class and model.num_classes is None:
+    raise ValueError(f'head {head!r} needs num_classes, the number of labels')
+  if not by_class and model.num_classes is not None:
+    raise ValueError(f'head {head!r} gives no labels: it takes no num_classes')
+  return head
+
+
+def outputs_of(model, head: str) -> int:
+  """The number of outputs of a linear head: one a label, or the start and the end of an answer."""
+  if head == 'questions':
+    return 2
+  return model.num_classes
+
+
+class WordBias(nn.Module):
+  """logits + bias, one number a word: a head whose kernel is the word table."""
+
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, logits):
+    bias = self.param('bias', nn.initializers.zeros, (logits.shape[-1],), self.param_dtype)
+    return logits + bias.astype(self.dtype)
+
+
+def last_token(x, mask=None):
+  """The last token of each row of x [B, N, D] for which mask [B, N] is nonzero; of all by default.
+
+  A row without tokens gives its first.
+  """
+  if mask is None:
+    return x[:, -1]
+  places = jnp.arange(x.shape[1])
+  last = jnp.where(mask.astype(bool), places, 0).max(1)  # [B]
+  return jnp.take_along_axis(x, last[:, None, None], 1)[:, 0]
+
+
+def masked_mean(x, mask=None):
+  """The mean over the tokens of x [B, N, D] for which mask [B, N] is nonzero."""
+  if mask is None:
+    return x.mean(1)
+  weight = mask.astype(bool).astype(x.dtype)[..., None]  # [B, N, 1]
+  return (x * weight).sum(1) / jnp.maximum(weight.sum(1), 1)  # a row without tokens gives zero
