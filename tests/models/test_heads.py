@@ -4,10 +4,13 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jpeft
 from jpeft import models
+from jpeft.methods.registry import make
 from tests.models.goldens import GOLDEN, HEADS, KIN, close, golden, outputs
 
 # What is asked for besides the head of the files.
@@ -196,3 +199,64 @@ def test_the_last_token_is_found_under_any_padding():
   for row, mask in enumerate(inputs['mask'].astype(bool)):
     alone = {'tokens': inputs['tokens'][row : row + 1, mask]}
     np.testing.assert_allclose(outputs(loaded, alone)[0], want[row], atol=1e-5)
+
+
+METHODS = {'lora': {}, 'lst': {'reduction': 4}, 'vpt_deep': {}, 'prefix': {}}
+
+
+@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize(
+  'name', ('bert_tokens', 'bert_masked', 'electra', 'llama_labels', 't5_tokens', 'dinov2_registers')
+)
+def test_methods_train_with_a_head(name, method):
+  inputs, arrays = golden(name)
+  loaded = models.load(GOLDEN / name, scan=True)
+  tuned = jpeft.attach(
+    loaded.model, make(method, **METHODS[method]), loaded.variables, **inputs, deterministic=True
+  )
+  theta = jax.jit(tuned.init)(jax.random.key(0), loaded.variables)
+  trained, held = tuned.split(theta)
+
+  def loss(trained):
+    theta = tuned.join(trained, held)
+    out = tuned.apply(theta, loaded.variables, **inputs, deterministic=True)
+    assert out.shape == arrays['logits'].shape
+    return jnp.square(out).mean()
+
+  gradients = jax.jit(jax.grad(loss))(trained)
+  heads = jax.tree.leaves(gradients['head'])
+  assert heads and all(np.abs(x).max() > 0 for x in heads)
+  others = [x for rule, part in gradients.items() if rule != 'head' for x in jax.tree.leaves(part)]
+  assert any(np.abs(x).max() > 0 for x in others)
+
+
+def test_vqt_is_refused_where_attention_counts_positions_itself():
+  inputs, _ = golden('llama_labels')
+  loaded = models.load(GOLDEN / 'llama_labels')
+  for given in (inputs, {'tokens': inputs['tokens']}):
+    tuned = jpeft.attach(loaded.model, jpeft.vqt(), loaded.variables, **given)
+    run = lambda theta, given=given, tuned=tuned: tuned.apply(theta, loaded.variables, **given)
+    with pytest.raises(ValueError, match='by the positions of its own tokens, and a summary has'):
+      jax.eval_shape(run, tuned.shapes)
+
+
+@pytest.mark.parametrize('name', ('bert_masked', 'mpnet', 'llama_labels', 't5_tokens'))
+def test_narrow_models_keep_their_head(name):
+  inputs, _ = golden(name)
+  loaded = models.load(GOLDEN / name)
+  words = np.unique(np.concatenate([[0, 1], inputs['tokens'].ravel()]))
+  keep = jpeft.Keep(layers=(1,), mlp={1: range(9)}, vocabulary=words)
+  narrow, small = jpeft.narrowed(loaded.model, loaded.variables, keep)
+  got = narrow.apply(small, **{**inputs, 'tokens': np.searchsorted(words, inputs['tokens'])})
+  keep = jpeft.Keep(layers=(1,), mlp={1: range(9)})
+  model, variables = jpeft.narrowed(loaded.model, loaded.variables, keep)
+  want = model.apply(variables, **inputs)
+  if name == 'bert_masked':
+    want = want[..., words]
+  np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_heads_that_share_a_position_bias_are_not_cut():
+  loaded = models.load(GOLDEN / 'mpnet')
+  with pytest.raises(ValueError, match='share a position bias, from which no heads are cut'):
+    jpeft.narrowed(loaded.model, loaded.variables, jpeft.Keep(heads={0: (0,)}))

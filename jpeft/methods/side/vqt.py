@@ -199,6 +199,13 @@ class _VQT:
           block[path] = jax.lax.stop_gradient((key, value))
           return attention_fn(query, key, value, *rest, **named)
         key, value = block[path]
+        mask = named_options(rest, named).get('mask')
+        made = query.shape[-3], None if mask is None else mask.shape[-1]
+        if made not in ((self.tokens, None), (self.tokens, key.shape[-3])):
+          raise ValueError(
+            f'{self.name}: the attention {path!r} makes mask or queries by the positions of its '
+            'own tokens, and a summary has none'
+          )
         options = self.options_of_queries(path, named_options(rest, named))
         return attention_fn(query, key, value, **options)
 
