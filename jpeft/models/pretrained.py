@@ -21,10 +21,12 @@ from .families import Family, Request, built, described
 from .heads import STORED, chosen
 from .io import (
   GGUF_FILE,
+  NPZ_SUFFIX,
   Checkpoint,
   Gguf,
   Table,
   Tokenizer,
+  VitNpz,
   find,
   from_files,
   has_weights,
@@ -33,6 +35,7 @@ from .io import (
   to_tensors,
   write_checkpoint,
 )
+from .kin import KIN
 from .llama import LLAMA_FAMILIES, Llama
 from .nn import Remat
 from .t5 import T5_FAMILIES
@@ -49,7 +52,7 @@ class Pretrained:
     model: the Linen module.
     variables: {'params': ...}.
     config: the Hugging Face config, changed to what was requested.
-    family: its model_type: vit, deit, dinov2, bert, roberta, t5, llama, mistral, qwen2 or qwen3.
+    family: its model_type, a key of FAMILIES.
     preprocess: mean and std of pixels in [0, 1], and image_size; None for text.
     tokenizer: path of tokenizer.json, or of the GGUF file, see `load_tokenizer`; None if there is
       none.
@@ -85,7 +88,8 @@ def load(
   """Loads a backbone.
 
   Args:
-    source: a folder with config.json and safetensors files (or model.gguf); a .gguf file; the name
+    source: a folder with config.json and safetensors files (or model.gguf); a .gguf file; a .npz
+      file of a ViT as its original JAX code writes it; the name
       of weights that a Python package carries ('dinov2-s14', 'minilm-l6', 'smollm2-135m'); or the
       id of a model on the Hugging Face hub ('org/name', needs huggingface_hub).
     num_classes: a number of labels makes a fresh head; None keeps the weights of the checkpoint's.
@@ -198,11 +202,11 @@ def describe(
 def _pretrained(
   folder: Path, config: Mapping, model: nn.Module, variables: dict, files: dict[str, str]
 ) -> Pretrained:
-  """A `Pretrained` of a folder or GGUF file, with its config, preprocessing and tokenizer."""
+  """A `Pretrained` of a folder or file, with its config, preprocessing and tokenizer."""
   family = family_of(config)
-  tokenizer = folder
-  if folder.is_dir():
-    tokenizer = folder / 'tokenizer.json'
+  tokenizer = folder / 'tokenizer.json'
+  if folder.is_file() and family.colours is None:
+    tokenizer = folder
   return Pretrained(
     model=model,
     variables=variables,
@@ -215,12 +219,12 @@ def _pretrained(
 
 
 def _opened(folder: Path, weights: bool = True) -> tuple[Checkpoint | Gguf | None, dict[str, Any]]:
-  """(checkpoint, config) of a folder or GGUF file.
+  """(checkpoint, config) of a folder, or of a GGUF or .npz file.
 
   The checkpoint may be None if no weights are needed and there are none.
   """
   if folder.is_file():
-    file = Gguf(folder)
+    file = VitNpz(folder) if folder.suffix == NPZ_SUFFIX else Gguf(folder)
     return file, file.config
   if not (folder / 'config.json').exists():
     raise FileNotFoundError(
@@ -349,11 +353,15 @@ def family_of(config: Mapping) -> Family:
     ValueError: there is none.
   """
   kind = config.get('model_type')
-  if kind not in FAMILIES:
-    near = nearest(kind, FAMILIES)
-    hint = '' if near is None else f'; the nearest is {near!r}'
-    raise ValueError(f'model_type {kind!r} is none of {", ".join(FAMILIES)}{hint}')
-  return FAMILIES[kind]
+  if kind in FAMILIES:
+    return FAMILIES[kind]
+  hint = ''
+  if kind in KIN:
+    near, difference = KIN[kind]
+    hint = f'; its nearest kin that loads is {near!r}: {kind} {difference}'
+  elif (near := nearest(kind, FAMILIES)) is not None:
+    hint = f'; the nearest is {near!r}'
+  raise ValueError(f'model_type {kind!r} is none of {", ".join(FAMILIES)}{hint}')
 
 
 def shapes_of(model: nn.Module, family: Family) -> dict[str, tuple[int, ...]]:

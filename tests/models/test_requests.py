@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from jpeft import models
+from jpeft.models.kin import KIN
 from jpeft.models.nn.layers import Attention
+from jpeft.models.pretrained import FAMILIES
 from tests.models.goldens import GOLDEN, outputs
 
 T5 = {
@@ -135,6 +137,26 @@ def test_unknown_sources_name_the_nearest(tmp_path):
   (tmp_path / 'config.json').write_text('{')
   with pytest.raises(ValueError, match='config.json is no JSON'):
     models.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+  'kind,message',
+  (
+    ('deberta-v2', "kin that loads is 'roberta': deberta-v2 attends to relative positions apart"),
+    ('gemma2', "kin that loads is 'llama'"),
+    ('mixtral', "kin that loads is 'mistral': mixtral has experts"),
+    ('swin', "kin that loads is 'vit'"),
+    ('wav2vec2', 'none of vit, .* qwen3$'),
+  ),
+)
+def test_an_unknown_kind_is_sent_to_its_kin(kind, message):
+  with pytest.raises(ValueError, match=message):
+    models.from_config({'model_type': kind})
+
+
+def test_kin_of_what_does_not_load_loads():
+  assert not KIN.keys() & FAMILIES.keys()
+  assert {near for near, _ in KIN.values()} <= FAMILIES.keys()
 
 
 def test_inputs_of_another_size_are_refused():

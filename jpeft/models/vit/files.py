@@ -73,8 +73,11 @@ DINOV2_REGISTERS = DINOV2._replace(
   base='dinov2_with_registers.',
   architectures=('Dinov2WithRegistersModel', 'Dinov2WithRegistersForImageClassification'),
 )
-# Heads that paint pixels: of ViT-MAE, and of the other classes for masked images.
-_HEADS = Heads({'classification': r'(cls_)?classifier\.weight'}, others=(r'decoder\..*',))
+# Others paint pixels (ViT-MAE, classes for masked images), or stand behind a pooler.
+_HEADS = Heads(
+  {'classification': r'(cls_)?classifier\.weight'},
+  others=(r'decoder\..*', r'pre_logits_classifier\..*'),
+)
 
 
 def _size(size) -> int | tuple[int, int]:
