@@ -180,7 +180,8 @@ MODELS = {
 
 def perturbed(kind, config):
   model = getattr(transformers, kind)(config)
-  if config.model_type in ('t5', 'mt5') and config.feed_forward_proj == 'gated-gelu':
+  gated = getattr(config, 'feed_forward_proj', None) == 'gated-gelu'
+  if gated and kind.endswith('ForConditionalGeneration'):
     model.lm_head.weight = torch.nn.Parameter(torch.randn(config.vocab_size, config.d_model))
   with torch.no_grad():
     for parameter in model.parameters():

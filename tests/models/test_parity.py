@@ -70,6 +70,105 @@ def test_bare_models_equal_transformers(name, kind, tmp_path):
   close(their(kind, tmp_path / 'again', inputs).pooler_output.numpy(), want.pooler_output.numpy())
 
 
+TEXT_HEADS = ('SequenceClassification', 'TokenClassification', 'QuestionAnswering', 'MaskedLM')
+CAUSAL_HEADS = ('SequenceClassification', 'TokenClassification', 'QuestionAnswering', 'CausalLM')
+CLASSES = (
+  *(
+    (name, f'{name}For{head}')
+    for name in ('Bert', 'Roberta', 'XLMRoberta', 'Camembert', 'DistilBert', 'Electra', 'MPNet')
+    for head in TEXT_HEADS
+  ),
+  *(
+    (name, f'{name}For{head}')
+    for name in ('Llama', 'Mistral', 'Qwen2', 'Qwen3')
+    for head in CAUSAL_HEADS
+  ),
+  *((name, f'{name}{head}') for name in ('T5', 'MT5') for head in ('EncoderModel',)),
+  *((name, f'{name}ForTokenClassification') for name in ('T5', 'MT5')),
+  ('T5', 'T5ForConditionalGeneration'),
+  ('MT5', 'MT5ForConditionalGeneration'),
+  ('ViT', 'ViTForImageClassification'),
+  ('DeiT', 'DeiTForImageClassification'),
+  ('Dinov2WithRegisters', 'Dinov2WithRegistersForImageClassification'),
+)
+
+
+def tiny(name, kind):
+  """A small config of transformers, for a class."""
+  from tests.models import make_golden as make
+
+  sizes = make.TINY
+  if name == 'DistilBert':
+    sizes = make.TINY_DISTILBERT
+  elif name in ('Roberta', 'XLMRoberta', 'Camembert'):
+    sizes = make.TINY_ROBERTA
+  elif name == 'MPNet':
+    sizes = {**make.TINY, 'pad_token_id': 1}
+  elif name == 'Electra':
+    sizes = {**make.TINY, 'embedding_size': 8}
+  elif name in ('Llama', 'Mistral', 'Qwen2', 'Qwen3'):
+    sizes = make.TINY_CAUSAL
+  elif name in ('T5', 'MT5'):
+    sizes = make.TINY_T5
+  elif name in ('ViT', 'DeiT'):
+    sizes = make.TINY_IMAGES
+  elif name == 'Dinov2WithRegisters':
+    sizes = {k: v for k, v in make.TINY_IMAGES.items() if k != 'intermediate_size'}
+  if kind.endswith('QuestionAnswering'):
+    sizes = {k: v for k, v in sizes.items() if k not in make.LABELS}
+  return getattr(transformers, f'{name}Config')(**sizes)
+
+
+@pytest.mark.parametrize('name,kind', CLASSES, ids=[kind for _, kind in CLASSES])
+def test_every_head_of_every_family_equals_transformers(name, kind, tmp_path):
+  from tests.models import make_golden as make
+
+  torch.manual_seed(0)
+  config = tiny(name, kind)
+  make.perturbed(kind, config).save_pretrained(tmp_path / 'theirs')
+  inputs = make.inputs(kind, config)
+  if name in ('Mistral', 'Qwen2', 'Qwen3') and kind.endswith('SequenceClassification'):
+    inputs['tokens'][2] = inputs['tokens'][2, ::-1]
+  loaded = models.load(tmp_path / 'theirs')
+  models.save_pretrained(tmp_path / 'ours', loaded.model, loaded.variables, loaded.config)
+  got = outputs(loaded, inputs)
+  for folder in ('theirs', 'ours'):
+    model, report = getattr(transformers, kind).from_pretrained(
+      tmp_path / folder, output_loading_info=True
+    )
+    assert not any(report[key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys'))
+    want = make.logits(model.eval(), inputs)
+    if name in ('Llama', 'Mistral', 'Qwen2', 'Qwen3') and want.ndim == 3:
+      want = want * inputs['mask'][..., None]
+    close(got, want, 5e-6)
+
+
+@pytest.mark.parametrize('name', ('Dinov2', 'Dinov2WithRegisters', 'Llama', 'Electra', 'MPNet'))
+def test_features_without_a_head_equal_transformers(name, tmp_path):
+  from tests.models import make_golden as make
+
+  torch.manual_seed(0)
+  kind = f'{name}Model'
+  if name == 'Dinov2':
+    config = transformers.AutoConfig.from_pretrained(GOLDEN / 'dinov2')
+  else:
+    config = tiny(name, kind)
+  make.perturbed(kind, config).save_pretrained(tmp_path)
+  inputs = make.inputs(kind, config)
+  want = their(kind, tmp_path, inputs)
+  tokens = outputs(models.load(tmp_path, pool='tokens'), inputs)
+  hidden = want.last_hidden_state.numpy()
+  close(tokens, hidden * (inputs['mask'][..., None] if name == 'Llama' else 1))
+  pooled = outputs(models.load(tmp_path), inputs)
+  if 'pooler_output' in want:
+    close(pooled, want.pooler_output.numpy())
+  elif name == 'Llama':
+    last = [np.flatnonzero(mask)[-1] for mask in inputs['mask']]
+    close(pooled, hidden[np.arange(3), last])
+  else:
+    close(pooled, hidden[:, 0])
+
+
 def test_new_classes_open_in_transformers(tmp_path):
   inputs, _ = golden('dinov2')
   loaded = models.load(GOLDEN / 'dinov2', num_classes=7, image_size=28, layers=1)

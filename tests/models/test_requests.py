@@ -2,6 +2,7 @@
 
 import json
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -152,6 +153,14 @@ def test_unknown_sources_name_the_nearest(tmp_path):
 def test_an_unknown_kind_is_sent_to_its_kin(kind, message):
   with pytest.raises(ValueError, match=message):
     models.from_config({'model_type': kind})
+
+
+def test_the_table_of_models_names_every_family_and_its_heads():
+  page = (pathlib.Path(__file__).parents[2] / 'docs' / 'models.md').read_text()
+  rows = [line for line in page.splitlines() if line.startswith('| ')]
+  for kind, family in FAMILIES.items():
+    (row,) = [row for row in rows if f'`{kind}`' in row]
+    assert all(head in row for head in family.heads.known)
 
 
 def test_kin_of_what_does_not_load_loads():
