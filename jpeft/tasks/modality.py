@@ -1,6 +1,7 @@
 """Modalities: what an example is, and how it becomes the arguments of a model's call."""
 
 import dataclasses
+import inspect
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -121,7 +122,25 @@ def _check_text_source(pretrained, source, transform: Transform) -> None:
 
 def _text_example(config, pretrained) -> dict[str, np.ndarray]:
   tokens = np.zeros((1, config.data.max_length), np.int32)
-  return {'tokens': tokens, 'token_mask': np.ones(tokens.shape, bool), 'types': tokens}
+  arrays = {'tokens': tokens, 'token_mask': np.ones(tokens.shape, bool), 'types': tokens}
+  return _taken(pretrained, arrays)
+
+
+def _taken(pretrained, arrays: dict[str, Any]) -> dict[str, Any]:
+  """The arrays that the backbone takes: a decoder has no segments."""
+  if 'types' in inspect.signature(type(pretrained.model).__call__).parameters:
+    return arrays
+  return {name: x for name, x in arrays.items() if name != 'types'}
+
+
+def _taken_of_texts(config, pretrained, training: bool) -> Transform:
+  """The transform of texts, to what the backbone takes."""
+  transform = _text_transform(config, pretrained, training)
+
+  def taken(example, rng=None):
+    return _taken(pretrained, transform(example, rng))
+
+  return taken
 
 
 # The arrays that go by keyword: name of the model's argument -> name in the batch.
@@ -148,7 +167,7 @@ TEXT = Modality(
   field='text',
   key='tokens',
   fits=_is_text_model,
-  transform=_text_transform,
+  transform=_taken_of_texts,
   example=_text_example,
   call=_text_call,
   read=_read_lines,

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from jpeft import adapter, attach, cli, config, merge, models, predict, tasks, training
 from jpeft.data.decode import decode
 from jpeft.export import peft_adapter
+from tests.runs import LLAMA
 
 
 @pytest.fixture(scope='module')
@@ -200,3 +201,26 @@ def test_texts_with_tokens_beyond_the_table(reviews, config_file, tmp_path, monk
   table.write_text(table.read_text() + ''.join(f'a new film,{i % 2}\n' for i in range(9)))
   with pytest.raises(cli.Mistake, match=f'example [0-9]+: {told}'):
     training.train(settings, tmp_path / 'other')
+
+
+def test_a_decoder_learns_labels(reviews, config_file, tmp_path):
+  folder, table = reviews
+  llama = {**LLAMA, 'vocab_size': 12}
+  model = models.from_config(llama)
+  variables = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 4), np.int32))
+  models.save_pretrained(tmp_path / 'llama', model, variables, llama)
+  shutil.copy(folder / 'tokenizer.json', tmp_path / 'llama')
+  chosen = {
+    'model.source': tmp_path / 'llama',
+    'data.name': f'csv:{table}',
+    'data.max_length': 6,
+    'data.batch_size': 8,
+    'steps': 80,
+    'eval.every': 80,
+    'optimizer.lr': 1e-2,
+  }
+  settings = config.load(f'{config_file}:full', {k: str(v) for k, v in chosen.items()})
+  told = training.train(settings, tmp_path / 'run')
+  assert told['eval']['accuracy'] > 0.9
+  merge.main(['--run', str(tmp_path / 'run'), '--out', str(tmp_path / 'out')])
+  assert models.load(tmp_path / 'out').config['architectures'] == ['LlamaForSequenceClassification']

@@ -10,7 +10,7 @@ import pytest
 
 import jpeft
 from jpeft import config as config_lib
-from jpeft import tasks
+from jpeft import models, tasks
 from jpeft.tasks.classification import CLASSIFICATION
 from jpeft.training import imports_of
 
@@ -20,7 +20,12 @@ table = importlib.import_module('jpeft.tasks.modality')
 IMAGES = types.SimpleNamespace(
   preprocess={'image_size': 32, 'mean': (0.5,) * 3, 'std': (0.5,) * 3}, tokenizer=None, config={}
 )
-TEXTS = types.SimpleNamespace(preprocess=None, tokenizer='tokenizer.json', config={})
+TEXTS = types.SimpleNamespace(
+  preprocess=None,
+  tokenizer='tokenizer.json',
+  config={},
+  model=models.Bert(8, 1, 2, 8, vocab=9),
+)
 SOUNDS = types.SimpleNamespace(preprocess=None, tokenizer=None, config={'model_type': 'sound'})
 
 SOUND = tasks.Modality(
