@@ -201,6 +201,14 @@ def test_the_last_token_is_found_under_any_padding():
     np.testing.assert_allclose(outputs(loaded, alone)[0], want[row], atol=1e-5)
 
 
+@pytest.mark.parametrize('name', ('bert_masked', 'llama_labels', 't5_encoder', 'electra'))
+def test_shapes_are_those_of_the_loaded_model(name):
+  described = models.describe(GOLDEN / name)
+  loaded = models.load(GOLDEN / name)
+  assert described.model == loaded.model and described.config == loaded.config
+  assert jax.tree.map(jnp.shape, described.variables) == jax.tree.map(jnp.shape, loaded.variables)
+
+
 METHODS = {'lora': {}, 'lst': {'reduction': 4}, 'vpt_deep': {}, 'prefix': {}}
 
 

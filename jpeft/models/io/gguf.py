@@ -186,6 +186,9 @@ class Gguf:
         'rope_type': values['rope.scaling.type'],
         'factor': values['rope.scaling.factor'],
       }
+      if 'rope.scaling.original_context_length' in values:
+        original = values['rope.scaling.original_context_length']
+        rope_scaling['original_max_position_embeddings'] = original
     config = {
       'model_type': kind,
       'hidden_size': width,
