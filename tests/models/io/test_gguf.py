@@ -138,6 +138,15 @@ def test_the_row_order_of_llama_files_is_undone(tmp_path):
   same(loaded.variables, models.load(GOLDEN / 'mistral').variables)
 
 
+def test_the_original_context_of_yarn_is_read(tmp_path):
+  scaling = {'type': 'yarn', 'factor': 4.0, 'original_context_length': 16}
+  more = {f'qwen3.rope.scaling.{name}': value for name, value in scaling.items()}
+  (tmp_path / 'tiny.gguf').write_bytes(convert('qwen3', 'qwen3', **more))
+  rope = models.load(tmp_path / 'tiny.gguf').model.rope
+  assert (rope.scaling, rope.factor, rope.original) == ('yarn', 4.0, 16)
+  assert rope.magnitude == pytest.approx(0.1 * np.log(4) + 1)
+
+
 DATA = convert('qwen3', 'qwen3')
 
 
