@@ -61,6 +61,5 @@ def get_config(method='lst'):
   config.schedule = dict(name='cosine', warmup_fraction=0.1)
   config.epochs = chosen.pop('epochs')
   config.method = {'name': method, **chosen}
-  config.eval = dict(every=240)
   config.baseline = 'linear' if method == 'lst' else None
   return config

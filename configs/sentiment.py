@@ -50,5 +50,4 @@ def get_config(method='lora'):
   config.schedule = dict(name='linear', warmup_fraction=0.1)
   config.epochs = chosen.pop('epochs')
   config.method = {'name': method, **chosen}
-  config.eval = dict(every=220)
   return config

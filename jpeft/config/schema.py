@@ -206,7 +206,9 @@ FIELDS: dict[str, Field] = {
   'epochs': _positive(float, None, 'passes over the training split; or give steps'),
   'seed': _not_negative(int, 0, 'of the head, theta, the order of the data and dropout'),
   # What a run reports and stores.
-  'eval.every': _positive(int, None, 'updates between evaluations; at the end alone if left out'),
+  'eval.every': _positive(
+    int, None, 'updates between evaluations; an epoch of them if left out. One more at the end'
+  ),
   'eval.metric': _choice(
     'accuracy',
     'that decides which theta is best',

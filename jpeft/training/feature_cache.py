@@ -123,13 +123,20 @@ class Features:
     out = self._halves.second(theta, backbone, features, key)
     return (out, {}) if aux else out  # `_check_rules`: there is nothing beside it
 
-  def fill(self, backbone, put: Callable[[Any], Any], stop: Callable[[], Any]) -> None:
+  def fill(
+    self,
+    backbone,
+    put: Callable[[Any], Any],
+    stop: Callable[[], Any],
+    made: Callable[[int], Any],
+  ) -> None:
     """Computes the features.
 
     Args:
       backbone: whose features.
       put: puts a batch on its devices.
       stop: called between batches; when it returns true the rest is not computed.
+      made: called with the number of examples of each batch whose features have been computed.
     """
     first = jax.jit(self._halves.first)
     done = 0
@@ -147,6 +154,7 @@ class Features:
           self._columns[name] = np.empty((len(self), *x.shape[1:]), x.dtype)
         self._columns[name][done : done + size] = x[:size]
       done += size
+      made(size)
 
   def __len__(self) -> int:
     return len(self._part.source)

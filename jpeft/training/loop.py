@@ -13,6 +13,7 @@ import numpy as np
 from jpeft import cli, data, tasks
 from jpeft.core import summary
 from jpeft.decoding import completions
+from jpeft.programs import mib
 from jpeft.quant import nbytes
 from jpeft.version import __version__
 
@@ -25,7 +26,7 @@ from .folder import begin, claimed
 from .imports import imports_of
 from .memory import Memory
 from .metrics import Metrics, values
-from .progress import Progress
+from .progress import Progress, counted
 from .stages import current, entered, stages_of
 from .start import start_of
 from .watch import Signals, Watch
@@ -84,8 +85,12 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     check_used(config, tuned)
     other_run = start_of(config, tuned, folder)
 
+  progress = Progress()
+  stack.callback(progress.close)
+
   # ---- Compilation, from shapes: an update that cannot fit is refused before anything is put on a
   # device.
+  progress.stage('compiling')
   rows = sharding.over_data(mesh)
   offload = sharding.offloads(mesh, memory.offload)
   backbone_sharding = sharding.of_backbone(
@@ -155,7 +160,6 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     metrics = Metrics(folder / 'metrics.jsonl', start, config.log.tensorboard)
     stack.callback(metrics.close)
 
-  progress = Progress(steps, start)
   first_line = (
     f'{config.method.name} on {config.model.source}, {config.data.name}: {facts.trainable:,} '
     f'trainable numbers beside {facts.total:,}, {facts.memory}; {steps} updates of {train_size}'
@@ -205,7 +209,8 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
 
   def evaluated(model, theta, eval_step, part: Part, writes: Callable[[dict], bool]):
     """Scores of a model on the test split, and of its texts if writes(scores); None if stopped."""
-    batches = part.once(eval_size)
+    count = progress.stage('evaluating', len(part.source))
+    batches = counted(part.once(eval_size), eval_size, count)
     tally = step.evaluate(eval_step, theta, backbone, batches, rows, stop)
     if tally is None:
       return None
@@ -234,28 +239,31 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
   def seconds() -> float:
     return seconds_before + time.perf_counter() - began
 
-  for part in (train_part, eval_part):
-    if isinstance(part.source, Features) and not stop():
-      size = f'{part.source.nbytes / 2**20:.0f} MiB'
-      progress.note(f'features of {len(part.source)} examples: {size}')
-      part.source.fill(backbone, put, stop)
+  unfilled = [part.source for part in (train_part, eval_part) if isinstance(part.source, Features)]
+  if unfilled:
+    examples = sum(map(len, unfilled))
+    size = sum(features.nbytes for features in unfilled)
+    progress.note(f'features of {examples:,} examples: {mib(size)}')
+    filling = progress.stage('features', examples)
+    for features in unfilled:
+      features.fill(backbone, put, stop, filling.add)
 
   # ---- The loop: evaluate, save, and make one more update.
   watch = Watch(config.data.train, checkpoints)
+  updates = progress.stage('update', steps, start)
+  evaluate_every = config.eval.every or batches.steps_per_epoch
 
   def save_checkpoint():
     checkpoints.save(number, state, {'data': batches.state(), 'seconds': seconds()})
 
-  def is_due(every: int | None) -> bool:
-    if number == steps:
-      return True
-    return bool(every) and number > 0 and number % every == 0
+  def is_due(every: int) -> bool:
+    return number == steps or (number > 0 and number % every == 0)
 
   while True:
     # A state that is not finite is neither evaluated nor saved.
-    if stop() or is_due(config.eval.every) or is_due(config.checkpoint.every):
+    if stop() or is_due(evaluate_every) or is_due(config.checkpoint.every):
       watch.check()
-    if is_due(config.eval.every) and not metrics.has(number, 'test'):
+    if is_due(evaluate_every) and not metrics.has(number, 'test'):
       scores = evaluated(tuned, state['theta'], eval_step, eval_part, writes=is_last)
       if scores is not None:
         if tasks.better(config.eval.metric, scores, metrics.of('test')):
@@ -286,7 +294,7 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
         grad_norm=float(out['grad_norm']),
       )
       state['sums'] = jax.device_put(step.zero_sums(), sharding.replicated(mesh))
-    progress.show(number, loss=watch.loss)
+    updates.show(number, loss=watch.loss)
 
   save_checkpoint()
   checkpoints.wait()

@@ -57,13 +57,30 @@ def write_report(folder: pathlib.Path, report: dict[str, Any], rows: list[dict])
     rows: the lines of metrics.jsonl.
   """
   write(folder / 'report.json', json.dumps(report, indent=2) + '\n')
-  has_curves = draw_curves(folder / 'curves.png', rows)
-  lines = [f'# {report["method"]} on {report["data"]}', '', table([report]), '']
+  name = f'{report["method"]} on {report["data"]}'
+  has_curves = draw_curves(folder / 'curves.png', rows, _title(name, report), _drawn(report))
+  lines = [f'# {name}', '', table([report]), '']
   lines += [f'- {name}: {value}' for name, value in _facts(report).items()]
   lines += confusion_section(folder)
   if has_curves:
     lines += ['', '![curves](curves.png)']
   write(folder / 'report.md', '\n'.join([*lines, '']))
+
+
+def _title(name: str, report: dict[str, Any]) -> str:
+  """The title of the curves."""
+  metric = _drawn(report)
+  at_end = report['eval'][metric]
+  told = _number(metric, at_end) if metric in SHOWN else f'{at_end:.4f}'
+  return f'{name}: {metric.replace("_", " ")} {told} at the end, {report["memory"]}'
+
+
+def _drawn(report: dict[str, Any]) -> str:
+  """The metric that is drawn beside the loss: the one that decides, if it is another."""
+  metric = report['best']['metric']
+  if metric == 'loss':
+    return 'accuracy'
+  return metric
 
 
 def _facts(report: dict[str, Any]) -> dict[str, str]:

@@ -57,29 +57,96 @@ def test_log_goes_on_without_repeating_lines(tmp_path):
   assert again.has(6, 'train') and not again.has(6, 'test')
 
 
-def test_progress_off_a_terminal_is_plain_lines():
+class Clock:
+  """A clock that stands still until it is moved."""
+
+  def __init__(self):
+    self.now = 100.0
+
+  def perf_counter(self):
+    return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+  found = Clock()
+  monkeypatch.setattr(progress, 'time', found)
+  return found
+
+
+def test_progress_off_a_terminal_is_a_plain_line_now_and_then(clock):
   out = io.StringIO()
-  shown = progress.Progress(10, 4, out, every=0)
-  shown.show(6, loss=0.5)
+  shown = progress.Progress(out)
+  shown.stage('compiling')
+  updates = shown.stage('update', 10, 4)
+  for step in range(5, 11):
+    clock.now += 6
+    updates.show(step, loss=step / 10)
   shown.note('done')
-  assert out.getvalue().splitlines()[0].startswith('step 6/10  loss 0.5  ')
-  assert out.getvalue().endswith('left\ndone\n') and '\r' not in out.getvalue()
+  assert out.getvalue().splitlines() == [
+    'compiling',
+    'update 6/10  loss 0.6  6.0 s each  0:24 left',
+    'update 8/10  loss 0.8  6.0 s each  0:12 left',
+    'update 10/10  loss 1  6.0 s each  0:00 left',
+    'done',
+  ]
 
 
-def test_progress_on_a_terminal_is_one_line():
+def test_the_time_left_is_that_of_updates_alone(clock):
+  """Not of the features, the compilation and the first update, which waits for all of them."""
+  shown = progress.Progress(io.StringIO())
+  features = shown.stage('features', 300)
+  clock.now += 50  # its own compilation
+  features.add(100)
+  assert features.line() == 'features 100/300'
+  clock.now += 20
+  features.add(100)
+  assert features.line() == 'features 200/300  5.0/s  0:20 left'
+  updates = shown.stage('update', 1000, 0)
+  clock.now += 75
+  updates.show(1, loss=float('nan'))
+  assert updates.line() == 'update 1/1,000' and updates.seconds_each() is None
+  clock.now += 0.1
+  updates.show(2)
+  assert updates.line(loss=2.5) == 'update 2/1,000  loss 2.5  10.0/s  1:40 left'
+
+
+def test_a_run_that_goes_on_counts_its_own_updates(clock):
+  updates = progress.Progress(io.StringIO()).stage('update', 1000, 900)
+  for step in range(901, 951):
+    clock.now += 2
+    updates.show(step)
+  assert updates.line().endswith('2.0 s each  1:40 left')
+
+
+def test_progress_on_a_terminal_is_one_line(clock):
   out = io.StringIO()
   out.isatty = lambda: True
-  shown = progress.Progress(10, 0, out)
-  for step in range(3):
-    shown.last = 0
-    shown.show(step, loss=1.0)
+  shown = progress.Progress(out)
+  shown.stage('compiling')
+  updates = shown.stage('update', 10)
+  for step in range(1, 4):
+    clock.now += 1
+    updates.show(step, loss=1.0)
   shown.note('done')
-  assert out.getvalue().count('\n') == 1 and out.getvalue().count('\rstep') == 3
+  updates.show(4, force=True)
+  shown.close()
+  assert out.getvalue().count('\n') == 2 and out.getvalue().count('\rupdate') == 4
+  assert out.getvalue().startswith('\rcompiling\rupdate 1/10')
 
 
-@pytest.mark.parametrize(
-  ('seconds', 'text'), [(0, '0:00'), (187, '3:07'), (3753, '1:02:33'), (float('inf'), '?')]
-)
+def test_a_line_is_rewritten_in_a_notebook_that_asks_for_it():
+  out = io.StringIO()
+  progress.Progress(out, live=True).put('one')
+  assert out.getvalue() == '\rone'
+
+
+def test_batches_are_counted_as_examples():
+  stage = progress.Progress(io.StringIO()).stage('evaluating', 10)
+  assert list(progress.counted('abc', 4, stage)) == ['a', 'b', 'c'] and stage.done == 10
+
+
+@pytest.mark.parametrize(('seconds', 'text'), [(0, '0:00'), (187, '3:07'), (3753, '1:02:33')])
 def test_clock(seconds, text):
   assert progress.clock(seconds) == text
 

@@ -79,6 +79,13 @@ def test_a_run_ends_when_it_gets_no_better(load, tmp_path):
     load('linear', **{'eval.patience': 2, 'eval.every': None})
 
 
+def test_an_evaluation_each_epoch_unless_it_is_said(load, tmp_path):
+  training.train(load('linear', **{'steps': 15, 'eval.every': None}), tmp_path)
+  rows = read_metrics(tmp_path / 'metrics.jsonl')
+  # 24 examples are 6 batches an epoch.
+  assert [r['step'] for r in rows if r['split'] == 'test'] == [6, 12, 15]
+
+
 def test_it_learns(load, tmp_path):
   told = training.train(
     load('full', **{'steps': 60, 'optimizer.lr': 3e-3, 'eval.every': 60}), tmp_path
@@ -205,7 +212,7 @@ def test_help_lists_every_key(capsys):
   assert '--config=configs/quickstart.py' in out and '| `optimizer.lora_plus` |' in out
 
 
-def test_features_kept_give_the_run_that_recomputes_them(load, tmp_path):
+def test_features_kept_give_the_run_that_recomputes_them(load, tmp_path, capsys):
   settings = {'steps': 8, 'log.every': 1, 'model.dropout': 0.0, 'eval.every': 4}
   plain, kept = (
     training.train(load('lst', **settings, **{'data.cache_features': flag}), tmp_path / str(flag))
@@ -214,6 +221,8 @@ def test_features_kept_give_the_run_that_recomputes_them(load, tmp_path):
   np.testing.assert_allclose(loss_of(tmp_path / 'True'), loss_of(tmp_path / 'False'), rtol=1e-4)
   np.testing.assert_allclose(kept['eval']['loss'], plain['eval']['loss'], rtol=1e-4)
   assert kept['step_cost']['flops'] < 0.5 * plain['step_cost']['flops']
+  told = capsys.readouterr().err.splitlines()
+  assert told.count('compiling') == 2 and any('features of 34 examples' in line for line in told)
 
 
 def test_a_run_on_features_that_was_stopped_ends_with_the_same_bits(load, tmp_path, monkeypatch):
