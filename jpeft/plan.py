@@ -9,7 +9,8 @@ is the trainer's own: forward, backward and optimizer, its state donated.
 
     --methods=A,B     arguments of the config file, where it takes one, else methods of the registry
                       or presets of them (lora_all, lst_mlp); the config's own if left out
-    --target=T        what to compile for (tpu:v5e)
+    --target=T        what to compile for; if left out tpu:v5e where libtpu, the TPU compiler, is
+                      installed, else cpu, and the plan says why
     --batch=N --seq=N --remat[=dots]  in place of data.batch_size, data.max_length and model.remat
                       of the config
     --search-batch    also find the largest batch that fits, to an eighth, by bisection
@@ -72,7 +73,7 @@ def _flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
   )
   parser.add_argument('--methods')
   parser.add_argument('--plot')
-  parser.add_argument('--target', default='tpu:v5e')
+  parser.add_argument('--target')
   parser.add_argument('--batch', type=int)
   parser.add_argument('--seq', type=int)
   parser.add_argument('--remat', nargs='?', const='true')

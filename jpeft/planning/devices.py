@@ -28,10 +28,12 @@ class Tpu:
   Attributes:
     topology: the smallest one that libtpu describes.
     memory: GiB of one chip that programs can use.
+    kind: of its devices, as JAX names them.
   """
 
   topology: str
   memory: float
+  kind: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +63,11 @@ class Gpu:
   memory: float
 
 
-TPUS = {'v5e': Tpu('2x2', 15.75), 'v5p': Tpu('2x2x1', 95.74), 'v6e': Tpu('2x2', 31.25)}
+TPUS = {
+  'v5e': Tpu('2x2', 15.75, 'TPU v5 lite'),
+  'v5p': Tpu('2x2x1', 95.74, 'TPU v5'),
+  'v6e': Tpu('2x2', 31.25, 'TPU v6 lite'),
+}
 GPUS = {
   'a100': Gpu(
     'NVIDIA A100-SXM4-40GB', (8, 0), 108, 64, 167936, 1555 * 10**9, 40 * 2**20, 1.41, 39.4
@@ -81,12 +87,14 @@ class Target:
     devices: as the compiler describes them.
     memory: bytes of one device; None if there is no limit to speak of.
     options: of the compiler.
+    why: why it was taken, if nobody named it.
   """
 
   name: str
   devices: tuple[Any, ...]
   memory: int | None
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  why: str = ''
 
   def mesh(self, data: int = 1, model: int = 1) -> Mesh:
     """A mesh of data x model devices.
@@ -102,13 +110,19 @@ class Target:
     return Mesh(np.array(self.devices[: data * model]).reshape(data, model), ('data', 'model'))
 
 
-def target(name: str) -> Target:
+def target(name: str | None = None) -> Target:
   """A target by name: 'tpu:v5e', 'tpu:v5p:4x4x4', 'gpu:h100' or 'cpu'.
+
+  Without a name it is the TPU that JAX runs on, else 'tpu:v5e' where the compiler of TPUs is
+  installed, else 'cpu'; `why` says which of these.
 
   Raises:
     ValueError: an unknown name or topology.
     ImportError: the compiler of the platform is not installed; says the command that installs it.
   """
+  if name is None:
+    name, why = _chosen()
+    return dataclasses.replace(target(name), why=why)
   match = re.fullmatch(r'(?:(tpu):(\w+)(?::(\d+(?:x\d+)*))?|(gpu):(\w+)|(cpu))', name)
   if match:
     tpu, shape, gpu, cpu = match[2], match[3], match[5], match[6]
@@ -125,6 +139,29 @@ def target(name: str) -> Target:
   )
 
 
+def _chosen() -> tuple[str, str]:
+  """(the target where none is named, why it is that one)."""
+  here = jax.devices()[0].device_kind
+  for name, tpu in TPUS.items():
+    if tpu.kind == here:
+      return f'tpu:{name}', f'no target was named, and JAX runs on a {here}'
+  if _has_libtpu():
+    return 'tpu:v5e', 'no target was named, and libtpu, the TPU compiler, is installed'
+  way = "with pip install 'jpeft[plan]' it is tpu:v5e, and no TPU is needed"
+  if _has_cuda():
+    gpus = ' and '.join(f'gpu:{kind}' for kind in GPUS)
+    way += f'; the CUDA plugin that is installed compiles for {gpus}'
+  return 'cpu', f'no target was named, and libtpu, the TPU compiler, is not installed: {way}'
+
+
+def _has_libtpu() -> bool:
+  return importlib.util.find_spec('libtpu') is not None
+
+
+def _has_cuda() -> bool:
+  return any(importlib.util.find_spec(f'jax_cuda{version}_plugin') for version in (12, 13))
+
+
 def leave_accelerators() -> None:
   """Runs this process on the CPU, so that an accelerator that is there stays free for others.
 
@@ -136,7 +173,7 @@ def leave_accelerators() -> None:
 
 def _tpu(name: str, kind: str, shape: str | None) -> Target:
   """One chip of a generation, or all chips of a topology."""
-  if importlib.util.find_spec('libtpu') is None:
+  if not _has_libtpu():
     raise ImportError(
       f'compiling for {name} needs libtpu, the TPU compiler (no TPU is needed): '
       "pip install 'jpeft[plan]'"
@@ -182,7 +219,7 @@ def _described():
 
 
 def _gpu(name: str, gpu: Gpu) -> Target:
-  if not any(importlib.util.find_spec(f'jax_cuda{version}_plugin') for version in (12, 13)):
+  if not _has_cuda():
     raise ImportError(
       f'compiling for {name} needs the CUDA plugin (no GPU is needed): pip install --no-deps '
       f'jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__}'

@@ -72,6 +72,7 @@ def _of_stage(
   return Plan(
     method=name,
     target=where.name,
+    why=where.why,
     batch=size,
     devices=mesh.size,
     remat=work.memory.remat,

@@ -27,7 +27,7 @@ def plan(
   batch: Mapping[str, Any],
   *,
   variables=None,
-  target: str = 'tpu:v5e',
+  target: str | None = None,
   optimizer: str = 'adamw',
   accumulate: int = 1,
   mesh: tuple[int, int] = (1, 1),
@@ -48,7 +48,8 @@ def plan(
       'token_mask' and 'types', or with 'decoder_tokens' and 'token_mask'), and 'label'.
     variables: the model's variables, or their shapes; for Linen those of its `init` if left out.
     target: 'tpu:v5e', 'tpu:v5p', 'tpu:v6e', a slice such as 'tpu:v5p:4x4x4', 'gpu:a100', 'gpu:h100'
-      or 'cpu'.
+      or 'cpu'. If left out, the TPU that JAX runs on, else 'tpu:v5e' where libtpu, the TPU
+      compiler, is installed, else 'cpu'; the table says which, and why.
     optimizer: 'adamw', 'adam', 'sgd', 'lion' or 'adafactor'.
     accumulate: micro-batches that a batch is cut into.
     mesh: (data, model) devices.

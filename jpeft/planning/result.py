@@ -34,6 +34,7 @@ class Plan:
     forward: the same of the untouched model's forward pass.
     seconds: of tracing and compiling.
     largest: the largest batch that fits, if it was searched for; 0 if none does.
+    why: why this target was taken, if nobody named it.
   """
 
   method: str
@@ -55,6 +56,7 @@ class Plan:
   forward: float
   seconds: float
   largest: int | None = None
+  why: str = ''
 
   @property
   def fits(self) -> bool | None:
@@ -99,6 +101,7 @@ class Plan:
     return {
       'method': self.method,
       'target': self.target,
+      'target_reason': self.why,
       'batch': self.batch,
       'devices': self.devices,
       'remat': self.remat,
@@ -155,7 +158,10 @@ def _title(plan: Plan) -> str:
   if plan.limit is not None:
     limit = f'{programs.mib(plan.limit)} each'
   plural = 's' if plan.devices > 1 else ''
-  return f'{plan.target}, {plan.devices} device{plural}, {limit}; batch {plan.batch}'
+  title = f'{plan.target}, {plan.devices} device{plural}, {limit}; batch {plan.batch}'
+  if plan.why:
+    title += f'\n{plan.target} because {plan.why}'
+  return title
 
 
 def _cells(plan: Plan) -> tuple[str, ...]:

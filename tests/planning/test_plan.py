@@ -40,9 +40,9 @@ def command(config_file, monkeypatch, capsys):
   """
 
   def called(*flags, target='cpu'):
-    monkeypatch.setattr(
-      sys, 'argv', ['jpeft.plan', f'--config={config_file}', f'--target={target}', *flags]
-    )
+    if target:
+      flags = (f'--target={target}', *flags)
+    monkeypatch.setattr(sys, 'argv', ['jpeft.plan', f'--config={config_file}', *flags])
     code = cli.command('jpeft.plan', plan.main)
     return code, *capsys.readouterr()
 
@@ -326,6 +326,42 @@ def test_a_missing_compiler_is_told_with_its_command(name, package, install, mon
     targets.target(name)
 
 
+def test_a_target_that_nobody_named_is_told_with_its_reason(command, monkeypatch):
+  real = importlib.util.find_spec
+  there = set()
+
+  def find_spec(name, *rest):
+    if name == 'libtpu' or name.startswith('jax_cuda'):
+      return real('json') if name in there else None
+    return real(name, *rest)
+
+  monkeypatch.setattr(importlib.util, 'find_spec', find_spec)
+  (found,) = plans = jpeft.plan(vit(), 'linear', IMAGES)
+  assert found.target == 'cpu' and "pip install 'jpeft[plan]'" in found.why
+  told = str(plans).splitlines()
+  assert told[0].startswith('cpu, 1 device') and told[1] == f'cpu because {found.why}'
+  assert found.row()['target_reason'] == found.why and 'CUDA' not in found.why
+  there.add('jax_cuda13_plugin')
+  assert 'gpu:a100 and gpu:h100' in jpeft.plan(vit(), 'linear', IMAGES)[0].why
+  named = jpeft.plan(vit(), 'linear', IMAGES, target='cpu')
+  assert 'because' not in str(named) and not named[0].why
+  code, out, _ = command(target=None)
+  assert code == 0 and 'cpu because no target was named, and libtpu' in out
+
+
+@pytest.mark.parametrize('kind', ['TPU v5 lite', 'TPU v5', 'TPU v6 lite'])
+def test_a_tpu_that_is_there_is_the_target(kind, monkeypatch):
+  class Device:
+    device_kind = kind
+
+  asked = []
+  monkeypatch.setattr(jax, 'devices', lambda *platform: [Device()])
+  monkeypatch.setattr(targets, '_tpu', lambda name, *rest: asked.append(name) or cpu)
+  cpu = targets.Target('cpu', (), None)
+  found = targets.target()
+  assert targets.TPUS[asked[0].removeprefix('tpu:')].kind == kind and found.why.endswith(kind)
+
+
 # ---- The trainer.
 
 
@@ -355,7 +391,9 @@ def test_one_chip(name):
   pytest.importorskip('libtpu')
   (found,) = jpeft.plan(vit(), 'lora', IMAGES, target=name)
   assert found.fits and found.exact and found.devices == 1
-  assert found.limit == int(targets.TPUS[name[4:]].memory * 2**30)
+  tpu = targets.TPUS[name[4:]]
+  assert found.limit == int(tpu.memory * 2**30)
+  assert {device.device_kind for device in targets.target(name).devices} == {tpu.kind}
 
 
 @pytest.mark.aot
