@@ -28,12 +28,13 @@ import statistics
 import sys
 from typing import Any
 
-from jpeft import cli, training
+from jpeft import cli, planning, training
 from jpeft import config as config_lib
 from jpeft.messages import markdown
 from jpeft.training import write
 
 from . import memory, records
+from .pictures import compared
 
 TASKS = {
   'quickstart': (
@@ -298,43 +299,52 @@ def percent(row: dict) -> str:
 
 
 def draw(found: list[dict], path: pathlib.Path) -> None:
-  """Plots accuracy against the memory of W1, a panel a task."""
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-
+  """Plots accuracy against the memory of W1, a panel a task, the first one wide."""
   panels: dict[str, list[dict]] = {}
   for row in found:
     if row['w1_mib'] is not None:
       panels.setdefault(row['task'], []).append(row)
   if not panels:
     panels = {'none of these methods has a row of W1': []}
-  figure = Figure(figsize=(5.5 * len(panels), 4.2), layout='constrained')
-  canvas = FigureCanvasAgg(figure)
-  axes = figure.subplot_mosaic([list(panels)])
+  panels = {task: compared(rows) for task, rows in panels.items()}
+  mosaic = [[task] for task in panels]
+  if len(panels) > 1:
+    first, *rest = panels
+    mosaic = [[first] * len(rest), rest]
+  figure = planning.drawing.figure(8.5, 1 + 3.6 * len(mosaic))
+  axes = figure.subplot_mosaic(mosaic)
   for task, axis in axes.items():
     for row in panels[task]:
       axis.errorbar(
         *_point(row),
-        yerr=100 * (row['standard_error'] or 0),
-        fmt='o',
-        color='C0',
+        yerr=_error(row),
         markersize=5,
         capsize=2,
+        linestyle='',
+        elinewidth=0.8,
+        **planning.drawing.style(row['memory']),
       )
-    axis.set(title=task, xlabel='MiB of a training step on W1', ylabel='% right', xscale='log')
-    axis.margins(x=0.25)  # names stand to the right of their points
-    axis.set_xticks([200, 500, 1000, 2000], ['200', '500', '1,000', '2,000'])
-    axis.minorticks_off()
+    axis.set_title(task, fontsize=10)
+    axis.set(xlabel='MiB of a training step on W1', ylabel='accuracy, %')
+    planning.drawing.logarithmic(axis)
+    axis.margins(0.12)
     axis.grid(alpha=0.3)
-  canvas.draw()  # places the axes, without which no label knows its neighbours
+  shown = [row for rows in panels.values() for row in rows]
+  planning.drawing.legend(figure, (row['memory'] for row in shown))
   for task, axis in axes.items():
-    memory.label(axis, [(row['method'], _point(row)) for row in panels[task]])
+    named = [(row['method'], _point(row)) for row in panels[task]]
+    planning.drawing.label(axis, named, [_error(row) for row in panels[task]])
   figure.savefig(path, dpi=110)
 
 
 def _point(row: dict) -> tuple[float, float]:
   """Where a row stands in the plot."""
   return row['w1_mib'], 100 * row['accuracy']
+
+
+def _error(row: dict) -> float:
+  """Half the height of its bar: the standard error, 0 of a single run."""
+  return 100 * (row['standard_error'] or 0)
 
 
 if __name__ == '__main__':

@@ -33,6 +33,7 @@ from jpeft.models import Remat
 
 from . import records
 from .peers import PEERS
+from .pictures import compared
 from .works import WORKS, Work
 
 DOCS = pathlib.Path(__file__).parents[2] / 'docs'
@@ -45,6 +46,11 @@ does not act on that work (HST reads images, BitFit biases, which T5 has none of
 
 Made by `python -m jpeft.bench.memory`; hyperparameters are those of `jpeft/methods/presets.py`, else the defaults.
 """.strip()
+PICTURE = """
+![memory and FLOPs of a step, by memory class](memory.png)
+
+The picture has W1 without remat, each method in the layout that needs less, and at most fifteen methods.
+""".strip()
 PEER_NOTE = (
   f'Rows marked "peer" are constants measured with {PEERS[0]["source"]}: the same encoder, step, '
   'target and convention.'
@@ -55,10 +61,6 @@ _HEAD = """
 | method | remat | layers | trainable | arguments | temporaries | total MiB | saved | GFLOP |
 | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |
 """.strip()
-_FILL = {'none': 'full', 'block': 'none', 'dots': 'bottom'}  # of the markers of the plot
-_LEGEND = (
-  'hollow: blocks recomputed; half: all but products with weights; square: scanned; triangle: peer'
-)
 
 
 def measure(
@@ -172,7 +174,7 @@ def rows(
 
 def document(found: list[dict]) -> str:
   """The text of docs/memory.md."""
-  parts = ['# Memory of a training step', INTRODUCTION, '![memory against FLOPs](memory.png)']
+  parts = ['# Memory of a training step', INTRODUCTION, PICTURE]
   for work in WORKS:
     here = [row for row in found if row['work'] == work]
     if here:
@@ -201,80 +203,44 @@ def _section(work: str, here: list[dict]) -> list[str]:
 
 
 def draw(found: list[dict], path: pathlib.Path) -> None:
-  """Plots memory against FLOPs, a panel a work, the first one wide."""
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
+  """Plots memory and FLOPs of the first work, a line a method, the one that needs least first.
 
-  panels = _panels([work for work in WORKS if any(row['work'] == work for row in found)])
-  figure = Figure(figsize=(12, 6 + 4 * (len(panels) - 1)), layout='constrained')
-  canvas = FigureCanvasAgg(figure)
-  axes = figure.subplot_mosaic(panels, height_ratios=[1.5, *[1] * (len(panels) - 1)])
-  for work, axis in axes.items():
-    for row in found:
-      if row['work'] == work:
-        axis.plot(*_point(row), fillstyle=_FILL[row['remat']], markersize=5, **_marker(row))
-    axis.set_title(f'{work.upper()}: {WORKS[work].title}', fontsize=9)
-    axis.set(xlabel='MiB in total', ylabel='GFLOP a step', xscale='log')
-    axis.margins(x=0.12)
-    axis.set_ylim(0)
-    axis.grid(alpha=0.3)
-  figure.suptitle(_LEGEND)
-  canvas.draw()  # places the axes, without which no label knows its neighbours
-  for work, axis in axes.items():
-    label(axis, [(row['method'], _point(row)) for row in found if row['work'] == work])
-  figure.savefig(path, dpi=110)
-
-
-def _panels(works: list[str]) -> list[list[str]]:
-  """Rows of two panels; the first work has a row alone, and '.' is an empty place."""
-  first, *rest = works
-  if len(rest) % 2:
-    rest.append('.')
-  pairs = [rest[i : i + 2] for i in range(0, len(rest), 2)]
-  return [[first, first], *pairs]
-
-
-def _point(row: dict) -> tuple[float, float]:
-  """Where a row stands in the plot."""
-  return row['total_mib'], row['gflop']
-
-
-def _marker(row: dict) -> dict[str, str]:
-  if 'source' in row:  # a peer
-    return {'marker': '^', 'color': 'C7'}
-  if row['layers'] == 'unroll':
-    return {'marker': 'o', 'color': 'C0'}
-  return {'marker': 's', 'color': 'C0'}
-
-
-def label(
-  axis, points: list[tuple[str, tuple[float, float]]], height: int = 10, width: int = 75
-) -> None:
-  """Writes names beside points; one that would lie on another moves up, with a line to its point.
-
-  Args:
-    axis: of a figure that has been drawn.
-    points: (name, place in data units).
-    height, width: of a name, in pixels.
+  Rows are without remat, each in the layout that needs less.
   """
-  taken: list[tuple[float, float]] = []
-  for name, point in sorted(points, key=lambda named: named[1][::-1]):  # from below
-    x, start = axis.transData.transform(point)
-    y = start
-    while any(abs(x - other_x) < width and abs(y - other_y) < height for other_x, other_y in taken):
-      y += 2
-    taken.append((x, y))
-    line = None
-    if y > start + height:
-      line = {'arrowstyle': '-', 'lw': 0.4, 'color': '0.6'}
-    axis.annotate(
-      name,
-      point,
-      xytext=(5, y - start + 1),
-      textcoords='offset pixels',
-      fontsize=6,
-      arrowprops=line,
+  work = next(name for name in WORKS if any(row['work'] == name for row in found))
+  least: dict[str, dict] = {}
+  for row in found:
+    is_drawn = row['work'] == work and row['remat'] == 'none' and 'memory_class' in row
+    if is_drawn and row['total_mib'] <= least.get(row['method'], row)['total_mib']:
+      least[row['method']] = row
+  drawn = sorted(compared(list(least.values())), key=lambda row: -row['total_mib'])
+  figure = planning.drawing.figure(8.5, 1.9 + 0.27 * len(drawn))
+  mib, gflop = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
+  for place, row in enumerate(drawn):
+    style = planning.drawing.style(row['memory_class'])
+    mib.plot(row['total_mib'], place, **style)
+    mib.annotate(
+      f'{row["total_mib"]:,.0f}',
+      (row['total_mib'], place),
+      xytext=(7, 0),
+      textcoords='offset points',
+      va='center',
+      fontsize=8,
     )
+    gflop.plot(row['gflop'], place, **style)
+  planning.drawing.logarithmic(mib)
+  mib.margins(x=0.15)
+  mib.set_yticks(range(len(drawn)), [row['method'] for row in drawn])
+  mib.set(xlabel='MiB in total')
+  gflop.set(xlabel='GFLOP')
+  gflop.margins(x=0.08)
+  gflop.set_xlim(0)
+  gflop.xaxis.set_major_formatter('{x:,.0f}')
+  for axis in (mib, gflop):
+    axis.grid(alpha=0.3)
+  figure.suptitle(f'A training step on {WORKS[work].title}', fontsize=11)
+  planning.drawing.legend(figure, (row['memory_class'] for row in drawn))
+  figure.savefig(path, dpi=110)
 
 
 def recorded() -> list[dict]:

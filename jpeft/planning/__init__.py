@@ -1,5 +1,6 @@
 """What a training step needs of a device that need not be there."""
 
+from . import drawing
 from .configs import classes_of, of_configs, with_method
 from .devices import Target, leave_accelerators, target
 from .plan import plan
@@ -13,6 +14,7 @@ __all__ = [
   'Target',
   'Work',
   'classes_of',
+  'drawing',
   'leave_accelerators',
   'of_configs',
   'plan',

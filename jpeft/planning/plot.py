@@ -2,37 +2,40 @@
 
 from collections.abc import Iterable
 
+from . import drawing
 from .result import Plan
 
 
 def plot(plans: Iterable[Plan], path: str) -> None:
   """Draws memory against FLOPs, one point a method, and the limit of the device.
 
+  The colour is the memory class; a hollow point does not fit the device.
+
   Raises:
     ImportError: matplotlib is not installed.
   """
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-
   plans = list(plans)
-  figure = Figure(figsize=(7, 4.5), layout='constrained')
-  FigureCanvasAgg(figure)
+  figure = drawing.figure(7, 4.8)
   axis = figure.subplots()
+  named = []
   for plan in plans:
     point = plan.total / 2**20, plan.flops / 1e9
-    marker = 'o' if plan.exact else '>'
-    color = 'C3' if plan.fits is False else 'C0'
-    axis.plot(*point, marker, color=color)
-    axis.annotate(plan.method, point, xytext=(4, 4), textcoords='offset points', fontsize=8)
+    fill = 'none' if plan.fits is False else 'full'
+    axis.plot(*point, fillstyle=fill, **drawing.style(plan.memory_class))
+    named.append((plan.method if plan.exact else f'{plan.method}, or more', point))
   first = plans[0]
-  if first.limit is not None:
+  title = f'A step of batch {first.batch} on {first.target}'
+  if any(plan.fits is False for plan in plans):
+    title += '; hollow: does not fit'
+  if first.limit is not None and any(plan.total > 0.1 * first.limit for plan in plans):
     axis.axvline(first.limit / 2**20, color='grey', linestyle='--', linewidth=1)
-  axis.set(
-    xlabel=f'MiB on {first.target}',
-    ylabel='GFLOP an update',
-    xscale='log',
-    title=f'batch {first.batch}; red: does not fit',
-  )
+    title += f'; dashed: its {first.limit / 2**30:.4g} GiB'
+  axis.set(xlabel='MiB', ylabel='GFLOP an update')
+  axis.set_title(title, fontsize=10)
+  drawing.logarithmic(axis)
+  axis.margins(x=0.15, y=0.1)
   axis.set_ylim(0)
   axis.grid(alpha=0.3)
+  drawing.legend(figure, (plan.memory_class for plan in plans))
+  drawing.label(axis, named)
   figure.savefig(path, dpi=110)

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jpeft import cli
-from jpeft.bench import memory, works
+from jpeft import cli, planning
+from jpeft.bench import memory, pictures, works
 from jpeft.bench.peers import PEERS
 from jpeft.methods import REGISTRY, make
 from jpeft.methods.presets import PRESETS, names, preset
@@ -98,6 +98,7 @@ def test_documents_are_made_in_parts(command, tmp_path, monkeypatch):
       'layers': layers,
       'target': 'cpu',
       'trainable': 1234,
+      'memory_class': 'full crossing',
       'arguments_mib': 1.0,
       'temp_mib': 2.0,
       'total_mib': total,
@@ -115,6 +116,32 @@ def test_documents_are_made_in_parts(command, tmp_path, monkeypatch):
   text = (tmp_path / 'memory.md').read_text()
   assert '| lora | none | scan | 1,234 | 1 | 2 | **60** | 40 % | 3 |' in text
   assert (tmp_path / 'memory.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_a_picture_has_what_a_reader_compares(tmp_path, monkeypatch):
+  pytest.importorskip('matplotlib')
+  made = []
+  figure = planning.drawing.figure
+  monkeypatch.setattr(
+    planning.drawing, 'figure', lambda *size: made.append(figure(*size)) or made[-1]
+  )
+  found = memory.recorded()
+  memory.draw(found, tmp_path / 'memory.png')
+  mib, gflop = made[0].axes
+  drawn = [label.get_text() for label in mib.get_yticklabels()]
+  assert set(drawn) == set(pictures.COMPARED) and len(drawn) == 15 and mib.get_xscale() == 'log'
+  for name, line, other in zip(drawn, mib.lines, gflop.lines, strict=True):
+    rows = [
+      row for row in found if (row['work'], row['method'], row['remat']) == ('w1', name, 'none')
+    ]
+    row = min(rows, key=lambda row: row['total_mib'])
+    assert line.get_xdata() == row['total_mib'] and other.get_xdata() == row['gflop']
+    assert line.get_color() == planning.drawing.style(row['memory_class'])['color']
+
+
+def test_what_is_compared_is_of_the_registry():
+  assert set(pictures.COMPARED) <= {*names(REGISTRY), 'lora_packed'}
+  assert len(set(pictures.COMPARED)) == len(pictures.COMPARED) <= 15
 
 
 @pytest.mark.parametrize(
