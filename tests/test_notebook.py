@@ -121,7 +121,7 @@ def test_the_quickstart_runs_on_a_tiny_backbone(executed, tiny, tmp_path):
 
 @quiet
 def test_your_model_is_adapted_in_linen_and_in_nnx(executed, tmp_path):
-  printed, pictures = executed('your_model.ipynb', STEPS=60)
+  printed, pictures = executed('your_model.ipynb', STEPS=100)
   for name in ('Linen', 'NNX'):
     before, after = re.search(
       rf'{name}: ([\d.]+) % of the new pictures before, ([\d.]+) % after', printed
