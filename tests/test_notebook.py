@@ -130,7 +130,7 @@ def test_your_model_is_adapted_in_linen_and_in_nnx(executed, tmp_path):
     (again,) = re.findall(rf'{name.lower()}-theta.safetensors: .* ([\d.]+) % when loaded', printed)
     assert again == after
   assert 'Linen and NNX: [True, True]' in printed
-  assert "refused: no site matches: 'bodi'" in printed and pictures == 4
+  assert "refused: lora: no site matches: 'bodi'" in printed and pictures == 4
 
 
 @quiet
