@@ -42,7 +42,8 @@ def needs(cost: dict[str, float]) -> str:
     )
   if 'flops' in cost:
     parts.append(f'{cost["flops"] / 1e9:,.1f} GFLOP')
-  return f'an update asks for {", ".join(parts) or "what its backend does not say"}'
+  asked = ', '.join(parts) or 'what its backend does not say'
+  return f'an update asks for {asked}; compiled in {cost["compile_seconds"]:.1f} s'
 
 
 # ---- Files.

@@ -84,7 +84,6 @@ def test_progress_off_a_terminal_is_a_plain_line_now_and_then(clock):
     updates.show(step, loss=step / 10)
   shown.note('done')
   assert out.getvalue().splitlines() == [
-    'compiling',
     'update 6/10  loss 0.6  6.0 s each  0:24 left',
     'update 8/10  loss 0.8  6.0 s each  0:12 left',
     'update 10/10  loss 1  6.0 s each  0:00 left',
