@@ -26,8 +26,8 @@ class Progress:
     """A part of the work.
 
     Args:
-      name: of what is counted, or of the part itself, which a terminal then shows at once. Elsewhere
-        it is not told: a mistake that is found in it stays the only line.
+      name: of what is counted, or of the part itself, which a terminal then shows at once.
+        Elsewhere it is not told: a mistake that is found in it stays the only line.
       total: how many there are; None if it cannot be counted.
       done: how many of them were done before.
     """
