@@ -3,7 +3,9 @@
 import runpy
 import sys
 
-from jpeft.messages import columns, did_you_mean
+from jpeft.cli import asks_help, width
+from jpeft.messages import did_you_mean, entries
+from jpeft.version import __version__
 
 # What each command does; its module is imported when it runs.
 COMMANDS = {
@@ -14,6 +16,7 @@ COMMANDS = {
   'generate': 'write text with a decoder',
   'adapter': "write LoRA or DoRA of a run as Hugging Face's peft does",
   'methods': 'list the methods',
+  'config': 'print all values of a configuration, or the names of those that come along',
 }
 BENCHES = {
   'accuracy': 'methods x tasks x seeds',
@@ -25,10 +28,11 @@ BENCHES = {
 
 def usage() -> str:
   """The commands, a line each."""
-  rows = [('command', 'what it does')]
-  rows += [(f'jpeft {name}', text) for name, text in COMMANDS.items()]
+  rows = [(f'jpeft {name}', text) for name, text in COMMANDS.items()]
   rows += [(f'jpeft bench {name}', text) for name, text in BENCHES.items()]
-  return '\n'.join([*columns(rows), '', 'jpeft COMMAND --help lists the flags of a command.'])
+  return '\n'.join(
+    [*entries(rows, width()), '', 'jpeft COMMAND --help lists the flags of a command.']
+  )
 
 
 def module_of(words: list[str]) -> tuple[str, list[str]]:
@@ -57,8 +61,12 @@ def module_of(words: list[str]) -> tuple[str, list[str]]:
 def main() -> int:
   """Runs the command that the command line names."""
   words = sys.argv[1:]
-  if not words or words[0] in ('-h', '--help'):
+  of_bench = words[:1] == ['bench'] and asks_help(words[1:2])
+  if not words or asks_help(words[:1]) or of_bench:
     print(usage())
+    return 0
+  if words == ['--version']:
+    print(f'jpeft {__version__}')
     return 0
   try:
     module, rest = module_of(words)

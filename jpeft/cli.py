@@ -11,8 +11,10 @@ import importlib.machinery
 import importlib.util
 import os
 import pathlib
+import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -175,6 +177,26 @@ def reference_of(module: str) -> str:
 
 
 # ---- Arguments.
+
+
+def asks_help(argv: Sequence[str]) -> bool:
+  """Whether a command line asks for help."""
+  return '--help' in argv or '-h' in argv
+
+
+def width() -> int:
+  """The characters of a line of help: those of the terminal less two, as argparse counts."""
+  return shutil.get_terminal_size().columns - 2
+
+
+def described(doc: str) -> str:
+  """A docstring for the terminal: paragraphs are wrapped anew, indented lines stay as they are."""
+  parts = doc.strip().split('\n\n')
+  return '\n\n'.join(part if part.startswith(' ') else _wrapped(part) for part in parts)
+
+
+def _wrapped(paragraph: str) -> str:
+  return textwrap.fill(paragraph, width(), break_on_hyphens=False, break_long_words=False)
 
 
 def parser(name: str, doc: str) -> argparse.ArgumentParser:

@@ -1,7 +1,8 @@
-"""Package faces whose names are imported on first use."""
+"""What is imported on first use: names of package faces, and the packages of extras."""
 
+import contextlib
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 
@@ -24,3 +25,21 @@ def on_first_use(package: str, faces: Mapping[str, Iterable[str]]) -> Callable[[
     return getattr(module, name)
 
   return __getattr__
+
+
+@contextlib.contextmanager
+def extra(name: str) -> Iterator[None]:
+  """Says how to install what the block imports: `with extra('plan'): import matplotlib`.
+
+  Args:
+    name: of the extra of pyproject.toml that has the package.
+
+  Raises:
+    ModuleNotFoundError: the package is not installed; one sentence that names the extra.
+  """
+  try:
+    yield
+  except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+      f"this needs the package {error.name}: pip install 'jpeft[{name}]'", name=error.name
+    ) from error

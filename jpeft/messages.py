@@ -1,6 +1,7 @@
 """Words for people: the nearest valid choice, and tables of text."""
 
 import difflib
+import textwrap
 from collections.abc import Iterable, Sequence
 
 
@@ -45,6 +46,27 @@ def columns(rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> list[st
     return '  '.join(cells).rstrip()
 
   return [padded(row) for row in rows]
+
+
+def entries(rows: Sequence[tuple[str, str]], width: int, margin: str = '') -> list[str]:
+  """Lines of names and what they mean, the meanings wrapped in a column of their own.
+
+  Args:
+    rows: (name, meaning).
+    width: of the lines, in characters; a narrow terminal gets meanings of 30 all the same.
+    margin: in front of each line.
+  """
+  indent = len(margin) + max(len(name) for name, _ in rows) + 2
+  lines = []
+  for name, meaning in rows:
+    lines += textwrap.wrap(
+      meaning,
+      max(width, indent + 30),
+      initial_indent=f'{margin}{name}'.ljust(indent),
+      subsequent_indent=' ' * indent,
+      break_on_hyphens=False,
+    )
+  return lines
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

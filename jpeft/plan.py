@@ -7,22 +7,10 @@ tpu:v6e, or slices such as tpu:v5p:4x4x4 with the mesh of the config), GPUs by d
 (gpu:a100, gpu:h100). `cpu` is functional only: its bytes say nothing of an accelerator's. The step
 is the trainer's own: forward, backward and optimizer, its state donated.
 
-    --methods=A,B     arguments of the config file, where it takes one, else methods of the registry
-                      or presets of them (lora_all, lst_mlp); the config's own if left out
-    --target=T        what to compile for; if left out tpu:v5e where libtpu, the TPU compiler, is
-                      installed, else cpu, and the plan says why
-    --batch=N --seq=N --remat[=dots]  in place of data.batch_size, data.max_length and model.remat
-                      of the config
-    --search-batch    also find the largest batch that fits, to an eighth, by bisection
-    --json            rows as JSON on stdout
-    --plot=FILE.png   memory against FLOPs
-    --config.KEY=VALUE            as for jpeft.train
-    --import=MODULE   import a module or a .py file first; may be repeated
-
 In a notebook:
 
-    jpeft.plan(model, ['lst', 'lora', 'full'], {'image': jnp.zeros((32, 224, 224, 3)), 'label':
-    jnp.zeros(32, int)})
+    batch = {'image': jnp.zeros((32, 224, 224, 3)), 'label': jnp.zeros(32, int)}
+    jpeft.plan(model, ['lst', 'lora', 'full'], batch)
 """
 
 import argparse
@@ -34,19 +22,23 @@ from typing import Any
 
 from jpeft import cli, models, planning, tasks
 from jpeft import config as config_lib
+from jpeft.lazy import extra
 from jpeft.messages import did_you_mean
 from jpeft.planning import Plans, of_configs, plan, plot, with_method
 
 
 def main(argv: list[str]) -> int:
-  if '--help' in argv:
-    print(__doc__)
+  if cli.asks_help(argv):
+    _parser().print_help()
     return 0
   planning.leave_accelerators()
   with cli.inputs_checked():
     flags, rest = _flags(argv)
     command = config_lib.parse(rest)
     where = planning.target(flags.target)
+    if flags.plot:
+      with extra('plan'):
+        import matplotlib  # noqa: F401  (said before anything is compiled)
     plans = of_configs(_configs(command, flags), where, flags.search_batch)
     if flags.plot:
       plot(plans, flags.plot)
@@ -68,21 +60,47 @@ def _flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     flag = word.partition('=')[0]
     if flag.startswith('--') and flag not in known and not flag.startswith('--config'):
       raise ValueError(f'unknown argument {flag!r}{did_you_mean(flag, [*known, "--config"])}')
-  parser = argparse.ArgumentParser(
-    prog='jpeft.plan', add_help=False, allow_abbrev=False, exit_on_error=False
-  )
-  parser.add_argument('--methods')
-  parser.add_argument('--plot')
-  parser.add_argument('--target')
-  parser.add_argument('--batch', type=int)
-  parser.add_argument('--seq', type=int)
-  parser.add_argument('--remat', nargs='?', const='true')
-  for name in SWITCHES:
-    parser.add_argument(name, action='store_true')
   try:
-    return parser.parse_known_args(argv)
+    return _parser().parse_known_args(argv)
   except argparse.ArgumentError as error:
     raise ValueError(str(error)) from error
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog='jpeft.plan',
+    usage='jpeft.plan --config=CONFIG [--config.KEY=VALUE ...] [options]',
+    description=cli.described(__doc__),
+    epilog=cli.described(f'--config and --config.KEY=VALUE are those of jpeft.train. {cli.SHARED}'),
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+    exit_on_error=False,
+    add_help=False,
+  )
+  parser.add_argument(
+    '--methods',
+    metavar='A,B',
+    help='arguments of the config, where it takes one, else methods of the registry or presets of '
+    "them (lora_all, lst_mlp); the config's own if left out",
+  )
+  parser.add_argument(
+    '--target',
+    help='what to compile for; if left out tpu:v5e where libtpu, the TPU compiler, is installed, '
+    'else cpu, and the plan says why',
+  )
+  parser.add_argument('--batch', type=int, metavar='N', help='in place of data.batch_size')
+  parser.add_argument('--seq', type=int, metavar='N', help='in place of data.max_length')
+  parser.add_argument(
+    '--remat', nargs='?', const='true', metavar='dots', help='in place of model.remat'
+  )
+  parser.add_argument(
+    '--search-batch',
+    action='store_true',
+    help='also find the largest batch that fits, to an eighth, by bisection',
+  )
+  parser.add_argument('--json', action='store_true', help='rows as JSON on stdout')
+  parser.add_argument('--plot', metavar='FILE.png', help='draw memory against FLOPs')
+  return parser
 
 
 def _configs(command: config_lib.Command, flags) -> dict[str, Any]:

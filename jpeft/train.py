@@ -3,12 +3,14 @@ r"""Trains a method on a backbone and a data set.
     python -m jpeft.train --config=configs/quickstart.py:lst \
         --config.optimizer.lr=1e-3 --workdir=runs/a
 
+--config takes a file of your own or the name of a config that comes with jpeft, such as
+quickstart:lst; `jpeft config` lists them, and `jpeft config NAME` prints all values of one.
+
 The run folder gets config.json, metrics.jsonl, checkpoints, theta.safetensors (the end),
 best.safetensors (the best evaluation), report.json, report.md and curves.png. Started again with
 the same command, a run that was killed goes on from its last checkpoint and ends with the same bits
 (on a GPU with XLA_FLAGS= --xla_gpu_deterministic_ops=true); one that is complete prints its report.
---import MODULE imports a module or a .py file first, such as one that registers a method. --help
-lists the config keys.
+--import MODULE imports a module or a .py file first, such as one that registers a method.
 
 Exit codes: 0 complete; 1 a loss is not finite; 2 a mistake in config, data or files, told in one
 sentence (--traceback shows where it arose); 143 and 130 after SIGTERM and Ctrl-C, with a checkpoint
@@ -23,8 +25,8 @@ from jpeft.training import train
 
 
 def main(argv: list[str]) -> int:
-  if '--help' in argv:
-    print(f'{__doc__}\n{config_lib.reference()}')
+  if cli.asks_help(argv):
+    print(cli.described(__doc__), config_lib.reference(cli.width()), sep='\n\n')
     return 0
   with cli.inputs_checked():
     command = config_lib.parse(argv)

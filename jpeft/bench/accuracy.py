@@ -4,10 +4,11 @@ r"""Methods x tasks x seeds: how well each method does what the others do.
         --methods=linear,lst,lora --seeds=0,1,2
     python -m jpeft.bench.accuracy --json
 
-A task is a file of configs/ and a method an argument of it, so a cell of the table is the run that
-`python -m jpeft.train --config=configs/TASK.py:METHOD --config.seed=SEED` makes. Runs are kept
-below --out: those that are complete are not trained again, and one that was stopped goes on, so the
-same command may be given until the table is whole.
+A task is a config that comes with jpeft, or a file of the folder --configs, and a method an
+argument of it, so a cell of the table is the run that `python -m jpeft.train --config=TASK:METHOD
+--config.seed=SEED` makes. Runs are kept below --out (runs/accuracy): those that are complete are
+not trained again, and one that was stopped goes on, so the same command may be given until the
+table is whole.
 
 The result of a run replaces that of the same task, method and seed in docs/accuracy.json, from
 which docs/accuracy.md and a plot of accuracy against memory are drawn, so that the table can be
@@ -30,6 +31,7 @@ from typing import Any
 
 from jpeft import cli, planning, training
 from jpeft import config as config_lib
+from jpeft.lazy import extra
 from jpeft.messages import markdown
 from jpeft.training import write
 
@@ -76,7 +78,7 @@ FLAGS = {
   'tasks': ','.join(TASKS),
   'methods': ','.join(METHODS),
   'seeds': '0,1,2',
-  'configs': 'configs',
+  'configs': '',
   'out': 'runs/accuracy',
   'docs': 'docs/accuracy.md',
   'json': None,
@@ -85,8 +87,14 @@ FLAGS = {
 
 
 def main(argv: list[str]) -> int:
+  if cli.asks_help(argv):
+    print(cli.described(__doc__))
+    return 0
   with cli.inputs_checked():
     flags = parse(argv)
+    if 'json' not in flags:
+      with extra('quickstart'):
+        import matplotlib  # noqa: F401  (said before the first run)
     configs = _configs(flags)
     # All mistakes before the first run is trained.
     for config in configs.values():
@@ -111,14 +119,16 @@ def main(argv: list[str]) -> int:
 
 def _configs(flags: dict[str, str | None]) -> dict[tuple[str, str, str], Any]:
   """{(task, method, seed): configuration}, seed by seed: whole tables of fewer seeds first."""
-  folder = pathlib.Path(flags['configs'])
   seeds = flags['seeds'].split(',')
   tasks = flags['tasks'].split(',')
   methods = flags['methods'].split(',')
   configs = {}
   for seed, task, method in itertools.product(seeds, tasks, methods):
     overrides = {'seed': seed, 'baseline': 'none'}
-    configs[task, method, seed] = config_lib.load(f'{folder / task}.py:{method}', overrides)
+    file = task
+    if flags['configs']:
+      file = pathlib.Path(flags['configs']) / f'{task}.py'
+    configs[task, method, seed] = config_lib.load(f'{file}:{method}', overrides)
   return configs
 
 

@@ -16,6 +16,7 @@ import functools
 import itertools
 import os
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpeft import residuals
+from jpeft import cli, residuals
 from jpeft.planning import target
 from jpeft.quant import nf4
 from pallas_kernels import choice, nf4_matmul, quantize_nf4, reference
@@ -317,20 +318,24 @@ def peer(rows: int, shape: tuple[int, int], copies: int) -> str:
   return f'{1e6 * min(times) / copies:,.1f}'
 
 
-def main() -> None:
+def main(argv: list[str]) -> int:
   parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    'python -m jpeft.bench.kernels',
+    description=cli.described(__doc__),
+    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument('--target', help='a TPU to compile for, such as tpu:v5e')
   parser.add_argument(
     '--only', default='', help='a pattern of the programs to compile, such as "2048 rows"'
   )
-  args = parser.parse_args()
-  if args.target:
-    compiled(args.target, args.only)
-  else:
+  args = parser.parse_args(argv)
+  if not args.target:
     timed()
+    return 0
+  with cli.inputs_checked():
+    compiled(args.target, args.only)
+  return 0
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(cli.command('jpeft.bench.kernels', main))

@@ -29,6 +29,7 @@ import optax
 
 from jpeft import cli, methods, planning, programs, tasks, training
 from jpeft.core import summary
+from jpeft.lazy import extra
 from jpeft.models import Remat
 
 from . import records
@@ -258,7 +259,7 @@ def write(new: list[dict]) -> None:
 def main(argv: list[str]) -> int:
   parser = argparse.ArgumentParser(
     'python -m jpeft.bench.memory',
-    description=__doc__,
+    description=cli.described(__doc__),
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   choices = {
@@ -273,6 +274,8 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--json', action='store_true')
   flags = parser.parse_args(argv)
   with cli.inputs_checked():
+    if not flags.json:
+      _check_docs()
     where = planning.target(flags.target)
   note = functools.partial(print, file=sys.stderr, flush=True)
   found = rows(flags.work, flags.methods, flags.remat, flags.layers, where, note)
@@ -282,6 +285,14 @@ def main(argv: list[str]) -> int:
   for row in found:
     write([row])  # after each row: a table in part, should the rest be interrupted
   return 0
+
+
+def _check_docs() -> None:
+  """Raises an error, before anything is compiled, if page and plot cannot be written."""
+  if not DOCS.is_dir():
+    raise FileNotFoundError(f'there is no folder {DOCS} of a clone to write to: give --json')
+  with extra('plan'):
+    import matplotlib  # noqa: F401
 
 
 def _listed(text: str, known: Iterable[str]) -> list[str]:

@@ -122,7 +122,7 @@ def table(rows: list[dict]) -> str:
 def main(argv: list[str]) -> int:
   parser = argparse.ArgumentParser(
     'python -m jpeft.bench.speed',
-    description=__doc__,
+    description=cli.described(__doc__),
     allow_abbrev=False,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )

@@ -1,18 +1,22 @@
 """Configurations: Python files that read top to bottom, checked before the heavy imports."""
 
-from .load import Command, differences, from_json, load, parse, to_json
-from .schema import allow, complete, flatten, nearest, nest, reference
+from .listing import listing, reference
+from .load import Command, as_text, differences, from_json, load, packaged, parse, to_json
+from .schema import allow, complete, flatten, nearest, nest
 
 __all__ = [
   'Command',
   'allow',
+  'as_text',
   'complete',
   'differences',
   'flatten',
   'from_json',
+  'listing',
   'load',
   'nearest',
   'nest',
+  'packaged',
   'parse',
   'reference',
   'to_json',

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib.resources
 import importlib.util
 import inspect
 import json
@@ -15,15 +16,16 @@ from ml_collections import ConfigDict
 
 from .schema import FIELDS, TEXT, Field, check_key, complete, flatten, nearest, nest
 
-_REFERENCE = re.compile(r'(.+?\.py)(?::(.*))?')  # FILE.py or FILE.py:ARG
+_FILE = re.compile(r'(.+?\.py)(?::(.*))?')  # FILE.py or FILE.py:ARG
+_NAME = re.compile(r'([\w-]+)(?::(.*))?')  # the same of a config that comes with jpeft
 _LITERALS = {'true': True, 'false': False, 'none': None}
 
 
 def load(reference: str, overrides: dict[str, str] | None = None) -> ConfigDict:
-  """The configuration of FILE.py or FILE.py:ARG.
+  """The configuration of FILE.py or FILE.py:ARG, or of NAME or NAME:ARG that comes with jpeft.
 
   Args:
-    reference: path of the file, and the argument of its `get_config` if any.
+    reference: path of the file or name, and the argument of its `get_config` if any.
     overrides: {dotted key: text}, as given on the command line.
 
   Raises:
@@ -48,14 +50,18 @@ def load(reference: str, overrides: dict[str, str] | None = None) -> ConfigDict:
   return complete(nest(flat))
 
 
+def packaged() -> dict[str, pathlib.Path]:
+  """{name: file} of the configs that come with jpeft."""
+  folder = importlib.resources.files('jpeft') / '_configs'
+  return {file.stem: file for file in sorted(pathlib.Path(str(folder)).glob('*.py'))}
+
+
 def _get_config(reference: str) -> tuple[Callable, pathlib.Path, str | None]:
-  """(get_config, path, argument) of FILE.py or FILE.py:ARG; raises as `load` does."""
-  match = _REFERENCE.fullmatch(reference)
-  if not match:
-    raise ValueError(
-      f'--config={reference} is not a python file: give configs/NAME.py or configs/NAME.py:ARG'
-    )
-  path = pathlib.Path(match[1])
+  """(get_config, path, argument) of what `load` takes; raises as it does."""
+  file, arg = _parts(reference)
+  path = pathlib.Path(file)
+  if not path.suffix:
+    path = _packaged(file)
   if not path.is_file():
     files = sorted(path.parent.glob('*.py'))
     there = [str(file) for file in files if file.stem != '__init__']
@@ -63,7 +69,41 @@ def _get_config(reference: str) -> tuple[Callable, pathlib.Path, str | None]:
   get_config = _module(path).__dict__.get('get_config')
   if not callable(get_config):
     raise ValueError(f'{path} has no function get_config')
-  return get_config, path, match[2]
+  return get_config, path, arg
+
+
+def _parts(reference: str) -> tuple[str, str | None]:
+  """(file or name, argument) of a reference.
+
+  Raises:
+    ValueError: it is neither.
+  """
+  match = _FILE.fullmatch(reference) or _NAME.fullmatch(reference)
+  if not match:
+    raise ValueError(
+      f'--config={reference} is not a python file: give FILE.py or FILE.py:ARG, or the name of '
+      f'one that comes with jpeft: {", ".join(packaged())}'
+    )
+  return match[1], match[2]
+
+
+def _packaged(name: str) -> pathlib.Path:
+  """The file of a config that comes with jpeft.
+
+  Raises:
+    FileNotFoundError: there is none of this name.
+  """
+  files = packaged()
+  if name in files:
+    return files[name]
+  near = nearest(name, files)
+  own = f'{name}.py'
+  if pathlib.Path(own).is_file():
+    near = nearest(name, [own])
+  raise FileNotFoundError(
+    f'no config that comes with jpeft is called {name!r}{near}; there are '
+    f'{", ".join(files)}; a file of your own ends in .py'
+  )
 
 
 def _module(path: pathlib.Path):
@@ -81,6 +121,15 @@ def _module(path: pathlib.Path):
   return module
 
 
+def as_text(value) -> str:
+  """A value as the command line takes it."""
+  if isinstance(value, str):
+    return value
+  if value is None or isinstance(value, bool):
+    return str(value).lower()
+  return repr(value)
+
+
 def _literal(text: str, field: Field | None):
   """The value of a command-line text: a python literal, true/false/none, or the text itself."""
   if field and field.types == TEXT:
@@ -95,7 +144,7 @@ def _literal(text: str, field: Field | None):
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-  """A parsed command line: the config file, what overrides it, and where the run is kept."""
+  """A parsed command line: the config, what overrides it, and where the run is kept."""
 
   reference: str
   overrides: dict[str, str]
@@ -110,7 +159,7 @@ class Command:
     for key, text in self.overrides.items():
       if key.split('.')[0] not in ('method', 'optimizer'):
         overrides[key] = text
-    file = _REFERENCE.fullmatch(self.reference)[1]
+    file, _ = _parts(self.reference)
     return Command(f'{file}:{arg}', overrides, self.workdir)
 
   @property
@@ -123,13 +172,11 @@ class Command:
     """--workdir, or runs/FILE-ARG."""
     if self.workdir:
       return self.workdir
-    name = self.reference
-    match = _REFERENCE.fullmatch(self.reference)
-    if match:
-      name = match[1].removesuffix('.py')
-      if match[2] is not None:
-        name += f'-{match[2].replace(":", "-")}'
-    return pathlib.Path('runs') / pathlib.Path(name).name
+    file, arg = _parts(self.reference)
+    name = pathlib.Path(file).stem
+    if arg is not None:
+      name += f'-{arg.replace(":", "-")}'
+    return pathlib.Path('runs') / name
 
 
 def parse(argv: list[str]) -> Command:
@@ -153,7 +200,7 @@ def parse(argv: list[str]) -> Command:
       value = rest.pop(0)
     flags[flag] = value
   if '--config' not in flags:
-    raise ValueError('--config=FILE.py is missing, such as --config=configs/quickstart.py')
+    raise ValueError('--config=FILE.py is missing, or a name such as --config=quickstart')
   workdir = None
   if flags.get('--workdir'):
     workdir = pathlib.Path(flags['--workdir'])

@@ -401,14 +401,3 @@ def nest(flat: dict[str, Any]) -> dict:
 def nearest(word: str, known) -> str:
   """ "; did you mean ...?", or nothing if no known word is near."""
   return did_you_mean(word, known, 0.5)
-
-
-def reference() -> str:
-  """All keys as a Markdown table."""
-  rows = ['| key | default | meaning |', '| --- | --- | --- |']
-  for key, field in FIELDS.items():
-    default = f'`{field.default!r}`'
-    if field.default is REQUIRED:
-      default = 'required'
-    rows.append(f'| `{key}` | {default} | {field.doc} |')
-  return '\n'.join(rows)

@@ -1,12 +1,23 @@
 """Images and texts for transfer: named data sets, your own files, batches that resume exactly."""
 
+from typing import TYPE_CHECKING
+
+from jpeft.lazy import on_first_use
+
 from .batches import Batches
 from .decode import decode
-from .image import image_transform
 from .load import load, register_dataset, registered_module
 from .packing import Packed, prompt
 from .source import Dataset, Source, in_memory
-from .text import check_texts, text_transform
+
+if TYPE_CHECKING:
+  from .image import image_transform
+  from .text import check_texts, text_transform
+
+# They need Pillow and tokenizers, which are extras.
+__getattr__ = on_first_use(
+  __name__, {'.image': ('image_transform',), '.text': ('check_texts', 'text_transform')}
+)
 
 __all__ = [
   'Batches',

@@ -13,9 +13,13 @@ import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from PIL import Image
+
+from jpeft.lazy import extra
 
 from .source import Example, Transform, suggestion
+
+with extra('quickstart'):
+  from PIL import Image
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

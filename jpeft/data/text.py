@@ -4,11 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
 
+from jpeft.lazy import extra
 from jpeft.messages import no_row
 
 from .source import Example, Transform
+
+with extra('llm'):
+  from tokenizers import Tokenizer
 
 PADS = ('[PAD]', '<pad>', '<|pad|>', '<|padding|>')
 

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 
 from jpeft.core import FULL_CROSSING, NO_BACKPROP, PARTIAL_REENTRY
+from jpeft.lazy import extra
 
 # (colour, marker): told apart by the colour-blind, and in grey.
 _STYLES = {
@@ -32,8 +33,9 @@ def figure(width: float, height: float):
   Raises:
     ImportError: matplotlib is not installed.
   """
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
+  with extra('plan'):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
   made = Figure(figsize=(width, height), layout='constrained')
   FigureCanvasAgg(made)

@@ -51,6 +51,7 @@ def train(config, folder: pathlib.Path) -> dict:
 def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
   # ---- Data, backbone, method, optimizer.
   with cli.inputs_checked():
+    Metrics.check(config.log.tensorboard)
     mesh = sharding.mesh(config.mesh.data, config.mesh.model)
     task = tasks.of(config)
     train_source = task.source(config, config.data.train)

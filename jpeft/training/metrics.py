@@ -4,6 +4,8 @@ import json
 import pathlib
 import time
 
+from jpeft.lazy import extra
+
 from .checkpoints import write
 
 
@@ -28,9 +30,13 @@ class Metrics:
     self._start = time.perf_counter()
     self._writer = None
     if tensorboard:
-      from tensorboardX import SummaryWriter
+      self._writer = _event_writer()(str(path.parent / 'tensorboard'), purge_step=step + 1)
 
-      self._writer = SummaryWriter(str(path.parent / 'tensorboard'), purge_step=step + 1)
+  @staticmethod
+  def check(tensorboard: bool) -> None:
+    """Raises an ImportError if event files are wanted and tensorboardX is not installed."""
+    if tensorboard:
+      _event_writer()
 
   def add(self, step: int, split: str, **values: float) -> None:
     """Writes a line."""
@@ -58,6 +64,13 @@ class Metrics:
     """Ends the writer of TensorBoard files."""
     if self._writer:
       self._writer.close()
+
+
+def _event_writer():
+  """The class that writes the event files of TensorBoard."""
+  with extra('tensorboard'):
+    from tensorboardX import SummaryWriter
+  return SummaryWriter
 
 
 def read_metrics(path: pathlib.Path) -> list[dict]:

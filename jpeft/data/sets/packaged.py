@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from jpeft.lazy import extra
+
 from ..decode import decode
 from ..source import Dataset, Example
 from ..stored import folder_of_tfds, rows_of
@@ -24,10 +26,12 @@ def packaged(name: str, data_dir: str | Path | None) -> Dataset:
   """A data set of PACKAGED, prepared if it is not yet in `data_dir`.
 
   Raises:
+    ImportError: TFDS is not installed.
     RuntimeError: its archive could not be downloaded.
     ValueError: the archive in the cache is another one.
   """
-  module = importlib.import_module(f'.{name}', __package__)
+  with extra('quickstart'):
+    module = importlib.import_module(f'.{name}', __package__)
   where = str(folder_of_tfds(data_dir))
   builder = getattr(module, PACKAGED[name])(data_dir=where, file_format='array_record')
   with contextlib.redirect_stdout(sys.stderr):  # stdout belongs to the program

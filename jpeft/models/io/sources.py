@@ -155,7 +155,7 @@ def _from_hub(name: str, weights: bool) -> Path:
   except ImportError as error:
     raise RuntimeError(
       f'{name!r} is no folder here, and to fetch it from the Hugging Face hub '
-      'huggingface_hub must be installed'
+      "huggingface_hub must be installed: pip install 'jpeft[hub]'"
     ) from error
   wanted = list(_HUB_FILES)
   if weights:

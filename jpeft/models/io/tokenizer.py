@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jpeft.lazy import extra
 from jpeft.messages import no_row
 
 from .gguf import Gguf
@@ -161,7 +162,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return from_gguf(Gguf(path))
   if path.is_dir():
     path = path / 'tokenizer.json'
-  import tokenizers  # here, since backbones of images do without it
+  with extra('llm'):
+    import tokenizers  # here, since backbones of images do without it
 
   encoder = tokenizers.Tokenizer.from_str(path.read_text(encoding='utf-8'))
   # Batches are padded and cut by the caller.
@@ -199,8 +201,9 @@ def from_gguf(file: Gguf) -> Tokenizer:
   Raises:
     ValueError: there are no special tokens, or a kind of tokenizer that is not supported.
   """
-  import tokenizers
-  from tokenizers import AddedToken, decoders, models, processors
+  with extra('llm'):
+    import tokenizers
+    from tokenizers import AddedToken, decoders, models, processors
 
   values = {key.removeprefix('tokenizer.ggml.'): value for key, value in file.metadata.items()}
   splits = _splits()
@@ -298,9 +301,10 @@ def _splits() -> dict[str, Any]:
 @functools.lru_cache(maxsize=16)
 def _compiled(template: str):
   """A chat template, ready to render. Templates come with checkpoints: they run in a sandbox."""
-  from jinja2 import TemplateError, nodes
-  from jinja2.ext import Extension
-  from jinja2.sandbox import ImmutableSandboxedEnvironment
+  with extra('llm'):
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
   class Generation(Extension):
     """{% generation %} ... {% endgeneration %}, around what the model writes: its content."""
