@@ -1,5 +1,6 @@
 """jpeft: parameter- and memory-efficient transfer learning for JAX and Flax."""
 
+import itertools
 from typing import TYPE_CHECKING
 
 # Registers the naming schemes of the backbones; the backbones are imported on first use.
@@ -108,30 +109,32 @@ if TYPE_CHECKING:
   from jpeft.tasks import register_metric, register_modality
   from jpeft.training import optim
 
-# What loads backbones, or trains, is imported on first use: `import jpeft` is light.
-__getattr__ = on_first_use(
-  __name__,
-  {
-    '.data': ('register_dataset',),
-    '.export': ('load_adapter', 'save_adapter'),
-    '.models': (
-      'Keep',
-      'load',
-      'narrowed',
-      'narrowed_theta',
-      'save_pretrained',
-      'widened_theta',
-    ),
-    '.plan': ('plan',),
-    '.tasks': ('register_metric', 'register_modality'),
-    '.training': ('optim',),
-  },
-)
+# What loads backbones, or trains, is imported on first use: `import jpeft` is light. A package
+# named here is an attribute without an import of its own, as those imported above are.
+_LATER = {
+  '.config': ('config',),
+  '.data': ('data', 'register_dataset'),
+  '.decoding': ('decoding',),
+  '.export': ('export', 'load_adapter', 'save_adapter'),
+  '.models': (
+    'Keep',
+    'load',
+    'narrowed',
+    'narrowed_theta',
+    'save_pretrained',
+    'widened_theta',
+  ),
+  '.plan': ('plan',),
+  '.planning': ('planning',),
+  '.tasks': ('register_metric', 'register_modality', 'tasks'),
+  '.training': ('optim', 'training'),
+}
+__getattr__ = on_first_use(__name__, _LATER)
 
 
 def __dir__() -> list[str]:
   """All public names, with those that are not imported yet."""
-  return sorted({*globals(), *__all__})
+  return sorted({*globals(), *__all__, *itertools.chain(*_LATER.values())})
 
 
 __all__ = [

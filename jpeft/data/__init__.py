@@ -19,6 +19,11 @@ __getattr__ = on_first_use(
   __name__, {'.image': ('image_transform',), '.text': ('check_texts', 'text_transform')}
 )
 
+
+def __dir__() -> list[str]:
+  return __all__
+
+
 __all__ = [
   'Batches',
   'Dataset',

@@ -14,3 +14,7 @@ __all__ = ['BERT_FAMILIES', 'BERT_SIZES', 'Bert']
 __getattr__ = on_first_use(
   __name__, {'.files': ('BERT_FAMILIES',), '.model': ('Bert',), '.sizes': ('BERT_SIZES',)}
 )
+
+
+def __dir__() -> list[str]:
+  return __all__

@@ -19,3 +19,7 @@ __getattr__ = on_first_use(
     '.sizes': ('T5_SIZES',),
   },
 )
+
+
+def __dir__() -> list[str]:
+  return __all__

@@ -14,3 +14,7 @@ __all__ = ['VIT_FAMILIES', 'VIT_SIZES', 'ViT']
 __getattr__ = on_first_use(
   __name__, {'.files': ('VIT_FAMILIES',), '.model': ('ViT',), '.sizes': ('VIT_SIZES',)}
 )
+
+
+def __dir__() -> list[str]:
+  return __all__
