@@ -32,7 +32,6 @@ def main(argv: list[str]) -> int:
       flags.out,
       pretrained,
       theta,
-      alpha=values['alpha'],
       rslora=values.get('rslora', False),
       base=config.model.source,
       tuned=tuned,

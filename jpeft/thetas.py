@@ -265,20 +265,33 @@ def _factor(rule: Weight, site: Site, where: _Where, pair: Any) -> float:
     ValueError: the rule does something else.
   """
   array, rank = where[2], pair['a'].shape[-1]
-  leaf = site.leaves.get(array)
-  if leaf is not None and not rule.outer:
-    leaf = dataclasses.replace(leaf, shape=(2, 3), ins=(0,), batch=())
-    small = dataclasses.replace(site, leaves={array: leaf}, boxes={})
+  if array in site.leaves and not rule.outer:
     rng = np.random.default_rng(0)
     shapes = ((2, 3), (2, rank), (rank, 3))
     w, a, b = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
     with jax.default_matmul_precision('highest'):
-      added = rule.apply({array: {'a': a, 'b': b}}, small, {array: w})[array] - w
+      added = on_matrix(rule, site, array, {'a': a, 'b': b}, w) - w
       product = a @ b
     factor = float(jnp.sum(added * product) / jnp.sum(product**2))
     if factor != 0 and np.allclose(added, factor * product, rtol=1e-3, atol=1e-3 * abs(factor)):
       return factor
   raise ValueError(f'{_path(where)!r}: {rule.name} does not add a multiple of a b to a matrix')
+
+
+def on_matrix(rule: Weight, site: Site, array: str, t: Any, w: jax.Array) -> jax.Array:
+  """What a rule makes of any matrix w in the place of an array of a site.
+
+  Args:
+    rule: it acts on matrices alone.
+    site: that owns the array.
+    array: its name; of a kernel, or of a table whose rows are gathered.
+    t: the rule's theta for w.
+    w: [fan_in, fan_out].
+  """
+  leaf = dataclasses.replace(site.leaves[array], shape=w.shape, ins=(0,), batch=())
+  small = dataclasses.replace(site, leaves={array: leaf}, boxes={})
+  with jax.default_matmul_precision('highest'):
+    return rule.apply({array: t}, small, {array: w})[array]
 
 
 def _truncated(a: jax.Array, b: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:

@@ -1,7 +1,9 @@
 """Theta and merged weights in the layouts of other libraries."""
 
 from .merged import check_mergeable, save_merged
-from .peft_adapter import CONFIG, FILE, load_adapter, save_adapter
+from .peft_adapter import load_adapter, save_adapter
+from .peft_config import CONFIG
+from .peft_folder import FILE
 
 __all__ = [
   'CONFIG',

@@ -3,6 +3,9 @@
 Such a folder has adapter_config.json and adapter_model.safetensors. peft names an array by a module
 of the base model, and keeps the factors of a matrix [out, in] transposed: `lora_A` [r, in] and
 `lora_B` [out, r], where jpeft has a [in, r] and b [r, out].
+
+What is read and what is written is compared with the rules: for every matrix, what peft computes by
+the config of the folder is what the rule makes of it.
 """
 
 import dataclasses
@@ -17,87 +20,72 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpeft.core import Method, Tuned, chain
-from jpeft.messages import nearest
+from jpeft.core import Method, Rule, Site, Tuned, Weight, chain
 from jpeft.methods import dora, lora, tune
-from jpeft.models import (
-  Place,
-  Pretrained,
-  family_of,
-  keyed,
-  read_json,
-  read_tensors,
-  shapes_of,
-  write_tensors,
-)
+from jpeft.models import Pretrained, read_tensors, write_tensors
+from jpeft.thetas import on_matrix
 from jpeft.training import write
 
-CONFIG, FILE = 'adapter_config.json', 'adapter_model.safetensors'
-_BASE = 'base_model.model.'
-_PARTS = {'a': 'lora_A.weight', 'b': 'lora_B.weight', 'm': 'lora_magnitude_vector'}
-_TABLE_PARTS = {**_PARTS, 'a': 'lora_embedding_A', 'b': 'lora_embedding_B'}
-_PART_OF = {name: part for table in (_PARTS, _TABLE_PARTS) for part, name in table.items()}
-_CHANGES_BASE = ('pissa', 'olora', 'loftq', 'corda')  # starts that change the matrix they adapt
-_ARRAY = re.compile(
-  r'(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector|lora_embedding_[AB])'
+from .peft_config import CONFIG, read_config, scaled, start_of
+from .peft_folder import (
+  FILE,
+  HEAD,
+  PARTS,
+  TABLE_PARTS,
+  Factors,
+  Folder,
+  check_same,
+  lone_site,
+  read_folder,
+  tied_head,
 )
+from .peft_names import BASE, NEW, Arrays, Fold, joined, layers_of, module_of
+
+# ---- Writing.
 
 
 def save_adapter(
   folder: str | pathlib.Path,
   pretrained: Pretrained,
   theta: Mapping,
-  alpha: float,
+  alpha: float | None = None,
   rslora: bool = False,
   base: str | None = None,
   tuned: Tuned | None = None,
+  names: str = NEW,
 ) -> None:
   """Writes theta of LoRA or DoRA, and of modules trained whole beside it, as peft does.
 
-  Modules are named as in the base model's files; a transformers that calls them otherwise in memory
-  (ViT, from 5 on) does not find them.
-
-  A start that takes the matrix apart (PiSSA, OLoRA) is written as LoRA of twice the rank: the base
-  model holds the whole matrix.
+  Rules at different sites may differ in rank and scale: the folder says so in rank_pattern and
+  alpha_pattern. A start that takes the matrix apart (PiSSA, OLoRA) is written as LoRA of twice the
+  rank: the base model holds the whole matrix. A table that is the head as well is written with
+  ensure_weight_tying.
 
   Args:
     folder: where to; made if needed.
     pretrained: the backbone that theta was trained on.
     theta: {rule: {site path: arrays}}.
-    alpha: of the method.
-    rslora: of the method.
+    alpha: of a method with one rule; left out it is asked of the rules of `tuned`.
+    rslora: of the method: the config then gives scales as alpha / sqrt(rank).
     base: name or path of the base model, for whoever opens the folder.
-    tuned: the method on the backbone; needed where it acts in some layers of a scanned stack, or
-      where `generated` made it: then the entries are written that its rules read.
+    tuned: the method on the backbone. Needed unless theta is of one rule that acts in all layers,
+      whose alpha is given.
+    names: of the modules: 'transformers>=5' as transformers from 5 on calls them in memory,
+      'transformers<5' as files do. They differ for ViT, DeiT and DINOv2.
 
   Raises:
     ValueError: theta holds what such folders cannot.
   """
-  places = _places(pretrained)
-  content = _Content()
+  arrays = Arrays(pretrained, names)
   if tuned is not None:
     theta = tuned.expand(theta)
-  for name, path, array, values in _entries(theta):
-    if f'{path}/{array}' not in places:
-      raise ValueError(
-        f'theta has {name!r} at {path or "the model"!r}, and no array {array!r} of the pretrained '
-        'files is there: an adapter folder holds whole modules; of a generated method, give tuned='
-      )
-    place, keys = places[f'{path}/{array}']
-    keys = _chosen(keys, name, path, tuned)
-    _check_layers(values, place, keys, path)
-    if isinstance(values, Mapping):
-      _add_factors(content, path, array, values, place, keys, alpha, rslora)
-    else:
-      content.trained.add(f'{path}/{array}')
-      content.whole |= {_module(key) for key in keys}
-      for key, layer in zip(keys, _layers(values, place), strict=True):
-        content.tensors[key] = place.leaf.theirs(layer)
-  _check_kind(content)
-  _check_whole(content, places)
-  config = _adapter_config(content, pretrained, rslora, base)
-  tensors = {_BASE + key: np.asarray(x, np.float32) for key, x in content.tensors.items()}
+  content = _content(arrays, theta, alpha, rslora, tuned)
+  config = _adapter_config(content, arrays, rslora, base)
+  tensors = {BASE + key: np.asarray(x, np.float32) for key, x in content.tensors.items()}
   folder = pathlib.Path(folder)
+  written = read_folder(folder / FILE, config, tensors, arrays)
+  if tuned is not None:
+    _check_written(written, arrays, theta, tuned)
   folder.mkdir(parents=True, exist_ok=True)
   write_tensors(folder / FILE, tensors)
   write(folder / CONFIG, json.dumps(config, indent=2) + '\n')
@@ -110,71 +98,222 @@ class _Content:
   Attributes:
     tensors: {name in the file: array}.
     adapted: {module: (rank, alpha)}.
-    whole: modules that are trained whole.
-    trained: paths of their arrays.
-    dora: for each adapted array, whether it has a magnitude.
+    whole: {module: {path of an array: {layer: array}}} of modules that are trained whole.
+    biases: whether biases are trained of modules that are not.
+    tied: whether a table changes that is the head as well.
   """
 
   tensors: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   adapted: dict[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
   whole: set[str] = dataclasses.field(default_factory=set)
-  trained: set[str] = dataclasses.field(default_factory=set)
-  dora: set[bool] = dataclasses.field(default_factory=set)
+  biases: bool = False
+  tied: bool = False
+
+
+def _content(
+  arrays: Arrays, theta: Mapping, alpha: float | None, rslora: bool, tuned: Tuned | None
+) -> _Content:
+  """What theta is in a folder."""
+  _check_kind(theta)
+  _check_scales(theta, alpha, tuned)
+  content = _Content()
+  trained: dict[str, tuple[Sequence[str], list[np.ndarray]]] = {}  # {path: (keys, layers)}
+  for name, path, array, values in _entries(theta):
+    where = f'{path}/{array}'
+    if where not in arrays.places:
+      raise ValueError(
+        f'theta has {name!r} at {path or "the model"!r}, and no array {array!r} of the pretrained '
+        'files is there: an adapter folder holds whole modules; of a generated method, give tuned='
+      )
+    if where == arrays.unread_table:
+      raise ValueError(
+        f'theta has {name!r} at {path!r}: in transformers no layer of T5 reads the module of this '
+        'table, so that peft cannot adapt it'
+      )
+    place, keys = arrays.places[where]
+    keys = _chosen(keys, name, path, tuned)
+    _check_layers(values, place.stacked, keys, path)
+    if not isinstance(values, Mapping):
+      trained[where] = keys, layers_of(values, place)
+      continue
+    scale = _scale(name, path, array, values, alpha, rslora, tuned)
+    _add_factors(content, arrays, where, values, keys, scale, rslora)
+  _add_trained(content, arrays, trained)
+  return content
+
+
+def _check_kind(theta: Mapping) -> None:
+  """Raises a ValueError unless the folder is of either LoRA or DoRA."""
+  kinds = set()
+  for _, path, _, values in _entries(theta):
+    if not isinstance(values, Mapping):
+      continue
+    if not {'a', 'b'} <= values.keys() <= {'a', 'b', 'm', 'a0', 'b0'}:
+      raise ValueError(
+        f'theta holds {", ".join(values)} for {path!r}: an adapter folder holds LoRA or DoRA'
+      )
+    kinds.add('m' in values)
+  if len(kinds) != 1:
+    count = 'both LoRA and DoRA' if kinds else 'neither LoRA nor DoRA'
+    raise ValueError(f'theta holds {count}: an adapter folder is of one of them')
+
+
+def _check_scales(theta: Mapping, alpha: float | None, tuned: Tuned | None) -> None:
+  """Raises a ValueError if nothing says how the factors of each rule are scaled."""
+  if tuned is not None:
+    return
+  adapters = {name for name, _, _, values in _entries(theta) if isinstance(values, Mapping)}
+  if alpha is None:
+    raise ValueError('save_adapter: give tuned=, whose rules are asked for their alphas, or alpha=')
+  if len(adapters) > 1:
+    raise ValueError(
+      f'theta holds several adapters ({", ".join(sorted(adapters))}), and one alpha may not be '
+      'that of all: give tuned=, whose rules are asked for theirs'
+    )
+
+
+def _scale(name, path, array, values, alpha, rslora, tuned) -> float:
+  """s of w + s a b: of the rule in `tuned`, else by alpha."""
+  rank = np.shape(values['a'])[-1]
+  if tuned is None:
+    return scaled(rank, alpha, rslora)
+  rule, site = _rule_of(tuned, name, path)
+  scale = _asked(rule, site, array, values)
+  if alpha is not None and not np.isclose(scale, scaled(rank, alpha, rslora), rtol=1e-4):
+    raise ValueError(
+      f'alpha={alpha} with rslora={rslora} scales a b by {scaled(rank, alpha, rslora):.6g}, and '
+      f'{name!r} at {path!r} by {scale:.6g}: leave alpha out, it is asked of the rules'
+    )
+  return scale
+
+
+def _rule_of(tuned: Tuned, name: str, path: str) -> tuple[Weight, Site]:
+  """The rule of a name at a site."""
+  found: Rule | None = None
+  for rule, site in tuned.rules:
+    if (rule.name, site.path) == (name, path):
+      found = rule
+      break
+  if not isinstance(found, Weight) or found.outer:
+    raise ValueError(
+      f'{name!r} at {path!r} is no change of weights alone: an adapter folder holds LoRA or DoRA'
+    )
+  return found, site
+
+
+def _asked(rule: Weight, site: Site, array: str, values: Mapping) -> float:
+  """s of w + s a b, asked of the rule itself on a small matrix.
+
+  Of DoRA, whose columns have other lengths than those of w + s a b, the directions tell.
+  """
+  rng = np.random.default_rng(0)
+  rank = np.shape(values['a'])[-1]
+  w, a, b = (rng.standard_normal(shape) for shape in ((16, 16), (16, rank), (rank, 16)))
+  t = {'a': a, 'b': b}
+  if 'm' in values:
+    t['m'] = np.ones(16)
+  if 'a0' in values:
+    t |= {'a0': np.zeros_like(a), 'b0': np.zeros_like(b)}
+  t = {part: jnp.asarray(x, jnp.float32) for part, x in t.items()}
+  new = np.asarray(on_matrix(rule, site, array, t, jnp.asarray(w, jnp.float32)), np.float64)
+  product = a @ b
+  if 'm' in values:
+    # new_i / new_j = (w + s a b)_i / (w + s a b)_j for the rows i and j of a column
+    left = new[:1] * w[1:] - new[1:] * w[:1]
+    right = new[1:] * product[:1] - new[:1] * product[1:]
+  else:
+    left, right = new - w, product
+  return float((left * right).sum() / (right**2).sum())
 
 
 def _add_factors(
-  content: _Content, path: str, array: str, values: Mapping, place: Place, keys, alpha, rslora
+  content: _Content, arrays: Arrays, where: str, values: Mapping, keys, scale: float, rslora: bool
 ) -> None:
   """Adds the factors of one array."""
-  if not {'a', 'b'} <= values.keys() <= {*_PARTS, 'a0', 'b0'}:
-    raise ValueError(
-      f'theta holds {", ".join(values)} for {path!r}: an adapter folder holds LoRA or DoRA'
-    )
-  content.dora.add('m' in values)
+  place, _ = arrays.places[where]
+  values = {part: np.asarray(x) for part, x in values.items()}
   if 'a0' in values:
-    # a b - a0 b0 is LoRA of twice the rank. Its scale has the rank in it, so alpha grows with it.
-    old = values['a'].shape[-1]
+    # a b - a0 b0 is LoRA of twice the rank.
     values = {
       'a': np.concatenate([values['a'], values['a0']], -1),
-      'b': np.concatenate([values['b'], -np.asarray(values['b0'])], -2),
+      'b': np.concatenate([values['b'], -values['b0']], -2),
     }
-    power = 0.5 if rslora else 1
-    alpha = alpha * (values['a'].shape[-1] / old) ** power
-  modules = [_module(key) for key in keys]
+  rank = values['a'].shape[-1]
+  alpha = _plain(scale * rank ** (0.5 if rslora else 1))
+  modules = [module_of(key) for key in keys]
   for module in modules:
-    content.adapted[module] = values['a'].shape[-1], float(alpha)
-  names = _TABLE_PARTS if array == 'embedding' else _PARTS
-  for part, x in values.items():
-    for module, layer in zip(modules, _layers(x, place), strict=True):
-      content.tensors[f'{module}.{names[part]}'] = _theirs(part, layer, place)
-
-
-def _check_kind(content: _Content) -> None:
-  """Raises a ValueError unless the folder is of either LoRA or DoRA."""
-  kinds = 'neither LoRA nor DoRA'
-  if content.adapted:
-    kinds = 'both LoRA and DoRA'
-  if not content.adapted or len(content.dora) > 1:
-    raise ValueError(f'theta holds {kinds}: an adapter folder is of one of them')
-
-
-def _check_whole(content: _Content, places: Mapping) -> None:
-  """Raises a ValueError if only some arrays of a module are trained whole."""
-  for name, (_, keys) in places.items():
-    if name not in content.trained and content.whole & {_module(key) for key in keys}:
+    if module in content.adapted:
       raise ValueError(
-        f'theta trains only a part of {name.rpartition("/")[0]!r}, without {name!r}: an adapter '
-        'folder holds modules trained whole'
+        f'theta has two adapters at {where!r}: an adapter folder holds one; jpeft.thetas.concat '
+        'makes one of two, and two folders hold each'
       )
+    content.adapted[module] = rank, alpha
+  table = TABLE_PARTS if where.endswith('/embedding') else PARTS
+  for part, x in values.items():
+    for module, layer in zip(modules, layers_of(x, place), strict=True):
+      content.tensors[f'{module}.{table[part]}'] = Fold(place).theirs(part, layer)
+  if where == arrays.tied:
+    if 'm' in values:
+      raise ValueError(
+        f'DoRA of {where!r}, which is the head of the model as well: peft gives the two magnitudes '
+        'of their own; load the backbone through jpeft.models.untied'
+      )
+    content.tied = True
+    content.tensors |= {f'{HEAD}.{end}': x for end, x in tied_head(values, None).items()}
+
+
+def _plain(number: float) -> float:
+  """A number that a float32 computation gave, as it was most likely written."""
+  short = float(f'{number:.5g}')
+  if abs(short - number) <= 2e-6 * abs(number):
+    return short
+  return number
+
+
+def _add_trained(content: _Content, arrays: Arrays, trained: Mapping) -> None:
+  """Adds what was trained whole: modules, and biases of other modules."""
+  owned: dict[str, set[str]] = {}  # {module: paths of its arrays}
+  for path, (_, keys) in arrays.places.items():
+    for key in keys:
+      owned.setdefault(module_of(key), set()).add(path)
+  for path, (keys, layers) in trained.items():
+    place, _ = arrays.places[path]
+    for key, layer in zip(keys, layers, strict=True):
+      module = module_of(key)
+      if owned[module] <= trained.keys() and module not in content.adapted:
+        content.whole.add(module)
+      elif path.endswith('/bias'):
+        content.biases = True
+        if module in content.adapted:
+          key = f'{module}.base_layer.bias'
+      elif module in content.adapted:
+        raise ValueError(
+          f'theta trains {path!r} and adapts it: an adapter folder holds one of the two'
+        )
+      else:
+        raise ValueError(
+          f'theta trains only a part of {path.rpartition("/")[0]!r}, with {path!r}: an adapter '
+          'folder holds modules trained whole, and biases'
+        )
+      content.tensors[key] = place.leaf.theirs(layer)
+    if path == arrays.tied:
+      content.tied = True
+      content.tensors[f'{HEAD}.weight'] = content.tensors[keys[0]]
 
 
 def _adapter_config(
-  content: _Content, pretrained: Pretrained, rslora: bool, base: str | None
+  content: _Content, arrays: Arrays, rslora: bool, base: str | None
 ) -> dict[str, Any]:
   """The values of adapter_config.json: the most frequent rank and alpha, and what differs."""
-  common, _ = Counter(content.adapted.values()).most_common(1)[0]
+  task = _task_type(content, arrays)
+  adapted = dict(content.adapted)
+  common, _ = Counter(adapted.values()).most_common(1)[0]
   rank, alpha = common
-  odd = {module: pair for module, pair in content.adapted.items() if pair != common}
+  if content.tied and arrays.tied is not None:
+    table = module_of(arrays.places[arrays.tied][1][0])
+    if table in adapted:
+      adapted[HEAD] = adapted[table]
+  odd = {module: pair for module, pair in adapted.items() if pair != common}
   return {
     'peft_type': 'LORA',
     'base_model_name_or_path': base,
@@ -182,36 +321,86 @@ def _adapter_config(
     'r': rank,
     'lora_alpha': alpha,
     'lora_dropout': 0.0,
-    'bias': 'none',
+    'bias': 'all' if content.biases else 'none',
     'fan_in_fan_out': False,
     'init_lora_weights': True,
     'use_rslora': rslora,
-    'use_dora': True in content.dora,
+    'use_dora': any(key.endswith(PARTS['m']) for key in content.tensors),
     'target_modules': sorted(content.adapted),
     'modules_to_save': sorted(content.whole) or None,
-    'rank_pattern': {module: pair[0] for module, pair in odd.items()},
-    'alpha_pattern': {module: pair[1] for module, pair in odd.items()},
-    'task_type': _task_type(pretrained, bool(content.whole)),
+    'rank_pattern': {module: pair[0] for module, pair in odd.items() if pair[0] != rank},
+    'alpha_pattern': {module: pair[1] for module, pair in odd.items() if pair[1] != alpha},
+    'ensure_weight_tying': content.tied,
+    'task_type': task,
   }
 
 
-def _task_type(pretrained: Pretrained, whole: bool) -> str | None:
-  """peft's name of what the model does; None leaves it open."""
-  architecture = family_of(pretrained.config).table(pretrained.model).architectures[1]
+def _task_type(content: _Content, arrays: Arrays) -> str | None:
+  """peft's name of what the model does; None leaves it open.
+
+  Of a classifier peft saves and wants the whole head, as one module. If all or a part of it was
+  trained, `content` gets the rest of it as it is.
+  """
+  architecture = arrays.table.architectures[1]
   if architecture.endswith('ForCausalLM'):
     return 'CAUSAL_LM'
-  # Of a classifier peft wants the head in the folder, which is there only if it was trained.
-  if architecture.endswith('ForSequenceClassification') and whole:
-    return 'SEQ_CLS'
-  return None
+  if not architecture.endswith('ForSequenceClassification'):
+    return None
+  head = {path: (place, keys) for path, (place, keys) in arrays.places.items() if place.head}
+  modules = {module_of(key) for _, keys in head.values() for key in keys}
+  if not modules & content.whole or modules & content.adapted.keys():
+    return None
+  rest = {}
+  for path, (place, keys) in head.items():
+    layers = arrays.layers(path)
+    if keys[0] in content.tensors:
+      continue
+    if layers is None:
+      return None
+    rest[keys[0]] = place.leaf.theirs(layers[0])
+  content.tensors |= rest
+  content.whole = (content.whole - modules) | {module.partition('.')[0] for module in modules}
+  return 'SEQ_CLS'
 
 
-def load_adapter(folder: str | pathlib.Path, pretrained: Pretrained) -> tuple[Method, dict]:
-  """(method, theta) of an adapter folder: LoRA or DoRA, and modules saved whole.
+def _check_written(written: Folder, arrays: Arrays, theta: Mapping, tuned: Tuned) -> None:
+  """Raises a ValueError unless a folder that is to be written says what the rules compute."""
+  for name, path, array, values in _entries(theta):
+    if not isinstance(values, Mapping):
+      continue
+    rule, site = _rule_of(tuned, name, path)
+    where = f'{path}/{array}'
+    chosen = tuned.site_of(name, path).chosen
+    for i, t in enumerate(_each_layer(values, arrays, where)):
+      layer = i if chosen is None else chosen[i]
+      # An unrolled block is a place of its own, whose only layer is 0.
+      layer = layer if arrays.places[where][0].stacked else 0
+      check_same(written.where, written.factors[where][layer], rule, site, array, t)
+
+
+def _each_layer(values: Mapping, arrays: Arrays, where: str) -> list[dict[str, np.ndarray]]:
+  """theta of single layers."""
+  place, _ = arrays.places[where]
+  split = {part: layers_of(x, place) for part, x in values.items()}
+  count = len(next(iter(split.values())))
+  return [{part: layers[i] for part, layers in split.items()} for i in range(count)]
+
+
+# ---- Reading.
+
+
+def load_adapter(
+  folder: str | pathlib.Path, pretrained: Pretrained, name: str = 'lora'
+) -> tuple[Method, dict]:
+  """(method, theta) of an adapter folder: LoRA or DoRA, biases, and modules saved whole.
+
+  Layers of a scanned stack share a rule: where the folder has other ranks or alphas in some of
+  them, factors are padded by zeros and b is scaled.
 
   Args:
     folder: as peft, or `save_adapter`, writes it.
-    pretrained: the backbone to put it on.
+    pretrained: the backbone to put it on. Of PiSSA, OLoRA and lora_bias its weights are read.
+    name: of the adapter in theta; another for each of several that are chained.
 
   Returns:
     The method to `attach` to `pretrained.model`, and its theta in float32.
@@ -221,138 +410,125 @@ def load_adapter(folder: str | pathlib.Path, pretrained: Pretrained) -> tuple[Me
     ValueError: the adapter is of another kind, damaged, or not of this backbone.
   """
   folder = pathlib.Path(folder)
-  config = _read_config(folder)
-  places = _places(pretrained)
-  base = family_of(pretrained.config).table(pretrained.model).base
-  parts = _read_parts(folder, places, base)
-  theta: dict = {}  # {(rank, alpha) or 'modules': {site path: arrays}}
-  for path, found in parts.items():
-    site, _, array = path.rpartition('/')
-    place, keys = places[path]
-    arrays = {part: _joined(folder, path, place, keys, layers) for part, layers in found.items()}
-    if 'whole' in arrays:
-      theta.setdefault('modules', {}).setdefault(site, {})[array] = arrays['whole']
-      continue
-    pair = _rank_and_alpha(folder, config, path, _module(keys[0]), arrays)
-    theta.setdefault(pair, {}).setdefault(site, {})[array] = arrays
-  if 'modules' in theta:
-    theta['modules'] = theta.pop('modules')  # last: what adapts comes first
-  return _method(theta, config), {_name(key, theta): sites for key, sites in theta.items()}
+  config = read_config(folder)
+  arrays = Arrays(pretrained)
+  found = read_folder(folder / FILE, config, read_tensors(folder / FILE), arrays)
+  rules: dict[Any, dict] = {}  # {(rank, alpha), 'modules' or 'bias': {site path: arrays}}
+  for where, layers in found.factors.items():
+    pair, values = _assembled(found, arrays, where, layers, bool(config.get('use_rslora')))
+    site, _, array = where.rpartition('/')
+    rules.setdefault(pair, {}).setdefault(site, {})[array] = values
+  pairs = list(rules)
+  for where, values in _whole(found, arrays).items():
+    site, _, array = where.rpartition('/')
+    kind = 'modules'
+    if not all(f'{site}/{other}' in found.whole for other in arrays.owned(where)):
+      kind = array
+    rules.setdefault(kind, {}).setdefault(site, {})[array] = values
+  titles = {kind: _title(kind, name, pairs) for kind in rules}
+  method = _method(rules, titles, config)
+  theta = {titles[kind]: sites for kind, sites in rules.items()}
+  _check_read(found, arrays, method, theta)
+  return method, theta
 
 
-def _read_config(folder: pathlib.Path) -> dict[str, Any]:
-  """adapter_config.json, if it describes an adapter that can be read."""
-  file = folder / CONFIG
-  if not file.exists():
-    raise FileNotFoundError(f'{folder} holds no {CONFIG}, so it is no adapter of peft')
-  config = read_json(file)
-  supported = {'peft_type': 'LORA', 'bias': 'none', 'fan_in_fan_out': False, 'lora_bias': False}
-  for key, value in supported.items():
-    if config.get(key, value) != value:
-      raise ValueError(f'{file}: {key}={config[key]!r} is not supported, only {value!r}')
-  start = str(config.get('init_lora_weights'))
-  if start.startswith(_CHANGES_BASE):
-    raise ValueError(
-      f'{file}: init_lora_weights={start!r} adapts what is left of matrices once peft has taken '
-      'them apart; have peft convert it to plain LoRA (path_initial_model_for_weight_conversion)'
-    )
-  missing = {'r', 'lora_alpha'} - config.keys()
-  if missing:
-    raise ValueError(f'{file} lacks {" and ".join(sorted(missing))}')
-  return config
+def _assembled(
+  found: Folder, arrays: Arrays, where: str, layers: Mapping[int, Factors], rslora: bool
+) -> tuple[tuple[int, float], dict[str, jax.Array]]:
+  """((rank, alpha) of a rule, its theta) of the factors of all layers of an array."""
+  ordered = _complete(found, arrays, where, layers)
+  rank = max(factors.rank for factors in ordered)
+  alpha = next(factors.alpha for factors in ordered if factors.rank == rank)
+  if not alpha > 0:
+    alpha = rank**0.5 if rslora else rank  # a scale of 1: what peft scales by goes into b
+  scale = scaled(rank, alpha, rslora)
+  padded = [_padded(factors, rank, scale) for factors in ordered]
+  place, _ = arrays.places[where]
+  return (rank, alpha), {
+    part: jnp.asarray(joined([parts[part] for parts in padded], place), jnp.float32)
+    for part in padded[0]
+  }
 
 
-def _read_parts(folder: pathlib.Path, places: Mapping, base: str) -> dict[str, dict]:
-  """{path of an array: {part: {layer: array}}} of the tensors in a folder.
-
-  Args:
-    folder: of the adapter.
-    places: from `_places`.
-    base: the prefix by which files of a model with a head differ from those without; it is left
-      out, because the layers are the same.
-  """
-  homes = {}
-  for place, keys in places.values():
-    for layer, key in enumerate(keys):
-      homes[key.removeprefix(base)] = place, layer
-  parts: dict[str, dict] = {}
-  for name, x in read_tensors(folder / FILE).items():
-    key = name.removeprefix(_BASE)
-    match = _ARRAY.fullmatch(key)
-    if match:
-      part = _PART_OF[match[2]]
-      wanted = f'{match[1]}.weight'.removeprefix(base)
-    elif '.base_layer.' in key:  # beside the factors of a table peft stores the table itself
-      continue
-    else:
-      part = 'whole'
-      wanted = key.removeprefix(base)
-    if wanted not in homes:
-      near = nearest(wanted, homes)
-      hint = '' if near is None else f'; the nearest is {near!r}'
-      raise ValueError(f'{folder / FILE}: {key!r} has no place in this backbone{hint}')
-    place, layer = homes[wanted]
-    parts.setdefault(place.path, {}).setdefault(part, {})[layer] = _ours(part, x, place)
-  return parts
+def _padded(factors: Factors, rank: int, scale: float) -> dict[str, np.ndarray]:
+  """The parts of a matrix, with a rank and a scale that may differ from its own."""
+  more = rank - factors.rank
+  found = {}
+  for part, x in factors.parts.items():
+    if part in ('a', 'a0'):
+      x = np.pad(x, ((0, 0), (0, more)))
+    elif part in ('b', 'b0'):
+      x = np.pad(x, ((0, more), (0, 0)))
+      if factors.scale != scale:
+        x = x * (factors.scale / scale)
+    found[part] = x
+  return found
 
 
-def _rank_and_alpha(
-  folder: pathlib.Path, config: Mapping, path: str, module: str, arrays: Mapping
-) -> tuple[int, float]:
-  """Rank and alpha of the factors of an array, checked."""
-  needed = set('abm' if config.get('use_dora') else 'ab')
-  missing = needed - arrays.keys()
-  if missing:
-    raise ValueError(f'{folder / FILE}: {path!r} lacks {", ".join(sorted(missing))}')
-  rank = _of(config.get('rank_pattern'), module, config['r'])
-  found = arrays['a'].shape[-1]
-  if found != rank:
-    raise ValueError(f'{folder / FILE}: {path!r} is of rank {found}, and {CONFIG} says {rank}')
-  return rank, _of(config.get('alpha_pattern'), module, config['lora_alpha'])
+def _complete(found: Folder, arrays: Arrays, where: str, layers: Mapping[int, Any]) -> list:
+  """What there is of each layer of an array, in their order."""
+  _, keys = arrays.places[where]
+  for i, key in enumerate(keys):
+    if i not in layers:
+      raise ValueError(
+        f'{found.where} adapts some layers of {where!r} and not {key!r}: load the backbone with '
+        'scan=False'
+      )
+  return [layers[i] for i in range(len(keys))]
 
 
-def _method(theta: Mapping, config: Mapping) -> Method:
-  """The method whose theta this is; its keys are (rank, alpha), or 'modules'."""
+def _whole(found: Folder, arrays: Arrays) -> dict[str, jax.Array]:
+  """{path: array} of what was trained whole."""
+  stacked = {}
+  for where, layers in found.whole.items():
+    ordered = _complete(found, arrays, where, layers)
+    stacked[where] = jnp.asarray(joined(ordered, arrays.places[where][0]), jnp.float32)
+  return stacked
+
+
+def _method(rules: Mapping, titles: Mapping, config: Mapping) -> Method:
+  """The method whose theta this is."""
+  start = start_of(config)
+  options: dict[str, Any] = {'rslora': bool(config.get('use_rslora'))}
   make = dora if config.get('use_dora') else lora
-  rslora = bool(config.get('use_rslora'))
+  if start is not None:
+    options['init'] = start
   methods = []
-  for key, sites in theta.items():
+  for kind, sites in rules.items():
     targets = '|'.join(map(re.escape, sites))
-    if key == 'modules':
-      methods.append(tune(targets, name='modules'))
-      continue
-    rank, alpha = key
-    methods.append(make(rank, alpha, targets, rslora=rslora, name=_name(key, theta)))
+    if kind == 'modules':
+      methods.append(tune(targets, name=titles[kind]))
+    elif isinstance(kind, str):
+      methods.append(tune(targets, re.escape(kind), name=titles[kind]))
+    else:
+      rank, alpha = kind
+      methods.append(make(rank, alpha, targets, name=titles[kind], **options))
   return chain(*methods)
 
 
-def _name(key, theta: Mapping) -> str:
-  """The name of a rule: the first of several ranks is 'lora', others have theirs in it."""
-  if key == 'modules':
-    return key
-  first = next(other for other in theta if other != 'modules')
-  if key == first:
-    return 'lora'
-  return 'lora_r{}_alpha{:g}'.format(*key)
+def _title(kind: Any, name: str, pairs: Sequence) -> str:
+  """The name of a rule: the first of several ranks has that of the adapter, others add theirs."""
+  if not isinstance(kind, str):
+    return name if kind == pairs[0] else '{}_r{}_alpha{:g}'.format(name, *kind)
+  return kind if name == 'lora' else f'{name}_{kind}'
 
 
-# ---- Arrays here and there.
+def _check_read(found: Folder, arrays: Arrays, method: Method, theta: Mapping) -> None:
+  """Raises a ValueError unless the rules that were made compute what the folder says."""
+  rules = {rule.name: rule for _, rule in method}
+  for name, path, array, values in _entries(theta):
+    if not isinstance(values, Mapping):
+      continue
+    where = f'{path}/{array}'
+    site = lone_site(path, array, (1, 1))
+    for layer, t in enumerate(_each_layer(values, arrays, where)):
+      check_same(found.where, found.factors[where][layer], rules[name], site, array, t)
 
 
-def _places(pretrained: Pretrained) -> dict[str, tuple[Place, list[str]]]:
-  """{path of an array: (its place, its keys on disk, one a layer)} of a backbone."""
-  family = family_of(pretrained.config)
-  shapes = shapes_of(pretrained.model, family)
-  found = keyed(family.table(pretrained.model), shapes)
-  return {place.path: (place, keys) for place, keys in found}
+# ---- Both.
 
 
-def _module(key: str) -> str:
-  """The module that an array belongs to, by its key on disk."""
-  return key.rpartition('.')[0]
-
-
-def _entries(theta: Mapping) -> Iterator[tuple[str, str, Any]]:
+def _entries(theta: Mapping) -> Iterator[tuple[str, str, str, Any]]:
   """(name of a rule, site path, name of an array, what theta has of it)."""
   for name, sites in theta.items():
     for path, arrays in sites.items():
@@ -370,9 +546,9 @@ def _chosen(keys: Sequence[str], name: str, path: str, tuned: Tuned | None) -> S
   return [keys[i] for i in chosen]
 
 
-def _check_layers(values, place: Place, keys: Sequence[str], path: str) -> None:
+def _check_layers(values, stacked: bool, keys: Sequence[str], path: str) -> None:
   """Raises a ValueError if theta has other layers than those that are written."""
-  if not place.stacked:
+  if not stacked:
     return
   count = len(jax.tree.leaves(values)[0])
   if count != len(keys):
@@ -380,56 +556,3 @@ def _check_layers(values, place: Place, keys: Sequence[str], path: str) -> None:
       f'theta has {count} layers for {path!r}, and the model {len(keys)}: of a method in some '
       'layers (layers=) give tuned='
     )
-
-
-def _layers(x, place: Place) -> list[np.ndarray]:
-  """The arrays of single layers."""
-  if place.stacked:
-    return list(np.asarray(x))
-  return [np.asarray(x)]
-
-
-def _joined(folder, path: str, place: Place, keys, layers: dict[int, np.ndarray]):
-  """The array of all layers; the inverse of `_layers`."""
-  for i, key in enumerate(keys):
-    if i not in layers:
-      raise ValueError(
-        f'{folder / FILE} adapts some layers of {path!r} and not {key!r}: load the backbone with '
-        'scan=False'
-      )
-  found = [layers[i] for i in range(len(keys))]
-  whole = np.stack(found) if place.stacked else found[0]
-  return jnp.asarray(whole, jnp.float32)
-
-
-def _theirs(part: str, x: np.ndarray, place: Place) -> np.ndarray:
-  """a [window * in, r], b [r, out] or m [out] as [r, in, *window], [out, r, 1 ...] or [out]."""
-  window = place.shape[:-2]
-  if part == 'a':
-    x = x.reshape(*window, -1, x.shape[-1])  # [*window, in, r]
-    return np.moveaxis(x, (-1, -2), (0, 1))
-  if part == 'b':
-    return x.T.reshape(*x.T.shape, *(1 for _ in window))
-  return x
-
-
-def _ours(part: str, x: np.ndarray, place: Place) -> np.ndarray:
-  """The inverse of `_theirs`; of an array that was trained whole, that of `Leaf.theirs`."""
-  if part == 'whole':
-    return place.leaf.ours(x)
-  if part == 'a':
-    return np.moveaxis(x, (0, 1), (-1, -2)).reshape(-1, len(x))
-  if part == 'b':
-    return x.reshape(x.shape[:2]).T
-  return x.reshape(-1)
-
-
-def _of(pattern: Mapping | None, module: str, default):
-  """The entry of a rank_pattern or alpha_pattern for a module.
-
-  Its keys are ends of names, or regexes of them.
-  """
-  for key, value in (pattern or {}).items():
-    if re.fullmatch(rf'(?:.*\.)?(?:{key})', module):
-      return value
-  return default

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     load,
     save_pretrained,
     shapes_of,
+    untied,
   )
   from .t5 import T5, T5Block, shift_right
   from .vit import ViT
@@ -87,6 +88,7 @@ __all__ = [
   'save_tokenizer',
   'shapes_of',
   'shift_right',
+  'untied',
   'widened_theta',
   'write_tensors',
 ]
@@ -129,6 +131,7 @@ __getattr__ = on_first_use(
       'load',
       'save_pretrained',
       'shapes_of',
+      'untied',
     ),
     '.t5': ('T5', 'T5Block', 'shift_right'),
     '.vit': ('ViT',),

@@ -286,6 +286,32 @@ def from_config(
   return model.clone(dropout=dropout, attention_dropout=dropout)
 
 
+def untied(pretrained: Pretrained) -> Pretrained:
+  """The same backbone with a head of its own, a copy of the word table that was the head before.
+
+  Adapters can then change the table and the head each in its own way. Weights are not copied but
+  those of the head.
+
+  Raises:
+    ValueError: the head is not the word table.
+  """
+  if not getattr(pretrained.model, 'tied', False):
+    raise ValueError(f'the head of this {pretrained.family} model is not its word table')
+  params = pretrained.variables['params']
+  table = params['embed']['embedding']  # [V, D]
+  if hasattr(table, 'T'):
+    kernel = table.T
+  else:
+    kernel = jax.ShapeDtypeStruct(table.shape[::-1], table.dtype)
+  model = pretrained.model.clone(tied=False)
+  return dataclasses.replace(
+    pretrained,
+    model=model,
+    variables={**pretrained.variables, 'params': {**params, 'head': {'kernel': kernel}}},
+    config=described(family_of(pretrained.config), pretrained.config, model),
+  )
+
+
 def check_decoder(pretrained: Pretrained) -> None:
   """Raises a ValueError if a backbone writes no text."""
   if isinstance(pretrained.model, Llama):

@@ -63,6 +63,8 @@ class Table(NamedTuple):
       although no head is stored.
     other_bases: prefixes that files of this family have in place of `base` where they have another
       head than the model.
+    renamed: (piece of a key, what transformers from 5 on calls it in memory), in the order in which
+      they are put in place; files keep the keys.
   """
 
   base: str
@@ -72,6 +74,13 @@ class Table(NamedTuple):
   architectures: tuple[str, str]
   tied: bool = False
   other_bases: tuple[str, ...] = ()
+  renamed: tuple[tuple[str, str], ...] = ()
+
+  def in_memory(self, key: str) -> str:
+    """What transformers from 5 on calls an array in memory that has this key in files."""
+    for old, new in self.renamed:
+      key = key.replace(old, new)
+    return key
 
   def leaves(self) -> dict[str, tuple[str, Leaf, bool]]:
     """{path of an array: (key, how it is stored, whether it belongs to the head)}."""

@@ -27,6 +27,18 @@ _ATTENTION = (
   ('encoder/block/attention/value', 'dense', 'encoder.layer.{i}.attention.attention.value'),
   ('encoder/block/attention/out', 'dense', 'encoder.layer.{i}.attention.output.dense'),
 )
+# Names in memory, from transformers 5 on.
+_ATTENTION_RENAMED = (
+  ('attention.attention.query', 'attention.q_proj'),
+  ('attention.attention.key', 'attention.k_proj'),
+  ('attention.attention.value', 'attention.v_proj'),
+  ('attention.output.dense', 'attention.o_proj'),
+)
+_BLOCK_RENAMED = (
+  ('intermediate.dense', 'mlp.fc1'),
+  ('output.dense', 'mlp.fc2'),
+  ('encoder.layer.', 'layers.'),
+)
 # Heads that the model does without, which is decided before, and parts for masked image modelling.
 _IGNORE = (r'pooler\..*', r'(\w+_)?classifier\..*', r'embeddings\.mask_token', r'decoder\..*')
 
@@ -44,6 +56,7 @@ VIT = Table(
   head=(('head', 'dense', 'classifier'),),
   ignore=_IGNORE,
   architectures=('ViTModel', 'ViTForImageClassification'),
+  renamed=_ATTENTION_RENAMED + _BLOCK_RENAMED,
 )
 
 DEIT = VIT._replace(base='deit.', architectures=('DeiTModel', 'DeiTForImageClassification'))
@@ -68,6 +81,7 @@ DINOV2 = Table(
   head=(('head', 'dense', 'classifier'),),
   ignore=_IGNORE,
   architectures=('Dinov2Model', 'Dinov2ForImageClassification'),
+  renamed=_ATTENTION_RENAMED,
 )
 DINOV2_REGISTERS = DINOV2._replace(
   base='dinov2_with_registers.',

@@ -1,0 +1,162 @@
+"""adapter_config.json of peft's LoRA: the fields that are understood, and what peft makes of them.
+
+A field that is not understood is refused by its name unless its value says that it is not used, so
+that a folder never computes less here than it does in peft.
+"""
+
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from jpeft.messages import did_you_mean
+from jpeft.models import read_json
+
+CONFIG = 'adapter_config.json'
+
+# What `load_adapter` acts on.
+READ = (
+  'peft_type',
+  'r',
+  'lora_alpha',
+  'rank_pattern',
+  'alpha_pattern',
+  'use_rslora',
+  'use_dora',
+  'init_lora_weights',
+  'bias',
+  'lora_bias',
+  'modules_to_save',
+  'ensure_weight_tying',
+)
+# What makes no difference to what is computed from the tensors: who made them, how they were
+# trained, and which modules were picked (the tensors have their names).
+WITHOUT_EFFECT = (
+  'task_type',
+  'auto_mapping',
+  'peft_version',
+  'base_model_name_or_path',
+  'revision',
+  'inference_mode',
+  'target_modules',
+  'exclude_modules',
+  'layers_to_transform',
+  'layers_pattern',
+  'modules_to_tie',
+  'target_modules_to_tie',
+  'lora_dropout',
+  'loftq_config',
+  'eva_config',
+  'corda_config',
+  'lora_ga_config',
+  'velora_config',
+  'runtime_config',
+  'megatron_core',
+  'qalora_group_size',
+)
+# What has to be unused, and why.
+UNUSED = {
+  'fan_in_fan_out': 'no model here stores kernels so',
+  'megatron_config': 'its layers are split over devices',
+  'trainable_token_indices': 'it trains some rows of a table',
+  'alora_invocation_tokens': 'an aLoRA acts only behind the tokens that invoke it',
+  'use_qalora': 'QA-LoRA pools what enters a',
+  'monteclora_config': 'MonteCLoRA draws what it adds',
+  'layer_replication': 'it repeats layers of the model',
+  'target_parameters': 'it adapts arrays that are no modules',
+  'use_bdlora': 'BD-LoRA stores the blocks of block-diagonal factors',
+  'arrow_config': 'Arrow picks an adapter for each token',
+  'kasa_config': 'KaSA changes the base model and has a diagonal between the factors',
+}
+KNOWN = (*READ, *WITHOUT_EFFECT, *UNUSED)
+
+# Starts that leave the base model as it is.
+_PLAIN_STARTS = (True, False, None, 'gaussian', 'eva', 'orthogonal', 'mica')
+# Those that take a part out of the matrix that can be found again from the matrix.
+DECOMPOSITIONS = ('pissa', 'olora')
+_BIASES = ('none', 'all', 'lora_only')
+
+
+def read_config(folder: pathlib.Path) -> dict[str, Any]:
+  """adapter_config.json.
+
+  Raises:
+    FileNotFoundError: there is none.
+    ValueError: it describes an adapter that cannot be read; the field is named.
+  """
+  file = folder / CONFIG
+  if not file.exists():
+    raise FileNotFoundError(f'{folder} holds no {CONFIG}, so it is no adapter of peft')
+  config = read_json(file)
+  kind = config.get('peft_type', 'LORA')
+  if kind != 'LORA':
+    raise ValueError(f"{file}: peft_type={kind!r} is not supported, only 'LORA'")
+  for field, reason in UNUSED.items():
+    if _is_used(config.get(field)):
+      raise ValueError(f'{file}: {field}={config[field]!r} is not supported: {reason}')
+  for field, value in config.items():
+    if field not in KNOWN and _is_used(value):
+      hint = did_you_mean(field, KNOWN)
+      raise ValueError(
+        f'{file}: {field}={value!r} is not known here, so what it changes is not either{hint}'
+      )
+  if config.get('bias', 'none') not in _BIASES:
+    raise ValueError(f'{file}: bias={config["bias"]!r} is none of {", ".join(_BIASES)}')
+  start = config.get('init_lora_weights', True)
+  _check_start(file, start)
+  if config.get('use_dora') and start_of(config) is not None:
+    raise ValueError(f'{file}: use_dora with init_lora_weights={start!r} is not supported')
+  missing = {'r', 'lora_alpha'} - config.keys()
+  if missing:
+    raise ValueError(f'{file} lacks {" and ".join(sorted(missing))}')
+  return config
+
+
+def _is_used(value: Any) -> bool:
+  """Whether the value of a field does not say that the field is unused."""
+  return value not in (None, False, '', [], {})
+
+
+def _check_start(file: pathlib.Path, start: Any) -> None:
+  if isinstance(start, str):
+    start = start.lower()
+  if start in _PLAIN_STARTS or start in DECOMPOSITIONS:
+    return
+  raise ValueError(
+    f'{file}: init_lora_weights={start!r} adapts what is left of matrices once peft has taken '
+    'them apart; have peft convert it to plain LoRA (path_initial_model_for_weight_conversion)'
+  )
+
+
+def start_of(config: Mapping) -> str | None:
+  """How peft took the matrices apart before training, one of DECOMPOSITIONS; None if it did not."""
+  start = str(config.get('init_lora_weights')).lower()
+  return start if start in DECOMPOSITIONS else None
+
+
+def rank_of(config: Mapping, module: str) -> int:
+  """The rank that a config has for a module."""
+  return _of(config.get('rank_pattern'), module, config['r'])
+
+
+def alpha_of(config: Mapping, module: str) -> float:
+  """The alpha that a config has for a module."""
+  return _of(config.get('alpha_pattern'), module, config['lora_alpha'])
+
+
+def scaled(rank: int, alpha: float, rslora: bool) -> float:
+  """s of w + s a b."""
+  if rslora:
+    return alpha / rank**0.5
+  return alpha / rank
+
+
+def _of(pattern: Mapping | None, module: str, default):
+  """The entry of a rank_pattern or alpha_pattern for a module.
+
+  Its keys are ends of names, or regexes of them.
+  """
+  for key, value in (pattern or {}).items():
+    if re.fullmatch(rf'(?:.*\.)?(?:{key})', module):
+      return value
+  return default
