@@ -98,7 +98,7 @@ class _Content:
   Attributes:
     tensors: {name in the file: array}.
     adapted: {module: (rank, alpha)}.
-    whole: {module: {path of an array: {layer: array}}} of modules that are trained whole.
+    whole: modules that are trained whole.
     biases: whether biases are trained of modules that are not.
     tied: whether a table changes that is the head as well.
   """
@@ -114,17 +114,13 @@ def _content(
   arrays: Arrays, theta: Mapping, alpha: float | None, rslora: bool, tuned: Tuned | None
 ) -> _Content:
   """What theta is in a folder."""
+  _check_places(arrays, theta)
   _check_kind(theta)
   _check_scales(theta, alpha, tuned)
   content = _Content()
   trained: dict[str, tuple[Sequence[str], list[np.ndarray]]] = {}  # {path: (keys, layers)}
   for name, path, array, values in _entries(theta):
     where = f'{path}/{array}'
-    if where not in arrays.places:
-      raise ValueError(
-        f'theta has {name!r} at {path or "the model"!r}, and no array {array!r} of the pretrained '
-        'files is there: an adapter folder holds whole modules; of a generated method, give tuned='
-      )
     if where == arrays.unread_table:
       raise ValueError(
         f'theta has {name!r} at {path!r}: in transformers no layer of T5 reads the module of this '
@@ -140,6 +136,16 @@ def _content(
     _add_factors(content, arrays, where, values, keys, scale, rslora)
   _add_trained(content, arrays, trained)
   return content
+
+
+def _check_places(arrays: Arrays, theta: Mapping) -> None:
+  """Raises a ValueError if theta is of other things than arrays of the backbone."""
+  for name, path, array, _ in _entries(theta):
+    if f'{path}/{array}' not in arrays.places:
+      raise ValueError(
+        f'theta has {name!r} at {path or "the model"!r}, and no array {array!r} of the pretrained '
+        'files is there: an adapter folder holds whole modules; of a generated method, give tuned='
+      )
 
 
 def _check_kind(theta: Mapping) -> None:

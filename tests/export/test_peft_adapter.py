@@ -80,19 +80,18 @@ def test_what_peft_wrote_computes_what_it_computed(case, scan, folder, bert):
 
 @pytest.mark.parametrize('case', CASES)
 def test_what_is_written_is_what_peft_wrote(case, folder, bert, tmp_path):
-  loaded, _ = bert(scan=case == 'bert_dora')
-  _, theta = jpeft.load_adapter(folder(case), loaded)
+  loaded, args = bert(scan=case == 'bert_dora')
+  tuned, theta = attached(loaded, args, folder(case))
   told = CASES[case]
-  if case == 'bert_lora':  # two rules of two alphas; the writer takes one
-    theta = {'lora': theta['lora']}
   jpeft.save_adapter(
-    tmp_path / 'out', loaded, theta, told['lora_alpha'], told.get('use_rslora', False), 'tiny'
+    tmp_path / 'out',
+    loaded,
+    theta,
+    rslora=told.get('use_rslora', False),
+    base='tiny',
+    tuned=tuned,
   )
-  want = {
-    key: x
-    for key, x in of_peft(case).items()
-    if '.base_layer.' not in key and not (case == 'bert_lora' and '.value.' in key)
-  }
+  want = {key: x for key, x in of_peft(case).items() if '.base_layer.' not in key}
   found = load_file(tmp_path / 'out' / 'adapter_model.safetensors')
   assert found.keys() == want.keys()
   jax.tree.map(np.testing.assert_array_equal, found, want)
@@ -103,6 +102,10 @@ def test_what_is_written_is_what_peft_wrote(case, folder, bert, tmp_path):
     'tiny',
     None,
   ]
+  if case == 'bert_lora':
+    values = [f'bert.encoder.layer.{i}.attention.self.value' for i in range(2)]
+    assert config['rank_pattern'] == dict.fromkeys(values, 2)
+    assert config['alpha_pattern'] == dict.fromkeys(values, 6)
   again = jpeft.load_adapter(tmp_path / 'out', loaded)[1]
   jax.tree.map(np.testing.assert_array_equal, again, theta)
 
@@ -171,6 +174,41 @@ def test_an_adapter_goes_on_a_backbone_in_4_bits(folder, bert):
   )
 
 
+# Fields that change what peft computes, with a value that peft's own classes write.
+REFUSED = {
+  'alora_invocation_tokens': [5, 6],
+  'use_qalora': True,
+  'init_lora_weights': 'lora_ga',
+  'arrow_config': {'top_k': 3, 'router_temperature': 1.0},
+  'use_bdlora': {'target_modules_bd_a': ['query'], 'nblocks': 2},
+  'layer_replication': [[0, 2], [1, 2]],
+  'trainable_token_indices': [3],
+  'monteclora_config': {'num_samples': 8},
+  'kasa_config': {'beta': 1e-4},
+  'target_parameters': ['experts.weight'],
+  'megatron_config': {'tp': 2},
+  'fan_in_fan_out': True,
+  'use_what_comes_next': True,
+}
+
+
+@pytest.mark.parametrize('field', REFUSED)
+def test_fields_that_are_not_understood_are_refused_by_name(field, folder, bert):
+  with pytest.raises(ValueError, match=f'adapter_config.json: {field}='):
+    jpeft.load_adapter(folder('bert_lora', **{field: REFUSED[field]}), bert()[0])
+
+
+def test_fields_without_effect_and_unused_ones_pass(folder, bert):
+  unused = {
+    'use_what_comes_next': False,
+    'arrow_config': None,
+    'loftq_config': {},
+    'lora_dropout': 0.3,
+  }
+  _, theta = jpeft.load_adapter(folder('bert_lora', peft_version='9', **unused), bert()[0])
+  assert set(theta) == {'lora', 'lora_r2_alpha6'}
+
+
 KEY = 'base_model.model.bert.encoder.layer.0.attention.self.query.lora_B.weight'
 
 
@@ -178,7 +216,7 @@ KEY = 'base_model.model.bert.encoder.layer.0.attention.self.query.lora_B.weight'
   ('change', 'config', 'message'),
   [
     ({}, {'peft_type': 'IA3'}, "peft_type='IA3' is not supported, only 'LORA'"),
-    ({}, {'bias': 'all'}, "bias='all' is not supported"),
+    ({}, {'bias': 'some'}, "bias='some' is none of none, all, lora_only"),
     ({}, {'init_lora_weights': 'pissa_niter_4'}, 'have peft convert it to plain LoRA'),
     ({}, {'r': None}, 'adapter_config.json lacks r'),
     ({KEY: None}, {}, "'encoder/block_0/attention/query/kernel' lacks b"),
@@ -248,7 +286,8 @@ def test_damaged_and_missing_files_are_told(folder, bert):
     (jpeft.ssf('{q}'), 'an adapter folder'),
     (jpeft.bitfit(), 'neither LoRA nor DoRA'),
     (jpeft.chain(jpeft.lora(2), jpeft.dora(2, name='d')), 'both LoRA and DoRA'),
-    (jpeft.chain(jpeft.lora(2), jpeft.tune('{head}', 'bias')), 'only a part of'),
+    (jpeft.chain(jpeft.lora(2), jpeft.tune('{head}', 'kernel')), 'only a part of'),
+    (jpeft.chain(jpeft.lora(2), jpeft.tune('{q}', 'kernel')), 'trains .* and adapts it'),
   ],
 )
 def test_what_such_folders_cannot_hold_is_told(method, message, bert, tmp_path):
@@ -291,3 +330,295 @@ def test_a_part_of_a_layer_is_told(bert, tmp_path):
   theta = tuned.init(jax.random.key(0), loaded.variables)
   with pytest.raises(ValueError, match="at '.*query:q', and no array .* whole modules"):
     jpeft.save_adapter(tmp_path / 'out', loaded, theta, 8)
+
+
+# ---- Several rules, and what the folder says beside what they compute.
+
+
+def trained_like(loaded, method, args):
+  tuned = jpeft.attach(loaded.model, method, loaded.variables, *args)
+  return tuned, fixtures.noisy(tuned.init(jax.random.key(0), loaded.variables))
+
+
+def check_written(tuned, theta, loaded, args, folder, **options):
+  """Writes a folder, puts it on again, and compares the outputs; the theta that was read."""
+  jpeft.save_adapter(folder, loaded, theta, tuned=tuned, **options)
+  again, kept = attached(loaded, args, folder)
+  np.testing.assert_allclose(
+    again.apply(kept, loaded.variables, *args),
+    tuned.apply(theta, loaded.variables, *args),
+    atol=5e-6,
+  )
+  return kept
+
+
+@pytest.mark.parametrize('scan', [False, True])
+def test_adapters_of_other_alphas_at_other_sites_are_written_by_patterns(scan, bert, tmp_path):
+  loaded, args = bert(scan=scan)
+  method = jpeft.chain(
+    jpeft.lora(2, 4, '{q}'),
+    jpeft.lora(2, 1, '{v}', name='weak'),
+    jpeft.lora(3, 7, '{fc1}', rslora=True, name='root'),
+  )
+  tuned, theta = trained_like(loaded, method, args)
+  check_written(tuned, theta, loaded, args, tmp_path)
+  config = json.loads((tmp_path / 'adapter_config.json').read_text())
+  layer = 'bert.encoder.layer.1.'
+  assert config['rank_pattern'][f'{layer}intermediate.dense'] == 3
+  # 7 / sqrt(3) is what 7 sqrt(3) / 3 is.
+  np.testing.assert_allclose(
+    config['alpha_pattern'][f'{layer}intermediate.dense'], 7 * 3**0.5, rtol=1e-5
+  )
+  assert {config['lora_alpha'], config['alpha_pattern'][f'{layer}attention.self.value']} == {4, 1}
+
+
+def test_dora_tells_its_scale_too(bert, tmp_path):
+  loaded, args = bert()
+  method = jpeft.chain(jpeft.dora(2, 4, '{q}'), jpeft.dora(3, 1, '{v}|embed/word', name='weak'))
+  check_written(*trained_like(loaded, method, args), loaded, args, tmp_path)
+
+
+@pytest.mark.parametrize('init', ['pissa', 'olora'])
+def test_a_start_from_the_matrix_tells_its_scale_too(init, bert, tmp_path):
+  loaded, args = bert(scan=True)
+  tuned, theta = trained_like(loaded, jpeft.lora(2, 5, '{q}', init=init), args)
+  check_written(tuned, theta, loaded, args, tmp_path)
+
+
+def test_two_adapters_at_one_site_are_told(bert, tmp_path):
+  loaded, args = bert()
+  method = jpeft.chain(jpeft.lora(2, 4), jpeft.lora(2, 8, name='other'))
+  tuned, theta = trained_like(loaded, method, args)
+  with pytest.raises(ValueError, match='two adapters at .*query/kernel.*concat'):
+    jpeft.save_adapter(tmp_path, loaded, theta, tuned=tuned)
+
+
+def test_an_alpha_that_is_not_the_methods_is_told(bert, tmp_path):
+  loaded, args = bert()
+  tuned, theta = trained_like(loaded, jpeft.lora(2, 4), args)
+  with pytest.raises(ValueError, match=r"alpha=8 with .* by 4, and 'lora' at .* by 2: leave alpha"):
+    jpeft.save_adapter(tmp_path, loaded, theta, 8, tuned=tuned)
+  with pytest.raises(ValueError, match='give tuned=.* or alpha='):
+    jpeft.save_adapter(tmp_path, loaded, theta)
+  both = {**theta, 'other': theta['lora']}
+  with pytest.raises(ValueError, match=r'several adapters \(lora, other\).*give tuned='):
+    jpeft.save_adapter(tmp_path, loaded, both, 4)
+
+
+def test_a_rule_that_computes_something_else_is_told(bert, tmp_path):
+  loaded, args = bert()
+
+  def init(key, w):
+    return {'a': jax.random.normal(key, (w.shape[0], 2)), 'b': np.ones((2, w.shape[1]), 'f')}
+
+  def weight(t, w):
+    return w * (1 + t['a'] @ t['b'])
+
+  tuned, theta = trained_like(loaded, jpeft.at('{q}', jpeft.matrix('gain', init, weight)), args)
+  with pytest.raises(ValueError, match="computes something else than 'gain' at .*query"):
+    jpeft.save_adapter(tmp_path, loaded, theta, tuned=tuned)
+  assert not list(tmp_path.iterdir())
+
+
+# ---- Layers of a scanned stack.
+
+
+@pytest.mark.parametrize('case', ['bert_lora', 'bert_rslora'])
+@pytest.mark.parametrize('scan', [False, True])
+def test_layers_may_differ_in_alpha_and_rank(scan, case, folder, bert):
+  """The same outputs by arithmetic on the factors: a b is scaled by alpha / r of its own layer."""
+  loaded, args = bert(scan=scan)
+  tensors = dict(of_peft(case))
+  wider = {}
+  for key, x in tensors.items():
+    if '.layer.1.' in key and '.query.' in key:
+      axis = 0 if 'lora_A' in key else 1
+      wider[key] = np.concatenate([x, x], axis)
+  plain = {'alpha_pattern': {}, 'rank_pattern': CASES[case].get('rank_pattern', {})}
+  r, alpha = CASES[case]['r'], CASES[case]['lora_alpha']
+  # a b of a factor that is there twice is 2 a b.
+  power = 0.5 if CASES[case].get('use_rslora') else 1
+  uneven = {
+    'rank_pattern': {**plain['rank_pattern'], 'layer.1.attention.self.query': 2 * r},
+    'alpha_pattern': {
+      'layer.1.attention.self.query': alpha * 2**power * -0.25,
+      'layer.0.attention.self.query': alpha * 3,
+    },
+  }
+  if case == 'bert_lora':
+    uneven['alpha_pattern']['value'] = plain['alpha_pattern']['value'] = 6
+  tuned, theta = attached(loaded, args, folder(case, {**tensors, **wider}, **uneven))
+  got = tuned.apply(theta, loaded.variables, *args)
+
+  for key in tensors:
+    if '.query.lora_B' in key:
+      tensors[key] = tensors[key] * (3.0 if '.layer.0.' in key else -0.5)
+  flat, _ = bert()
+  tuned, theta = attached(flat, args, folder(case, tensors, **plain))
+  np.testing.assert_allclose(got, tuned.apply(theta, flat.variables, *args), atol=5e-6)
+
+
+@pytest.mark.parametrize('alpha', [0, -3])
+def test_an_alpha_that_peft_allows_is_served(alpha, folder, bert):
+  loaded, args = bert()
+  tensors = dict(of_peft('bert_rslora'))
+  tuned, theta = attached(loaded, args, folder('bert_rslora', tensors, lora_alpha=alpha))
+  got = tuned.apply(theta, loaded.variables, *args)
+  for key, x in tensors.items():
+    if 'lora_B' in key:
+      tensors[key] = x * (alpha / 5)
+  tuned, theta = attached(loaded, args, folder('bert_rslora', tensors, lora_alpha=5))
+  np.testing.assert_allclose(got, tuned.apply(theta, loaded.variables, *args), atol=5e-6)
+
+
+def test_two_folders_are_chained_by_their_names(folder, bert):
+  loaded, args = bert()
+  one, first = jpeft.load_adapter(folder('bert_lora'), loaded)
+  head = {'base_model.model.classifier.weight': np.ones((3, 16), 'f')}
+  head['base_model.model.classifier.bias'] = np.ones(3, 'f')
+  made = folder('bert_dora', {**of_peft('bert_dora'), **head})
+  other, second = jpeft.load_adapter(made, loaded, name='de')
+  assert set(second) == {'de', 'de_modules'}
+  both = jpeft.chain(one, other)
+  tuned = jpeft.attach(loaded.model, both, loaded.variables, *args)
+  theta = {**first, **second}
+  assert jax.tree.map(np.shape, theta) == jax.tree.map(np.shape, tuned.shapes)
+
+
+# ---- Biases.
+
+
+@pytest.mark.parametrize('scan', [False, True])
+def test_biases_are_read_and_written(scan, bert, tmp_path):
+  loaded, args = bert(scan=scan)
+  method = jpeft.chain(jpeft.lora(2, 4, '{q}'), jpeft.bitfit())
+  tuned, theta = trained_like(loaded, method, args)
+  kept = check_written(tuned, theta, loaded, args, tmp_path)
+  assert set(kept) == {'lora', 'bias'}
+  assert json.loads((tmp_path / 'adapter_config.json').read_text())['bias'] == 'all'
+  names = load_file(tmp_path / 'adapter_model.safetensors')
+  layer = 'base_model.model.bert.encoder.layer.1.'
+  assert {f'{layer}attention.self.query.base_layer.bias', f'{layer}output.LayerNorm.bias'} <= {
+    *names
+  }
+
+
+def test_a_bias_of_b_is_added_to_that_of_the_layer(folder, bert):
+  loaded, args = bert()
+  key = KEY.replace('weight', 'bias')
+  added = np.linspace(-1, 1, 16, dtype='f')
+  tuned, theta = attached(
+    loaded, args, folder('bert_lora', {**of_peft('bert_lora'), key: added}, lora_bias=True)
+  )
+  query = loaded.variables['params']['encoder']['block_0']['attention']['query']
+  np.testing.assert_allclose(
+    theta['bias']['encoder/block_0/attention/query']['bias'], query['bias'] + 2 * added, rtol=1e-6
+  )
+
+
+# ---- Names.
+
+
+VIT = {
+  'model_type': 'vit',
+  'hidden_size': 16,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 2,
+  'intermediate_size': 24,
+  'image_size': 8,
+  'patch_size': 4,
+}
+
+
+@pytest.mark.parametrize('kind', ['vit', 'deit', 'dinov2'])
+def test_both_namings_are_read_and_the_one_asked_for_is_written(kind, tmp_path):
+  config = {**VIT, 'model_type': kind}
+  model = jpeft.models.from_config(config, num_classes=3)
+  images = fixtures_images()
+  variables = model.init(jax.random.key(0), images)
+  loaded = jpeft.models.Pretrained(model, variables, config, kind, None, None, {})
+  method = jpeft.lora(2, 4, '{linear}')
+  tuned, theta = trained_like(loaded, method, (images,))
+  for names in ('transformers>=5', 'transformers<5'):
+    jpeft.save_adapter(tmp_path / names, loaded, theta, tuned=tuned, names=names)
+    again = jpeft.load_adapter(tmp_path / names, loaded)[1]
+    jax.tree.map(np.testing.assert_array_equal, again, theta)
+  new = json.loads((tmp_path / 'transformers>=5/adapter_config.json').read_text())
+  old = json.loads((tmp_path / 'transformers<5/adapter_config.json').read_text())
+  stack = f'{kind}.encoder.layer.1' if kind == 'dinov2' else f'{kind}.layers.1'
+  for end in ('attention.q_proj', 'attention.o_proj', 'mlp.fc1', 'mlp.fc2'):
+    assert f'{stack}.{end}' in new['target_modules']
+  assert f'{kind}.encoder.layer.1.attention.attention.query' in old['target_modules']
+  with pytest.raises(ValueError, match="names='5' is none of 'transformers>=5'"):
+    jpeft.save_adapter(tmp_path, loaded, theta, tuned=tuned, names='5')
+
+
+def fixtures_images():
+  return np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype('float32')
+
+
+# ---- Heads that are tables.
+
+
+@pytest.mark.parametrize('tied', [False, True])
+def test_a_table_that_is_the_head_is_written_as_both(tied, tmp_path):
+  loaded = jpeft.load('tests/models/golden/qwen3')
+  if not tied:
+    loaded = jpeft.models.untied(loaded)
+  tokens = np.arange(3, 13)[None]
+  tuned, theta = trained_like(loaded, jpeft.lora(2, 4, 'embed|{q}'), (tokens,))
+  check_written(tuned, theta, loaded, (tokens,), tmp_path)
+  names = load_file(tmp_path / 'adapter_model.safetensors')
+  assert ('base_model.model.lm_head.lora_A.weight' in names) == tied
+  config = json.loads((tmp_path / 'adapter_config.json').read_text())
+  assert config['ensure_weight_tying'] == tied
+
+
+def test_what_would_part_a_table_from_its_head_is_told(tmp_path):
+  loaded = jpeft.load('tests/models/golden/qwen3')
+  tokens = np.arange(3, 13)[None]
+  tuned, theta = trained_like(loaded, jpeft.dora(2, 4, 'embed'), (tokens,))
+  with pytest.raises(ValueError, match='DoRA of .embed/embedding., which is the head'):
+    jpeft.save_adapter(tmp_path, loaded, theta, tuned=tuned)
+  tuned, theta = trained_like(loaded, jpeft.lora(2, 4, 'embed'), (tokens,))
+  jpeft.save_adapter(tmp_path, loaded, theta, tuned=tuned)
+  file = tmp_path / 'adapter_model.safetensors'
+  save_file({k: x for k, x in load_file(file).items() if 'lm_head' not in k}, file)
+  jpeft.load_adapter(tmp_path, loaded)
+  told = tmp_path / 'adapter_config.json'
+  told.write_text(told.read_text().replace('tying": true', 'tying": false'))
+  with pytest.raises(ValueError, match='peft changes the table alone .*untied'):
+    jpeft.load_adapter(tmp_path, loaded)
+  jpeft.load_adapter(tmp_path, jpeft.models.untied(loaded))
+
+
+def test_the_table_of_t5_is_told(tmp_path):
+  loaded = jpeft.load('tests/models/golden/t5')
+  tokens = np.arange(3, 13)[None]
+  tuned, theta = trained_like(loaded, jpeft.lora(2, 4, 'embed'), (tokens, tokens))
+  with pytest.raises(ValueError, match='no layer of T5 reads the module of this table'):
+    jpeft.save_adapter(tmp_path, loaded, theta, tuned=tuned)
+
+
+def test_a_table_of_another_backbone_is_told(folder, bert):
+  key = 'base_model.model.bert.embeddings.word_embeddings.base_layer.weight'
+  tensors = of_peft('bert_word')
+  found = [name for name in tensors if '.base_layer.' in name]
+  changed = {**tensors, key: np.ones((24, 16), 'f')}
+  assert found in ([], [key])
+  with pytest.raises(ValueError, match='is not what this backbone has there'):
+    jpeft.load_adapter(folder('bert_word', changed), bert()[0])
+
+
+def test_a_classifier_of_roberta_is_one_module(tmp_path):
+  loaded = jpeft.load('tests/models/golden/roberta')
+  tokens = np.arange(3, 13)[None]
+  method = jpeft.chain(jpeft.lora(2, 4), jpeft.tune('head'))
+  tuned, theta = trained_like(loaded, method, (tokens,))
+  check_written(tuned, theta, loaded, (tokens,), tmp_path)
+  config = json.loads((tmp_path / 'adapter_config.json').read_text())
+  assert config['modules_to_save'] == ['classifier'] and config['task_type'] == 'SEQ_CLS'
+  names = load_file(tmp_path / 'adapter_model.safetensors')
+  assert {'dense.weight', 'dense.bias', 'out_proj.weight', 'out_proj.bias'} == {
+    name.partition('.classifier.')[2] for name in names if '.classifier.' in name
+  }

@@ -1,0 +1,214 @@
+"""Live against peft: its folders compute here what they compute there, and ours there."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import jpeft
+from jpeft import models
+from jpeft.export.peft_config import KNOWN
+from tests.fixtures import noisy
+from tests.models.goldens import CAUSAL, GOLDEN, close, golden
+
+torch = pytest.importorskip('torch')
+transformers = pytest.importorskip('transformers')
+peft = pytest.importorskip('peft')
+pytestmark = [
+  pytest.mark.parity,
+  pytest.mark.filterwarnings('ignore'),  # of peft, which calls what transformers will rename
+]
+THEIRS = {
+  'images': 'pixel_values',
+  'tokens': 'input_ids',
+  'mask': 'attention_mask',
+  'types': 'token_type_ids',
+  'decoder_tokens': 'decoder_input_ids',
+}
+MODELS = ('bert', 'roberta', 'vit', 'dinov2', 't5', 'llama', 'qwen2')
+# {model: (modules of which one is adapted, a head or a norm that is saved whole)}
+PARTS = {
+  'bert': ('query', 'classifier'),
+  'roberta': ('query', 'classifier'),
+  'vit': ('q_proj', 'classifier'),
+  'dinov2': ('q_proj', 'classifier'),
+  't5': ('q', 'final_layer_norm'),
+  'llama': ('q_proj', 'lm_head'),
+  'qwen2': ('q_proj', 'norm'),
+}
+KINDS = {
+  'lora': {},
+  'rslora': {'use_rslora': True, 'init_lora_weights': 'gaussian'},
+  'dora': {'use_dora': True},
+  'patterns': {'rank_pattern': {'{q}': 3}, 'alpha_pattern': {r'.*1.*{q}': 9, r'.*0.*{q}': -2}},
+  'pissa': {'init_lora_weights': 'pissa'},
+  'olora': {'init_lora_weights': 'olora'},
+  'bias_all': {'bias': 'all'},
+  'bias_lora_only': {'bias': 'lora_only'},
+  'modules': {'modules_to_save': ['{saved}']},
+}
+
+
+def base_of(name):
+  kind = json.loads((GOLDEN / name / 'config.json').read_text())['architectures'][0]
+  return getattr(transformers, kind).from_pretrained(GOLDEN / name).eval()
+
+
+def their(model, name):
+  """What a torch model gives on the inputs of a golden; zero where a decoder promises nothing."""
+  inputs, _ = golden(name)
+  tensor = lambda x: torch.tensor(x.transpose(0, 3, 1, 2) if x.ndim == 4 else x.astype('int64'))
+  with torch.no_grad():
+    out = model.eval()(**{THEIRS[k]: tensor(v) for k, v in inputs.items()}).logits.numpy()
+  return out * inputs['mask'][..., None] if name in CAUSAL else out
+
+
+def ours(loaded, tuned, theta, name):
+  inputs, _ = golden(name)
+  out = np.asarray(jax.jit(tuned.apply)(theta, loaded.variables, **inputs))
+  return out * inputs['mask'][..., None] if name in CAUSAL else out
+
+
+def trained(name, folder, **config):
+  """Makes a folder by peft, with all that is trained moved; returns what it gives, opened again.
+
+  The file has the patterns sorted, so that another one may come first than in training.
+  """
+  torch.manual_seed(0)
+  given = {'r': 2, 'lora_alpha': 4, 'target_modules': 'all-linear', **config}
+  model = peft.get_peft_model(base_of(name), peft.LoraConfig(**given))
+  with torch.no_grad():
+    for parameter in model.parameters():
+      if parameter.requires_grad:
+        parameter += 0.05 * torch.randn_like(parameter)
+  model.save_pretrained(folder)
+  return reopened(name, folder)
+
+
+def put_on(loaded, folder, name, **options):
+  inputs, _ = golden(name)
+  method, theta = jpeft.load_adapter(folder, loaded, **options)
+  tuned = jpeft.attach(loaded.model, method, loaded.variables, **inputs)
+  assert jax.tree.map(np.shape, theta) == jax.tree.map(np.shape, tuned.shapes)
+  return tuned, theta
+
+
+def reopened(name, folder):
+  return their(peft.PeftModel.from_pretrained(base_of(name), folder), name)
+
+
+def filled(kind, name):
+  """The fields of a kind with the names of a model in them."""
+  adapted, saved = PARTS[name]
+  text = json.dumps(KINDS[kind]).replace('{q}', adapted).replace('{saved}', saved)
+  return json.loads(text)
+
+
+@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('kind', KINDS)
+def test_folders_compute_the_same_both_ways(kind, name, tmp_path):
+  want = trained(name, tmp_path / 'peft', **filled(kind, name))
+  loaded = models.load(GOLDEN / name, scan=kind in ('patterns', 'dora'))
+  tuned, theta = put_on(loaded, tmp_path / 'peft', name)
+  close(ours(loaded, tuned, theta, name), want, 1e-5)
+  jpeft.save_adapter(tmp_path / 'ours', loaded, theta, tuned=tuned)
+  # peft takes matrices apart in float32 itself; the folder written here is plain LoRA.
+  close(reopened(name, tmp_path / 'ours'), want, 1e-5 if kind in ('pissa', 'olora') else 2e-6)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_chained_adapters_of_other_alphas_compute_the_same_there(name, tmp_path):
+  inputs, _ = golden(name)
+  loaded = models.load(GOLDEN / name, scan=True)
+  parts = [jpeft.lora(2, 4, '{q}'), jpeft.lora(3, 1, '{v}|{o}', rslora=True, name='other')]
+  if name not in ('t5', 'llama', 'qwen2'):
+    parts.append(jpeft.tune('{head}'))
+  method = jpeft.chain(*parts)
+  tuned = jpeft.attach(loaded.model, method, loaded.variables, **inputs)
+  theta = noisy(tuned.init(jax.random.key(0), loaded.variables))
+  jpeft.save_adapter(tmp_path, loaded, theta, tuned=tuned)
+  want = ours(loaded, tuned, theta, name)
+  close(reopened(name, tmp_path), want, 1e-5)
+  again, kept = put_on(loaded, tmp_path, name)
+  close(ours(loaded, again, kept, name), want, 2e-6)
+
+
+@pytest.mark.parametrize('name', ('qwen2', 'qwen3'))
+@pytest.mark.parametrize(
+  'config',
+  (
+    {'target_modules': ['embed_tokens', 'q_proj'], 'rank_pattern': {'q_proj': 3}},
+    {'target_modules': ['lm_head']},
+    {'target_modules': ['q_proj'], 'modules_to_save': ['embed_tokens']},
+  ),
+)
+def test_tables_that_are_the_head_stay_so(config, name, tmp_path):
+  want = trained(name, tmp_path / 'peft', ensure_weight_tying=True, **config)
+  loaded = models.load(GOLDEN / name)
+  tuned, theta = put_on(loaded, tmp_path / 'peft', name)
+  close(ours(loaded, tuned, theta, name), want, 1e-5)
+  jpeft.save_adapter(tmp_path / 'ours', loaded, theta, tuned=tuned)
+  close(reopened(name, tmp_path / 'ours'), want, 2e-6)
+
+
+@pytest.mark.parametrize(
+  'config',
+  (
+    {'target_modules': ['embed_tokens']},
+    {'target_modules': ['embed_tokens'], 'use_dora': True},
+    {'target_modules': ['lm_head']},
+    {'target_modules': ['embed_tokens', 'lm_head']},
+    {'target_modules': ['q_proj'], 'modules_to_save': ['embed_tokens']},
+    {'target_modules': ['q_proj'], 'modules_to_save': ['embed_tokens', 'lm_head']},
+    {'target_modules': ['embed_tokens'], 'use_dora': True, 'ensure_weight_tying': True},
+  ),
+)
+def test_tables_that_part_from_the_head_need_a_head_of_its_own(config, tmp_path):
+  want = trained('qwen3', tmp_path / 'peft', **config)
+  loaded = models.load(GOLDEN / 'qwen3')
+  with pytest.raises(ValueError, match='the head of this backbone is its word table, .*untied'):
+    jpeft.load_adapter(tmp_path / 'peft', loaded)
+  loaded = models.untied(loaded)
+  tuned, theta = put_on(loaded, tmp_path / 'peft', 'qwen3')
+  close(ours(loaded, tuned, theta, 'qwen3'), want, 1e-5)
+  jpeft.save_adapter(tmp_path / 'ours', loaded, theta, tuned=tuned)
+  close(reopened('qwen3', tmp_path / 'ours'), want, 2e-6)
+
+
+def test_a_table_that_t5_does_not_read_is_told(tmp_path):
+  loaded = models.load(GOLDEN / 't5')
+  trained('t5', tmp_path, target_modules=['shared'])
+  with pytest.raises(ValueError, match="'shared' of T5 is read by no layer"):
+    jpeft.load_adapter(tmp_path, loaded)
+
+
+@pytest.mark.parametrize('name', ('bert', 'roberta'))
+@pytest.mark.parametrize('targets', ('{head}', '{head}|pooler'))
+@pytest.mark.parametrize('adapted', ('{q}', '{linear}'))
+def test_classifiers_open_in_peft(adapted, targets, name, tmp_path):
+  inputs, _ = golden(name)
+  loaded = models.load(GOLDEN / name)
+  method = jpeft.chain(jpeft.lora(2, 4, adapted), jpeft.tune(targets))
+  if adapted == '{linear}':
+    method = jpeft.chain(jpeft.lora(2, 4, r'(?!head|pooler){linear}'), jpeft.tune(targets))
+  tuned = jpeft.attach(loaded.model, method, loaded.variables, **inputs)
+  theta = noisy(tuned.init(jax.random.key(0), loaded.variables))
+  jpeft.save_adapter(tmp_path, loaded, theta, tuned=tuned)
+  assert json.loads((tmp_path / 'adapter_config.json').read_text())['task_type'] == 'SEQ_CLS'
+  close(reopened(name, tmp_path), ours(loaded, tuned, theta, name), 1e-5)
+
+
+def test_a_pooler_that_is_adapted_beside_a_trained_head_opens_in_peft(tmp_path):
+  inputs, _ = golden('roberta')
+  loaded = models.load(GOLDEN / 'roberta')
+  method = jpeft.chain(jpeft.lora(2, 4, 'pooler|{q}'), jpeft.tune('head'))
+  tuned = jpeft.attach(loaded.model, method, loaded.variables, **inputs)
+  theta = noisy(tuned.init(jax.random.key(0), loaded.variables))
+  jpeft.save_adapter(tmp_path, loaded, theta, tuned=tuned)
+  close(reopened('roberta', tmp_path), ours(loaded, tuned, theta, 'roberta'), 1e-5)
+
+
+def test_the_fields_of_peft_are_known():
+  fields = set(peft.LoraConfig().to_dict()) | {'runtime_config'}
+  assert fields - set(KNOWN) == set()
