@@ -126,8 +126,8 @@ def _content(
         f'theta has {name!r} at {path!r}: in transformers no layer of T5 reads the module of this '
         'table, so that peft cannot adapt it'
       )
-    place, keys = arrays.places[where]
-    keys = _chosen(keys, name, path, tuned)
+    place, every = arrays.places[where]
+    keys = _chosen(every, name, path, tuned)
     _check_layers(values, place.stacked, keys, path)
     if not isinstance(values, Mapping):
       trained[where] = keys, layers_of(values, place)
@@ -215,12 +215,12 @@ def _asked(rule: Weight, site: Site, array: str, values: Mapping) -> float:
   rng = np.random.default_rng(0)
   rank = np.shape(values['a'])[-1]
   w, a, b = (rng.standard_normal(shape) for shape in ((16, 16), (16, rank), (rank, 16)))
-  t = {'a': a, 'b': b}
+  parts = {'a': a, 'b': b}
   if 'm' in values:
-    t['m'] = np.ones(16)
+    parts['m'] = np.ones(16)
   if 'a0' in values:
-    t |= {'a0': np.zeros_like(a), 'b0': np.zeros_like(b)}
-  t = {part: jnp.asarray(x, jnp.float32) for part, x in t.items()}
+    parts |= {'a0': np.zeros_like(a), 'b0': np.zeros_like(b)}
+  t = {part: jnp.asarray(x, jnp.float32) for part, x in parts.items()}
   new = np.asarray(on_matrix(rule, site, array, t, jnp.asarray(w, jnp.float32)), np.float64)
   product = a @ b
   if 'm' in values:
@@ -425,12 +425,12 @@ def load_adapter(
     site, _, array = where.rpartition('/')
     rules.setdefault(pair, {}).setdefault(site, {})[array] = values
   pairs = list(rules)
-  for where, values in _whole(found, arrays).items():
+  for where, whole in _whole(found, arrays).items():
     site, _, array = where.rpartition('/')
     kind = 'modules'
     if not all(f'{site}/{other}' in found.whole for other in arrays.owned(where)):
       kind = array
-    rules.setdefault(kind, {}).setdefault(site, {})[array] = values
+    rules.setdefault(kind, {}).setdefault(site, {})[array] = whole
   titles = {kind: _title(kind, name, pairs) for kind in rules}
   method = _method(rules, titles, config)
   theta = {titles[kind]: sites for kind, sites in rules.items()}
@@ -521,7 +521,7 @@ def _title(kind: Any, name: str, pairs: Sequence) -> str:
 
 def _check_read(found: Folder, arrays: Arrays, method: Method, theta: Mapping) -> None:
   """Raises a ValueError unless the rules that were made compute what the folder says."""
-  rules = {rule.name: rule for _, rule in method}
+  rules = {rule.name: rule for _, rule in method if isinstance(rule, Weight)}
   for name, path, array, values in _entries(theta):
     if not isinstance(values, Mapping):
       continue
