@@ -1,4 +1,4 @@
-"""LoRA and DoRA in the adapter folders of Hugging Face's peft.
+"""LoRA, DoRA, (IA)^3 and norms in the adapter folders of Hugging Face's peft.
 
 Such a folder holds adapter_config.json and adapter_model.safetensors.
 
@@ -15,13 +15,16 @@ import sys
 from jpeft import cli, training
 from jpeft.export import CONFIG, FILE, save_adapter
 
+# Methods that such folders hold beside those with an alpha.
+WITHOUT_ALPHA = ('ia3', 'norm')
+
 
 def main(argv: list[str]) -> int:
   flags = cli.run_parser('jpeft.adapter', __doc__, out=True).parse_args(argv)
   with cli.inputs_checked():
     config, _ = training.describe(flags.run)
     values = training.hyperparameters(config)
-    if 'alpha' not in values:
+    if 'alpha' not in values and config.method.name not in WITHOUT_ALPHA:
       raise ValueError(
         f'{config.method.name} is neither LoRA nor DoRA; jpeft.merge writes plain weights where it '
         'can'

@@ -1,4 +1,4 @@
-"""LoRA and DoRA in the adapter folders of Hugging Face's peft.
+"""LoRA, DoRA, (IA)^3 and norms in the adapter folders of Hugging Face's peft.
 
 Such a folder has adapter_config.json and adapter_model.safetensors. peft names an array by a module
 of the base model, and keeps the factors of a matrix [out, in] transposed: `lora_A` [r, in] and
@@ -21,16 +21,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpeft.core import Method, Rule, Site, Tuned, Weight, chain
-from jpeft.methods import dora, lora, tune
-from jpeft.models import Pretrained, read_tensors, write_tensors
+from jpeft.methods import dora, ia3, lora, tune
+from jpeft.models import Place, Pretrained, read_tensors, write_tensors
 from jpeft.thetas import on_matrix
 from jpeft.training import write
 
-from .peft_config import CONFIG, read_config, scaled, start_of
+from .peft_config import CONFIG, IA3, LN_TUNING, LORA, read_config, scaled, start_of
 from .peft_folder import (
   FILE,
   HEAD,
+  NORMS,
   PARTS,
+  SCALES,
   TABLE_PARTS,
   Factors,
   Folder,
@@ -40,6 +42,9 @@ from .peft_folder import (
   tied_head,
 )
 from .peft_names import BASE, NEW, Arrays, Fold, joined, layers_of, module_of
+
+# Names of the two forms of (IA)^3 among the rules that are read.
+OUTPUTS, INPUTS = 'outputs', 'inputs'
 
 # ---- Writing.
 
@@ -54,7 +59,9 @@ def save_adapter(
   tuned: Tuned | None = None,
   names: str = NEW,
 ) -> None:
-  """Writes theta of LoRA or DoRA, and of modules trained whole beside it, as peft does.
+  """Writes theta of LoRA, DoRA or (IA)^3, and of modules trained whole beside it, as peft does.
+
+  Norms that are trained without any of them are written as peft's LN_TUNING.
 
   Rules at different sites may differ in rank and scale: the folder says so in rank_pattern and
   alpha_pattern. A start that takes the matrix apart (PiSSA, OLoRA) is written as LoRA of twice the
@@ -97,15 +104,21 @@ class _Content:
 
   Attributes:
     tensors: {name in the file: array}.
-    adapted: {module: (rank, alpha)}.
+    kind: peft_type of the folder.
+    adapted: {module: (rank, alpha)} of LoRA and DoRA.
+    scaled: {module: whether its outputs are scaled} of (IA)^3.
     whole: modules that are trained whole.
+    norms: those of them that are norms, of LN_TUNING.
     biases: whether biases are trained of modules that are not.
     tied: whether a table changes that is the head as well.
   """
 
+  kind: str
   tensors: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  scaled: dict[str, bool] = dataclasses.field(default_factory=dict)
   adapted: dict[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
   whole: set[str] = dataclasses.field(default_factory=set)
+  norms: set[str] = dataclasses.field(default_factory=set)
   biases: bool = False
   tied: bool = False
 
@@ -115,9 +128,8 @@ def _content(
 ) -> _Content:
   """What theta is in a folder."""
   _check_places(arrays, theta)
-  _check_kind(theta)
+  content = _Content(_kind(theta, arrays))
   _check_scales(theta, alpha, tuned)
-  content = _Content()
   trained: dict[str, tuple[Sequence[str], list[np.ndarray]]] = {}  # {path: (keys, layers)}
   for name, path, array, values in _entries(theta):
     where = f'{path}/{array}'
@@ -129,6 +141,10 @@ def _content(
     place, every = arrays.places[where]
     keys = _chosen(every, name, path, tuned)
     _check_layers(values, place.stacked, keys, path)
+    if _is_scales(values, place):
+      outputs = _of_outputs(name, path, array, values, arrays, tuned)
+      _add_scales(content, keys, outputs, layers_of(values, place))
+      continue
     if not isinstance(values, Mapping):
       trained[where] = keys, layers_of(values, place)
       continue
@@ -148,20 +164,61 @@ def _check_places(arrays: Arrays, theta: Mapping) -> None:
       )
 
 
-def _check_kind(theta: Mapping) -> None:
-  """Raises a ValueError unless the folder is of either LoRA or DoRA."""
+def _kind(theta: Mapping, arrays: Arrays) -> str:
+  """peft_type of the folder that holds theta.
+
+  Raises:
+    ValueError: there is none, or several are needed.
+  """
   kinds = set()
-  for _, path, _, values in _entries(theta):
-    if not isinstance(values, Mapping):
-      continue
-    if not {'a', 'b'} <= values.keys() <= {'a', 'b', 'm', 'a0', 'b0'}:
+  norms = False
+  for _, path, array, values in _entries(theta):
+    place, _ = arrays.places[f'{path}/{array}']
+    if _is_scales(values, place):
+      kinds.add('(IA)^3')
+    elif not isinstance(values, Mapping):
+      norms = norms or _is_norm(place)
+      _check_shape(values, place)
+    elif {'a', 'b'} <= values.keys() <= {'a', 'b', 'm', 'a0', 'b0'}:
+      kinds.add('DoRA' if 'm' in values else 'LoRA')
+    else:
       raise ValueError(
         f'theta holds {", ".join(values)} for {path!r}: an adapter folder holds LoRA or DoRA'
       )
-    kinds.add('m' in values)
-  if len(kinds) != 1:
-    count = 'both LoRA and DoRA' if kinds else 'neither LoRA nor DoRA'
-    raise ValueError(f'theta holds {count}: an adapter folder is of one of them')
+  if len(kinds) > 1:
+    raise ValueError(
+      f'theta holds both {" and ".join(sorted(kinds, reverse=True))}: an adapter folder is of one '
+      'of them'
+    )
+  if not kinds and not norms:
+    raise ValueError(
+      'theta holds neither LoRA nor DoRA, (IA)^3 or norms: an adapter folder is of one of them'
+    )
+  if not kinds:
+    return LN_TUNING
+  return IA3 if '(IA)^3' in kinds else LORA
+
+
+def _is_scales(values: Any, place: Place) -> bool:
+  """Whether theta has one number for each input or output of a kernel."""
+  if isinstance(values, Mapping) or len(place.shape) < 2:
+    return False
+  return np.ndim(values) == 1 + place.stacked
+
+
+def _is_norm(place: Place) -> bool:
+  """Whether an array is the scale of a norm."""
+  return place.path.endswith('/scale') and place.leaf.suffix == '.weight'
+
+
+def _check_shape(values: Any, place: Place) -> None:
+  """Raises a ValueError if theta has another array than that of the backbone."""
+  shape = np.shape(values)[1:] if place.stacked else np.shape(values)
+  if shape != place.shape:
+    raise ValueError(
+      f'theta has an array {list(shape)} for {place.path!r}, which is {list(place.shape)}: an '
+      'adapter folder holds arrays that were trained whole'
+    )
 
 
 def _check_scales(theta: Mapping, alpha: float | None, tuned: Tuned | None) -> None:
@@ -169,6 +226,8 @@ def _check_scales(theta: Mapping, alpha: float | None, tuned: Tuned | None) -> N
   if tuned is not None:
     return
   adapters = {name for name, _, _, values in _entries(theta) if isinstance(values, Mapping)}
+  if not adapters:
+    return
   if alpha is None:
     raise ValueError('save_adapter: give tuned=, whose rules are asked for their alphas, or alpha=')
   if len(adapters) > 1:
@@ -268,6 +327,32 @@ def _add_factors(
     content.tensors |= {f'{HEAD}.{end}': x for end, x in tied_head(values, None).items()}
 
 
+def _of_outputs(name, path, array, values, arrays: Arrays, tuned: Tuned | None) -> bool:
+  """Whether theta scales the outputs of a kernel, and not its inputs."""
+  place, _ = arrays.places[f'{path}/{array}']
+  if tuned is not None:
+    rule, site = _rule_of(tuned, name, path)
+    scaled_ones = on_matrix(rule, site, array, jnp.array([2.0, 3.0]), jnp.ones((2, 2)))
+    return bool(scaled_ones[0, 1] == 3)
+  size, (fan_in, fan_out) = np.shape(values)[-1], place.shape[-2:]
+  if fan_in == fan_out:
+    raise ValueError(
+      f'theta has {size} numbers for {path!r}, whose inputs and outputs are as many: give tuned=, '
+      'whose rules tell which of them are scaled'
+    )
+  return size == fan_out
+
+
+def _add_scales(content: _Content, keys, outputs: bool, layers: Sequence[np.ndarray]) -> None:
+  """Adds the scales of one array."""
+  for key, l in zip(keys, layers, strict=True):
+    module = module_of(key)
+    if module in content.scaled:
+      raise ValueError(f'theta scales {module!r} twice: an adapter folder has one scale for it')
+    content.scaled[module] = outputs
+    content.tensors[f'{module}.{SCALES}'] = l[:, None] if outputs else l[None]
+
+
 def _plain(number: float) -> float:
   """A number that a float32 computation gave, as it was most likely written."""
   short = float(f'{number:.5g}')
@@ -282,24 +367,33 @@ def _add_trained(content: _Content, arrays: Arrays, trained: Mapping) -> None:
   for path, (_, keys) in arrays.places.items():
     for key in keys:
       owned.setdefault(module_of(key), set()).add(path)
+  adapted = {*content.adapted, *content.scaled}
   for path, (keys, layers) in trained.items():
     place, _ = arrays.places[path]
+    if path == arrays.tied and content.kind != LORA:
+      raise ValueError(
+        f'{path!r} is the head of the model as well, which peft keeps so beside LoRA alone: load '
+        'the backbone through jpeft.models.untied'
+      )
     for key, layer in zip(keys, layers, strict=True):
       module = module_of(key)
-      if owned[module] <= trained.keys() and module not in content.adapted:
+      if owned[module] <= trained.keys() and module not in adapted:
         content.whole.add(module)
-      elif path.endswith('/bias'):
+        if content.kind == LN_TUNING and any(_is_norm(arrays.places[p][0]) for p in owned[module]):
+          content.norms.add(module)
+          key = f'{module}.{NORMS}{place.leaf.suffix}'
+      elif path.endswith('/bias') and content.kind == LORA:
         content.biases = True
-        if module in content.adapted:
+        if module in adapted:
           key = f'{module}.base_layer.bias'
-      elif module in content.adapted:
+      elif module in adapted:
         raise ValueError(
           f'theta trains {path!r} and adapts it: an adapter folder holds one of the two'
         )
       else:
         raise ValueError(
           f'theta trains only a part of {path.rpartition("/")[0]!r}, with {path!r}: an adapter '
-          'folder holds modules trained whole, and biases'
+          'folder holds modules trained whole, and biases beside LoRA'
         )
       content.tensors[key] = place.leaf.theirs(layer)
     if path == arrays.tied:
@@ -310,8 +404,26 @@ def _add_trained(content: _Content, arrays: Arrays, trained: Mapping) -> None:
 def _adapter_config(
   content: _Content, arrays: Arrays, rslora: bool, base: str | None
 ) -> dict[str, Any]:
-  """The values of adapter_config.json: the most frequent rank and alpha, and what differs."""
+  """The values of adapter_config.json."""
   task = _task_type(content, arrays)
+  config = {
+    'peft_type': content.kind,
+    'task_type': task,
+    'base_model_name_or_path': base,
+    'inference_mode': True,
+    'target_modules': sorted(content.norms or content.scaled or content.adapted),
+    'modules_to_save': sorted(content.whole - content.norms) or None,
+  }
+  if content.kind == IA3:
+    inputs = sorted(module for module, outputs in content.scaled.items() if not outputs)
+    config |= {'feedforward_modules': inputs, 'fan_in_fan_out': False, 'init_ia3_weights': True}
+  if content.kind == LORA:
+    config |= _lora_config(content, arrays, rslora)
+  return config
+
+
+def _lora_config(content: _Content, arrays: Arrays, rslora: bool) -> dict[str, Any]:
+  """The values that LoRA alone has: the most frequent rank and alpha, and what differs."""
   adapted = dict(content.adapted)
   common, _ = Counter(adapted.values()).most_common(1)[0]
   rank, alpha = common
@@ -321,9 +433,6 @@ def _adapter_config(
       adapted[HEAD] = adapted[table]
   odd = {module: pair for module, pair in adapted.items() if pair != common}
   return {
-    'peft_type': 'LORA',
-    'base_model_name_or_path': base,
-    'inference_mode': True,
     'r': rank,
     'lora_alpha': alpha,
     'lora_dropout': 0.0,
@@ -332,12 +441,9 @@ def _adapter_config(
     'init_lora_weights': True,
     'use_rslora': rslora,
     'use_dora': any(key.endswith(PARTS['m']) for key in content.tensors),
-    'target_modules': sorted(content.adapted),
-    'modules_to_save': sorted(content.whole) or None,
     'rank_pattern': {module: pair[0] for module, pair in odd.items() if pair[0] != rank},
     'alpha_pattern': {module: pair[1] for module, pair in odd.items() if pair[1] != alpha},
     'ensure_weight_tying': content.tied,
-    'task_type': task,
   }
 
 
@@ -354,7 +460,7 @@ def _task_type(content: _Content, arrays: Arrays) -> str | None:
     return None
   head = {path: (place, keys) for path, (place, keys) in arrays.places.items() if place.head}
   modules = {module_of(key) for _, keys in head.values() for key in keys}
-  if not modules & content.whole or modules & content.adapted.keys():
+  if not modules & content.whole or modules & {*content.adapted, *content.scaled}:
     return None
   rest = {}
   for path, (place, keys) in head.items():
@@ -372,21 +478,36 @@ def _task_type(content: _Content, arrays: Arrays) -> str | None:
 def _check_written(written: Folder, arrays: Arrays, theta: Mapping, tuned: Tuned) -> None:
   """Raises a ValueError unless a folder that is to be written says what the rules compute."""
   for name, path, array, values in _entries(theta):
-    if not isinstance(values, Mapping):
-      continue
     rule, site = _rule_of(tuned, name, path)
     where = f'{path}/{array}'
+    place, _ = arrays.places[where]
+    stored = written.factors.get(where) or written.scales.get(where)
     chosen = tuned.site_of(name, path).chosen
     for i, t in enumerate(_each_layer(values, arrays, where)):
-      layer = i if chosen is None else chosen[i]
+      if stored is None:
+        _check_trained(rule, site, array, t)
+        continue
       # An unrolled block is a place of its own, whose only layer is 0.
-      layer = layer if arrays.places[where][0].stacked else 0
-      check_same(written.where, written.factors[where][layer], rule, site, array, t)
+      layer = chosen[i] if chosen is not None and place.stacked else i
+      check_same(written.where, stored[layer], rule, site, array, t)
 
 
-def _each_layer(values: Mapping, arrays: Arrays, where: str) -> list[dict[str, np.ndarray]]:
-  """theta of single layers."""
+def _check_trained(rule: Weight, site: Site, array: str, t: np.ndarray) -> None:
+  """Raises a ValueError unless a rule puts theta in the place of an array."""
+  others = {name: jnp.full(leaf.shape, 0.37, leaf.dtype) for name, leaf in site.leaves.items()}
+  new = rule.apply({array: jnp.asarray(t)}, site, others)
+  if array not in new or not np.array_equal(new[array], t):
+    raise ValueError(
+      f'{rule.name!r} at {site.path!r} does more than train {array!r}: an adapter folder holds '
+      'arrays that were trained whole'
+    )
+
+
+def _each_layer(values: Any, arrays: Arrays, where: str) -> list[Any]:
+  """theta of single layers of an array."""
   place, _ = arrays.places[where]
+  if not isinstance(values, Mapping):
+    return layers_of(values, place)
   split = {part: layers_of(x, place) for part, x in values.items()}
   count = len(next(iter(split.values())))
   return [{part: layers[i] for part, layers in split.items()} for i in range(count)]
@@ -396,9 +517,9 @@ def _each_layer(values: Mapping, arrays: Arrays, where: str) -> list[dict[str, n
 
 
 def load_adapter(
-  folder: str | pathlib.Path, pretrained: Pretrained, name: str = 'lora'
+  folder: str | pathlib.Path, pretrained: Pretrained, name: str | None = None
 ) -> tuple[Method, dict]:
-  """(method, theta) of an adapter folder: LoRA or DoRA, biases, and modules saved whole.
+  """(method, theta) of an adapter folder: LoRA, DoRA, (IA)^3, biases, and modules saved whole.
 
   Layers of a scanned stack share a rule: where the folder has other ranks or alphas in some of
   them, factors are padded by zeros and b is scaled.
@@ -406,7 +527,8 @@ def load_adapter(
   Args:
     folder: as peft, or `save_adapter`, writes it.
     pretrained: the backbone to put it on. Of PiSSA, OLoRA and lora_bias its weights are read.
-    name: of the adapter in theta; another for each of several that are chained.
+    name: of the adapter in theta; another for each of several that are chained. Left out it is
+      'lora' or 'ia3', and modules saved whole are 'modules'.
 
   Returns:
     The method to `attach` to `pretrained.model`, and its theta in float32.
@@ -425,6 +547,12 @@ def load_adapter(
     site, _, array = where.rpartition('/')
     rules.setdefault(pair, {}).setdefault(site, {})[array] = values
   pairs = list(rules)
+  for where, scales in found.scales.items():
+    ordered = _complete(found, arrays, where, scales)
+    side = OUTPUTS if ordered[0].outputs else INPUTS
+    site, _, array = where.rpartition('/')
+    numbers = jnp.asarray(joined([one.l for one in ordered], arrays.places[where][0]))
+    rules.setdefault(side, {}).setdefault(site, {})[array] = numbers
   for where, whole in _whole(found, arrays).items():
     site, _, array = where.rpartition('/')
     kind = 'modules'
@@ -433,7 +561,9 @@ def load_adapter(
     rules.setdefault(kind, {}).setdefault(site, {})[array] = whole
   titles = {kind: _title(kind, name, pairs) for kind in rules}
   method = _method(rules, titles, config)
-  theta = {titles[kind]: sites for kind, sites in rules.items()}
+  theta: dict[str, dict] = {}
+  for kind, sites in rules.items():
+    theta.setdefault(titles[kind], {}).update(sites)
   _check_read(found, arrays, method, theta)
   return method, theta
 
@@ -502,7 +632,11 @@ def _method(rules: Mapping, titles: Mapping, config: Mapping) -> Method:
   methods = []
   for kind, sites in rules.items():
     targets = '|'.join(map(re.escape, sites))
-    if kind == 'modules':
+    if kind == OUTPUTS:
+      methods.append(ia3(targets, None, name=titles[kind]))
+    elif kind == INPUTS:
+      methods.append(ia3(None, targets, name=titles[kind]))
+    elif kind == 'modules':
       methods.append(tune(targets, name=titles[kind]))
     elif isinstance(kind, str):
       methods.append(tune(targets, re.escape(kind), name=titles[kind]))
@@ -512,23 +646,35 @@ def _method(rules: Mapping, titles: Mapping, config: Mapping) -> Method:
   return chain(*methods)
 
 
-def _title(kind: Any, name: str, pairs: Sequence) -> str:
+def _title(kind: Any, name: str | None, pairs: Sequence) -> str:
   """The name of a rule: the first of several ranks has that of the adapter, others add theirs."""
-  if not isinstance(kind, str):
-    return name if kind == pairs[0] else '{}_r{}_alpha{:g}'.format(name, *kind)
-  return kind if name == 'lora' else f'{name}_{kind}'
+  if kind in (OUTPUTS, INPUTS):
+    return name or 'ia3'
+  if isinstance(kind, str):
+    return kind if name is None else f'{name}_{kind}'
+  name = name or 'lora'
+  return name if kind == pairs[0] else '{}_r{}_alpha{:g}'.format(name, *kind)
 
 
 def _check_read(found: Folder, arrays: Arrays, method: Method, theta: Mapping) -> None:
   """Raises a ValueError unless the rules that were made compute what the folder says."""
-  rules = {rule.name: rule for _, rule in method if isinstance(rule, Weight)}
   for name, path, array, values in _entries(theta):
-    if not isinstance(values, Mapping):
-      continue
     where = f'{path}/{array}'
+    stored = found.factors.get(where) or found.scales.get(where)
+    if stored is None:
+      continue
     site = lone_site(path, array, (1, 1))
+    rule = _acting(method, name, path)
     for layer, t in enumerate(_each_layer(values, arrays, where)):
-      check_same(found.where, found.factors[where][layer], rules[name], site, array, t)
+      check_same(found.where, stored[layer], rule, site, array, t)
+
+
+def _acting(method: Method, name: str, path: str) -> Weight:
+  """The rule of a name that a method puts at a site."""
+  for targets, rule in method:
+    if isinstance(rule, Weight) and rule.name == name and re.fullmatch(targets, path):
+      return rule
+  raise ValueError(f'no rule {name!r} acts at {path!r}')
 
 
 # ---- Both.

@@ -1,4 +1,4 @@
-"""adapter_config.json of peft's LoRA: the fields that are understood, and what peft makes of them.
+"""adapter_config.json of peft: the fields that are understood, and what peft makes of them.
 
 A field that is not understood is refused by its name unless its value says that it is not used, so
 that a folder never computes less here than it does in peft.
@@ -68,7 +68,11 @@ UNUSED = {
   'arrow_config': 'Arrow picks an adapter for each token',
   'kasa_config': 'KaSA changes the base model and has a diagonal between the factors',
 }
-KNOWN = (*READ, *WITHOUT_EFFECT, *UNUSED)
+# The fields of other kinds are among these and the following.
+_OF_IA3 = ('feedforward_modules', 'init_ia3_weights')  # what the shapes of the tensors tell
+KNOWN = (*READ, *WITHOUT_EFFECT, *UNUSED, *_OF_IA3)
+LORA, IA3, LN_TUNING = 'LORA', 'IA3', 'LN_TUNING'
+KINDS = (LORA, IA3, LN_TUNING)
 
 # Starts that leave the base model as it is.
 _PLAIN_STARTS = (True, False, None, 'gaussian', 'eva', 'orthogonal', 'mica')
@@ -88,9 +92,9 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
   if not file.exists():
     raise FileNotFoundError(f'{folder} holds no {CONFIG}, so it is no adapter of peft')
   config = read_json(file)
-  kind = config.get('peft_type', 'LORA')
-  if kind != 'LORA':
-    raise ValueError(f"{file}: peft_type={kind!r} is not supported, only 'LORA'")
+  kind = config.get('peft_type', LORA)
+  if kind not in KINDS:
+    raise ValueError(f'{file}: peft_type={kind!r} is not supported, only {", ".join(KINDS)}')
   for field, reason in UNUSED.items():
     if _is_used(config.get(field)):
       raise ValueError(f'{file}: {field}={config[field]!r} is not supported: {reason}')
@@ -107,7 +111,7 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
   if config.get('use_dora') and start_of(config) is not None:
     raise ValueError(f'{file}: use_dora with init_lora_weights={start!r} is not supported')
   missing = {'r', 'lora_alpha'} - config.keys()
-  if missing:
+  if missing and kind == LORA:
     raise ValueError(f'{file} lacks {" and ".join(sorted(missing))}')
   return config
 

@@ -1,4 +1,4 @@
-"""What an adapter folder holds: factors of matrices, and arrays that were trained whole."""
+"""What an adapter folder holds: factors or scales of matrices, and arrays trained whole."""
 
 import dataclasses
 import pathlib
@@ -12,7 +12,7 @@ import numpy as np
 from jpeft.core import Leaf, Site, Sites, Weight
 from jpeft.thetas import on_matrix
 
-from .peft_config import alpha_of, rank_of, scaled, start_of
+from .peft_config import IA3, LN_TUNING, LORA, alpha_of, rank_of, scaled, start_of
 from .peft_names import BASE, Arrays, Fold, module_of
 
 FILE = 'adapter_model.safetensors'
@@ -24,6 +24,8 @@ PARTS = {
 }
 TABLE_PARTS = {**PARTS, 'a': 'lora_embedding_A', 'b': 'lora_embedding_B'}
 _PART_OF = {name: part for table in (PARTS, TABLE_PARTS) for part, name in table.items()}
+SCALES = 'ia3_l'
+NORMS = 'ln_tuning_layers'
 _FACTOR = re.compile(r'(.+)\.(' + '|'.join(map(re.escape, _PART_OF)) + ')')
 HEAD = 'lm_head'  # the module that is the word table of a tied model
 _PROBE = 32  # rows and columns of a matrix on which two computations are compared
@@ -58,6 +60,60 @@ class Factors:
       v = parts['m'] / np.linalg.norm(v, axis=0) * v
     return v
 
+  @property
+  def shape(self) -> tuple[int, int]:
+    """Of w."""
+    return self.parts['a'].shape[0], self.parts['b'].shape[1]
+
+  def cut(self, rows: np.ndarray, columns: np.ndarray) -> 'Factors':
+    """What is said of some rows and columns of w."""
+    return dataclasses.replace(self, parts=self.cut_theta(self.parts, rows, columns))
+
+  def cut_theta(
+    self, theta: Mapping[str, Any], rows: np.ndarray, columns: np.ndarray
+  ) -> dict[str, np.ndarray]:
+    """theta of a rule for some rows and columns of w."""
+    found = {}
+    for part, x in theta.items():
+      x = np.asarray(x, np.float32)
+      if part in ('a', 'a0'):
+        found[part] = x[rows]
+      else:  # b, b0, m
+        found[part] = x[..., columns]
+    return found
+
+
+@dataclasses.dataclass
+class Scales:
+  """(IA)^3 of one matrix w [fan_in, fan_out], as a folder says it.
+
+  Attributes:
+    module: its name in the folder.
+    outputs: whether outputs are scaled; else inputs.
+    l: the scales.
+  """
+
+  module: str
+  outputs: bool
+  l: np.ndarray
+
+  def weight(self, w: np.ndarray) -> np.ndarray:
+    """What peft computes in place of w, beside the bias."""
+    return w * (self.l if self.outputs else self.l[:, None])
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    """Of w, whose other size makes no difference."""
+    return len(self.l), len(self.l)
+
+  def cut(self, rows: np.ndarray, columns: np.ndarray) -> 'Scales':
+    """What is said of some rows and columns of w."""
+    return dataclasses.replace(self, l=self.cut_theta(self.l, rows, columns))
+
+  def cut_theta(self, theta: Any, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """theta of a rule for some rows and columns of w."""
+    return np.asarray(theta, np.float32)[columns if self.outputs else rows]
+
 
 @dataclasses.dataclass
 class Folder:
@@ -66,11 +122,13 @@ class Folder:
   Attributes:
     where: the file, for messages.
     factors: {path of an array: {layer: its factors}}.
+    scales: {path of an array: {layer: its scales}}.
     whole: {path of an array: {layer: array}} of what was trained whole.
   """
 
   where: Any
   factors: dict[str, dict[int, Factors]] = dataclasses.field(default_factory=dict)
+  scales: dict[str, dict[int, Scales]] = dataclasses.field(default_factory=dict)
   whole: dict[str, dict[int, np.ndarray]] = dataclasses.field(default_factory=dict)
 
 
@@ -98,12 +156,19 @@ def read_folder(
       head[key.removeprefix(f'{HEAD}.')] = x
       continue
     match = _FACTOR.fullmatch(key)
+    _check_kind(where, key, bool(match), config)
     if match:
       _add_factor(found, match[1], _PART_OF[match[2]], x, config, arrays)
+    elif key.endswith(f'.{SCALES}'):
+      module = module_of(key)
+      path, layer = arrays.home(f'{module}.weight', where)
+      # [out, 1] and [1, in], and further ones of a convolution.
+      found.scales.setdefault(path, {})[layer] = Scales(module, x.shape[0] != 1, x.reshape(-1))
     elif key.endswith('.base_layer.weight'):
       _check_base(where, key, x, arrays)
     else:
-      path, layer = arrays.home(key.replace('.base_layer.', '.'), where)
+      plain = key.replace('.base_layer.', '.').replace(f'.{NORMS}.', '.')
+      path, layer = arrays.home(plain, where)
       found.whole.setdefault(path, {})[layer] = arrays.places[path][0].leaf.ours(x)
   for path, layers in found.factors.items():
     for layer, factors in layers.items():
@@ -116,6 +181,20 @@ def read_folder(
   _check_unread(found, config, arrays)
   _check_tied(found, config, arrays, head)
   return found
+
+
+def _check_kind(where: Any, key: str, factor: bool, config: Mapping) -> None:
+  """Raises a ValueError if a tensor is of another kind than the config says."""
+  kind = LORA
+  if key.endswith(f'.{SCALES}'):
+    kind = IA3
+  elif f'.{NORMS}.' in key:
+    kind = LN_TUNING
+  elif not factor:
+    return  # trained whole, beside any kind
+  told = config.get('peft_type', LORA)
+  if kind != told:
+    raise ValueError(f'{where}: {key!r} is of {kind}, and adapter_config.json says {told}')
 
 
 def _add_factor(
@@ -283,29 +362,31 @@ def lone_site(path: str, array: str, shape: tuple[int, int]) -> Site:
   return Site(path, '', {array: leaf}, {}, None, (), (), (), None, None, (), {}, Sites())
 
 
-def check_same(where: Any, factors: Factors, rule: Weight, site: Site, array: str, t: Any) -> None:
+def check_same(
+  where: Any, stored: Factors | Scales, rule: Weight, site: Site, array: str, t: Any
+) -> None:
   """Raises a ValueError unless a rule makes of matrices what a folder says.
 
   Both get a random matrix in place of some rows and columns of the kernel.
 
   Args:
     where: the file, for the message.
-    factors: by the folder.
+    stored: by the folder.
     rule: that adapts the matrix here.
     site: where.
     array: name of the matrix in the site.
     t: theta of the rule for this layer.
   """
-  rows, columns = (_spread(factors.parts['a'].shape[0]), _spread(factors.parts['b'].shape[1]))
-  theirs = dataclasses.replace(factors, parts=_cut(factors.parts, rows, columns))
+  rows, columns = map(_spread, stored.shape)
   w = np.random.default_rng(0).standard_normal((len(rows), len(columns))).astype(np.float32)
-  want = theirs.weight(w)
-  found = np.asarray(on_matrix(rule, site, array, _cut(t, rows, columns), jnp.asarray(w)))
+  want = stored.cut(rows, columns).weight(w)
+  t = stored.cut_theta(t, rows, columns)
+  found = np.asarray(on_matrix(rule, site, array, t, jnp.asarray(w)))
   bound = 1e-4 * np.abs(want - w).max() + 1e-5 * np.abs(want).max()
   apart = np.abs(found - want).max()
   if not apart <= bound:
     raise ValueError(
-      f'{where}: by its config {factors.module!r} computes something else than {rule.name!r} at '
+      f'{where}: by its config {stored.module!r} computes something else than {rule.name!r} at '
       f'{site.path!r} does (largest difference {apart:.2g} on a random matrix): such a folder '
       'cannot hold what this rule computes'
     )
@@ -314,15 +395,3 @@ def check_same(where: Any, factors: Factors, rule: Weight, site: Site, array: st
 def _spread(size: int) -> np.ndarray:
   """Up to _PROBE numbers below a size, evenly spread."""
   return np.unique(np.linspace(0, size - 1, min(size, _PROBE)).astype(int))
-
-
-def _cut(parts: Mapping[str, Any], rows: np.ndarray, columns: np.ndarray) -> dict[str, Any]:
-  """The parts of some rows and columns of a matrix."""
-  found = {}
-  for part, x in parts.items():
-    x = np.asarray(x, np.float32)
-    if part in ('a', 'a0'):
-      found[part] = x[rows]
-    else:  # b, b0, m
-      found[part] = x[..., columns]
-  return found

@@ -215,7 +215,8 @@ KEY = 'base_model.model.bert.encoder.layer.0.attention.self.query.lora_B.weight'
 @pytest.mark.parametrize(
   ('change', 'config', 'message'),
   [
-    ({}, {'peft_type': 'IA3'}, "peft_type='IA3' is not supported, only 'LORA'"),
+    ({}, {'peft_type': 'LOHA'}, "peft_type='LOHA' is not supported, only LORA, IA3, LN_TUNING"),
+    ({}, {'peft_type': 'IA3'}, "lora_A.weight' is of LORA, and adapter_config.json says IA3"),
     ({}, {'bias': 'some'}, "bias='some' is none of none, all, lora_only"),
     ({}, {'init_lora_weights': 'pissa_niter_4'}, 'have peft convert it to plain LoRA'),
     ({}, {'r': None}, 'adapter_config.json lacks r'),
@@ -622,3 +623,56 @@ def test_a_classifier_of_roberta_is_one_module(tmp_path):
   assert {'dense.weight', 'dense.bias', 'out_proj.weight', 'out_proj.bias'} == {
     name.partition('.classifier.')[2] for name in names if '.classifier.' in name
   }
+
+
+# ---- Kinds other than LoRA.
+
+
+@pytest.mark.parametrize('scan', [False, True])
+@pytest.mark.parametrize(
+  ('method', 'kind', 'ends'),
+  [
+    (jpeft.ia3('{k}|{v}', '{q}|{fc2}'), 'IA3', {'ia3_l'}),
+    (jpeft.chain(jpeft.ia3(), jpeft.tune('{head}')), 'IA3', {'ia3_l', 'bias', 'weight'}),
+    (jpeft.norm(), 'LN_TUNING', {'bias', 'weight'}),
+    (jpeft.chain(jpeft.norm(), jpeft.tune('{head}')), 'LN_TUNING', {'bias', 'weight'}),
+  ],
+)
+def test_scales_and_norms_come_back_as_one_function(method, kind, ends, scan, bert, tmp_path):
+  loaded, args = bert(scan=scan)
+  tuned, theta = trained_like(loaded, method, args)
+  check_written(tuned, theta, loaded, args, tmp_path)
+  config = json.loads((tmp_path / 'adapter_config.json').read_text())
+  assert config['peft_type'] == kind
+  names = load_file(tmp_path / 'adapter_model.safetensors')
+  assert {name.rpartition('.')[2] for name in names} == ends
+  if kind == 'LN_TUNING':
+    assert all('.ln_tuning_layers.' in name or '.classifier.' in name for name in names)
+
+
+def test_scales_of_what_are_inputs_and_outputs_alike_need_the_rule(bert, tmp_path):
+  loaded, args = bert()
+  tuned, theta = trained_like(loaded, jpeft.ia3(None, '{q}'), args)
+  with pytest.raises(ValueError, match='inputs and outputs are as many: give tuned='):
+    jpeft.save_adapter(tmp_path, loaded, theta)
+  tuned, theta = trained_like(loaded, jpeft.ia3(None, '{fc2}'), args)
+  jpeft.save_adapter(tmp_path, loaded, theta)
+  config = json.loads((tmp_path / 'adapter_config.json').read_text())
+  assert config['feedforward_modules'] == config['target_modules']
+
+
+def test_theta_that_is_no_array_of_its_own_is_told(bert, tmp_path):
+  """An array that is added to that of the backbone, or of another shape, is not trained whole."""
+  loaded, args = bert()
+
+  def added(theta, site, arrays):
+    return {name: arrays[name] + t for name, t in theta.items()}
+
+  moved = jpeft.Weight('moved', lambda key, site, arrays: dict(arrays), added)
+  method = jpeft.chain(jpeft.lora(2), jpeft.at('{norm}', moved))
+  tuned, theta = trained_like(loaded, method, args)
+  with pytest.raises(ValueError, match="'moved' at .*norm1' does more than train '(scale|bias)'"):
+    jpeft.save_adapter(tmp_path, loaded, theta, tuned=tuned)
+  theta = {'lora': theta['lora'], 'head': {'head': {'kernel': np.ones((2, 3)), 'bias': np.ones(3)}}}
+  with pytest.raises(ValueError, match=r"array \[2, 3\] for 'head/kernel', which is \[16, 3\]"):
+    jpeft.save_adapter(tmp_path, loaded, theta, 8)

@@ -75,9 +75,13 @@ def trained(name, folder, **config):
 
   The file has the patterns sorted, so that another one may come first than in training.
   """
-  torch.manual_seed(0)
   given = {'r': 2, 'lora_alpha': 4, 'target_modules': 'all-linear', **config}
-  model = peft.get_peft_model(base_of(name), peft.LoraConfig(**given))
+  return trained_by(peft.LoraConfig(**given), name, folder)
+
+
+def trained_by(config, name, folder):
+  torch.manual_seed(0)
+  model = peft.get_peft_model(base_of(name), config)
   with torch.no_grad():
     for parameter in model.parameters():
       if parameter.requires_grad:
@@ -209,6 +213,53 @@ def test_a_pooler_that_is_adapted_beside_a_trained_head_opens_in_peft(tmp_path):
   close(reopened('roberta', tmp_path), ours(loaded, tuned, theta, 'roberta'), 1e-5)
 
 
+SCALED = {
+  'bert': ('key', 'output.dense'),
+  'roberta': ('key', 'output.dense'),
+  'vit': ('k_proj', 'mlp.fc2'),
+  'dinov2': ('k_proj', 'mlp.fc2'),
+  't5': ('k', 'wo'),
+  'llama': ('k_proj', 'down_proj'),
+  'qwen2': ('k_proj', 'down_proj'),
+}
+NORMS = {
+  'bert': 'LayerNorm',
+  'roberta': 'LayerNorm',
+  'vit': 'layernorm_before',
+  'dinov2': 'norm1',
+  't5': 'layer_norm',
+  'llama': 'input_layernorm',
+  'qwen2': 'norm',
+}
+
+
+@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('kind', ('ia3', 'norms'))
+def test_scales_and_norms_compute_the_same_both_ways(kind, name, tmp_path):
+  outputs, inputs = SCALED[name]
+  config = peft.LNTuningConfig(target_modules=[NORMS[name]])
+  if kind == 'ia3':
+    config = peft.IA3Config(target_modules=[outputs, inputs], feedforward_modules=[inputs])
+  want = trained_by(config, name, tmp_path / 'peft')
+  loaded = models.load(GOLDEN / name, scan=True)
+  tuned, theta = put_on(loaded, tmp_path / 'peft', name)
+  close(ours(loaded, tuned, theta, name), want, 1e-5)
+  jpeft.save_adapter(tmp_path / 'ours', loaded, theta, tuned=tuned)
+  close(reopened(name, tmp_path / 'ours'), want, 2e-6)
+
+
+@pytest.mark.parametrize('name', ('bert', 'llama'))
+def test_a_bias_of_b_computes_the_same(name, tmp_path):
+  adapted, _ = PARTS[name]
+  want = trained(name, tmp_path / 'peft', target_modules=[adapted], lora_bias=True)
+  loaded = models.load(GOLDEN / name, scan=True)
+  tuned, theta = put_on(loaded, tmp_path / 'peft', name)
+  close(ours(loaded, tuned, theta, name), want, 1e-5)
+  jpeft.save_adapter(tmp_path / 'ours', loaded, theta, tuned=tuned)
+  close(reopened(name, tmp_path / 'ours'), want, 2e-6)
+
+
 def test_the_fields_of_peft_are_known():
-  fields = set(peft.LoraConfig().to_dict()) | {'runtime_config'}
+  configs = (peft.LoraConfig(), peft.IA3Config(), peft.LNTuningConfig())
+  fields = {field for config in configs for field in config.to_dict()} | {'runtime_config'}
   assert fields - set(KNOWN) == set()
