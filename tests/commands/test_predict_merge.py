@@ -78,6 +78,12 @@ def test_an_adapter_of_a_run_goes_on_the_base_model(lora, config_file, tmp_path,
   with pytest.raises(cli.Mistake, match='is there already'):
     adapter.main(['--run', str(lora), '--out', str(tmp_path / 'out')])
   training.train(
+    config.load(f'{config_file}:ia3', {'steps': '2', 'eval.every': '2'}), tmp_path / 'scales'
+  )
+  assert adapter.main(['--run', str(tmp_path / 'scales'), '--out', str(tmp_path / 'ia3')]) == 0
+  method, _ = peft_adapter.load_adapter(tmp_path / 'ia3', pretrained)
+  assert method.names == ('ia3', 'modules')
+  training.train(
     config.load(f'{config_file}:linear', {'steps': '2', 'eval.every': '2'}), tmp_path / 'probe'
   )
   with pytest.raises(cli.Mistake, match='linear is neither LoRA nor DoRA'):
