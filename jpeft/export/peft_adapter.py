@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpeft.core import Method, Rule, Site, Tuned, Weight, chain
-from jpeft.methods import dora, ia3, lora, tune
+from jpeft.methods import dora, ia3, lora, tune, vera
 from jpeft.models import Place, Pretrained, read_tensors, write_tensors
 from jpeft.thetas import on_matrix
 from jpeft.training import write
@@ -43,8 +43,8 @@ from .peft_folder import (
 )
 from .peft_names import BASE, NEW, Arrays, Fold, joined, layers_of, module_of
 
-# Names of the two forms of (IA)^3 among the rules that are read.
-OUTPUTS, INPUTS = 'outputs', 'inputs'
+# Names of the two forms of (IA)^3, and of VeRA, among the rules that are read.
+OUTPUTS, INPUTS, SHARED = 'outputs', 'inputs', 'shared'
 
 # ---- Writing.
 
@@ -519,7 +519,7 @@ def _each_layer(values: Any, arrays: Arrays, where: str) -> list[Any]:
 def load_adapter(
   folder: str | pathlib.Path, pretrained: Pretrained, name: str | None = None
 ) -> tuple[Method, dict]:
-  """(method, theta) of an adapter folder: LoRA, DoRA, (IA)^3, biases, and modules saved whole.
+  """(method, theta) of an adapter folder: LoRA, DoRA, (IA)^3, VeRA, modules saved whole.
 
   Layers of a scanned stack share a rule: where the folder has other ranks or alphas in some of
   them, factors are padded by zeros and b is scaled.
@@ -528,7 +528,7 @@ def load_adapter(
     folder: as peft, or `save_adapter`, writes it.
     pretrained: the backbone to put it on. Of PiSSA, OLoRA and lora_bias its weights are read.
     name: of the adapter in theta; another for each of several that are chained. Left out it is
-      'lora' or 'ia3', and modules saved whole are 'modules'.
+      'lora', 'ia3' or 'vera', and modules saved whole are 'modules'.
 
   Returns:
     The method to `attach` to `pretrained.model`, and its theta in float32.
@@ -553,6 +553,12 @@ def load_adapter(
     site, _, array = where.rpartition('/')
     numbers = jnp.asarray(joined([one.l for one in ordered], arrays.places[where][0]))
     rules.setdefault(side, {}).setdefault(site, {})[array] = numbers
+  for where, vectors in found.vectors.items():
+    ordered = _complete(found, arrays, where, vectors)
+    site, _, array = where.rpartition('/')
+    place, _ = arrays.places[where]
+    entries = {part: jnp.asarray(joined([v.parts[part] for v in ordered], place)) for part in 'de'}
+    rules.setdefault(SHARED, {}).setdefault(site, {})[array] = entries
   for where, whole in _whole(found, arrays).items():
     site, _, array = where.rpartition('/')
     kind = 'modules'
@@ -560,7 +566,7 @@ def load_adapter(
       kind = array
     rules.setdefault(kind, {}).setdefault(site, {})[array] = whole
   titles = {kind: _title(kind, name, pairs) for kind in rules}
-  method = _method(rules, titles, config)
+  method = _method(rules, titles, config, found.pair)
   theta: dict[str, dict] = {}
   for kind, sites in rules.items():
     theta.setdefault(titles[kind], {}).update(sites)
@@ -622,7 +628,7 @@ def _whole(found: Folder, arrays: Arrays) -> dict[str, jax.Array]:
   return stacked
 
 
-def _method(rules: Mapping, titles: Mapping, config: Mapping) -> Method:
+def _method(rules: Mapping, titles: Mapping, config: Mapping, pair: Mapping) -> Method:
   """The method whose theta this is."""
   start = start_of(config)
   options: dict[str, Any] = {'rslora': bool(config.get('use_rslora'))}
@@ -634,6 +640,9 @@ def _method(rules: Mapping, titles: Mapping, config: Mapping) -> Method:
     targets = '|'.join(map(re.escape, sites))
     if kind == OUTPUTS:
       methods.append(ia3(targets, None, name=titles[kind]))
+    elif kind == SHARED:
+      projections = jnp.asarray(pair['a']), jnp.asarray(pair['b'])
+      methods.append(vera(config['r'], targets, projections=projections, name=titles[kind]))
     elif kind == INPUTS:
       methods.append(ia3(None, targets, name=titles[kind]))
     elif kind == 'modules':
@@ -650,6 +659,8 @@ def _title(kind: Any, name: str | None, pairs: Sequence) -> str:
   """The name of a rule: the first of several ranks has that of the adapter, others add theirs."""
   if kind in (OUTPUTS, INPUTS):
     return name or 'ia3'
+  if kind == SHARED:
+    return name or 'vera'
   if isinstance(kind, str):
     return kind if name is None else f'{name}_{kind}'
   name = name or 'lora'
@@ -660,7 +671,7 @@ def _check_read(found: Folder, arrays: Arrays, method: Method, theta: Mapping) -
   """Raises a ValueError unless the rules that were made compute what the folder says."""
   for name, path, array, values in _entries(theta):
     where = f'{path}/{array}'
-    stored = found.factors.get(where) or found.scales.get(where)
+    stored: Any = found.factors.get(where) or found.scales.get(where) or found.vectors.get(where)
     if stored is None:
       continue
     site = lone_site(path, array, (1, 1))

@@ -70,9 +70,11 @@ UNUSED = {
 }
 # The fields of other kinds are among these and the following.
 _OF_IA3 = ('feedforward_modules', 'init_ia3_weights')  # what the shapes of the tensors tell
-KNOWN = (*READ, *WITHOUT_EFFECT, *UNUSED, *_OF_IA3)
-LORA, IA3, LN_TUNING = 'LORA', 'IA3', 'LN_TUNING'
-KINDS = (LORA, IA3, LN_TUNING)
+# Of VeRA, whose tensors tell what these would draw.
+_OF_VERA = ('projection_prng_key', 'save_projection', 'vera_dropout', 'd_initial', 'init_weights')
+KNOWN = (*READ, *WITHOUT_EFFECT, *UNUSED, *_OF_IA3, *_OF_VERA)
+LORA, IA3, LN_TUNING, VERA = 'LORA', 'IA3', 'LN_TUNING', 'VERA'
+KINDS = (LORA, IA3, LN_TUNING, VERA)
 
 # Starts that leave the base model as it is.
 _PLAIN_STARTS = (True, False, None, 'gaussian', 'eva', 'orthogonal', 'mica')
@@ -110,8 +112,9 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
   _check_start(file, start)
   if config.get('use_dora') and start_of(config) is not None:
     raise ValueError(f'{file}: use_dora with init_lora_weights={start!r} is not supported')
-  missing = {'r', 'lora_alpha'} - config.keys()
-  if missing and kind == LORA:
+  needed = {LORA: {'r', 'lora_alpha'}, VERA: {'r'}}.get(kind, set())
+  missing = needed - config.keys()
+  if missing:
     raise ValueError(f'{file} lacks {" and ".join(sorted(missing))}')
   return config
 

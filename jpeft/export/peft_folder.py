@@ -6,13 +6,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jpeft.core import Leaf, Site, Sites, Weight
 from jpeft.thetas import on_matrix
 
-from .peft_config import IA3, LN_TUNING, LORA, alpha_of, rank_of, scaled, start_of
+from .peft_config import CONFIG, IA3, LN_TUNING, LORA, VERA, alpha_of, rank_of, scaled, start_of
 from .peft_names import BASE, Arrays, Fold, module_of
 
 FILE = 'adapter_model.safetensors'
@@ -27,6 +28,9 @@ _PART_OF = {name: part for table in (PARTS, TABLE_PARTS) for part, name in table
 SCALES = 'ia3_l'
 NORMS = 'ln_tuning_layers'
 _FACTOR = re.compile(r'(.+)\.(' + '|'.join(map(re.escape, _PART_OF)) + ')')
+_VECTORS = {'vera_lambda_d': 'd', 'vera_lambda_b': 'e'}
+_VECTOR = re.compile(r'.+\.vera_lambda_[db]')
+_PAIR = {'base_model.vera_A': 'a', 'base_model.vera_B': 'b'}
 HEAD = 'lm_head'  # the module that is the word table of a tied model
 _PROBE = 32  # rows and columns of a matrix on which two computations are compared
 
@@ -60,10 +64,9 @@ class Factors:
       v = parts['m'] / np.linalg.norm(v, axis=0) * v
     return v
 
-  @property
-  def shape(self) -> tuple[int, int]:
-    """Of w."""
-    return self.parts['a'].shape[0], self.parts['b'].shape[1]
+  def probe(self) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of w on which it is compared."""
+    return _spread(self.parts['a'].shape[0]), _spread(self.parts['b'].shape[1])
 
   def cut(self, rows: np.ndarray, columns: np.ndarray) -> 'Factors':
     """What is said of some rows and columns of w."""
@@ -101,10 +104,9 @@ class Scales:
     """What peft computes in place of w, beside the bias."""
     return w * (self.l if self.outputs else self.l[:, None])
 
-  @property
-  def shape(self) -> tuple[int, int]:
-    """Of w, whose other size makes no difference."""
-    return len(self.l), len(self.l)
+  def probe(self) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns on which it is compared; the other size of w makes no difference."""
+    return _spread(len(self.l)), _spread(len(self.l))
 
   def cut(self, rows: np.ndarray, columns: np.ndarray) -> 'Scales':
     """What is said of some rows and columns of w."""
@@ -116,6 +118,42 @@ class Scales:
 
 
 @dataclasses.dataclass
+class Vectors:
+  """VeRA of one matrix w [fan_in, fan_out], as a folder says it.
+
+  Attributes:
+    module: its name in the folder.
+    parts: d [r], e [fan_out]; a [fan_in, r] and b [r, fan_out], cut out of the shared pair.
+  """
+
+  module: str
+  parts: dict[str, np.ndarray]
+
+  def weight(self, w: np.ndarray) -> np.ndarray:
+    """What peft computes in place of w."""
+    parts = self.parts
+    return w + (parts['a'] * parts['d']) @ parts['b'] * parts['e']
+
+  def probe(self) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of w on which it is compared: the first, since a rule cuts its pair so."""
+    sizes = self.parts['a'].shape[0], self.parts['b'].shape[1]
+    return np.arange(min(sizes[0], _PROBE)), np.arange(min(sizes[1], _PROBE))
+
+  def cut(self, rows: np.ndarray, columns: np.ndarray) -> 'Vectors':
+    """What is said of some rows and columns of w."""
+    parts = self.parts
+    own = self.cut_theta({'d': parts['d'], 'e': parts['e']}, rows, columns)
+    pair = {'a': parts['a'][rows], 'b': parts['b'][:, columns]}
+    return dataclasses.replace(self, parts={**own, **pair})
+
+  def cut_theta(
+    self, theta: Mapping[str, Any], rows: np.ndarray, columns: np.ndarray
+  ) -> dict[str, np.ndarray]:
+    """theta of a rule for some rows and columns of w."""
+    return {'d': np.asarray(theta['d']), 'e': np.asarray(theta['e'])[columns]}
+
+
+@dataclasses.dataclass
 class Folder:
   """The content of a folder, by our paths.
 
@@ -123,12 +161,16 @@ class Folder:
     where: the file, for messages.
     factors: {path of an array: {layer: its factors}}.
     scales: {path of an array: {layer: its scales}}.
+    vectors: {path of an array: {layer: its vectors}}.
+    pair: a [largest fan_in, r] and b [r, largest fan_out] that the vectors share.
     whole: {path of an array: {layer: array}} of what was trained whole.
   """
 
   where: Any
   factors: dict[str, dict[int, Factors]] = dataclasses.field(default_factory=dict)
   scales: dict[str, dict[int, Scales]] = dataclasses.field(default_factory=dict)
+  vectors: dict[str, dict[int, Vectors]] = dataclasses.field(default_factory=dict)
+  pair: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   whole: dict[str, dict[int, np.ndarray]] = dataclasses.field(default_factory=dict)
 
 
@@ -159,6 +201,13 @@ def read_folder(
     _check_kind(where, key, bool(match), config)
     if match:
       _add_factor(found, match[1], _PART_OF[match[2]], x, config, arrays)
+    elif name in _PAIR:
+      found.pair[_PAIR[name]] = x.T
+    elif _VECTOR.fullmatch(key):
+      module, _, part = key.rpartition('.')
+      path, layer = arrays.home(f'{module}.weight', where)
+      own = found.vectors.setdefault(path, {}).setdefault(layer, Vectors(module, {}))
+      own.parts[_VECTORS[part]] = x
     elif key.endswith(f'.{SCALES}'):
       module = module_of(key)
       path, layer = arrays.home(f'{module}.weight', where)
@@ -178,6 +227,7 @@ def read_folder(
         _add_start(found, path, layer, factors, start, arrays)
       if 'bias' in factors.parts:
         _add_bias(found, path, layer, factors, arrays)
+  _add_pair(found, config, arrays)
   _check_unread(found, config, arrays)
   _check_tied(found, config, arrays, head)
   return found
@@ -190,6 +240,8 @@ def _check_kind(where: Any, key: str, factor: bool, config: Mapping) -> None:
     kind = IA3
   elif f'.{NORMS}.' in key:
     kind = LN_TUNING
+  elif 'vera_' in key:
+    kind = VERA
   elif not factor:
     return  # trained whole, beside any kind
   told = config.get('peft_type', LORA)
@@ -281,6 +333,27 @@ def _add_bias(found: Folder, path: str, layer: int, factors: Factors, arrays: Ar
   own[layer] = own[layer] + added
 
 
+def _add_pair(found: Folder, config: Mapping, arrays: Arrays) -> None:
+  """Adds to the vectors of each matrix what it has of the shared pair."""
+  if not found.vectors:
+    return
+  if found.pair.keys() != {'a', 'b'}:
+    raise ValueError(
+      f'{found.where} lacks the projections vera_A and vera_B, which torch alone can draw again: '
+      'have peft save them (save_projection=True)'
+    )
+  a, b = found.pair['a'], found.pair['b']
+  for path, layers in found.vectors.items():
+    for vectors in layers.values():
+      missing = {'d', 'e'} - vectors.parts.keys()
+      if missing:
+        raise ValueError(f'{found.where}: {path!r} lacks {", ".join(sorted(missing))}')
+      if a.shape[1] != config['r'] or len(vectors.parts['d']) != config['r']:
+        raise ValueError(f'{found.where}: {path!r} is not of the rank {config["r"]} of {CONFIG}')
+      fan_in, fan_out = arrays.places[path][0].shape
+      vectors.parts |= {'a': a[:fan_in], 'b': b[:, :fan_out]}
+
+
 def _check_unread(found: Folder, config: Mapping, arrays: Arrays) -> None:
   """Raises a ValueError if something acts on a table that transformers does not read there."""
   path = arrays.unread_table
@@ -363,7 +436,7 @@ def lone_site(path: str, array: str, shape: tuple[int, int]) -> Site:
 
 
 def check_same(
-  where: Any, stored: Factors | Scales, rule: Weight, site: Site, array: str, t: Any
+  where: Any, stored: Factors | Scales | Vectors, rule: Weight, site: Site, array: str, t: Any
 ) -> None:
   """Raises a ValueError unless a rule makes of matrices what a folder says.
 
@@ -377,10 +450,10 @@ def check_same(
     array: name of the matrix in the site.
     t: theta of the rule for this layer.
   """
-  rows, columns = map(_spread, stored.shape)
+  rows, columns = stored.probe()
   w = np.random.default_rng(0).standard_normal((len(rows), len(columns))).astype(np.float32)
   want = stored.cut(rows, columns).weight(w)
-  t = stored.cut_theta(t, rows, columns)
+  t = jax.tree.map(jnp.asarray, stored.cut_theta(t, rows, columns))
   found = np.asarray(on_matrix(rule, site, array, t, jnp.asarray(w)))
   bound = 1e-4 * np.abs(want - w).max() + 1e-5 * np.abs(want).max()
   apart = np.abs(found - want).max()

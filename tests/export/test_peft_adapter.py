@@ -676,3 +676,24 @@ def test_theta_that_is_no_array_of_its_own_is_told(bert, tmp_path):
   theta = {'lora': theta['lora'], 'head': {'head': {'kernel': np.ones((2, 3)), 'bias': np.ones(3)}}}
   with pytest.raises(ValueError, match=r"array \[2, 3\] for 'head/kernel', which is \[16, 3\]"):
     jpeft.save_adapter(tmp_path, loaded, theta, 8)
+
+
+@pytest.mark.parametrize('scan', [False, True])
+def test_vera_computes_what_it_computed_in_peft(scan, bert, tmp_path):
+  loaded, args = bert(scan=scan)
+  held = peft.read('peft_models', 'bert_vera')
+  tensors = {}
+  for key, x in held['adapter'].items():
+    name = key if key.startswith('base_model.') else f'base_model.model.{key}'
+    tensors[name] = np.ascontiguousarray(x)
+  save_file(tensors, tmp_path / 'adapter_model.safetensors')
+  (tmp_path / 'adapter_config.json').write_text(json.dumps({'peft_type': 'VERA', 'r': 3}))
+  tuned, theta = attached(loaded, args, tmp_path)
+  assert set(theta) == {'vera'}
+  np.testing.assert_allclose(
+    jax.jit(tuned.apply)(theta, loaded.variables, *args), held['logits'], atol=5e-6
+  )
+  without = {key: x for key, x in tensors.items() if 'vera_A' not in key}
+  save_file(without, tmp_path / 'adapter_model.safetensors')
+  with pytest.raises(ValueError, match='lacks the projections vera_A and vera_B'):
+    jpeft.load_adapter(tmp_path, loaded)

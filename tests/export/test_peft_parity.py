@@ -248,6 +248,15 @@ def test_scales_and_norms_compute_the_same_both_ways(kind, name, tmp_path):
   close(reopened(name, tmp_path / 'ours'), want, 2e-6)
 
 
+@pytest.mark.parametrize('name', MODELS)
+def test_vera_computes_the_same(name, tmp_path):
+  config = peft.VeraConfig(r=3, target_modules=[PARTS[name][0], SCALED[name][1]])
+  want = trained_by(config, name, tmp_path)
+  loaded = models.load(GOLDEN / name, scan=True)
+  tuned, theta = put_on(loaded, tmp_path, name)
+  close(ours(loaded, tuned, theta, name), want, 1e-5)
+
+
 @pytest.mark.parametrize('name', ('bert', 'llama'))
 def test_a_bias_of_b_computes_the_same(name, tmp_path):
   adapted, _ = PARTS[name]
@@ -260,6 +269,6 @@ def test_a_bias_of_b_computes_the_same(name, tmp_path):
 
 
 def test_the_fields_of_peft_are_known():
-  configs = (peft.LoraConfig(), peft.IA3Config(), peft.LNTuningConfig())
+  configs = (peft.LoraConfig(), peft.IA3Config(), peft.LNTuningConfig(), peft.VeraConfig())
   fields = {field for config in configs for field in config.to_dict()} | {'runtime_config'}
   assert fields - set(KNOWN) == set()
