@@ -308,8 +308,6 @@ def _check_task(out: dict[str, Any]) -> None:
     for name in names:
       if name in foreign:
         raise ValueError(f'config.{key}={name!r} is no metric of config.task={out["task"]!r}')
-  if out['eval.patience'] is not None and out['eval.every'] is None:
-    raise ValueError('config.eval.patience counts evaluations: set config.eval.every too')
   lengths = [key for key in ('steps', 'epochs') if out[key] is not None]
   if len(lengths) != 1:
     which = 'both' if lengths else 'neither'
