@@ -78,7 +78,7 @@ def commands(backbone: str, decoder: str, run: str, images: str) -> dict[str, tu
   found['write text'] = command('generate', '--model', decoder, '--prompt', 'a')
   picture = next(pathlib.Path(images).rglob('*.png'))
   found['label'] = command('predict', '--run', run, '--input', picture)
-  found['hub'] = command('train', image, '--config.model.source=someone/something')
+  found['hub'] = command('generate', '--model', 'someone/something', '--prompt', 'a')
   return found
 
 
