@@ -5,16 +5,20 @@ from .cost import flops, uncounted
 from .crossing import Crossing, crossing
 from .cut import Halves, cut
 from .equations import evaluated, hoisted, inside, reader, variables
+from .traced import Static, Traced, has_gradient
 
 __all__ = [
   'Crossing',
   'Halves',
+  'Static',
   'TooLarge',
+  'Traced',
   'compiled',
   'crossing',
   'cut',
   'evaluated',
   'flops',
+  'has_gradient',
   'hoisted',
   'inside',
   'memory',

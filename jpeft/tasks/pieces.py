@@ -14,10 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
-from jax.extend import core as jex
 
 from jpeft.core import Call, Site, Tuned, at, chain
-from jpeft.programs import hoisted
+from jpeft.programs import Static, Traced, has_gradient
 
 from .task import loss
 
@@ -146,11 +145,18 @@ def token_losses(
   length = x.shape[1]
   x = _cut(x, size, 0)  # [pieces, B, n, D]
   labels = _cut(labels, size, -1)
-  logits_of, values = _program(head, arrays, jax.ShapeDtypeStruct(x.shape[1:], x.dtype))
+  leaves, tree = jax.tree.flatten(arrays)
+
+  def run_head(leaves, x):
+    return head(tree.unflatten(leaves), x)
+
+  piece = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+  traced = Traced(run_head, [jax.typeof(leaf) for leaf in leaves], piece)
+  values = [*traced.consts, *leaves]
 
   def losses(values, x, labels):
     """[B, n, 2] of a piece."""
-    logits = logits_of(values, x)
+    logits = traced((), values, x)
     right = (logits.argmax(-1) == labels) & (labels >= 0)
     return jnp.stack([loss(logits, labels, smoothing), right.astype(jnp.float32)], -1)
 
@@ -162,12 +168,12 @@ def token_losses(
     return over_pieces(lambda x, labels: losses(values, x, labels), x, labels)
 
   def forward(values, x, labels):
-    trained = tuple(i for i, value in enumerate(values) if _has_gradient(value))
+    trained = tuple(i for i, value in enumerate(values) if has_gradient(value))
     values = [value.value for value in values]
     x, labels = x.value, labels.value
     if trained:
       out = over_pieces(lambda x, labels: losses(values, x, labels), x, labels)
-      return out, (values, x, labels, _Static(trained))
+      return out, (values, x, labels, Static(trained))
 
     def with_slope(x, labels):
       out, vjp = jax.vjp(lambda x: losses(values, x, labels), x)
@@ -175,7 +181,7 @@ def token_losses(
       return out, slope
 
     out, slope = over_pieces(with_slope, x, labels)
-    return out, ([None] * len(values), slope, None, _Static(()))
+    return out, ([None] * len(values), slope, None, Static(()))
 
   def backward(residuals, cotangent):
     values, x, labels, trained = residuals
@@ -211,37 +217,3 @@ def _cut(x: jax.Array, size: int, fill: int) -> jax.Array:
   x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
   x = x.reshape(x.shape[0], -1, size, *x.shape[2:])
   return jnp.moveaxis(x, 1, 0)
-
-
-def _program(head: Callable, arrays: Any, piece) -> tuple[Callable, list]:
-  """((values, x) -> logits, values): `head` traced, with all that it reads as arguments.
-
-  A custom_vjp may not close over traced arrays, and its parts are traced when no rule acts.
-  """
-  leaves, tree = jax.tree.flatten(arrays)
-
-  def run(leaves, x):
-    return head(tree.unflatten(leaves), x)
-
-  closed = jax.make_jaxpr(run)([jax.typeof(leaf) for leaf in leaves], piece)
-  jaxpr, consts = hoisted(closed)
-  program = jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))
-
-  def logits_of(values, x):
-    (logits,) = program(*values, x)
-    return logits
-
-  return logits_of, [*consts, *leaves]
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Static:
-  """What the forward pass gives the backward pass beside arrays."""
-
-  value: Any
-
-
-def _has_gradient(pair) -> bool:
-  """Whether an input of a custom_vjp is one that a gradient flows into."""
-  return pair.perturbed and jnp.issubdtype(pair.value.dtype, jnp.inexact)

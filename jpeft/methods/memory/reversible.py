@@ -13,9 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
-from jax.extend import core as jex
 
-from jpeft.programs import hoisted
+from jpeft.programs import Static, Traced, has_gradient
 
 Streams = tuple[jax.Array, jax.Array]
 
@@ -77,8 +76,8 @@ class Reversible:
     depth = 0
     for part in layers:
       # Traced here, where the rules of a model act: the backward pass is traced after they ended.
-      f = _Program(part, part.f, like)
-      g = _Program(part, part.g, like)
+      f = _traced(part, part.f, like)
+      g = _traced(part, part.g, like)
       self.parts.append(_Part(part, depth, f, g))
       depth += part.depth
     self._every = every or depth
@@ -111,9 +110,9 @@ class Reversible:
         raise ValueError(
           'a reversible layer closes over an array that is trained, whose gradient would be lost'
         )
-      trained = [_has_gradient(pair) for pair in inputs[0]]
+      trained = [has_gradient(pair) for pair in inputs[0]]
       y, stored = self.forward(jax.tree.unflatten(tree, leaves), consts, x)
-      return y, (_Static(jax.tree.unflatten(tree, trained)), leaves, consts, stored, y)
+      return y, (Static(jax.tree.unflatten(tree, trained)), leaves, consts, stored, y)
 
     def backward(residuals, d_y):
       trained, leaves, consts, stored, y = residuals
@@ -277,8 +276,8 @@ class _Part:
 
   layers: Layers
   first: int
-  f: '_Program'
-  g: '_Program'
+  f: Traced
+  g: Traced
 
   @property
   def consts(self) -> tuple[list, list]:
@@ -294,36 +293,14 @@ class _Part:
     return jax.lax.scan(lambda carry, xs: body(carry, *xs), carry, (row, numbers), reverse=reverse)
 
 
-class _Program:
+def _traced(layers: Layers, fn, like: jax.Array) -> Traced:
   """f or g of one layer, traced: (consts, row, x) -> an array like x."""
+  like = jax.ShapeDtypeStruct(like.shape, like.dtype)
 
-  def __init__(self, layers: Layers, fn, like: jax.Array):
-    like = jax.ShapeDtypeStruct(like.shape, like.dtype)
+  def in_dtype(row, x):
+    return fn(row, x).astype(x.dtype)
 
-    def in_dtype(row, x):
-      return fn(row, x).astype(x.dtype)
-
-    closed = jax.make_jaxpr(in_dtype)(layers.shapes_of_one(), like)
-    # Arrays that fn closes over become arguments: a custom_vjp may not close over traced ones.
-    jaxpr, self.consts = hoisted(closed)
-    self._run = jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))
-
-  def __call__(self, consts, row, x: jax.Array) -> jax.Array:
-    (y,) = self._run(*consts, *jax.tree.leaves(row), x)
-    return y
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Static:
-  """What the forward pass gives the backward pass beside arrays."""
-
-  value: Any
-
-
-def _has_gradient(pair) -> bool:
-  """Whether an input of a custom_vjp is one that a gradient flows into."""
-  return pair.perturbed and jnp.issubdtype(pair.value.dtype, jnp.inexact)
+  return Traced(in_dtype, layers.shapes_of_one(), like)
 
 
 def _plain_zero(d, like: jax.Array) -> jax.Array:
@@ -333,7 +310,7 @@ def _plain_zero(d, like: jax.Array) -> jax.Array:
   return d
 
 
-def _pull(program: _Program, consts, row, own: list[int], x: jax.Array, d: jax.Array):
+def _pull(program: Traced, consts, row, own: list[int], x: jax.Array, d: jax.Array):
   """(y = program(x), gradients of the leaves `own` of the row, that of x), d being that of y."""
   leaves, tree = jax.tree.flatten(row)
 
