@@ -300,25 +300,30 @@ def _check_entries(tuned: Tuned) -> None:
   for rule, site in tuned.rules:
     entries = tuned.read_shapes.get(rule.name, {}).get(site.path, {})
     thetas.setdefault(rule, []).append(entries)
-  jax.eval_shape(tuned.expand, tuned.shapes)
+  if tuned.generators:
+    jax.eval_shape(tuned.expand, tuned.shapes)
   for name, generator in tuned.generators.items():
     trees = list(tuned.shapes[name].values())
     unused = unused_name(generator.fixed, trees)
     if unused is not None:
-      there = ', '.join(dict.fromkeys(path for tree in trees for path in leaf_paths(tree)))
       raise ValueError(
         f'{name}: fixed={unused!r} of generated names no entry of its smaller tree; there are '
-        f'{there or "none"}'
+        f'{_entries_of(trees)}'
       )
   for rule, trees in thetas.items():
     staged = [name for _, names in rule.stages for name in names]
     for field, names in (('fixed', rule.fixed), ('exact', rule.exact), ('stages', staged)):
       name = unused_name(names, trees)
       if name is not None:
-        there = ', '.join(dict.fromkeys(path for tree in trees for path in leaf_paths(tree)))
         raise ValueError(
-          f'{rule.name}: {field}={name!r} names no entry of its theta; there are {there or "none"}'
+          f'{rule.name}: {field}={name!r} names no entry of its theta; there are '
+          f'{_entries_of(trees)}'
         )
+
+
+def _entries_of(trees: list) -> str:
+  """The paths of the entries of some trees, for errors."""
+  return ', '.join(dict.fromkeys(path for tree in trees for path in leaf_paths(tree))) or 'none'
 
 
 def _check_requirement(rule: Weight, site: Site, fused: bool) -> None:

@@ -282,8 +282,9 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     state, out = stage.update(state, backbone, put(batch))
     number += 1
     watch.add(number, indices, out)
-    if current(stages, number) is not stage:
-      stage = current(stages, number)
+    following = current(stages, number)
+    if following is not stage:
+      stage = following
       state = entered(stage, state)
     if number % config.log.every == 0 or number == steps:
       watch.check()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jpeft import Call, Weight, at, matrix
+from jpeft import Call, Method, Weight, at, generated, matrix
 from tests import fixtures
 
 WIDTH = 6
@@ -173,3 +173,37 @@ def plain(model, held, *args, **kwargs):
 def noisy(tree, size: float = 0.3):
   """A tree with normal noise on every float, always the same."""
   return fixtures.noisy(tree, size)
+
+
+# Paths of the blocks of all of `stacks`.
+BLOCKS = r'blocks?(?:[_/]\d+)?'
+FC = f'{BLOCKS}/fc'
+
+
+def stacks(depth: int) -> dict[str, Any]:
+  """{name: a function that makes a model of `depth` blocks}, one for each kind of stack."""
+  return {
+    'linen': lambda: Blocks(depth),
+    'linen scan': lambda: Blocks(depth, 'scan'),
+    'linen scan remat': lambda: Blocks(depth, 'scan remat'),
+    'nnx': lambda: NnxBlocks(depth),
+    'nnx scan': lambda: NnxBlocks(depth, 'scan'),
+  }
+
+
+def shared_factor(method: Method, **options) -> Method:
+  """A low-rank method of one matrix a site, whose a all sites and layers share."""
+
+  def init(key, places):
+    first = next(iter(places.values())).t['kernel']['a']
+    own = {path: {'b': place.t['kernel']['b']} for path, place in places.items()}
+    return {'': {'a': first.reshape(-1, *first.shape[-2:])[0]}, **own}
+
+  def expand(t, places):
+    made = {}
+    for path, place in places.items():
+      a = jnp.broadcast_to(t['']['a'], place.t['kernel']['a'].shape)
+      made[path] = {'kernel': {'a': a, 'b': t[path]['b']}}
+    return made
+
+  return generated(method, init, expand, **options)

@@ -7,17 +7,19 @@ import numpy as np
 import pytest
 
 import jpeft
-from tests.core.small import WIDTH, Blocks, NnxBlocks, X, backbone, gain, plain
+from tests.core.small import (
+  BLOCKS,
+  WIDTH,
+  Blocks,
+  X,
+  backbone,
+  gain,
+  plain,
+  stacks,
+)
 from tests.fixtures import leaf_paths
 
-MODELS = {
-  'linen': lambda: Blocks(12),
-  'linen scan': lambda: Blocks(12, 'scan'),
-  'linen scan remat': lambda: Blocks(12, 'scan remat'),
-  'nnx': lambda: NnxBlocks(12),
-  'nnx scan': lambda: NnxBlocks(12, 'scan'),
-}
-BLOCKS = r'blocks?[_/]?\d*'
+MODELS = stacks(12)
 
 
 def gated(name='gated'):

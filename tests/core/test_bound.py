@@ -10,18 +10,22 @@ import pytest
 from flax import nnx
 
 import jpeft
-from tests.core.small import WIDTH, Blocks, NnxBlocks, X, backbone, low_rank, noisy, plain, spy
+from tests.core.small import (
+  BLOCKS,
+  WIDTH,
+  Blocks,
+  X,
+  backbone,
+  low_rank,
+  noisy,
+  plain,
+  spy,
+  stacks,
+)
 from tests.fixtures import leaves_equal
 from tests.kept import residuals
 
-MODELS = {
-  'linen': Blocks,
-  'linen scan': lambda: Blocks(stack='scan'),
-  'linen scan remat': lambda: Blocks(stack='scan remat'),
-  'nnx': NnxBlocks,
-  'nnx scan': lambda: NnxBlocks(stack='scan'),
-}
-BLOCKS = r'blocks?(?:[_/]\d+)?'
+MODELS = stacks(3)
 
 
 def wrapped(apply, name='wrap'):

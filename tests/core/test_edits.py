@@ -9,16 +9,20 @@ import pytest
 
 import jpeft
 from jpeft.training import optim
-from tests.core.small import WIDTH, Blocks, NnxBlocks, X, adapter, backbone, low_rank, noisy
+from tests.core.small import (
+  FC,
+  WIDTH,
+  Blocks,
+  X,
+  adapter,
+  backbone,
+  low_rank,
+  noisy,
+  stacks,
+)
 
 RANK = 2
-MODELS = {
-  'linen': lambda: Blocks(3),
-  'linen scan': lambda: Blocks(3, 'scan'),
-  'nnx': lambda: NnxBlocks(3),
-  'nnx scan': lambda: NnxBlocks(3, 'scan'),
-}
-FC = r'blocks?[_/]?\d*/fc'
+MODELS = stacks(3)
 
 
 def switched(every=2, targets=FC, name='switched'):

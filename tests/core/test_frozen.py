@@ -7,16 +7,19 @@ import numpy as np
 import pytest
 
 import jpeft
-from tests.core.small import Blocks, NnxBlocks, X, adapter, backbone, low_rank, noisy, shift
+from tests.core.small import (
+  BLOCKS,
+  Blocks,
+  X,
+  adapter,
+  backbone,
+  low_rank,
+  noisy,
+  shift,
+  stacks,
+)
 
-MODELS = {
-  'linen': lambda: Blocks(4),
-  'linen scan': lambda: Blocks(4, 'scan'),
-  'linen scan remat': lambda: Blocks(4, 'scan remat'),
-  'nnx': lambda: NnxBlocks(4),
-  'nnx scan': lambda: NnxBlocks(4, 'scan'),
-}
-BLOCKS = r'blocks?[_/]?\d*'
+MODELS = stacks(4)
 
 
 def trained(model, method):

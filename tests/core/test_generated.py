@@ -9,28 +9,24 @@ import pytest
 import jpeft
 from tests.contract.anatomies import described
 from tests.core.small import (
+  BLOCKS,
+  FC,
   WIDTH,
   Blocks,
-  NnxBlocks,
   X,
   adapter,
   backbone,
   low_rank,
   noisy,
   plain,
+  shared_factor,
+  stacks,
   train,
 )
 from tests.fixtures import BACKBONES
 
 DEPTH = 4
-MODELS = {
-  'linen': lambda: Blocks(DEPTH),
-  'linen scan': lambda: Blocks(DEPTH, 'scan'),
-  'linen scan remat': lambda: Blocks(DEPTH, 'scan remat'),
-  'nnx': lambda: NnxBlocks(DEPTH),
-  'nnx scan': lambda: NnxBlocks(DEPTH, 'scan'),
-}
-BLOCKS = r'blocks?[_/]?\d*'
+MODELS = stacks(DEPTH)
 OTHER = {'linen scan': 'linen', 'linen scan remat': 'linen', 'nnx scan': 'nnx'}
 WORD = 3
 
@@ -65,23 +61,9 @@ def hypernetwork(method=None):
   return jpeft.generated(method, init, expand)
 
 
-def half_shared(targets=f'{BLOCKS}/fc', fixed=()):
+def half_shared(**options):
   """LoRA whose a all layers share."""
-
-  def init(key, places):
-    first = next(iter(places.values()))
-    a = first.t['kernel']['a'].reshape(-1, WIDTH, 2)[0]
-    own = {path: {'b': place.t['kernel']['b']} for path, place in places.items()}
-    return {'': {'a': a}, **own}
-
-  def expand(t, places):
-    made = {}
-    for path, place in places.items():
-      a = jnp.broadcast_to(t['']['a'], place.t['kernel']['a'].shape)
-      made[path] = {'kernel': {'a': a, 'b': t[path]['b']}}
-    return made
-
-  return jpeft.generated(low_rank(targets), init, expand, fixed=fixed)
+  return shared_factor(low_rank(FC), **options)
 
 
 def loss_of(tuned, held):

@@ -10,6 +10,7 @@ import jpeft
 from jpeft.models.t5 import T5
 from tests.contract.anatomies import described
 from tests.core.small import (
+  BLOCKS,
   Blocks,
   NnxBlocks,
   X,
@@ -21,6 +22,7 @@ from tests.core.small import (
   plain,
   shift,
   square,
+  stacks,
   train,
 )
 from tests.fixtures import BACKBONES, leaf_paths
@@ -144,14 +146,7 @@ def test_the_start_of_a_layer_does_not_depend_on_the_choice():
   )
 
 
-MODELS = {
-  'linen': lambda: Blocks(DEPTH),
-  'linen scan': lambda: Blocks(DEPTH, 'scan'),
-  'linen scan remat': lambda: Blocks(DEPTH, 'scan remat'),
-  'nnx': lambda: NnxBlocks(DEPTH),
-  'nnx scan': lambda: NnxBlocks(DEPTH, 'scan'),
-}
-BLOCKS = r'blocks?[_/]?\d*'
+MODELS = stacks(DEPTH)
 
 
 @pytest.mark.parametrize('name', MODELS)

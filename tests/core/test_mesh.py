@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import jpeft
 from tests.contract.anatomies import described
+from tests.core.small import shared_factor
 from tests.fixtures import BACKBONES, noisy
 
 
@@ -27,24 +28,6 @@ def counted(name='counted'):
     return call.site.map_stream(call(*args, **kwargs), lambda x: x * t['scale'])
 
   return jpeft.at('{block}', jpeft.Call(name, apply, init), layers=0)
-
-
-def shared_factor():
-  """LoRA of the queries whose a all layers share."""
-
-  def init(key, places):
-    first = next(iter(places.values())).t['kernel']['a']
-    own = {path: {'b': place.t['kernel']['b']} for path, place in places.items()}
-    return {'': {'a': first.reshape(-1, *first.shape[-2:])[0]}, **own}
-
-  def expand(t, places):
-    made = {}
-    for path, place in places.items():
-      a = jnp.broadcast_to(t['']['a'], place.t['kernel']['a'].shape)
-      made[path] = {'kernel': {'a': a, 'b': t[path]['b']}}
-    return made
-
-  return jpeft.generated(jpeft.lora(2, targets='{q}'), init, expand)
 
 
 def by_example(name='by_example'):
@@ -86,7 +69,7 @@ def method_of(kind, b):
   if kind == 'state':
     return counted()
   if kind == 'generated':
-    return shared_factor()
+    return shared_factor(jpeft.lora(2, targets='{q}'))
   if kind == 'outer':
     return by_example()
   if kind == 'edit':

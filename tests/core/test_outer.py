@@ -7,17 +7,20 @@ import pytest
 
 import jpeft
 from tests.contract.anatomies import described
-from tests.core.small import Blocks, NnxBlocks, X, adapter, backbone, low_rank, noisy, plain
+from tests.core.small import (
+  FC,
+  Blocks,
+  X,
+  adapter,
+  backbone,
+  low_rank,
+  noisy,
+  plain,
+  stacks,
+)
 from tests.fixtures import BACKBONES
 
-MODELS = {
-  'linen': lambda: Blocks(3),
-  'linen scan': lambda: Blocks(3, 'scan'),
-  'linen scan remat': lambda: Blocks(3, 'scan remat'),
-  'nnx': lambda: NnxBlocks(3),
-  'nnx scan': lambda: NnxBlocks(3, 'scan'),
-}
-FC = r'blocks?[_/]?\d*/fc'
+MODELS = stacks(3)
 QUALITY = jnp.array([0.1, 0.9, -0.3, 0.5])
 
 

@@ -10,7 +10,7 @@ import jpeft
 from jpeft import models
 from jpeft.export.peft_config import KNOWN
 from tests.fixtures import noisy
-from tests.models.goldens import CAUSAL, GOLDEN, close, golden
+from tests.models.goldens import CAUSAL, GOLDEN, THEIRS, close, golden
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
@@ -19,13 +19,6 @@ pytestmark = [
   pytest.mark.parity,
   pytest.mark.filterwarnings('ignore'),  # of peft, which calls what transformers will rename
 ]
-THEIRS = {
-  'images': 'pixel_values',
-  'tokens': 'input_ids',
-  'mask': 'attention_mask',
-  'types': 'token_type_ids',
-  'decoder_tokens': 'decoder_input_ids',
-}
 MODELS = ('bert', 'roberta', 'vit', 'dinov2', 't5', 'llama', 'qwen2')
 # {model: (modules of which one is adapted, a head or a norm that is saved whole)}
 PARTS = {

@@ -36,6 +36,14 @@ KIN = (
   'llama_yarn',
 )
 INPUTS = ('images', 'tokens', 'decoder_tokens', 'mask', 'types')
+# What transformers calls them.
+THEIRS = {
+  'images': 'pixel_values',
+  'tokens': 'input_ids',
+  'mask': 'attention_mask',
+  'types': 'token_type_ids',
+  'decoder_tokens': 'decoder_input_ids',
+}
 
 
 def golden(name):

@@ -11,18 +11,11 @@ import pytest
 import jpeft
 from jpeft import models
 from jpeft.models.nn.positions import relative_buckets
-from tests.models.goldens import CAUSAL, GOLDEN, NAMES, close, golden, outputs
+from tests.models.goldens import CAUSAL, GOLDEN, NAMES, THEIRS, close, golden, outputs
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings('ignore::DeprecationWarning')]
-THEIRS = {
-  'images': 'pixel_values',
-  'tokens': 'input_ids',
-  'mask': 'attention_mask',
-  'types': 'token_type_ids',
-  'decoder_tokens': 'decoder_input_ids',
-}
 
 
 def their(kind, folder, inputs):
