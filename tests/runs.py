@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jpeft import models
+from jpeft import config, models
 
 VIT = {
   'model_type': 'vit',
@@ -155,3 +155,21 @@ def backwards(tmp_path_factory) -> pathlib.Path:
     )
   )
   return path
+
+
+@pytest.fixture(scope='session')
+def language(decoder, backwards):
+  """language(**{dotted key: value}) -> a checked config that learns to write `backwards`."""
+
+  def made(**overrides):
+    values = {
+      'task': 'language',
+      'model.source': str(decoder),
+      'data.name': f'completions:{backwards}',
+      'data.batch_size': 8,
+      'data.max_length': 24,
+      **overrides,
+    }
+    return config.complete(config.nest(values))
+
+  return made

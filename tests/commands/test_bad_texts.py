@@ -6,28 +6,15 @@ import shutil
 import pytest
 from tokenizers import Tokenizer
 
-from jpeft import cli, config, generate, training
+from jpeft import cli, generate, training
 from jpeft.data.source import digest
 
 
 @pytest.fixture
-def settings(decoder, backwards):
+def settings(language):
   """settings(**{dotted key: value}) -> a checked config."""
-
-  def made(**overrides):
-    values = {
-      'task': 'language',
-      'model.source': str(decoder),
-      'data.name': f'completions:{backwards}',
-      'data.batch_size': 8,
-      'data.max_length': 24,
-      'method.name': 'norm',
-      'steps': 1,
-      'eval.metric': 'loss',
-    } | overrides
-    return config.complete(config.nest(values))
-
-  return made
+  own = {'method.name': 'norm', 'steps': 1, 'eval.metric': 'loss'}
+  return lambda **overrides: language(**own | overrides)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from jpeft import cli, config, generate, merge, models, predict, tasks, training
+from jpeft import cli, generate, merge, models, predict, tasks, training
 from jpeft.tasks.language import distance
 from jpeft.training import step
 from jpeft.training.metrics import read_metrics
@@ -19,25 +19,16 @@ TASK = tasks.TASKS['language']
 
 
 @pytest.fixture(scope='module')
-def settings(decoder, backwards):
+def settings(language):
   """settings(**{dotted key: value}) -> a checked config."""
-
-  def made(**overrides):
-    values = {
-      'task': 'language',
-      'model.source': str(decoder),
-      'data.name': f'completions:{backwards}',
-      'data.batch_size': 8,
-      'data.max_length': 24,
-      'method.name': 'full',
-      'optimizer.lr': 1e-2,
-      'steps': 4,
-      'log.every': 1,
-      'eval.metric': 'perplexity',
-    } | overrides
-    return config.complete(config.nest(values))
-
-  return made
+  own = {
+    'method.name': 'full',
+    'optimizer.lr': 1e-2,
+    'steps': 4,
+    'log.every': 1,
+    'eval.metric': 'perplexity',
+  }
+  return lambda **overrides: language(**own | overrides)
 
 
 @pytest.fixture(scope='module')

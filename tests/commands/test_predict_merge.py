@@ -152,21 +152,26 @@ def reviews(tmp_path_factory):
   return folder, table
 
 
-def test_texts_from_training_to_merged_weights(reviews, config_file, tmp_path, capsys, monkeypatch):
-  folder, table = reviews
+def learn(config_file, backbone, table, run, **more):
+  """Trains a backbone whole on the labels of a table of texts, until it knows them."""
   chosen = {
-    'model.source': folder,
+    'model.source': backbone,
     'data.name': f'csv:{table}',
     'data.max_length': 6,
     'data.batch_size': 8,
-    'model.pool': 'mean',
     'steps': 80,
     'eval.every': 80,
     'optimizer.lr': 1e-2,
+    **more,
   }
   settings = config.load(f'{config_file}:full', {k: str(v) for k, v in chosen.items()})
-  told = training.train(settings, tmp_path / 'run')
+  told = training.train(settings, run)
   assert told['eval']['accuracy'] > 0.9
+
+
+def test_texts_from_training_to_merged_weights(reviews, config_file, tmp_path, capsys, monkeypatch):
+  folder, table = reviews
+  learn(config_file, folder, table, tmp_path / 'run', **{'model.pool': 'mean'})
   (tmp_path / 'lines.txt').write_text('a great plot\n\nvery poor film\n')
   capsys.readouterr()
   predict.main(['--run', str(tmp_path / 'run'), '--input', str(tmp_path / 'lines.txt')])
@@ -216,17 +221,6 @@ def test_a_decoder_learns_labels(reviews, config_file, tmp_path):
   variables = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 4), np.int32))
   models.save_pretrained(tmp_path / 'llama', model, variables, llama)
   shutil.copy(folder / 'tokenizer.json', tmp_path / 'llama')
-  chosen = {
-    'model.source': tmp_path / 'llama',
-    'data.name': f'csv:{table}',
-    'data.max_length': 6,
-    'data.batch_size': 8,
-    'steps': 80,
-    'eval.every': 80,
-    'optimizer.lr': 1e-2,
-  }
-  settings = config.load(f'{config_file}:full', {k: str(v) for k, v in chosen.items()})
-  told = training.train(settings, tmp_path / 'run')
-  assert told['eval']['accuracy'] > 0.9
+  learn(config_file, tmp_path / 'llama', table, tmp_path / 'run')
   merge.main(['--run', str(tmp_path / 'run'), '--out', str(tmp_path / 'out')])
   assert models.load(tmp_path / 'out').config['architectures'] == ['LlamaForSequenceClassification']
