@@ -200,9 +200,10 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     """
     if number == steps:
       return True
-    patience = config.eval.patience
+    if config.eval.patience is None:
+      return False
     scored = [*metrics.of('test'), *newest]
-    return patience is not None and tasks.stale(config.eval.metric, scored) >= patience
+    return tasks.stale(config.eval.metric, scored) >= config.eval.patience
 
   def always(scores: dict[str, float]) -> bool:
     """That texts are written, whatever the scores are."""

@@ -95,19 +95,24 @@ class Forward:
     """
     return self._apply(self.tuned, theta, backbone, batch, key, aux, **takes)
 
-  def losses(self, theta, backbone, batch, key, smoothing: float = 0.0):
-    """((the loss of each label, whether it is the likeliest), aux).
+  def losses(self, theta, backbone, batch, key, smoothing: float = 0.0, aux: bool = False):
+    """(the loss of each label, whether it is the likeliest); with `aux` (these two, aux).
 
     Logits of texts are not made whole where they are large, see `in_pieces`.
     """
     labels = batch['label']
     pieces, _ = self.in_pieces(batch, smoothing)
     if pieces is None:
-      logits, aux = self(theta, backbone, batch, key, aux=True)
-      right = (logits.argmax(-1) == labels) & (labels >= 0)
-      return (tasks.loss(logits, labels, smoothing), right), aux
-    losses, aux = self._apply(pieces, theta, backbone, batch, key, True, labels=labels)
-    return (losses[..., 0], losses[..., 1] > 0), aux
+      out = self(theta, backbone, batch, key, aux)
+    else:
+      out = self._apply(pieces, theta, backbone, batch, key, aux, labels=labels)
+    found, beside = out if aux else (out, None)
+    if pieces is None:
+      right = (found.argmax(-1) == labels) & (labels >= 0)
+      scored = tasks.loss(found, labels, smoothing), right
+    else:
+      scored = found[..., 0], found[..., 1] > 0
+    return (scored, beside) if aux else scored
 
   def in_pieces(self, batch, smoothing: float = 0.0) -> tuple[Tuned | None, str]:
     """(the method with losses in place of logits, '') where whole logits are large.
@@ -180,7 +185,7 @@ def train_step(
       return tasks.loss(logits, batch['label'], smoothing).sum() / count * rounds
 
     if isinstance(forward, Forward) and not tuned.has_loss:
-      (losses, right), aux = forward.losses(theta, backbone, batch, key, smoothing)
+      (losses, right), aux = forward.losses(theta, backbone, batch, key, smoothing, aux=True)
       value = losses.sum() / count
       correct = right.sum()
     else:
@@ -260,7 +265,7 @@ def eval_step(forward: Callable, tally: Callable, tally_losses: Callable | None 
   def step(theta, backbone, batch):
     key = jax.random.key(0)
     if isinstance(forward, Forward) and tally_losses is not None:
-      (losses, right), _ = forward.losses(theta, backbone, batch, key)
+      losses, right = forward.losses(theta, backbone, batch, key)
       return tally_losses(losses, right, batch['label'], batch['mask'])
     logits = forward(theta, backbone, batch, key)
     return tally(logits, batch['label'], batch['mask'])
