@@ -6,7 +6,7 @@ from .backends.choice import backend_of
 from .boxes import Box
 from .context import Bound
 from .discover import sites_of
-from .dot_product import grouped_attention
+from .dot_product import dot_product_attention, grouped_attention
 from .edits import State
 from .freeze import freeze, join, mask, split
 from .frozen import frozen
@@ -36,6 +36,7 @@ from .rules import (
 )
 from .sites import Leaf, Site, Sites
 from .summary import count, summary
+from .token_mask import TokenMask
 from .tuned import Tuned
 
 __all__ = [
@@ -73,6 +74,8 @@ __all__ = [
   'frozen',
   'generated',
   'grouped_attention',
+  'dot_product_attention',
+  'TokenMask',
   'in_layers',
   'join',
   'join_path',

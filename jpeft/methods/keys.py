@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jpeft.core import TokenMask
+
 from .masks import seen_keys
 
 # The arguments of an attention function behind query, key and value, by position.
@@ -69,7 +71,9 @@ def more_keys(attention_fn: Callable, keys: jax.Array, values: jax.Array) -> Cal
     for name in ('bias', 'mask'):
       mask = options.get(name)
       # An axis of one entry is for all keys, and broadcasts over the rows too.
-      if mask is not None and mask.shape[-1] == length:
+      if isinstance(mask, TokenMask):
+        options[name] = mask.with_more(count)
+      elif mask is not None and mask.shape[-1] == length:
         options[name] = jnp.concatenate([seen_keys(mask, count), mask], -1)
     key = jnp.concatenate([rows_of_keys, key], -3)
     value = jnp.concatenate([rows_of_values, value], -3)

@@ -107,6 +107,11 @@ def is_per_key(mask: jax.Array) -> bool:
   return mask.ndim == 2 and mask.shape[0] != mask.shape[1]
 
 
+def numbers_texts(mask: jax.Array) -> bool:
+  """Whether a mask is integers [B, N] that number the texts of a row from 1 on, 0 for padding."""
+  return mask.ndim == 2 and bool(jnp.issubdtype(mask.dtype, jnp.integer))
+
+
 def segment_mask(mask: jax.Array) -> jax.Array:
   """The attention mask of rows that several texts are packed into.
 
@@ -117,7 +122,7 @@ def segment_mask(mask: jax.Array) -> jax.Array:
   Returns:
     Booleans [B, 1, N, N]: a token sees those of its own text, and padding all texts.
   """
-  if mask.ndim != 2 or not jnp.issubdtype(mask.dtype, jnp.integer):
+  if not numbers_texts(mask):
     return mask
   queries = mask[:, None, :, None]
   keys = mask[:, None, None, :]

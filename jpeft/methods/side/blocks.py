@@ -12,12 +12,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from einops import rearrange
 
-from jpeft.core import Site, flags_of
+from jpeft.core import Site, TokenMask, dot_product_attention, flags_of
 
-from ..masks import additive, mask_names, segment_mask
+from ..masks import additive, mask_names, numbers_texts
 
 # Names of fields that hold a width; numbers of heads are none.
 _WIDTH = re.compile(
@@ -60,11 +59,12 @@ class Lean(nn.Module):
   causal: bool = False
 
   @nn.compact
-  def __call__(self, s, mask=None, context=None, context_mask=None):
+  def __call__(self, s, mask=None, context=None, context_mask=None, texts=None):
     """s after the block, [B, N, d'].
 
     Args:
       s: the stream [B, N, d'].
+      texts: number of the text that each token belongs to, [B, N]: it sees the others of it.
       mask: bias of the logits [B or 1, 1, 1 or N, N]; None for none.
       context: another sequence [B, M, d'] to attend to; None for none.
       context_mask: bias of the logits [B or 1, 1, 1 or N, M] for it.
@@ -77,7 +77,7 @@ class Lean(nn.Module):
     def norm(name):
       return nn.RMSNorm(dtype=s.dtype, name=name)
 
-    def attend(prefix, x, source, bias):
+    def attend(prefix, x, source, bias, seen=None):
       def project(name, y):
         y = dense(width, f'{prefix}{name}')(y)
         return rearrange(y, 'b n (h c) -> b n h c', h=self.heads)
@@ -85,16 +85,15 @@ class Lean(nn.Module):
       query = project('query', x)
       key = project('key', source)
       value = project('value', source)
-      y = nn.dot_product_attention(query, key, value, bias=bias)
+      y = dot_product_attention(query, key, value, bias, seen)
       return dense(width, f'{prefix}out')(rearrange(y, 'b n h c -> b n (h c)'))
 
     if self.heads:
-      if self.causal:
-        length = s.shape[1]
-        before = additive(jnp.tril(jnp.ones((length, length), bool)), s.dtype, len(s))
-        mask = before if mask is None else mask + before
+      seen = None
+      if self.causal or texts is not None:
+        seen = TokenMask.of_row(s.shape[1], texts, causal=self.causal)
       x = norm('norm1')(s)
-      s = s + attend('', x, x, mask)
+      s = s + attend('', x, x, mask, seen)
       if context is not None:
         s = s + attend('cross_', norm('norm_cross')(s), context, context_mask)
     hidden = nn.gelu(dense(self.expand * width, 'fc1')(norm('norm2')(s)))
@@ -132,9 +131,10 @@ def lean_block(
       if name not in inputs:
         continue
       mask = inputs[name]
-      if kind == 'mask':
-        mask = segment_mask(mask)
-      found[kind] = additive(mask, s.dtype, len(s))
+      if kind == 'mask' and numbers_texts(mask):
+        found['texts'] = mask
+      else:
+        found[kind] = additive(mask, s.dtype, len(s))
     for name in contexts:
       if name in takes and name in inputs:
         found['context'] = inputs[name]

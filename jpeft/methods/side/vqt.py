@@ -228,7 +228,7 @@ class _VQT:
       )
     mask = options.get('mask')
     if mask is not None:  # [.., N, N] to [.., 1, N]: what any token sees
-      options['mask'] = mask.any(-2, keepdims=True)
+      options['mask'] = jnp.any(mask, -2, keepdims=True)
     return options
 
 

@@ -4,6 +4,7 @@ Axes: B batch, N tokens, M tokens with those in the cache, H query heads, J key 
   K head size, D width.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from jpeft.core import grouped_attention
+from jpeft.core import TokenMask, dot_product_attention
 
 from ..nn import (
   MLP,
@@ -36,31 +37,17 @@ POOLS = ('last', 'mean', 'tokens')
 LLAMA_HEADS = ('classification', 'tokens', 'questions', 'text')
 
 
-def causal_mask(places, texts, key_texts, window: int | None):
-  """The tokens that each new token sees, and the positions of the new tokens.
-
-  Args:
-    places: [N], where the new tokens stand in the row.
-    texts: [B, N], number of the text that each new token belongs to; None if every row is one text.
-    key_texts: the same of all tokens so far, [B, M]; None if every row is one text.
-    window: a token sees itself and the window - 1 before it in the row; None for all before it.
+def positions_in(mask: TokenMask) -> jax.Array:
+  """The positions of the tokens that a mask is of, for the rotation.
 
   Returns:
-    (seen, positions): booleans [B or 1, N, M], False where a token is hidden; and positions [N] in
-    the row, or [B, N] in the text of each token, for the rotation.
+    Integers [N], places in the row; or, where rows have several texts or padding, [B, N]: how many
+    tokens of its own text stand before each.
   """
-  length = places.shape[0]
-  if key_texts is not None:
-    length = key_texts.shape[1]
-  distances = places[:, None] - jnp.arange(length)  # [N, M]
-  seen = (distances >= 0)[None]
-  positions = places
-  if key_texts is not None:
-    seen = seen & (texts[:, :, None] == key_texts[:, None])
-    positions = seen.sum(-1) - 1
-  if window is not None:
-    seen = seen & (distances < window)
-  return seen, positions
+  if mask.texts is None:
+    return mask.places
+  before = dataclasses.replace(mask, window=None).whole()  # reduced where it is made: never stored
+  return before[:, 0].sum(-1) - 1
 
 
 class CausalAttention(nn.Module):
@@ -81,7 +68,7 @@ class CausalAttention(nn.Module):
     window: a token sees itself and the window - 1 before it; None for all before it.
     eps: of the norms.
     dropout: rate on the attention probabilities.
-    attention_fn: called as `grouped_attention`, with J heads of keys and values.
+    attention_fn: called as `dot_product_attention`, with J heads of keys and values.
     dtype: of the computation.
     param_dtype: of the parameters.
   """
@@ -96,7 +83,7 @@ class CausalAttention(nn.Module):
   window: int | None = None
   eps: float = 1e-6
   dropout: float = 0.0
-  attention_fn: Callable[..., jax.Array] = grouped_attention
+  attention_fn: Callable[..., jax.Array] = dot_product_attention
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
 
@@ -129,7 +116,9 @@ class CausalAttention(nn.Module):
     if caching:
       key_texts = self._write_cache('texts', texts, start)
     places = start + jnp.arange(x.shape[1])
-    seen, positions = causal_mask(places, texts, key_texts, self.window)
+    keys = x.shape[1] if key_texts is None else key_texts.shape[1]
+    seen = TokenMask(places, texts, key_texts, keys, self.window)
+    positions = positions_in(seen)
 
     query = self.rope.rotate(query, positions)
     # Keys are stored as rotated: their positions never change.
@@ -138,7 +127,6 @@ class CausalAttention(nn.Module):
       key = self._write_cache('key', key, start)  # [B, M, J, K]
       value = self._write_cache('value', value, start)
       self.put_variable('cache', 'length', jnp.asarray(start + x.shape[1], jnp.int32))
-    seen = seen[:, None]  # [B or 1, 1, N, M]
     joined = attend(self, query, key, value, mask=seen, bias=bias, deterministic=deterministic)
     return dense(x.shape[-1], use_bias=self.out_bias, name='out')(joined)
 
@@ -168,7 +156,7 @@ class LlamaBlock(Block):
   """
 
   activation: Callable[[jax.Array], jax.Array] = nn.silu
-  attention_fn: Callable[..., jax.Array] = grouped_attention
+  attention_fn: Callable[..., jax.Array] = dot_product_attention
   kv_heads: int | None = None
   qkv_bias: bool = False
   out_bias: bool = False
@@ -264,7 +252,7 @@ class Llama(nn.Module):
   activation: Callable[[jax.Array], jax.Array] = nn.silu
   dropout: float = 0.0
   attention_dropout: float = 0.0
-  attention_fn: Callable[..., jax.Array] = grouped_attention
+  attention_fn: Callable[..., jax.Array] = dot_product_attention
   scan: bool = False
   remat: Remat = False
   dtype: Any = jnp.float32

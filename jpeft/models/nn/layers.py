@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from jpeft.core import dot_product_attention
+
 default_init = nn.initializers.normal(0.02)
 
 gelu = functools.partial(nn.gelu, approximate=False)
@@ -61,7 +63,7 @@ class Attention(nn.Module):
   out_bias: bool = True
   scaled: bool = True
   dropout: float = 0.0
-  attention_fn: Callable[..., jax.Array] = nn.dot_product_attention
+  attention_fn: Callable[..., jax.Array] = dot_product_attention
   kernel_init: Callable[..., jax.Array] = default_init
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
@@ -217,7 +219,7 @@ class Block(nn.Module):
   activation: Callable[[jax.Array], jax.Array] = gelu
   dropout: float = 0.0
   attention_dropout: float = 0.0
-  attention_fn: Callable[..., jax.Array] = nn.dot_product_attention
+  attention_fn: Callable[..., jax.Array] = dot_product_attention
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
 

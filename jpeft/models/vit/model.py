@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from jpeft.core import dot_product_attention
+
 from ..nn import (
   Encoder,
   PreNormBlock,
@@ -172,7 +174,7 @@ class ViT(nn.Module):
   activation: Callable[[jax.Array], jax.Array] = gelu
   dropout: float = 0.0
   attention_dropout: float = 0.0
-  attention_fn: Callable[..., jax.Array] = nn.dot_product_attention
+  attention_fn: Callable[..., jax.Array] = dot_product_attention
   scan: bool = False
   remat: Remat = False
   dtype: Any = jnp.float32
