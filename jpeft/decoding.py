@@ -1,7 +1,7 @@
 """Writing text with a decoder: many prompts at once, greedy or sampled, in one compiled program."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from jpeft.core import EXTRAS, Call, Tuned
+from jpeft.core import EXTRAS, Call, NotAtHead, Tuned, at_head, attach, chain
 from jpeft.models import grown
 
 AT_ONCE = 32  # prompts of a batch
@@ -179,12 +179,7 @@ def _generate(
   pad,
   cache,
 ):
-  def run(variables, tokens, mask, **options):
-    args = (variables, tokens)
-    if theta is not None:
-      args = (theta, variables, tokens)
-    return model.apply(*args, mask=mask, **options)
-
+  run = _run_of(model, theta, backbone, tokens, mask)
   if cache and _is_cacheable(run, model, backbone, tokens, new_tokens):
     first, step, state = _cached(run, backbone, tokens, mask, new_tokens)
   else:
@@ -230,10 +225,45 @@ def _generate(
 # ---- The two ways to the logits of the next token [B, V].
 
 
+def _run_of(model, theta, backbone, tokens, mask) -> Callable:
+  """(variables, tokens, mask, place, caching) -> (logits [B, V] of the word after a place, cache).
+
+  The head runs on that place alone, if rules reach it.
+  """
+  tuned = model
+  if theta is None:
+    tuned = attach(model, chain(), backbone, tokens, mask=mask)
+    theta = tuned.init(jax.random.key(0), backbone)
+  made, unreached = at_head(tuned, 'place', 'place', _head_at, training=False)
+  if not unreached:
+    try:
+      jax.eval_shape(lambda: made.apply(theta, backbone, tokens, mask=mask, place=0))
+    except NotAtHead as error:
+      unreached = str(error)
+
+  def run(variables, tokens, mask, place, caching=False):
+    options = {'mask': mask, 'mutable': ['cache'] if caching else False}
+    if unreached:
+      out = tuned.apply(theta, variables, tokens, **options)
+    else:
+      out = made.apply(theta, variables, tokens, place=place, **options)
+    logits, state = out if caching else (out, {})
+    if unreached:
+      logits = jax.lax.dynamic_slice_in_dim(logits, place, 1, axis=1)
+    return logits[:, 0], state.get('cache')
+
+  return run
+
+
+def _head_at(place, call, x, *args, **kwargs):
+  """The head on one place of its input [B, N, D]."""
+  return call(jax.lax.dynamic_slice_in_dim(x, place, 1, axis=1), *args, **kwargs)
+
+
 def _cache_of(run, backbone, tokens, new_tokens):
   """The shapes of the model's cache with room for prompts and new tokens."""
   room = jnp.zeros((tokens.shape[0], tokens.shape[1] + new_tokens), jnp.int32)
-  return jax.eval_shape(lambda: run(backbone, room, room, mutable=['cache'])[1]['cache'])
+  return jax.eval_shape(lambda: run(backbone, room, room, 0, caching=True)[1])
 
 
 def _is_cacheable(run, model, backbone, tokens, new_tokens) -> bool:
@@ -261,8 +291,7 @@ def _cached(run, backbone, tokens, mask, new_tokens):
   """(first, step, state): from the prompts, then from one more token; the state is the cache."""
 
   def extend(tokens, mask, cache):
-    logits, variables = run({**backbone, 'cache': cache}, tokens, mask, mutable=['cache'])
-    return logits[:, -1], variables['cache']
+    return run({**backbone, 'cache': cache}, tokens, mask, tokens.shape[1] - 1, caching=True)
 
   def first(token, i, cache):
     return extend(tokens, mask, cache)
@@ -288,8 +317,8 @@ def _uncached(run, backbone, tokens, mask, new_tokens):
     end = length + i
     text = text.at[:, end].set(token)
     mask = mask.at[:, end].set(1)
-    logits = run(backbone, text, mask)
-    return jax.lax.dynamic_index_in_dim(logits, end, 1, keepdims=False), (text, mask)
+    logits, _ = run(backbone, text, mask, end)
+    return logits, (text, mask)
 
   return None, step, (jnp.pad(tokens, room), jnp.pad(mask, room))
 

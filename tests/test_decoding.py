@@ -141,3 +141,24 @@ def test_impossible_requests_are_explained(change, message):
     generate(model, {}, [[1, 2, 3]], **{'new_tokens': 2, **change})
   with pytest.raises(ValueError, match='each must have a token'):
     pad_left([[1], []])
+
+
+@pytest.mark.parametrize('cache', (True, False), ids=('cached', 'uncached'))
+@pytest.mark.parametrize('tuned', (True, False), ids=('tuned', 'bare'))
+def test_logits_are_of_one_place_alone(tuned, cache):
+  """Those of whole prompts, [B, N, V], are nowhere in the program."""
+  loaded = load('llama')
+  tokens, mask = pad_left(PROMPTS, pad=17)
+  model, theta = loaded.model, None
+  if tuned:
+    model = jpeft.attach(loaded.model, jpeft.lora(2), loaded.variables, tokens, mask=mask)
+    theta = model.init(jax.random.key(0), loaded.variables)
+
+  def write(variables, tokens, mask):
+    return generate(model, variables, tokens, mask, new_tokens=2, theta=theta, cache=cache).tokens
+
+  program = jax.jit(write).lower(loaded.variables, tokens, mask).as_text()
+  vocab = loaded.config['vocab_size']
+  assert f'3x1x{vocab}x' in program
+  for length in (tokens.shape[1], tokens.shape[1] + 2):
+    assert f'3x{length}x{vocab}x' not in program

@@ -1,6 +1,7 @@
 """The mechanism: sites, rules, and `attach`."""
 
 from .anatomy import ANATOMIES, Anatomy, Part, register_anatomy
+from .at_head import NotAtHead, at_head
 from .attach import attach
 from .backends.choice import backend_of
 from .boxes import Box
@@ -40,6 +41,10 @@ from .token_mask import TokenMask
 from .tuned import Tuned
 
 __all__ = [
+  'NotAtHead',
+  'TokenMask',
+  'at_head',
+  'dot_product_attention',
   'ANATOMIES',
   'Anatomy',
   'Bound',
@@ -74,8 +79,6 @@ __all__ = [
   'frozen',
   'generated',
   'grouped_attention',
-  'dot_product_attention',
-  'TokenMask',
   'in_layers',
   'join',
   'join_path',

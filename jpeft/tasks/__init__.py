@@ -20,7 +20,7 @@ from .modality import (
   modality_of,
   register_modality,
 )
-from .pieces import MOST_LOGITS, NotInPieces, in_pieces, token_losses
+from .pieces import MOST_LOGITS, in_pieces, token_losses
 from .task import Task, loss
 
 TASKS: dict[str, Task] = {'classification': CLASSIFICATION, 'language': LANGUAGE}
@@ -38,7 +38,6 @@ __all__ = [
   'MOST_LOGITS',
   'Metric',
   'Modality',
-  'NotInPieces',
   'TASKS',
   'Task',
   'best',

@@ -7,7 +7,6 @@ the forward pass: nothing is computed twice, and what is kept is as large as tha
 head is trained, its pieces are computed again in the backward pass.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from jpeft.core import Call, Site, Tuned, at, chain
+from jpeft.core import NotAtHead, Tuned, at_head
 from jpeft.programs import Static, Traced, has_gradient
 
 from .task import loss
@@ -23,10 +22,6 @@ from .task import loss
 NAME = 'pieces'
 # Numbers of the logits of one piece, at most.
 MOST_LOGITS = 2**26
-
-
-class NotInPieces(ValueError):
-  """A model that makes something else of its head's output than its own."""
 
 
 def in_pieces(tuned: Tuned, smoothing: float = 0.0, most: int = MOST_LOGITS) -> tuple[Tuned, str]:
@@ -41,90 +36,28 @@ def in_pieces(tuned: Tuned, smoothing: float = 0.0, most: int = MOST_LOGITS) -> 
     smoothing: the share of the target that all words get alike.
     most: numbers of the logits of one piece.
   """
-  head, method, reason = _head_of(tuned)
-  if head is None:
-    return tuned, reason
-  for rule, site in tuned.rules:
-    if site.owner != head.path or rule.method != method:
-      continue
-    if isinstance(rule, Call):
-      return tuned, f'{rule.name} wraps the head {head.path!r}'
-    if rule.requires == 'input in training':
-      return tuned, f'{rule.name} drops out at the head {head.path!r}'
   if tuned.has_loss:
     return tuned, 'the method has a loss of its own, which reads the output'
-  pieces = _Pieces(smoothing, most)
-  model = tuned.sites['']
-  rules = ((pieces.at_model(), model), (pieces.at_head(method), head))
-  method_with = chain(tuned.method, *(at(site.path, rule) for rule, site in rules))
-  made = dataclasses.replace(tuned, rules=(*tuned.rules, *rules), method=method_with, begin=None)
-  return made, ''
 
-
-def _head_of(tuned: Tuned) -> tuple[Site | None, str, str]:
-  """(the module whose output is that of the model, the method of it, why there is none)."""
-  out = tuned.sites[''].out
-  if out is None or not hasattr(out, 'shape') or len(out.shape) != 3:
-    return None, '', 'the model does not return logits [B, N, V] alone'
-  anatomy = tuned.sites.anatomy
-  if anatomy is None:
-    return None, '', 'the model is of no known family: describe it by jpeft.register_anatomy'
-  for site in tuned.sites.find('{head}') if 'head' in anatomy.roles else []:
-    if site.out is not None and site.out.shape == out.shape and not site.axes:
-      return site, '__call__', ''
-  # A tied head is another method of the module that embeds, called after that which does.
-  for site in tuned.sites.find('{embed}'):
-    if len(site.methods) > 1 and not site.axes:
-      return site, site.methods[-1], ''
-  return None, '', 'no module of it, {head} or a method of {embed}, makes its output'
-
-
-@dataclasses.dataclass(frozen=True)
-class _Pieces:
-  """Two rules: one gives the labels to the other, which makes losses of the head's input."""
-
-  smoothing: float
-  most: int
-
-  def at_model(self) -> Call:
-    return Call(NAME, self.model, takes=('labels',))
-
-  def at_head(self, method: str) -> Call:
-    return Call(NAME, self.head, method=method)
-
-  def model(self, t, call, *args, labels=None, **kwargs):
-    """Runs the model; with labels its output is what the head made of them."""
-    call.local['labels'] = labels
-    out = call(*args, **kwargs)
-    if labels is None:
-      return out
-    if out is not call.local.get('losses'):
-      raise NotInPieces(
-        'the model changes what its head returns, so that losses cannot be made in the head'
-      )
-    return out
-
-  def head(self, t, call, x, *args, **kwargs):
-    labels = call.root['labels']
-    if labels is None:
-      return call(x, *args, **kwargs)
+  def losses(labels, call, x, *args, **kwargs):
+    """The losses of the tokens whose states x are."""
     if x.shape[:2] != labels.shape:
-      raise NotInPieces(
+      raise NotAtHead(
         f'the head {call.site.path!r} reads {list(x.shape)}, and there are {list(labels.shape)} '
         'labels'
       )
     run, arrays = call.pure()
     words = call.site.model[''].out.shape[-1]
-    most = max(1, self.most // (x.shape[0] * words))
-    count = -(-x.shape[1] // most)
+    rows = max(1, most // (x.shape[0] * words))
+    count = -(-x.shape[1] // rows)
     size = -(-x.shape[1] // count)  # all pieces alike, up to the tokens that fill the last one
 
     def head(arrays, x):
       return run(arrays, x, *args, **kwargs)
 
-    losses = token_losses(head, arrays, x, labels, size, self.smoothing)
-    call.root['losses'] = losses
-    return losses
+    return token_losses(head, arrays, x, labels, size, smoothing)
+
+  return at_head(tuned, NAME, 'labels', losses, training=True)
 
 
 def token_losses(

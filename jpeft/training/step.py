@@ -12,7 +12,7 @@ import optax
 from jax.sharding import NamedSharding
 
 from jpeft import tasks
-from jpeft.core import Tuned
+from jpeft.core import NotAtHead, Tuned
 
 STREAM_THETA, STREAM_STEP, STREAM_UPDATE = range(3)
 
@@ -135,7 +135,7 @@ class Forward:
         ),
         *shapes,
       )
-    except tasks.NotInPieces as error:
+    except NotAtHead as error:
       return None, str(error)
     return made, ''
 

@@ -176,7 +176,7 @@ def test_no_scores_are_whole_on_a_tpu(name):
     return {name: jax.ShapeDtypeStruct((size, length), jnp.int32) for name in names}
 
   work = Work(model, variables, batch, 1)
-  tuned = work.tuned(jpeft.make(name))
+  tuned = work.tuned(jpeft.make(name, head=False))
   tx = training.optim.optimizer(tuned, tuned.shapes, 1e-3)
   mesh = where.mesh()
   state = training.state_shapes(tuned, tx, variables)

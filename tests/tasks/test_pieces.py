@@ -13,9 +13,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jpeft
 from jpeft import ANATOMIES, planning, programs, register_anatomy, tasks
+from jpeft.core import NotAtHead
 from jpeft.models import Llama
 from jpeft.models.llama.naming import LLAMA_NAMING
-from jpeft.tasks import NotInPieces
 from jpeft.tasks.pieces import in_pieces
 from tests.contract.anatomies import described
 from tests.fixtures import BACKBONES, noisy
@@ -155,7 +155,7 @@ def test_what_cannot_be_cut_says_why():
   finally:
     del ANATOMIES['capped']
   assert why == ''
-  with pytest.raises(NotInPieces, match='the model changes what its head returns'):
+  with pytest.raises(NotAtHead, match='the model changes what its head returns'):
     pieces.apply(tuned.init(jax.random.key(0), held), held, TOKENS, labels=LABELS)
 
 
