@@ -201,4 +201,14 @@ WORKS: dict[str, Work] = {
     4,
     head=False,
   ),
+  **{
+    f'w5_{length // 1024}k': Work(
+      f'a decoder of the shape of Llama-3.2-1B, one text of {length:,} tokens',
+      _llama_1b,
+      _texts(length),
+      1,
+      head=False,
+    )
+    for length in (2048, 8192, 32768)
+  },
 }
