@@ -9,6 +9,8 @@ A text file has one text a line; - reads stdin.
 import json
 import sys
 
+import jax
+
 from jpeft import cli, tasks, training
 
 
@@ -24,28 +26,23 @@ def main(argv: list[str]) -> int:
 
   with cli.inputs_checked():
     config, info = training.describe(flags.run)
-    if config.task == 'language':
+    task = tasks.of(config)
+    if task.answer is None:
       raise ValueError(f'{flags.run} writes texts: python -m jpeft.generate --run {flags.run}')
     for name in flags.input:
       cli.check_input(name)
     names, examples = tasks.modality(info['reads']).read(flags.input)
     pretrained, tuned, theta = training.reopen(flags.run, flags.best)
-  rows = training.predictions(config, pretrained, tuned, theta, examples)
+  rows = training.predictions(config, pretrained, tuned, theta, examples, info.get('facts', {}))
 
-  labels = info['labels']
-  for name, row in zip(names, rows, strict=True):
-    label = labels[row.argmax()]
-    probability = float(row.max())
-    if not flags.json:
-      print(f'{name}\t{label}\t{probability:.4f}')
-      continue
-    result = {
-      'input': name,
-      'label': label,
-      'probability': probability,
-      'probabilities': dict(zip(labels, map(float, row), strict=True)),
-    }
-    print(json.dumps(result))
+  facts = info.get('facts', {})
+  for i, (name, example) in enumerate(zip(names, examples, strict=True)):
+    row = jax.tree.map(lambda x, i=i: x[i], rows)
+    answer = task.answer(row, example, info['labels'], facts)
+    if flags.json:
+      print(json.dumps({'input': name, **answer.values}))
+    else:
+      print('\t'.join((name, *answer.columns)))
   return 0
 
 

@@ -50,8 +50,10 @@ class Update:
 def update_of(config) -> Update:
   """The compiled update of a configuration, on one device."""
   with cli.inputs_checked():
-    pretrained, tuned = training.build(config, classes_of(config))
-    example = tasks.of(config).example(config, pretrained)
+    task = tasks.of(config)
+    outputs = classes_of(config)
+    pretrained, tuned = training.build(config, outputs)
+    example = task.example(config, pretrained, outputs)
     _, tx = training.optimizer_of(config, tuned, steps=_STEPS)
   batch = _batch(example, config.data.batch_size)
   step = training.train_step(
@@ -59,7 +61,7 @@ def update_of(config) -> Update:
     training.Forward(tuned, True),
     tx,
     config.seed,
-    config.loss.label_smoothing,
+    task.objective(config, tasks.NO_FACTS),
     config.optimizer.accumulate,
   )
   backbone = pretrained.variables

@@ -2,10 +2,11 @@
 
 from .listing import listing, reference
 from .load import Command, as_text, differences, from_json, load, packaged, parse, to_json
-from .schema import allow, complete, flatten, nearest, nest
+from .schema import TASKS, allow, complete, flatten, nearest, nest
 
 __all__ = [
   'Command',
+  'TASKS',
   'allow',
   'as_text',
   'complete',

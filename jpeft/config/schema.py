@@ -12,7 +12,7 @@ nearest key. The keys of the `method` section are those of the method itself (`r
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -84,9 +84,41 @@ STORAGES = ('nf4', 'nf4_double', 'fp4', 'fp4_double', 'int4', 'int4_1', 'affine'
 # Of labels; f1 is for two of them, pearson and spearman for labels in an order.
 FURTHER_METRICS = ('f1', 'balanced_accuracy', 'matthews', 'pearson', 'spearman')
 
+
+class TaskKeys(NamedTuple):
+  """What a configuration of one task may say.
+
+  Attributes:
+    learns: what is learnt, for the listing.
+    metrics: those of jpeft that it has; the first decides which theta is best if nothing is said.
+    losses: keys of the section `loss` that its loss reads.
+    head: whether a fresh head is trained if `method.head` is left out.
+  """
+
+  learns: str
+  metrics: tuple[str, ...]
+  losses: tuple[str, ...]
+  head: bool = True
+
+
+TASKS = {
+  'classification': TaskKeys(
+    'a label each input',
+    ('accuracy', 'macro_f1', 'loss', *FURTHER_METRICS),
+    ('label_smoothing',),
+  ),
+  'language': TaskKeys(
+    'texts to write', ('accuracy', 'perplexity', 'loss'), ('label_smoothing',), head=False
+  ),
+}
+# Of all tasks, each once.
+_METRICS = tuple(dict.fromkeys(name for task in TASKS.values() for name in task.metrics))
+
 FIELDS: dict[str, Field] = {
   'task': _choice(
-    'classification', 'what is learnt, labels or texts', 'classification', 'language'
+    'classification',
+    'what is learnt (' + '; '.join(f'{name}: {task.learns}' for name, task in TASKS.items()) + ')',
+    *TASKS,
   ),
   # The backbone.
   'model.source': Field(TEXT, REQUIRED, 'a folder with HF weights, a packaged name, or a hub id'),
@@ -209,10 +241,12 @@ FIELDS: dict[str, Field] = {
   'eval.every': _positive(
     int, None, 'updates between evaluations; an epoch of them if left out. One more at the end'
   ),
-  'eval.metric': _choice(
-    'accuracy',
-    'that decides which theta is best',
-    *('accuracy', 'macro_f1', 'loss', 'perplexity', *FURTHER_METRICS),
+  'eval.metric': Field(
+    _OPTIONAL_TEXT,
+    None,
+    f"that decides which theta is best; the task's first if left out: {', '.join(_METRICS)}",
+    f'one of {", ".join(_METRICS)}',
+    lambda v: v is None or v in _METRICS,
   ),
   'eval.also': Field(
     (tuple, list),
@@ -246,11 +280,6 @@ FIELDS: dict[str, Field] = {
 OPEN = ('method',)
 # {key: values beside those of FIELDS}, of what was registered from outside jpeft.
 _ALLOWED: dict[str, set[str]] = {}
-# The metrics that a task does not have.
-_FOREIGN_METRICS = {
-  'classification': ('perplexity',),
-  'language': ('macro_f1', *FURTHER_METRICS),
-}
 
 
 def allow(key: str, value: str) -> None:
@@ -283,7 +312,9 @@ def complete(values) -> ConfigDict:
     out[key] = _checked(key, field, value)
   out |= given  # the further keys of open sections
   if out['method.head'] is None:
-    out['method.head'] = out['task'] == 'classification'
+    out['method.head'] = TASKS[out['task']].head
+  if out['eval.metric'] is None:
+    out['eval.metric'] = TASKS[out['task']].metrics[0]
   _check_task(out)
   _check_data(out)
   _check_schedule(out)
@@ -303,11 +334,18 @@ def check_key(key: str, others: Iterable[str] = ()) -> None:
 
 
 def _check_task(out: dict[str, Any]) -> None:
-  foreign = _FOREIGN_METRICS[out['task']]
+  task = TASKS[out['task']]
+  foreign = set(_METRICS) - set(task.metrics)
   for key, names in (('eval.metric', [out['eval.metric']]), ('eval.also', out['eval.also'])):
     for name in names:
       if name in foreign:
         raise ValueError(f'config.{key}={name!r} is no metric of config.task={out["task"]!r}')
+  for key, field in FIELDS.items():
+    section, _, name = key.partition('.')
+    if section == 'loss' and name not in task.losses and out[key] != field.default:
+      raise ValueError(
+        f'config.{key}={out[key]!r} says nothing to the loss of config.task={out["task"]!r}'
+      )
   lengths = [key for key in ('steps', 'epochs') if out[key] is not None]
   if len(lengths) != 1:
     which = 'both' if lengths else 'neither'

@@ -13,8 +13,6 @@ from .result import Plan, Plans
 from .search import or_instead, planned
 from .work import Work
 
-CLASSES = 10  # of a head that the config does not size, which hardly matters
-
 
 def of_configs(configs: Mapping[str, Any], where: Target, search: bool = False) -> Plans:
   """The plans of configurations; if none fits, also of methods that might.
@@ -46,16 +44,18 @@ def with_method(config, name: str):
 
 
 def classes_of(config) -> int:
-  """Outputs of the head of a configuration whose data are not read; 0 for a writer of text."""
-  if config.task == 'language':
-    return 0
-  return config.model.num_classes or CLASSES
+  """Outputs of the head of a configuration whose data are not read."""
+  task = tasks.of(config)
+  count = config.model.num_classes or task.usual  # which hardly matters
+  return task.outputs([str(label) for label in range(count)])
 
 
 def _of_config(name: str, config, where: Target, search: bool) -> Plan:
-  pretrained, tuned = training.build(config, classes_of(config), models.describe)
+  task = tasks.of(config)
+  outputs = classes_of(config)
+  pretrained, tuned = training.build(config, outputs, models.describe)
   training.check_used(config, tuned)
-  example = tasks.of(config).example(config, pretrained)
+  example = task.example(config, pretrained, outputs)
   work = Work(
     model=pretrained.model,
     variables=pretrained.variables,
@@ -65,7 +65,7 @@ def _of_config(name: str, config, where: Target, search: bool) -> Plan:
     mesh=(config.mesh.data, config.mesh.model),
     sharded=config.mesh.backbone == 'sharded',
     accumulate=config.optimizer.accumulate,
-    smoothing=config.loss.label_smoothing,
+    objective=task.objective(config, tasks.NO_FACTS),
   )
 
   def optimizer(tuned):

@@ -25,7 +25,7 @@ class Work:
     memory: what is done to need less memory; `model` and `variables` are already as it says.
     mesh: (data, model) devices.
     sharded: whether the backbone is spread over the model axis.
-    accumulate, smoothing: see `training.train_step`.
+    accumulate, objective: see `training.train_step`.
   """
 
   model: Any
@@ -36,7 +36,7 @@ class Work:
   mesh: tuple[int, int] = (1, 1)
   sharded: bool = False
   accumulate: int = 1
-  smoothing: float = 0.0
+  objective: tasks.Objective = training.PLAIN
 
   def mode(self, training: bool) -> dict[str, bool]:
     """The arguments by which the model's call knows whether it trains; empty if it takes none."""
@@ -79,7 +79,7 @@ class Work:
       training.Forward(tuned, True, self.mode(True)),
       tx,
       seed=0,
-      smoothing=self.smoothing,
+      objective=self.objective,
       accumulate=self.accumulate,
       offload=training.offloads(mesh, self.memory.offload),
     )

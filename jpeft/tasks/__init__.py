@@ -2,6 +2,7 @@
 
 from .classification import CLASSIFICATION
 from .language import LANGUAGE
+from .losses import Objective, loss, softmax
 from .metrics import (
   METRICS,
   Metric,
@@ -21,7 +22,7 @@ from .modality import (
   register_modality,
 )
 from .pieces import MOST_LOGITS, in_pieces, token_losses
-from .task import Task, loss
+from .task import NO_FACTS, Answer, Facts, Task
 
 TASKS: dict[str, Task] = {'classification': CLASSIFICATION, 'language': LANGUAGE}
 
@@ -32,12 +33,16 @@ def of(config) -> Task:
 
 
 __all__ = [
+  'Answer',
   'CLASSIFICATION',
+  'Facts',
   'LANGUAGE',
   'METRICS',
   'MOST_LOGITS',
   'Metric',
   'Modality',
+  'NO_FACTS',
+  'Objective',
   'TASKS',
   'Task',
   'best',
@@ -52,7 +57,8 @@ __all__ = [
   'register_metric',
   'register_modality',
   'registered_module',
-  'token_losses',
   'requested',
+  'softmax',
   'stale',
+  'token_losses',
 ]

@@ -8,9 +8,10 @@ import numpy as np
 
 from jpeft import data
 
+from .losses import loss
 from .metrics import further_scores, requested
 from .modality import check_example, modality_of
-from .task import Task, loss
+from .task import NO_FACTS, Answer, Facts, Task
 
 
 class Numbered:
@@ -62,7 +63,9 @@ def source(config, split: str) -> data.Source:
   return data.in_memory(found) if config.data.in_memory else found
 
 
-def rows(config, pretrained, source, training: bool) -> tuple[Numbered, Callable]:
+def rows(
+  config, pretrained, source, training: bool, facts: Facts = NO_FACTS
+) -> tuple[Numbered, Callable]:
   """(numbered examples, the function that makes arrays of an example).
 
   Raises:
@@ -77,7 +80,7 @@ def rows(config, pretrained, source, training: bool) -> tuple[Numbered, Callable
   return numbered, transform
 
 
-def example(config, pretrained) -> dict[str, np.ndarray]:
+def example(config, pretrained, outputs: int = 0) -> dict[str, np.ndarray]:
   """A batch of one empty example."""
   arrays = modality_of(pretrained).example(config, pretrained)
   return arrays | {'label': np.zeros(1, np.int32)}
@@ -102,7 +105,9 @@ def tally(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, ja
   return {'loss': (loss(logits, labels) * kept).sum(), 'confusion': confusion}
 
 
-def scores(tally: dict[str, np.ndarray], names: Sequence[str] = ()) -> dict[str, float]:
+def scores(
+  tally: dict[str, np.ndarray], names: Sequence[str] = (), facts: Facts = NO_FACTS
+) -> dict[str, float]:
   """accuracy, macro_f1 (over the labels that occur or are predicted) and loss of a summed tally.
 
   Beside these, the metrics that are named or were registered.
@@ -122,4 +127,21 @@ def scores(tally: dict[str, np.ndarray], names: Sequence[str] = ()) -> dict[str,
   return own | further_scores('classification', tally, names)
 
 
-CLASSIFICATION = Task(source, rows, example, tally, scores)
+def predicted(logits: jax.Array, batch, facts: Facts) -> jax.Array:
+  """The probability of each class [B, C], in float32."""
+  return jax.nn.softmax(logits.astype(jnp.float32))
+
+
+def answer(row: np.ndarray, example: dict, labels: Sequence[str], facts: Facts) -> Answer:
+  """The likeliest class, its probability, and those of all."""
+  label = labels[row.argmax()]
+  probability = float(row.max())
+  values = {
+    'label': label,
+    'probability': probability,
+    'probabilities': dict(zip(labels, map(float, row), strict=True)),
+  }
+  return Answer((label, f'{probability:.4f}'), values)
+
+
+CLASSIFICATION = Task(source, rows, example, tally, scores, predicted=predicted, answer=answer)

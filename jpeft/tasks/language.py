@@ -11,8 +11,9 @@ from jpeft import data, models
 from jpeft.core import Tuned
 from jpeft.models import grown
 
+from .losses import loss
 from .metrics import further_scores
-from .task import Task, loss
+from .task import NO_FACTS, Facts, Task
 
 
 def source(config, split: str) -> data.Source:
@@ -57,7 +58,9 @@ def check(config, tuned: Tuned) -> None:
     )
 
 
-def rows(config, pretrained, source, training: bool) -> tuple[data.Packed, None]:
+def rows(
+  config, pretrained, source, training: bool, facts: Facts = NO_FACTS
+) -> tuple[data.Packed, None]:
   """(rows of tokens, None).
 
   Raises:
@@ -116,7 +119,7 @@ def _room(wanted: Sequence[str], tokenizer) -> int:
   return max(len(tokenizer.encode(text)) for text in wanted) + 1
 
 
-def example(config, pretrained) -> dict[str, np.ndarray]:
+def example(config, pretrained, outputs: int = 0) -> dict[str, np.ndarray]:
   """A batch of one empty row.
 
   Raises:
@@ -155,7 +158,9 @@ def tally_losses(
   }
 
 
-def scores(tally: dict[str, np.ndarray], names: Sequence[str] = ()) -> dict[str, float]:
+def scores(
+  tally: dict[str, np.ndarray], names: Sequence[str] = (), facts: Facts = NO_FACTS
+) -> dict[str, float]:
   """perplexity, loss and accuracy a token of the completions, and registered metrics."""
   mean = float(tally['loss'] / tally['tokens'])
   own = {
@@ -223,4 +228,6 @@ LANGUAGE = Task(
   written,
   untuned=True,
   tally_losses=tally_losses,
+  head='stored',
+  outputs=lambda labels: 0,
 )

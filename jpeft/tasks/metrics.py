@@ -1,9 +1,9 @@
 """Metrics: what an evaluation reports, computed from a tally that is summed over its batches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from jpeft.config import allow
+from jpeft.config import TASKS, allow
 from jpeft.registering import module_of
 
 from . import agreement
@@ -58,7 +58,7 @@ def register_metric(
     compute: summed tally -> float. The tally of 'classification' has 'loss', a sum over examples,
       and 'confusion' [C, C], counts by label and prediction; that of 'language' has 'loss',
       'right' and 'tokens', sums over the tokens of completions.
-    task: 'classification' or 'language'.
+    task: its name, as in `config.task`.
     lower_is_better: whether the best theta has the least value.
 
   Raises:
@@ -66,10 +66,16 @@ def register_metric(
   """
   if name in _OWN or name in _ON_REQUEST:
     raise ValueError(f'{name!r} is a metric of jpeft: choose another name')
-  if task not in ('classification', 'language'):
-    raise ValueError(f"task={task!r} must be 'classification' or 'language'")
+  if task not in TASKS:
+    raise ValueError(f'task={task!r} must be {_or(TASKS)}')
   METRICS[name] = Metric(compute, task, lower_is_better, module_of(compute))
   allow('eval.metric', name)
+
+
+def _or(names: Iterable[str]) -> str:
+  """'a', 'b' or 'c'."""
+  *others, last = map(repr, names)
+  return f'{", ".join(others)} or {last}'
 
 
 def registered_module(name: str) -> str | None:

@@ -17,7 +17,7 @@ from jax.custom_derivatives import SymbolicZero
 from jpeft.core import NotAtHead, Tuned, at_head
 from jpeft.programs import Static, Traced, has_gradient
 
-from .task import loss
+from .losses import loss
 
 NAME = 'pieces'
 # Numbers of the logits of one piece, at most.

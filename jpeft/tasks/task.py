@@ -1,33 +1,73 @@
-"""What tasks have in common, and the loss."""
+"""What tasks have in common."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+
+from .losses import Objective, softmax
+
+# What a run found out about its labels, as in run.json: numbers, texts, lists and dicts of them.
+Facts = Mapping[str, Any]
+NO_FACTS: Facts = MappingProxyType({})
+
+
+def _nothing_found(config, source) -> dict[str, Any]:
+  return {}
+
+
+def _softmax(config, facts: Facts) -> Objective:
+  return softmax(config.loss.label_smoothing)
+
+
+def _as_they_are(outputs, batch, facts: Facts):
+  return outputs
+
+
+class Answer(NamedTuple):
+  """What a model says of one example.
+
+  Attributes:
+    columns: what a line shows after the name of the input.
+    values: the same and more, for JSON.
+  """
+
+  columns: tuple[str, ...]
+  values: dict[str, Any]
 
 
 class Task(NamedTuple):
-  """One kind of thing to learn. Its batches have 'label', whose negative entries are not learned.
+  """One kind of thing to learn. Its batches have 'label', of any shape.
 
   Attributes:
     source: (config, split) -> the examples of a split.
-    rows: (config, pretrained, source, training) -> (rows, transform), what `Batches` makes batches
-      of. Rows have 'index', the number of their first example, and may have `about`, a sentence
-      for the report.
-    example: (config, pretrained) -> a batch of one empty row: the shapes to attach a method and to
-      compile with.
-    tally: (logits, labels, mask) -> what `scores` needs of one batch, mask [B] being False for rows
-      that only fill up the last one; tallies are added.
-    tally_losses: (losses, right, labels, mask) -> the same tally from the loss of each label and
-      whether it is the likeliest; None where a tally needs logits.
-    scores: (a summed tally, names of further metrics) -> {metric: value}.
+    rows: (config, pretrained, source, training, facts) -> (rows, transform), what `Batches` makes
+      batches of. Rows have 'index', the number of their first example, and may have `about`, a
+      sentence for the report.
+    example: (config, pretrained, outputs) -> a batch of one empty row: the shapes to attach a
+      method and to compile with. `outputs` is the number of outputs of the head.
+    tally: (outputs, labels, mask) -> what `scores` needs of one batch, mask [B] being False for
+      rows that only fill up the last one. Tallies are added, but for those that `kept` names.
+    scores: (a summed tally, names of further metrics, facts) -> {metric: value}.
     check: (config, tuned) -> nothing; raises a ValueError for a method that the rows do not go
       with.
     written: (config, pretrained, source, write, stop) -> {metric: value} of texts that the model
       writes, {} where it writes none, None if stop() came true; `write` is `generate.completions`
       of the model.
     untuned: whether the untouched model can be scored, so that a report may say what it was before.
+    tally_losses: (losses, right, labels, mask) -> the same tally from the loss of each label and
+      whether it is the likeliest; None where a tally needs outputs.
+    head: what the head gives, see `models.load`.
+    outputs: labels -> the number of outputs of a fresh head; 0 where the model keeps its own.
+    usual: how many labels to plan for where the data are not read.
+    facts: (config, training split) -> what has to be known of the labels to learn and to predict
+      them, such as their mean. It is kept in run.json.
+    objective: (config, facts) -> the loss. Facts may be missing, for a plan without data.
+    kept: entries [B, ...] of the tally that are kept for each example rather than added.
+    predicted: (outputs, batch, facts) -> arrays [B, ...] of what `jpeft predict` says.
+    answer: (one row of `predicted`, its example, labels, facts) -> Answer; None for a task whose
+      runs `jpeft predict` does not serve.
   """
 
   source: Callable[..., Any]
@@ -39,24 +79,11 @@ class Task(NamedTuple):
   written: Callable[..., dict[str, float] | None] = lambda *_: {}
   untuned: bool = False
   tally_losses: Callable[..., dict[str, jax.Array]] | None = None
-
-
-def loss(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
-  """Softmax cross-entropy of each label, in float32; 0 where a label is negative.
-
-  Args:
-    logits: [..., C].
-    labels: [...] integers.
-    smoothing: the share of the target that all labels get alike.
-
-  Returns:
-    [...], in nats.
-  """
-
-  @jax.checkpoint  # the logits of a large vocabulary are kept once, in their own dtype
-  def entropy(logits):
-    logits = logits.astype(jnp.float32)
-    own = jnp.where(labels[..., None] == jnp.arange(logits.shape[-1]), logits, 0).sum(-1)
-    return jax.nn.logsumexp(logits, -1) - (1 - smoothing) * own - smoothing * logits.mean(-1)
-
-  return jnp.where(labels < 0, 0.0, entropy(logits))
+  head: str | None = 'classification'
+  outputs: Callable[[Sequence[str]], int] = len
+  usual: int = 10
+  facts: Callable[..., dict[str, Any]] = _nothing_found
+  objective: Callable[[Any, Facts], Objective] = _softmax
+  kept: tuple[str, ...] = ()
+  predicted: Callable[..., Any] = _as_they_are
+  answer: Callable[..., Answer] | None = None

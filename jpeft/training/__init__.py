@@ -27,6 +27,7 @@ from .sharding import (
   with_sharding,
 )
 from .step import (
+  PLAIN,
   Forward,
   batch_shapes,
   eval_step,
@@ -44,6 +45,7 @@ __all__ = [
   'Forward',
   'Memory',
   'Metrics',
+  'PLAIN',
   'Part',
   'Progress',
   'batch_shapes',

@@ -62,7 +62,7 @@ def build(config, num_classes: int, load: Callable = models.load) -> tuple[Any, 
 
   Args:
     config: of the run.
-    num_classes: outputs of a fresh head; 0 for a model that writes text with its own.
+    num_classes: outputs of a fresh head; 0 for a model that keeps its own, see `Task.outputs`.
     load: `models.load`, or `models.describe` if shapes are enough.
 
   Raises:
@@ -73,6 +73,7 @@ def build(config, num_classes: int, load: Callable = models.load) -> tuple[Any, 
   fields = config.model.to_dict()
   source = fields.pop('source')
   fields['num_classes'] = num_classes or None
+  fields['head'] = tasks.of(config).head
   fields['seed'] = config.seed
   fields['remat'] = memory.remat
   fields['quantize'] = None

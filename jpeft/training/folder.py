@@ -1,8 +1,9 @@
 """The folder of a run: entering it, and opening the run that it describes.
 
 config.json      the whole configuration; the same command goes on with the run
-run.json         labels, modules to import; SHA-256 of the backbone, of the files it came from
-                 and of the theta file that the run started from
+run.json         labels, what was found out about them (`Task.facts`), modules to import; SHA-256
+                 of the backbone, of the files it came from and of the theta file that the run
+                 started from
 checkpoints/     the training state, by step
 metrics.jsonl    one line a log interval and an evaluation
 best.safetensors, theta.safetensors     theta of the best evaluation, and of the end
@@ -16,6 +17,7 @@ import pathlib
 from typing import Any
 
 from jpeft import config as config_lib
+from jpeft import tasks
 
 from .build import build
 from .checkpoints import fingerprint, load_theta, write
@@ -77,6 +79,11 @@ def begin(folder: pathlib.Path, config, **facts) -> None:
       raise ValueError(
         f'{folder} was begun with other {name}: {kept[name]} there, {facts[name]} now'
       )
+  if kept.get('facts', {}) != facts.get('facts', {}):
+    raise ValueError(
+      f'{folder} was begun with other labels to train on: {kept.get("facts")} there, '
+      f'{facts.get("facts")} now'
+    )
 
 
 def describe(folder: pathlib.Path) -> tuple[Any, dict]:
@@ -114,7 +121,7 @@ def reopen(folder: pathlib.Path, best: bool = False) -> tuple[Any, Any, Any]:
       f'{folder} has no {file.name}: the run is not complete; start its training '
       'command again, it goes on where it stopped'
     )
-  pretrained, tuned = build(config, len(info['labels']))
+  pretrained, tuned = build(config, tasks.of(config).outputs(info['labels']))
   theta, _ = load_theta(file, tuned.shapes)
   if fingerprint(pretrained.variables) != info['backbone_sha256']:
     raise ValueError(

@@ -56,14 +56,17 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     task = tasks.of(config)
     train_source = task.source(config, config.data.train)
     eval_source = task.source(config, config.data.test)
-    pretrained, tuned = build(config, len(train_source.classes))
+    facts_of_labels = task.facts(config, train_source)
+    outputs = task.outputs(train_source.classes)
+    objective = task.objective(config, facts_of_labels)
+    pretrained, tuned = build(config, outputs)
     task.check(config, tuned)
     memory = Memory.of(config)
 
     def part_of(source, training: bool) -> Part:
-      rows, transform = task.rows(config, pretrained, source, training)
+      rows, transform = task.rows(config, pretrained, source, training, facts_of_labels)
       forward = step.Forward(tuned, training)
-      return Part(rows, transform, forward, task.example(config, pretrained))
+      return Part(rows, transform, forward, task.example(config, pretrained, outputs))
 
     train_size = config.data.batch_size
     eval_size = config.data.eval_batch_size or train_size
@@ -108,7 +111,7 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
       forward,
       stage.tx,
       config.seed,
-      config.loss.label_smoothing,
+      objective,
       config.optimizer.accumulate,
       offload,
     )
@@ -139,6 +142,7 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
       folder,
       config,
       labels=train_source.classes,
+      facts=facts_of_labels,
       reads=reads,
       imports=imports_of(config, reads),
       backbone_sha256=backbone_sha256,
@@ -172,7 +176,7 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     progress.note(other_run.told)
   progress.note(report.needs(stage.cost))
   if isinstance(train_part.forward, step.Forward):
-    _, why = train_part.forward.in_pieces(batch_shapes, config.loss.label_smoothing)
+    _, why = train_part.forward.in_pieces(batch_shapes, objective)
     if why:
       progress.note(f'logits are made whole: {why}')
   for later in stages:
@@ -213,12 +217,12 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     """Scores of a model on the test split, and of its texts if writes(scores); None if stopped."""
     count = progress.stage('evaluating', len(part.source))
     batches = counted(part.once(eval_size), eval_size, count)
-    tally = step.evaluate(eval_step, theta, backbone, batches, rows, stop)
+    tally = step.evaluate(eval_step, theta, backbone, batches, rows, stop, task.kept)
     if tally is None:
       return None
     if 'confusion' in tally:
       write_confusion(folder, number, train_source.classes, tally['confusion'])
-    scores = task.scores(tally, tasks.requested(config))
+    scores = task.scores(tally, tasks.requested(config), facts_of_labels)
     if not writes(scores):
       return scores
     write = functools.partial(completions, model, backbone, theta=theta)
@@ -292,7 +296,7 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
       metrics.add(
         number,
         'train',
-        **step.means(state['sums']),
+        **step.means(state['sums'], objective),
         lr=float(stage.rate(number - 1)),
         grad_norm=float(out['grad_norm']),
       )

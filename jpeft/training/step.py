@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from jpeft import tasks
 from jpeft.core import NotAtHead, Tuned
 
 STREAM_THETA, STREAM_STEP, STREAM_UPDATE = range(3)
+PLAIN = tasks.softmax()
 
 
 def initial_state(
@@ -58,10 +59,13 @@ def zero_sums() -> dict:
   return {'loss': jnp.zeros(()), 'correct': jnp.zeros(()), 'labels': jnp.zeros(())}
 
 
-def means(sums: dict) -> dict[str, float]:
-  """loss and accuracy over the labels that were summed."""
+def means(sums: dict, objective: tasks.Objective = PLAIN) -> dict[str, float]:
+  """loss and accuracy over the labels that were summed; the loss alone where none is right."""
   count = float(sums['labels'])
-  return {'loss': float(sums['loss']) / count, 'accuracy': float(sums['correct']) / count}
+  found = {'loss': float(sums['loss']) / count}
+  if objective.right is not None:
+    found['accuracy'] = float(sums['correct']) / count
+  return found
 
 
 def batch_shapes(
@@ -95,35 +99,38 @@ class Forward:
     """
     return self._apply(self.tuned, theta, backbone, batch, key, aux, **takes)
 
-  def losses(self, theta, backbone, batch, key, smoothing: float = 0.0, aux: bool = False):
-    """(the loss of each label, whether it is the likeliest); with `aux` (these two, aux).
+  def losses(self, theta, backbone, batch, key, objective=PLAIN, aux: bool = False):
+    """(the loss of each label, whether the output gives it); with `aux` (these two, aux).
 
-    Logits of texts are not made whole where they are large, see `in_pieces`.
+    The second is None where the objective does not know. Logits of texts are not made whole where
+    they are large, see `in_pieces`.
     """
     labels = batch['label']
-    pieces, _ = self.in_pieces(batch, smoothing)
+    pieces, _ = self.in_pieces(batch, objective)
     if pieces is None:
       out = self(theta, backbone, batch, key, aux)
     else:
       out = self._apply(pieces, theta, backbone, batch, key, aux, labels=labels)
     found, beside = out if aux else (out, None)
     if pieces is None:
-      right = (found.argmax(-1) == labels) & (labels >= 0)
-      scored = tasks.loss(found, labels, smoothing), right
+      right = None if objective.right is None else objective.right(found, labels)
+      scored = objective.losses(found, labels), right
     else:
       scored = found[..., 0], found[..., 1] > 0
     return (scored, beside) if aux else scored
 
-  def in_pieces(self, batch, smoothing: float = 0.0) -> tuple[Tuned | None, str]:
+  def in_pieces(self, batch, objective: tasks.Objective = PLAIN) -> tuple[Tuned | None, str]:
     """(the method with losses in place of logits, '') where whole logits are large.
 
     Else (None, '') or, where they are large and cannot be avoided, (None, why).
     """
+    if objective.smoothing is None:
+      return None, ''
     labels = batch['label']
     out = self.tuned.sites[''].out
     if len(labels.shape) != 2 or math.prod(labels.shape) * out.shape[-1] <= tasks.MOST_LOGITS:
       return None, ''
-    made, why = tasks.in_pieces(self.tuned, smoothing)
+    made, why = tasks.in_pieces(self.tuned, objective.smoothing)
     if why:
       return None, why
     shapes = jax.eval_shape(lambda: (self.tuned.shapes, self.tuned.backbone, batch))
@@ -152,7 +159,7 @@ def train_step(
   forward: Callable,
   tx: optax.GradientTransformation,
   seed: int,
-  smoothing: float = 0.0,
+  objective: tasks.Objective = PLAIN,
   accumulate: int = 1,
   offload: bool = False,
 ) -> Callable:
@@ -165,54 +172,57 @@ def train_step(
     forward: a `Forward` in training, or a function that is called like it.
     tx: from `optim.optimizer`.
     seed: of dropout and of the method's own edits; the step is folded in.
-    smoothing: of the labels.
+    objective: the loss, from `Task.objective`.
     accumulate: micro-batches that a batch is cut into, one after the other.
     offload: the optimizer's state is in host memory, and on the device only while it is read and
       written.
   """
 
   # Micro-batches are summed. What a method adds to the loss is a mean, so that it is divided by
-  # their number, and the task's loss, which is a sum over `count` already, is not.
+  # their number, and the task's loss, which is a sum over the whole weight already, is not.
   rounds = accumulate if tuned.has_loss else 1
 
-  def objective(trained, held, backbone, batch, key, count):
+  def loss_of(trained, held, backbone, batch, key, weight):
     theta = tuned.join(trained, held)
+    labels = batch['label']
 
     def run(**takes):
       return forward(theta, backbone, batch, key, aux=True, **takes)
 
-    def loss(logits):
-      return tasks.loss(logits, batch['label'], smoothing).sum() / count * rounds
+    def loss(outputs):
+      return objective.sum(outputs, labels) / weight * rounds
 
     if isinstance(forward, Forward) and not tuned.has_loss:
-      (losses, right), aux = forward.losses(theta, backbone, batch, key, smoothing, aux=True)
-      value = losses.sum() / count
-      correct = right.sum()
+      (losses, right), aux = forward.losses(theta, backbone, batch, key, objective, aux=True)
+      value = (objective.weights(labels) * losses).sum() / weight
     else:
-      value, logits, aux = tuned.objective(run, loss)
-      correct = (logits.argmax(-1) == batch['label']).sum()
+      value, outputs, aux = tuned.objective(run, loss)
+      right = None if objective.right is None else objective.right(outputs, labels)
+    correct = jnp.zeros((), jnp.int32)
+    if right is not None:
+      correct = (right & (objective.weights(labels) > 0)).sum()
     _, held = tuned.split(tuned.write_back(theta, aux))
     return value / rounds, (correct, held)
 
-  differentiate = jax.value_and_grad(objective, has_aux=True)
+  differentiate = jax.value_and_grad(loss_of, has_aux=True)
 
-  def gradient(trained, held, backbone, batch, key, count):
+  def gradient(trained, held, backbone, batch, key, weight):
     """((loss, correct, gradient) of a batch, the state of theta after it)."""
-    (loss, (correct, held)), grads = differentiate(trained, held, backbone, batch, key, count)
+    (loss, (correct, held)), grads = differentiate(trained, held, backbone, batch, key, weight)
     return (loss, correct, grads), held
 
-  def accumulated_gradient(trained, held, backbone, batch, key, count):
+  def accumulated_gradient(trained, held, backbone, batch, key, weight):
     # [accumulate, B / accumulate, ...] each
     parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
 
     def add(carry, numbered):
       total, held = carry
       i, part = numbered
-      new, held = gradient(trained, held, backbone, part, jax.random.fold_in(key, i), count)
+      new, held = gradient(trained, held, backbone, part, jax.random.fold_in(key, i), weight)
       return (jax.tree.map(jnp.add, total, new), held), None
 
     first = jax.tree.map(lambda x: x[0], parts)
-    shapes, _ = jax.eval_shape(gradient, trained, held, backbone, first, key, count)
+    shapes, _ = jax.eval_shape(gradient, trained, held, backbone, first, key, weight)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     carry, _ = jax.lax.scan(add, (zeros, held), (jnp.arange(accumulate), parts))
     return carry
@@ -223,11 +233,13 @@ def train_step(
     optimizer = state['optimizer']
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STREAM_STEP), number)
 
-    # Losses are divided by the labels of the whole batch, not of each micro-batch: micro-batches of
-    # texts have different numbers of them, and a mean of means would be another loss.
-    count = (batch['label'] >= 0).sum()
+    # Losses are divided by the weight of the whole batch, not of each micro-batch: micro-batches of
+    # texts have different numbers of labels, and a mean of means would be another loss.
+    weights = objective.weights(batch['label'])
+    weight = weights.sum()
+    count = (weights > 0).sum()
     gradient_of = gradient if accumulate == 1 else accumulated_gradient
-    (loss, correct, grads), held = gradient_of(trained, held, backbone, batch, key, count)
+    (loss, correct, grads), held = gradient_of(trained, held, backbone, batch, key, weight)
 
     if offload:
       optimizer = jax.device_put(optimizer, jax.memory.Space.Device)
@@ -280,6 +292,7 @@ def evaluate(
   batches,
   rows: NamedSharding,
   stop: Callable[[], Any],
+  kept: Sequence[str] = (),
 ) -> dict[str, np.ndarray] | None:
   """The tally of all batches.
 
@@ -290,15 +303,22 @@ def evaluate(
     batches: one pass, the last batch filled up.
     rows: the sharding of a batch.
     stop: called between batches; when it returns true there is no tally.
+    kept: entries [B, ...] of a tally that are kept for each example; the others are added.
   """
   total = None
+  rows_of: dict[str, list[np.ndarray]] = {name: [] for name in kept}
   for batch in batches:
     if stop():
       return None
     batch.pop('index')
+    real = batch['mask'] > 0  # False for rows that fill up the last batch
     tally = jax.device_get(eval_step(theta, backbone, jax.device_put(batch, rows)))
+    for name, parts in rows_of.items():
+      parts.append(tally.pop(name)[real])
     if total is None:
       total = tally
     else:
       total = jax.tree.map(np.add, total, tally)
-  return total
+  if total is None:
+    return None
+  return total | {name: np.concatenate(parts) for name, parts in rows_of.items()}
