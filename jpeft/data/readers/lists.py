@@ -6,25 +6,32 @@ The name of a split is that of its file, such as 'train800val200' of the lists o
 the path of an image, relative to PATH, a blank, and a label; a path may have blanks. If all labels
 are integers, a class is its number; else classes are the labels in alphabetical order. Splits are
 in the order of their lists, and may share images, as those of VTAB-1k do.
+
+Where numbers or sets of classes are learned, a label is one or more of them, separated by commas
+without blanks: cat.png 3.5,0.2 or street.png car,tree.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from jpeft import textfiles
 
 from ..decode import check_files, decode
+from ..labels import CLASSES, NUMBERS, SETS, in_order, number, sets_of
 from ..source import Dataset, Example, suggestion
 
 Labelled = tuple[Path, str]  # an image file, its label
 
 
-def lists(path: str) -> Dataset:
-  """The images of the lists in a folder.
+def lists(path: str, labels: str = CLASSES) -> Dataset:
+  """The images of the lists in a folder, with labels of a kind (see `..labels`).
 
   Raises:
     FileNotFoundError: no such folder, or no such image.
-    ValueError: no lists, a line without a label, or negative labels; a file that is no image, on
-      reading if not before.
+    ValueError: no lists, a line without a label, negative numbers of classes, or what is no number
+      where numbers are wanted; a file that is no image, on reading if not before.
   """
   root = Path(path).expanduser()
   if not root.is_dir():
@@ -37,41 +44,81 @@ def lists(path: str) -> Dataset:
   images: list[Labelled] = []
   splits = {}
   for file in files:
-    found = _labelled(root, file)
+    found = _labelled(root, file, labels)
     splits[file.stem] = range(len(images), len(images) + len(found))
     images += found
-  classes = _classes({label for _, label in images}, root)
-  labels = {name: number for number, name in enumerate(classes)}
+  said = [label for _, label in images]
+  if labels == CLASSES:
+    classes = _classes(set(said), root)
+    numbers = {name: i for i, name in enumerate(classes)}
+    values = [numbers[label] for label in said]
+  elif labels == SETS:
+    members = [label.split(',') for label in said]
+    classes = in_order({name for names in members for name in names})
+    values = sets_of(members, classes)
+  else:
+    values = _numbers(root, said)
+    classes = [str(i) for i in range(values.shape[1])]
+    if len(classes) == 1:
+      classes = ['label']
   check_files(list(dict.fromkeys(file for file, _ in images)))
 
   def read(row: int) -> Example:
-    file, label = images[row]
-    return {'image': decode(file, str(file)), 'label': labels[label]}
+    file, _ = images[row]
+    return {'image': decode(file, str(file)), 'label': values[row]}
 
-  return Dataset(read, splits, classes)
+  return Dataset(read, splits, classes, labels=labels, label_of=values.__getitem__)
 
 
-def _labelled(root: Path, file: Path) -> list[Labelled]:
+def _numbers(root: Path, said: Sequence[str]) -> np.ndarray:
+  """float32 [N, K] of numbers that were checked line by line."""
+  rows = [[number(value) for value in label.split(',')] for label in said]
+  counts = sorted({len(row) for row in rows})
+  if not rows:
+    raise ValueError(f'the lists in {root} are empty')
+  if len(counts) > 1:
+    raise ValueError(
+      f'the lists in {root} have {counts[0]} numbers in one line and {counts[-1]} in another'
+    )
+  return np.array(rows, np.float32)
+
+
+def _labelled(root: Path, file: Path, labels: str) -> list[Labelled]:
   """The images of one list."""
   found = []
   with textfiles.opened(file) as lines:
-    for number, line in enumerate(lines, 1):
+    for number_of_line, line in enumerate(lines, 1):
       if not line.strip():
         continue
       words = line.strip().rsplit(maxsplit=1)
       if len(words) != 2:
-        raise ValueError(f'line {number} of {file} is no path of an image with a label: {line!r}')
+        raise ValueError(
+          f'line {number_of_line} of {file} is no path of an image with a label: {line!r}'
+        )
       image = root / words[0]
       if not image.is_file():
         beside = [other.name for other in image.parent.glob('*')][:1000]
         raise FileNotFoundError(
-          f'line {number} of {file}: there is no file {image}; {suggestion(image.name, beside)}'
+          f'line {number_of_line} of {file}: there is no file {image}; '
+          f'{suggestion(image.name, beside)}'
         )
       label = words[1]
-      if label.isdecimal():
+      if labels == NUMBERS:
+        _check_numbers(label, f'line {number_of_line} of {file}')
+      if labels == CLASSES and label.isdecimal():
         label = str(int(label))
       found.append((image, label))
   return found
+
+
+def _check_numbers(label: str, where: str) -> None:
+  try:
+    for value in label.split(','):
+      number(value)
+  except ValueError:
+    raise ValueError(
+      f'{where} has {label!r} as its label; it must be a number, or several with commas between'
+    ) from None
 
 
 def _classes(labels: set[str], root: Path) -> list[str]:

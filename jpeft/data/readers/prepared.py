@@ -4,14 +4,20 @@
     tfds:glue/sst2:2.0.0               a config and a version
     tfds:NAME?text=sentence&label=y    other features than those that the data set names itself
 
-Image and label are what TFDS calls its supervised keys, else the only features that can be. They
-must be stored as array_record, which `download_and_prepare` writes with file_format='array_record'.
+Image and label are what TFDS calls its supervised keys, else the only features that can be. Where
+numbers are learned, a label is a feature of numbers that is named, or several, as in
+label=width,height; where sets of classes are, it is a Sequence of ClassLabel that is named. The
+data must be stored as array_record, which `download_and_prepare` writes with
+file_format='array_record'.
 """
 
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..decode import decode
+from ..labels import CLASSES, NUMBERS, SETS
 from ..source import Dataset, Example, suggestion
 from ..stored import folder_of_tfds, rows_of
 from .files import options_of
@@ -19,12 +25,13 @@ from .files import options_of
 PARTS = ('image', 'text', 'pair', 'label')
 
 
-def prepared(spec: str, data_dir: str | Path | None) -> Dataset:
+def prepared(spec: str, data_dir: str | Path | None, labels: str = CLASSES) -> Dataset:
   """A data set that TFDS has prepared.
 
   Args:
     spec: NAME[/CONFIG][:VERSION][?part=feature&...].
     data_dir: the folder of TFDS; if left out, $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+    labels: the kind that is wanted, see `..labels`.
 
   Raises:
     FileNotFoundError: there is none of that name.
@@ -42,23 +49,50 @@ def prepared(spec: str, data_dir: str | Path | None) -> Dataset:
       "again with file_format='array_record'"
     )
   columns = _columns(name, builder.info, options)
-  label = builder.info.features[columns['label']]
-  if not isinstance(label, tfds.features.ClassLabel):
-    raise ValueError(
-      f'tfds:{name}: {columns["label"]!r} is a {type(label).__name__}, and a label is a ClassLabel'
-    )
+  said = columns.pop('label').split(',')
+  found = [builder.info.features[feature] for feature in said]
+  kind = CLASSES
+  if labels == NUMBERS and all(map(_is_number, found)):
+    kind = NUMBERS
+    classes = said
+  else:
+    feature = found[0]
+    if labels == SETS and isinstance(feature, tfds.features.Sequence):
+      kind = SETS
+      feature = feature.feature
+    if len(found) > 1 or not isinstance(feature, tfds.features.ClassLabel):
+      wanted = {NUMBERS: 'of numbers', SETS: 'a Sequence of ClassLabel'}.get(labels, 'a ClassLabel')
+      raise ValueError(
+        f'tfds:{name}: {",".join(said)!r} is a {type(found[0]).__name__}, and a label is {wanted}'
+      )
+    classes = [feature.int2str(number) for number in range(feature.num_classes)]
   stored, splits = rows_of(builder, columns.get('image'))
 
-  def read(row: int) -> Example:
-    return _example(stored(row), columns, f'image {row} of {name}')
+  def label_of(values: dict[str, Any]) -> Any:
+    if kind == NUMBERS:
+      return np.array([values[feature] for feature in said], np.float32)
+    if kind == SETS:
+      return np.isin(np.arange(len(classes)), values[said[0]]).astype(np.float32)
+    return int(values[said[0]])
 
-  classes = [label.int2str(number) for number in range(label.num_classes)]
-  return Dataset(read, splits, classes)
+  def read(row: int) -> Example:
+    values = stored(row)
+    return _example(values, columns, f'image {row} of {name}') | {'label': label_of(values)}
+
+  return Dataset(read, splits, classes, labels=kind)
+
+
+def _is_number(feature: Any) -> bool:
+  """Whether a feature of TFDS is one number, and no class."""
+  import tensorflow_datasets as tfds
+
+  is_class = isinstance(feature, tfds.features.ClassLabel)
+  return not is_class and feature.shape == () and feature.np_dtype.kind in 'fiu'
 
 
 def _example(stored: dict[str, Any], columns: dict[str, str], image_name: str) -> Example:
-  """An example as `Source` has it, of what TFDS read: texts are bytes, images are files."""
-  example: Example = {'label': int(stored[columns['label']])}
+  """The inputs of an example, of what TFDS read: texts are bytes, images are files."""
+  example: Example = {}
   if 'image' in columns:
     example['image'] = decode(stored[columns['image']], image_name)
   for part in ('text', 'pair'):
@@ -111,7 +145,11 @@ def _columns(name: str, info, options: dict[str, str]) -> dict[str, str]:
 
   kinds = {'image': tfds.features.Image, 'text': tfds.features.Text}
   features = info.features
-  for feature in options.values():
+  asked = [*options.values()]
+  if 'label' in options:
+    asked.remove(options['label'])
+    asked += options['label'].split(',')
+  for feature in asked:
     if feature not in features:
       raise ValueError(f'tfds:{name} has no feature {feature!r}; {suggestion(feature, features)}')
   columns = dict(options)

@@ -1,9 +1,10 @@
-"""Texts of one's own, with labels: CSV and JSON-lines files.
+"""Texts or images of one's own, with labels: CSV and JSON-lines files.
 
     csv:PATH, jsonl:PATH                    a file, which is divided: 80 % 'train', 20 % 'test'
     csv:FOLDER, jsonl:FOLDER                a file for each split: train.csv, test.csv
     csv:PATH?text=sentence&label=y          other columns than 'text' and 'label'
     csv:PATH?text=premise&pair=hypothesis   pairs of texts
+    csv:PATH?image=file                     images: paths relative to the folder of the file
     csv:PATH?delimiter=;                    another delimiter than a comma (than a tab in .tsv)
     csv:PATH?quote=                         another quote than ", or none: quotes are letters
     csv:PATH?header=no&text=3&label=1       no line of names: columns are numbered from 0
@@ -16,32 +17,74 @@ such as GLUE's test.tsv, is left out. The TSV of GLUE has no quotes:
     csv:SST-2?text=sentence&quote=                                train.tsv, dev.tsv
     csv:MRPC?text=%231 String&pair=%232 String&label=Quality&quote=
     csv:CoLA?header=no&text=3&label=1&quote=
+
+Where numbers are learned, a label is a number, or several columns of them:
+
+    csv:PATH?label=score
+    csv:PATH?label=width,height
+
+Where sets of classes are learned, a label is the classes of a row, in CSV with a separator between
+them and in JSON as a list; or each class has a column of 1 and 0 (true and false):
+
+    csv:PATH?label=topics&labels_by=|
+    jsonl:PATH?label=topics
+    csv:PATH?label=toxic,insult,threat
+
+An empty cell, null, or -1 in a column of a class, is not known: it is neither learned nor scored.
 """
 
 import contextlib
 import csv
+import dataclasses
 import functools
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jpeft import textfiles
 
+from ..decode import check_files, decode
+from ..labels import CLASSES, NUMBERS, SETS, in_order, membership, number, sets_of
 from ..source import Dataset, Example, split_rows, suggestion
 from .files import Row, Values, examples_of, files_of, jsonl_rows, options_of
 
 COLUMNS = {'text': 'text', 'label': 'label'}  # {part of an example: its column}
+PARTS = ('text', 'pair', 'image')
 
 
-def csv_table(spec: str) -> Dataset:
+@dataclasses.dataclass(frozen=True)
+class _Labels:
+  """How a file says the labels.
+
+  Attributes:
+    kind: of labels, see `..labels`.
+    columns: that have them; one for classes.
+    by: what separates the classes of a row; None if nothing does.
+  """
+
+  kind: str
+  columns: tuple[str, ...]
+  by: str | None = None
+
+  @property
+  def listed(self) -> bool:
+    """Whether a single column lists the classes of a row."""
+    return self.kind == SETS and len(self.columns) == 1
+
+
+def csv_table(spec: str, labels: str = CLASSES) -> Dataset:
   """The rows of a CSV file, or of a folder of them; UTF-8, or UTF-16 with a byte-order mark.
 
   Raises:
     FileNotFoundError: no such file or folder.
     ValueError: no rows, a missing column or option, or a line that cannot be read.
   """
-  known = ('text', 'pair', 'label', 'delimiter', 'quote', 'header')
-  path, options = options_of(spec, 'csv', known, COLUMNS)
+  known = (*PARTS, 'label', 'labels_by', 'delimiter', 'quote', 'header')
+  path, options = _options(spec, 'csv', known)
   header = options.pop('header', 'yes')
   if header not in ('yes', 'no'):
     raise ValueError(f"csv:{spec}: header={header} must be 'yes' or 'no'")
@@ -50,62 +93,148 @@ def csv_table(spec: str) -> Dataset:
     delimiter=options.pop('delimiter', None),
     quote=options.pop('quote', '"'),
     header=header == 'yes',
-    used=tuple(options.values()),
+    used=(*options.values(), *options['label'].split(',')),
   )
-  return _table(path, 'csv', options, read_rows)
+  return _table(path, 'csv', options, read_rows, labels)
 
 
-def jsonl_table(spec: str) -> Dataset:
+def jsonl_table(spec: str, labels: str = CLASSES) -> Dataset:
   """The lines of a JSON-lines file, or of a folder of them; UTF-8, an object a line.
 
   Raises:
     FileNotFoundError: no such file or folder.
     ValueError: no lines, a missing column or option, or a line that cannot be read.
   """
-  path, columns = options_of(spec, 'jsonl', ('text', 'pair', 'label'), COLUMNS)
-  return _table(path, 'jsonl', columns, jsonl_rows)
+  path, options = _options(spec, 'jsonl', (*PARTS, 'label', 'labels_by'))
+  return _table(path, 'jsonl', options, jsonl_rows, labels)
+
+
+def _options(spec: str, kind: str, known: tuple[str, ...]) -> tuple[Path, dict[str, str]]:
+  """(path, options): the column of images, or that of texts, and that of labels are among them.
+
+  Raises:
+    ValueError: an unknown option, or both texts and images.
+  """
+  path, options = options_of(spec, kind, known, {'label': COLUMNS['label']})
+  if 'image' not in options:
+    return path, COLUMNS | options
+  for other in ('text', 'pair'):
+    if other in options:
+      raise ValueError(
+        f'{kind}:{spec}: an example is an image or a text: leave out image or {other}'
+      )
+  return path, options
 
 
 def _table(
-  path: Path, kind: str, columns: dict[str, str], read_rows: Callable[[Path], Iterator[Row]]
+  path: Path,
+  kind: str,
+  options: dict[str, str],
+  read_rows: Callable[[Path], Iterator[Row]],
+  labels: str,
 ) -> Dataset:
+  """The examples of all files.
+
+  Args:
+    path: of a file or a folder.
+    kind: 'csv' or 'jsonl'.
+    options: {part of an example: its column}, and labels_by.
+    read_rows: file -> its rows.
+    labels: the kind that is wanted.
+  """
   examples = []
   keys = {}
   files = files_of(path, kind)
-  left_out = _unlabelled(files, columns['label'], read_rows)
+  by = options.pop('labels_by', None)
+  said = _labels_of(files, options.pop('label'), by, read_rows, labels)
+  left_out = _unlabelled(files, said, read_rows)
   for split, file in files.items():
     if split in left_out:
       continue
-    found = examples_of(file, read_rows(file), functools.partial(_example, file, columns))
+    found = examples_of(file, read_rows(file), functools.partial(_example, file, options, said))
     keys[split] = [_key(example) for example in found]
+    if 'image' in options:
+      found = [example | {'image': file.parent / example['image']} for example in found]
     examples += found
-  classes = _classes({example['label'] for example in examples})
-  labels = {name: label for label, name in enumerate(classes)}
+  classes, values = _values([example['label'] for example in examples], said)
+  if 'image' in options:
+    check_files(list(dict.fromkeys(example['image'] for example in examples)))
 
   def read(row: int) -> Example:
-    example = examples[row]
-    return example | {'label': labels[example['label']]}
+    example = examples[row] | {'label': values[row]}
+    if 'image' in example:
+      example['image'] = decode(example['image'], str(example['image']))
+    return example
 
-  return Dataset(read, split_rows(keys), classes, left_out=left_out)
+  return Dataset(
+    read,
+    split_rows(keys),
+    classes,
+    left_out=left_out,
+    labels=labels,
+    label_of=values.__getitem__,
+  )
+
+
+def _labels_of(
+  files: dict[str, Path],
+  column: str,
+  by: str | None,
+  read_rows: Callable[[Path], Iterator[Row]],
+  kind: str,
+) -> _Labels:
+  """How the files say the labels: a name with commas is several columns, if it is no column itself.
+
+  Raises:
+    ValueError: labels_by where it says nothing.
+  """
+  columns: tuple[str, ...] = (column,)
+  there = any(column in values for file in files.values() for _, values in _first(read_rows, file))
+  if kind != CLASSES and not there:
+    columns = tuple(column.split(','))
+  if by is not None and (kind != SETS or len(columns) > 1 or not by):
+    raise ValueError(
+      f'labels_by={by} separates the classes that one column lists, where sets of classes are '
+      "learned (config.task='multilabel'): leave it out"
+    )
+  return _Labels(kind, columns, by)
+
+
+def _first(read_rows: Callable[[Path], Iterator[Row]], file: Path) -> list[Row]:
+  """The first row of a file, if there is one."""
+  return list(itertools.islice(read_rows(file), 1))
+
+
+def _values(said: Sequence[Any], labels: _Labels) -> tuple[list[str], Sequence[Any]]:
+  """(names, the label of each row), see `..labels`."""
+  if labels.kind == CLASSES:
+    classes = in_order(set(said))
+    numbers = {name: i for i, name in enumerate(classes)}
+    return classes, [numbers[label] for label in said]
+  if labels.listed:
+    classes = in_order({name for names in said for name in names})
+    return classes, sets_of(said, classes)
+  return list(labels.columns), np.array(said, np.float32)
 
 
 def _unlabelled(
-  files: dict[str, Path], label: str, read_rows: Callable[[Path], Iterator[Row]]
+  files: dict[str, Path], labels: _Labels, read_rows: Callable[[Path], Iterator[Row]]
 ) -> dict[str, str]:
   """{split: why it is left out} of the files without a column of labels, if another has one."""
   left_out = {}
   for split, file in files.items():
-    _, values = next(read_rows(file), (0, {label: None}))
-    if label not in values:
-      left_out[split] = f'{file} has no column {label!r}; {suggestion(label, values)}'
+    for _, values in _first(read_rows, file):
+      for label in labels.columns:
+        if label not in values:
+          left_out[split] = f'{file} has no column {label!r}; {suggestion(label, values)}'
   if len(left_out) == len(files):
     return {}  # to be told with the line
   return left_out
 
 
 def _key(example: dict[str, str]) -> str:
-  """The texts of an example, which decide its place: equal ones are in one split."""
-  return '\t'.join(example[name] for name in ('text', 'pair') if name in example)
+  """The texts or the image of an example, which decide its place: equal ones are in one split."""
+  return '\t'.join(example[name] for name in PARTS if name in example)
 
 
 def _csv_rows(
@@ -164,32 +293,92 @@ def _long_fields() -> Iterator[None]:
     csv.field_size_limit(before)
 
 
-def _example(file: Path, columns: dict[str, str], line: int, values: Values) -> dict[str, str]:
-  """{'text', ['pair'], 'label'} of a row, all of them texts."""
-  example = {}
+def _example(
+  file: Path, columns: dict[str, str], labels: _Labels, line: int, values: Values
+) -> dict[str, Any]:
+  """The texts {'text', ['pair']} or {'image'} of a row, and its label.
+
+  The label is a text for one class, a list of texts where a column lists classes, else a list of
+  numbers, one for each column.
+  """
+  example: dict[str, Any] = {}
   for name, column in columns.items():
-    if column not in values:
-      raise ValueError(
-        f'line {line} of {file} has no column {column!r} (or name another one, '
-        f'{file.name}?{name}=COLUMN); {suggestion(column, values)}'
-      )
-    value = values[column]
-    if name == 'label':
-      valid = isinstance(value, (str, int)) and value != ''
-      wanted = 'a text or an integer'
-    else:
-      valid = isinstance(value, str)
-      wanted = 'a text'
-    if not valid:
-      raise ValueError(
-        f'line {line} of {file} has {value!r} as its {column!r}; it must be {wanted}'
-      )
-    example[name] = str(value)
+    value = _cell(file, line, name, column, values)
+    if not isinstance(value, str):
+      raise _unfit(file, line, column, value, 'a text')
+    if name == 'image' and not (file.parent / value).is_file():
+      raise FileNotFoundError(f'line {line} of {file}: there is no file {file.parent / value}')
+    example[name] = value
+  said = []
+  for column in labels.columns:
+    value = _cell(file, line, 'label', column, values)
+    try:
+      said.append(_LABELS[labels.kind, labels.listed](value, labels.by))
+    except ValueError as error:
+      raise _unfit(file, line, column, value, str(error)) from None
+  example['label'] = said
+  if labels.kind == CLASSES or labels.listed:
+    (example['label'],) = said
+  elif all(math.isnan(value) for value in said):
+    raise ValueError(f'line {line} of {file} has no label: {", ".join(labels.columns)} are empty')
   return example
 
 
-def _classes(labels: set[str]) -> list[str]:
+def _cell(file: Path, line: int, name: str, column: str, values: Values) -> Any:
+  """The value of a column that a row must have."""
+  if column not in values:
+    raise ValueError(
+      f'line {line} of {file} has no column {column!r} (or name another one, '
+      f'{file.name}?{name}=COLUMN); {suggestion(column, values)}'
+    )
+  return values[column]
+
+
+def _unfit(file: Path, line: int, column: str, value: Any, wanted: str) -> ValueError:
+  return ValueError(f'line {line} of {file} has {value!r} as its {column!r}; it must be {wanted}')
+
+
+# What a cell says as a label: functions (value, labels_by) that raise a ValueError which says what
+# it must be.
+
+
+def _class(value: Any, by: str | None) -> str:
+  if not isinstance(value, (str, int)) or value == '':
+    raise ValueError('a text or an integer')
+  return str(value)
+
+
+def _number(value: Any, by: str | None) -> float:
   try:
-    return sorted(labels, key=int)
+    return number(value)
   except ValueError:
-    return sorted(labels)
+    raise ValueError('a number') from None
+
+
+def _membership(value: Any, by: str | None) -> float:
+  try:
+    return membership(value)
+  except ValueError:
+    raise ValueError('1 or 0, or -1 if it is not known') from None
+
+
+def _list(value: Any, by: str | None) -> list[str]:
+  if isinstance(value, str) and by is not None:
+    value = [name.strip() for name in value.split(by)] if value.strip() else []
+  if not isinstance(value, list):
+    raise ValueError(
+      'a list; in a text say what separates its classes (labels_by=;), or name a column of 1 and 0 '
+      'for each class (label=a,b)'
+    )
+  for name in value:
+    if not isinstance(name, (str, int)) or name == '':
+      raise ValueError('a list of texts or integers')
+  return [str(name) for name in value]
+
+
+_LABELS: dict[tuple[str, bool], Callable[[Any, str | None], Any]] = {
+  (CLASSES, False): _class,
+  (NUMBERS, False): _number,
+  (SETS, False): _membership,
+  (SETS, True): _list,
+}
