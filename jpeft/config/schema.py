@@ -79,6 +79,24 @@ def _are_groups(value) -> bool:
   return True
 
 
+def _are_class_weights(value) -> bool:
+  """Whether it says what counts how much, see 'loss.class_weights'."""
+  if value is None or isinstance(value, str):
+    return value in (None, 'balanced')
+  weights = value
+  if value and isinstance(value[0], (list, tuple)):
+    if any(not isinstance(pair, (list, tuple)) or len(pair) != 2 for pair in value):
+      return False
+    weights = [weight for _, weight in value]
+  return len(weights) > 0 and all(_is_weight(weight) for weight in weights)
+
+
+def _is_weight(value) -> bool:
+  is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+  return is_number and 0 < value < math.inf
+
+
+DISTANCES = ('mse', 'mae', 'huber')
 STORAGES = ('nf4', 'nf4_double', 'fp4', 'fp4_double', 'int4', 'int4_1', 'affine')
 
 # Of labels; f1 is for two of them, pearson and spearman for labels in an order.
@@ -105,7 +123,17 @@ TASKS = {
   'classification': TaskKeys(
     'a label each input',
     ('accuracy', 'macro_f1', 'loss', *FURTHER_METRICS),
-    ('label_smoothing',),
+    ('label_smoothing', 'class_weights', 'focal'),
+  ),
+  'multilabel': TaskKeys(
+    'a set of classes each input',
+    ('mean_average_precision', 'macro_f1', 'micro_f1', 'subset_accuracy', 'loss'),
+    ('class_weights', 'focal'),
+  ),
+  'regression': TaskKeys(
+    'one number or several each input',
+    ('mse', 'rmse', 'mae', 'r2', 'pearson', 'spearman', 'loss'),
+    ('name', 'standardize'),
   ),
   'language': TaskKeys(
     'texts to write', ('accuracy', 'perplexity', 'loss'), ('label_smoothing',), head=False
@@ -203,6 +231,27 @@ FIELDS: dict[str, Field] = {
   ),
   # Training.
   'loss.label_smoothing': _within(0.0, 'share of the target given to all labels alike', 0.0, 1.0),
+  'loss.class_weights': Field(
+    (str, tuple, list, dict, type(None)),
+    None,
+    "how much a label of each class counts: 'balanced', a number for each class in order, or pairs "
+    '((class, number), ...), the others having 1',
+    "'balanced', numbers above 0, or pairs of a class and such a number",
+    _are_class_weights,
+  ),
+  'loss.focal': _not_negative(
+    float, 0.0, 'gamma of the focal loss, which counts less what is surely right; 0 for none'
+  ),
+  'loss.name': Field(
+    _OPTIONAL_TEXT,
+    None,
+    f'of numbers, in units of their deviation; mse if left out: {", ".join(DISTANCES)}',
+    f'one of {", ".join(DISTANCES)}',
+    lambda v: v is None or v in DISTANCES,
+  ),
+  'loss.standardize': _flag(
+    True, 'learn numbers less their mean over their deviation in the training split'
+  ),
   'optimizer.name': _choice('adamw', 'update rule', 'adamw', 'adam', 'sgd', 'lion', 'adafactor'),
   'optimizer.lr': _positive(float, 1e-3, 'learning rate at its highest'),
   'optimizer.weight_decay': _not_negative(float, 0.0, 'decoupled'),
@@ -343,9 +392,15 @@ def _check_task(out: dict[str, Any]) -> None:
   for key, field in FIELDS.items():
     section, _, name = key.partition('.')
     if section == 'loss' and name not in task.losses and out[key] != field.default:
+      readers = [other for other, keys in TASKS.items() if name in keys.losses]
       raise ValueError(
-        f'config.{key}={out[key]!r} says nothing to the loss of config.task={out["task"]!r}'
+        f'config.{key}={out[key]!r} says nothing to the loss of config.task={out["task"]!r}; it is '
+        f'for {" and ".join(readers)}'
       )
+  if out['loss.focal'] and out['loss.label_smoothing']:
+    raise ValueError(
+      'config.loss.focal and config.loss.label_smoothing both change what is surely right: give one'
+    )
   lengths = [key for key in ('steps', 'epochs') if out[key] is not None]
   if len(lengths) != 1:
     which = 'both' if lengths else 'neither'
@@ -385,6 +440,8 @@ def _checked(key: str, field: Field, value):
   is_flag = isinstance(value, bool)  # which Python counts among the integers
   if float in field.types and isinstance(value, int) and not is_flag:
     value = float(value)
+  if isinstance(value, dict) and dict in field.types:
+    value = tuple((str(name), weight) for name, weight in value.items())
   if not isinstance(value, field.types) or (is_flag and bool not in field.types):
     kinds = ' or '.join(_type_name(kind) for kind in field.types)
     raise ValueError(f'config.{key} must be of type {kinds}, not {type(value).__name__} {value!r}')
@@ -410,11 +467,18 @@ def flatten(values, prefix: str = '') -> dict[str, Any]:
     raise ValueError(f'a config is a dict, not {type(values).__name__}')
   out = {}
   for key, value in values.items():
-    if isinstance(value, (dict, ConfigDict)):
+    if isinstance(value, ConfigDict):
+      value = value.to_dict()
+    if isinstance(value, dict) and not _is_value(f'{prefix}{key}'):
       out |= flatten(value, f'{prefix}{key}.')
     else:
       out[f'{prefix}{key}'] = value
   return out
+
+
+def _is_value(key: str) -> bool:
+  """Whether a dict is the value of a key, and no section."""
+  return key in FIELDS and dict in FIELDS[key].types
 
 
 def nest(flat: dict[str, Any]) -> dict:

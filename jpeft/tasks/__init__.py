@@ -1,4 +1,4 @@
-"""What a run learns: labels of images and texts, or texts to write."""
+"""What a run learns: classes, sets of classes or numbers of images and texts, or texts to write."""
 
 from .classification import CLASSIFICATION
 from .language import LANGUAGE
@@ -21,10 +21,17 @@ from .modality import (
   modality_of,
   register_modality,
 )
+from .multilabel import MULTILABEL
 from .pieces import MOST_LOGITS, in_pieces, token_losses
+from .regression import REGRESSION
 from .task import NO_FACTS, Answer, Facts, Task
 
-TASKS: dict[str, Task] = {'classification': CLASSIFICATION, 'language': LANGUAGE}
+TASKS: dict[str, Task] = {
+  'classification': CLASSIFICATION,
+  'multilabel': MULTILABEL,
+  'regression': REGRESSION,
+  'language': LANGUAGE,
+}
 
 
 def of(config) -> Task:
@@ -39,10 +46,12 @@ __all__ = [
   'LANGUAGE',
   'METRICS',
   'MOST_LOGITS',
+  'MULTILABEL',
   'Metric',
   'Modality',
   'NO_FACTS',
   'Objective',
+  'REGRESSION',
   'TASKS',
   'Task',
   'best',

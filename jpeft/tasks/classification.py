@@ -8,34 +8,11 @@ import numpy as np
 
 from jpeft import data
 
-from .losses import loss
+from . import labelled
+from .labelled import Numbered
+from .losses import Objective, loss, softmax
 from .metrics import further_scores, requested
-from .modality import check_example, modality_of
 from .task import NO_FACTS, Answer, Facts, Task
-
-
-class Numbered:
-  """A source whose examples also have their number, so that what a batch holds is known.
-
-  An example without a label of its classes is a ValueError on reading: a loss would not see it.
-  """
-
-  def __init__(self, source):
-    self._source = source
-    self.classes = source.classes
-
-  def __len__(self) -> int:
-    return len(self._source)
-
-  def __getitem__(self, i: int) -> dict:
-    example = self._source[i]
-    label = example.get('label')
-    if label is None or not 0 <= label < len(self.classes):
-      raise ValueError(
-        f'example {i} has the label {label!r}; there are {len(self.classes)} classes, numbered '
-        'from 0'
-      )
-    return example | {'index': i}
 
 
 def source(config, split: str) -> data.Source:
@@ -44,46 +21,44 @@ def source(config, split: str) -> data.Source:
   Raises:
     ValueError, OSError, RuntimeError: no such data, or not as many labels as the config says.
   """
-  found = data.load(config.data.name, split, config.data.dir)
-  classes = found.classes
-  if not classes:
+  found = labelled.source(config, split)
+  if 'f1' in requested(config) and len(found.classes) != 2:
     raise ValueError(
-      f"{config.data.name} has no labels, but texts to write: set config.task='language'"
+      f"the metric 'f1' is that of two classes, and {config.data.name} has {len(found.classes)}: "
+      "take 'macro_f1'"
     )
-  if config.model.num_classes not in (None, len(classes)):
-    raise ValueError(
-      f'config.model.num_classes is {config.model.num_classes}, but {config.data.name} has '
-      f'{len(classes)} labels: {", ".join(classes[:10])}'
-    )
-  if 'f1' in requested(config) and len(classes) != 2:
-    raise ValueError(
-      f"the metric 'f1' is that of two classes, and {config.data.name} has {len(classes)}: take "
-      "'macro_f1'"
-    )
-  return data.in_memory(found) if config.data.in_memory else found
+  return found
 
 
 def rows(
   config, pretrained, source, training: bool, facts: Facts = NO_FACTS
 ) -> tuple[Numbered, Callable]:
-  """(numbered examples, the function that makes arrays of an example).
-
-  Raises:
-    ValueError: the data set has another modality than the backbone, or the backbone lacks what it
-      needs to read it.
-  """
-  check_example(pretrained, source[0], config.data.name)
-  modality = modality_of(pretrained)
-  transform = modality.transform(config, pretrained, training)
-  numbered = Numbered(source)
-  modality.check(pretrained, numbered, transform)
-  return numbered, transform
+  """(numbered examples, the function that makes arrays of an example), see `labelled.rows`."""
+  return labelled.rows(config, pretrained, source, training)
 
 
 def example(config, pretrained, outputs: int = 0) -> dict[str, np.ndarray]:
   """A batch of one empty example."""
-  arrays = modality_of(pretrained).example(config, pretrained)
-  return arrays | {'label': np.zeros(1, np.int32)}
+  return labelled.example(config, pretrained, np.zeros(1, np.int32))
+
+
+def facts(config, source) -> dict[str, list[float]]:
+  """{'class_weights': [C]} if the loss has some.
+
+  'balanced' is N / (C * the number of a class) of N examples, so that all classes have one sum.
+  """
+  if config.loss.class_weights is None:
+    return {}
+  labels = np.array(data.labels_of(source))
+  classes = len(source.classes)
+  count = np.bincount(labels, minlength=classes)
+  balanced = len(labels) / (classes * np.maximum(count, 1))
+  return {'class_weights': labelled.class_weights(config, count, balanced, source.classes)}
+
+
+def objective(config, facts: Facts) -> Objective:
+  """Softmax cross-entropy with what the section `loss` says."""
+  return softmax(config.loss.label_smoothing, facts.get('class_weights'), config.loss.focal)
 
 
 def tally(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
@@ -144,4 +119,14 @@ def answer(row: np.ndarray, example: dict, labels: Sequence[str], facts: Facts) 
   return Answer((label, f'{probability:.4f}'), values)
 
 
-CLASSIFICATION = Task(source, rows, example, tally, scores, predicted=predicted, answer=answer)
+CLASSIFICATION = Task(
+  source,
+  rows,
+  example,
+  tally,
+  scores,
+  facts=facts,
+  objective=objective,
+  predicted=predicted,
+  answer=answer,
+)

@@ -1,7 +1,12 @@
-"""What training makes small: a loss of each label, and how much the label counts in the mean."""
+"""What training makes small: a loss of each label, and how much the label counts in the mean.
+
+focal loss    (1 - p)^gamma * -log p of the probability p that is given to what is right (Lin et
+              al., Focal Loss for Dense Object Detection, arXiv 1708.02002)
+huber loss    d^2 / 2 of a distance d up to 1, and |d| - 1/2 beyond
+"""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -55,17 +60,86 @@ def loss(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Ar
   return jnp.where(labels < 0, 0.0, entropy(logits))
 
 
-def softmax(smoothing: float = 0.0) -> Objective:
+def softmax(
+  smoothing: float = 0.0, class_weights: Sequence[float] | None = None, focal: float = 0.0
+) -> Objective:
   """Softmax cross-entropy of labels that are integers; negative ones are not learned.
 
   Args:
     smoothing: the share of the target that all labels get alike.
+    class_weights: [C], the weight of a label of each class in the mean; 1 for all if left out.
+    focal: gamma of the focal loss; 0 for plain cross-entropy.
   """
 
   def losses(logits, labels):
-    return loss(logits, labels, smoothing)
+    found = loss(logits, labels, smoothing)
+    if not focal:
+      return found
+    return _power(-jnp.expm1(-found), focal) * found
 
-  return Objective(losses, likeliest, known, smoothing)
+  def weights(labels):
+    if class_weights is None:
+      return known(labels)
+    table = jnp.asarray(class_weights, jnp.float32)
+    return known(labels) * table[jnp.maximum(labels, 0)]
+
+  is_plain = class_weights is None and not focal
+  return Objective(losses, likeliest, weights, smoothing if is_plain else None)
+
+
+def sigmoid(class_weights: Sequence[float] | None = None, focal: float = 0.0) -> Objective:
+  """Sigmoid cross-entropy of labels [B, C] that are 1, 0, or NaN where they are not known.
+
+  Args:
+    class_weights: [C], how many times a label 1 of each class counts; 1 for all if left out.
+    focal: gamma of the focal loss; 0 for plain cross-entropy.
+  """
+
+  def losses(logits, labels):
+    signs = jnp.where(labels > 0, 1.0, -1.0)
+    z = signs * logits.astype(jnp.float32)  # how sure of what is right
+    found = jax.nn.softplus(-z)
+    if focal:
+      found = _power(jax.nn.sigmoid(-z), focal) * found
+    if class_weights is not None:
+      found = jnp.where(labels > 0, jnp.asarray(class_weights, jnp.float32), 1.0) * found
+    return found
+
+  def right(logits, labels):
+    return (logits >= 0) == (labels > 0)
+
+  return Objective(losses, right, given)
+
+
+def _power(miss: jax.Array, gamma: float) -> jax.Array:
+  """miss^gamma, whose slope stays finite where nothing is missed and gamma is below 1."""
+  return jnp.maximum(miss, jnp.finfo(jnp.float32).tiny) ** gamma
+
+
+def distance(name: str = 'mse') -> Objective:
+  """The distance of outputs from labels [B, K] that are numbers, NaN where they are missing.
+
+  Args:
+    name: 'mse', 'mae' or 'huber'.
+  """
+  of_difference = {'mse': jnp.square, 'mae': jnp.abs, 'huber': _huber}[name]
+
+  def losses(outputs, labels):
+    there = given(labels) > 0
+    return of_difference(jnp.where(there, outputs.astype(jnp.float32) - labels, 0.0))
+
+  return Objective(losses, None, given)
+
+
+def _huber(difference: jax.Array) -> jax.Array:
+  size = jnp.abs(difference)
+  small = jnp.minimum(size, 1.0)
+  return small**2 / 2 + (size - small)
+
+
+def given(labels: jax.Array) -> jax.Array:
+  """1 for numbers, 0 for NaN."""
+  return (~jnp.isnan(labels)).astype(jnp.float32)
 
 
 def likeliest(logits: jax.Array, labels: jax.Array) -> jax.Array:

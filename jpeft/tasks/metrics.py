@@ -32,6 +32,13 @@ _OWN = {
   'macro_f1': Metric(None, 'classification', False),
   'loss': Metric(None, 'both', True),
   'perplexity': Metric(None, 'language', True),
+  'mean_average_precision': Metric(None, 'multilabel', False),
+  'micro_f1': Metric(None, 'multilabel', False),
+  'subset_accuracy': Metric(None, 'multilabel', False),
+  'mse': Metric(None, 'regression', True),
+  'rmse': Metric(None, 'regression', True),
+  'mae': Metric(None, 'regression', True),
+  'r2': Metric(None, 'regression', False),
 }
 # Computed where `eval.metric` or `eval.also` names them.
 _ON_REQUEST = {
@@ -56,8 +63,10 @@ def register_metric(
   Args:
     name: in metrics.jsonl, reports and configurations.
     compute: summed tally -> float. The tally of 'classification' has 'loss', a sum over examples,
-      and 'confusion' [C, C], counts by label and prediction; that of 'language' has 'loss',
-      'right' and 'tokens', sums over the tokens of completions.
+      and 'confusion' [C, C], counts by label and prediction; that of 'multilabel' 'logit' and
+      'label' [N, C] (NaN where it is not known); that of 'regression' 'prediction' and 'label'
+      [N, K] (NaN where it is missing), in the units of the data; that of 'language' 'loss', 'right'
+      and 'tokens', sums over the tokens of completions.
     task: its name, as in `config.task`.
     lower_is_better: whether the best theta has the least value.
 

@@ -13,7 +13,12 @@ from .confusion import confusion_section
 from .curves import draw_curves
 
 # The metrics that a table has a column for.
-SHOWN = ('accuracy', 'perplexity', 'exact_match', 'word_error_rate', 'phoneme_error_rate')
+SHOWN = (
+  *('accuracy', 'mean_average_precision', 'micro_f1', 'subset_accuracy', 'rmse', 'r2'),
+  *('perplexity', 'exact_match', 'word_error_rate', 'phoneme_error_rate'),
+)
+# Those of them that are no share of something.
+_NO_SHARES = ('rmse', 'r2')
 
 
 def line(what, scores: dict[str, float]) -> str:
@@ -79,9 +84,9 @@ def _title(name: str, report: dict[str, Any]) -> str:
 def _drawn(report: dict[str, Any]) -> str:
   """The metric that is drawn beside the loss: the one that decides, if it is another."""
   metric = report['best']['metric']
-  if metric == 'loss':
-    return 'accuracy'
-  return metric
+  if metric != 'loss':
+    return metric
+  return next(name for name in SHOWN if name in report['eval'])
 
 
 def _facts(report: dict[str, Any]) -> dict[str, str]:
@@ -156,4 +161,6 @@ def _score(report: dict, name: str) -> str:
 def _number(name: str, value: float) -> str:
   if name == 'perplexity':
     return f'{value:,.1f}'
+  if name in _NO_SHARES:
+    return f'{value:.4g}'
   return f'{100 * value:.1f} %'

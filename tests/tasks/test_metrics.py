@@ -120,7 +120,7 @@ def test_it_says_where_it_came_from(registered):
   (
     ('accuracy', 'classification', "'accuracy' is a metric of jpeft"),
     ('matthews', 'classification', "'matthews' is a metric of jpeft"),
-    ('mine', 'retrieval', "task='retrieval' must be 'classification' or 'language'"),
+    ('mine', 'retrieval', "task='retrieval' must be 'classification', 'multilabel'"),
   ),
 )
 def test_what_cannot_be_registered(name, task, message):
