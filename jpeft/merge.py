@@ -20,8 +20,19 @@ def main(argv: list[str]) -> int:
     export.check_mergeable(training.method_of(config))  # before a backbone is loaded
     cli.check_new(flags.out)
     pretrained, tuned, theta = training.reopen(flags.run, flags.best)
-  example = tasks.of(config).example(config, pretrained)
-  difference = export.save_merged(flags.out, pretrained, tuned, theta, example, info['labels'])
+  task = tasks.of(config)
+  example = task.example(config, pretrained)
+  with cli.inputs_checked():
+    difference = export.save_merged(
+      flags.out,
+      pretrained,
+      tuned,
+      theta,
+      example,
+      info['labels'],
+      task.problem,
+      task.units(info.get('facts', {})),
+    )
   print(
     f'{flags.out}: merged; on an empty input its logits and those of the run are '
     f'{difference:.1e} apart'

@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jpeft import models, tasks
-from jpeft.core import Method, Tuned
+from jpeft.core import Method, Tuned, leaf_paths
 
 
 def check_mergeable(method: Method) -> None:
@@ -30,6 +31,8 @@ def save_merged(
   theta: Any,
   example: dict,
   labels: Sequence[str],
+  problem: str | None = None,
+  units: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> float:
   """Writes merged weights, config, tokenizer and preprocessing of a tuned backbone.
 
@@ -40,23 +43,64 @@ def save_merged(
     theta: as trained.
     example: a batch on which merged and tuned model are compared.
     labels: of the head; none for a model that writes text.
+    problem: what the config calls the task, see `Task.problem`.
+    units: (shift, scale) of the outputs, see `Task.units`; the merged head gives outputs * scale +
+      shift.
 
   Returns:
     The largest difference of the logits of both on the example.
+
+  Raises:
+    ValueError: the head has no bias that can hold the shift.
   """
   merged = jax.jit(tuned.merge)(theta, pretrained.variables)
   args, kwargs = tasks.inputs(example)
   tuned_logits = tuned.apply(theta, pretrained.variables, *args, **kwargs, deterministic=True)
+  if units is not None:
+    shift, scale = units
+    merged = _in_units(merged, tuned, shift, scale)
+    tuned_logits = tuned_logits * scale + shift
   plain_logits = pretrained.model.apply(merged, *args, **kwargs, deterministic=True)
 
   config = dict(pretrained.config)
   if labels:
     config['id2label'] = dict(enumerate(labels))
     config['label2id'] = {name: i for i, name in enumerate(labels)}
+  if problem is not None:
+    config['problem_type'] = problem
   models.save_pretrained(folder, pretrained.model, merged, config)
   _save_tokenizer(folder, pretrained.tokenizer)
   _save_preprocessing(folder, pretrained.preprocess)
   return float(jnp.abs(tuned_logits - plain_logits).max())
+
+
+def _in_units(merged: Any, tuned: Tuned, shift: np.ndarray, scale: np.ndarray) -> Any:
+  """Weights whose outputs are those of `merged` times scale plus shift, [K] each.
+
+  The Dense layers of the head that give the outputs are scaled; of two heads the model takes the
+  mean, so that each of them is.
+  """
+  arrays = leaf_paths(merged)
+  outputs = tuned.sites[''].out.shape[-1]
+  last = [
+    site
+    for site in tuned.sites.find('{head}')
+    if {'kernel', 'bias'} <= site.leaves.keys() and site.leaves['bias'].shape == (outputs,)
+  ]
+  if not last:
+    raise ValueError(
+      'the head learned standardised numbers and has no bias that could hold their mean: predict '
+      'with jpeft.predict, or train with config.loss.standardize=false to merge'
+    )
+  changed = {}
+  for site in last:
+    for path, x in arrays.items():
+      if path == f'params/{site.path}/kernel':
+        changed[path] = x * scale.astype(x.dtype)
+      if path == f'params/{site.path}/bias':
+        changed[path] = (x * scale + shift).astype(x.dtype)
+  leaves = [changed.get(path, x) for path, x in arrays.items()]
+  return jax.tree.unflatten(jax.tree.structure(merged), leaves)
 
 
 def _save_tokenizer(folder: pathlib.Path, tokenizer: str | None) -> None:

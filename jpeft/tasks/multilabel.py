@@ -128,6 +128,30 @@ def scores(
   return own | further_scores('multilabel', tally, names)
 
 
+def by_label(
+  tally: dict[str, np.ndarray], labels: Sequence[str], facts: Facts
+) -> dict[str, dict[str, float]]:
+  """How many examples have each class, and its precision, recall, F1 and average precision."""
+  found = {}
+  for name, logits, column in zip(labels, tally['logit'].T, tally['label'].T, strict=True):
+    known = ~np.isnan(column)
+    has = column[known] == 1
+    said = logits[known] >= 0
+    hits = int((has & said).sum())
+    found[name] = {
+      'examples': int(has.sum()),
+      'precision': _ratio(hits, said.sum()),
+      'recall': _ratio(hits, has.sum()),
+      'f1': _ratio(2 * hits, has.sum() + said.sum()),
+      'average_precision': average_precision(has, logits[known]) if has.any() else 0.0,
+    }
+  return found
+
+
+def _ratio(part: float, whole: float) -> float:
+  return float(part / whole) if whole else 0.0
+
+
 def average_precision(has: np.ndarray, order: np.ndarray) -> float:
   """The average precision of one class.
 
@@ -163,9 +187,11 @@ MULTILABEL = Task(
   example,
   tally,
   scores,
+  by_label=by_label,
   facts=facts,
   objective=objective,
   kept=('logit', 'label'),
   predicted=predicted,
   answer=answer,
+  problem='multi_label_classification',
 )

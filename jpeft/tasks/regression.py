@@ -75,6 +75,11 @@ def _wrong(label: Any, count: int) -> str:
   return ''
 
 
+def units(facts: Facts) -> tuple[np.ndarray, np.ndarray] | None:
+  """(mean, deviation) if the head learned standardised numbers."""
+  return _units(facts) if facts else None
+
+
 def _units(facts: Facts) -> tuple[np.ndarray, np.ndarray]:
   """(mean, deviation) of what the head learns, in the units of the data."""
   return np.asarray(facts.get('mean', 0.0)), np.asarray(facts.get('deviation', 1.0))
@@ -119,20 +124,43 @@ def scores(
 
   The loss is the mean squared distance in units of the deviation of the training split.
   """
-  mean, deviation = _units(facts)
-  # To the units of the data, for metrics from outside too.
-  whole = tally | {
-    'prediction': np.asarray(tally['prediction'], np.float64) * deviation + mean,
-    'label': np.asarray(tally['label'], np.float64) * deviation + mean,
-  }
-  columns = []
-  for label, prediction in zip(whole['label'].T, whole['prediction'].T, strict=True):
-    there = ~np.isnan(label)
-    if there.any():
-      columns.append(_of_one(label[there], prediction[there]))
+  whole = _in_units(tally, facts)
+  columns = [column for column in _of_each(whole) if column]
   own = {name: float(np.mean([column[name] for column in columns])) for name in columns[0]}
   own['loss'] = float(tally['loss'] / tally['numbers'])
   return own | further_scores('regression', whole, names)
+
+
+def _in_units(tally: dict[str, np.ndarray], facts: Facts) -> dict[str, np.ndarray]:
+  """The tally with predictions and labels in the units of the data."""
+  mean, deviation = _units(facts)
+  return tally | {
+    'prediction': np.asarray(tally['prediction'], np.float64) * deviation + mean,
+    'label': np.asarray(tally['label'], np.float64) * deviation + mean,
+  }
+
+
+def _of_each(whole: dict[str, np.ndarray]) -> list[dict[str, float]]:
+  """The scores of each number, {} for one that is missing everywhere."""
+  found = []
+  for label, prediction in zip(whole['label'].T, whole['prediction'].T, strict=True):
+    there = ~np.isnan(label)
+    found.append(_of_one(label[there], prediction[there]) if there.any() else {})
+  return found
+
+
+def by_label(
+  tally: dict[str, np.ndarray], labels: Sequence[str], facts: Facts
+) -> dict[str, dict[str, float]]:
+  """The scores of each of several numbers; {} of a single one, whose scores are those of all."""
+  if len(labels) == 1:
+    return {}
+  found = zip(labels, _of_each(_in_units(tally, facts)), strict=True)
+  return {
+    label: {name: float(value) for name, value in scores.items()}
+    for label, scores in found
+    if scores
+  }
 
 
 def _of_one(label: np.ndarray, prediction: np.ndarray) -> dict[str, float]:
@@ -181,10 +209,13 @@ REGRESSION = Task(
   example,
   tally,
   scores,
+  by_label=by_label,
   usual=1,
   facts=facts,
   objective=objective,
   kept=('prediction', 'label'),
   predicted=predicted,
   answer=answer,
+  units=units,
+  problem='regression',
 )

@@ -5,6 +5,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from .losses import Objective, softmax
 
@@ -23,6 +24,14 @@ def _softmax(config, facts: Facts) -> Objective:
 
 def _as_they_are(outputs, batch, facts: Facts):
   return outputs
+
+
+def _no_units(facts: Facts) -> None:
+  return None
+
+
+def _no_labels(tally, labels, facts: Facts) -> dict[str, dict[str, float]]:
+  return {}
 
 
 class Answer(NamedTuple):
@@ -68,6 +77,11 @@ class Task(NamedTuple):
     predicted: (outputs, batch, facts) -> arrays [B, ...] of what `jpeft predict` says.
     answer: (one row of `predicted`, its example, labels, facts) -> Answer; None for a task whose
       runs `jpeft predict` does not serve.
+    by_label: (a summed tally, labels, facts) -> {label: {score: value}} for the report; {} where a
+      task has none.
+    units: facts -> (shift, scale) [K] by which outputs become what the data have; None where they
+      are that already. Merged weights hold it.
+    problem: what the config of a Hugging Face model calls the task; None to leave it as it is.
   """
 
   source: Callable[..., Any]
@@ -87,3 +101,6 @@ class Task(NamedTuple):
   kept: tuple[str, ...] = ()
   predicted: Callable[..., Any] = _as_they_are
   answer: Callable[..., Answer] | None = None
+  by_label: Callable[..., dict[str, dict[str, float]]] = _no_labels
+  units: Callable[[Facts], tuple[np.ndarray, np.ndarray] | None] = _no_units
+  problem: str | None = None

@@ -5,6 +5,7 @@ run.json         labels, what was found out about them (`Task.facts`), modules t
                  of the backbone, of the files it came from and of the theta file that the run
                  started from
 checkpoints/     the training state, by step
+labels.json      scores of each label, of tasks that have them
 metrics.jsonl    one line a log interval and an evaluation
 best.safetensors, theta.safetensors     theta of the best evaluation, and of the end
 report.json, report.md, curves.png      written when the run is complete

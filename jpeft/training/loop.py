@@ -19,6 +19,7 @@ from jpeft.version import __version__
 
 from . import feature_cache, fit, report, sharding, step
 from .build import build, check_used, optimizer_of
+from .by_label import write_by_label
 from .checkpoints import Checkpoints, fingerprint, save_theta
 from .confusion import write_confusion
 from .feature_cache import Features, Part
@@ -222,6 +223,9 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
       return None
     if 'confusion' in tally:
       write_confusion(folder, number, train_source.classes, tally['confusion'])
+    by_label = task.by_label(tally, train_source.classes, facts_of_labels)
+    if by_label:
+      write_by_label(folder, number, by_label)
     scores = task.scores(tally, tasks.requested(config), facts_of_labels)
     if not writes(scores):
       return scores

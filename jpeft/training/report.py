@@ -8,6 +8,7 @@ from typing import Any
 from jpeft.messages import markdown
 from jpeft.programs import mib
 
+from .by_label import by_label_section
 from .checkpoints import write
 from .confusion import confusion_section
 from .curves import draw_curves
@@ -68,6 +69,7 @@ def write_report(folder: pathlib.Path, report: dict[str, Any], rows: list[dict])
   lines = [f'# {name}', '', table([report]), '']
   lines += [f'- {name}: {value}' for name, value in _facts(report).items()]
   lines += confusion_section(folder)
+  lines += by_label_section(folder)
   if has_curves:
     lines += ['', '![curves](curves.png)']
   write(folder / 'report.md', '\n'.join([*lines, '']))

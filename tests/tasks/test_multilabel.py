@@ -34,6 +34,22 @@ def test_scores_are_those_of_scikit_learn(seed):
   )
 
 
+def test_each_class_by_itself():
+  labels = np.array([[1, 0], [1, np.nan], [0, 0]], np.float32)
+  logits = np.array([[1.0, 1.0], [-1.0, 5.0], [2.0, -1.0]], np.float32)
+  found = MULTILABEL.by_label(tally_of(logits, labels), ['a', 'b'], {})
+  assert found['a'] == pytest.approx(
+    {
+      'examples': 2,
+      'precision': 0.5,
+      'recall': 0.5,
+      'f1': 0.5,
+      'average_precision': metrics.average_precision_score([1, 1, 0], [1, -1, 2]),
+    }
+  )
+  assert set(found['b'].values()) == {0}
+
+
 def test_what_is_not_known_does_not_count():
   labels = np.array([[1, np.nan], [0, 1], [np.nan, 0]], np.float32)
   logits = np.array([[2.0, 9.0], [-1.0, 1.0], [5.0, -2.0]], np.float32)

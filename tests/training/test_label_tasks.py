@@ -2,13 +2,15 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from jpeft import cli, config, plan, predict, tasks, training
+from jpeft import cli, config, merge, models, plan, predict, tasks, training
+from jpeft.data.decode import decode
 from jpeft.training.metrics import read_metrics
 
 TINY = {'steps': 60, 'eval.every': 30, 'optimizer.lr': 0.03, 'data.batch_size': 8, 'log.every': 5}
@@ -83,9 +85,32 @@ def test_numbers_are_learned_and_predicted_in_their_units(made, pictures, tmp_pa
   assert name == files[0] and float(value) == pytest.approx(found[0], rel=1e-5)
 
 
+def test_merged_weights_give_the_units_of_the_data(made, pictures, tmp_path, capsys):
+  changes = {'steps': 4, 'eval.every': 4, 'method.name': 'lora'}
+  training.train(made('regression', 'amount,other', **changes), tmp_path / 'run')
+  assert merge.main(['--run', str(tmp_path / 'run'), '--out', str(tmp_path / 'out')]) == 0
+  assert float(capsys.readouterr().out.split(' are ')[1].split()[0]) < 1e-2
+  plain = models.load(tmp_path / 'out')
+  assert plain.config['problem_type'] == 'regression'
+  assert plain.config['id2label'] == {'0': 'amount', '1': 'other'}
+  file = str(pictures.parent / '3.png')
+  predict.main(['--run', str(tmp_path / 'run'), '--json', '--input', file])
+  told = json.loads(capsys.readouterr().out)['values']
+  pretrained, _, _ = training.reopen(tmp_path / 'run')
+  transform = tasks.modality_of(pretrained).transform(
+    made('regression', 'amount'), pretrained, False
+  )
+  x = transform({'image': decode(Path(file), file)}, None)['image'][None]
+  found = plain.model.apply(plain.variables, x)[0]
+  np.testing.assert_allclose(found, list(told.values()), rtol=1e-5)
+
+
 def test_several_numbers_some_of_which_are_missing(made, tmp_path):
   told = training.train(made('regression', 'amount,other', **{'loss.name': 'huber'}), tmp_path)
   assert told['eval']['r2'] > 0.5
+  each = json.loads((tmp_path / 'labels.json').read_text())['labels']
+  assert np.mean([each[name]['r2'] for name in ('amount', 'other')]) == told['eval']['r2']
+  assert '| amount | ' in (tmp_path / 'report.md').read_text()
   assert json.loads((tmp_path / 'run.json').read_text())['labels'] == ['amount', 'other']
 
 

@@ -125,6 +125,38 @@ def test_sigterm_saves_and_exits(start, alone, tmp_path):
   assert_same(folder, alone)
 
 
+def test_numbers_survive_kills(start, images, tmp_path):
+  table = tmp_path / 'numbers.csv'
+  files = sorted(images.rglob('*.png'))
+  lines = [f'{file},{100 + i},{-i}' for i, file in enumerate(files)]
+  table.write_text('\n'.join(['image,a,b', *lines]))
+  more = (
+    '--config.task=regression',
+    f'--config.data.name=csv:{table}?image=image&label=a,b',
+    '--config.eval.metric=spearman',
+    '--config.loss.name=huber',
+  )
+  alone, killed = tmp_path / 'alone', tmp_path / 'killed'
+  process = start(alone, *more)
+  _, told = process.communicate(timeout=120)
+  assert process.returncode == 0, told
+  process = start(killed, *more)
+  reached(process, killed, 23)
+  process.send_signal(signal.SIGKILL)
+  process.communicate(timeout=120)
+  process = start(killed, *more)
+  _, told = process.communicate(timeout=120)
+  assert process.returncode == 0 and 'going on after' in told, told
+  assert_same(killed, alone)
+
+  # The same command on other labels is another run.
+  (killed / 'report.json').unlink()
+  table.write_text(table.read_text().replace(',100,', ',101,'))
+  process = start(killed, *more)
+  _, told = process.communicate(timeout=120)
+  assert process.returncode != 0 and 'was begun with other labels to train on' in told
+
+
 METHOD = '''"""An adapter behind a running mean, with a loss of its own, beside a low-rank product.
 
 From update 30 on the adapter is trained in part. The layers share a factor of the product, and each
