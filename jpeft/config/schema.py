@@ -327,18 +327,20 @@ FIELDS: dict[str, Field] = {
 }
 # Sections that take further keys.
 OPEN = ('method',)
-# {key: values beside those of FIELDS}, of what was registered from outside jpeft.
-_ALLOWED: dict[str, set[str]] = {}
+# {key: {value beside those of FIELDS: the task that it is for, None for any}}, of what was
+# registered from outside jpeft.
+_ALLOWED: dict[str, dict[str, str | None]] = {}
 
 
-def allow(key: str, value: str) -> None:
+def allow(key: str, value: str, task: str | None = None) -> None:
   """Lets a key of a configuration take one value more, such as a metric that was registered.
 
   Args:
     key: of FIELDS.
     value: which `complete` then accepts.
+    task: for which alone; for any if left out.
   """
-  _ALLOWED.setdefault(key, set()).add(value)
+  _ALLOWED.setdefault(key, {})[value] = task
 
 
 def complete(values) -> ConfigDict:
@@ -387,7 +389,8 @@ def _check_task(out: dict[str, Any]) -> None:
   foreign = set(_METRICS) - set(task.metrics)
   for key, names in (('eval.metric', [out['eval.metric']]), ('eval.also', out['eval.also'])):
     for name in names:
-      if name in foreign:
+      registered_for = _ALLOWED.get('eval.metric', {}).get(name)
+      if name in foreign or registered_for not in (None, out['task']):
         raise ValueError(f'config.{key}={name!r} is no metric of config.task={out["task"]!r}')
   for key, field in FIELDS.items():
     section, _, name = key.partition('.')

@@ -78,7 +78,7 @@ def register_metric(
   if task not in TASKS:
     raise ValueError(f'task={task!r} must be {_or(TASKS)}')
   METRICS[name] = Metric(compute, task, lower_is_better, module_of(compute))
-  allow('eval.metric', name)
+  allow('eval.metric', name, task)
 
 
 def _or(names: Iterable[str]) -> str:

@@ -93,6 +93,8 @@ def test_a_config_may_ask_for_more():
 def test_a_config_may_choose_the_best_theta_by_it(registered):
   chosen = config.complete({**VALUES, 'eval': {'metric': 'worst_class'}})
   assert chosen.eval.metric == 'worst_class'
+  with pytest.raises(ValueError, match="'surprise' is no metric of config.task='classification'"):
+    config.complete({**VALUES, 'eval': {'metric': 'surprise'}})
   with pytest.raises(ValueError, match='config.eval.metric must be one of accuracy'):
     config.complete({**VALUES, 'eval': {'metric': 'worst_clas'}})
 

@@ -205,6 +205,16 @@ def test_weights_move_what_is_learned(made, tmp_path):
   assert said['0'][0] > said['1'][0]
 
 
+@pytest.mark.parametrize(('task', 'label'), [('regression', 'amount'), ('multilabel', 'red,blue')])
+def test_two_devices_give_what_one_gives(made, tmp_path, task, label):
+  scores = []
+  for devices in (1, 2):
+    changes = {'mesh.data': devices, 'steps': 4, 'eval.every': 4}
+    told = training.train(made(task, label, **changes), tmp_path / str(devices))
+    scores.append(told['eval'])
+  assert scores[0] == pytest.approx(scores[1], rel=1e-3)
+
+
 def test_evaluations_do_not_depend_on_their_batches(made, tmp_path):
   scores = []
   for size in (3, 16):

@@ -8,7 +8,9 @@ import optax
 import pytest
 
 import jpeft
+from jpeft import tasks
 from jpeft.programs import compile
+from jpeft.tasks import losses
 from jpeft.training import fit, sharding, step
 
 
@@ -142,6 +144,54 @@ def test_state_that_comes_from_the_host_is_updated_as_if_it_had_stayed():
     for offload in (False, True)
   )
   jax.tree.map(np.testing.assert_array_equal, here, there)
+
+
+UNKNOWN = np.nan
+OBJECTIVES = {
+  'numbers': (
+    losses.distance('huber'),
+    [[0.5, 9, -2], [UNKNOWN, -1, 1], [0, 0, UNKNOWN], [3, 2, 1]],
+  ),
+  'sets': (
+    losses.sigmoid((2.0, 1.0, 5.0), 1.5),
+    [[1, 0, 0], [UNKNOWN, 1, 1], [0, 0, UNKNOWN], [0, 1, 1]],
+  ),
+  'weighed classes': (tasks.softmax(0.0, (0.5, 3.0, 1.0), 2.0), [0, 2, -1, 1]),
+}
+
+
+@pytest.mark.parametrize('has_loss', (False, True))
+@pytest.mark.parametrize('accumulate', (1, 2))
+@pytest.mark.parametrize('kind', OBJECTIVES)
+def test_an_objective_is_the_weighed_mean_of_the_whole_batch(kind, accumulate, has_loss):
+  objective, labels = OBJECTIVES[kind]
+  labels = np.asarray(labels, np.int32 if np.ndim(labels) == 1 else np.float32)
+  batch = BATCH | {'label': labels}
+  method = jpeft.tune('head')
+  if has_loss:
+    rule = jpeft.Call(
+      'seen', lambda t, call, x: call(x), loss=lambda loss, run: (loss(run()[0]) + 7, run()[0])
+    )
+    method = jpeft.chain(method, jpeft.at('head', rule))
+  tuned, tx, backbone, state = prepared(method)
+  assert tuned.has_loss == has_loss
+  forward = step.Forward(tuned, False)
+  update = jax.jit(step.train_step(tuned, forward, tx, 0, objective, accumulate))
+  new, out = update(state, backbone, batch)
+
+  def loss(theta):
+    outputs = forward(theta, backbone, batch, jax.random.key(0))
+    each = np.asarray(objective.weights(labels)) * objective.losses(outputs, labels)
+    return each.sum() / objective.weights(labels).sum()
+
+  value, gradient = jax.value_and_grad(loss)(state['theta'])
+  np.testing.assert_allclose(out['loss'], value + 7 * has_loss, rtol=1e-5)
+  expected = jax.tree.map(lambda x, g: x - 0.1 * g, state['theta'], gradient)
+  for a, b in zip(jax.tree.leaves(new['theta']), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-6)
+  known = labels >= 0 if labels.ndim == 1 else ~np.isnan(labels)
+  assert float(new['sums']['labels']) == known.sum()
+  assert ('accuracy' in step.means(new['sums'], objective)) == (kind != 'numbers')
 
 
 @pytest.mark.parametrize('accumulate', (1, 2, 4))

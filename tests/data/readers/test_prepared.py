@@ -28,6 +28,8 @@ class _Owls(tfds.core.GeneratorBasedBuilder):
     'label': tfds.features.ClassLabel(names=['cat', 'owl']),
     'coarse': tfds.features.ClassLabel(num_classes=1),
     'size': tfds.features.Scalar(np.int32),
+    'age': tfds.features.Scalar(np.float32),
+    'parts': tfds.features.Sequence(tfds.features.ClassLabel(names=['beak', 'tail', 'wing'])),
   }
   KEYS = ('image', 'label')
 
@@ -42,7 +44,17 @@ class _Owls(tfds.core.GeneratorBasedBuilder):
 
   def _generate_examples(self, numbers):
     for i in numbers:
-      yield i, {'image': png(i), 'label': i % 2, 'coarse': 0, 'size': i}
+      yield (
+        i,
+        {
+          'image': png(i),
+          'label': i % 2,
+          'coarse': 0,
+          'size': i,
+          'age': i / 4,
+          'parts': [0, 2][: i % 3],
+        },
+      )
 
 
 class _Pairs(_Owls):
@@ -114,3 +126,23 @@ def test_files_for_tensorflow_are_refused(root, tmp_path):
   info.write_text(info.read_text().replace('array_record', 'tfrecord'))
   with pytest.raises(ValueError, match="stored as tfrecord, which .*file_format='array_record'"):
     data.load('tfds:records', 'train', tmp_path)
+
+
+def test_numbers_and_sets(root):
+  name = 'tfds:__owls'
+  ages = data.load(f'{name}?label=age', 'train', root, 'numbers')
+  assert ages.classes == ['age'] and [ages[i]['label'].tolist() for i in (0, 3)] == [[0], [0.75]]
+  both = data.load(f'{name}?label=size,age', 'train', root, 'numbers')
+  assert both.classes == ['size', 'age'] and both[2]['label'].tolist() == [2, 0.5]
+  parts = data.load(f'{name}?label=parts', 'train', root, 'sets')
+  assert parts.classes == ['beak', 'tail', 'wing']
+  assert [parts[i]['label'].tolist() for i in range(3)] == [[0, 0, 0], [1, 0, 0], [1, 0, 1]]
+  for options, kind, wanted in (
+    ('label=age', 'classes', 'a ClassLabel'),
+    ('label=age', 'sets', 'a Sequence of ClassLabel'),
+    ('label=parts', 'numbers', 'of numbers'),
+  ):
+    with pytest.raises(ValueError, match=f'and a label is {wanted}'):
+      data.load(f'{name}?{options}', 'train', root, kind)
+  with pytest.raises(ValueError, match="has no feature 'weight'"):
+    data.load(f'{name}?label=age,weight', 'train', root, 'numbers')
