@@ -82,8 +82,8 @@ def begin(folder: pathlib.Path, config, **facts) -> None:
       )
   if kept.get('facts', {}) != facts.get('facts', {}):
     raise ValueError(
-      f'{folder} was begun with other labels to train on: {kept.get("facts")} there, '
-      f'{facts.get("facts")} now'
+      f'{folder} was begun with other labels to train on: their means or counts have changed; '
+      'choose another --workdir'
     )
 
 

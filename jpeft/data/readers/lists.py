@@ -105,6 +105,11 @@ def _labelled(root: Path, file: Path, labels: str) -> list[Labelled]:
       label = words[1]
       if labels == NUMBERS:
         _check_numbers(label, f'line {number_of_line} of {file}')
+      if labels == SETS and '' in label.split(','):
+        raise ValueError(
+          f'line {number_of_line} of {file} has {label!r} as its label; it must be classes with '
+          'commas between'
+        )
       if labels == CLASSES and label.isdecimal():
         label = str(int(label))
       found.append((image, label))

@@ -91,6 +91,21 @@ def test_lists(tmp_path):
   assert source.classes == ['0', '1'] and data.labels_of(source)[1].tolist() == [1.0, -8.0]
 
 
+@pytest.mark.parametrize(
+  ('kind', 'label', 'message'),
+  [
+    ('numbers', 'red', "line 1 of .*train.txt has 'red' as its label; it must be a number, or sev"),
+    ('sets', 'a,,b', "line 1 of .*train.txt has 'a,,b' as its label; it must be classes with com"),
+    ('numbers', '1,2\npics/1.png 3', 'have 1 numbers in one line and 2 in another'),
+  ],
+)
+def test_mistakes_in_lists(tmp_path, kind, label, message):
+  pictures(tmp_path)
+  (tmp_path / 'train.txt').write_text(f'pics/0.png {label}\n')
+  with pytest.raises(ValueError, match=message):
+    data.load(f'lists:{tmp_path}', 'train', labels=kind)
+
+
 def test_classes_that_are_numbers(tmp_path):
   for age in ('31', '4'):
     (tmp_path / 'train' / age).mkdir(parents=True)
