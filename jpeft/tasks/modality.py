@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jpeft import cli, data
+from jpeft import cli, data, models
 from jpeft.messages import did_you_mean
 from jpeft.registering import module_of
 
@@ -108,9 +108,22 @@ def _text_transform(config, pretrained, training: bool) -> Transform:
   return data.text_transform(
     pretrained.tokenizer,
     config.data.max_length,
+    pad_token=_padding(pretrained),
     vocabulary=pretrained.config.get('vocab_size'),
     types=pretrained.config.get('type_vocab_size'),
   )
+
+
+def _padding(pretrained) -> str | None:
+  """The token that a decoder is padded with; None where tokenizer.json says it.
+
+  Tokenizers of decoders often have none. Theirs is what tokenizer_config.json calls `pad_token`,
+  else the token that ends a text: it is masked, so that any will do.
+  """
+  if not isinstance(pretrained.model, models.Llama):
+    return None
+  tokenizer = models.load_tokenizer(pretrained.tokenizer)
+  return tokenizer.token(tokenizer.pad)
 
 
 def _check_text_source(pretrained, source, transform: Transform) -> None:
