@@ -151,7 +151,8 @@ def test_numbers_survive_kills(start, images, tmp_path):
 
   # The same command on other labels is another run.
   (killed / 'report.json').unlink()
-  table.write_text(table.read_text().replace(',100,', ',101,'))
+  others = [f'{file},{200 + i},{-i}' for i, file in enumerate(files)]
+  table.write_text('\n'.join(['image,a,b', *others]))
   process = start(killed, *more)
   _, told = process.communicate(timeout=120)
   assert process.returncode != 0 and 'was begun with other labels to train on' in told
