@@ -13,11 +13,21 @@ from .source import Dataset, Source, in_memory
 
 if TYPE_CHECKING:
   from .image import image_transform
-  from .text import check_texts, text_transform
+  from .masking import MaskableTexts, mask_of, masking
+  from .text import Encoder, check_texts, text_transform
+  from .windows import Windows
+  from .words import TaggedWords
 
 # They need Pillow and tokenizers, which are extras.
 __getattr__ = on_first_use(
-  __name__, {'.image': ('image_transform',), '.text': ('check_texts', 'text_transform')}
+  __name__,
+  {
+    '.image': ('image_transform',),
+    '.masking': ('MaskableTexts', 'mask_of', 'masking'),
+    '.text': ('Encoder', 'check_texts', 'text_transform'),
+    '.windows': ('Windows',),
+    '.words': ('TaggedWords',),
+  },
 )
 
 
@@ -28,14 +38,20 @@ def __dir__() -> list[str]:
 __all__ = [
   'Batches',
   'Dataset',
+  'Encoder',
+  'MaskableTexts',
   'Packed',
   'Source',
+  'TaggedWords',
+  'Windows',
   'check_texts',
   'decode',
   'image_transform',
   'in_memory',
   'labels_of',
   'load',
+  'mask_of',
+  'masking',
   'prompt',
   'register_dataset',
   'registered_module',

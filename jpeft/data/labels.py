@@ -10,9 +10,19 @@ from .source import Dataset, Example, Source
 CLASSES = 'classes'  # label: the number of a class
 NUMBERS = 'numbers'  # label: float32 [K], NaN where a number is missing; `classes` names them
 SETS = 'sets'  # label: float32 [C], 1 for a class of the example, 0 for others, NaN if not known
-KINDS = (CLASSES, NUMBERS, SETS)
+TAGS = 'tags'  # label: the number of a tag for each of the 'words' of a sentence
+ANSWERS = 'answers'  # 'answers' to a 'question' on a 'context', and no label
+NOTHING = 'nothing'  # texts alone; labels that there may be are left out
+KINDS = (CLASSES, NUMBERS, SETS, TAGS, ANSWERS, NOTHING)
 # The task that learns each kind.
-_TASK = {CLASSES: 'classification', NUMBERS: 'regression', SETS: 'multilabel'}
+TASK_OF = {
+  CLASSES: 'classification',
+  NUMBERS: 'regression',
+  SETS: 'multilabel',
+  TAGS: 'tokens',
+  ANSWERS: 'questions',
+  NOTHING: 'masked',
+}
 _MISSING = ('', 'nan', 'NaN', 'NA')
 
 
@@ -29,18 +39,27 @@ def of_kind(dataset: Dataset, wanted: str, name: str) -> Dataset:
   Raises:
     ValueError: its labels are of another kind.
   """
+  if wanted == NOTHING:
+    return dataset._replace(classes=[], labels=NOTHING)
   if dataset.labels == wanted or not dataset.classes:
     return dataset
   if (dataset.labels, wanted) == (CLASSES, NUMBERS):
     return _numbered(dataset, name)
   raise ValueError(
     f'{name} has {_told(dataset.labels)} as labels, not {_told(wanted)}: set '
-    f'config.task={_TASK[dataset.labels]!r}'
+    f'config.task={TASK_OF[dataset.labels]!r}'
   )
 
 
 def _told(kind: str) -> str:
-  return {CLASSES: 'one class each', NUMBERS: 'numbers', SETS: 'sets of classes'}[kind]
+  return {
+    CLASSES: 'one class each',
+    NUMBERS: 'numbers',
+    SETS: 'sets of classes',
+    TAGS: 'tags of words',
+    ANSWERS: 'answers to questions',
+    NOTHING: 'none',
+  }[kind]
 
 
 def _numbered(dataset: Dataset, name: str) -> Dataset:

