@@ -9,8 +9,6 @@ A text file has one text a line; - reads stdin.
 import json
 import sys
 
-import jax
-
 from jpeft import cli, tasks, training
 
 
@@ -27,18 +25,16 @@ def main(argv: list[str]) -> int:
   with cli.inputs_checked():
     config, info = training.describe(flags.run)
     task = tasks.of(config)
-    if task.answer is None:
+    if task.answer is None and task.answers is None:
       raise ValueError(f'{flags.run} writes texts: python -m jpeft.generate --run {flags.run}')
     for name in flags.input:
       cli.check_input(name)
-    names, examples = tasks.modality(info['reads']).read(flags.input)
+    read = task.read or tasks.modality(info['reads']).read
+    names, examples = read(flags.input)
     pretrained, tuned, theta = training.reopen(flags.run, flags.best)
-  rows = training.predictions(config, pretrained, tuned, theta, examples, info.get('facts', {}))
+  answers = training.answers(config, pretrained, tuned, theta, examples, info)
 
-  facts = info.get('facts', {})
-  for i, (name, example) in enumerate(zip(names, examples, strict=True)):
-    row = jax.tree.map(lambda x, i=i: x[i], rows)
-    answer = task.answer(row, example, info['labels'], facts)
+  for name, answer in zip(names, answers, strict=True):
     if flags.json:
       print(json.dumps({'input': name, **answer.values}))
     else:

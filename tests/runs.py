@@ -173,3 +173,70 @@ def language(decoder, backwards):
     return config.complete(config.nest(values))
 
   return made
+
+
+BERT = {
+  'model_type': 'bert',
+  'hidden_size': 16,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 2,
+  'intermediate_size': 32,
+  'vocab_size': 40,
+  'max_position_embeddings': 32,
+  'type_vocab_size': 2,
+  'layer_norm_eps': 1e-12,
+  'hidden_act': 'gelu',
+  'hidden_dropout_prob': 0.0,
+  'attention_probs_dropout_prob': 0.0,
+  'initializer_range': 0.02,
+  'pad_token_id': 0,
+}
+SPECIAL = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]']
+PIECES = [*SPECIAL, 'in', 'sees', 'jan', '##e', 'bob', 'ro', '##me', 'oslo', '?', *'abcdefghijklm']
+
+
+@pytest.fixture(scope='session')
+def encoder(tmp_path_factory) -> pathlib.Path:
+  """A folder with a random BERT with a head of masked words, and its tokenizer: words of PIECES."""
+  from tokenizers import Tokenizer, pre_tokenizers, processors
+  from tokenizers import models as parts
+
+  folder = tmp_path_factory.mktemp('encoder')
+  model = models.from_config(BERT, head='masked')
+  variables = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 4), np.int32))
+  variables['params']['embed']['word']['embedding'] *= 10  # of a size that a trained model has
+  models.save_pretrained(folder, model, variables, BERT)
+  ids = {piece: i for i, piece in enumerate(PIECES)}
+  tokenizer = Tokenizer(parts.WordPiece(ids, unk_token='[UNK]'))
+  tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+  tokenizer.add_special_tokens(SPECIAL)
+  tokenizer.post_processor = processors.TemplateProcessing(
+    single='[CLS] $A [SEP]',
+    pair='[CLS] $A [SEP] $B:1 [SEP]:1',
+    special_tokens=[('[CLS]', 2), ('[SEP]', 3)],
+  )
+  tokenizer.save(str(folder / 'tokenizer.json'))
+  return folder
+
+
+@pytest.fixture(scope='session')
+def inside(encoder):
+  """inside(task, data name, **{dotted key: value}) -> a checked config of a task inside texts."""
+
+  def made(task, name, **overrides):
+    values = {
+      'task': task,
+      'model.source': str(encoder),
+      'data.name': name,
+      'data.batch_size': 8,
+      'data.max_length': 16,
+      'method.name': 'full',
+      'optimizer.lr': 1e-2,
+      'steps': 60,
+      'eval.every': 30,
+      'log.every': 10,
+      **overrides,
+    }
+    return config.complete(config.nest(values))
+
+  return made

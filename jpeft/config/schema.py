@@ -138,6 +138,13 @@ TASKS = {
   'language': TaskKeys(
     'texts to write', ('accuracy', 'perplexity', 'loss'), ('label_smoothing',), head=False
   ),
+  'tokens': TaskKeys(
+    'a tag each word', ('f1', 'precision', 'recall', 'accuracy', 'loss'), ('label_smoothing',)
+  ),
+  'questions': TaskKeys('answers in a text', ('f1', 'exact_match', 'loss'), ()),
+  'masked': TaskKeys(
+    'words that are hidden', ('perplexity', 'accuracy', 'loss'), ('label_smoothing',), head=False
+  ),
 }
 # Of all tasks, each once.
 _METRICS = tuple(dict.fromkeys(name for task in TASKS.values() for name in task.metrics))
@@ -188,7 +195,7 @@ FIELDS: dict[str, Field] = {
     TEXT,
     REQUIRED,
     'mnist5k, movie_sentiment, emoji_groups, phonemes, folder:PATH, lists:PATH, csv:PATH, '
-    'jsonl:PATH, completions:PATH or tfds:NAME',
+    'jsonl:PATH, completions:PATH, conll:PATH, squad:PATH, text:PATH or tfds:NAME',
   ),
   'data.train': Field(TEXT, 'train', "split to train on, such as 'train[:1000]'"),
   'data.test': Field(TEXT, 'test', 'split to evaluate on'),
@@ -198,6 +205,20 @@ FIELDS: dict[str, Field] = {
     int, None, 'examples an evaluation step; batch_size if left out'
   ),
   'data.max_length': _positive(int, 128, 'tokens kept of a text; of a row of texts to write'),
+  'data.stride': Field(
+    (int, type(None)),
+    None,
+    'tokens that windows of a long text share, of questions; a quarter of max_length if left out',
+    'at least 0',
+    lambda v: v is None or v >= 0,
+  ),
+  'data.masked': Field(
+    (float,),
+    0.15,
+    'share of the words that are chosen to be named, of masked words',
+    'above 0, up to 1',
+    lambda v: 0 < v <= 1,
+  ),
   'data.pack': _flag(True, 'several texts to write a row, each seeing itself alone'),
   'data.chat': _flag(False, "give prompts and completions as a chat, by the tokenizer's template"),
   'data.augment': _choice('none', 'of training images', 'none', 'vtab', 'flip_crop', 'imagenet'),
@@ -312,6 +333,13 @@ FIELDS: dict[str, Field] = {
   ),
   'eval.generate': _not_negative(
     int, 0, 'prompts of the test split that are continued greedily at the end, and before'
+  ),
+  'eval.answer_tokens': _positive(int, 30, 'tokens that the answer of a question has at most'),
+  'eval.no_answer': Field(
+    (float, type(None)),
+    None,
+    'a question has no answer if the score of that is above that of the best span by more; if left '
+    'out, every question has one',
   ),
   'checkpoint.every': _positive(int, 100, 'updates between checkpoints'),
   'checkpoint.keep': _positive(int, 2, 'checkpoints kept'),

@@ -9,12 +9,13 @@ from .decode import decode
 from .labels import labels_of
 from .load import load, register_dataset, registered_module
 from .packing import Packed, prompt
+from .readers.questions import question
 from .source import Dataset, Source, in_memory
 
 if TYPE_CHECKING:
   from .image import image_transform
   from .masking import MaskableTexts, mask_of, masking
-  from .text import Encoder, check_texts, text_transform
+  from .text import Encoder, check_texts, row_of, text_transform
   from .windows import Windows
   from .words import TaggedWords
 
@@ -24,7 +25,7 @@ __getattr__ = on_first_use(
   {
     '.image': ('image_transform',),
     '.masking': ('MaskableTexts', 'mask_of', 'masking'),
-    '.text': ('Encoder', 'check_texts', 'text_transform'),
+    '.text': ('Encoder', 'check_texts', 'row_of', 'text_transform'),
     '.windows': ('Windows',),
     '.words': ('TaggedWords',),
   },
@@ -53,7 +54,9 @@ __all__ = [
   'mask_of',
   'masking',
   'prompt',
+  'question',
   'register_dataset',
   'registered_module',
+  'row_of',
   'text_transform',
 ]

@@ -169,8 +169,8 @@ def mask_of(encoder: Encoder, path: str | Path) -> int:
     if found is not None:
       return found
   raise ValueError(
-    f'{path} has no token for a masked word ({", ".join(names)}): masked words need the tokenizer of '
-    'a model that was trained with them'
+    f'{path} has no token for a masked word ({", ".join(names)}): masked words need the tokenizer '
+    'of a model that was trained with them'
   )
 
 

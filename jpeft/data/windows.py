@@ -66,9 +66,9 @@ class Windows:
       room = encoder.length - special - len(asked.ids) - len(asked.overflowing)
       if asked.overflowing or room <= stride:
         raise ValueError(
-          f'example {number}: the question {question[:40]!r} leaves less room for its text than the '
-          f'{stride} tokens that windows share, of {encoder.length}: raise data.max_length, or lower '
-          'data.stride'
+          f'example {number}: the question {question[:40]!r} leaves less room for its text than '
+          f'the {stride} tokens that windows share, of {encoder.length}: raise data.max_length, or '
+          'lower data.stride'
         )
       try:
         parts = encoder.parts(question, example['context'])

@@ -3,6 +3,7 @@
 from .classification import CLASSIFICATION
 from .language import LANGUAGE
 from .losses import Objective, loss, softmax
+from .masked import MASKED
 from .metrics import (
   METRICS,
   Metric,
@@ -23,14 +24,19 @@ from .modality import (
 )
 from .multilabel import MULTILABEL
 from .pieces import MOST_LOGITS, in_pieces, token_losses
+from .questions import QUESTIONS
 from .regression import REGRESSION
 from .task import NO_FACTS, Answer, Facts, Task
+from .tokens import TOKENS
 
 TASKS: dict[str, Task] = {
   'classification': CLASSIFICATION,
   'multilabel': MULTILABEL,
   'regression': REGRESSION,
   'language': LANGUAGE,
+  'tokens': TOKENS,
+  'questions': QUESTIONS,
+  'masked': MASKED,
 }
 
 

@@ -64,7 +64,7 @@ def source(config, split: str, kind: str = 'classes') -> data.Source:
   Args:
     config: of the run.
     split: its name.
-    kind: of labels: 'classes', 'numbers' or 'sets'.
+    kind: of labels: 'classes', 'numbers', 'sets' or 'tags'.
 
   Raises:
     ValueError, OSError, RuntimeError: no such data, labels of another kind, or not as many as the

@@ -39,6 +39,9 @@ _OWN = {
   'rmse': Metric(None, 'regression', True),
   'mae': Metric(None, 'regression', True),
   'r2': Metric(None, 'regression', False),
+  'precision': Metric(None, 'tokens', False),
+  'recall': Metric(None, 'tokens', False),
+  'exact_match': Metric(None, 'questions', False),
 }
 # Computed where `eval.metric` or `eval.also` names them.
 _ON_REQUEST = {

@@ -34,6 +34,10 @@ def _no_labels(tally, labels, facts: Facts) -> dict[str, dict[str, float]]:
   return {}
 
 
+def _tally_itself(config, tally, rows):
+  return tally
+
+
 class Answer(NamedTuple):
   """What a model says of one example.
 
@@ -74,9 +78,17 @@ class Task(NamedTuple):
       them, such as their mean. It is kept in run.json.
     objective: (config, facts) -> the loss. Facts may be missing, for a plan without data.
     kept: entries [B, ...] of the tally that are kept for each example rather than added.
+    judged: (config, summed tally, rows) -> the tally that `scores` reads, where what is right
+      depends on more of the rows than their labels.
     predicted: (outputs, batch, facts) -> arrays [B, ...] of what `jpeft predict` says.
     answer: (one row of `predicted`, its example, labels, facts) -> Answer; None for a task whose
-      runs `jpeft predict` does not serve.
+      runs `jpeft predict` does not serve, or that has `answers`.
+    read: files that a user names -> (a name for each example, the examples); None where the
+      modality of the backbone reads them.
+    asked: (config, pretrained, examples) -> (rows, transform) of `jpeft predict`; None where the
+      modality makes a row of each example.
+    answers: (config, all rows of `predicted`, the rows, examples, labels, facts) -> an Answer for
+      each example, of a task whose examples may have several rows, or several answers.
     by_label: (a summed tally, labels, facts) -> {label: {score: value}} for the report; {} where a
       task has none.
     units: facts -> (shift, scale) [K] by which outputs become what the data have; None where they
@@ -99,8 +111,12 @@ class Task(NamedTuple):
   facts: Callable[..., dict[str, Any]] = _nothing_found
   objective: Callable[[Any, Facts], Objective] = _softmax
   kept: tuple[str, ...] = ()
+  judged: Callable[..., dict[str, Any]] = _tally_itself
   predicted: Callable[..., Any] = _as_they_are
   answer: Callable[..., Answer] | None = None
   by_label: Callable[..., dict[str, dict[str, float]]] = _no_labels
   units: Callable[[Facts], tuple[np.ndarray, np.ndarray] | None] = _no_units
   problem: str | None = None
+  read: Callable[..., tuple[list[str], list[dict[str, Any]]]] | None = None
+  asked: Callable[..., tuple[Any, Callable | None]] | None = None
+  answers: Callable[..., list[Answer]] | None = None

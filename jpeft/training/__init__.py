@@ -13,7 +13,7 @@ from .loop import train
 from .memory import Memory
 from .metrics import Metrics, values
 from .optim import optimizer, schedule
-from .predictions import predictions
+from .predictions import answers, predictions
 from .progress import Progress
 from .report import line, needs, table, write_report
 from .sharding import (
@@ -48,6 +48,7 @@ __all__ = [
   'PLAIN',
   'Part',
   'Progress',
+  'answers',
   'batch_shapes',
   'build',
   'cached',

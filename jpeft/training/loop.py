@@ -74,6 +74,7 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     train_part = part_of(train_source, True)
     eval_part = part_of(eval_source, False)
     untuned_part = eval_part  # the untuned model reads raw examples, not features
+    scored = eval_part.source
     source_info = getattr(train_part.source, 'about', None)
     if memory.cached_features:
       train_part = feature_cache.cached(train_part, tuned, eval_size)
@@ -221,6 +222,7 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     tally = step.evaluate(eval_step, theta, backbone, batches, rows, stop, task.kept)
     if tally is None:
       return None
+    tally = task.judged(config, tally, scored)
     if 'confusion' in tally:
       write_confusion(folder, number, train_source.classes, tally['confusion'])
     by_label = task.by_label(tally, train_source.classes, facts_of_labels)

@@ -1,6 +1,6 @@
 """What the model of a run says of examples."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,42 @@ def predictions(
       a registered modality reads.
     facts: of run.json.
   """
+  transform = tasks.modality_of(pretrained).transform(config, pretrained, False)
+  return _of_rows(config, pretrained, tuned, theta, examples, transform, facts)
+
+
+def answers(
+  config, pretrained, tuned: Tuned, theta, examples: Sequence[dict], info: Mapping[str, Any]
+) -> list[tasks.Answer]:
+  """What the model of a run says of each example.
+
+  Args:
+    config: of the run.
+    pretrained, tuned, theta: from `reopen`.
+    examples: that the task or the modality reads, see `Task.read`.
+    info: run.json.
+
+  Raises:
+    ValueError: an example that cannot be read.
+  """
+  task = tasks.of(config)
+  labels = info['labels']
+  facts = info.get('facts', {})
+  if task.asked is not None:
+    with cli.inputs_checked():
+      rows, transform = task.asked(config, pretrained, examples)
+    found = _of_rows(config, pretrained, tuned, theta, rows, transform, facts)
+    return task.answers(config, found, rows, examples, labels, facts)
+  found = predictions(config, pretrained, tuned, theta, examples, facts)
+  answers = []
+  for i, example in enumerate(examples):
+    row = jax.tree.map(lambda x, i=i: x[i], found)
+    answers.append(task.answer(row, example, labels, facts))
+  return answers
+
+
+def _of_rows(config, pretrained, tuned: Tuned, theta, rows, transform, facts: tasks.Facts) -> Any:
+  """`Task.predicted` of all rows."""
   task = tasks.of(config)
 
   @jax.jit
@@ -37,10 +73,9 @@ def predictions(
     outputs = tuned.apply(theta, backbone, *args, **kwargs, deterministic=True)
     return task.predicted(outputs, batch, facts)
 
-  transform = tasks.modality_of(pretrained).transform(config, pretrained, False)
   batches = data.Batches(
-    examples,
-    min(ROWS, len(examples)),
+    rows,
+    min(ROWS, len(rows)),
     transform,
     shuffle=False,
     epochs=1,
@@ -49,6 +84,6 @@ def predictions(
   found = []
   for batch in cli.checked(batches):
     real = batch['mask'] > 0  # the last batch is filled up
-    rows = jax.device_get(predicted(theta, pretrained.variables, batch))
-    found.append(jax.tree.map(lambda x, real=real: x[real], rows))
+    made = jax.device_get(predicted(theta, pretrained.variables, batch))
+    found.append(jax.tree.map(lambda x, real=real: x[real], made))
   return jax.tree.map(lambda *parts: np.concatenate(parts), *found)

@@ -93,16 +93,17 @@ def jsonl_rows(file: Path) -> Iterator[Row]:
   with textfiles.opened(file) as lines:
     for line, text in enumerate(lines, 1):
       if text.strip():
-        yield line, _json_object(file, line, text)
+        yield line, json_object(text, f'line {line} of {file}')
 
 
-def _json_object(file: Path, line: int, text: str) -> Values:
+def json_object(text: str, where: str) -> Values:
+  """The object of a line; raises a ValueError that begins with `where` if it is none."""
   try:
     values = json.loads(text)
   except (json.JSONDecodeError, RecursionError) as error:
-    raise ValueError(f'line {line} of {file} is no JSON ({error})') from error
+    raise ValueError(f'{where} is no JSON ({error})') from error
   if not isinstance(values, dict):
-    raise ValueError(f'line {line} of {file} is a JSON {type(values).__name__}, not an object')
+    raise ValueError(f'{where} is a JSON {type(values).__name__}, not an object')
   if '\\u' in text:  # the only way to write half a character
-    textfiles.check_whole(json.dumps(values, ensure_ascii=False), f'line {line} of {file}')
+    textfiles.check_whole(json.dumps(values, ensure_ascii=False), where)
   return values

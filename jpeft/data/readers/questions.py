@@ -22,7 +22,7 @@ from jpeft import textfiles
 
 from ..labels import ANSWERS
 from ..source import Dataset, Example, split_rows, suggestion
-from .files import Values, examples_of, files_of, jsonl_rows, options_of
+from .files import Values, examples_of, files_of, json_object, jsonl_rows, options_of
 
 NAMES = {'question': 'question', 'context': 'context', 'answers': 'answers'}
 
@@ -50,6 +50,19 @@ def questions_jsonl(spec: str) -> Dataset:
   for split, file in files_of(path, 'jsonl').items():
     parts[split] = examples_of(file, jsonl_rows(file), functools.partial(_of_line, file, names))
   return _dataset(parts)
+
+
+def question(line: str, where: str) -> Example:
+  """{'question', 'context'} of a JSON object, to be answered.
+
+  Raises:
+    ValueError: it is no such object; `where` names it.
+  """
+  values = json_object(line, where)
+  missing = [name for name in ('question', 'context') if name not in values]
+  if missing:
+    raise ValueError(f'{where} has no {missing[0]!r}; {suggestion(missing[0], values)}')
+  return _example(where, values['question'], values['context'], [])
 
 
 def _dataset(parts: dict[str, list[Example]]) -> Dataset:
@@ -108,7 +121,9 @@ def _listed(where: str, name: str, answers: Any) -> list[Any]:
   if isinstance(answers, dict):
     texts, starts = answers.get('text'), answers.get('answer_start')
     if isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts):
-      return [{'text': text, 'answer_start': start} for text, start in zip(texts, starts)]
+      return [
+        {'text': text, 'answer_start': start} for text, start in zip(texts, starts, strict=True)
+      ]
   raise ValueError(
     f'{where} has {answers!r:.60} as its {name!r}; it must be a list of {{"text", "answer_start"}},'
     ' or these two as lists of one length'
@@ -140,7 +155,7 @@ def _answer(where: str, context: str, answer: Any) -> tuple[str, int]:
   there = context[start : start + len(text)] if start >= 0 else ''
   if there != text:
     raise ValueError(
-      f'{where}: the answer {text!r:.60} does not stand at answer_start={start} of its context, but '
-      f'{there!r:.60}'
+      f'{where}: the answer {text!r:.60} does not stand at answer_start={start} of its context, '
+      f'but {there!r:.60}'
     )
   return text, start
