@@ -14,7 +14,7 @@ from .source import Dataset, Source, in_memory
 
 if TYPE_CHECKING:
   from .image import image_transform
-  from .masking import MaskableTexts, mask_of, masking
+  from .masking import MaskableTexts, mask_of, masking_of
   from .text import Encoder, check_texts, row_of, text_transform
   from .windows import Windows
   from .words import TaggedWords
@@ -24,7 +24,7 @@ __getattr__ = on_first_use(
   __name__,
   {
     '.image': ('image_transform',),
-    '.masking': ('MaskableTexts', 'mask_of', 'masking'),
+    '.masking': ('MaskableTexts', 'mask_of', 'masking_of'),
     '.text': ('Encoder', 'check_texts', 'row_of', 'text_transform'),
     '.windows': ('Windows',),
     '.words': ('TaggedWords',),
@@ -52,7 +52,7 @@ __all__ = [
   'labels_of',
   'load',
   'mask_of',
-  'masking',
+  'masking_of',
   'prompt',
   'question',
   'register_dataset',

@@ -133,7 +133,7 @@ class Masking:
     return rest | {'tokens': tokens, 'label': label}
 
 
-def masking(
+def masking_of(
   encoder: Encoder, path: str | Path, vocabulary: int | None, share: float, fixed: bool
 ) -> Masking:
   """The `Masking` of a tokenizer.

@@ -39,7 +39,7 @@ def rows(
     ValueError: the backbone has no tokenizer, or one without a mask; or a text cannot be read.
   """
   encoder = encoder_of(config, pretrained)
-  mask = data.masking(
+  mask = data.masking_of(
     encoder,
     pretrained.tokenizer,
     pretrained.config.get('vocab_size'),

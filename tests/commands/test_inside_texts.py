@@ -124,34 +124,33 @@ def test_answers_are_found(inside, squad, tmp_path, capsys):
   first, second = map(json.loads, lines_of(capsys))
   assert (first['input'], first['answer']) == ('in ?', 'rome')
   assert lines[0]['context'][first['start'] : first['end']] == 'rome'
-  assert 0.5 < first['probability'] < 1
+  assert 0.05 < first['probability'] < 1
   assert (second['answer'], second['start'], second['end']) == ('', None, None)
   predict.main(['--run', str(run), '--input', str(tmp_path / 'asked.jsonl')])
   assert lines_of(capsys)[0] == f'in ?\trome\t{first["probability"]:.4f}'
 
 
 @pytest.fixture(scope='module')
-def pairs(tmp_path_factory):
-  """A folder of plain texts, in which a word stands by the one that follows it."""
-  folder = tmp_path_factory.mktemp('pairs')
+def echoes(tmp_path_factory):
+  """A folder of plain texts, each of which says one word."""
+  folder = tmp_path_factory.mktemp('echoes')
   rng = random.Random(0)
-  words = ['a b', 'c d', 'e f', 'sees jane']
-  for split, count in (('train', 96), ('test', 24)):
-    lines = [' '.join(rng.choices(words, k=5)) for _ in range(count)]
+  for split, count in (('train', 64), ('test', 24)):
+    lines = [' '.join([rng.choice('abcdef')] * rng.randint(6, 12)) for _ in range(count)]
     (folder / f'{split}.txt').write_text('\n'.join(lines))
   return folder
 
 
-def test_masked_words_are_named(inside, pairs, tmp_path, capsys):
+def test_masked_words_are_named(inside, echoes, tmp_path, capsys):
   run = tmp_path / 'run'
-  training.train(inside('masked', f'text:{pairs}', steps=100), run)
+  training.train(inside('masked', f'text:{echoes}'), run)
   (untuned,) = [row for row in read_metrics(run / 'metrics.jsonl') if row['split'] == 'untuned']
   _, last = scores(run)
   assert last['accuracy'] > 0.6 > untuned['accuracy']
   assert last['perplexity'] < 0.2 * untuned['perplexity']
-  (tmp_path / 'lines.txt').write_text('a [MASK] c d\n[MASK] f e [MASK]\n')
+  (tmp_path / 'lines.txt').write_text('a a [MASK] a a a\nd [MASK] d d [MASK] d\n')
   capsys.readouterr()
   predict.main(['--run', str(run), '--input', str(tmp_path / 'lines.txt'), '--json'])
   first, second = map(json.loads, lines_of(capsys))
-  assert first['masks'][0][0]['word'] == 'b' and len(first['masks'][0]) == 5
-  assert [words[0]['word'] for words in second['masks']] == ['e', 'f']
+  assert first['masks'][0][0]['word'] == 'a' and len(first['masks'][0]) == 5
+  assert [words[0]['word'] for words in second['masks']] == ['d', 'd']
