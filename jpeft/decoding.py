@@ -255,9 +255,9 @@ def _run_of(model, theta, backbone, tokens, mask) -> Callable:
   return run
 
 
-def _head_at(place, call, x, *args, **kwargs):
+def _head_at(place, head, arrays, x):
   """The head on one place of its input [B, N, D]."""
-  return call(jax.lax.dynamic_slice_in_dim(x, place, 1, axis=1), *args, **kwargs)
+  return head(arrays, jax.lax.dynamic_slice_in_dim(x, place, 1, axis=1))
 
 
 def _cache_of(run, backbone, tokens, new_tokens):

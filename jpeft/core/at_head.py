@@ -1,15 +1,16 @@
 """Another function of the head's input in place of a model's logits.
 
 Logits [B, N, V] of a large vocabulary are the largest array of many programs that need less: the
-loss of each token, or the word after the last one. Two rules give it: one at the model takes what
-is asked for, one at the head makes it of [B, N, D].
+loss of each token, or the word after the last one. Rules give it: one at the model takes what is
+asked for, one at the head makes it of [B, N, D]. Where a word table makes logits and the head only
+changes them, as a bias does, the rule at the table leaves its input to the head, which runs both.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 
 from .rules import Call, at, chain
 from .sites import Site, Sites
@@ -29,31 +30,38 @@ def at_head(
 ) -> tuple[Tuned, str]:
   """(a Tuned that gives `make` of the head's input, ''), or (the same Tuned, why it cannot).
 
-  `apply(..., **{argument: value})` of the first gives make(value, call, x, *args, **kwargs);
-  without that argument it gives logits. theta is the same. It raises a `NotAtHead` while it is
-  traced if the model makes something else of what its head returns.
+  `apply(..., **{argument: value})` of the first gives make(value, head, arrays, x), for
+  head(arrays, x [B, n, D]) -> logits [B, n, V]; without that argument it gives logits. theta is the
+  same. It raises a `NotAtHead` while it is traced if the model makes something else of its logits.
 
   Args:
     tuned: of a model whose output is what its head returns, [B, N, V].
-    name: of the two rules.
+    name: of the rules.
     argument: of the model's call.
-    make: (value, call of the head, its input x [B, N, D], ...) -> an array.
+    make: (value, head, the arrays that it reads, its input x [B, N, D]) -> an array.
     training: whether the method trains: what drops out at the head then belongs to one whole call.
   """
   head, method, reason = head_of(tuned.sites)
   if head is None:
     return tuned, reason
+  table = _table_before(head)
+  used = {(head.path, method)}
+  if table is not None:
+    used.add((table.path, table.methods[-1]))
   for rule, site in tuned.rules:
-    if site.owner != head.path or rule.method != method:
+    if (site.owner, rule.method) not in used:
       continue
     if isinstance(rule, Call):
-      return tuned, f'{rule.name} wraps the head {head.path!r}'
+      return tuned, f'{rule.name} wraps the head {site.owner!r}'
     if training and rule.requires == 'input in training':
-      return tuned, f'{rule.name} drops out at the head {head.path!r}'
+      return tuned, f'{rule.name} drops out at the head {site.owner!r}'
   asked = _Asked(argument, make)
-  at_model = Call(name, asked.model, takes=(argument,))
-  around_head = Call(name, asked.head, method=method)
-  rules = ((at_model, tuned.sites['']), (around_head, head))
+  rules = [
+    (Call(name, asked.model, takes=(argument,)), tuned.sites['']),
+    (Call(name, asked.head, method=method), head),
+  ]
+  if table is not None:
+    rules.append((Call(name, asked.table, method=table.methods[-1]), table))
   method_with = chain(tuned.method, *(at(site.path, rule) for rule, site in rules))
   made = dataclasses.replace(tuned, rules=(*tuned.rules, *rules), method=method_with, begin=None)
   return made, ''
@@ -71,10 +79,25 @@ def head_of(sites: Sites) -> tuple[Site | None, str, str]:
     if site.out is not None and site.out.shape == out.shape and not site.axes:
       return site, '__call__', ''
   # A tied head is another method of the module that embeds, called after that which does.
-  for site in sites.find('{embed}'):
-    if len(site.methods) > 1 and not site.axes:
-      return site, site.methods[-1], ''
+  for site in _tables(sites):
+    return site, site.methods[-1], ''
   return None, '', 'no module of it, {head} or a method of {embed}, makes its output'
+
+
+def _tables(sites: Sites) -> Iterator[Site]:
+  """Word tables that are read twice: a later method makes logits of hidden states."""
+  for role in ('word', 'embed'):
+    for site in sites.find(f'{{{role}}}') if role in sites.anatomy.roles else []:
+      if len(site.methods) > 1 and not site.axes:
+        yield site
+
+
+def _table_before(head: Site) -> Site | None:
+  """The word table that makes the logits which a head, such as a bias, only changes; else None."""
+  words = head.out.shape[-1]
+  if all(x.shape[-1] != words for x in head.inputs.values()):
+    return None
+  return next(_tables(head.model), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,13 +113,40 @@ class _Asked:
     call.local['asked'] = value
     out = call(*args, **kwargs)
     if value is not None and out is not call.local.get('made'):
-      raise NotAtHead('the model changes what its head returns, and logits must be whole there')
+      raise NotAtHead('the model changes what its head returns, where logits must be whole')
     return out
 
-  def head(self, t, call, x: Any, *args, **kwargs):
+  def table(self, t, call, x, *args, **kwargs):
+    """Leaves its input to the head; what it returns is read by nothing."""
+    if call.root['asked'] is None:
+      return call(x, *args, **kwargs)
+    run, arrays = call.pure()
+    logits = call.site.model[''].out
+    out = jnp.broadcast_to(jnp.zeros((), logits.dtype), (*x.shape[:-1], logits.shape[-1]))
+
+    def run_table(arrays, x):
+      return run(arrays, x, *args, **kwargs)
+
+    call.root['table'] = (run_table, arrays, x, out)
+    return out
+
+  def head(self, t, call, x, *args, **kwargs):
     value = call.root['asked']
     if value is None:
       return call(x, *args, **kwargs)
-    made = self.make(value, call, x, *args, **kwargs)
+    run_table, before, given, unread = call.root.get('table') or (None, None, x, x)
+    if x is not unread:
+      raise NotAtHead(
+        f'the model changes what the head {call.site.path!r} reads, where logits must be whole'
+      )
+    run, own = call.pure()
+
+    def head(arrays, x):
+      own, before = arrays
+      if run_table is not None:
+        x = run_table(before, x)
+      return run(own, x, *args, **kwargs)
+
+    made = self.make(value, head, (own, before), given)
     call.root['made'] = made
     return made

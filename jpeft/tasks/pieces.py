@@ -39,22 +39,14 @@ def in_pieces(tuned: Tuned, smoothing: float = 0.0, most: int = MOST_LOGITS) -> 
   if tuned.has_loss:
     return tuned, 'the method has a loss of its own, which reads the output'
 
-  def losses(labels, call, x, *args, **kwargs):
+  def losses(labels, head, arrays, x):
     """The losses of the tokens whose states x are."""
     if x.shape[:2] != labels.shape:
-      raise NotAtHead(
-        f'the head {call.site.path!r} reads {list(x.shape)}, and there are {list(labels.shape)} '
-        'labels'
-      )
-    run, arrays = call.pure()
-    words = call.site.model[''].out.shape[-1]
+      raise NotAtHead(f'the head reads {list(x.shape)}, and there are {list(labels.shape)} labels')
+    words = tuned.sites[''].out.shape[-1]
     rows = max(1, most // (x.shape[0] * words))
     count = -(-x.shape[1] // rows)
     size = -(-x.shape[1] // count)  # all pieces alike, up to the tokens that fill the last one
-
-    def head(arrays, x):
-      return run(arrays, x, *args, **kwargs)
-
     return token_losses(head, arrays, x, labels, size, smoothing)
 
   return at_head(tuned, NAME, 'labels', losses, training=True)

@@ -16,7 +16,7 @@ from .curves import draw_curves
 # The metrics that a table has a column for.
 SHOWN = (
   *('accuracy', 'mean_average_precision', 'micro_f1', 'subset_accuracy', 'rmse', 'r2'),
-  *('perplexity', 'exact_match', 'word_error_rate', 'phoneme_error_rate'),
+  *('f1', 'perplexity', 'exact_match', 'word_error_rate', 'phoneme_error_rate'),
 )
 # Those of them that are no share of something.
 _NO_SHARES = ('rmse', 'r2')

@@ -9,16 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend import core as jex
+from jax.interpreters import partial_eval as pe
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jpeft
-from jpeft import ANATOMIES, planning, programs, register_anatomy, tasks
+from jpeft import ANATOMIES, models, planning, programs, register_anatomy, tasks
 from jpeft.core import NotAtHead
 from jpeft.models import Llama
 from jpeft.models.llama.naming import LLAMA_NAMING
 from jpeft.tasks.pieces import in_pieces
 from tests.contract.anatomies import described
 from tests.fixtures import BACKBONES, noisy
+from tests.runs import BERT
 
 TOKENS = jax.random.randint(jax.random.key(0), (2, 11), 0, 50)
 LABELS = jnp.where(TOKENS % 5 == 0, -1, (TOKENS * 7) % 50)
@@ -80,6 +82,17 @@ def test_of_a_tied_table_that_is_trained():
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), whole, cut)
 
 
+MASKED = models.from_config({**BERT, 'vocab_size': 50}, head='masked')
+
+
+@pytest.mark.parametrize('method', [jpeft.full(), jpeft.lora(2)], ids=['full', 'lora'])
+def test_of_a_head_of_masked_words(method):
+  """The word table makes the logits, and the head adds a bias."""
+  variables = noisy(MASKED.init(jax.random.key(1), TOKENS), 0.1)
+  whole, cut = losses_and_gradients(method, MASKED, variables, 0.1)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), whole, cut)
+
+
 @pytest.mark.parametrize('name', ['linen_gemma', 'nnx_llama', 'nnx_raw'])
 def test_of_models_of_others(name):
   b = BACKBONES[name]
@@ -101,8 +114,9 @@ def test_of_models_of_others(name):
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), *found)
 
 
-def test_no_array_is_as_large_as_the_logits():
-  model, variables = model_of()
+@pytest.mark.parametrize('model', [Llama(**SIZES), MASKED], ids=['llama', 'masked'])
+def test_no_array_is_as_large_as_the_logits(model):
+  variables = noisy(model.init(jax.random.key(1), TOKENS), 0.1)
   tuned = jpeft.attach(model, jpeft.lora(2), variables, TOKENS)
   pieces, _ = in_pieces(tuned, most=2 * 50 * 2)
   theta = tuned.init(jax.random.key(0), variables)
@@ -111,7 +125,9 @@ def test_no_array_is_as_large_as_the_logits():
     return pieces.apply(theta, variables, TOKENS, labels=LABELS)[..., 0].sum()
 
   traced = jax.make_jaxpr(jax.grad(cut))(theta)
-  vocabulary = [v.aval.shape for v in _variables_of(traced.jaxpr) if 50 in v.aval.shape]
+  # Of a table before the head a constant stands for the logits, which nothing reads.
+  live, _ = pe.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
+  vocabulary = [v.aval.shape for v in _variables_of(live) if 50 in v.aval.shape]
   assert vocabulary and max(math.prod(shape) for shape in vocabulary) <= max(2 * 50 * 2, 50 * 16)
   # And the head is multiplied with as often as for whole logits: once forwards, once backwards.
   whole = lambda theta: tasks.loss(tuned.apply(theta, variables, TOKENS), LABELS).sum()
