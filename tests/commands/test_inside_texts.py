@@ -1,12 +1,16 @@
 """Runs that learn what is inside a text: tags of words, answers, masked words."""
 
 import json
+import os
 import random
+import shutil
+import signal
 
 import pytest
 
-from jpeft import predict, training
+from jpeft import cli, merge, models, plan, predict, training
 from jpeft.training.metrics import read_metrics
+from jpeft.training.watch import Watch
 
 
 def tagged(count, seed):
@@ -154,3 +158,139 @@ def test_masked_words_are_named(inside, echoes, tmp_path, capsys):
   first, second = map(json.loads, lines_of(capsys))
   assert first['masks'][0][0]['word'] == 'a' and len(first['masks'][0]) == 5
   assert [words[0]['word'] for words in second['masks']] == ['d', 'd']
+
+
+def test_a_stopped_run_goes_on_with_the_same_masks(inside, echoes, tmp_path, monkeypatch):
+  """Of a method without a head of its own: the word table names the words."""
+  settings = inside(
+    'masked',
+    f'text:{echoes}',
+    **{'steps': 11, 'eval.every': 11, 'checkpoint.every': 4, 'method.name': 'lora'},
+    **{'log.every': 1, 'data.batch_size': 32},  # two batches an epoch
+  )
+  assert settings.method.head is False
+  training.train(settings, tmp_path / 'alone')
+  add = Watch.add
+
+  def killed(self, number, *rest):
+    add(self, number, *rest)
+    if number == 6:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Watch, 'add', killed)
+    with pytest.raises(cli.Stopped):
+      training.train(settings, tmp_path / 'stopped')
+  training.train(settings, tmp_path / 'stopped')
+  first, second = (
+    [{**row, 'time': None} for row in read_metrics(tmp_path / name / 'metrics.jsonl')]
+    for name in ('alone', 'stopped')
+  )
+  assert first == second
+  theta = [(tmp_path / name / 'theta.safetensors') for name in ('alone', 'stopped')]
+  loaded = [training.checkpoints.read_theta(file)[0] for file in theta]
+  for path, x in loaded[0].items():
+    assert x.tobytes() == loaded[1][path].tobytes()
+
+
+def test_plans_of_each(inside, sentences, capsys, encoder, tmp_path):
+  file = tmp_path / 'own.py'
+  for task, name in (
+    ('tokens', f'conll:{sentences}'),
+    ('questions', 'squad:none'),
+    ('masked', 'text:none'),
+  ):
+    values = inside(task, name).to_dict()
+    values['method'] = {'name': 'lora'}
+    file.write_text(f'def get_config():\n  return {values!r}\n')
+    plan.main([f'--config={file}', '--target=cpu', '--json'])
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row['method'] == 'lora' and row['batch'] == 8 and row['trainable'] > 1000
+
+
+def test_merged_weights_tag_the_same(inside, sentences, tmp_path, capsys):
+  settings = inside('tokens', f'conll:{sentences}', **{'steps': 2, 'method.name': 'lora'})
+  training.train(settings, tmp_path / 'run')
+  merge.main(['--run', str(tmp_path / 'run'), '--out', str(tmp_path / 'out')])
+  config = models.load(tmp_path / 'out').config
+  assert config['architectures'] == ['BertForTokenClassification']
+  assert config['id2label']['1'] == 'B-LOC'
+
+
+def broken(folder, **files):
+  folder.mkdir()
+  for name, text in files.items():
+    (folder / name.replace('_', '.')).write_text(text)
+  return folder
+
+
+@pytest.mark.parametrize(
+  ('task', 'name', 'changes', 'message'),
+  [
+    ('tokens', 'conll:{data}?tags=7', {}, r'line 1 of .*a\.txt has 3 columns, .* \(tags=7\)'),
+    ('tokens', 'csv:{data}', {}, "csv:PATH is not read for config.task='tokens'"),
+    ('tokens', 'conll:{data}', {'model.num_classes': 3}, 'num_classes is 3, but .* has 2 labels'),
+    ('tokens', 'conll:{data}', {'model.source': '{vit}'}, "a vit model has no head 'tokens'"),
+    (
+      'questions',
+      'squad:{data}/a.json',
+      {},
+      "question 'x' of .*a.json: the answer 'b' does not stand at answer_start=0",
+    ),
+    ('questions', 'squad:{data}/b.json', {}, 'has no answer: set config.eval.no_answer=0.0'),
+    (
+      'questions',
+      'squad:{data}/b.json',
+      {'eval.no_answer': 0.0, 'data.stride': 12},
+      "the question 'a' leaves less room for its text than the 12 tokens",
+    ),
+    ('masked', 'text:{data}', {'model.source': '{decoder}'}, "a llama model has no head 'masked'"),
+    ('masked', 'text:{data}', {'model.source': '{maskless}'}, 'has no token for a masked word'),
+    ('masked', 'text:{data}', {'model.source': '{tagger}'}, "has no head 'masked'"),
+    ('masked', 'text:{data}', {'model.num_classes': 3}, "config.task='masked' has no labels"),
+    ('masked', 'text:{data}', {'data.max_length': 64}, '64 tokens are more than the 32 positions'),
+  ],
+)
+def test_mistakes_are_told_before_training(
+  inside, encoder, decoder, backbone, tmp_path, task, name, changes, message
+):
+  answer = {'question': 'a', 'id': 'x', 'answers': [{'text': 'b', 'answer_start': 0}]}
+  of = lambda qas: json.dumps({'data': [{'paragraphs': [{'context': 'a b', 'qas': [qas]}]}]})
+  folder = broken(
+    tmp_path / 'data',
+    a_txt='a X O\nb X B-X\n',
+    a_json=of(answer),
+    b_json=of(answer | {'answers': []}),
+  )
+  maskless = shutil.copytree(encoder, tmp_path / 'maskless')
+  tokenizer = (encoder / 'tokenizer.json').read_text().replace('[MASK]', '[OTHER]')
+  (maskless / 'tokenizer.json').write_text(tokenizer)
+  tagger = shutil.copytree(encoder, tmp_path / 'tagger')
+  model = models.load(encoder, head='tokens', num_classes=2)
+  models.save_pretrained(tagger, model.model, model.variables, model.config)
+  places = {'data': folder, 'vit': backbone, 'decoder': decoder}
+  places |= {'maskless': maskless, 'tagger': tagger}
+  chosen = {'data.train': 'train+test' if '.json' in name else 'a'}
+  for key, value in changes.items():
+    chosen[key] = value.format(**places) if isinstance(value, str) else value
+  chosen['data.test'] = chosen['data.train']
+  settings = inside(task, name.format(**places), **chosen)
+  with pytest.raises(cli.Mistake, match=message):
+    training.train(settings, tmp_path / 'run')
+  assert not (tmp_path / 'run' / 'checkpoints').exists()
+
+
+def test_inputs_that_cannot_be_answered(tagger, inside, echoes, tmp_path):
+  run = tmp_path / 'run'
+  training.train(inside('masked', f'text:{echoes}', steps=1), run)
+  (tmp_path / 'lines.txt').write_text('a b c\n')
+  with pytest.raises(cli.Mistake, match=r'a b c has no \[MASK\] in its first 16 tokens'):
+    predict.main(['--run', str(run), '--input', str(tmp_path / 'lines.txt')])
+
+
+def test_a_line_of_more_words_than_fit(tagger, tmp_path, capsys):
+  (tmp_path / 'lines.txt').write_text(' '.join(['a'] * 20) + '\n')
+  capsys.readouterr()
+  predict.main(['--run', str(tagger), '--input', str(tmp_path / 'lines.txt')])
+  tags = lines_of(capsys)[0].split('\t')[1].split()
+  assert len(tags) == 20 and tags[13:] == ['O', *['-'] * 6]
