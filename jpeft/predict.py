@@ -3,7 +3,9 @@
     python -m jpeft.predict --run runs/a --input cat.png dog.png
     python -m jpeft.predict --run runs/b --input reviews.txt --json
 
-A text file has one text a line; - reads stdin.
+A text file has one text a line; - reads stdin. A run of task='tokens' tags what stands between
+blanks, one of task='masked' names the words for [MASK], and one of task='questions' reads JSON
+lines with 'question' and 'context'.
 """
 
 import json

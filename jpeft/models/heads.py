@@ -75,7 +75,7 @@ def chosen(
     return None
   if asked == STORED:
     return _stored(heads, config, checkpoint)
-  if asked == heads.default or checkpoint is None or asked in _present(heads, checkpoint):
+  if asked == heads.default or checkpoint is None or asked in stored_heads(heads, checkpoint):
     return asked
   fresh = {'questions': '; num_classes=2 makes a fresh one', 'masked': ''}
   hint = fresh.get(asked, '; num_classes= makes a fresh one')
@@ -110,7 +110,7 @@ def _stored(heads: Heads, config: Mapping, checkpoint: Checkpoint | None) -> str
     without = None
   if checkpoint is None:
     return without
-  present = _present(heads, checkpoint)
+  present = stored_heads(heads, checkpoint)
   others = _matching(heads.others, checkpoint)
   if head in present or head is not None and head == heads.default:
     return head
@@ -141,7 +141,7 @@ def _stored(heads: Heads, config: Mapping, checkpoint: Checkpoint | None) -> str
   return first
 
 
-def _present(heads: Heads, checkpoint: Checkpoint) -> list[str]:
+def stored_heads(heads: Heads, checkpoint: Checkpoint) -> list[str]:
   """The heads of which there are tensors."""
   return [head for head, pattern in heads.known.items() if _matching([pattern], checkpoint)]
 

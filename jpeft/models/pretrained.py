@@ -18,7 +18,7 @@ from jpeft.quant import quantize as quantized
 
 from .bert import BERT_FAMILIES
 from .families import Family, Request, built, described
-from .heads import STORED, chosen
+from .heads import STORED, chosen, stored_heads
 from .io import (
   GGUF_FILE,
   NPZ_SUFFIX,
@@ -197,6 +197,19 @@ def describe(
     code = lambda variables: quantized(model, quantize, variables, *example, targets=targets)
     variables = jax.eval_shape(code, variables)
   return _pretrained(folder, config, model, variables, files={})
+
+
+def has_head(source: str | Path, head: str, *, weights: bool = True) -> bool:
+  """Whether the files of a backbone have tensors of a head, such as 'questions'.
+
+  Args:
+    source: see `load`.
+    head: its name.
+    weights: whether weights may be fetched from the hub; those that are not there have no head.
+  """
+  folder, _ = find(source, weights=weights)
+  checkpoint, config = _opened(folder, weights=weights)
+  return checkpoint is not None and head in stored_heads(family_of(config).heads, checkpoint)
 
 
 def _pretrained(

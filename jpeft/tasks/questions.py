@@ -203,6 +203,7 @@ QUESTIONS = Task(
   scores,
   head='questions',
   outputs=lambda labels: 2,
+  keeps_head=True,
   objective=objective,
   kept=('logits',),
   judged=judged,

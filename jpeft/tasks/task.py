@@ -73,6 +73,8 @@ class Task(NamedTuple):
       whether it is the likeliest; None where a tally needs outputs.
     head: what the head gives, see `models.load`.
     outputs: labels -> the number of outputs of a fresh head; 0 where the model keeps its own.
+    keeps_head: whether a head that the files have is kept in place of a fresh one: one whose
+      outputs mean the same in all models.
     usual: how many labels to plan for where the data are not read.
     facts: (config, training split) -> what has to be known of the labels to learn and to predict
       them, such as their mean. It is kept in run.json.
@@ -107,6 +109,7 @@ class Task(NamedTuple):
   tally_losses: Callable[..., dict[str, jax.Array]] | None = None
   head: str | None = 'classification'
   outputs: Callable[[Sequence[str]], int] = len
+  keeps_head: bool = False
   usual: int = 10
   facts: Callable[..., dict[str, Any]] = _nothing_found
   objective: Callable[[Any, Facts], Objective] = _softmax

@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 
+import numpy as np
 import pytest
 
 from jpeft import cli, merge, models, plan, predict, training
@@ -294,3 +295,18 @@ def test_a_line_of_more_words_than_fit(tagger, tmp_path, capsys):
   predict.main(['--run', str(tagger), '--input', str(tmp_path / 'lines.txt')])
   tags = lines_of(capsys)[0].split('\t')[1].split()
   assert len(tags) == 20 and tags[13:] == ['O', *['-'] * 6]
+
+
+def test_a_head_of_answers_that_the_files_have_is_kept(inside, encoder, squad, tmp_path):
+  trained = tmp_path / 'trained'
+  shutil.copytree(encoder, trained)
+  held = models.load(encoder, head='questions', num_classes=2)
+  models.save_pretrained(trained, held.model, held.variables, held.config)
+  settings = inside('questions', f'squad:{squad}', **{'model.source': str(trained), 'seed': 1})
+  for load in (models.load, models.describe):
+    pretrained, _ = training.build(settings, 2, load)
+    assert pretrained.model.head == 'questions'
+  pretrained, _ = training.build(settings, 2)
+  stored, kept = (one.variables['params']['head']['kernel'] for one in (held, pretrained))
+  np.testing.assert_array_equal(kept, stored)
+  assert models.has_head(trained, 'questions') and not models.has_head(encoder, 'questions')
