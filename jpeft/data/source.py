@@ -23,7 +23,8 @@ class Dataset(NamedTuple):
     classes: name of each label; none where examples are texts to write.
     unit: name of what the blanks in a completion separate, such as 'word' or 'phoneme'.
     left_out: {split that is there and cannot be used: why}; None for none.
-    labels: their kind, see `labels`: 'classes', 'numbers', whose names are `classes`, or 'sets'.
+    labels: their kind, see `labels`: 'classes', 'numbers', whose names are `classes`, 'sets',
+      'tags', 'answers' or 'nothing'.
     label_of: row -> its label, where that is quicker than `read`; None where it is not.
   """
 
@@ -43,7 +44,8 @@ class Source:
   Attributes:
     read: row -> example, a dict with 'label' (int, or float32 [C] of numbers and sets) and 'image'
       (uint8 [H, W, C]) or 'text' (str); or, where there are no labels, with 'prompt' and
-      'completion' (str) or with 'messages'.
+      'completion' (str) or with 'messages'. With tags it has 'words' and 'label', a tag for each;
+      with answers 'question', 'context' and 'answers', pairs of a text and its first character.
     rows: the rows that are examples of this source, in order.
     classes: name of each label; none where examples are texts to write.
     unit: name of what the blanks in a completion separate, such as 'word' or 'phoneme'.

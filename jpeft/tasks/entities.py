@@ -114,12 +114,12 @@ def counts(labels: np.ndarray, guesses: np.ndarray, table: Scheme) -> np.ndarray
 
 
 def rates(count: np.ndarray) -> dict[str, float]:
-  """f1, precision and recall of all entities together; what is undefined is 0.
+  """f1, precision and recall; what is undefined is 0.
 
   Args:
-    count: [T, 3], from `counts`.
+    count: [3], how many entities there are, are guessed, and are both: of a type, or of all types.
   """
-  there, guessed, hits = map(float, count.sum(0))
+  there, guessed, hits = map(float, count)
   return {
     'f1': _ratio(2 * hits, there + guessed),
     'precision': _ratio(hits, guessed),

@@ -90,12 +90,15 @@ class _Lines:
     self.places = []  # of the masks
     word = encoder.tokenizer.id_to_token(mask)
     for example in examples:
-      encoding = encoder.encode(example['text'])
+      text = example['text']
+      encoding = encoder.encode(text)
       places = np.flatnonzero(np.array(encoding.ids) == mask)
       if not len(places):
+        raise ValueError(f'{text!r:.60} has no {word}: write it in place of a word')
+      if any(mask in part.ids for part in encoding.overflowing):
         raise ValueError(
-          f'{example["text"]:.60} has no {word} in its first {encoder.length} tokens: write it in '
-          'place of a word'
+          f'{text!r:.60} has a {word} beyond the {encoder.length} tokens of the run '
+          '(data.max_length): shorten it'
         )
       self.encodings.append(encoding)
       self.places.append(places)

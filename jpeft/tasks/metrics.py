@@ -69,7 +69,10 @@ def register_metric(
       and 'confusion' [C, C], counts by label and prediction; that of 'multilabel' 'logit' and
       'label' [N, C] (NaN where it is not known); that of 'regression' 'prediction' and 'label'
       [N, K] (NaN where it is missing), in the units of the data; that of 'language' 'loss', 'right'
-      and 'tokens', sums over the tokens of completions.
+      and 'tokens', sums over the tokens of completions, and so has that of 'masked', of the words
+      that were chosen; that of 'tokens' has 'loss', 'confusion' and 'entities' [T, 3], how many of
+      each type there are, are guessed, and are both; that of 'questions' 'exact', 'f1' and
+      'questions' [2], sums over questions with an answer and without.
     task: its name, as in `config.task`.
     lower_is_better: whether the best theta has the least value.
 

@@ -1,7 +1,6 @@
 """Tags of words: named entities, parts of speech."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +24,6 @@ def source(config, split: str) -> data.Source:
   found = labelled.source(config, split, 'tags')
   check_entries(config, found, ('words', 'label'))
   return found
-
-
-def facts(config, source) -> dict[str, Any]:
-  """The names of the tags, by which entities are read."""
-  return {'tags': list(source.classes)}
 
 
 def rows(
@@ -78,15 +72,37 @@ def tally(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, ja
   }
 
 
+def judged(config, tally: dict[str, np.ndarray], rows) -> dict[str, np.ndarray]:
+  """The tally with counts of entities in place of the tags of each row.
+
+  Returns:
+    loss, confusion: as they are; entities: [T, 3], how many of each type there are, are guessed,
+    and are both.
+  """
+  labels, guesses = np.moveaxis(tally['tags'], -1, 0)  # [R, N] each
+  found = entities.counts(labels, guesses, entities.scheme(rows.classes))
+  rest = {name: value for name, value in tally.items() if name != 'tags'}
+  return rest | {'entities': found}
+
+
+def by_type(
+  tally: dict[str, np.ndarray], labels: Sequence[str], facts: Facts
+) -> dict[str, dict[str, float]]:
+  """The scores of each type of entity, and how many of it the examples have."""
+  types = entities.scheme(labels).types
+  return {
+    kind: {'examples': int(count[0]), **entities.rates(count)}
+    for kind, count in zip(types, tally['entities'], strict=True)
+  }
+
+
 def scores(
   tally: dict[str, np.ndarray], names: Sequence[str] = (), facts: Facts = NO_FACTS
 ) -> dict[str, float]:
   """f1, precision and recall of entities, accuracy and loss a word, and registered metrics."""
-  labels, guesses = np.moveaxis(tally['tags'], -1, 0)  # [R, N] each
-  found = entities.counts(labels, guesses, entities.scheme(facts['tags']))
   confusion = np.asarray(tally['confusion'], np.float64)
   own = {
-    **entities.rates(found),
+    **entities.rates(tally['entities'].sum(0)),
     'accuracy': float(np.diag(confusion).sum() / confusion.sum()),
     'loss': float(tally['loss'] / confusion.sum()),
   }
@@ -156,8 +172,9 @@ TOKENS = Task(
   tally,
   scores,
   head='tokens',
-  facts=facts,
   kept=('tags',),
+  judged=judged,
+  by_label=by_type,
   asked=asked,
   predicted=predicted,
   answers=answers,

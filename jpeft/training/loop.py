@@ -75,7 +75,11 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     eval_part = part_of(eval_source, False)
     untuned_part = eval_part  # the untuned model reads raw examples, not features
     scored = eval_part.source
-    source_info = getattr(train_part.source, 'about', None)
+    source_info = [
+      f'{split}: {part.source.about}'
+      for split, part in ((config.data.train, train_part), (config.data.test, eval_part))
+      if hasattr(part.source, 'about')
+    ]
     if memory.cached_features:
       train_part = feature_cache.cached(train_part, tuned, eval_size)
       eval_part = feature_cache.cached(eval_part, tuned, eval_size)
@@ -185,8 +189,8 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     if later.begin > start:
       count = summary(later.tuned).trainable
       progress.note(f'after {later.begin} updates: {count:,} trainable numbers')
-  if source_info:
-    progress.note(source_info)
+  for about in source_info:
+    progress.note(about)
   signals = stack.enter_context(Signals())
 
   def stop():

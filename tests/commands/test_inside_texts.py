@@ -64,7 +64,7 @@ def test_tags_are_learned_and_told(tagger, tmp_path, capsys):
   assert last['f1'] > 0.95 and last['accuracy'] > 0.95
   assert losses(tagger)[-1] < 0.3 * losses(tagger)[0]
   report = (tagger / 'report.md').read_text()
-  assert 'best: f1' in report and 'B-PER' in report
+  assert 'best: f1' in report and '## Labels, at step 60' in report and '| PER' in report
   (tmp_path / 'lines.txt').write_text('bob m sees rome\n')
   capsys.readouterr()
   command = ['--run', str(tagger), '--input', str(tmp_path / 'lines.txt')]
@@ -284,9 +284,14 @@ def test_mistakes_are_told_before_training(
 def test_inputs_that_cannot_be_answered(tagger, inside, echoes, tmp_path):
   run = tmp_path / 'run'
   training.train(inside('masked', f'text:{echoes}', steps=1), run)
-  (tmp_path / 'lines.txt').write_text('a b c\n')
-  with pytest.raises(cli.Mistake, match=r'a b c has no \[MASK\] in its first 16 tokens'):
-    predict.main(['--run', str(run), '--input', str(tmp_path / 'lines.txt')])
+  late = ' '.join([*'ab' * 10, '[MASK]'])
+  for line, message in (
+    ('a b c', r"'a b c' has no \[MASK\]: write it in place of a word"),
+    (f'[MASK] {late}', r'has a \[MASK\] beyond the 16 tokens of the run'),
+  ):
+    (tmp_path / 'lines.txt').write_text(line)
+    with pytest.raises(cli.Mistake, match=message):
+      predict.main(['--run', str(run), '--input', str(tmp_path / 'lines.txt')])
 
 
 def test_a_line_of_more_words_than_fit(tagger, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Entities of tags, by hand and as seqeval counts them."""
 
 import random
+import types
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def test_against_seqeval(prefixes):
     [tag if rng.random() < 0.8 else rng.choice(tags) for tag in sentence] for sentence in right
   ]
   count = entities.counts(rows(right, tags), rows(guessed, tags), entities.scheme(tags))
-  ours = entities.rates(count)
+  ours = entities.rates(count.sum(0))
   assert 0.2 < ours['f1'] < 0.9
   np.testing.assert_allclose(ours['f1'], metrics.f1_score(right, guessed))
   np.testing.assert_allclose(ours['precision'], metrics.precision_score(right, guessed))
@@ -79,10 +80,16 @@ def test_scores_of_a_tally():
   logits = np.eye(5, dtype=np.float32)[guesses] * 20
   task = TASKS['tokens']
   tally = task.tally(logits, labels, np.array([1.0, 1.0]))
-  scores = task.scores(tally, (), {'tags': TAGS})
+  sentences = types.SimpleNamespace(classes=TAGS)
+  judged = task.judged(None, tally, sentences)
+  scores = task.scores(judged)
   # There are PER at 0-1 and LOC; found are that PER and a LOC that is none.
   assert (scores['precision'], scores['recall'], scores['f1']) == (0.5, 0.5, 0.5)
   assert scores['accuracy'] == 3 / 5 and scores['loss'] == pytest.approx(2 * 20 / 5, rel=1e-4)
   assert tally['confusion'].sum() == 5 and tally['confusion'][3, 0] == 1
+  assert task.by_label(judged, TAGS, {}) == {
+    'LOC': {'examples': 1, 'f1': 0, 'precision': 0, 'recall': 0},
+    'PER': {'examples': 1, 'f1': 1, 'precision': 1, 'recall': 1},
+  }
   half = task.tally(logits, labels, np.array([1.0, 0.0]))
   assert half['confusion'].sum() == 3  # the second row only fills the batch up
