@@ -121,7 +121,7 @@ class TaggedWords:
     taken = {name: arrays[name] for name in self._arrays}
     return taken | {'label': label, 'index': sentence.example}
 
-  def of_words(self, i: int, values: np.ndarray, missing: Any = None) -> tuple[int, dict[int, Any]]:
+  def of_words(self, i: int, values: np.ndarray) -> tuple[int, dict[int, Any]]:
     """(the example of row i, {word: its value}) of an array [length, ...] of values of tokens."""
     sentence = self._rows[i]
     return sentence.example, dict(

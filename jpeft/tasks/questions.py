@@ -127,7 +127,15 @@ def _answer(config, example: dict, best: spans.Best) -> str:
   """The text of the best span; '' where no answer is likelier by `eval.no_answer`."""
   if _has_none(config, best):
     return ''
-  return example['context'][best.start : best.end]
+  start, end = _place(example, best)
+  return example['context'][start:end]
+
+
+def _place(example: dict, best: spans.Best) -> tuple[int, int]:
+  """(first character, the one after the last) of the best span, without blanks of its tokens."""
+  text = example['context'][best.start : best.end]
+  start = best.start + len(text) - len(text.lstrip())
+  return start, start + len(text.strip())
 
 
 def _has_none(config, best: spans.Best) -> bool:
@@ -188,7 +196,7 @@ def answers(
   for example, best in zip(examples, _best(config, outputs, windows), strict=True):
     text = _answer(config, example, best)
     values = {'answer': text, 'probability': float(best.probability)}
-    values |= {'start': best.start, 'end': best.end}
+    values['start'], values['end'] = _place(example, best)
     if _has_none(config, best):
       values |= {'probability': float(best.none_probability), 'start': None, 'end': None}
     found.append(Answer((text, f'{values["probability"]:.4f}'), values))

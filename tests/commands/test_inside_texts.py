@@ -9,7 +9,7 @@ import signal
 import numpy as np
 import pytest
 
-from jpeft import cli, merge, models, plan, predict, training
+from jpeft import cli, merge, models, plan, predict, tasks, training
 from jpeft.training.metrics import read_metrics
 from jpeft.training.watch import Watch
 
@@ -192,6 +192,30 @@ def test_a_stopped_run_goes_on_with_the_same_masks(inside, echoes, tmp_path, mon
   loaded = [training.checkpoints.read_theta(file)[0] for file in theta]
   for path, x in loaded[0].items():
     assert x.tobytes() == loaded[1][path].tobytes()
+
+
+def test_large_logits_of_masked_words_are_not_made_whole(
+  inside, echoes, tmp_path, monkeypatch, capsys
+):
+  settings = inside('masked', f'text:{echoes}', **{'steps': 3, 'log.every': 1})
+  whole = training.train(settings, tmp_path / 'whole')
+  monkeypatch.setattr(tasks, 'MOST_LOGITS', 1)
+  cut = training.train(settings, tmp_path / 'cut')
+  assert 'made whole' not in capsys.readouterr().err
+  np.testing.assert_allclose(losses(tmp_path / 'whole'), losses(tmp_path / 'cut'), rtol=1e-4)
+  for name, value in whole['eval'].items():
+    np.testing.assert_allclose(cut['eval'][name], value, rtol=1e-3, atol=1e-6)
+
+
+def test_cached_features_and_two_devices_give_the_same_answers(inside, squad, tmp_path):
+  changes = {'steps': 4, 'method.name': 'linear', 'eval.no_answer': 0.0}
+  told = []
+  for more in ({}, {'data.cache_features': True}, {'mesh.data': 2, 'optimizer.accumulate': 2}):
+    settings = inside('questions', f'squad:{squad}', **changes, **more)
+    told.append(training.train(settings, tmp_path / str(len(told)))['eval'])
+  for other in told[1:]:
+    for name, value in told[0].items():
+      np.testing.assert_allclose(other[name], value, rtol=1e-4)
 
 
 def test_plans_of_each(inside, sentences, capsys, encoder, tmp_path):
