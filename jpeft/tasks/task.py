@@ -91,8 +91,8 @@ class Task(NamedTuple):
       modality makes a row of each example.
     answers: (config, all rows of `predicted`, the rows, examples, labels, facts) -> an Answer for
       each example, of a task whose examples may have several rows, or several answers.
-    by_label: (the tally that `scores` reads, labels, facts) -> {label: {score: value}} for the report; {} where a
-      task has none.
+    by_label: (the tally that `scores` reads, labels, facts) -> {label: {score: value}} for the
+      report; {} where a task has none.
     units: facts -> (shift, scale) [K] by which outputs become what the data have; None where they
       are that already. Merged weights hold it.
     problem: what the config of a Hugging Face model calls the task; None to leave it as it is.

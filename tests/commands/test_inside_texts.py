@@ -233,13 +233,31 @@ def test_plans_of_each(inside, sentences, capsys, encoder, tmp_path):
     assert row['method'] == 'lora' and row['batch'] == 8 and row['trainable'] > 1000
 
 
-def test_merged_weights_tag_the_same(inside, sentences, tmp_path, capsys):
-  settings = inside('tokens', f'conll:{sentences}', **{'steps': 2, 'method.name': 'lora'})
-  training.train(settings, tmp_path / 'run')
+@pytest.mark.parametrize(
+  ('task', 'architecture'),
+  [
+    ('tokens', 'BertForTokenClassification'),
+    ('questions', 'BertForQuestionAnswering'),
+    ('masked', 'BertForMaskedLM'),
+  ],
+)
+def test_merged_weights_compute_the_same(
+  inside, sentences, squad, echoes, tmp_path, capsys, task, architecture
+):
+  names = {
+    'tokens': f'conll:{sentences}',
+    'questions': f'squad:{squad}',
+    'masked': f'text:{echoes}',
+  }
+  changes = {'steps': 1, 'method.name': 'lora', 'eval.no_answer': 0.0}
+  training.train(inside(task, names[task], **changes), tmp_path / 'run')
+  capsys.readouterr()
   merge.main(['--run', str(tmp_path / 'run'), '--out', str(tmp_path / 'out')])
+  difference = float(lines_of(capsys)[0].split()[-2])
+  assert difference < 1e-5
   config = models.load(tmp_path / 'out').config
-  assert config['architectures'] == ['BertForTokenClassification']
-  assert config['id2label']['1'] == 'B-LOC'
+  assert config['architectures'] == [architecture]
+  assert (task == 'tokens') == ('B-LOC' in config.get('id2label', {}).values())
 
 
 def broken(folder, **files):
