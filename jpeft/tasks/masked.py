@@ -32,7 +32,7 @@ def source(config, split: str) -> data.Source:
 
 def rows(
   config, pretrained, source, training: bool, facts: Facts = NO_FACTS
-) -> tuple[data.MaskableTexts, Callable]:
+) -> tuple['data.MaskableTexts', Callable]:
   """(rows of tokens, the function that masks them): anew each epoch, or always alike in tests.
 
   Raises:
@@ -83,7 +83,7 @@ def scores(
 class _Lines:
   """A source of rows, a text with masks each."""
 
-  def __init__(self, examples: Sequence[dict], encoder: data.Encoder, mask: int, names):
+  def __init__(self, examples: Sequence[dict], encoder: 'data.Encoder', mask: int, names):
     self._encoder = encoder
     self._names = names
     self.encodings = []

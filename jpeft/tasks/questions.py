@@ -37,7 +37,7 @@ def source(config, split: str) -> data.Source:
 
 def rows(
   config, pretrained, source, training: bool, facts: Facts = NO_FACTS
-) -> tuple[data.Windows, None]:
+) -> tuple['data.Windows', None]:
   """(windows of texts, None).
 
   Raises:
@@ -95,7 +95,7 @@ def tally(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, ja
   }
 
 
-def judged(config, tally: dict[str, np.ndarray], windows: data.Windows) -> dict[str, np.ndarray]:
+def judged(config, tally: dict[str, np.ndarray], windows: 'data.Windows') -> dict[str, np.ndarray]:
   """The tally with sums over the questions in place of the logits of windows.
 
   Returns:
@@ -115,7 +115,7 @@ def judged(config, tally: dict[str, np.ndarray], windows: data.Windows) -> dict[
   return rest | sums
 
 
-def _best(config, logits: np.ndarray, windows: data.Windows) -> list[spans.Best]:
+def _best(config, logits: np.ndarray, windows: 'data.Windows') -> list[spans.Best]:
   """The best span of each question."""
   of_example: list[list] = [[] for _ in windows.examples]
   for window, row in zip(windows.windows, logits, strict=True):
@@ -183,13 +183,13 @@ def read(names: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]]:
   return [example['question'] for example in examples], examples
 
 
-def asked(config, pretrained, examples: Sequence[dict]) -> tuple[data.Windows, None]:
+def asked(config, pretrained, examples: Sequence[dict]) -> tuple['data.Windows', None]:
   """The windows of questions."""
   return rows(config, pretrained, examples, False)
 
 
 def answers(
-  config, outputs: np.ndarray, windows: data.Windows, examples, labels, facts: Facts
+  config, outputs: np.ndarray, windows: 'data.Windows', examples, labels, facts: Facts
 ) -> list[Answer]:
   """The best span of each question, or '' for none, and its probability in its window."""
   found = []

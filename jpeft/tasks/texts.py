@@ -25,7 +25,7 @@ def arrays_of(config, pretrained) -> dict[str, np.ndarray]:
   return modality.example(config, pretrained)
 
 
-def encoder_of(config, pretrained) -> data.Encoder:
+def encoder_of(config, pretrained) -> 'data.Encoder':
   """The tokenizer of a backbone, which makes rows of `data.max_length` tokens.
 
   Raises:

@@ -28,7 +28,7 @@ def source(config, split: str) -> data.Source:
 
 def rows(
   config, pretrained, source, training: bool, facts: Facts = NO_FACTS
-) -> tuple[data.TaggedWords, None]:
+) -> tuple['data.TaggedWords', None]:
   """(rows of tokens, None).
 
   Raises:
@@ -112,7 +112,7 @@ def scores(
 # ---- What a model says of texts.
 
 
-def asked(config, pretrained, examples: Sequence[dict]) -> tuple[data.TaggedWords, None]:
+def asked(config, pretrained, examples: Sequence[dict]) -> tuple['data.TaggedWords', None]:
   """The rows of texts, whose words are what stands between blanks."""
   sentences = data.Source(
     read=lambda i: {'words': examples[i]['text'].split()}, rows=range(len(examples)), classes=[]
