@@ -133,36 +133,41 @@ def answers(
 
   A word beyond `data.max_length` tokens, or without a token, has no tag: '-', in JSON null.
   """
-  found: dict[int, tuple[dict, dict]] = {}
+  found: dict[int, tuple[dict[int, int], dict[int, float]]] = {}
   for i in range(len(rows)):
     number, tags = rows.of_words(i, outputs['tag'][i])
-    found[number] = tags, rows.of_words(i, outputs['probability'][i])[1]
+    _, probability = rows.of_words(i, outputs['probability'][i])
+    found[number] = tags, probability
   table = entities.scheme(labels)
   answers = []
   for number, example in enumerate(examples):
     words = example['text'].split()
     tags, probability = found.get(number, ({}, {}))
     names = [labels[tags[word]] if word in tags else None for word in range(len(words))]
-    numbers = np.array([tags.get(word, len(labels)) for word in range(len(words))], int)
-    spans = zip(*entities.entities(numbers, table), strict=True)
     values = {
       'words': words,
       'tags': names,
-      'probabilities': [
-        float(probability[word]) if word in probability else None for word in range(len(words))
-      ],
-      'entities': [
-        {
-          'type': table.types[kind],
-          'first': int(first),
-          'last': int(last),
-          'text': ' '.join(words[first : last + 1]),
-        }
-        for first, last, kind in spans
-      ],
+      'probabilities': [_float(probability.get(word)) for word in range(len(words))],
+      'entities': _told(words, tags, table),
     }
     answers.append(Answer((' '.join(name or '-' for name in names),), values))
   return answers
+
+
+def _float(x: np.floating | None) -> float | None:
+  return None if x is None else float(x)
+
+
+def _told(words: Sequence[str], tags: dict[int, int], table: entities.Scheme) -> list[dict]:
+  """The entities of a sentence; a word without a tag is outside of all."""
+  outside = len(table.type_of) - 1
+  numbers = np.array([tags.get(word, outside) for word in range(len(words))], int)
+  found = []
+  for first, last, kind in zip(*entities.entities(numbers, table), strict=True):
+    text = ' '.join(words[first : last + 1])
+    place = {'first': int(first), 'last': int(last)}
+    found.append({'type': table.types[kind], **place, 'text': text})
+  return found
 
 
 TOKENS = Task(
