@@ -108,13 +108,13 @@ def _text_transform(config, pretrained, training: bool) -> Transform:
   return data.text_transform(
     pretrained.tokenizer,
     config.data.max_length,
-    pad_token=_padding(pretrained),
+    pad_token=padding(pretrained),
     vocabulary=pretrained.config.get('vocab_size'),
     types=pretrained.config.get('type_vocab_size'),
   )
 
 
-def _padding(pretrained) -> str | None:
+def padding(pretrained) -> str | None:
   """The token that a decoder is padded with; None where tokenizer.json says it.
 
   Tokenizers of decoders often have none. Theirs is what tokenizer_config.json calls `pad_token`,

@@ -7,7 +7,7 @@ import numpy as np
 
 from jpeft import data
 
-from .modality import TEXT, modality_of
+from .modality import TEXT, modality_of, padding
 
 
 def arrays_of(config, pretrained) -> dict[str, np.ndarray]:
@@ -36,6 +36,7 @@ def encoder_of(config, pretrained) -> 'data.Encoder':
   return data.Encoder(
     pretrained.tokenizer,
     config.data.max_length,
+    pad_token=padding(pretrained),
     vocabulary=pretrained.config.get('vocab_size'),
     types=pretrained.config.get('type_vocab_size'),
   )
