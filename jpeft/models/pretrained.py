@@ -423,24 +423,28 @@ def _coders(model: nn.Module, family: Family, form: Format, targets: str) -> dic
 
 
 def _fresh(shapes: Mapping, checkpoint: Checkpoint | Gguf, table: Table) -> set[str]:
-  """The paths that a new head makes fresh: the head, and a pooler that the files do not have."""
+  """The paths that a new head makes fresh: the head, and a pooler or its norm that files lack."""
   stored = {table.bare(key) for key in checkpoint.shapes}
   leaves = table.leaves()
   fresh = set()
   for path in shapes:
     root = path.split('/')[0]
-    if root in ('head', 'head_distill') or root == 'pooler' and leaves[path][0] not in stored:
+    if root in ('head', 'head_distill'):
+      fresh.add(path)
+    elif root in table.fresh and leaves[path][0] not in stored:
       fresh.add(path)
   return fresh
 
 
 def _initialised(paths: set[str], shapes: Mapping, seed: int, dtype: Any) -> dict[str, jax.Array]:
-  """{path: fresh array}: small random kernels, zeros elsewhere."""
+  """{path: fresh array}: small random kernels, scales of one, zeros elsewhere."""
   keys = jax.random.split(jax.random.key(seed), max(1, len(paths)))
   arrays = {}
   for key, path in zip(keys, sorted(paths), strict=False):
     if path.endswith('kernel'):
       arrays[path] = 0.02 * jax.random.normal(key, shapes[path], dtype)
+    elif path.endswith('scale'):
+      arrays[path] = jnp.ones(shapes[path], dtype)
     else:
       arrays[path] = jnp.zeros(shapes[path], dtype)
   return arrays

@@ -64,3 +64,15 @@ def head_dim_with(model, heads: int | tuple[int, ...]) -> int | None:
   if heads == model.heads:
     return model.head_dim
   return head_dim_of(model)
+
+
+def read_heads(sizes: Sizes) -> tuple[tuple[int, ...], ...] | None:
+  """The field bias_heads of a model; None where nothing is shared, or every block reads all heads
+  of the position bias in their order.
+  """
+  if sizes.bias_heads is None:
+    return None
+  columns = {head for heads in sizes.bias_heads for head in heads}
+  if all(heads == tuple(range(len(columns))) for heads in sizes.bias_heads):
+    return None
+  return sizes.bias_heads

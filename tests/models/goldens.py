@@ -33,6 +33,10 @@ KIN = (
   'mt5',
   'dinov2_registers',
   'vit_mae',
+  'beit',
+  'beit_shared',
+  'dinov3',
+  'dinov3_gated',
   'llama_yarn',
 )
 INPUTS = ('images', 'tokens', 'decoder_tokens', 'mask', 'types')

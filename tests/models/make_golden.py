@@ -71,6 +71,8 @@ TINY_DISTILBERT = {
 }
 TINY_CAUSAL = {**TINY, 'num_key_value_heads': 1, 'head_dim': 6, 'pad_token_id': 0}
 TINY_T5 = {**T5, **LABELS, 'd_model': 12, 'd_ff': 16, 'num_heads': 2, 'vocab_size': 30}
+# Heads of 12 features: three frequencies each way.
+DINOV3 = {**{k: v for k, v in TINY_IMAGES.items() if k not in LABELS}, 'hidden_size': 24}
 YARN = {
   'rope_type': 'yarn',
   'rope_theta': 100.0,
@@ -175,6 +177,41 @@ MODELS = {
     'LlamaForCausalLM',
     transformers.LlamaConfig(**{**TINY_CAUSAL, 'head_dim': 12}, rope_parameters=YARN),
   ),
+  # A position bias of each block and none of the tokens, as published for labels.
+  'beit': (
+    'BeitForImageClassification',
+    transformers.BeitConfig(**TINY_IMAGES, use_relative_position_bias=True),
+  ),
+  # A shared one, as published for masked images, with all that is optional.
+  'beit_shared': (
+    'BeitForImageClassification',
+    transformers.BeitConfig(
+      **TINY_IMAGES,
+      use_shared_relative_position_bias=True,
+      use_absolute_position_embeddings=True,
+      use_mask_token=True,
+      use_mean_pooling=False,
+      layer_scale_init_value=0.0,
+    ),
+  ),
+  'dinov3': (
+    'DINOv3ViTModel',
+    transformers.DINOv3ViTConfig(**DINOV3, num_register_tokens=3),
+  ),
+  'dinov3_gated': (
+    'DINOv3ViTModel',
+    transformers.DINOv3ViTConfig(
+      **DINOV3,
+      use_gated_mlp=True,
+      hidden_act='silu',
+      num_register_tokens=1,
+      key_bias=True,
+      query_bias=False,
+      proj_bias=False,
+      mlp_bias=False,
+      rope_theta=10.0,
+    ),
+  ),
 }
 
 
@@ -249,7 +286,7 @@ def main(wanted: list[str]):
     arrays = {**given, 'logits': logits(model, given)}
     if 'num_key_value_heads' in config.to_dict() and arrays['logits'].ndim == 3:
       arrays['logits'] *= given['mask'][..., None]  # what follows padding is nobody's business
-    if config.model_type in ('vit', 'dinov2'):
+    if config.model_type in ('vit', 'dinov2', 'beit', 'dinov3_vit'):
       large = np.random.default_rng(1).normal(size=(1, 42, 42, 3)).astype('float32')
       options = {'interpolate_pos_encoding': True} if name == 'vit' else {}
       arrays |= {'large_images': large, 'large_logits': logits(model, {'images': large}, **options)}

@@ -31,10 +31,12 @@ def test_scan_and_remat_change_nothing(name, options):
   assert ('blocks' in stack) == options.get('scan', False)
 
 
-@pytest.mark.parametrize('name', ('vit', 'dinov2'))
-def test_resized_position_tables_equal_transformers(name):
+@pytest.mark.parametrize('name', ('vit', 'dinov2', 'beit', 'beit_shared', 'dinov3'))
+@pytest.mark.parametrize('scan', (False, True))
+def test_resized_position_tables_equal_transformers(name, scan):
   _, arrays = golden(name)
-  loaded = models.load(GOLDEN / name, image_size=42)
+  pool = 'tokens' if name == 'dinov3' else None
+  loaded = models.load(GOLDEN / name, image_size=42, scan=scan, pool=pool)
   assert loaded.preprocess['image_size'] == loaded.config['image_size'] == 42
   close(outputs(loaded, {'images': arrays['large_images']}), arrays['large_logits'])
 

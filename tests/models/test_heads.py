@@ -14,7 +14,8 @@ from jpeft.methods.registry import make
 from tests.models.goldens import GOLDEN, HEADS, KIN, close, golden, outputs
 
 # What is asked for besides the head of the files.
-OPTIONS = {'vit_mae': {'pool': 'tokens'}}
+HIDDEN = {'pool': 'tokens'}
+OPTIONS = {'vit_mae': HIDDEN, 'dinov3': HIDDEN, 'dinov3_gated': HIDDEN}
 
 
 def loaded_golden(name, **options):

@@ -113,10 +113,12 @@ def _names(checkpoint: Checkpoint, table: Table) -> dict[str, str]:
   """{key as the table has it: key in the file}."""
   names = {}
   for name in checkpoint.shapes:
-    key = table.bare(name)
-    key = re.sub(r'\.beta$', '.bias', key)  # names of before 2019
+    bare = table.bare(name)
+    key = re.sub(r'\.beta$', '.bias', bare)  # names of before 2019
     key = re.sub(r'\.gamma$', '.weight', key)
-    names[key] = name
+    # A head may have a module of the same name, which has no prefix.
+    if key not in names or name != bare:
+      names[key] = name
   return names
 
 

@@ -35,6 +35,8 @@ class Leaf(NamedTuple):
 # inputs, height, width] on disk and [height, width, inputs, outputs] here.
 KINDS: dict[str, dict[str, Leaf]] = {
   'param': {'': Leaf('')},
+  # One token, [1, D] here.
+  'token': {'': Leaf('', lambda x: x.reshape(1, -1), lambda x: x.reshape(1, 1, -1))},
   'dense': {'kernel': Leaf('.weight', np.transpose, np.transpose), 'bias': Leaf('.bias')},
   'conv': {
     'kernel': Leaf(
@@ -63,6 +65,7 @@ class Table(NamedTuple):
       although no head is stored.
     other_bases: prefixes that files of this family have in place of `base` where they have another
       head than the model.
+    fresh: modules that a new head makes fresh where files lack them.
     renamed: (piece of a key, what transformers from 5 on calls it in memory), in the order in which
       they are put in place; files keep the keys.
   """
@@ -74,6 +77,7 @@ class Table(NamedTuple):
   architectures: tuple[str, str]
   tied: bool = False
   other_bases: tuple[str, ...] = ()
+  fresh: tuple[str, ...] = ('pooler',)
   renamed: tuple[tuple[str, str], ...] = ()
 
   def in_memory(self, key: str) -> str:

@@ -200,6 +200,8 @@ def _block_cut(
     return None, block.mlp
   if _plays(family, 'fc2', site.path):
     return block.mlp, None
+  if _plays(family, 'position_bias', site.path):  # of the block's own, a column for each head
+    return None, block.heads[0]
   reads_heads = _plays(family, 'o', site.path)
   if not reads_heads and not any(_plays(family, role, site.path) for role in ('q', 'k', 'v')):
     return None, None

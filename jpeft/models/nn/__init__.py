@@ -11,6 +11,7 @@ from .blocks import (
   by_block,
   head_dim_of,
   run_blocks,
+  shared_bias_heads,
 )
 from .heads import HEADS, WordBias, head_of, last_token, masked_mean, outputs_of
 from .layers import (
@@ -26,13 +27,21 @@ from .layers import (
   layer_norm,
   rms_norm,
 )
-from .positions import PositionBias, resize_grid
-from .rope import Rope
+from .positions import (
+  GridBias,
+  PositionBias,
+  bias_of_heads,
+  resize_distances,
+  resize_grid,
+)
+from .rope import GridRope, Rope
 
 __all__ = [
   'Attention',
   'Block',
   'Encoder',
+  'GridBias',
+  'GridRope',
   'HEADS',
   'MLP',
   'Maker',
@@ -45,6 +54,7 @@ __all__ = [
   'WordBias',
   'activation',
   'attend',
+  'bias_of_heads',
   'block_of',
   'by_block',
   'check_pool',
@@ -57,7 +67,9 @@ __all__ = [
   'layer_norm',
   'masked_mean',
   'outputs_of',
+  'resize_distances',
   'resize_grid',
   'rms_norm',
   'run_blocks',
+  'shared_bias_heads',
 ]

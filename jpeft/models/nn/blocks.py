@@ -8,21 +8,26 @@ import flax.linen as nn
 import jax
 
 from .layers import MLP, Attention, Block, LayerScale, layer_norm
+from .positions import bias_of_heads
+from .rope import GridRope
+
+# Makes a module: of a block, block(name=...). Blocks of several sizes have a maker each.
+Maker = Callable[..., nn.Module]
 
 
-def _branches(block, qkv_bias=True):
+def _branches(block, attention_fields=None, mlp_fields=None):
   """(attention, MLP, dropout) of a block, with the sizes and rates of its fields."""
   types = {'dtype': block.dtype, 'param_dtype': block.param_dtype}
   attention = Attention(
     block.heads,
     block.head_dim,
-    qkv_bias=qkv_bias,
     dropout=block.attention_dropout,
     attention_fn=block.attention_fn,
     name='attention',
+    **(attention_fields or {}),
     **types,
   )
-  mlp = MLP(block.mlp_dim, block.activation, name='mlp', **types)
+  mlp = MLP(block.mlp_dim, block.activation, name='mlp', **(mlp_fields or {}), **types)
   return attention, mlp, nn.Dropout(block.dropout, name='dropout')
 
 
@@ -30,16 +35,39 @@ class PreNormBlock(Block):
   """x + attention(norm(x)), then x + mlp(norm(x)): ViT (arXiv:2010.11929).
 
   Attributes:
-    qkv_bias: whether query, key and value have a bias.
+    qkv_bias: whether query, key and value have a bias; three of them where they differ.
+    out_bias: whether the output projection of attention has a bias.
+    mlp_bias: whether the layers of the MLP have biases.
+    gated: whether the MLP has a gate.
     layer_scale: initial value of a LayerScale at the end of each branch; None for none.
+    rope: rotary positions of queries and keys; None for none.
+    position_bias: makes a position bias of this block's own: position_bias(heads, name=...); None
+      for none.
+    bias_heads: for each head the head that it reads of a bias that the block is called with; None
+      for all in their order.
   """
 
-  qkv_bias: bool = True
+  qkv_bias: bool | tuple[bool, bool, bool] = True
+  out_bias: bool = True
+  mlp_bias: bool = True
+  gated: bool = False
   layer_scale: float | None = None
+  rope: GridRope | None = None
+  position_bias: Maker | None = None
+  bias_heads: tuple[int, ...] | None = None
 
   @nn.compact
   def __call__(self, x, mask=None, bias=None, deterministic=True):
-    attention, mlp, dropout = _branches(self, self.qkv_bias)
+    attention, mlp, dropout = _branches(
+      self,
+      {'qkv_bias': self.qkv_bias, 'out_bias': self.out_bias, 'rope': self.rope},
+      {'use_bias': self.mlp_bias, 'gated': self.gated},
+    )
+    if bias is not None:
+      bias = bias_of_heads(bias, self.heads, self.bias_heads)
+    if self.position_bias is not None:
+      own = self.position_bias(self.heads, name='position_bias')(x.shape[1])
+      bias = own if bias is None else bias + own
 
     def scale(name, y):
       if self.layer_scale is None:
@@ -64,8 +92,6 @@ class PostNormBlock(Block):
     return layer_norm(self, 'norm2')(x + dropout(y, deterministic=deterministic))
 
 
-# Makes a block: block(name=...). Blocks of several sizes have a maker each.
-Maker = Callable[..., nn.Module]
 # Whether to recompute blocks in the backward pass; 'dots': all but their products with weights.
 Remat = bool | Literal['dots']
 REMATS: tuple[Remat, ...] = (False, True, 'dots')
@@ -136,15 +162,28 @@ def run_blocks(
 
 
 class Encoder(nn.Module):
-  """A stack of blocks, unrolled or scanned; see `run_blocks`."""
+  """A stack of blocks, unrolled or scanned; see `run_blocks`.
+
+  Attributes:
+    block: makes a block.
+    depth: number of blocks.
+    scan: run the blocks by nn.scan.
+    remat: recompute blocks in the backward pass.
+    position_bias: makes a position bias that all blocks share: position_bias(name=...); None for
+      none.
+  """
 
   block: Maker | tuple[Maker, ...]
   depth: int
   scan: bool = False
   remat: Remat = False
+  position_bias: Maker | None = None
 
   @nn.compact
   def __call__(self, x, mask=None, bias=None, deterministic=True):
+    if self.position_bias is not None:
+      shared = self.position_bias(name='position_bias')(x.shape[1])  # [1, H, N, N]
+      bias = shared if bias is None else bias + shared
     return run_blocks(
       self.block,
       self.depth,
@@ -214,6 +253,28 @@ def by_block(name: str, size: Any, depth: int) -> tuple[Any, ...]:
   if len(size) != depth:
     raise ValueError(f'{name}={size} has {len(size)} values, one a block, and there are {depth}')
   return size
+
+
+def shared_bias_heads(heads, bias_heads, depth: int) -> int:
+  """The number of heads of a position bias that the blocks of a stack share.
+
+  Args:
+    heads: of the blocks.
+    bias_heads: for each block the heads of the bias that its heads read; None for all in order.
+    depth: number of blocks.
+
+  Raises:
+    ValueError: blocks have different numbers of heads, and nothing says which each of them reads.
+  """
+  if bias_heads is not None:
+    return 1 + max(head for block in bias_heads for head in block)
+  different = set(by_block('heads', heads, depth))
+  if len(different) > 1:
+    raise ValueError(
+      f'blocks with heads={heads} share one position bias: bias_heads must say which of its heads '
+      'each block reads'
+    )
+  return different.pop()
 
 
 def head_dim_of(model) -> int:

@@ -14,6 +14,8 @@ from einops import rearrange
 
 from jpeft.core import dot_product_attention
 
+from .rope import GridRope
+
 default_init = nn.initializers.normal(0.02)
 
 gelu = functools.partial(nn.gelu, approximate=False)
@@ -47,9 +49,10 @@ class Attention(nn.Module):
   Attributes:
     heads: number of heads.
     head_dim: size of a head; heads * head_dim may differ from the width of the input.
-    qkv_bias: whether query, key and value have a bias.
+    qkv_bias: whether query, key and value have a bias; three of them where they differ.
     out_bias: whether the output projection has a bias.
     scaled: whether the logits are divided by sqrt(head_dim).
+    rope: how queries and keys turn with their places; None for not at all.
     dropout: rate on the attention probabilities.
     attention_fn: called as `nn.dot_product_attention`, which divides by sqrt(head_dim) itself.
     kernel_init: initialiser of the four kernels.
@@ -59,9 +62,10 @@ class Attention(nn.Module):
 
   heads: int
   head_dim: int
-  qkv_bias: bool = True
+  qkv_bias: bool | tuple[bool, bool, bool] = True
   out_bias: bool = True
   scaled: bool = True
+  rope: GridRope | None = None
   dropout: float = 0.0
   attention_fn: Callable[..., jax.Array] = dot_product_attention
   kernel_init: Callable[..., jax.Array] = default_init
@@ -90,15 +94,23 @@ class Attention(nn.Module):
       # Small queries, so that logits which are not divided by sqrt(head_dim) start of order one.
       query_init = nn.initializers.variance_scaling(1 / self.head_dim, 'fan_in', 'normal')
 
-    def heads(name, y, kernel_init):
+    biases = self.qkv_bias
+    if not isinstance(biases, tuple):
+      biases = (biases, biases, biases)
+    query_bias, key_bias, value_bias = biases
+
+    def heads(name, y, use_bias, kernel_init=self.kernel_init):
       layer = dense(
-        self.heads * self.head_dim, use_bias=self.qkv_bias, kernel_init=kernel_init, name=name
+        self.heads * self.head_dim, use_bias=use_bias, kernel_init=kernel_init, name=name
       )
       return rearrange(layer(y), '... n (h k) -> ... n h k', h=self.heads)
 
-    query = heads('query', x, query_init)  # [B, N, H, K]
-    key = heads('key', context, self.kernel_init)  # [B, M, H, K]
-    value = heads('value', context, self.kernel_init)  # [B, M, H, K]
+    query = heads('query', x, query_bias, query_init)  # [B, N, H, K]
+    key = heads('key', context, key_bias)  # [B, M, H, K]
+    value = heads('value', context, value_bias)  # [B, M, H, K]
+    if self.rope is not None:
+      query = self.rope.rotate(query)
+      key = self.rope.rotate(key)
     if not self.scaled:
       # Undo beforehand the division by sqrt(head_dim) in attention_fn.
       query = query * jnp.sqrt(self.head_dim).astype(query.dtype)

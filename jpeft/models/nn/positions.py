@@ -1,4 +1,4 @@
-"""Positions: tables of ViTs resized for other images, and the relative positions of T5."""
+"""Positions: tables of ViTs resized for other images, and relative positions of T5 and BEiT."""
 
 from typing import Any
 
@@ -6,6 +6,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+
+from .rope import check_grid
+
+# Rows of a table of `GridBias` behind those of distances: from the class token, to it, and of it to
+# itself.
+_SPECIAL = 3
 
 
 def resize_grid(table: np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> np.ndarray:
@@ -23,13 +29,41 @@ def resize_grid(table: np.ndarray, old: tuple[int, int], new: tuple[int, int]) -
     An array [1, first + new rows * new columns, D] of the table's dtype.
   """
   first = table.shape[1] - old[0] * old[1]
-  patches = table[:, first:].astype(np.float64)
-  patches = rearrange(patches, '1 (i j) d -> i j d', i=old[0], j=old[1])
-  rows = _bicubic(old[0], new[0])  # [new rows, old rows]
-  columns = _bicubic(old[1], new[1])  # [new columns, old columns]
-  patches = np.einsum('ri,cj,ijd->rcd', rows, columns, patches, optimize=True)
-  patches = rearrange(patches, 'r c d -> 1 (r c) d').astype(table.dtype)
-  return np.concatenate([table[:, :first], patches], 1)
+  patches = _resized(table[0, first:], old, new, _bicubic)
+  return np.concatenate([table[:, :first], patches[None]], 1)
+
+
+def resize_distances(table: np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> np.ndarray:
+  """Resizes a table of `GridBias`; its last rows, which stand for no distance, stay.
+
+  Bilinear with half-pixel centres, repeated borders and no smoothing, as transformers does it.
+
+  Args:
+    table: [distances of the old grid + 3, heads].
+    old: rows and columns of patches that the table was made for.
+    new: rows and columns wanted.
+
+  Returns:
+    An array [distances of the new grid + 3, heads] of the table's dtype.
+  """
+  distances = _resized(table[:-_SPECIAL], _distances(old), _distances(new), _bilinear)
+  return np.concatenate([distances, table[-_SPECIAL:]])
+
+
+def _resized(x: np.ndarray, old, new, weights) -> np.ndarray:
+  """Resizes x [old rows * old columns, D], by `weights` of each axis, to the new size."""
+  dtype = x.dtype
+  x = rearrange(x.astype(np.float64), '(i j) d -> i j d', i=old[0], j=old[1])
+  rows = weights(old[0], new[0])  # [new rows, old rows]
+  columns = weights(old[1], new[1])  # [new columns, old columns]
+  resized = np.einsum('ri,cj,ijd->rcd', rows, columns, x, optimize=True)
+  return rearrange(resized, 'r c d -> (r c) d').astype(dtype)
+
+
+def _bilinear(old: int, new: int) -> np.ndarray:
+  """The matrix [new, old] that resizes one axis by straight lines between its pixels."""
+  centre = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+  return np.maximum(0, 1 - np.abs(centre[:, None] - np.arange(old)))
 
 
 def _bicubic(old: int, new: int, a: float = -0.75) -> np.ndarray:
@@ -116,3 +150,84 @@ class PositionBias(nn.Module):
     )
     bias = table.astype(self.dtype)[buckets]  # [queries, keys, heads]
     return bias.transpose(2, 0, 1)[None]
+
+
+def _distances(grid: tuple[int, int]) -> tuple[int, int]:
+  """How many distances there are between rows, and between columns, of a grid."""
+  return 2 * grid[0] - 1, 2 * grid[1] - 1
+
+
+def grid_distances(grid: tuple[int, int]) -> np.ndarray:
+  """The row of the table of `GridBias` for each pair of tokens: integers [1 + P, 1 + P].
+
+  Args:
+    grid: rows and columns of the P patches, which stand behind the class token.
+  """
+  rows, columns = _distances(grid)
+  places = np.stack(np.meshgrid(*map(np.arange, grid), indexing='ij'), -1).reshape(-1, 2)
+  apart = places[:, None] - places[None] + np.array(grid) - 1  # [P, P, 2], from zero
+  count = rows * columns
+  index = np.empty((1 + len(places), 1 + len(places)), int)
+  index[1:, 1:] = apart[..., 0] * columns + apart[..., 1]
+  index[0] = count
+  index[:, 0] = count + 1
+  index[0, 0] = count + 2
+  return index
+
+
+class GridBias(nn.Module):
+  """A learned logit for every head and distance in rows and columns: BEiT (arXiv:2106.08254).
+
+  Tokens between the class token and the patches, such as prompts, have none.
+
+  Attributes:
+    heads: number of heads.
+    grid: rows and columns of patches, which are the last tokens of a sequence.
+    dtype: of the result.
+    param_dtype: of the table.
+  """
+
+  heads: int
+  grid: tuple[int, int]
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, tokens: int):
+    """Returns the bias [1, heads, tokens, tokens] of a class token, others, and the patches.
+
+    Raises:
+      ValueError: there are fewer tokens than the class token and the patches.
+    """
+    rows, columns = _distances(self.grid)
+    shape = (rows * columns + _SPECIAL, self.heads)
+    table = self.param('embedding', nn.initializers.zeros, shape, self.param_dtype)
+    index = grid_distances(self.grid)
+    others = tokens - len(index)
+    check_grid(self.grid, others)
+    bias = table.astype(self.dtype)[index]  # [1 + P, 1 + P, heads]
+    if others:
+      bias = jnp.insert(bias, np.full(others, 1), 0, axis=0)
+      bias = jnp.insert(bias, np.full(others, 1), 0, axis=1)
+    return bias.transpose(2, 0, 1)[None]
+
+
+def bias_of_heads(bias, heads: int, bias_heads: tuple[int, ...] | None):
+  """What the heads of a block read of a bias [1, J, N, M] that all blocks share.
+
+  Args:
+    bias: a logit for each of its J heads and each pair of tokens.
+    heads: number of heads of the block.
+    bias_heads: for each of them the head of the bias; None for all in their order.
+
+  Raises:
+    ValueError: there are not as many as heads.
+  """
+  if bias_heads is None:
+    return bias
+  if len(bias_heads) != heads:
+    raise ValueError(
+      f'bias_heads={bias_heads} names {len(bias_heads)} heads of the position bias, '
+      f'one for each of the {heads} heads of the block'
+    )
+  return bias[:, list(bias_heads)]

@@ -1,4 +1,7 @@
-"""Rotary positions (RoPE, arXiv:2104.09864) on halves: feature i turns with feature i + K/2."""
+"""Rotary positions (RoPE, arXiv:2104.09864) on halves: feature i turns with feature i + K/2.
+
+Axes: N tokens, H heads, K head size, P patches.
+"""
 
 import math
 from typing import NamedTuple
@@ -80,8 +83,67 @@ class Rope(NamedTuple):
   def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
     """Turns x [.., N, H, K] by its positions [.., N], in float32; returns the dtype of x."""
     angle = positions[..., None, None] * self.frequencies(x.shape[-1])  # [.., N, 1, K / 2]
-    cos = jnp.cos(angle) * self.magnitude
-    sin = jnp.sin(angle) * self.magnitude
-    left, right = jnp.split(x.astype(jnp.float32), 2, -1)
-    turned = [left * cos - right * sin, right * cos + left * sin]
-    return jnp.concatenate(turned, -1).astype(x.dtype)
+    return _turned(x, jnp.cos(angle) * self.magnitude, jnp.sin(angle) * self.magnitude)
+
+
+class GridRope(NamedTuple):
+  """Rotary positions of the patches of an image (DINOv3, arXiv:2508.10104).
+
+  One quarter of the features turns with the row of a patch, the next with its column, and each of
+  them with the feature K/2 behind it. Rows and columns are counted from -1 to 1 over the image,
+  whatever its size. Tokens before the patches (class, registers, prompts) do not turn.
+
+  Attributes:
+    grid: rows and columns of patches, which are the last tokens of a sequence.
+    theta: the slowest feature has a period of nearly theta half images, the fastest of one.
+  """
+
+  grid: tuple[int, int]
+  theta: float = 100.0
+
+  def angles(self, size: int) -> np.ndarray:
+    """Radians of each patch, [P, size / 2], for heads of a size.
+
+    Raises:
+      ValueError: the size is no multiple of four.
+    """
+    if size % 4:
+      raise ValueError(
+        f'rotary positions of rows and columns turn a quarter of the features each: a head size of '
+        f'{size} is no multiple of 4'
+      )
+    frequencies = self.theta ** (-np.arange(0, size, 4) / size)  # [size / 4]
+    centres = [2 * (np.arange(n) + 0.5) / n - 1 for n in self.grid]
+    places = np.stack(np.meshgrid(*centres, indexing='ij'), -1).reshape(-1, 2)  # [P, 2]
+    angles = 2 * math.pi * places[:, :, None] * frequencies
+    return angles.reshape(len(places), -1)
+
+  def rotate(self, x: jax.Array) -> jax.Array:
+    """Turns the patches of x [.., N, H, K], in float32; returns the dtype of x.
+
+    Raises:
+      ValueError: there are fewer tokens than patches, or heads have another size than a multiple of
+        four.
+    """
+    angles = self.angles(x.shape[-1])[:, None]  # [P, 1, K / 2]
+    first = x.shape[-3] - len(angles)
+    check_grid(self.grid, first)
+    patches = _turned(x[..., first:, :, :], np.cos(angles), np.sin(angles))
+    return jnp.concatenate([x[..., :first, :, :], patches], -3)
+
+
+def check_grid(grid: tuple[int, int], first: int) -> None:
+  """Raises a ValueError if a sequence has fewer tokens than patches: `first` of them before."""
+  if first < 0:
+    rows, columns = grid
+    raise ValueError(
+      f'a sequence of {rows * columns + first} tokens has not the {rows} x {columns} patches whose '
+      'positions this block knows'
+    )
+
+
+def _turned(x: jax.Array, cos, sin) -> jax.Array:
+  """x [.., K] with feature i turned against feature i + K/2, in float32; returns the dtype of x."""
+  left, right = jnp.split(x.astype(jnp.float32), 2, -1)
+  turned = [left * cos - right * sin, right * cos + left * sin]
+  return jnp.concatenate(turned, -1).astype(x.dtype)

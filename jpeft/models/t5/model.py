@@ -21,14 +21,15 @@ from ..nn import (
   Maker,
   PositionBias,
   Remat,
+  bias_of_heads,
   block_of,
-  by_block,
   check_pool,
   head_of,
   masked_mean,
   outputs_of,
   rms_norm,
   run_blocks,
+  shared_bias_heads,
 )
 
 POOLS = ('mean', 'tokens')
@@ -69,13 +70,7 @@ class T5Block(Block):
     )
 
     attention = make_attention(self.heads, name='attention')
-    if self.bias_heads is not None:
-      if len(self.bias_heads) != self.heads:
-        raise ValueError(
-          f'bias_heads={self.bias_heads} names {len(self.bias_heads)} heads of the position bias, '
-          f'one for each of the {self.heads} heads of the block'
-        )
-      bias = bias[:, list(self.bias_heads)]
+    bias = bias_of_heads(bias, self.heads, self.bias_heads)
     y = rms_norm(self, 'norm1')(x)
     y = attention(y, mask=mask, bias=bias, deterministic=deterministic)
     x = x + dropout(y, deterministic=deterministic)
@@ -280,7 +275,7 @@ def _stack(model: T5, name: str, depth: int) -> T5Stack:
   block = block_of(model, T5Block, depth, gated=model.gated, cross=is_decoder, **sizes)
   position_bias = functools.partial(
     PositionBias,
-    _biases(sizes['heads'], sizes['bias_heads'], depth),
+    shared_bias_heads(sizes['heads'], sizes['bias_heads'], depth),
     model.buckets,
     model.max_distance,
     bidirectional=not is_decoder,
@@ -315,23 +310,6 @@ def decoder_sizes(model: T5) -> dict[str, Any]:
   if model.cross_heads is not None:
     sizes['cross_heads'] = model.cross_heads
   return sizes
-
-
-def _biases(heads, bias_heads, depth: int) -> int:
-  """The number of heads of the position bias that the blocks of a stack share.
-
-  Raises:
-    ValueError: blocks have different numbers of heads, and nothing says which each of them reads.
-  """
-  if bias_heads is not None:
-    return 1 + max(head for block in bias_heads for head in block)
-  different = set(by_block('heads', heads, depth))
-  if len(different) > 1:
-    raise ValueError(
-      f'blocks with heads={heads} share one position bias: bias_heads must say which of its heads '
-      'each block reads'
-    )
-  return different.pop()
 
 
 def _key_mask(mask):

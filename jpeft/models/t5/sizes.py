@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..nn import by_block
-from ..sizes import Sized, Sizes, common
+from ..sizes import Sized, Sizes, common, read_heads
 from .files import example
 from .model import T5, decoder_sizes, encoder_sizes
 from .naming import T5_NAMING
@@ -34,7 +34,7 @@ def _resized(model: T5, sizes: Mapping[str, Sizes], vocab: int | None) -> T5:
     'depth': len(encoder.heads),
     'heads': common(encoder.heads),
     'mlp_dim': common(encoder.mlp_dim),
-    'bias_heads': _bias_heads(encoder),
+    'bias_heads': read_heads(encoder),
   }
   if 'decoder' not in sizes:
     return model.clone(**own, vocab=vocab)
@@ -45,7 +45,7 @@ def _resized(model: T5, sizes: Mapping[str, Sizes], vocab: int | None) -> T5:
     decoder_heads=_unless(decoder.heads, encoder.heads),
     cross_heads=_unless(decoder.cross_heads, decoder.heads),
     decoder_mlp_dim=_unless(decoder.mlp_dim, encoder.mlp_dim),
-    decoder_bias_heads=_bias_heads(decoder),
+    decoder_bias_heads=read_heads(decoder),
     vocab=vocab,
   )
 
@@ -55,14 +55,6 @@ def _unless(values: tuple[int, ...], default: tuple[int, ...]) -> int | tuple[in
   if common(values) == common(default):
     return None
   return common(values)
-
-
-def _bias_heads(sizes: Sizes) -> tuple[tuple[int, ...], ...] | None:
-  """The field; None where every block reads all heads of the position bias in their order."""
-  columns = {head for heads in sizes.bias_heads for head in heads}
-  if all(heads == tuple(range(len(columns))) for heads in sizes.bias_heads):
-    return None
-  return sizes.bias_heads
 
 
 def _words(model: T5) -> tuple[str, ...]:

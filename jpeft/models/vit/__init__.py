@@ -1,4 +1,4 @@
-"""ViT, DeiT and DINOv2."""
+"""ViT, DeiT, DINOv2, DINOv3 and BEiT."""
 
 from typing import TYPE_CHECKING
 

@@ -1,7 +1,7 @@
 """ViT (arXiv:2010.11929) and its kin in one module.
 
-DeiT (arXiv:2012.12877), DINOv2 (arXiv:2304.07193), with registers (arXiv:2309.16588), and the
-encoder of ViT-MAE (arXiv:2111.06377).
+DeiT (arXiv:2012.12877), DINOv2 (arXiv:2304.07193), with registers (arXiv:2309.16588), DINOv3
+(arXiv:2508.10104), BEiT (arXiv:2106.08254), and the encoder of ViT-MAE (arXiv:2111.06377).
 """
 
 import functools
@@ -17,6 +17,8 @@ from jpeft.core import dot_product_attention
 
 from ..nn import (
   Encoder,
+  GridBias,
+  GridRope,
   PreNormBlock,
   Remat,
   block_of,
@@ -24,9 +26,11 @@ from ..nn import (
   default_init,
   gelu,
   layer_norm,
+  shared_bias_heads,
 )
 
 POOLS = ('cls', 'mean', 'cls_mean', 'tokens')
+POSITION_BIASES = (None, 'own', 'shared')
 
 
 def grid(image_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
@@ -49,7 +53,7 @@ def grid(image_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
 
 
 class PatchEmbed(nn.Module):
-  """Images to tokens [class, (distillation,) (registers,) patches], with learned positions.
+  """Images to tokens [class, (distillation,) (registers,) patches].
 
   Attributes:
     width: D of the tokens.
@@ -58,6 +62,7 @@ class PatchEmbed(nn.Module):
     distill: whether a distillation token follows the class token.
     registers: number of tokens without a position between the class token and the patches.
     mask_token: whether there is a token that stands for hidden patches.
+    position: whether a learned position is added to each token.
     dropout: rate on the tokens.
     dtype: of the computation.
     param_dtype: of the parameters.
@@ -69,6 +74,7 @@ class PatchEmbed(nn.Module):
   distill: bool = False
   registers: int = 0
   mask_token: bool = False
+  position: bool = True
   dropout: float = 0.0
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
@@ -111,7 +117,8 @@ class PatchEmbed(nn.Module):
     tokens = [jnp.broadcast_to(token, (x.shape[0], 1, self.width)) for token in first]
     tokens = [token.astype(x.dtype) for token in tokens]
     x = jnp.concatenate([*tokens, x], 1)  # [B, N, D]
-    x = x + param('position', 1, x.shape[1], self.width).astype(x.dtype)
+    if self.position:
+      x = x + param('position', 1, x.shape[1], self.width).astype(x.dtype)
     if self.registers:
       registers = param('registers', 1, self.registers, self.width).astype(x.dtype)
       registers = jnp.broadcast_to(registers, (x.shape[0], self.registers, self.width))
@@ -140,8 +147,19 @@ class ViT(nn.Module):
     distill_head: whether a second head reads it; the logits are then the mean of both.
     registers: number of register tokens, which no head reads (DINOv2 with registers).
     mask_token: whether the embedding has a token for hidden patches.
+    position: whether the embedding adds a learned position to each token.
+    rope_theta: the base of rotary positions of patches (DINOv3); None for none.
+    position_bias: a learned logit for each distance of patches: 'own' of each block, or 'shared' by
+      all (BEiT); None for none.
+    bias_heads: for each block the heads of the shared position bias that its heads read; None for
+      all in their order.
+    norm_pooled: whether the last norm reads what is pooled in place of all tokens (BEiT); all
+      tokens, as pool='tokens' returns them, are then not normalised.
     layer_scale: initial value of the LayerScale of each branch, None for none.
-    qkv_bias: whether query, key and value have a bias.
+    qkv_bias: whether query, key and value have a bias; three of them where they differ.
+    out_bias: whether the output projection of attention has a bias.
+    mlp_bias: whether the layers of the MLPs have biases.
+    gated: whether the MLPs have a gate.
     head_dim: size of a head; None for width / heads.
     eps: of the norms.
     activation: of the MLPs.
@@ -167,8 +185,16 @@ class ViT(nn.Module):
   distill_head: bool = False
   registers: int = 0
   mask_token: bool = False
+  position: bool = True
+  rope_theta: float | None = None
+  position_bias: str | None = None
+  bias_heads: tuple[tuple[int, ...], ...] | None = None
+  norm_pooled: bool = False
   layer_scale: float | None = None
-  qkv_bias: bool = True
+  qkv_bias: bool | tuple[bool, bool, bool] = True
+  out_bias: bool = True
+  mlp_bias: bool = True
+  gated: bool = False
   head_dim: int | None = None
   eps: float = 1e-6
   activation: Callable[[jax.Array], jax.Array] = gelu
@@ -193,24 +219,47 @@ class ViT(nn.Module):
       Logits [B, num_classes], or the pooled feature.
     """
     check_pool(self.pool, POOLS, self.num_classes)
+    if self.position_bias not in POSITION_BIASES:
+      known = ', '.join(map(repr, POSITION_BIASES))
+      raise ValueError(f'position_bias {self.position_bias!r} is none of {known}')
+    patches = grid(self.image_size, self.patch_size)
     types = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
     embed = PatchEmbed(
       self.width,
       self.patch_size,
-      grid(self.image_size, self.patch_size),
+      patches,
       distill=self.distill,
       registers=self.registers,
       mask_token=self.mask_token,
+      position=self.position,
       dropout=self.dropout,
       name='embed',
       **types,
     )
     x = embed(images, masked=masked, deterministic=deterministic)  # [B, N, D]
-    block = block_of(self, PreNormBlock, qkv_bias=self.qkv_bias, layer_scale=self.layer_scale)
-    encoder = Encoder(block, self.depth, self.scan, self.remat, name='encoder')
+    bias = functools.partial(GridBias, grid=patches, **types)
+    block = block_of(
+      self,
+      PreNormBlock,
+      qkv_bias=self.qkv_bias,
+      out_bias=self.out_bias,
+      mlp_bias=self.mlp_bias,
+      gated=self.gated,
+      layer_scale=self.layer_scale,
+      rope=None if self.rope_theta is None else GridRope(patches, self.rope_theta),
+      position_bias=bias if self.position_bias == 'own' else None,
+      bias_heads=self.bias_heads,
+    )
+    shared = None
+    if self.position_bias == 'shared':
+      shared = functools.partial(bias, shared_bias_heads(self.heads, self.bias_heads, self.depth))
+    encoder = Encoder(block, self.depth, self.scan, self.remat, shared, name='encoder')
     x = encoder(x, deterministic=deterministic)
-    x = layer_norm(self, 'final_norm')(x)
+    if not self.norm_pooled:
+      x = layer_norm(self, 'final_norm')(x)
     feature = _pooled(x, self.pool, first_patch=1 + int(self.distill) + self.registers)
+    if self.norm_pooled and self.pool != 'tokens':
+      feature = layer_norm(self, 'final_norm')(feature)
     dense = functools.partial(nn.Dense, kernel_init=default_init, **types)
     if self.pooler:
       feature = jnp.tanh(dense(self.width, name='pooler')(feature))

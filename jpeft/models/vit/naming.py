@@ -1,8 +1,8 @@
-"""The naming scheme of ViT, DeiT and DINOv2."""
+"""The naming scheme of ViT and its kin."""
 
 from jpeft.core import Anatomy
 
-from ..roles import PRE_NORM_ROLES, ROLES
+from ..roles import BLOCK, PRE_NORM_ROLES, ROLES
 
 VIT_NAMING = Anatomy(
   'vit',
@@ -13,6 +13,7 @@ VIT_NAMING = Anatomy(
     'patch': r'embed/patch',
     'encoder': r'encoder',
     'final_norm': r'final_norm',
+    'position_bias': rf'(?:encoder|{BLOCK})/position_bias',
   },
   lead=1,
 )

@@ -1,9 +1,9 @@
-"""The sizes of ViT, DeiT and DINOv2, for narrowing."""
+"""The sizes of ViT and its kin, for narrowing."""
 
 from collections.abc import Mapping
 
 from ..nn import by_block
-from ..sizes import Sized, Sizes, common, head_dim_with
+from ..sizes import Sized, Sizes, common, head_dim_with, read_heads
 from .files import example
 from .model import ViT
 from .naming import VIT_NAMING
@@ -12,7 +12,10 @@ from .naming import VIT_NAMING
 def _sizes(model: ViT) -> dict[str, Sizes]:
   heads = by_block('heads', model.heads, model.depth)
   mlp_dim = by_block('mlp_dim', model.mlp_dim, model.depth)
-  return {'encoder': Sizes(heads, mlp_dim)}
+  bias_heads = None
+  if model.position_bias == 'shared':
+    bias_heads = model.bias_heads or tuple(tuple(range(count)) for count in heads)
+  return {'encoder': Sizes(heads, mlp_dim, bias_heads=bias_heads)}
 
 
 def _resized(model: ViT, sizes: Mapping[str, Sizes], vocab: int | None) -> ViT:
@@ -24,6 +27,7 @@ def _resized(model: ViT, sizes: Mapping[str, Sizes], vocab: int | None) -> ViT:
     heads=heads,
     head_dim=head_dim_with(model, heads),
     mlp_dim=common(stack.mlp_dim),
+    bias_heads=read_heads(stack),
   )
 
 
