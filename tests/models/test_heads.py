@@ -215,7 +215,16 @@ METHODS = {'lora': {}, 'lst': {'reduction': 4}, 'vpt_deep': {}, 'prefix': {}}
 
 @pytest.mark.parametrize('method', METHODS)
 @pytest.mark.parametrize(
-  'name', ('bert_tokens', 'bert_masked', 'electra', 'llama_labels', 't5_tokens', 'dinov2_registers')
+  'name',
+  (
+    'bert_tokens',
+    'bert_masked',
+    'electra',
+    'llama_labels',
+    't5_tokens',
+    'dinov2_registers',
+    'beit',
+  ),
 )
 def test_methods_train_with_a_head(name, method):
   inputs, arrays = golden(name)

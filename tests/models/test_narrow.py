@@ -34,6 +34,9 @@ T5 = functools.partial(models.T5, 16, 3, heads=4, mlp_dim=12, vocab=20, head_dim
 LLAMA = functools.partial(models.Llama, 16, 3, 8, 12, 20, kv_heads=4)
 MODELS = {
   'vit': (VIT, (IMAGES,)),
+  'beit': (functools.partial(VIT, position_bias='own', norm_pooled=True, pool='mean'), (IMAGES,)),
+  'beit_shared': (functools.partial(VIT, position_bias='shared', position=False), (IMAGES,)),
+  'dinov3': (functools.partial(VIT, rope_theta=10.0, position=False, gated=True), (IMAGES,)),
   'bert': (BERT, (TOKENS,)),
   't5': (T5, (TOKENS, TARGETS)),
   't5_gated': (functools.partial(T5, gated=True, tied=False), (TOKENS, TARGETS)),
@@ -120,8 +123,9 @@ def test_a_narrow_model_is_the_wide_one_with_zeros(name, scan, cuts):
   model, variables, inputs = made(name, scan)
   keep = keep_of(name, cuts)
   narrow, small = jpeft.narrowed(model, variables, keep)
-  # Blocks of a T5 share a position bias, so that a scan needs the same heads in each.
-  assert narrow.scan == (scan and (cuts is SAME or cuts is ALIKE and not name.startswith('t5')))
+  # Where blocks share a position bias, a scan needs the same heads in each.
+  shares = name.startswith('t5') or name == 'beit_shared'
+  assert narrow.scan == (scan and (cuts is SAME or cuts is ALIKE and not shares))
   want = outputs(model, zeroed(model, variables, keep), inputs)
   got = outputs(narrow, small, inputs)
   assert np.abs(want - outputs(model, variables, inputs)).max() > 1e-2

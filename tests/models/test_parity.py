@@ -27,7 +27,7 @@ def their(kind, folder, inputs):
     return model.eval()(**{THEIRS[k]: tensor(v) for k, v in inputs.items()})
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', (*NAMES, 'beit', 'beit_shared'))
 def test_transformers_opens_what_we_save(name, tmp_path):
   inputs, _ = golden(name)
   loaded = models.load(GOLDEN / name, scan=True)
@@ -83,6 +83,7 @@ CLASSES = (
   ('ViT', 'ViTForImageClassification'),
   ('DeiT', 'DeiTForImageClassification'),
   ('Dinov2WithRegisters', 'Dinov2WithRegistersForImageClassification'),
+  ('Beit', 'BeitForImageClassification'),
 )
 
 
@@ -103,8 +104,10 @@ def tiny(name, kind):
     sizes = make.TINY_CAUSAL
   elif name in ('T5', 'MT5'):
     sizes = make.TINY_T5
-  elif name in ('ViT', 'DeiT'):
+  elif name in ('ViT', 'DeiT', 'Beit'):
     sizes = make.TINY_IMAGES
+  elif name == 'DINOv3ViT':
+    sizes = {**make.DINOV3, 'num_register_tokens': 2}
   elif name == 'Dinov2WithRegisters':
     sizes = {k: v for k, v in make.TINY_IMAGES.items() if k != 'intermediate_size'}
   if kind.endswith('QuestionAnswering'):
@@ -136,7 +139,9 @@ def test_every_head_of_every_family_equals_transformers(name, kind, tmp_path):
     close(got, want, 5e-6)
 
 
-@pytest.mark.parametrize('name', ('Dinov2', 'Dinov2WithRegisters', 'Llama', 'Electra', 'MPNet'))
+@pytest.mark.parametrize(
+  'name', ('Dinov2', 'Dinov2WithRegisters', 'DINOv3ViT', 'Beit', 'Llama', 'Electra', 'MPNet')
+)
 def test_features_without_a_head_equal_transformers(name, tmp_path):
   from tests.models import make_golden as make
 
@@ -160,6 +165,16 @@ def test_features_without_a_head_equal_transformers(name, tmp_path):
     close(pooled, hidden[np.arange(3), last])
   else:
     close(pooled, hidden[:, 0])
+
+
+@pytest.mark.parametrize('name', ('dinov3', 'dinov3_gated'))
+def test_a_bare_dinov3_that_we_save_opens_in_transformers(name, tmp_path):
+  inputs, _ = golden(name)
+  loaded = models.load(GOLDEN / name, scan=True, pool='tokens')
+  moved = jax.tree.map(lambda x: x + 0.01, loaded.variables)
+  models.save_pretrained(tmp_path, loaded.model, moved, loaded.config)
+  want = their('DINOv3ViTModel', tmp_path, inputs).last_hidden_state.numpy()
+  close(outputs(dataclasses.replace(loaded, variables=moved), inputs), want, 5e-6)
 
 
 def test_new_classes_open_in_transformers(tmp_path):

@@ -66,7 +66,7 @@ class PreNormBlock(Block):
     if bias is not None:
       bias = bias_of_heads(bias, self.heads, self.bias_heads)
     if self.position_bias is not None:
-      own = self.position_bias(self.heads, name='position_bias')(x.shape[1])
+      own = self.position_bias(self.heads, name='position_bias')(x.shape[-2])
       bias = own if bias is None else bias + own
 
     def scale(name, y):
@@ -182,7 +182,7 @@ class Encoder(nn.Module):
   @nn.compact
   def __call__(self, x, mask=None, bias=None, deterministic=True):
     if self.position_bias is not None:
-      shared = self.position_bias(name='position_bias')(x.shape[1])  # [1, H, N, N]
+      shared = self.position_bias(name='position_bias')(x.shape[-2])  # [1, H, N, N]
       bias = shared if bias is None else bias + shared
     return run_blocks(
       self.block,

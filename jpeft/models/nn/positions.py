@@ -204,7 +204,9 @@ class GridBias(nn.Module):
     table = self.param('embedding', nn.initializers.zeros, shape, self.param_dtype)
     index = grid_distances(self.grid)
     others = tokens - len(index)
-    check_grid(self.grid, others)
+    check_grid(self.grid, others + 1)
+    if others < 0:
+      raise ValueError(f'a sequence of {tokens} tokens has patches, and no class token before them')
     bias = table.astype(self.dtype)[index]  # [1 + P, 1 + P, heads]
     if others:
       bias = jnp.insert(bias, np.full(others, 1), 0, axis=0)

@@ -133,12 +133,13 @@ class GridRope(NamedTuple):
 
 
 def check_grid(grid: tuple[int, int], first: int) -> None:
-  """Raises a ValueError if a sequence has fewer tokens than patches: `first` of them before."""
+  """Raises a ValueError if a sequence lacks patches: if fewer than no tokens stand before them."""
   if first < 0:
     rows, columns = grid
     raise ValueError(
-      f'a sequence of {rows * columns + first} tokens has not the {rows} x {columns} patches whose '
-      'positions this block knows'
+      f'this block knows the positions of {rows} x {columns} patches, and its sequence of '
+      f'{rows * columns + first} tokens has not all of them: a method that runs tokens of its own '
+      'through a block, as vqt does, needs a model whose positions are added to its tokens alone'
     )
 
 

@@ -118,9 +118,9 @@ BEIT = Table(
 # which has no pooler: a head of labels then makes its norm fresh.
 BEIT_POOLED = BEIT._replace(
   rows=tuple(row for row in BEIT.rows if row[0] != 'final_norm')
-  + (('final_norm', 'norm', 'pooler.layernorm'),),
+  + (('pool_norm', 'norm', 'pooler.layernorm'),),
   ignore=(*BEIT.ignore, r'layernorm\..*'),
-  fresh=('final_norm',),
+  fresh=('pool_norm',),
 )
 
 # transformers has no class of it with a head: a file with one opens there as the bare model.

@@ -126,6 +126,14 @@ class PatchEmbed(nn.Module):
     return nn.Dropout(self.dropout, name='dropout')(x, deterministic=deterministic)
 
 
+class Same(nn.Module):
+  """Its input: stands where others have a norm, so that the last hidden states have a name."""
+
+  @nn.compact
+  def __call__(self, x):
+    return x
+
+
 class ViT(nn.Module):
   """A vision transformer.
 
@@ -255,11 +263,13 @@ class ViT(nn.Module):
       shared = functools.partial(bias, shared_bias_heads(self.heads, self.bias_heads, self.depth))
     encoder = Encoder(block, self.depth, self.scan, self.remat, shared, name='encoder')
     x = encoder(x, deterministic=deterministic)
-    if not self.norm_pooled:
+    if self.norm_pooled:
+      x = Same(name='final_norm')(x)
+    else:
       x = layer_norm(self, 'final_norm')(x)
     feature = _pooled(x, self.pool, first_patch=1 + int(self.distill) + self.registers)
     if self.norm_pooled and self.pool != 'tokens':
-      feature = layer_norm(self, 'final_norm')(feature)
+      feature = layer_norm(self, 'pool_norm')(feature)
     dense = functools.partial(nn.Dense, kernel_init=default_init, **types)
     if self.pooler:
       feature = jnp.tanh(dense(self.width, name='pooler')(feature))

@@ -13,6 +13,7 @@ VIT_NAMING = Anatomy(
     'patch': r'embed/patch',
     'encoder': r'encoder',
     'final_norm': r'final_norm',
+    'norm': rf'{ROLES["norm"]}|pool_norm',
     'position_bias': rf'(?:encoder|{BLOCK})/position_bias',
   },
   lead=1,
