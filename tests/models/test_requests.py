@@ -147,7 +147,11 @@ def test_unknown_sources_name_the_nearest(tmp_path):
     ('gemma2', "kin that loads is 'llama'"),
     ('mixtral', "kin that loads is 'mistral': mixtral has experts"),
     ('swin', "kin that loads is 'vit'"),
-    ('wav2vec2', 'none of vit, .* qwen3$'),
+    ('dinov3_convnext', "kin that loads is 'dinov3_vit': dinov3_convnext has convolutions"),
+    ('data2vec-vision', "kin that loads is 'beit'"),
+    ('videomae', "kin that loads is 'vit_mae': videomae reads videos"),
+    ('wav2vec2', "kin that loads is 'bert': wav2vec2 reads sounds"),
+    ('time_series_transformer', 'none of vit, .* qwen3$'),
   ),
 )
 def test_an_unknown_kind_is_sent_to_its_kin(kind, message):
@@ -161,6 +165,24 @@ def test_the_table_of_models_names_every_family_and_its_heads():
   for kind, family in FAMILIES.items():
     (row,) = [row for row in rows if f'`{kind}`' in row]
     assert all(head in row for head in family.heads.known)
+
+
+WELL_KNOWN = """
+siglip siglip2 clip swin convnext dinov3_convnext vit_msn data2vec-vision ijepa videomae
+mobilevit deberta deberta-v2 modernbert xlnet albert longformer gpt2 gemma gemma2 gemma3 phi
+phi3 mixtral opt bloom falcon gpt_neox mamba deepseek_v3 bart mbart pegasus whisper wav2vec2
+hubert
+"""
+
+
+@pytest.mark.parametrize('kind', WELL_KNOWN.split())
+def test_well_known_families_that_do_not_load_have_kin(kind):
+  with pytest.raises(ValueError) as error:
+    models.from_config({'model_type': kind})
+  near, difference = KIN[kind]
+  assert str(error.value).endswith(
+    f'its nearest kin that loads is {near!r}: {kind} {difference}'
+  ) and '\n' not in str(error.value)
 
 
 def test_kin_of_what_does_not_load_loads():

@@ -1,7 +1,8 @@
 """GGUF files read as data: header, metadata and tensors, in the names and layout of Hugging Face.
 
-Quantized tensors are rows of blocks of 32 weights, each block with a float16 scale d, and a float16
+Quantized tensors are rows of blocks. Those of 32 weights have a float16 scale d, and a float16
 minimum m where there is one; byte j of a block holds the 4-bit codes of weights j (low) and j + 16.
+Blocks with more to them (5 bits, K, IQ, TQ) are decoded by the package gguf.
 """
 
 import functools
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 from einops import rearrange
+
+from jpeft.lazy import extra
 
 from .safetensors import sha256
 
@@ -84,15 +87,64 @@ def _q8_0(blocks: np.ndarray) -> np.ndarray:
   return _numbers(blocks[:, :2], np.float16) * _numbers(blocks[:, 2:], np.int8)
 
 
+def _q8_k(blocks: np.ndarray) -> np.ndarray:
+  """d code, codes of 8 bits, and a float32 d; sums of the codes follow, which are not needed."""
+  return _numbers(blocks[:, :4], np.float32) * _numbers(blocks[:, 4:260], np.int8)
+
+
+def _by_package(blocks: np.ndarray, name: str) -> np.ndarray:
+  """What the package gguf reads in blocks of a format.
+
+  Raises:
+    ModuleNotFoundError: it is not installed; one sentence that names the extra.
+    _Unsupported: it is older than the format.
+  """
+  with extra('gguf'):
+    import gguf
+  try:
+    return gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[name])
+  except (KeyError, NotImplementedError) as error:
+    raise _Unsupported(
+      f'the installed package gguf reads no {name}: install a newer one'
+    ) from error
+
+
+def _packaged(name: str, weights: int, size: int) -> Format:
+  return Format(name, weights, size, functools.partial(_by_package, name=name))
+
+
 # By the number of the type in the file.
 FORMATS = {
   0: Format('F32', 1, 4, functools.partial(_numbers, dtype=np.float32)),
   1: Format('F16', 1, 2, functools.partial(_numbers, dtype=np.float16)),
   2: Format('Q4_0', 32, 18, _q4_0),
   3: Format('Q4_1', 32, 20, _q4_1),
+  6: _packaged('Q5_0', 32, 22),
+  7: _packaged('Q5_1', 32, 24),
   8: Format('Q8_0', 32, 34, _q8_0),
+  10: _packaged('Q2_K', 256, 84),
+  11: _packaged('Q3_K', 256, 110),
+  12: _packaged('Q4_K', 256, 144),
+  13: _packaged('Q5_K', 256, 176),
+  14: _packaged('Q6_K', 256, 210),
+  15: Format('Q8_K', 256, 292, _q8_k),
+  16: _packaged('IQ2_XXS', 256, 66),
+  17: _packaged('IQ2_XS', 256, 74),
+  18: _packaged('IQ3_XXS', 256, 98),
+  19: _packaged('IQ1_S', 256, 50),
+  20: _packaged('IQ4_NL', 32, 18),
+  21: _packaged('IQ3_S', 256, 110),
+  22: _packaged('IQ2_S', 256, 82),
+  23: _packaged('IQ4_XS', 256, 136),
+  28: Format('F64', 1, 8, functools.partial(_numbers, dtype=np.float64)),
+  29: _packaged('IQ1_M', 256, 56),
   30: Format('BF16', 1, 2, functools.partial(_numbers, dtype=ml_dtypes.bfloat16)),
+  34: _packaged('TQ1_0', 256, 54),
+  35: _packaged('TQ2_0', 256, 66),
+  39: _packaged('MXFP4', 32, 17),
 }
+# Weights that are decoded at a time: what a decoder makes on its way is several times as large.
+_PIECE = 2**22
 
 # Names of modules in GGUF -> in Hugging Face: within a block, and outside of blocks.
 _BLOCK = {
@@ -222,10 +274,23 @@ class Gguf:
     return array
 
   def tensor(self, name: str) -> np.ndarray:
-    """One tensor by its own name, as float32."""
+    """One tensor by its own name, as float32.
+
+    Raises:
+      ModuleNotFoundError: its format needs the package gguf, which is not installed.
+      ValueError: the installed one does not know the format.
+    """
     tensor = self._tensors[name]
-    blocks = self._data[tensor.start : tensor.end].reshape(-1, tensor.format.bytes)
-    return tensor.format.decode(blocks).reshape(tensor.shape)
+    form = tensor.format
+    blocks = self._data[tensor.start : tensor.end].reshape(-1, form.bytes)
+    array = np.empty((len(blocks), form.weights), np.float32)
+    step = _PIECE // form.weights
+    try:
+      for first in range(0, len(blocks), step):
+        array[first : first + step] = form.decode(blocks[first : first + step])
+    except _Unsupported as error:
+      raise ValueError(f'{self.folder}: {name!r} is stored as {form.name}, and {error}') from error
+    return array.reshape(tensor.shape)
 
 
 def _hugging_face_key(name: str) -> str:

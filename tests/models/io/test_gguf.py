@@ -2,6 +2,8 @@
 
 import json
 import struct
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import pytest
 
 from jpeft import models
 from jpeft.decoding import generate
-from jpeft.models.io.gguf import Gguf
+from jpeft.models.io.gguf import FORMATS, Gguf
 from jpeft.models.io.tokenizer import load_tokenizer, save_tokenizer
 from tests.models.goldens import GOLDEN
 from tests.models.io.test_files import same, tensors
@@ -46,15 +48,21 @@ def value(x):
 
 def gguf_file(metadata, arrays, kind=0):
   """The bytes of a GGUF file with float32 tensors."""
+  stored = {name: (kind, x.shape, x.astype('<f4').tobytes()) for name, x in arrays.items()}
+  return packed_file(metadata, stored)
+
+
+def packed_file(metadata, tensors):
+  """The bytes of a GGUF file with tensors {name: (type, shape, bytes)}."""
   head, data = [], b''
-  for name, array in arrays.items():
+  for name, (kind, shape, stored) in tensors.items():
     head += [
       TEXT(name),
-      struct.pack(f'<I{array.ndim}QIQ', array.ndim, *array.shape[::-1], kind, len(data)),
+      struct.pack(f'<I{len(shape)}QIQ', len(shape), *shape[::-1], kind, len(data)),
     ]
-    data += array.astype('<f4').tobytes() + bytes(-array.nbytes % 32)
+    data += stored + bytes(-len(stored) % 32)
   pairs = [TEXT(k) + struct.pack('<I', value(v)[0]) + value(v)[1] for k, v in metadata.items()]
-  whole = b'GGUF' + struct.pack('<IQQ', 3, len(arrays), len(pairs)) + b''.join([*pairs, *head])
+  whole = b'GGUF' + struct.pack('<IQQ', 3, len(tensors), len(pairs)) + b''.join([*pairs, *head])
   return whole + bytes(-len(whole) % 32) + data
 
 
@@ -189,8 +197,8 @@ def test_damaged_files_are_named(change, message, tmp_path):
   'data,message',
   (
     (
-      gguf_file({'general.architecture': 'llama'}, {'w': np.zeros((2, 32))}, kind=14),
-      r"tiny.gguf: 'w' has the type 14, which is not supported; supported are F32 \(0\)",
+      gguf_file({'general.architecture': 'llama'}, {'w': np.zeros((2, 32))}, kind=99),
+      r"tiny.gguf: 'w' has the type 99, which is not supported; supported are F32 \(0\)",
     ),
     (
       gguf_file({'general.architecture': 'mamba'}, {'w': np.zeros((2, 32))}),
@@ -204,12 +212,140 @@ def test_damaged_files_are_named(change, message, tmp_path):
       gguf_file({'general.architecture': 'llama'}, {'w': np.zeros((2, 30))}, kind=2),
       'cannot be cut into Q4_0 blocks',
     ),
+    (
+      gguf_file({'general.architecture': 'llama'}, {'w': np.zeros((2, 128))}, kind=14),
+      r"tiny.gguf .*'w' of shape \[2, 128\] cannot be cut into Q6_K blocks of 256",
+    ),
+    (
+      packed_file({'general.architecture': 'llama'}, {'w': (13, (2, 256), bytes(300))}),
+      r"tiny.gguf .*'w' ends at byte \d+ of \d+",
+    ),
   ),
 )
 def test_what_is_not_supported_is_named(data, message, tmp_path):
   (tmp_path / 'tiny.gguf').write_bytes(data)
   with pytest.raises(ValueError, match=message):
     models.load(tmp_path / 'tiny.gguf')
+
+
+def random_blocks(form, count, rng):
+  """Blocks of random codes and finite scales: in no byte the highest bit of an exponent is set."""
+  return (rng.integers(0, 256, (count, form.bytes)) & 0xBF).astype(np.uint8)
+
+
+def packed_qwen2(kinds):
+  """(bytes of a file, {key of Hugging Face: (type, shape, bytes)}) of a model in these types."""
+  config = json.loads((GOLDEN / 'qwen2' / 'config.json').read_text()) | {
+    'hidden_size': 256,
+    'intermediate_size': 512,
+    'head_dim': 64,
+    'num_hidden_layers': 4,
+  }
+  rng = np.random.default_rng(0)
+  shapes = {'token_embd': (20, 256)}
+  for i in range(4):
+    shapes |= {
+      f'blk.{i}.attn_q': (256, 256),
+      f'blk.{i}.attn_k': (128, 256),
+      f'blk.{i}.attn_v': (128, 256),
+      f'blk.{i}.attn_output': (256, 256),
+      f'blk.{i}.ffn_gate': (512, 256),
+      f'blk.{i}.ffn_up': (512, 256),
+      f'blk.{i}.ffn_down': (256, 512),
+    }
+  stored = {}
+  for number, (name, shape) in enumerate(shapes.items()):
+    kind = kinds[number % len(kinds)]
+    form = FORMATS[kind]
+    blocks = random_blocks(form, shape[0] * shape[1] // form.weights, rng)
+    stored[f'{name}.weight'] = kind, shape, blocks.tobytes()
+  plain = {'output_norm.weight': (256,)}
+  for i in range(4):
+    plain |= {f'blk.{i}.attn_norm.weight': (256,), f'blk.{i}.ffn_norm.weight': (256,)}
+    plain |= {f'blk.{i}.attn_q.bias': (256,)}
+    plain |= {f'blk.{i}.attn_k.bias': (128,), f'blk.{i}.attn_v.bias': (128,)}
+  for name, shape in plain.items():
+    stored[name] = 0, shape, rng.normal(size=shape).astype('<f4').tobytes()
+  return packed_file(metadata('qwen2', config), stored), stored
+
+
+def test_every_format_of_the_package_is_read_into_a_model(tmp_path, monkeypatch):
+  """What the package reads in whole tensors, whatever pieces they are decoded in."""
+  gguf = pytest.importorskip('gguf')
+  monkeypatch.setattr('jpeft.models.io.gguf._PIECE', 2**13)
+  for kind, form in FORMATS.items():
+    assert (form.weights, form.bytes) == gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+    assert form.name == gguf.GGMLQuantizationType(kind).name
+  kinds = [kind for kind, form in FORMATS.items() if form.weights > 1 and form.name != 'Q8_K']
+  assert len(kinds) == 22
+  data, stored = packed_qwen2(kinds)
+  (tmp_path / 'tiny.gguf').write_bytes(data)
+  params = models.load(tmp_path / 'tiny.gguf').variables['params']
+  places = {
+    'attn_q': ('attention', 'query'),
+    'attn_k': ('attention', 'key'),
+    'attn_v': ('attention', 'value'),
+    'attn_output': ('attention', 'out'),
+    'ffn_gate': ('mlp', 'gate'),
+    'ffn_up': ('mlp', 'fc1'),
+    'ffn_down': ('mlp', 'fc2'),
+  }
+  seen = set()
+  for name, (kind, shape, raw) in stored.items():
+    if kind == 0:
+      continue
+    raw = np.frombuffer(raw, np.uint8).reshape(shape[0], -1)
+    want = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(kind))
+    assert want.shape == shape and np.isfinite(want).all() and np.ptp(want) > 0, name
+    _, number, part, *_ = f'{name}...'.split('.')
+    if name.startswith('blk'):
+      module, layer = places[part]
+      got = params['decoder'][f'block_{number}'][module][layer]['kernel'].T
+    else:
+      got = params['embed']['embedding']
+    np.testing.assert_array_equal(got, want, err_msg=name)
+    seen.add(kind)
+  assert seen == set(kinds)
+
+
+@pytest.mark.parametrize('name', ('Q5_0', 'Q5_1'))
+def test_what_was_quantized_comes_back_near(name, tmp_path):
+  gguf = pytest.importorskip('gguf')
+  kind = gguf.GGMLQuantizationType[name]
+  want = np.random.default_rng(0).normal(size=(3, 64)).astype('f')
+  data = packed_file({}, {'w': (int(kind), want.shape, gguf.quants.quantize(want, kind).tobytes())})
+  (tmp_path / 'tiny.gguf').write_bytes(data)
+  got = Gguf(tmp_path / 'tiny.gguf').tensor('w')
+  assert 0 < np.abs(got - want).max() < 0.15
+
+
+def test_blocks_of_k_with_codes_of_8_bits(tmp_path):
+  rng = np.random.default_rng(0)
+  scales = rng.normal(size=(2, 1)).astype('<f4')
+  codes = rng.integers(-128, 128, (2, 256)).astype(np.int8)
+  blocks = [
+    scale.tobytes() + code.tobytes() + bytes(32) for scale, code in zip(scales, codes, strict=True)
+  ]
+  (tmp_path / 'tiny.gguf').write_bytes(packed_file({}, {'w': (15, (2, 256), b''.join(blocks))}))
+  np.testing.assert_array_equal(Gguf(tmp_path / 'tiny.gguf').tensor('w'), scales * codes)
+
+
+def test_a_format_of_the_package_needs_it(tmp_path, monkeypatch):
+  gguf = pytest.importorskip('gguf')
+  form = FORMATS[14]
+  stored = {'w': (14, (1, 256), bytes(form.bytes)), 'v': (8, (1, 32), bytes(34))}
+  (tmp_path / 'tiny.gguf').write_bytes(packed_file({}, stored))
+  monkeypatch.setitem(sys.modules, 'gguf', None)
+  file = Gguf(tmp_path / 'tiny.gguf')
+  assert not file.tensor('v').any()
+  with pytest.raises(
+    ModuleNotFoundError, match=r"needs the package gguf: pip install 'jpeft\[gguf\]'"
+  ):
+    file.tensor('w')
+  old = types.SimpleNamespace(GGMLQuantizationType={}, quants=gguf.quants)
+  monkeypatch.setitem(sys.modules, 'gguf', old)
+  with pytest.raises(ValueError, match="tiny.gguf: 'w' is stored as Q6_K, and the installed pack"):
+    file.tensor('w')
 
 
 TOKENS = ['<|end|>', '<|start|>', 'h', 'i', '1', 'Ġ', 'hi', 'Ġhi', 'Ċ']
