@@ -18,14 +18,10 @@ from jpeft.lazy import extra
 from jpeft.messages import no_row
 
 from .gguf import Gguf
+from .gguf_tokenizer import encoder_of
 from .safetensors import read_json
 
 FILES = ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja')
-
-# Types of tokens in GGUF that are found in a text before it is split; control tokens are special,
-# that is, left out of decoded text.
-_CONTROL = 3
-_USER = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,37 +198,18 @@ def from_gguf(file: Gguf) -> Tokenizer:
     ValueError: there are no special tokens, or a kind of tokenizer that is not supported.
   """
   with extra('llm'):
-    import tokenizers
-    from tokenizers import AddedToken, decoders, models, processors
+    from tokenizers import processors
 
+  encoder, begins = encoder_of(file)
   values = {key.removeprefix('tokenizer.ggml.'): value for key, value in file.metadata.items()}
-  splits = _splits()
-  if values.get('model') != 'gpt2' or values.get('pre', 'default') not in splits:
-    raise ValueError(
-      f'{file.folder}: the tokenizer {values.get("model")!r} with the splitting '
-      f"{values.get('pre')!r} is not supported, only 'gpt2' with {', '.join(splits)}"
-    )
-  tokens = values['tokens']
-  vocabulary = {token: i for i, token in enumerate(tokens)}
-  merges = [tuple(merge.split(' ')) for merge in values['merges']]
-  encoder = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
-  encoder.pre_tokenizer = splits[values.get('pre', 'default')]
-  encoder.decoder = decoders.ByteLevel()
-
-  def added(kind: int) -> list[AddedToken]:
-    kinds = zip(tokens, values['token_type'], strict=True)
-    return [AddedToken(token, normalized=False) for token, other in kinds if other == kind]
-
-  encoder.add_special_tokens(added(_CONTROL))
-  encoder.add_tokens(added(_USER))
   ids = {
     'eos': values.get('eos_token_id'),
     'bos': values.get('bos_token_id'),
     'pad': values.get('padding_token_id'),
   }
   # In the encoder, so that a tokenizer.json that is saved from it has this too.
-  if values.get('add_bos_token') and ids['bos'] is not None:
-    bos = tokens[ids['bos']]
+  if begins and ids['bos'] is not None:
+    bos = values['tokens'][ids['bos']]
     encoder.post_processor = processors.TemplateProcessing(
       f'{bos} $A', special_tokens=[(bos, ids['bos'])]
     )
@@ -283,19 +260,6 @@ def _tokenizer(
   if pad is None:
     pad = ids['eos']
   return Tokenizer(encoder, ids['eos'], ids['bos'], pad, template, specials=specials or {})
-
-
-@functools.cache
-def _splits() -> dict[str, Any]:
-  """{name in GGUF: how a text is split before byte pairs are merged}."""
-  from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-
-  plain = ByteLevel(add_prefix_space=False)
-  return {
-    'default': plain,
-    'gpt-2': plain,
-    'smollm': Sequence([Digits(individual_digits=True), plain]),
-  }
 
 
 @functools.lru_cache(maxsize=16)

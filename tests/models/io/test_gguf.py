@@ -1,5 +1,6 @@
 """GGUF: formats, whole models, tokenizers, files that are wrong, and the packaged SmolLM2."""
 
+import itertools
 import json
 import struct
 import sys
@@ -392,9 +393,22 @@ def test_tokenizers_that_cannot_serve_are_refused(tmp_path):
   with pytest.raises(ValueError, match='tiny.gguf names no end-of-text token'):
     load_tokenizer(written(**{'tokenizer.ggml.eos_token_id': None}))
   with pytest.raises(
-    ValueError, match="'llama' with the splitting 'smollm' is not supported, only 'gpt2' with"
+    ValueError,
+    match="'bert' with the splitting 'smollm' is not supported, only 'llama', and 'gpt2'",
+  ):
+    load_tokenizer(written(**{'tokenizer.ggml.model': 'bert'}))
+  with pytest.raises(ValueError, match="'gpt2' with the splitting 'viking' is not supported"):
+    load_tokenizer(written(**{'tokenizer.ggml.pre': 'viking'}))
+  with pytest.raises(
+    ValueError, match="tiny.gguf: its tokenizer 'llama' has no tokenizer.ggml.sco"
   ):
     load_tokenizer(written(**{'tokenizer.ggml.model': 'llama'}))
+  with pytest.raises(ValueError, match="its tokenizer 'gpt2' has no tokenizer.ggml.merges"):
+    load_tokenizer(written(**{'tokenizer.ggml.merges': None}))
+  with pytest.raises(ValueError, match='token_type has 1 entries for 9 tokens'):
+    load_tokenizer(written(**{'tokenizer.ggml.token_type': [1]}))
+  with pytest.raises(ValueError, match="the merge 'h x' of its tokenizer is none of two tokens"):
+    load_tokenizer(written(**{'tokenizer.ggml.merges': ['h i', 'h x']}))
   with pytest.raises(ValueError, match='has no chat template'):
     load_tokenizer(written(**{'tokenizer.chat_template': None})).chat(
       [{'role': 'user', 'content': 'hi'}]
@@ -413,6 +427,107 @@ def test_a_text_begins_as_the_model_is_used_to(tmp_path):
         *([1] if begins else []),
         6,
       ]
+
+
+MADE = json.loads((GOLDEN / 'gguf_tokenizers.json').read_text(encoding='utf-8'))
+
+
+def tokenizer_of(folder, model, told, **more):
+  """The tokenizer of a file with such metadata."""
+  named = {'model': model, **told, **more}
+  keys = {f'tokenizer.ggml.{name}': value for name, value in named.items()}
+  (folder / 'tiny.gguf').write_bytes(gguf_file(keys, {'w': np.zeros((2, 32))}))
+  return load_tokenizer(folder / 'tiny.gguf')
+
+
+@pytest.mark.parametrize('pre', ('gpt-2', 'qwen2', 'llama-bpe', 'tekken'))
+def test_byte_pairs_are_those_of_transformers(pre, tmp_path):
+  """Of texts with numbers, contractions, spaces, lines, accents, CJK, emoji and special tokens."""
+  pytest.importorskip('tokenizers')
+  tokenizer = tokenizer_of(tmp_path, 'gpt2', MADE['merges']['told'], pre=pre)
+  want = MADE['merges'][pre]
+  for text, ids, decoded in zip(MADE['inputs'], want['ids'], want['texts'], strict=True):
+    assert tokenizer.encode(text) == ids, text
+    assert tokenizer.decode(ids) == decoded
+  every = [MADE['merges'][other]['ids'] for other in ('gpt-2', 'qwen2', 'llama-bpe', 'tekken')]
+  assert every.count(want['ids']) == 1  # the texts tell them apart
+
+
+def test_pieces_by_scores_are_those_of_transformers(tmp_path):
+  pytest.importorskip('tokenizers')
+  made = MADE['scores']
+  tokenizer = tokenizer_of(tmp_path, 'llama', made['told'])
+  want = made['llama']
+  for text, ids in zip(made['inputs'], want['ids'], strict=True):
+    assert tokenizer.encode(text) == ids, text
+    assert tokenizer.encode(text, begin=True) == [1, *ids]
+  again = save_tokenizer(tokenizer, tmp_path) or load_tokenizer(tmp_path)
+  for text, ids, decoded in zip(made['inputs'], want['ids'], want['texts'], strict=True):
+    assert again.encode(text) == ids and again.decode(ids) == decoded
+
+
+def merged_by_scores(text, tokens, scores, types):
+  """Pieces of a text by definition: the neighbours with the highest score merge, the first of them
+  where there are several; what has no piece becomes its bytes.
+  """
+  score_of = {t: s for t, s, kind in zip(tokens, scores, types, strict=True) if kind == 1}
+  parts = list('\u2581' + text.replace(' ', '\u2581'))
+  while True:
+    found = [
+      (score_of[a + b], -i)
+      for i, (a, b) in enumerate(itertools.pairwise(parts))
+      if a + b in score_of
+    ]
+    if not found:
+      break
+    i = -max(found)[1]
+    parts[i : i + 2] = [parts[i] + parts[i + 1]]
+  ids = []
+  for part in parts:
+    if part in score_of:
+      ids.append(tokens.index(part))
+    else:
+      ids += [tokens.index(f'<0x{byte:02X}>') for byte in part.encode()]
+  return ids
+
+
+def test_neighbours_with_the_highest_score_merge_first(tmp_path):
+  pytest.importorskip('tokenizers')
+  told = MADE['scores']['told']
+  tokenizer = tokenizer_of(tmp_path, 'llama', told)
+  rng = np.random.default_rng(0)
+  letters = list('theandworlsy  .,éń世')
+  for _ in range(50):
+    text = ''.join(rng.choice(letters, rng.integers(1, 40)))
+    want = merged_by_scores(text, told['tokens'], told['scores'], told['token_type'])
+    assert tokenizer.encode(text) == want, text
+
+
+def test_a_file_may_say_how_a_text_begins(tmp_path):
+  pytest.importorskip('tokenizers')
+  told = MADE['scores']['told']
+  plain = tokenizer_of(tmp_path, 'llama', told, add_space_prefix=False, add_bos_token=False)
+  assert plain.token(plain.encode('the')[0])[0] == 't'
+  assert plain.encode('the', begin=True) == plain.encode('the')
+  assert plain.decode(plain.encode(' the')) == ' the'
+  begins = {}
+  for pre in ('llama-bpe', 'tekken', 'gpt-2', 'qwen2'):
+    tokenizer = tokenizer_of(tmp_path, 'gpt2', MADE['merges']['told'], pre=pre, bos_token_id=0)
+    begins[pre] = tokenizer.encode('a', begin=True)[0] == 0
+  assert begins == {'llama-bpe': True, 'tekken': True, 'gpt-2': False, 'qwen2': False}
+
+
+@pytest.mark.parametrize(
+  'pre,text,pieces',
+  (
+    ('starcoder', 'a 12b', ['a', 'Ġ', '1', '2', 'b']),
+    ('deepseek-coder', 'ab 12 cd!\n', ['ab', 'Ġ', '1', '2', 'Ġcd', '!', 'Ċ']),
+  ),
+)
+def test_texts_are_split_where_the_model_was_trained_to(pre, text, pieces, tmp_path):
+  pytest.importorskip('tokenizers')
+  encoder = tokenizer_of(tmp_path, 'gpt2', MADE['merges']['told'], pre=pre).encoder
+  assert [piece for piece, _ in encoder.pre_tokenizer.pre_tokenize_str(text)] == pieces
 
 
 @pytest.mark.parametrize(
