@@ -19,6 +19,7 @@ from einops import rearrange
 
 from jpeft.lazy import extra
 
+from ..nn import Rope
 from .safetensors import sha256
 
 GGUF_FILE = 'model.gguf'
@@ -161,6 +162,8 @@ _BLOCK = {
   'ffn_down': 'mlp.down_proj',
 }
 _TOP = {'token_embd': 'model.embed_tokens', 'output_norm': 'model.norm', 'output': 'lm_head'}
+# No weights: what each pair of features of a head turns slower by.
+_SLOWER = 'rope_freqs.weight'
 ARCHITECTURES = ('llama', 'qwen2', 'qwen3')
 
 
@@ -179,7 +182,7 @@ class Gguf:
   Attributes:
     folder: the file.
     metadata: {key: value}.
-    shapes: {Hugging Face key: shape} of every tensor.
+    shapes: {Hugging Face key: shape} of every weight.
     files: {file name: sha256}; computed when first read.
 
   Raises:
@@ -200,7 +203,7 @@ class Gguf:
       raise ValueError(
         f'{self.folder} is no readable GGUF file ({error}); it is damaged or was not copied whole'
       ) from error
-    self._names = {_hugging_face_key(name): name for name in self._tensors}
+    self._names = {_hugging_face_key(name): name for name in self._tensors if name != _SLOWER}
     self.shapes = {key: self._tensors[name].shape for key, name in self._names.items()}
 
   @functools.cached_property
@@ -241,6 +244,8 @@ class Gguf:
       if 'rope.scaling.original_context_length' in values:
         original = values['rope.scaling.original_context_length']
         rope_scaling['original_max_position_embeddings'] = original
+    if _SLOWER in self._tensors:
+      rope_scaling = self._slower(values.get('rope.freq_base', 10000.0))
     config = {
       'model_type': kind,
       'hidden_size': width,
@@ -261,6 +266,30 @@ class Gguf:
       if f'tokenizer.ggml.{name}' in self.metadata:
         config[name] = self.metadata[f'tokenizer.ggml.{name}']
     return config
+
+  def _slower(self, theta: float) -> dict[str, Any]:
+    """The rotary positions of Llama 3.1 and later, whose factors the file has as an array.
+
+    Raises:
+      ValueError: factors of another rule.
+    """
+    factors = self.tensor(_SLOWER)
+    size = 2 * factors.size
+    told = {'factor': float(factors.max()), 'low': 1.0, 'high': 4.0, 'original': 8192}
+    plain = Rope(theta).frequencies(size)
+    slow = Rope(theta, 'llama3', **told).frequencies(size)
+    if not np.allclose(plain / slow, factors, rtol=1e-3):
+      raise ValueError(
+        f'{self.folder}: {_SLOWER!r} has other factors than Llama 3 has for rotary positions, '
+        'which is not supported'
+      )
+    return {
+      'rope_type': 'llama3',
+      'factor': told['factor'],
+      'low_freq_factor': told['low'],
+      'high_freq_factor': told['high'],
+      'original_max_position_embeddings': told['original'],
+    }
 
   def read(self, key: str) -> np.ndarray:
     """One tensor as float32, in the layout of Hugging Face."""

@@ -15,6 +15,7 @@ from jpeft import models
 from jpeft.decoding import generate
 from jpeft.models.io.gguf import FORMATS, Gguf
 from jpeft.models.io.tokenizer import load_tokenizer, save_tokenizer
+from jpeft.models.nn import Rope
 from tests.models.goldens import GOLDEN
 from tests.models.io.test_files import same, tensors
 
@@ -89,6 +90,11 @@ def metadata(kind, config, **more):
 def convert(name, kind, permute=lambda part, x: x, **more):
   """A golden folder as a GGUF file."""
   config = json.loads((GOLDEN / name / 'config.json').read_text())
+  return gguf_file(metadata(kind, config, **more), arrays_of(name, permute))
+
+
+def arrays_of(name, permute=lambda part, x: x):
+  """The arrays of a golden folder by their names in GGUF."""
   arrays = {}
   for key, array in tensors(GOLDEN / name).items():
     stem, _, leaf = key.rpartition('.')
@@ -97,7 +103,7 @@ def convert(name, kind, permute=lambda part, x: x, **more):
       arrays[f'blk.{number}.{NAMES[part]}.{leaf}'] = permute(part, array)
     else:
       arrays[f'{NAMES[stem]}.{leaf}'] = array
-  return gguf_file(metadata(kind, config, **more), arrays)
+  return arrays
 
 
 def test_formats_are_read_bit_by_bit():
@@ -154,6 +160,35 @@ def test_the_original_context_of_yarn_is_read(tmp_path):
   rope = models.load(tmp_path / 'tiny.gguf').model.rope
   assert (rope.scaling, rope.factor, rope.original) == ('yarn', 4.0, 16)
   assert rope.magnitude == pytest.approx(0.1 * np.log(4) + 1)
+
+
+@pytest.mark.parametrize('wrong', (False, True))
+def test_the_factors_of_rotary_positions_are_those_of_llama_3(wrong, tmp_path):
+  """As the writer of such files makes them, feature by feature; here for heads of 6 features."""
+  config = json.loads((GOLDEN / 'qwen3' / 'config.json').read_text())
+  told = metadata('qwen3', config) | {'qwen3.rope.freq_base': 500000.0}
+  factors = []
+  for i in range(3):
+    wavelength = 2 * np.pi * 500000.0 ** (2 * i / 6)
+    if wavelength < 8192 / 4:
+      factors.append(1.0)
+    elif wavelength > 8192:
+      factors.append(32.0)
+    else:
+      fast = (8192 / wavelength - 1) / 3
+      factors.append(1 / ((1 - fast) / 32 + fast))
+  assert factors[0] == 1 and factors[2] == 32
+  if wrong:
+    factors[0] = 3
+  (tmp_path / 'tiny.gguf').write_bytes(
+    gguf_file(told, {**arrays_of('qwen3'), 'rope_freqs.weight': np.array(factors)})
+  )
+  if wrong:
+    with pytest.raises(ValueError, match="'rope_freqs.weight' has other factors than Llama 3"):
+      models.load(tmp_path / 'tiny.gguf')
+    return
+  rope = models.load(tmp_path / 'tiny.gguf').model.rope
+  assert rope == Rope(500000.0, 'llama3', 32.0, 1.0, 4.0, 8192)
 
 
 DATA = convert('qwen3', 'qwen3')
