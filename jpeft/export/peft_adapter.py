@@ -78,7 +78,7 @@ def save_adapter(
     tuned: the method on the backbone. Needed unless theta is of one rule that acts in all layers,
       whose alpha is given.
     names: of the modules: 'transformers>=5' as transformers from 5 on calls them in memory,
-      'transformers<5' as files do. They differ for ViT, DeiT and DINOv2.
+      'transformers<5' as files do. They differ for ViTs of any kind.
 
   Raises:
     ValueError: theta holds what such folders cannot.

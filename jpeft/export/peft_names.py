@@ -1,7 +1,7 @@
 """The names by which peft finds the arrays of a backbone.
 
 peft names what transformers holds in memory. Files keep the names of before transformers 5, which
-calls some modules of ViT, DeiT and DINOv2 otherwise; folders of both are read.
+calls some modules of ViTs otherwise; folders of both are read.
 """
 
 import dataclasses

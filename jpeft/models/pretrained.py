@@ -107,8 +107,8 @@ def load(
     layers: keep the first so many blocks (T5: of each stack).
     pool: what a head of one label an input reads, or what is returned without one: 'cls', 'mean',
       'cls_mean' (images only), 'last' (decoders only) or 'tokens', all hidden states. None for the
-      family's own: 'cls_mean' for a head of DINOv2, 'mean' for sentence encoders such as MiniLM,
-      'last' for decoders, else 'cls'.
+      family's own: 'cls_mean' for a head of DINOv2 and DINOv3, 'mean' for BEiT and for sentence
+      encoders such as MiniLM, 'last' for decoders, else 'cls'.
     dropout: every dropout rate of the model; None for those of the checkpoint's config.
     quantize: store kernels in 4 bits, such as `jpeft.nf4()`; they are read and coded one at a time.
     targets: pattern of the modules whose kernels are stored so.

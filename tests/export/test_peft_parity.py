@@ -19,13 +19,14 @@ pytestmark = [
   pytest.mark.parity,
   pytest.mark.filterwarnings('ignore'),  # of peft, which calls what transformers will rename
 ]
-MODELS = ('bert', 'roberta', 'vit', 'dinov2', 't5', 'llama', 'qwen2')
+MODELS = ('bert', 'roberta', 'vit', 'dinov2', 'beit', 't5', 'llama', 'qwen2')
 # {model: (modules of which one is adapted, a head or a norm that is saved whole)}
 PARTS = {
   'bert': ('query', 'classifier'),
   'roberta': ('query', 'classifier'),
   'vit': ('q_proj', 'classifier'),
   'dinov2': ('q_proj', 'classifier'),
+  'beit': ('q_proj', 'classifier'),
   't5': ('q', 'final_layer_norm'),
   'llama': ('q_proj', 'lm_head'),
   'qwen2': ('q_proj', 'norm'),
@@ -211,6 +212,7 @@ SCALED = {
   'roberta': ('key', 'output.dense'),
   'vit': ('k_proj', 'mlp.fc2'),
   'dinov2': ('k_proj', 'mlp.fc2'),
+  'beit': ('k_proj', 'mlp.fc2'),
   't5': ('k', 'wo'),
   'llama': ('k_proj', 'down_proj'),
   'qwen2': ('k_proj', 'down_proj'),
@@ -220,6 +222,7 @@ NORMS = {
   'roberta': 'LayerNorm',
   'vit': 'layernorm_before',
   'dinov2': 'norm1',
+  'beit': 'layernorm_before',
   't5': 'layer_norm',
   'llama': 'input_layernorm',
   'qwen2': 'norm',

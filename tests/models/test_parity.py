@@ -177,6 +177,21 @@ def test_a_bare_dinov3_that_we_save_opens_in_transformers(name, tmp_path):
   close(outputs(dataclasses.replace(loaded, variables=moved), inputs), want, 5e-6)
 
 
+@pytest.mark.parametrize(
+  'name,kind',
+  (('dinov2', 'Dinov2Model'), ('beit_shared', 'BeitModel'), ('dinov3', 'DINOv3ViTModel')),
+)
+def test_hidden_patches_equal_transformers(name, kind):
+  images = golden(name)[0]['images']
+  masked = np.random.default_rng(0).random((2, 16)) < 0.5
+  model = getattr(transformers, kind).from_pretrained(GOLDEN / name).eval()
+  with torch.no_grad():
+    pixels = torch.tensor(images.transpose(0, 3, 1, 2))
+    want = model(pixels, bool_masked_pos=torch.tensor(masked)).last_hidden_state.numpy()
+  loaded = models.load(GOLDEN / name, head=None, pool='tokens')
+  close(outputs(loaded, {'images': images, 'masked': masked}), want, 5e-6)
+
+
 def test_new_classes_open_in_transformers(tmp_path):
   inputs, _ = golden('dinov2')
   loaded = models.load(GOLDEN / 'dinov2', num_classes=7, image_size=28, layers=1)
@@ -202,7 +217,7 @@ def test_relative_buckets_equal_transformers(bidirectional, buckets, distance):
 @pytest.mark.filterwarnings(
   'ignore::FutureWarning'
 )  # of peft, which calls what transformers will rename
-@pytest.mark.parametrize('name', ('bert', 'llama'))
+@pytest.mark.parametrize('name', ('bert', 'llama', 'beit'))
 @pytest.mark.parametrize('head', (False, True))
 @pytest.mark.parametrize('make', (jpeft.lora, jpeft.dora), ids=('lora', 'dora'))
 def test_peft_opens_the_adapters_we_save(name, head, make, tmp_path):

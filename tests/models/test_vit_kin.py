@@ -78,8 +78,10 @@ def test_methods_that_add_tokens_and_those_that_need_places(name):
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(gradient['head']))
 
 
-def test_a_head_of_masked_images_is_left_out_on_request(tmp_path):
-  """Its files have a norm of all tokens beside the head, and no pooler."""
+def test_heads_of_patches_are_left_out_on_request(tmp_path):
+  """Files of masked images have a norm of all tokens beside the head, those of segments have
+  layers before it, and neither a pooler.
+  """
   arrays = st.load_file(GOLDEN / 'beit' / 'model.safetensors')
   kept = {k: x for k, x in arrays.items() if 'pooler' not in k and 'classifier' not in k}
   norm = {'layernorm.weight': np.full(12, 7, 'f'), 'layernorm.bias': np.zeros(12, 'f')}
@@ -98,6 +100,11 @@ def test_a_head_of_masked_images_is_left_out_on_request(tmp_path):
   np.testing.assert_array_equal(
     tokens, outputs(models.load(GOLDEN / 'beit', head=None, pool='tokens'), images)
   )
+  kept['decode_head.classifier.weight'] = np.ones((5, 12, 1, 1), 'f')
+  kept['fpn1.0.weight'] = np.ones((12, 12, 2, 2), 'f')
+  st.save_file(kept, tmp_path / 'model.safetensors')
+  loaded = models.load(tmp_path, head=None, pool='tokens')
+  np.testing.assert_array_equal(tokens, outputs(loaded, images))
   fresh = models.load(tmp_path, num_classes=4)
   assert (np.array(fresh.variables['params']['pool_norm']['scale']) == 1).all()
   assert outputs(fresh, images).shape == (2, 4)

@@ -105,7 +105,13 @@ BEIT = Table(
   ),
   head=(('head', 'dense', 'classifier'),),
   # Older files have the numbers of distances, which follow from the image size.
-  ignore=(*_IGNORE, r'.*relative_position_index', r'lm_head\..*'),
+  ignore=(
+    *_IGNORE,
+    r'.*relative_position_index',
+    r'lm_head\..*',
+    r'(decode|auxiliary)_head\..*',
+    r'fpn\d\..*',
+  ),
   architectures=('BeitModel', 'BeitForImageClassification'),
   renamed=(
     (f'attention.attention.{_DISTANCES}', _DISTANCES),
