@@ -30,6 +30,13 @@ _CASED = rf'[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPP
 _LLAMA3 = rf'{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}|{_REST}'
 _QWEN2 = rf'{_CONTRACTIONS}|{_WORD}|\p{{N}}|{_REST}'
 _TEKKEN = rf'{_CASED}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+# Letters with a case in the scripts that DeepSeek knew, and its Chinese, Japanese and Korean.
+_CASED_SCRIPTS = (
+  r'[[\p{Lu}\p{Ll}\p{Lt}]&&[\x{41}-\x{556}\x{10a0}-\x{10c5}\x{13a0}-\x{13fd}\x{1c90}-\x{2cf3}'
+  r'\x{a640}-\x{a78e}\x{ab70}-\x{abbf}\x{fb00}-\x{ff5a}\x{10400}-\x{1044f}\x{104b0}-\x{104fb}'
+  r'\x{10c80}-\x{10cf2}\x{118a0}-\x{118df}\x{1e900}-\x{1e943}]]'
+)
+_ASIAN = r'[\x{800}-\x{9fa5}\x{ac00}-\x{d7ff}]+'
 
 
 class Splitting(NamedTuple):
@@ -64,12 +71,22 @@ SPLITTINGS = {
   'llama-v3': _LLAMA3_SPLITTING,
   'qwen2': Splitting((_QWEN2,), composed=True),
   'tekken': Splitting((_TEKKEN,), whole=True, begins=True),
+  'deepseek-llm': Splitting(
+    (
+      r'[\r\n]',
+      rf'\s?{_CASED_SCRIPTS}+',
+      r'\s?[!-/:-~\x{ff01}-\x{ff0f}\x{ff1a}-\x{ff5e}\x{2018}-\x{201f}\x{3000}-\x{3002}]+',
+      r'\s+$',
+      _ASIAN,
+      r'\p{N}+',
+    )
+  ),
   'deepseek-coder': Splitting(
     (
       r'[\r\n]',
       r'\s?\p{L}+',
       r'\s?\p{P}+',
-      '[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+',
+      _ASIAN,
       r'\p{N}',
     )
   ),

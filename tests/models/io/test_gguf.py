@@ -557,6 +557,8 @@ def test_a_file_may_say_how_a_text_begins(tmp_path):
   (
     ('starcoder', 'a 12b', ['a', 'Ġ', '1', '2', 'b']),
     ('deepseek-coder', 'ab 12 cd!\n', ['ab', 'Ġ', '1', '2', 'Ġcd', '!', 'Ċ']),
+    # Its pattern of punctuation has all of ASCII but digits: words split where other letters end.
+    ('deepseek-llm', 'ab 12 Éd!\n 你好', ['ab', 'Ġ', '12', 'ĠÃī', 'd', '!', 'Ċ', 'Ġ', 'ä½łå¥½']),
   ),
 )
 def test_texts_are_split_where_the_model_was_trained_to(pre, text, pieces, tmp_path):
