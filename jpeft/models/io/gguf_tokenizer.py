@@ -13,8 +13,9 @@ from jpeft.lazy import extra
 from .gguf import Gguf
 
 # Types of tokens. Control tokens are special, that is, found in a text before it is split and left
-# out of decoded text; those of the user are only found. Bytes stand for what has no piece.
+# out of decoded text; those of the user are only found.
 _NORMAL = 1
+_UNKNOWN = 2
 _CONTROL = 3
 _USER = 4
 
@@ -119,7 +120,7 @@ def encoder_of(file: Gguf):
         f'{file.folder}: tokenizer.ggml.{name} has {len(held)} entries for {len(tokens)} tokens'
       )
   if kind == 'llama':
-    encoder = _by_scores(values, types)
+    encoder = _by_scores(file, values, types)
     begins = True
   else:
     encoder = _by_merges(file, values, SPLITTINGS[split])
@@ -176,7 +177,7 @@ def _split(splitting: Splitting):
   return Sequence(steps)
 
 
-def _by_scores(values: Mapping[str, Any], types: Sequence[int]):
+def _by_scores(file: Gguf, values: Mapping[str, Any], types: Sequence[int]):
   """An encoder of pieces as of SentencePiece: of all neighbours those merge first whose piece has
   the highest score; a character without a piece becomes its bytes.
 
@@ -189,6 +190,13 @@ def _by_scores(values: Mapping[str, Any], types: Sequence[int]):
   tokens = values['tokens']
   vocabulary = {token: i for i, token in enumerate(tokens)}
   unknown = values.get('unknown_token_id')
+  if unknown is None and _UNKNOWN in types:
+    unknown = types.index(_UNKNOWN)
+  if unknown is None and not all(f'<0x{byte:02X}>' in vocabulary for byte in range(256)):
+    raise ValueError(
+      f'{file.folder}: its tokenizer has neither a token for what is unknown nor all bytes, so '
+      'that characters would be left out'
+    )
   model = models.BPE(
     vocabulary,
     _merges(tokens, values['scores'], types),

@@ -538,6 +538,19 @@ def test_neighbours_with_the_highest_score_merge_first(tmp_path):
     assert tokenizer.encode(text) == want, text
 
 
+def test_what_is_unknown_has_a_token_or_bytes(tmp_path):
+  pytest.importorskip('tokenizers')
+  told = {
+    'tokens': ['</s>', '<unk>', '\u2581', 'a'],
+    'scores': [0.0, 0.0, 0.0, 0.0],
+    'token_type': [3, 2, 1, 1],
+    'eos_token_id': 0,
+  }
+  assert tokenizer_of(tmp_path, 'llama', told).encode('aba') == [2, 3, 1, 3]
+  with pytest.raises(ValueError, match='neither a token for what is unknown nor all bytes'):
+    tokenizer_of(tmp_path, 'llama', told | {'token_type': [3, 1, 1, 1]})
+
+
 def test_a_file_may_say_how_a_text_begins(tmp_path):
   pytest.importorskip('tokenizers')
   told = MADE['scores']['told']
