@@ -118,9 +118,13 @@ def padding(pretrained) -> str | None:
   """The token that a decoder is padded with; None where tokenizer.json says it.
 
   Tokenizers of decoders often have none. Theirs is what tokenizer_config.json calls `pad_token`,
-  else the token that ends a text: it is masked, so that any will do.
+  else the token that ends a text: it is masked, so that any will do. Without that file the padding
+  is a token that tokenizer.json knows.
   """
   if not isinstance(pretrained.model, models.Llama):
+    return None
+  path = pathlib.Path(pretrained.tokenizer)
+  if path.suffix == '.json' and not path.with_name('tokenizer_config.json').exists():
     return None
   tokenizer = models.load_tokenizer(pretrained.tokenizer)
   return tokenizer.token(tokenizer.pad)
