@@ -109,7 +109,7 @@ if TYPE_CHECKING:
     widened_theta,
   )
   from jpeft.tasks import register_metric, register_modality
-  from jpeft.training import optim
+  from jpeft.training import optim, register_writer
 
 # What loads backbones, or trains, is imported on first use: `import jpeft` is light. A package
 # named here is an attribute without an import of its own, as those imported above are.
@@ -129,7 +129,7 @@ _LATER = {
   '.plan': ('plan',),
   '.planning': ('planning',),
   '.tasks': ('register_metric', 'register_modality', 'tasks'),
-  '.training': ('optim', 'training'),
+  '.training': ('optim', 'register_writer', 'training'),
 }
 __getattr__ = on_first_use(__name__, _LATER)
 
@@ -227,6 +227,7 @@ __all__ = [
   'register_method',
   'register_metric',
   'register_modality',
+  'register_writer',
   's2a',
   'save_adapter',
   'save_pretrained',

@@ -40,6 +40,7 @@ def extra(name: str) -> Iterator[None]:
   try:
     yield
   except ModuleNotFoundError as error:
+    package = (error.name or '').partition('.')[0]
     raise ModuleNotFoundError(
-      f"this needs the package {error.name}: pip install 'jpeft[{name}]'", name=error.name
+      f"this needs the package {package}: pip install 'jpeft[{name}]'", name=error.name
     ) from error

@@ -2,11 +2,13 @@
 
 from .listing import listing, reference
 from .load import Command, as_text, differences, from_json, load, packaged, parse, to_json
-from .schema import TASKS, allow, complete, flatten, nearest, nest
+from .schema import TASKS, TEXT_METRICS, TRACKERS, allow, complete, flatten, nearest, nest
 
 __all__ = [
   'Command',
   'TASKS',
+  'TEXT_METRICS',
+  'TRACKERS',
   'allow',
   'as_text',
   'complete',

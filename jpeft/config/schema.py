@@ -99,8 +99,15 @@ def _is_weight(value) -> bool:
 DISTANCES = ('mse', 'mae', 'huber')
 STORAGES = ('nf4', 'nf4_double', 'fp4', 'fp4_double', 'int4', 'int4_1', 'affine')
 
+# Where the log of a run can go besides; those but csv need an extra of their name.
+TRACKERS = ('tensorboard', 'csv', 'wandb', 'mlflow')
+
 # Of labels; f1 is for two of them, pearson and spearman for labels in an order.
 FURTHER_METRICS = ('f1', 'balanced_accuracy', 'matthews', 'pearson', 'spearman')
+
+# Of texts that a model has written.
+TEXT_METRICS = ('bleu', 'chrf', 'rouge1', 'rouge2', 'rougeL')
+_ALSO = (*FURTHER_METRICS, *TEXT_METRICS)
 
 
 class TaskKeys(NamedTuple):
@@ -111,12 +118,14 @@ class TaskKeys(NamedTuple):
     metrics: those of jpeft that it has; the first decides which theta is best if nothing is said.
     losses: keys of the section `loss` that its loss reads.
     head: whether a fresh head is trained if `method.head` is left out.
+    written: metrics of texts that the model writes, for `eval.also`.
   """
 
   learns: str
   metrics: tuple[str, ...]
   losses: tuple[str, ...]
   head: bool = True
+  written: tuple[str, ...] = ()
 
 
 TASKS = {
@@ -136,7 +145,11 @@ TASKS = {
     ('name', 'standardize'),
   ),
   'language': TaskKeys(
-    'texts to write', ('accuracy', 'perplexity', 'loss'), ('label_smoothing',), head=False
+    'texts to write',
+    ('accuracy', 'perplexity', 'loss'),
+    ('label_smoothing',),
+    head=False,
+    written=TEXT_METRICS,
   ),
   'tokens': TaskKeys(
     'a tag each word', ('f1', 'precision', 'recall', 'accuracy', 'loss'), ('label_smoothing',)
@@ -321,9 +334,9 @@ FIELDS: dict[str, Field] = {
   'eval.also': Field(
     (tuple, list),
     (),
-    f'metrics that are reported beside the usual ones: {", ".join(FURTHER_METRICS)}',
-    f'some of {", ".join(FURTHER_METRICS)}',
-    lambda v: all(name in FURTHER_METRICS for name in v),
+    f'metrics that are reported beside the usual ones: {", ".join(_ALSO)}',
+    f'some of {", ".join(_ALSO)}',
+    lambda v: all(name in _ALSO for name in v),
   ),
   'eval.patience': _positive(
     int,
@@ -344,7 +357,14 @@ FIELDS: dict[str, Field] = {
   'checkpoint.every': _positive(int, 100, 'updates between checkpoints'),
   'checkpoint.keep': _positive(int, 2, 'checkpoints kept'),
   'log.every': _positive(int, 10, 'updates between lines of metrics.jsonl'),
-  'log.tensorboard': _flag(False, 'also write TensorBoard event files (needs tensorboardX)'),
+  'log.to': Field(
+    (tuple, list),
+    (),
+    f'trackers that get the lines of metrics.jsonl as well: {", ".join(TRACKERS)}',
+    f'some of {", ".join(TRACKERS)}',
+    lambda v: all(name in TRACKERS or name in _ALLOWED.get('log.to', ()) for name in v),
+  ),
+  'log.tensorboard': _flag(False, "the same as 'tensorboard' in log.to"),
   # Devices.
   'mesh.data': _positive(int, 1, 'devices that share a batch'),
   'mesh.model': _positive(int, 1, 'devices that share a copy of the backbone'),
@@ -414,12 +434,17 @@ def check_key(key: str, others: Iterable[str] = ()) -> None:
 
 def _check_task(out: dict[str, Any]) -> None:
   task = TASKS[out['task']]
-  foreign = set(_METRICS) - set(task.metrics)
+  foreign = {*_METRICS, *TEXT_METRICS} - {*task.metrics, *task.written}
   for key, names in (('eval.metric', [out['eval.metric']]), ('eval.also', out['eval.also'])):
     for name in names:
       registered_for = _ALLOWED.get('eval.metric', {}).get(name)
       if name in foreign or registered_for not in (None, out['task']):
         raise ValueError(f'config.{key}={name!r} is no metric of config.task={out["task"]!r}')
+      if name in task.written and not out['eval.generate']:
+        raise ValueError(
+          f'config.{key} names {name!r}, a score of texts that the model writes: say how many by '
+          'config.eval.generate'
+        )
   for key, field in FIELDS.items():
     section, _, name = key.partition('.')
     if section == 'loss' and name not in task.losses and out[key] != field.default:

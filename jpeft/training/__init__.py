@@ -13,7 +13,7 @@ from .loop import train
 from .memory import Memory
 from .metrics import Metrics, values
 from .optim import optimizer, schedule
-from .predictions import answers, predictions
+from .predictions import answers, check_writable, predictions, save_answers
 from .progress import Progress
 from .report import line, needs, table, write_report
 from .sharding import (
@@ -38,6 +38,7 @@ from .step import (
   train_step,
   zero_sums,
 )
+from .writers import Opened, Writer, register_writer
 
 __all__ = [
   'Checkpoints',
@@ -45,15 +46,18 @@ __all__ = [
   'Forward',
   'Memory',
   'Metrics',
+  'Opened',
   'PLAIN',
   'Part',
   'Progress',
+  'Writer',
   'answers',
   'batch_shapes',
   'build',
   'cached',
   'check_imported',
   'check_used',
+  'check_writable',
   'claimed',
   'compiled',
   'describe',
@@ -79,8 +83,10 @@ __all__ = [
   'over_data',
   'over_model',
   'predictions',
+  'register_writer',
   'replicated',
   'reopen',
+  'save_answers',
   'save_theta',
   'schedule',
   'state_shapes',

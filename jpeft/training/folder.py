@@ -7,6 +7,7 @@ run.json         labels, what was found out about them (`Task.facts`), modules t
 checkpoints/     the training state, by step
 labels.json      scores of each label, of tasks that have them
 metrics.jsonl    one line a log interval and an evaluation
+trackers.json    ids by which the trackers of `log.to` go on with the run, if there are such
 best.safetensors, theta.safetensors     theta of the best evaluation, and of the end
 report.json, report.md, curves.png      written when the run is complete
 """

@@ -4,6 +4,8 @@ from collections.abc import Iterable
 
 from jpeft import cli, data, methods, quant, tasks
 
+from .writers import writer_modules
+
 
 def imports_of(config, reads: str) -> list[str]:
   """What has to be imported before a run of `config` can be opened: module names, paths of files.
@@ -17,6 +19,7 @@ def imports_of(config, reads: str) -> list[str]:
     tasks.registered_module(config.eval.metric),
     quant.registered_module(config.model.quantize),
     tasks.modality_module(reads),
+    *writer_modules(config),
   ]
   return sorted({cli.reference_of(module) for module in modules if module is not None})
 

@@ -1,7 +1,6 @@
 """The training loop: one linear function from a configuration to a report."""
 
 import contextlib
-import functools
 import json
 import pathlib
 import time
@@ -11,8 +10,9 @@ import jax
 import numpy as np
 
 from jpeft import cli, data, tasks
+from jpeft import config as config_lib
 from jpeft.core import summary
-from jpeft.decoding import completions
+from jpeft.decoding import AT_ONCE, completions
 from jpeft.programs import mib
 from jpeft.quant import nbytes
 from jpeft.version import __version__
@@ -31,6 +31,7 @@ from .progress import Progress, counted
 from .stages import current, entered, stages_of
 from .start import start_of
 from .watch import Signals, Watch
+from .writers import Writers, check_trackers, trackers_of
 
 
 def train(config, folder: pathlib.Path) -> dict:
@@ -52,7 +53,8 @@ def train(config, folder: pathlib.Path) -> dict:
 def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
   # ---- Data, backbone, method, optimizer.
   with cli.inputs_checked():
-    Metrics.check(config.log.tensorboard)
+    trackers = trackers_of(config)
+    check_trackers(trackers)
     mesh = sharding.mesh(config.mesh.data, config.mesh.model)
     task = tasks.of(config)
     train_source = task.source(config, config.data.train)
@@ -168,8 +170,7 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
       state, kept = checkpoints.restore(state)
       seconds_before = kept['seconds']
       batches.restore(kept['data'])
-    metrics = Metrics(folder / 'metrics.jsonl', start, config.log.tensorboard)
-    stack.callback(metrics.close)
+    metrics = Metrics(folder / 'metrics.jsonl', start)
 
   first_line = (
     f'{config.method.name} on {config.model.source}, {config.data.name}: {facts.trainable:,} '
@@ -191,6 +192,12 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
       progress.note(f'after {later.begin} updates: {count:,} trainable numbers')
   for about in source_info:
     progress.note(about)
+  with cli.inputs_checked():
+    writers = Writers(trackers, folder, start, metrics.rows, progress.note)
+    stack.callback(writers.close)
+  if not start:
+    writers.config(config_lib.flatten(config))
+  metrics.copied_to(writers)
   signals = stack.enter_context(Signals())
 
   def stop():
@@ -235,7 +242,17 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     scores = task.scores(tally, tasks.requested(config), facts_of_labels)
     if not writes(scores):
       return scores
-    write = functools.partial(completions, model, backbone, theta=theta)
+
+    def write(prompts, **options):
+      """What the model writes after each prompt, counted by batches."""
+      progress.stage('writing')  # on a terminal, while the first batch is written
+      count = progress.stage('writing', len(prompts))
+      texts = completions(model, backbone, prompts, theta=theta, **options)
+      for number, text in enumerate(texts, 1):
+        if number % AT_ONCE == 0 or number == len(prompts):
+          count.show(number)
+        yield text
+
     written = task.written(config, pretrained, eval_source, write, stop)
     if written is None:
       return None
@@ -352,6 +369,8 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     'backbone_sha256': backbone_sha256,
     'theta_sha256': fingerprint(state['theta']),
   }
-  report.write_report(folder, result, metrics.rows)
+  missing = report.write_report(folder, result, metrics.rows)
+  if missing:
+    progress.note(missing)
   progress.note(report.line(folder, result['eval']))
   return result

@@ -4,9 +4,8 @@ import json
 import pathlib
 import time
 
-from jpeft.lazy import extra
-
 from .checkpoints import write
+from .writers import Writers
 
 
 class Metrics:
@@ -19,7 +18,7 @@ class Metrics:
     rows: its lines.
   """
 
-  def __init__(self, path: pathlib.Path, step: int, tensorboard: bool = False):
+  def __init__(self, path: pathlib.Path, step: int):
     """Opens the log of a run that goes on from `step`.
 
     Later lines are removed, because the run writes them again.
@@ -28,15 +27,11 @@ class Metrics:
     self.rows = [row for row in read_metrics(path) if row['step'] <= step]
     write(path, ''.join(json.dumps(row) + '\n' for row in self.rows))
     self._start = time.perf_counter()
-    self._writer = None
-    if tensorboard:
-      self._writer = _event_writer()(str(path.parent / 'tensorboard'), purge_step=step + 1)
+    self._trackers: Writers | None = None
 
-  @staticmethod
-  def check(tensorboard: bool) -> None:
-    """Raises an ImportError if event files are wanted and tensorboardX is not installed."""
-    if tensorboard:
-      _event_writer()
+  def copied_to(self, trackers: Writers) -> None:
+    """Gives later lines to the trackers as well."""
+    self._trackers = trackers
 
   def add(self, step: int, split: str, **values: float) -> None:
     """Writes a line."""
@@ -48,9 +43,8 @@ class Metrics:
     self.rows.append(row)
     with self.path.open('a') as file:
       file.write(json.dumps(row) + '\n')
-    if self._writer:
-      for name, value in values.items():
-        self._writer.add_scalar(f'{split}/{name}', value, step)
+    if self._trackers:
+      self._trackers.scalars(step, split, values)
 
   def has(self, step: int, split: str) -> bool:
     """Whether there is a line of a step and split."""
@@ -59,18 +53,6 @@ class Metrics:
   def of(self, split: str) -> list[dict]:
     """The lines of a split."""
     return [row for row in self.rows if row['split'] == split]
-
-  def close(self) -> None:
-    """Ends the writer of TensorBoard files."""
-    if self._writer:
-      self._writer.close()
-
-
-def _event_writer():
-  """The class that writes the event files of TensorBoard."""
-  with extra('tensorboard'):
-    from tensorboardX import SummaryWriter
-  return SummaryWriter
 
 
 def read_metrics(path: pathlib.Path) -> list[dict]:
