@@ -236,7 +236,12 @@ def check_input(name: str) -> None:
 
 
 def lines(name: str) -> list[str]:
-  """The lines of a text file that are not empty, without their line ends; '-' is stdin.
+  """The lines of a text file that are not empty, as those of `numbered_lines`."""
+  return [line for _, line in numbered_lines(name)]
+
+
+def numbered_lines(name: str) -> list[tuple[int, str]]:
+  """(number, line without its end) of the lines of a text file that are not empty; '-' is stdin.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -250,4 +255,4 @@ def lines(name: str) -> list[str]:
       found = list(file)
   for number, line in enumerate(found, 1):
     textfiles.check_whole(line, f'line {number} of {name}')
-  return [line.rstrip('\n') for line in found if line.strip()]
+  return [(number, line.rstrip('\n')) for number, line in enumerate(found, 1) if line.strip()]

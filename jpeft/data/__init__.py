@@ -5,11 +5,14 @@ from typing import TYPE_CHECKING
 from jpeft.lazy import on_first_use
 
 from .batches import Batches
-from .decode import decode
+from .conventions import MARGIN, PADS
+from .decode import check_files, decode
 from .labels import labels_of
 from .load import load, register_dataset, registered_module
 from .packing import Packed, prompt
+from .readers.folder import images_below
 from .readers.questions import question
+from .readers.tables import Asked, asked, kind_of_table, like_columns
 from .source import Dataset, Source, in_memory
 
 if TYPE_CHECKING:
@@ -37,19 +40,27 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+  'Asked',
   'Batches',
   'Dataset',
   'Encoder',
+  'MARGIN',
   'MaskableTexts',
+  'PADS',
   'Packed',
   'Source',
   'TaggedWords',
   'Windows',
+  'asked',
+  'check_files',
   'check_texts',
   'decode',
   'image_transform',
+  'images_below',
   'in_memory',
+  'kind_of_table',
   'labels_of',
+  'like_columns',
   'load',
   'mask_of',
   'masking_of',

@@ -16,6 +16,7 @@ import numpy as np
 
 from jpeft.lazy import extra
 
+from .conventions import MARGIN
 from .source import Example, Transform, suggestion
 
 with extra('quickstart'):
@@ -26,8 +27,6 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 FILTERS = {'bicubic': Image.Resampling.BICUBIC, 'bilinear': Image.Resampling.BILINEAR}
 AUGMENTATIONS = ('none', 'vtab', 'flip_crop', 'imagenet')
 RESIZES = ('squash', 'crop')
-# The side that an image is resized to before a crop, over the side of the crop.
-MARGIN = 256 / 224
 
 
 def image_transform(

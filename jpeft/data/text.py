@@ -10,12 +10,11 @@ import numpy as np
 from jpeft.lazy import extra
 from jpeft.messages import no_row
 
+from .conventions import PADS
 from .source import Example, Transform
 
 with extra('llm'):
   from tokenizers import Tokenizer
-
-PADS = ('[PAD]', '<pad>', '<|pad|>', '<|padding|>')
 
 
 def text_transform(

@@ -33,8 +33,9 @@ class Modality:
     example: (config, pretrained) -> the arrays of a batch of one row, [1, ...] each: shapes to
       attach a method and to compile with.
     call: batch -> (args, kwargs) of the model's call.
-    read: files that a user names -> (a name for each example, the examples). Raises a ValueError
-      or an OSError that names the file which cannot be read.
+    read: files that a user names -> (a name for each example, the examples). A name may be a dict
+      with 'input' and what else says which one it is. Raises a ValueError or an OSError that names
+      the file which cannot be read.
     has_length: whether `data.max_length` is the length of its rows.
     check: (pretrained, source, its transform) -> nothing; raises a ValueError, before training, for
       examples that the backbone cannot read.
@@ -47,7 +48,7 @@ class Modality:
   transform: Callable[[Any, Any, bool], Transform]
   example: Callable[[Any, Any], dict[str, np.ndarray]]
   call: Callable[[Mapping[str, Any]], tuple[tuple, dict[str, Any]]]
-  read: Callable[[Sequence[str]], tuple[list[str], list[dict[str, Any]]]]
+  read: Callable[[Sequence[str]], tuple[Sequence[Any], Sequence[dict[str, Any]]]]
   has_length: bool = False
   check: Callable[[Any, Any, Transform], None] = _nothing
 
@@ -74,8 +75,53 @@ def _image_call(batch: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
   return (batch['image'],), {}
 
 
-def _read_images(names: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]]:
-  return list(names), [{'image': data.decode(pathlib.Path(name), name)} for name in names]
+class _Picture(dict):
+  """The example of an image file, which is decoded each time that it is read."""
+
+  def __init__(self, file: pathlib.Path):
+    super().__init__()
+    self._file = file
+
+  def __missing__(self, key: str) -> np.ndarray:
+    if key != 'image':
+      raise KeyError(key)
+    return data.decode(self._file, str(self._file))
+
+
+def _read_images(names: Sequence[str]) -> tuple[list[dict[str, Any]], list[_Picture]]:
+  """Files, all images below folders, and those that tables name."""
+  places: list[dict[str, Any]] = []
+  files = []
+  for name in names:
+    path = pathlib.Path(name)
+    if data.kind_of_table(name) is not None:
+      for row in data.asked(name):
+        if 'image' not in row.example:
+          raise ValueError(f'the run reads images: say which column has their paths, {name}?image=')
+        places.append(_place(str(row.example['image']), name, row))
+        files.append(row.example['image'])
+      continue
+    if not path.is_dir():
+      places.append({'input': name})
+      files.append(path)
+      continue
+    found = data.images_below(path)
+    if not found:
+      raise ValueError(f'there is no image in the folder {name}')
+    places += [{'input': str(file)} for file in found]
+    files += found
+  data.check_files(list(dict.fromkeys(files)))
+  return places, [_Picture(file) for file in files]
+
+
+def _place(text: str, spec: str, row: data.Asked) -> dict[str, Any]:
+  """What says which row of a table an example is."""
+  place = {'input': text, 'file': spec.partition('?')[0], 'line': row.line}
+  if 'pair' in row.example:
+    place['pair'] = row.example['pair']
+  if row.kept:
+    place['kept'] = row.kept
+  return place
 
 
 IMAGE = Modality(
@@ -172,11 +218,25 @@ def _text_call(batch: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
   return tuple(args), kwargs
 
 
-def _read_lines(names: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]]:
-  texts = [line.strip() for name in names for line in cli.lines(name)]
-  if not texts:
+def _read_texts(names: Sequence[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+  """The lines of files, and the rows of tables."""
+  places = []
+  examples = []
+  for name in names:
+    if data.kind_of_table(name) is None:
+      for line, text in cli.numbered_lines(name):
+        example = {'text': text.strip()}
+        places.append({'input': example['text'], 'file': name, 'line': line})
+        examples.append(example)
+      continue
+    for row in data.asked(name):
+      if 'text' not in row.example:
+        raise ValueError(f'the run reads texts: say which column has them, {name}?text=')
+      places.append(_place(row.example['text'], name, row))
+      examples.append(row.example)
+  if not examples:
     raise ValueError(f'there is no text in {", ".join(names)}')
-  return texts, [{'text': text} for text in texts]
+  return places, examples
 
 
 TEXT = Modality(
@@ -187,7 +247,7 @@ TEXT = Modality(
   transform=_taken_of_texts,
   example=_text_example,
   call=_text_call,
-  read=_read_lines,
+  read=_read_texts,
   has_length=True,
   check=_check_text_source,
 )

@@ -1,7 +1,12 @@
-"""What the model of a run says of examples."""
+"""What the model of a run says of examples, and files of it."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import contextlib
+import csv
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -30,13 +35,13 @@ def predictions(
     facts: of run.json.
   """
   transform = tasks.modality_of(pretrained).transform(config, pretrained, False)
-  return _of_rows(config, pretrained, tuned, theta, examples, transform, facts)
+  return _joined(_of_rows(config, pretrained, tuned, theta, examples, transform, facts))
 
 
 def answers(
   config, pretrained, tuned: Tuned, theta, examples: Sequence[dict], info: Mapping[str, Any]
-) -> list[tasks.Answer]:
-  """What the model of a run says of each example.
+) -> Iterator[tasks.Answer]:
+  """What the model of a run says of each example, batch by batch.
 
   Args:
     config: of the run.
@@ -53,18 +58,21 @@ def answers(
   if task.asked is not None:
     with cli.inputs_checked():
       rows, transform = task.asked(config, pretrained, examples)
-    found = _of_rows(config, pretrained, tuned, theta, rows, transform, facts)
-    return task.answers(config, found, rows, examples, labels, facts)
-  found = predictions(config, pretrained, tuned, theta, examples, facts)
-  answers = []
-  for i, example in enumerate(examples):
-    row = jax.tree.map(lambda x, i=i: x[i], found)
-    answers.append(task.answer(row, example, labels, facts))
-  return answers
+    found = _joined(_of_rows(config, pretrained, tuned, theta, rows, transform, facts))
+    yield from task.answers(config, found, rows, examples, labels, facts)
+    return
+  transform = tasks.modality_of(pretrained).transform(config, pretrained, False)
+  remaining = iter(examples)
+  for made in _of_rows(config, pretrained, tuned, theta, examples, transform, facts):
+    for i in range(len(jax.tree.leaves(made)[0])):
+      row = jax.tree.map(lambda x, i=i: x[i], made)
+      yield task.answer(row, next(remaining), labels, facts)
 
 
-def _of_rows(config, pretrained, tuned: Tuned, theta, rows, transform, facts: tasks.Facts) -> Any:
-  """`Task.predicted` of all rows."""
+def _of_rows(
+  config, pretrained, tuned: Tuned, theta, rows, transform, facts: tasks.Facts
+) -> Iterator[Any]:
+  """`Task.predicted` of all rows, batch by batch."""
   task = tasks.of(config)
 
   @jax.jit
@@ -81,9 +89,97 @@ def _of_rows(config, pretrained, tuned: Tuned, theta, rows, transform, facts: ta
     epochs=1,
     drop_remainder=False,
   )
-  found = []
   for batch in cli.checked(batches):
     real = batch['mask'] > 0  # the last batch is filled up
     made = jax.device_get(predicted(theta, pretrained.variables, batch))
-    found.append(jax.tree.map(lambda x, real=real: x[real], made))
-  return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+    yield jax.tree.map(lambda x, real=real: x[real], made)
+
+
+def _joined(batches: Iterable[Any]) -> Any:
+  return jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
+
+
+# ---- Files.
+
+SUFFIXES = ('.csv', '.jsonl')
+
+
+def check_writable(file: pathlib.Path, overwrite: bool) -> None:
+  """Raises a ValueError or an OSError unless answers can be written to `file`."""
+  if file.suffix not in SUFFIXES:
+    raise ValueError(f'--out {file} must end in {" or ".join(SUFFIXES)}')
+  if file.is_dir() or (file.exists() and not overwrite):
+    raise ValueError(f'--out {file} is there already; give another file, or --overwrite')
+  if not file.absolute().parent.is_dir():
+    raise FileNotFoundError(f'--out {file}: there is no folder {file.parent}')
+
+
+def save_answers(
+  file: pathlib.Path, places: Sequence[dict[str, Any]], found: Iterable[tasks.Answer]
+) -> None:
+  """Writes a line for each example as its answer comes; the file appears when all are there.
+
+  A line has what its place has, and the values of the answer. In a .csv a dict is a column for each
+  of its keys, 'probabilities:red', and a list is JSON.
+
+  Args:
+    file: .csv or .jsonl; one that is there is replaced.
+    places: what says which example it is, see `Modality.read`.
+    found: an answer for each.
+  """
+  with _appearing(file) as lines:
+    write = _json_lines(lines)
+    if file.suffix == '.csv':
+      write = _table(lines, places)
+    for place, answer in zip(places, found, strict=True):
+      write(place, answer.values)
+
+
+def _json_lines(lines: TextIO) -> Callable[[dict, dict], None]:
+  """A function (place, values) that writes an object a line."""
+
+  def write(place: dict, values: dict) -> None:
+    lines.write(json.dumps(place | values) + '\n')
+
+  return write
+
+
+def _table(lines: TextIO, places: Sequence[dict[str, Any]]) -> Callable[[dict, dict], None]:
+  """The same for a row of a table; its columns are those of all places and of the first values."""
+  names = dict.fromkeys(name for place in places for name in _cells(place))
+  table: csv.DictWriter | None = None
+
+  def write(place: dict, values: dict) -> None:
+    nonlocal table
+    cells = _cells(values)
+    if table is None:
+      table = csv.DictWriter(lines, [*names, *cells], restval='', lineterminator='\n')
+      table.writeheader()
+    table.writerow(_cells(place) | cells)
+
+  return write
+
+
+def _cells(values: dict[str, Any]) -> dict[str, Any]:
+  """{column: cell} of values."""
+  cells = {}
+  for name, value in values.items():
+    if isinstance(value, dict):
+      cells |= {f'{name}:{key}': cell for key, cell in _cells(value).items()}
+    elif isinstance(value, list):
+      cells[name] = json.dumps(value)
+    else:
+      cells[name] = value
+  return cells
+
+
+@contextlib.contextmanager
+def _appearing(file: pathlib.Path) -> Iterator[TextIO]:
+  """A file under another name, which gets its own when all is written, and goes if not."""
+  beside = file.with_name(f'.{file.name}.part')
+  try:
+    with beside.open('w', encoding='utf-8', newline='') as lines:
+      yield lines
+    os.replace(beside, file)
+  finally:
+    beside.unlink(missing_ok=True)

@@ -85,14 +85,14 @@ def _classes(images: list[Labelled], train: Path) -> list[str]:
 
 def _labelled(part: Path) -> list[Labelled]:
   """The images below the folders of classes."""
-  return [(file, label.name) for label in _folders(part) for file in _images(label)]
+  return [(file, label.name) for label in _folders(part) for file in images_below(label)]
 
 
 def _folders(path: Path) -> list[Path]:
   return sorted(found for found in path.iterdir() if found.is_dir() and not _hidden(found))
 
 
-def _images(path: Path) -> list[Path]:
+def images_below(path: Path) -> list[Path]:
   """The images below a folder, in order.
 
   Raises:

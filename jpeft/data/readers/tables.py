@@ -39,9 +39,10 @@ import dataclasses
 import functools
 import itertools
 import math
+import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -50,10 +51,14 @@ from jpeft import textfiles
 from ..decode import check_files, decode
 from ..labels import CLASSES, NOTHING, NUMBERS, SETS, in_order, membership, number, sets_of
 from ..source import Dataset, Example, split_rows, suggestion
-from .files import Row, Values, examples_of, files_of, jsonl_rows, options_of
+from .files import SUFFIXES, Row, Values, examples_of, files_of, jsonl_rows, options_of
 
 COLUMNS = {'text': 'text', 'label': 'label'}  # {part of an example: its column}
 PARTS = ('text', 'pair', 'image')
+_OPTIONS = {
+  'csv': (*PARTS, 'label', 'labels_by', 'delimiter', 'quote', 'header'),
+  'jsonl': (*PARTS, 'label', 'labels_by'),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,19 +88,26 @@ def csv_table(spec: str, labels: str = CLASSES) -> Dataset:
     FileNotFoundError: no such file or folder.
     ValueError: no rows, a missing column or option, or a line that cannot be read.
   """
-  known = (*PARTS, 'label', 'labels_by', 'delimiter', 'quote', 'header')
-  path, options = _options(spec, 'csv', known)
+  path, options = _options(spec, 'csv', _OPTIONS['csv'])
+  used = (*(options[name] for name in PARTS if name in options), *options['label'].split(','))
+  read_rows = _csv_reader(spec, options, used)
+  return _table(path, 'csv', options, read_rows, labels)
+
+
+def _csv_reader(
+  spec: str, options: dict[str, str], used: Sequence[str]
+) -> Callable[[Path], Iterator[Row]]:
+  """What reads the rows of a file; takes the options of the format out of `options`."""
   header = options.pop('header', 'yes')
   if header not in ('yes', 'no'):
     raise ValueError(f"csv:{spec}: header={header} must be 'yes' or 'no'")
-  read_rows = functools.partial(
+  return functools.partial(
     _csv_rows,
     delimiter=options.pop('delimiter', None),
     quote=options.pop('quote', '"'),
     header=header == 'yes',
-    used=(*options.values(), *options['label'].split(',')),
+    used=used,
   )
-  return _table(path, 'csv', options, read_rows, labels)
 
 
 def jsonl_table(spec: str, labels: str = CLASSES) -> Dataset:
@@ -105,7 +117,7 @@ def jsonl_table(spec: str, labels: str = CLASSES) -> Dataset:
     FileNotFoundError: no such file or folder.
     ValueError: no lines, a missing column or option, or a line that cannot be read.
   """
-  path, options = _options(spec, 'jsonl', (*PARTS, 'label', 'labels_by'))
+  path, options = _options(spec, 'jsonl', _OPTIONS['jsonl'])
   return _table(path, 'jsonl', options, jsonl_rows, labels)
 
 
@@ -124,6 +136,88 @@ def _options(spec: str, kind: str, known: tuple[str, ...]) -> tuple[Path, dict[s
         f'{kind}:{spec}: an example is an image or a text: leave out image or {other}'
       )
   return path, options
+
+
+# ---- Rows that are to be labelled.
+
+
+class Asked(NamedTuple):
+  """A row of a table without its label.
+
+  Attributes:
+    line: its number in the file; that of the last one if it has several.
+    kept: {column: value} of the columns that are to be kept.
+    example: {'text', ['pair']}, or {'image'}, the path of one.
+  """
+
+  line: int
+  kept: Values
+  example: Example
+
+
+def kind_of_table(spec: str) -> str | None:
+  """'csv' or 'jsonl' for PATH?options by the suffix of the path; None for any other file."""
+  suffix = Path(spec.partition('?')[0]).suffix.lower()
+  for kind in _OPTIONS:
+    if suffix in SUFFIXES[kind]:
+      return kind
+  return None
+
+
+def like_columns(spec: str, name: str) -> str:
+  """PATH?options of a table, with the options of a data set where it has none of its own.
+
+  Args:
+    spec: of a table, see `kind_of_table`; its own options come first.
+    name: of the data set, such as 'csv:reviews.csv?text=sentence&label=y'.
+  """
+  path, _, own = spec.partition('?')
+  known = _OPTIONS[kind_of_table(spec)]
+  options = {}
+  for key, value in urllib.parse.parse_qsl(name.partition('?')[2], keep_blank_values=True):
+    if key in known:
+      options[key] = value
+  options |= urllib.parse.parse_qsl(own, keep_blank_values=True)
+  return f'{path}?{urllib.parse.urlencode(options)}'
+
+
+def asked(spec: str) -> list[Asked]:
+  """The rows of one table, in their order; a column of labels is not read.
+
+  Args:
+    spec: PATH?options as those of `csv:` and `jsonl:`, and keep=COLUMN,COLUMN.
+
+  Raises:
+    FileNotFoundError: no such file.
+    ValueError: no rows, a missing column or option, or a line that cannot be read.
+  """
+  kind = kind_of_table(spec)
+  path, options = _options(spec, kind, (*_OPTIONS[kind], 'keep'))
+  keep = [column for column in options.pop('keep', '').split(',') if column]
+  columns = {part: options[part] for part in PARTS if part in options}
+  read_rows = jsonl_rows
+  if kind == 'csv':
+    read_rows = _csv_reader(spec, options, tuple(columns.values()))
+  if not path.is_file():
+    raise FileNotFoundError(f'there is no file {path}')
+
+  def row(line: int, values: Values) -> Asked:
+    for column in keep:
+      if column not in values:
+        raise ValueError(
+          f'line {line} of {path} has no column {column!r} to keep; {suggestion(column, values)}'
+        )
+    kept = {column: values[column] for column in keep}
+    example = _example(path, columns, _Labels(NOTHING, ()), line, values)
+    del example['label']
+    if 'image' in example:
+      example['image'] = path.parent / example['image']
+    return Asked(line, kept, example)
+
+  return examples_of(path, read_rows(path), row)
+
+
+# ---- Rows with labels.
 
 
 def _table(
