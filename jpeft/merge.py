@@ -1,6 +1,7 @@
 """Writes plain weights of a run, in the layout of Hugging Face.
 
-The untouched model computes with them what was trained.
+The untouched model computes with them what was trained; transformers opens the folder alone, with
+its tokenizer or image processor.
 
 Of a backbone in 4 bits, the decoded kernels are written, in the number format of
 `model.param_dtype`.
@@ -10,7 +11,7 @@ Of a backbone in 4 bits, the decoded kernels are written, in the number format o
 
 import sys
 
-from jpeft import cli, export, tasks, training
+from jpeft import cli, export, models, tasks, training
 
 
 def main(argv: list[str]) -> int:
@@ -30,6 +31,7 @@ def main(argv: list[str]) -> int:
       theta,
       example,
       info['labels'],
+      config,
       task.problem,
       task.units(info.get('facts', {})),
     )
@@ -37,6 +39,9 @@ def main(argv: list[str]) -> int:
     f'{flags.out}: merged; on an empty input its logits and those of the run are '
     f'{difference:.1e} apart'
   )
+  departure = models.departure(pretrained)
+  if departure:
+    print(f'warning: jpeft reads these files as the run did, transformers does not: {departure}')
   return 0
 
 

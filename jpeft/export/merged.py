@@ -1,8 +1,6 @@
 """Merged weights in the layout of Hugging Face: the untouched model computes what was trained."""
 
-import json
 import pathlib
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +10,8 @@ import numpy as np
 
 from jpeft import models, tasks
 from jpeft.core import Method, Tuned, leaf_paths
+
+from .beside import save_preprocessing, save_tokenizer
 
 
 def check_mergeable(method: Method) -> None:
@@ -31,10 +31,11 @@ def save_merged(
   theta: Any,
   example: dict,
   labels: Sequence[str],
+  config: Any,
   problem: str | None = None,
   units: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> float:
-  """Writes merged weights, config, tokenizer and preprocessing of a tuned backbone.
+  """Writes what AutoModelFor... of transformers opens: a merged backbone and all beside it.
 
   Args:
     folder: new or empty.
@@ -43,6 +44,7 @@ def save_merged(
     theta: as trained.
     example: a batch on which merged and tuned model are compared.
     labels: of the head; none for a model that writes text.
+    config: of the run.
     problem: what the config calls the task, see `Task.problem`.
     units: (shift, scale) of the outputs, see `Task.units`; the merged head gives outputs * scale +
       shift.
@@ -62,15 +64,21 @@ def save_merged(
     tuned_logits = tuned_logits * scale + shift
   plain_logits = pretrained.model.apply(merged, *args, **kwargs, deterministic=True)
 
-  config = dict(pretrained.config)
+  about = dict(pretrained.config)
   if labels:
-    config['id2label'] = dict(enumerate(labels))
-    config['label2id'] = {name: i for i, name in enumerate(labels)}
+    about['id2label'] = dict(enumerate(labels))
+    about['label2id'] = {name: i for i, name in enumerate(labels)}
   if problem is not None:
-    config['problem_type'] = problem
-  models.save_pretrained(folder, pretrained.model, merged, config)
-  _save_tokenizer(folder, pretrained.tokenizer)
-  _save_preprocessing(folder, pretrained.preprocess)
+    about['problem_type'] = problem
+  max_length = config.data.max_length
+  if config.task == 'language':
+    max_length = None  # there, of a row of several texts
+  folder.mkdir(parents=True, exist_ok=True)
+  about |= save_tokenizer(folder, pretrained, max_length)
+  about.pop('torch_dtype', None)  # the old name of the next one
+  about['dtype'] = str(jax.tree.leaves(merged)[0].dtype)
+  models.save_pretrained(folder, pretrained.model, merged, about)
+  save_preprocessing(folder, pretrained, config.data.resize)
   return float(jnp.abs(tuned_logits - plain_logits).max())
 
 
@@ -101,28 +109,3 @@ def _in_units(merged: Any, tuned: Tuned, shift: np.ndarray, scale: np.ndarray) -
         changed[path] = (x * scale + shift).astype(x.dtype)
   leaves = [changed.get(path, x) for path, x in arrays.items()]
   return jax.tree.unflatten(jax.tree.structure(merged), leaves)
-
-
-def _save_tokenizer(folder: pathlib.Path, tokenizer: str | None) -> None:
-  if tokenizer is None:
-    return
-  path = pathlib.Path(tokenizer)
-  if path.suffix == '.gguf':
-    models.save_tokenizer(models.load_tokenizer(tokenizer), folder)
-    return
-  for name in models.FILES:
-    beside = path.with_name(name)
-    if beside.exists():
-      shutil.copy(beside, folder)
-
-
-def _save_preprocessing(folder: pathlib.Path, preprocess: dict | None) -> None:
-  if preprocess is None:
-    return
-  size = preprocess['image_size']
-  config = {
-    'image_mean': preprocess['mean'],
-    'image_std': preprocess['std'],
-    'size': {'height': size, 'width': size},
-  }
-  (folder / 'preprocessor_config.json').write_text(json.dumps(config, indent=2) + '\n')

@@ -16,7 +16,7 @@ from jpeft.messages import nearest
 from jpeft.quant import Format, coded, kernels
 from jpeft.quant import quantize as quantized
 
-from .bert import BERT_FAMILIES
+from .bert import BERT_FAMILIES, Bert
 from .families import Family, Request, built, described
 from .heads import STORED, chosen, stored_heads
 from .io import (
@@ -38,7 +38,7 @@ from .io import (
 from .kin import KIN
 from .llama import LLAMA_FAMILIES, Llama
 from .nn import Remat
-from .t5 import T5_FAMILIES
+from .t5 import T5, T5_FAMILIES
 from .vit import VIT_FAMILIES
 
 FAMILIES: dict[str, Family] = {**VIT_FAMILIES, **BERT_FAMILIES, **T5_FAMILIES, **LLAMA_FAMILIES}
@@ -383,6 +383,25 @@ def save_pretrained(
     architecture = headed
   config = described(family, config, model) | {'architectures': [architecture]}
   write_checkpoint(Path(folder), tensors, config)
+
+
+def departure(pretrained: Pretrained) -> str | None:
+  """What transformers computes otherwise from the files of a model with labels; None for nothing.
+
+  Its classes read a head from one place, and some put a layer in front of it.
+  """
+  model = pretrained.model
+  if model.num_classes is None or getattr(model, 'head', 'classification') != 'classification':
+    return None
+  if isinstance(model, T5):
+    return f'transformers has no class for a {pretrained.family} encoder with labels'
+  config = {key: value for key, value in pretrained.config.items() if key != 'jpeft_pool'}
+  plain = from_config(config, num_classes=model.num_classes)
+  if plain.pool != model.pool:
+    return f'the classes of transformers read pool={plain.pool!r}, and this run {model.pool!r}'
+  if isinstance(model, Bert) and not model.pooler:
+    return 'the class of transformers has a pooler before the head, and this backbone has none'
+  return None
 
 
 def family_of(config: Mapping) -> Family:

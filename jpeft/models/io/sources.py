@@ -46,7 +46,9 @@ _HUB_FILES = (
   'preprocessor_config.json',
   'tokenizer.json',
   'tokenizer_config.json',
+  'special_tokens_map.json',
   'chat_template.jinja',
+  'generation_config.json',
   '1_Pooling/config.json',
 )
 _HUB_WEIGHTS = ('*.safetensors', '*.safetensors.index.json')
