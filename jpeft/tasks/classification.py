@@ -129,4 +129,5 @@ CLASSIFICATION = Task(
   objective=objective,
   predicted=predicted,
   answer=answer,
+  problem='single_label_classification',
 )

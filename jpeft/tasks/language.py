@@ -11,6 +11,7 @@ from jpeft import data, models
 from jpeft.core import Tuned
 from jpeft.models import grown
 
+from . import likeness
 from .losses import loss
 from .metrics import further_scores
 from .task import NO_FACTS, Facts, Task
@@ -22,6 +23,7 @@ def source(config, split: str) -> data.Source:
   Raises:
     ValueError, OSError, RuntimeError: no such data, or data with labels.
   """
+  likeness.asked_for(config.eval.also)  # their packages, before anything is read
   found = data.load(config.data.name, split, config.data.dir)
   if found.classes:
     raise ValueError(
@@ -89,6 +91,7 @@ def rows(
 def _check_prompts(config, source, tokenizer, positions: int | None) -> None:
   """Raises a ValueError if one of the prompts that are to be continued is empty or too long."""
   prompts, wanted = _asked(config, source, tokenizer)
+  likeness.check_readable(likeness.asked_for(config.eval.also), wanted)
   for i, tokens in enumerate(prompts):
     if not tokens:
       raise ValueError(
@@ -174,6 +177,8 @@ def scores(
 def written(config, pretrained, source, write: Callable, stop: Callable) -> dict[str, float] | None:
   """exact_match and the error rate of greedy completions of the first `eval.generate` examples.
 
+  Beside these, the scores of `likeness` that `eval.also` names.
+
   The error rate is the number of words to insert, delete or replace, over that of the words that
   were asked for; phonemes are the words of the phoneme data. Blanks at the ends do not count, and a
   text is as long as the longest of the right ones at most. Where no word was asked for there is no
@@ -189,10 +194,13 @@ def written(config, pretrained, source, write: Callable, stop: Callable) -> dict
   exact = 0
   errors = 0
   words = 0
+  found_texts = []
   for tokens, right in zip(texts, wanted, strict=True):
     if stop():
       return None
-    found = tokenizer.decode(tokens).split()
+    text = tokenizer.decode(tokens).strip()
+    found_texts.append(text)
+    found = text.split()
     asked = right.split()
     exact += found == asked
     errors += distance(found, asked)
@@ -200,7 +208,8 @@ def written(config, pretrained, source, write: Callable, stop: Callable) -> dict
   scores = {'exact_match': exact / count}
   if words:
     scores[f'{source.unit}_error_rate'] = errors / words
-  return scores
+  named = likeness.asked_for(config.eval.also)
+  return scores | likeness.scores(named, found_texts, [text.strip() for text in wanted])
 
 
 def distance(a: Sequence, b: Sequence) -> int:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from jpeft.config import TASKS, allow
+from jpeft.config import TASKS, TEXT_METRICS, allow
 from jpeft.registering import module_of
 
 from . import agreement
@@ -79,7 +79,7 @@ def register_metric(
   Raises:
     ValueError: jpeft has a metric of that name, or no such task.
   """
-  if name in _OWN or name in _ON_REQUEST:
+  if name in _OWN or name in _ON_REQUEST or name in TEXT_METRICS:
     raise ValueError(f'{name!r} is a metric of jpeft: choose another name')
   if task not in TASKS:
     raise ValueError(f'task={task!r} must be {_or(TASKS)}')
