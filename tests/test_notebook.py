@@ -144,7 +144,6 @@ def test_the_ladder_runs_on_a_tiny_backbone(executed, tiny, tmp_path):
 
 
 @pytest.mark.assets
-@pytest.mark.slow
 @quiet
 def test_the_ladder_runs(executed):
   printed, _ = executed('ladder.ipynb', EXAMPLES=100, EPOCHS=2)

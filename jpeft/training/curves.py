@@ -2,9 +2,11 @@
 
 import pathlib
 
+from jpeft.lazy import extra
 
-def draw_curves(path: pathlib.Path, rows: list[dict], title: str, metric: str) -> bool:
-  """Draws loss and metric over updates; returns False if matplotlib is not installed.
+
+def draw_curves(path: pathlib.Path, rows: list[dict], title: str, metric: str) -> None:
+  """Draws loss and metric over updates.
 
   Training is a line, an evaluation a point on a line, the untuned model a level.
 
@@ -13,13 +15,14 @@ def draw_curves(path: pathlib.Path, rows: list[dict], title: str, metric: str) -
     rows: lines of metrics.jsonl.
     title: what was trained on what.
     metric: drawn beside the loss.
+
+  Raises:
+    ModuleNotFoundError: matplotlib is not installed.
   """
-  try:
+  with extra('quickstart'):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
-  except ImportError:
-    return False
   names = list(dict.fromkeys(('loss', metric)))
   figure = Figure(figsize=(4.5 * len(names), 3.4), layout='constrained')
   FigureCanvasAgg(figure)
@@ -39,4 +42,3 @@ def draw_curves(path: pathlib.Path, rows: list[dict], title: str, metric: str) -
     axis.legend()
   figure.suptitle(title, fontsize=11)
   figure.savefig(path, dpi=110)
-  return True

@@ -55,24 +55,31 @@ def needs(cost: dict[str, float]) -> str:
 # ---- Files.
 
 
-def write_report(folder: pathlib.Path, report: dict[str, Any], rows: list[dict]) -> None:
+def write_report(folder: pathlib.Path, report: dict[str, Any], rows: list[dict]) -> str | None:
   """Writes report.json, report.md and, if matplotlib is installed, curves.png.
 
   Args:
     folder: of the run.
     report: what report.json gets.
     rows: the lines of metrics.jsonl.
+
+  Returns:
+    Why there is no curves.png; None if there is one.
   """
   write(folder / 'report.json', json.dumps(report, indent=2) + '\n')
   name = f'{report["method"]} on {report["data"]}'
-  has_curves = draw_curves(folder / 'curves.png', rows, _title(name, report), _drawn(report))
+  missing = None
+  try:
+    draw_curves(folder / 'curves.png', rows, _title(name, report), _drawn(report))
+  except ModuleNotFoundError as error:
+    missing = f'curves.png is left out: {error}'
   lines = [f'# {name}', '', table([report]), '']
   lines += [f'- {name}: {value}' for name, value in _facts(report).items()]
   lines += confusion_section(folder)
   lines += by_label_section(folder)
-  if has_curves:
-    lines += ['', '![curves](curves.png)']
+  lines += ['', missing or '![curves](curves.png)']
   write(folder / 'report.md', '\n'.join([*lines, '']))
+  return missing
 
 
 def _title(name: str, report: dict[str, Any]) -> str:

@@ -27,7 +27,7 @@ sys.argv = sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name='__main__')
 """
 # Of the extras, what is imported by another name than the package has.
-IMPORTED = {'pillow': 'PIL'}
+IMPORTED = {'pillow': 'PIL', 'mlflow-skinny': 'mlflow'}
 
 
 def extras() -> set[str]:
@@ -66,7 +66,10 @@ def check(said: dict[str, tuple[int, str]]) -> None:
   missing = {
     'images': 'quickstart',
     'events': 'tensorboard',
+    'wandb': 'wandb',
+    'mlflow': 'mlflow',
     'texts': 'llm',
+    'scores': 'scores',
     'packaged': 'quickstart',
     'plot': 'plan',
     'write text': 'llm',

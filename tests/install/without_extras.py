@@ -72,6 +72,11 @@ def commands(backbone: str, decoder: str, run: str, images: str) -> dict[str, tu
   packaged = config('packaged', 'classification', backbone, 'mnist5k')
   found['images'] = command('train', image)
   found['events'] = command('train', image, '--config.log.tensorboard=true')
+  for tracker in ('wandb', 'mlflow'):
+    found[tracker] = command('train', image, f'--config.log.to=("{tracker}",)')
+  found['scores'] = command(
+    'train', text, '--config.eval.generate=2', '--config.eval.also=("bleu",)'
+  )
   found['texts'] = command('train', text, '--config.data.test=train')
   found['packaged'] = command('train', packaged)
   found['plot'] = command('plan', image, '--target=cpu', '--plot=plot.png')

@@ -155,15 +155,32 @@ def test_nnx_and_models_without_a_mode(uncompiled):
 
 
 def test_the_largest_batch():
-  for limit in (1, 2, 3, 31, 32, 33, 100, 1000):
-    for unit in (1, 4):
-      asked = []
-      found = search.largest(lambda n: asked.append(n) or n <= limit, 32, unit)
-      best = limit // unit * unit
-      assert found <= best and best - found <= max(unit, found // 8)
-      assert found % unit == 0 and all(n % unit == 0 for n in asked)
-      assert len(asked) == len(set(asked)) <= 14
-  assert search.largest(lambda n: True, 8, most=1000) <= 1000
+  def line(size):
+    return 100 + 10 * size
+
+  def steps(size):  # a compiler that pads, and recomputes where memory is short
+    return 100 + 8 * 2 ** int(size).bit_length() + (size if size < 500 else 0)
+
+  def only_known(size):  # of what does not fit, no more than its arguments are known
+    return line(size) if size < 300 else 100 + size
+
+  for needs, most_tries in ((line, 4), (steps, 14), (only_known, 14)):
+    for end in (1, 2, 3, 31, 32, 33, 100, 290):
+      for unit in (1, 4):
+        limit = needs(end)
+        asked = []
+
+        def tried(size):
+          asked.append(size)
+          fits = size <= end
+          return search.Tried(size, fits, needs(size))
+
+        found = search.largest(tried, 32, limit, 100, unit)
+        best = end // unit * unit
+        assert found <= best and best - found <= max(unit, found // 8)
+        assert found % unit == 0 and all(type(n) is int and n % unit == 0 for n in asked)
+        assert len(asked) == len(set(asked)) <= most_tries, asked
+  assert search.largest(lambda n: search.Tried(n, True, n), 8, 10**9, 0, most=1000) == 1000
 
 
 def test_the_search_measures_batches_that_the_mesh_divides(uncompiled, monkeypatch):

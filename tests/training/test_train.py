@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 
 import jax
 import numpy as np
@@ -156,6 +157,20 @@ def test_a_baseline_stands_beside_it(config_file, tmp_path, capsys):
   table = capsys.readouterr().out.splitlines()
   assert len(table) == 4 and table[2].startswith('| bitfit') and table[3].startswith('| linear')
   assert (tmp_path / 'run/linear/report.json').exists()
+
+
+def test_a_run_without_matplotlib_says_that_curves_are_left_out(
+  load, tmp_path, monkeypatch, capsys
+):
+  for name in ('matplotlib.backends.backend_agg', 'matplotlib.figure', 'matplotlib.ticker'):
+    monkeypatch.setitem(sys.modules, name, None)
+  training.train(load(**{'steps': 2}), tmp_path)
+  told = (
+    "curves.png is left out: this needs the package matplotlib: pip install 'jpeft[quickstart]'"
+  )
+  assert told in capsys.readouterr().err.splitlines()
+  assert told in (tmp_path / 'report.md').read_text().splitlines()
+  assert not (tmp_path / 'curves.png').exists()
 
 
 def test_tensorboard_files_on_demand(load, tmp_path):
