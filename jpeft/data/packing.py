@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,22 @@ OPEN = 32  # rows that may still take a text
 Message = dict[str, Any]  # 'role' and 'content', of calls 'tool_calls' and more
 Piece = tuple[str, bool]  # a part of a text, whether it is learnt
 Text = tuple[np.ndarray, np.ndarray]  # tokens int32 [N], whether each is learnt bool [N]
+
+
+class Written(NamedTuple):
+  """The text of an example.
+
+  Attributes:
+    pieces: in order.
+    begins: whether the token that begins a text must be put before them. A chat template writes
+      such a token itself.
+    ends: whether the token that ends a text must be learnt after them, if it is not their last. A
+      chat template with {% generation %} blocks says itself what is learnt.
+  """
+
+  pieces: list[Piece]
+  begins: bool
+  ends: bool = True
 
 
 @dataclasses.dataclass(eq=False)
@@ -71,6 +87,7 @@ class Packed:
     cut = 0
     left_out = 0
     empty = 0
+    endless = 0
     for number in range(len(source)):
       try:
         tokens, learnt = encode(source[number], tokenizer, chat)
@@ -86,6 +103,8 @@ class Packed:
         continue
       if (tokens[learnt] == tokenizer.eos).all():
         empty += 1
+      if len(tokens) < length and tokenizer.eos not in tokens[learnt]:
+        endless += 1
       row = None
       if pack:
         row = next((row for row in open_rows if row.room >= len(tokens)), None)
@@ -118,6 +137,12 @@ class Packed:
       self.about += f', {left_out:,} left out: their completions begin later'
     if empty:
       self.about += f'; {empty:,} with an empty completion'
+    if endless:
+      self.about += (
+        f'; {endless:,} of which no end is learnt, as it lies outside of the generation blocks of '
+        'the chat template'
+      )
+    self.about = '; '.join([self.about, *getattr(source, 'notes', ())])
 
   def __len__(self) -> int:
     return len(self._rows)
@@ -154,13 +179,13 @@ def encode(example: Example, tokenizer, chat: bool = False) -> Text:
   Raises:
     ValueError: see `pieces_of`.
   """
-  pieces, begins = pieces_of(example, tokenizer, chat)
+  written = pieces_of(example, tokenizer, chat)
   tokens = []
   learnt = []
-  for ids, learn in _encoded(pieces, tokenizer, begins):
+  for ids, learn in _encoded(written.pieces, tokenizer, written.begins):
     tokens += ids
     learnt += [learn] * len(ids)
-  if not tokens or tokens[-1] != tokenizer.eos:
+  if written.ends and (not tokens or tokens[-1] != tokenizer.eos):
     tokens.append(tokenizer.eos)
     learnt.append(True)
   return np.array(tokens, np.int32), np.array(learnt, bool)
@@ -172,10 +197,10 @@ def prompt(example: Example, tokenizer, chat: bool = False) -> tuple[list[int], 
   Raises:
     ValueError: see `pieces_of`.
   """
-  pieces, begins = pieces_of(example, tokenizer, chat)
-  *given, (completion, _) = pieces
+  written = pieces_of(example, tokenizer, chat)
+  *given, (completion, _) = written.pieces
   tokens = []
-  for ids, _ in _encoded(given, tokenizer, begins):
+  for ids, _ in _encoded(given, tokenizer, written.begins):
     tokens += ids
   return tokens, completion.removesuffix(tokenizer.token(tokenizer.eos))
 
@@ -195,24 +220,43 @@ def _encoded(pieces: Sequence[Piece], tokenizer, begins: bool) -> list[tuple[lis
   return found
 
 
-def pieces_of(example: Example, tokenizer, chat: bool = False) -> tuple[list[Piece], bool]:
+def pieces_of(example: Example, tokenizer, chat: bool = False) -> Written:
   """The text of an example, in pieces that are by turns given and learnt.
-
-  Returns:
-    (pieces, whether a token that begins a text must be put before them). A chat template writes
-    such a token itself.
 
   Raises:
     ValueError: the tokenizer has no chat template, or one that its tokens or these messages do not
       fit.
   """
   if 'messages' not in example and not chat:
-    return [(example['prompt'], False), (example['completion'], True)], True
+    return Written([(example['prompt'], False), (example['completion'], True)], begins=True)
   messages = example.get('messages') or [
     {'role': 'user', 'content': example['prompt']},
     {'role': 'assistant', 'content': example['completion']},
   ]
-  return _chat(messages, tokenizer, example.get('tools')), False
+  tools = example.get('tools')
+  generated = tokenizer.generations(messages, tools)
+  if generated is None:
+    return Written(_chat(messages, tokenizer, tools), begins=False)
+  return Written(_generated(generated, messages, tokenizer, tools), begins=False, ends=False)
+
+
+def _generated(
+  pieces: list[Piece],
+  messages: Sequence[Message],
+  tokenizer,
+  tools: Sequence[dict[str, Any]] | None,
+) -> list[Piece]:
+  """The pieces of a chat whose template says what is learnt, up to the last one that is."""
+  text = ''.join(piece for piece, _ in pieces)
+  _check_markers(tokenizer, [*messages, *(tools or ())], text)
+  _check_written(tokenizer, messages, tools, text)
+  while pieces and not pieces[-1][1]:
+    pieces = pieces[:-1]
+  if not pieces:
+    raise ValueError(
+      'the {% generation %} blocks of the chat template are empty for these messages'
+    )
+  return pieces
 
 
 def _chat(

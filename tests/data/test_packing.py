@@ -270,3 +270,77 @@ def test_a_token_without_a_row_is_named():
     data.Packed([EXAMPLES[2], EXAMPLES[1]], small, 12)
   with pytest.raises(ValueError, match=r"its end or padding has the token 'h' with the number 12"):
     dataclasses.replace(small, pad=ID['h'])
+
+
+# ---- Templates that say what the model writes.
+
+BLOCKS = (
+  "{% for m in messages %}{% if m['role'] == 'assistant' %}<|assistant|> {% generation %}"
+  "{{ m['content'] }} {{ eos_token }}{% endgeneration %}\n"
+  "{% else %}<|user|> {{ m['content'] }} {{ eos_token }}\n{% endif %}{% endfor %}"
+  '{% if add_generation_prompt %}<|assistant|> {% endif %}'
+)
+WITHOUT_END = BLOCKS.replace(
+  ' {{ eos_token }}{% endgeneration %}', '{% endgeneration %} {{ eos_token }}'
+)
+# A word of a thought comes first, which the model does not learn.
+AFTER = BLOCKS.replace('{% generation %}', 'h {% generation %}')
+
+
+def test_generation_blocks_say_what_is_learnt():
+  chat = talk('a', 'b c', 'd', 'e')
+  assert marked(chat, with_={'template': BLOCKS}) == marked(chat)
+  assert marked(chat, with_={'template': WITHOUT_END}) == (
+    '<|user|> a <|end|> <|assistant|> *b *c <|end|> <|user|> d <|end|> <|assistant|> *e'
+  )
+  assert marked(talk('a', 'b c'), with_={'template': AFTER}) == (
+    '<|user|> a <|end|> <|assistant|> h *b *c *<|end|>'
+  )
+  # All that is in blocks, also what answers nothing.
+  first = {'messages': [{'role': 'assistant', 'content': 'g'}, *chat['messages'][:2]]}
+  assert marked(first, with_={'template': BLOCKS}).startswith('<|assistant|> *g *<|end|> <|user|>')
+  tokens, right = data.prompt(talk('a', 'b c'), tokenizer(AFTER))
+  assert (words(tokens), right) == ('<|user|> a <|end|> <|assistant|> h', 'b c ')
+
+
+def test_an_end_that_is_not_learnt_is_told():
+  packed = data.Packed([talk('a', 'b')] * 3, tokenizer(WITHOUT_END), 12)
+  assert '3 of which no end is learnt, as it lies outside of the generation blocks' in packed.about
+  assert 'no end' not in data.Packed([talk('a', 'b')], tokenizer(BLOCKS), 12).about
+
+
+@pytest.mark.parametrize(
+  ('template', 'message'),
+  [
+    (
+      '{% generation %}' + BLOCKS + '{% endgeneration %}',
+      'has a {% generation %} block in another',
+    ),
+    (TEMPLATE + '{% generation %}{% endgeneration %}', 'blocks of the chat template are empty'),
+  ],
+)
+def test_generation_blocks_that_say_nothing_are_refused(template, message):
+  with pytest.raises(ValueError, match=message):
+    encode(talk('a', 'b'), tokenizer(template))
+  with pytest.raises(ValueError, match=r'have a noncharacter, U\+FDD0'):
+    encode(talk('a\ufdd0', 'b'), tokenizer(BLOCKS))
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize('template', [BLOCKS, WITHOUT_END, AFTER])
+def test_the_mask_is_that_of_transformers(template):
+  transformers = pytest.importorskip('transformers')
+  ours = tokenizer(template)
+  theirs = transformers.PreTrainedTokenizerFast(
+    tokenizer_object=ours.encoder, eos_token='<|end|>', chat_template=template
+  )
+  messages = talk('a', 'b c', 'd', 'e f')['messages']
+  found = theirs.apply_chat_template(
+    messages, return_assistant_tokens_mask=True, return_dict=True, tokenize=True
+  )
+  tokens, learnt = encode({'messages': messages}, ours)
+  # Tokens behind the last one that is learnt are of no use.
+  assert found['input_ids'][: len(tokens)] == tokens.tolist()
+  mask = np.array(found['assistant_masks'], bool)
+  np.testing.assert_array_equal(mask[: len(tokens)], learnt)
+  assert not mask[len(tokens) :].any()

@@ -23,6 +23,10 @@ from .safetensors import read_json
 
 FILES = ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja')
 
+# Noncharacters, which Unicode keeps out of texts, around what a template says the model writes.
+_OPENS = '\ufdd0'
+_CLOSES = '\ufdd1'
+
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
@@ -110,7 +114,52 @@ class Tokenizer:
     Raises:
       ValueError: there is no template, or it refuses the messages.
     """
+    written = self._rendered(messages, reply, tools)
+    return written.replace(_OPENS, '').replace(_CLOSES, '')
+
+  def generations(
+    self,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+  ) -> list[tuple[str, bool]] | None:
+    """A conversation in pieces: (text, whether the template says that the model writes it).
+
+    A template says so by {% generation %} blocks, as for the mask of assistant tokens of
+    transformers.
+
+    Args:
+      messages: of the conversation, with the answers.
+      tools: JSON schemas of the functions that the model may call.
+
+    Returns:
+      The pieces, which together are `chat(messages, reply=False)`; None if the template has no such
+      blocks.
+
+    Raises:
+      ValueError: there is no template, it refuses the messages, or has a block in a block.
+    """
+    opening, *blocks = self._rendered(messages, False, tools).split(_OPENS)
+    if not blocks:
+      return None
+    pieces = [(opening, False)]
+    for block in blocks:
+      inside, closed, outside = block.partition(_CLOSES)
+      if not closed or _CLOSES in outside:
+        raise ValueError('the chat template has a {% generation %} block in another')
+      pieces += [(inside, True), (outside, False)]
+    return [(text, learnt) for text, learnt in pieces if text]
+
+  def _rendered(
+    self,
+    messages: Sequence[Mapping[str, Any]],
+    reply: bool,
+    tools: Sequence[Mapping[str, Any]] | None,
+  ) -> str:
+    """What the template writes, with _OPENS and _CLOSES around its {% generation %} blocks."""
     template = self._template_for(tools)
+    given = json.dumps([*messages, *(tools or ())], ensure_ascii=False, default=str)
+    if _OPENS in given or _CLOSES in given:
+      raise ValueError('the messages have a noncharacter, U+FDD0 or U+FDD1: leave it out')
     bos = ''
     if self.bos is not None:
       bos = self.token(self.bos)
@@ -271,14 +320,18 @@ def _compiled(template: str):
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
   class Generation(Extension):
-    """{% generation %} ... {% endgeneration %}, around what the model writes: its content."""
+    """{% generation %} ... {% endgeneration %}, around what the model writes: marked content."""
 
     tags = {'generation'}
 
     def parse(self, parser):
       line = next(parser.stream).lineno
       body = parser.parse_statements(('name:endgeneration',), drop_needle=True)
-      return nodes.Scope(body, lineno=line)
+      marked = [_text(_OPENS), *body, _text(_CLOSES)]
+      return nodes.Scope(marked, lineno=line)
+
+  def _text(text):
+    return nodes.Output([nodes.TemplateData(text)])
 
   def refuse(message):
     raise TemplateError(message)
