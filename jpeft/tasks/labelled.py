@@ -17,6 +17,7 @@ class Numbered:
 
   Attributes:
     classes: names of the labels.
+    about: what a report says of the source; '' for nothing.
   """
 
   def __init__(
@@ -37,6 +38,7 @@ class Numbered:
     self._check = check or _wrong_class
     self._then = then
     self.classes = source.classes
+    self.about = '; '.join(getattr(source, 'notes', ()))
 
   def __len__(self) -> int:
     return len(self._source)

@@ -14,6 +14,7 @@ from jpeft.models import grown
 from . import likeness
 from .losses import loss
 from .metrics import further_scores
+from .modality import check_length
 from .task import NO_FACTS, Facts, Task
 
 
@@ -70,12 +71,7 @@ def rows(
       cannot be packed; see `Packed`.
   """
   length = config.data.max_length
-  positions = pretrained.config.get('max_position_embeddings')
-  if positions is not None and length > positions:
-    raise ValueError(
-      f'config.data.max_length is {length}, more than the {positions} positions that the model was '
-      'made for'
-    )
+  check_length(config, pretrained)
   tokenizer = models.decoder_tokenizer(pretrained)
   packed = data.Packed(source, tokenizer, length, config.data.chat, config.data.pack)
   if training and len(packed) < config.data.batch_size:
@@ -84,7 +80,7 @@ def rows(
       f'batch: {packed.about}; lower config.data.batch_size, or config.data.max_length to have more'
     )
   if not training:
-    _check_prompts(config, source, tokenizer, positions)
+    _check_prompts(config, source, tokenizer, pretrained.config.get('max_position_embeddings'))
   return packed, None
 
 
@@ -126,9 +122,10 @@ def example(config, pretrained, outputs: int = 0) -> dict[str, np.ndarray]:
   """A batch of one empty row.
 
   Raises:
-    ValueError: the backbone is no decoder.
+    ValueError: the backbone is no decoder, or rows are longer than it was made for.
   """
   models.check_decoder(pretrained)
+  check_length(config, pretrained)
   tokens = np.zeros((1, config.data.max_length), np.int32)
   # The mask of packed rows has the number of the text of each token, from 1 on.
   return {'tokens': tokens, 'token_mask': np.ones_like(tokens), 'label': tokens}

@@ -183,7 +183,19 @@ def _check_text_source(pretrained, source, transform: Transform) -> None:
     data.check_texts(source, transform, pretrained.tokenizer, vocabulary)
 
 
+def check_length(config, pretrained) -> None:
+  """Raises a ValueError if rows of tokens are longer than the backbone has positions for."""
+  length = config.data.max_length
+  positions = pretrained.config.get('max_position_embeddings')
+  if positions is not None and length > positions:
+    raise ValueError(
+      f'config.data.max_length is {length}, more than the {positions} positions that the model was '
+      'made for'
+    )
+
+
 def _text_example(config, pretrained) -> dict[str, np.ndarray]:
+  check_length(config, pretrained)
   tokens = np.zeros((1, config.data.max_length), np.int32)
   arrays = {'tokens': tokens, 'token_mask': np.ones(tokens.shape, bool), 'types': tokens}
   return _taken(pretrained, arrays)

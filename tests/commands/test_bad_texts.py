@@ -6,7 +6,7 @@ import shutil
 import pytest
 from tokenizers import Tokenizer
 
-from jpeft import cli, generate, training
+from jpeft import cli, generate, planning, training
 from jpeft.data.source import digest
 
 
@@ -55,8 +55,16 @@ def test_tokens_that_the_model_has_no_row_for(settings, larger, tmp_path):
 
 
 def test_rows_longer_than_the_model_and_too_few_rows(settings, tmp_path):
-  with pytest.raises(cli.Mistake, match='max_length is 256, more than the 128 positions that the'):
-    training.train(settings(**{'data.max_length': 256}), tmp_path / 'run')
+  long = settings(**{'data.max_length': 256})
+  told = 'max_length is 256, more than the 128 positions that the'
+  where = planning.target('cpu')
+  with pytest.raises(cli.Mistake, match=told):
+    training.train(long, tmp_path / 'run')
+  with pytest.raises(ValueError, match=told):
+    planning.of_configs({'norm': long}, where)
+  classes = {'task': 'classification', 'eval.metric': 'accuracy', 'model.num_classes': 2}
+  with pytest.raises(ValueError, match=told):
+    planning.of_configs({'norm': settings(**classes, **{'data.max_length': 256})}, where)
   with pytest.raises(
     cli.Mistake, match=r'fills 3 rows, fewer than the 8 of a batch: 61 texts in 3 rows of 128'
   ):
