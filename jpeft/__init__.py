@@ -98,7 +98,7 @@ from jpeft.quant import affine, fp4, int4, nbytes, nf4, quantize, register_forma
 from jpeft.version import __version__
 
 if TYPE_CHECKING:
-  from jpeft.data import register_dataset
+  from jpeft.data import register_dataset, register_reader
   from jpeft.export import load_adapter, save_adapter
   from jpeft.models import (
     Keep,
@@ -115,7 +115,7 @@ if TYPE_CHECKING:
 # named here is an attribute without an import of its own, as those imported above are.
 _LATER = {
   '.config': ('config',),
-  '.data': ('data', 'register_dataset'),
+  '.data': ('data', 'register_dataset', 'register_reader'),
   '.decoding': ('decoding',),
   '.export': ('export', 'load_adapter', 'save_adapter'),
   '.models': (
@@ -227,6 +227,7 @@ __all__ = [
   'register_method',
   'register_metric',
   'register_modality',
+  'register_reader',
   'register_writer',
   's2a',
   'save_adapter',

@@ -208,7 +208,8 @@ FIELDS: dict[str, Field] = {
     TEXT,
     REQUIRED,
     'mnist5k, movie_sentiment, emoji_groups, phonemes, folder:PATH, lists:PATH, csv:PATH, '
-    'jsonl:PATH, completions:PATH, conll:PATH, squad:PATH, text:PATH or tfds:NAME',
+    'jsonl:PATH, completions:PATH, conll:PATH, squad:PATH, text:PATH, parquet:PATH, arrow:PATH, '
+    'wds:PATH, hf:NAME or tfds:NAME',
   ),
   'data.train': Field(TEXT, 'train', "split to train on, such as 'train[:1000]'"),
   'data.test': Field(TEXT, 'test', 'split to evaluate on'),

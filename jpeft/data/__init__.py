@@ -8,12 +8,13 @@ from .batches import Batches
 from .conventions import MARGIN, PADS
 from .decode import check_files, decode
 from .labels import labels_of
-from .load import load, register_dataset, registered_module
+from .load import load, register_dataset, register_reader, registered_module
 from .packing import Packed, prompt
+from .readers.files import options_of
 from .readers.folder import images_below
 from .readers.questions import question
 from .readers.tables import Asked, asked, kind_of_table, like_columns
-from .source import Dataset, Source, in_memory
+from .source import Dataset, Source, in_memory, split_rows
 
 if TYPE_CHECKING:
   from .image import image_transform
@@ -64,10 +65,13 @@ __all__ = [
   'load',
   'mask_of',
   'masking_of',
+  'options_of',
   'prompt',
   'question',
   'register_dataset',
+  'register_reader',
   'registered_module',
   'row_of',
+  'split_rows',
   'text_transform',
 ]

@@ -7,14 +7,17 @@ from jpeft.registering import module_of
 
 from . import splits
 from .labels import ANSWERS, CLASSES, NOTHING, TAGS, TASK_OF, of_kind
+from .readers.arrow import arrow, parquet
 from .readers.completions import completions
 from .readers.folder import folder
+from .readers.hub import hub
 from .readers.lists import lists
 from .readers.prepared import prepared
 from .readers.questions import questions_jsonl, squad
 from .readers.tables import csv_table, jsonl_table
 from .readers.tags import conll, tagged_jsonl
 from .readers.texts import csv_texts, jsonl_texts, plain_texts
+from .readers.webdataset import webdataset
 from .sets.packaged import PACKAGED, packaged
 from .source import Dataset, Source, suggestion
 
@@ -24,6 +27,10 @@ READERS: dict[str, Callable[..., Dataset]] = {
   'csv': csv_table,
   'jsonl': jsonl_table,
   'completions': completions,
+  'parquet': parquet,
+  'arrow': arrow,
+  'webdataset': webdataset,
+  'wds': webdataset,
 }
 # Those that read labels of any kind.
 _OF_ANY_KIND = ('lists', 'csv', 'jsonl')
@@ -33,8 +40,11 @@ READERS_OF: dict[str, dict[str, Callable[[str], Dataset]]] = {
   ANSWERS: {'squad': squad, 'jsonl': questions_jsonl},
   NOTHING: {'text': plain_texts, 'csv': csv_texts, 'jsonl': jsonl_texts},
 }
+# Those of data sets that are kept in a folder of their library.
+STORES = ('tfds', 'hf')
 # Data sets from outside jpeft.
 _REGISTERED: dict[str, Callable[[str | Path | None], Dataset]] = {}
+_READERS: dict[str, Callable[[str], Dataset]] = {}
 
 
 def register_dataset(name: str, make: Callable[[str | Path | None], Dataset]) -> None:
@@ -54,11 +64,32 @@ def register_dataset(name: str, make: Callable[[str | Path | None], Dataset]) ->
   _REGISTERED[name] = make
 
 
+def register_reader(kind: str, read: Callable[[str], Dataset]) -> None:
+  """Adds a kind of source, so that 'KIND:PATH' is a name for `load` and for `data.name`.
+
+  Args:
+    kind: the word before the colon.
+    read: what comes after it, such as 'PATH?column=x' -> the data set. `options_of` takes the
+      options off.
+
+  Raises:
+    ValueError: a kind of jpeft's, or one with a colon.
+  """
+  if kind in (*READERS, *STORES) or any(kind in readers for readers in READERS_OF.values()):
+    raise ValueError(f'{kind}: is a source of jpeft: choose another name')
+  if ':' in kind:
+    raise ValueError(f'the kind {kind!r} of a source must not have a colon')
+  _READERS[kind] = read
+
+
 def registered_module(name: str) -> str | None:
-  """The module that registered a data set; None for a data set of jpeft or one's own files."""
-  if name not in _REGISTERED:
-    return None
-  return module_of(_REGISTERED[name])
+  """The module that registered a data set or its reader; None for what is jpeft's."""
+  kind, _, _ = name.partition(':')
+  if name in _REGISTERED:
+    return module_of(_REGISTERED[name])
+  if kind in _READERS and kind != name:
+    return module_of(_READERS[kind])
+  return None
 
 
 def load(
@@ -72,11 +103,13 @@ def load(
       'folder:PATH' of images in a folder for each class; 'lists:PATH' of images in lists, as
       VTAB-1k has them; 'csv:PATH' or 'jsonl:PATH' of texts and labels, with options as in
       'csv:PATH?text=sentence&label=y'; 'completions:PATH' of chats, or of prompts with their
-      completions; 'tfds:NAME' of what TFDS has prepared. See the modules in `readers`.
+      completions; 'parquet:PATH' and 'arrow:PATH' of any of these; 'webdataset:PATH' of images or
+      texts with labels; 'tfds:NAME' of what TFDS has prepared, 'hf:NAME' of what the package
+      `datasets` reads. See the modules in `readers`.
     split: 'train', 'test' or another that the data have, sliced ('train[:1000]', 'train[50%:]') and
       joined ('train+test').
-    data_dir: the folder of what TFDS has prepared. If left out, $TFDS_DATA_DIR, else
-      ~/tensorflow_datasets.
+    data_dir: the folder of what TFDS has prepared, or of the cache of `datasets`. If left out,
+      those of the libraries.
     labels: the kind that is wanted: 'classes', 'numbers' or 'sets', see `labels`; 'tags' of
       'conll:PATH' or 'jsonl:PATH', 'answers' of 'squad:PATH' or 'jsonl:PATH', or 'nothing' but the
       texts of 'text:PATH', 'csv:PATH' or 'jsonl:PATH'.
@@ -94,26 +127,30 @@ def load(
     RuntimeError: the archive of a packaged set could not be downloaded.
   """
   kind, colon, path = name.partition(':')
-  readers = READERS_OF.get(labels, READERS)
+  readers = READERS_OF.get(labels, READERS) | _READERS
   if name in _REGISTERED:
     dataset = _REGISTERED[name](data_dir)
   elif name in PACKAGED:
     dataset = packaged(name, data_dir)
-  elif kind in _OF_ANY_KIND and readers is READERS and path:
+  elif kind in _OF_ANY_KIND and labels not in READERS_OF and path:
     dataset = READERS[kind](path, labels)
   elif kind in readers and path:
     dataset = readers[kind](path)
   elif kind == 'tfds' and path:
     dataset = prepared(path, data_dir, labels)
+  elif kind == 'hf' and path:
+    dataset = hub(path, data_dir)
   else:
     if path and kind not in readers:
       _check_task(kind, labels)
     meant = f'{kind}:PATH' if colon else name
-    known = [*PACKAGED, *_REGISTERED, *(f'{reader}:PATH' for reader in readers), 'tfds:NAME']
+    paths = [f'{reader}:PATH' for reader in readers]
+    names = [f'{store}:NAME' for store in STORES]
+    known = [*PACKAGED, *_REGISTERED, *paths, *names]
     raise ValueError(f'unknown data set {name!r}; {suggestion(meant, known)}')
   rows = splits.rows(split, dataset.splits, name, dataset.left_out)
   dataset = of_kind(dataset, labels, name)
-  return Source(dataset.read, rows, dataset.classes, dataset.unit, dataset.label_of)
+  return Source(dataset.read, rows, dataset.classes, dataset.unit, dataset.label_of, dataset.notes)
 
 
 def _check_task(kind: str, labels: str) -> None:

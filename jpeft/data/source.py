@@ -26,6 +26,7 @@ class Dataset(NamedTuple):
     labels: their kind, see `labels`: 'classes', 'numbers', whose names are `classes`, 'sets',
       'tags', 'answers' or 'nothing'.
     label_of: row -> its label, where that is quicker than `read`; None where it is not.
+    notes: sentences for who trains on it, such as what of the files was left out.
   """
 
   read: Callable[[int], Example]
@@ -35,6 +36,7 @@ class Dataset(NamedTuple):
   left_out: dict[str, str] | None = None
   labels: str = 'classes'
   label_of: Callable[[int], Any] | None = None
+  notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Source:
     classes: name of each label; none where examples are texts to write.
     unit: name of what the blanks in a completion separate, such as 'word' or 'phoneme'.
     label_of: row -> its label, where that is quicker than `read`; None where it is not.
+    notes: sentences for who trains on it, such as what of the files was left out.
   """
 
   read: Callable[[int], Example]
@@ -57,6 +60,7 @@ class Source:
   classes: list[str]
   unit: str = 'word'
   label_of: Callable[[int], Any] | None = None
+  notes: tuple[str, ...] = ()
 
   def __len__(self) -> int:
     return len(self.rows)
@@ -72,15 +76,23 @@ def in_memory(source: Source) -> Source:
   return dataclasses.replace(source, read=examples.__getitem__, rows=rows, label_of=None)
 
 
-def digest(key: str | bytes) -> int:
-  """The MD5 of a key as a number, which orders and splits the data alike on every machine."""
+Key = str | bytes | int
+
+
+def digest(key: Key) -> int:
+  """The MD5 of a key as a number, which orders and splits the data alike on every machine.
+
+  A number is a digest already, for keys that are too many to be kept.
+  """
+  if isinstance(key, int):
+    return key
   if isinstance(key, str):
     key = key.encode()
   hashed = hashlib.md5(key, usedforsecurity=False)
   return int(hashed.hexdigest(), 16)
 
 
-def shuffled(keys: Sequence[str | bytes]) -> list[int]:
+def shuffled(keys: Sequence[Key]) -> list[int]:
   """The numbers of the keys in the order of their digests, which mixes files sorted by class.
 
   Equal keys stay in their order.
@@ -89,7 +101,7 @@ def shuffled(keys: Sequence[str | bytes]) -> list[int]:
   return sorted(range(len(keys)), key=digests.__getitem__)  # stable
 
 
-def divided(keys: Sequence[str | bytes], tenths: int = 8) -> dict[str, list[int]]:
+def divided(keys: Sequence[Key], tenths: int = 8) -> dict[str, list[int]]:
   """'train' and 'test' of data that come undivided: the numbers of the keys, shuffled.
 
   The digest of a key modulo 10 decides, so that equal keys are in one split.
@@ -108,7 +120,7 @@ def divided(keys: Sequence[str | bytes], tenths: int = 8) -> dict[str, list[int]
   return {'train': train, 'test': test}
 
 
-def split_rows(parts: Mapping[str, Sequence[str]]) -> dict[str, list[int]]:
+def split_rows(parts: Mapping[str, Sequence[Key]]) -> dict[str, list[int]]:
   """{split: its rows}, for rows that are numbered through all parts.
 
   Args:

@@ -71,6 +71,7 @@ def check(said: dict[str, tuple[int, str]]) -> None:
     'texts': 'llm',
     'scores': 'scores',
     'packaged': 'quickstart',
+    'tables': 'datasets',
     'plot': 'plan',
     'write text': 'llm',
     'label': 'quickstart',

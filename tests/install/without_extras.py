@@ -79,6 +79,8 @@ def commands(backbone: str, decoder: str, run: str, images: str) -> dict[str, tu
   )
   found['texts'] = command('train', text, '--config.data.test=train')
   found['packaged'] = command('train', packaged)
+  tables = config('tables', 'classification', backbone, 'parquet:rows.parquet')
+  found['tables'] = command('train', tables)
   found['plot'] = command('plan', image, '--target=cpu', '--plot=plot.png')
   found['write text'] = command('generate', '--model', decoder, '--prompt', 'a')
   picture = next(pathlib.Path(images).rglob('*.png'))

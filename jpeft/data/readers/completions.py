@@ -40,14 +40,28 @@ def completions(spec: str) -> Dataset:
   keys = {}
   for split, file in files_of(path, 'jsonl').items():
     found = examples_of(file, jsonl_rows(file), functools.partial(_example, file, names))
-    keys[split] = [_asked(example) for example in found]
+    keys[split] = [asked(example) for example in found]
     examples += found
   return Dataset(examples.__getitem__, split_rows(keys), [])
 
 
 def _example(file: Path, names: dict[str, str], line: int, values: Values) -> Example:
   """{'messages', ['tools']} or {'prompt', 'completion'} of a line."""
-  where = f'line {line} of {file}'
+  return example_of(f'line {line} of {file}', file.name, names, values)
+
+
+def example_of(where: str, name: str, names: dict[str, str], values: Values) -> Example:
+  """{'messages', ['tools']} or {'prompt', 'completion'} of values.
+
+  Args:
+    where: what has them, for messages.
+    name: of the source, for messages.
+    names: {part of an example: its name among the values}.
+    values: of a line or row.
+
+  Raises:
+    ValueError: they are neither a chat nor a pair.
+  """
   if names['messages'] in values:
     messages = values[names['messages']]
     _check_messages(where, messages)
@@ -61,15 +75,15 @@ def _example(file: Path, names: dict[str, str], line: int, values: Values) -> Ex
     return chat
   pair = {}
   for part in ('prompt', 'completion'):
-    name = names[part]
-    if name not in values:
+    column = names[part]
+    if column not in values:
       raise ValueError(
-        f'{where} has neither {names["messages"]!r} nor {name!r} (or name another one, '
-        f'{file.name}?{part}=NAME); {suggestion(name, values)}'
+        f'{where} has neither {names["messages"]!r} nor {column!r} (or name another one, '
+        f'{name}?{part}=NAME); {suggestion(column, values)}'
       )
-    text = values[name]
+    text = values[column]
     if not isinstance(text, str):
-      raise ValueError(f'{where} has {text!r} as its {name!r}; it must be a text')
+      raise ValueError(f'{where} has {text!r} as its {column!r}; it must be a text')
     pair[part] = text
   return pair
 
@@ -112,7 +126,7 @@ def _tools(where: str, tools: Any) -> list[dict[str, Any]] | None:
   return tools
 
 
-def _asked(example: Example) -> str:
+def asked(example: Example) -> str:
   """What comes before the first answer; it decides the split, so that equal questions share one."""
   if 'prompt' in example:
     return example['prompt']

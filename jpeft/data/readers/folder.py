@@ -4,12 +4,16 @@
     PATH/<split>/<class>/*.png    where there is PATH/train; the folders beside it are splits too
 
 Classes are the folder names in alphabetical order. Images are divided and mixed by a hash of their
-relative path, so that 'train[:1000]' has all classes in it. Hidden files, and files whose suffix is
-none of an image, are left out. Empty files are refused, and images in formats that Pillow does not
-read. In folders of up to 20,000 images the beginning of each is read at once, so that a file that
-is no image is told before training; one that is cut off is told when it is read.
+relative path, so that 'train[:1000]' has all classes in it. Images in folders below that of a class
+are of that class. What is left out is told in notes: images beside the folders of classes, hidden
+files, files whose suffix is none of an image, folders without images. Empty files are refused, and
+images in formats that Pillow does not read. In folders of up to 20,000 images the beginning of each
+is read at once, so that a file that is no image is told before training; one that is cut off is
+told when it is read.
 """
 
+import collections
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..decode import check_files, decode
@@ -46,11 +50,16 @@ def folder(path: str) -> Dataset:
 
   images: list[Labelled] = []
   keys = {}
+  left_out = {}
+  notes = []
   for split, part in parts.items():
-    found = _labelled(part)
+    found, others = _labelled(part)
     if found or part == train:  # a folder of something else is no split
       keys[split] = [file.relative_to(part).as_posix() for file, _ in found]
       images += found
+      notes += _notes(part, found, others)
+    else:
+      left_out[split] = f'{part} has no images in folders of classes'
 
   classes = _classes(images, train)
   check_files([file for file, _ in images])
@@ -63,7 +72,14 @@ def folder(path: str) -> Dataset:
   def label_of(row: int) -> int:
     return labels[images[row][1]]
 
-  return Dataset(read, split_rows(keys), classes, label_of=label_of)
+  return Dataset(
+    read,
+    split_rows(keys),
+    classes,
+    left_out=left_out,
+    label_of=label_of,
+    notes=tuple(notes),
+  )
 
 
 def _classes(images: list[Labelled], train: Path) -> list[str]:
@@ -83,9 +99,46 @@ def _classes(images: list[Labelled], train: Path) -> list[str]:
   return classes
 
 
-def _labelled(part: Path) -> list[Labelled]:
-  """The images below the folders of classes."""
-  return [(file, label.name) for label in _folders(part) for file in images_below(label)]
+def _labelled(part: Path) -> tuple[list[Labelled], list[Path]]:
+  """(the images below the folders of classes, the other files there)."""
+  found = []
+  others = []
+  for label in _folders(part):
+    images, more = _files(label)
+    found += [(file, label.name) for file in images]
+    others += more
+  return found, others
+
+
+def _notes(part: Path, found: list[Labelled], others: list[Path]) -> list[str]:
+  """Sentences on what lies in a folder of classes and is not read, or not as it may be meant."""
+  notes = []
+  beside = [file for file in part.iterdir() if file.suffix.lower() in SUFFIXES]
+  if beside:
+    notes.append(f'images beside the folders of classes in {part} are left out: {_some(beside)}')
+  classes = {name for _, name in found}
+  for label in _folders(part):
+    if label.name not in classes:
+      notes.append(f'{label} has no images and is no class')
+  deep = [file for file, name in found if file.parent != part / name]
+  if deep:
+    name = deep[0].relative_to(part).parts[0]
+    notes.append(f'images in folders below those of classes count to these: {_some(deep, name)}')
+  if others:
+    notes.append(
+      f'files in the folders of classes of {part} are left out, being hidden or of no suffix of an '
+      f'image: {_some(others)}'
+    )
+  return notes
+
+
+def _some(files: Iterable[Path], name: str = '') -> str:
+  """How many files of which suffixes, and the first of them; `name` is the class it counts to."""
+  files = sorted(files)
+  kinds = collections.Counter(file.suffix or 'no suffix' for file in files)
+  listed = ', '.join(f'{count:,} {suffix}' for suffix, count in kinds.most_common(5))
+  is_class = f', of class {name!r}' if name else ''
+  return f'{listed}, such as {files[0]}{is_class}'
 
 
 def _folders(path: Path) -> list[Path]:
@@ -98,18 +151,31 @@ def images_below(path: Path) -> list[Path]:
   Raises:
     ValueError: there are some of a format that is not read.
   """
-  found = []
+  images, _ = _files(path)
+  return images
+
+
+def _files(path: Path) -> tuple[list[Path], list[Path]]:
+  """(the images below a folder, in order; the other files there).
+
+  Raises:
+    ValueError: there are some of a format that is not read.
+  """
+  images = []
+  others = []
   for file in sorted(path.rglob('*')):
     suffix = file.suffix.lower()
-    if _hidden(file):
-      continue
-    if suffix in UNREAD:
+    if any(part.startswith('.') for part in file.relative_to(path).parts):
+      others.append(file)
+    elif suffix in UNREAD:
       raise ValueError(
         f'{file} is of a format that is not read; convert the {suffix} files to .jpg'
       )
-    if suffix in SUFFIXES:
-      found.append(file)
-  return found
+    elif suffix in SUFFIXES:
+      images.append(file)
+    else:
+      others.append(file)
+  return images, [file for file in others if file.is_file()]
 
 
 def _hidden(path: Path) -> bool:

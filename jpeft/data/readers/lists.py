@@ -13,6 +13,7 @@ without blanks: cat.png 3.5,0.2 or street.png car,tree.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,11 +22,19 @@ from jpeft import textfiles
 from ..decode import check_files, decode
 from ..labels import CLASSES, NUMBERS, SETS, in_order, number, sets_of
 from ..source import Dataset, Example, suggestion
+from .files import options_of
+from .unlabelled import OPTION, Unlabelled, rule
 
-Labelled = tuple[Path, str]  # an image file, its label
+
+class Labelled(NamedTuple):
+  """A line of a list."""
+
+  line: int
+  image: Path
+  label: str
 
 
-def lists(path: str, labels: str = CLASSES) -> Dataset:
+def lists(spec: str, labels: str = CLASSES) -> Dataset:
   """The images of the lists in a folder, with labels of a kind (see `..labels`).
 
   Raises:
@@ -33,7 +42,8 @@ def lists(path: str, labels: str = CLASSES) -> Dataset:
     ValueError: no lists, a line without a label, negative numbers of classes, or what is no number
       where numbers are wanted; a file that is no image, on reading if not before.
   """
-  root = Path(path).expanduser()
+  root, options = options_of(spec, 'lists', (OPTION,), {})
+  unlabelled = rule(options.get(OPTION), 'label', labels)
   if not root.is_dir():
     raise FileNotFoundError(f'there is no folder {root}')
   files = sorted(root.glob('*.txt'))
@@ -45,9 +55,13 @@ def lists(path: str, labels: str = CLASSES) -> Dataset:
   splits = {}
   for file in files:
     found = _labelled(root, file, labels)
+    if unlabelled is not None:
+      found = _with_class(file, found, unlabelled)
+      if file.stem in unlabelled.left_out:
+        continue
     splits[file.stem] = range(len(images), len(images) + len(found))
     images += found
-  said = [label for _, label in images]
+  said = [found.label for found in images]
   if labels == CLASSES:
     classes = _classes(set(said), root)
     numbers = {name: i for i, name in enumerate(classes)}
@@ -61,13 +75,26 @@ def lists(path: str, labels: str = CLASSES) -> Dataset:
     classes = [str(i) for i in range(values.shape[1])]
     if len(classes) == 1:
       classes = ['label']
-  check_files(list(dict.fromkeys(file for file, _ in images)))
+  check_files(list(dict.fromkeys(found.image for found in images)))
 
   def read(row: int) -> Example:
-    file, _ = images[row]
+    file = images[row].image
     return {'image': decode(file, str(file)), 'label': values[row]}
 
-  return Dataset(read, splits, classes, labels=labels, label_of=values.__getitem__)
+  found = Dataset(read, splits, classes, labels=labels, label_of=values.__getitem__)
+  if unlabelled is None:
+    return found
+  return found._replace(left_out=unlabelled.left_out, notes=tuple(unlabelled.notes))
+
+
+def _with_class(file: Path, images: list[Labelled], unlabelled: Unlabelled) -> list[Labelled]:
+  """The images of one list that have a class."""
+
+  def where(i: int) -> str:
+    return f'line {images[i].line} of {file}'
+
+  kept = unlabelled.labelled(file.stem, str(file), [one.label for one in images], where)
+  return [images[i] for i in kept]
 
 
 def _numbers(root: Path, said: Sequence[str]) -> np.ndarray:
@@ -112,7 +139,7 @@ def _labelled(root: Path, file: Path, labels: str) -> list[Labelled]:
         )
       if labels == CLASSES and label.isdecimal():
         label = str(int(label))
-      found.append((image, label))
+      found.append(Labelled(number_of_line, image, label))
   return found
 
 

@@ -3,14 +3,19 @@
     tfds:cifar100                      the newest version in the folder of TFDS
     tfds:glue/sst2:2.0.0               a config and a version
     tfds:NAME?text=sentence&label=y    other features than those that the data set names itself
+    tfds:NAME?unlabelled=skip          rows without a class are left out, see `unlabelled`
 
 Image and label are what TFDS calls its supervised keys, else the only features that can be. Where
 numbers are learned, a label is a feature of numbers that is named, or several, as in
 label=width,height; where sets of classes are, it is a Sequence of ClassLabel that is named. The
 data must be stored as array_record, which `download_and_prepare` writes with
 file_format='array_record'.
+
+A label is a part of its row here: of each split one row is read to see whether it has a class, and
+all of them are if rows are to be skipped. Else a row without one is refused when it is read.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +26,7 @@ from ..labels import CLASSES, NUMBERS, SETS
 from ..source import Dataset, Example, suggestion
 from ..stored import folder_of_tfds, rows_of
 from .files import options_of
+from .unlabelled import OPTION, Unlabelled, rule
 
 PARTS = ('image', 'text', 'pair', 'label')
 
@@ -39,7 +45,8 @@ def prepared(spec: str, data_dir: str | Path | None, labels: str = CLASSES) -> D
   """
   import tensorflow_datasets as tfds
 
-  path, options = options_of(spec, 'tfds', PARTS, {})
+  path, options = options_of(spec, 'tfds', (*PARTS, OPTION), {})
+  choice = options.pop(OPTION, None)
   name = path.as_posix()
   builder = tfds.builder_from_directory(str(_folder(name, folder_of_tfds(data_dir))))
   kind = builder.info.file_format
@@ -79,7 +86,37 @@ def prepared(spec: str, data_dir: str | Path | None, labels: str = CLASSES) -> D
     values = stored(row)
     return _example(values, columns, f'image {row} of {name}') | {'label': label_of(values)}
 
-  return Dataset(read, splits, classes, labels=kind)
+  found = Dataset(read, splits, classes, labels=kind)
+  unlabelled = rule(choice, said[0], kind, named=True)
+  if unlabelled is None:
+    return found
+
+  def class_of(row: int) -> int:
+    return label_of(stored(row))
+
+  return _with_class(found, f'tfds:{name}', class_of, unlabelled, skip=choice == 'skip')
+
+
+def _with_class(
+  dataset: Dataset,
+  name: str,
+  label_of: Callable[[int], int],
+  unlabelled: Unlabelled,
+  skip: bool,
+) -> Dataset:
+  """The data set without the rows that have no class, as far as they are looked for."""
+  kept = {}
+  for split, rows in dataset.splits.items():
+    seen = rows if skip else rows[:1]
+
+    def where(i: int, split: str = split) -> str:
+      return f"row {i} of {name}, '{split}'"
+
+    labels = [label_of(row) for row in seen]
+    found = unlabelled.labelled(split, f"{name}, '{split}'", labels, where)
+    if split not in unlabelled.left_out:
+      kept[split] = [rows[i] for i in found] if skip else rows
+  return dataset._replace(splits=kept, left_out=unlabelled.left_out, notes=tuple(unlabelled.notes))
 
 
 def _is_number(feature: Any) -> bool:

@@ -8,6 +8,7 @@
     csv:PATH?delimiter=;                    another delimiter than a comma (than a tab in .tsv)
     csv:PATH?quote=                         another quote than ", or none: quotes are letters
     csv:PATH?header=no&text=3&label=1       no line of names: columns are numbered from 0
+    csv:PATH?unlabelled=skip                rows without a label are left out, see `unlabelled`
 
 Labels are texts or integers; `classes` has them in alphabetical order, or in that of their value if
 all are integers. Rows are divided and mixed by a hash of their text, so that equal texts are in one
@@ -49,15 +50,25 @@ import numpy as np
 from jpeft import textfiles
 
 from ..decode import check_files, decode
-from ..labels import CLASSES, NOTHING, NUMBERS, SETS, in_order, membership, number, sets_of
+from ..labels import (
+  CLASSES,
+  NOTHING,
+  NUMBERS,
+  SETS,
+  in_order,
+  membership,
+  number,
+  sets_of,
+)
 from ..source import Dataset, Example, split_rows, suggestion
 from .files import SUFFIXES, Row, Values, examples_of, files_of, jsonl_rows, options_of
+from .unlabelled import OPTION, Unlabelled, rule
 
 COLUMNS = {'text': 'text', 'label': 'label'}  # {part of an example: its column}
 PARTS = ('text', 'pair', 'image')
 _OPTIONS = {
-  'csv': (*PARTS, 'label', 'labels_by', 'delimiter', 'quote', 'header'),
-  'jsonl': (*PARTS, 'label', 'labels_by'),
+  'csv': (*PARTS, 'label', 'labels_by', OPTION, 'delimiter', 'quote', 'header'),
+  'jsonl': (*PARTS, 'label', 'labels_by', OPTION),
 }
 
 
@@ -69,11 +80,13 @@ class _Labels:
     kind: of labels, see `..labels`.
     columns: that have them; one for classes, none where labels are not read.
     by: what separates the classes of a row; None if nothing does.
+    unlabelled: what is done with rows without a class; None where labels are of another kind.
   """
 
   kind: str
   columns: tuple[str, ...]
   by: str | None = None
+  unlabelled: Unlabelled | None = None
 
   @property
   def listed(self) -> bool:
@@ -193,6 +206,7 @@ def asked(spec: str) -> list[Asked]:
   """
   kind = kind_of_table(spec)
   path, options = _options(spec, kind, (*_OPTIONS[kind], 'keep'))
+  options.pop(OPTION, None)  # of labels
   keep = [column for column in options.pop('keep', '').split(',') if column]
   columns = {part: options[part] for part in PARTS if part in options}
   read_rows = jsonl_rows
@@ -232,24 +246,32 @@ def _table(
   Args:
     path: of a file or a folder.
     kind: 'csv' or 'jsonl'.
-    options: {part of an example: its column}, and labels_by.
+    options: {part of an example: its column}, labels_by and unlabelled.
     read_rows: file -> its rows.
     labels: the kind that is wanted.
   """
   examples = []
   keys = {}
   files = files_of(path, kind)
-  by = options.pop('labels_by', None)
-  said = _labels_of(files, options.pop('label'), by, read_rows, labels)
-  left_out = _unlabelled(files, said, read_rows)
+  said = _labels_of(files, options, read_rows, labels)
+  left_out = _without_column(files, said, read_rows)
   for split, file in files.items():
     if split in left_out:
       continue
-    found = examples_of(file, read_rows(file), functools.partial(_example, file, options, said))
+    numbered = functools.partial(_numbered, file, options, said)
+    found = _labelled(split, file, examples_of(file, read_rows(file), numbered), said)
+    if not found:
+      continue
     keys[split] = [_key(example) for example in found]
     if 'image' in options:
       found = [example | {'image': file.parent / example['image']} for example in found]
     examples += found
+  notes: tuple[str, ...] = ()
+  if said.unlabelled is not None:
+    left_out |= said.unlabelled.left_out
+    notes = tuple(said.unlabelled.notes)
+  if not examples:
+    raise ValueError(f'there is nothing to learn: {"; ".join(left_out.values())}')
   classes, values = _values([example['label'] for example in examples], said)
   if 'image' in options:
     check_files(list(dict.fromkeys(example['image'] for example in examples)))
@@ -267,21 +289,46 @@ def _table(
     left_out=left_out,
     labels=labels,
     label_of=values.__getitem__,
+    notes=notes,
   )
+
+
+def _labelled(
+  split: str, file: Path, numbered: list[tuple[int, Example]], labels: _Labels
+) -> list[Example]:
+  """The examples of a file that have a label, of all with their lines."""
+  if labels.unlabelled is None:
+    return [example for _, example in numbered]
+
+  def where(i: int) -> str:
+    return f'line {numbered[i][0]} of {file}'
+
+  said = [example['label'] for _, example in numbered]
+  kept = labels.unlabelled.labelled(split, str(file), said, where)
+  return [numbered[i][1] | {'label': str(said[i])} for i in kept]
 
 
 def _labels_of(
   files: dict[str, Path],
-  column: str,
-  by: str | None,
+  options: dict[str, str],
   read_rows: Callable[[Path], Iterator[Row]],
   kind: str,
 ) -> _Labels:
   """How the files say the labels: a name with commas is several columns, if it is no column itself.
 
+  Args:
+    files: of the splits.
+    options: what they say of labels is taken out.
+    read_rows: file -> its rows.
+    kind: of labels that is wanted.
+
   Raises:
-    ValueError: labels_by where it says nothing.
+    ValueError: labels_by or unlabelled where it says nothing.
   """
+  column = options.pop('label')
+  by = options.pop('labels_by', None)
+  choice = options.pop(OPTION, None)
+  unlabelled = rule(choice, column, kind)
   if kind == NOTHING:
     return _Labels(kind, ())
   columns: tuple[str, ...] = (column,)
@@ -293,7 +340,7 @@ def _labels_of(
       f'labels_by={by} separates the classes that one column lists, where sets of classes are '
       "learned (config.task='multilabel'): leave it out"
     )
-  return _Labels(kind, columns, by)
+  return _Labels(kind, columns, by, unlabelled)
 
 
 def _first(read_rows: Callable[[Path], Iterator[Row]], file: Path) -> list[Row]:
@@ -313,7 +360,7 @@ def _values(said: Sequence[Any], labels: _Labels) -> tuple[list[str], Sequence[A
   return list(labels.columns), np.array(said, np.float32)
 
 
-def _unlabelled(
+def _without_column(
   files: dict[str, Path], labels: _Labels, read_rows: Callable[[Path], Iterator[Row]]
 ) -> dict[str, str]:
   """{split: why it is left out} of the files without a column of labels, if another has one."""
@@ -389,13 +436,20 @@ def _long_fields() -> Iterator[None]:
     csv.field_size_limit(before)
 
 
+def _numbered(
+  file: Path, columns: dict[str, str], labels: _Labels, line: int, values: Values
+) -> tuple[int, Example]:
+  """(line, its example)."""
+  return line, _example(file, columns, labels, line, values)
+
+
 def _example(
   file: Path, columns: dict[str, str], labels: _Labels, line: int, values: Values
 ) -> dict[str, Any]:
   """The texts {'text', ['pair']} or {'image'} of a row, and its label.
 
-  The label is a text for one class, a list of texts where a column lists classes, else a list of
-  numbers, one for each column.
+  The label is a text for one class, or what says that there is none; a list of texts where a column
+  lists classes; else a list of numbers, one for each column.
   """
   example: dict[str, Any] = {}
   for name, column in columns.items():
@@ -408,6 +462,9 @@ def _example(
   said = []
   for column in labels.columns:
     value = _cell(file, line, 'label', column, values)
+    if labels.unlabelled is not None and labels.unlabelled.missing(value):
+      said.append(value)
+      continue
     try:
       said.append(_LABELS[labels.kind, labels.listed](value, labels.by))
     except ValueError as error:

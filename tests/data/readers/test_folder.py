@@ -113,3 +113,30 @@ def test_what_is_missing_is_said(flat, tmp_path):
     data.load(f'folder:{flat}/owl/bare', 'train')
   with pytest.raises(ValueError, match='no images found'):  # images, but in no class
     data.load(f'folder:{flat}/owl', 'train')
+
+
+def test_what_is_left_out_is_noted(flat):
+  notes = data.load(f'folder:{flat}', 'train').notes
+  (others,) = notes
+  assert 'hidden or of no suffix of an image: 1 .png, 1 .txt, such as' in others
+  assert 'cat/._0.png' in others
+  image(flat / 'lost.png')
+  image(flat / 'lost.jpg')
+  image(flat / 'owl' / 'deep' / '0.png')
+  image(flat / 'owl' / '.thumbs' / '0.png')
+  (flat / 'dog').mkdir()
+  source = data.load(f'folder:{flat}', 'train+test')
+  assert len(source) == 41 and source.classes == ['cat', 'owl']
+  beside, empty, deep, others = source.notes
+  assert f'images beside the folders of classes in {flat} are left out: 1 .jpg, 1 .png' in beside
+  assert empty == f'{flat}/dog has no images and is no class'
+  assert deep.endswith(f"1 .png, such as {flat}/owl/deep/0.png, of class 'owl'")
+  assert '2 .png, 1 .txt' in others
+
+
+def test_a_folder_of_unlabelled_images_is_no_split(tmp_path):
+  image(tmp_path / 'train' / 'a' / '0.png')
+  image(tmp_path / 'test' / '0.png')
+  assert data.load(f'folder:{tmp_path}', 'train').notes == ()
+  with pytest.raises(ValueError, match="no split 'test': .*/test has no images in folders of clas"):
+    data.load(f'folder:{tmp_path}', 'test')

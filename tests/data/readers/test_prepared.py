@@ -57,6 +57,21 @@ class _Owls(tfds.core.GeneratorBasedBuilder):
       )
 
 
+class _Some(_Owls):
+  """Texts, not all of which have a label."""
+
+  FEATURES = {
+    'text': tfds.features.Text(),
+    'label': tfds.features.ClassLabel(names=['no', 'yes']),
+  }
+  KEYS = None
+
+  def _generate_examples(self, numbers):
+    for i in numbers:
+      unknown = i % 3 == 2 or len(numbers) == 7
+      yield i, {'text': f't{i}', 'label': -1 if unknown else i % 2}
+
+
 class _Pairs(_Owls):
   """Pairs of texts."""
 
@@ -80,6 +95,7 @@ def root(tmp_path_factory):
   for version in ('9.0.0', '10.0.0'):
     _Owls.VERSION = tfds.core.Version(version)
     _Owls(data_dir=str(folder), file_format='array_record').download_and_prepare()
+  _Some(data_dir=str(folder), file_format='array_record').download_and_prepare()
   for config in ('one', 'two'):
     builder = _Pairs(config=config, data_dir=str(folder), file_format='array_record')
     builder.download_and_prepare()
@@ -146,3 +162,12 @@ def test_numbers_and_sets(root):
       data.load(f'{name}?{options}', 'train', root, kind)
   with pytest.raises(ValueError, match="has no feature 'weight'"):
     data.load(f'{name}?label=age,weight', 'train', root, 'numbers')
+
+
+def test_rows_without_a_label(root):
+  name = f'tfds:{_Some.name}'
+  with pytest.raises(ValueError, match="no split 'test': .*'test' has no labels"):
+    data.load(name, 'test', root)
+  assert [e['label'] for e in data.load(name, 'train', root)] == [0, 1, -1, 1, 0]  # told by tasks
+  kept = data.load(f'{name}?unlabelled=skip', 'train', root)
+  assert [e['label'] for e in kept] == [0, 1, 1, 0] and '1 rows without' in kept.notes[0]

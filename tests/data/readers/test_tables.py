@@ -70,7 +70,7 @@ def test_classes_are_sorted_by_value_or_name(tmp_path, labels, classes):
   file.write_text(
     '\n\n'.join(json.dumps({'text': str(i), 'label': v}) for i, v in enumerate(labels))
   )
-  source = data.load(f'jsonl:{file}', 'train+test')
+  source = data.load(f'jsonl:{file}?unlabelled=class', 'train+test')
   assert source.classes == classes
   assert {int(e['text']): classes[e['label']] for e in source} == {
     i: str(v) for i, v in enumerate(labels)
