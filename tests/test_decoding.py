@@ -63,6 +63,7 @@ def test_padded_prompts_are_continued_as_alone_and_without_a_cache(name):
     jpeft.lst(2, block='attention'),
     jpeft.vpt_deep(2),
     jpeft.vpt_shallow(2),
+    jpeft.prompt_tuning(2),
   ),
   ids=lambda m: m.names[0],
 )

@@ -9,6 +9,7 @@ from .memory.velora import directed, projected, velora
 from .nn import drop
 from .presets import names, preset
 from .prompt.prefix import prefix
+from .prompt.prompt_tuning import prompt_tuning
 from .prompt.vpt import vpt_deep, vpt_shallow
 from .registry import REGISTRY, Entry, make, register_method
 from .side.dist import dist
@@ -64,6 +65,7 @@ __all__ = [
   'prefix',
   'preset',
   'projected',
+  'prompt_tuning',
   'qlora',
   'qst',
   'r2_tuning',

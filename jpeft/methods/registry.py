@@ -14,6 +14,7 @@ from .memory.meft import meft
 from .memory.s2a import packed, s2a
 from .memory.velora import velora
 from .prompt.prefix import prefix
+from .prompt.prompt_tuning import prompt_tuning
 from .prompt.vpt import vpt_deep, vpt_shallow
 from .side.head2toe import head2toe
 from .side.hst import hst
@@ -94,6 +95,9 @@ REGISTRY: dict[str, Entry] = {
   'vpt_shallow': Entry(vpt_shallow, '2203.12119', 'VPT: prompt tokens before the first block'),
   'vpt_deep': Entry(vpt_deep, '2203.12119', 'VPT: fresh prompt tokens before every block'),
   'prefix': Entry(prefix, '2101.00190', 'prefix tuning: keys and values in every attention'),
+  'prompt_tuning': Entry(
+    prompt_tuning, '2104.08691', 'prompt tuning: rows before the embedded words'
+  ),
   'velora': Entry(velora, '2405.17991', 'VeLoRA: kernels trained from projections of their inputs'),
   'meft': Entry(
     meft, '2306.00477', 'MEFT: the backbone made reversible; nothing is kept of a layer'

@@ -172,7 +172,7 @@ class Tokens:
         )
       if hasattr(a, 'shape') and has_length(a, batch, length):
         is_bias = jnp.issubdtype(a.dtype, jnp.floating) and name not in selected
-        return self._longer(site, name, a, batch, length, is_bias)
+        return self.longer(site, name, a, batch, length, is_bias)
       for x in leaves:
         if x is not a and has_length(x, batch, length):
           raise _unknown(site, name, x, length, self.count)
@@ -184,7 +184,7 @@ class Tokens:
       longer = on_first(call, args, kwargs, stream, other)
     return longer
 
-  def _longer(
+  def longer(
     self, site: Site, name: str, a: jax.Array, batch: int, length: int, is_bias: bool
   ) -> jax.Array:
     """An argument that goes with the sequence, for the tokens too.

@@ -48,6 +48,7 @@ class Row:
 
 
 CONV = 'linen_cnn'
+IMAGES = tuple(b for b in BACKBONES if 'vit' in b) + ('linen_fused',)
 DECODERS = ('linen_gemma', 'nnx_llama', 'nnx_raw')
 NO_BIAS = dict.fromkeys(DECODERS, 'bitfit: .* match, but none has what it adapts')
 NO_DOOR = dict.fromkeys(
@@ -91,6 +92,14 @@ ROWS: dict[str, Row] = {
   ),
   'vpt_deep': Row(start=None, cannot={CONV: TOKENS}),
   'prefix': Row(start=None, cannot={CONV: 'no role {attention}'}),
+  'prompt_tuning': Row(
+    start=None,
+    on=dict.fromkeys(('linen_gemma', 'nnx_raw'), {'lookup': 'encode'}),
+    cannot={
+      **dict.fromkeys((CONV, *IMAGES), 'before words, integers'),
+      'nnx_llama': 'a call of its method',
+    },
+  ),
   'lst': Row(start=None, cannot={CONV: STREAM}),
   'qst': Row(start=0, cannot={CONV: STREAM}),
   'side_tuning': Row(start=None, cannot={CONV: STREAM}),

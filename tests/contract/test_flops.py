@@ -13,14 +13,21 @@ from jpeft.methods import REGISTRY
 from jpeft.programs import cost
 from jpeft.quant import named
 from tests.contract.anatomies import described
-from tests.contract.table import made, row
+from tests.contract.table import error_of, made, row
 from tests.fixtures import BACKBONES
 from tests.fixtures.linen_models import VisionTransformer
+from tests.fixtures.linen_text import Bert
 
 # Wide and deep enough that adapters, heads and the block that nothing crosses weigh little.
-MODEL = VisionTransformer(num_layers=5, hidden_size=128)
-X = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
-HELD = jax.eval_shape(lambda x: MODEL.init(jax.random.key(0), x, train=False), X)
+# {backbone: (model, example, options of its call)}; the second serves what the first cannot.
+MODELS = {
+  'linen_vit': (
+    VisionTransformer(num_layers=5, hidden_size=128),
+    jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32),
+    {'train': False},
+  ),
+  'linen_bert': (Bert(depth=5, width=128), jax.ShapeDtypeStruct((2, 12), jnp.int32), {}),
+}
 SIZES = {'lst': {'reduction': 8}, 'qst': {'reduction': 8}}
 
 
@@ -39,31 +46,35 @@ def compiled(fn, *args) -> float:
 
 
 @functools.cache
-def backbone(storage: str | None):
-  """The shapes of what the model holds."""
+def backbone(name: str, storage: str | None):
+  """The shapes of what a model holds."""
+  model, x, options = MODELS[name]
+  held = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, **options), x)
   if storage is None:
-    return HELD
+    return held
   return jax.eval_shape(
-    lambda held: jpeft.quantize(MODEL, named(storage), held, X, train=False), HELD
+    lambda held: jpeft.quantize(model, named(storage), held, x, **options), held
   )
 
 
 @functools.cache
-def forward(storage: str | None, measure) -> float:
+def forward(name: str, storage: str | None, measure) -> float:
   """FLOPs of the untouched forward pass."""
-  return measure(lambda held, x: MODEL.apply(held, x, train=False), backbone(storage), X)
+  model, x, options = MODELS[name]
+  return measure(lambda held, x: model.apply(held, x, **options), backbone(name, storage), x)
 
 
 def passes(method: str, measure) -> float:
   """FLOPs of output and gradients over those of the untouched forward pass."""
   storage = REGISTRY[method].storage if row(method).stored else None
-  held = backbone(storage)
-  with described(BACKBONES['linen_vit']):
-    tuned = jpeft.attach(
-      MODEL, made(method, 'linen_vit', **SIZES.get(method, {})), held, X, train=False
-    )
-  loss = lambda theta, held, x: jnp.sum(tuned.apply(theta, held, x, train=False) ** 2)
-  return measure(jax.value_and_grad(loss), tuned.shapes, held, X) / forward(storage, measure)
+  name = next(name for name in MODELS if error_of(method, name) is None)
+  model, x, options = MODELS[name]
+  held = backbone(name, storage)
+  with described(BACKBONES[name]):
+    tuned = jpeft.attach(model, made(method, name, **SIZES.get(method, {})), held, x, **options)
+  loss = lambda theta, held, x: jnp.sum(tuned.apply(theta, held, x, **options) ** 2)
+  step = measure(jax.value_and_grad(loss), tuned.shapes, held, x)
+  return step / forward(name, storage, measure)
 
 
 @pytest.mark.parametrize('measure', [lowered, pytest.param(compiled, marks=pytest.mark.slow)])
