@@ -8,8 +8,7 @@ words x_1 .. x_N of a text, the model runs on
 in place of the looked-up words E(x): the rows get the positions 0 .. p - 1, the words those from p
 on, and everything sees the rows. What the model gives for each token it gives for the words alone.
 What reads the first token (a BERT classifier) reads the first row, as in Hugging Face peft. In an
-encoder-decoder the rows go before the encoder's words; with `decoder` p others go before the
-decoder's, which is peft's default there.
+encoder-decoder the rows go before the words of the encoder alone.
 
 The model is called with p more tokens, whose ids -1, -2, .. no word has; where the words are looked
 up, row i stands in for the id -1 - i. So whatever the model adds to its words (positions, types, a
@@ -17,7 +16,8 @@ norm) it adds to the rows. Types of the rows are 0.
 
 The rows start as words drawn from the first `words` of the table (5000 in the paper, ordered by
 frequency there), or as N(0, 1). The function does not start as the backbone's. In the files of peft
-they are prompt_embeddings [p, d]; with `decoder` [2 p, d], those of the decoder behind.
+they are prompt_embeddings [p, d]; of an encoder-decoder [2 p, d], the last p of which peft never
+reads.
 
 Not mergeable. Of rows into which several texts are packed, only the first text sees the prompts.
 """
@@ -41,7 +41,6 @@ STARTS = ('words', 'normal')
 @factory
 def prompt_tuning(
   tokens: int = 20,
-  decoder: bool = False,
   init: str = 'words',
   words: int = 5000,
   dropout: float = 0.0,
@@ -53,14 +52,13 @@ def prompt_tuning(
 
   Args:
     tokens: p.
-    decoder: put p more before the decoder's words.
     init: 'words', those of drawn words, or 'normal'.
     words: how many of the table's first rows are drawn from.
     dropout: rate on the entries of the rows.
     embed: pattern of the module that embeds words, and of those in it; the first that owns a table
       looks them up.
     lookup: the method of that module that does, of words [B, N].
-    name: in theta: {'prompts': [p, d]} at that module, with `decoder` [2 p, d].
+    name: in theta: {'prompts': [p, d]} at that module.
 
   Raises:
     ValueError: a hyperparameter outside its range; at `attach`, a model that is not called with
@@ -71,7 +69,7 @@ def prompt_tuning(
   whole('prompt_tuning', 'words', words, 1)
   within('prompt_tuning', 'dropout', dropout, 0, 1)
   require(init in STARTS, 'prompt_tuning', 'init', init, f'must be one of {", ".join(STARTS)}')
-  return _PromptTuning(tokens, decoder, init, words, dropout, embed, lookup, name).method()
+  return _PromptTuning(tokens, init, words, dropout, embed, lookup, name).method()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,7 +77,6 @@ class _PromptTuning:
   """The rules of `prompt_tuning`; the fields are its arguments."""
 
   tokens: int
-  decoder: bool
   start: str
   words: int
   dropout: float
@@ -95,18 +92,13 @@ class _PromptTuning:
   # ---- At the model: more tokens.
 
   def init_at_model(self, key, site: Site, arrays) -> dict:
-    """Nothing; a model that reads no words, or has no decoder where one is needed, is refused."""
+    """Nothing; a model that reads no words is refused."""
     tokens = site.input
     if tokens is None or len(tokens.shape) != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
       shape = None if tokens is None else f'{tokens.dtype}{list(tokens.shape)}'
       raise ValueError(
         f'{self.name}: prompts stand before words, integers [B, N], and {site.kind} is called with '
         f'{shape}; vpt_deep and vpt_shallow put them among other tokens'
-      )
-    if self.decoder and not any(map(_is_decoder, site.inputs)):
-      raise ValueError(
-        f'{self.name}: decoder=True, and no argument of {site.kind} is words of a decoder: it has '
-        f'{", ".join(site.inputs)}'
       )
     self._table(site)
     return {}
@@ -116,40 +108,26 @@ class _PromptTuning:
     if call.has_cache:
       raise ValueError(
         f'{self.name}: the model is given a cache of earlier tokens, before which the prompts '
-        'would enter again: call without a cache, as jpeft.decoding.generate does, which runs the whole '
-        'text for each token'
+        'would enter again: call without a cache, as jpeft.decoding.generate does, which runs the '
+        'whole text for each token'
       )
+    words = first_array(call, args, kwargs)
     inputs = call.inputs(*args, **kwargs)
-    encoded = first_array(call, args, kwargs)
-    written = next((x for name, x in inputs.items() if _is_decoder(name)), None)
 
-    def words(x, first: int):
-      """Words [B, N] behind the ids of p rows, the first of which is `first`."""
-      ids = -1 - first - jnp.arange(self.tokens)
-      ids = jnp.broadcast_to(ids, (len(x), self.tokens))
+    def longer(x):
+      ids = jnp.broadcast_to(-1 - jnp.arange(self.tokens), (len(x), self.tokens))
       return jnp.concatenate([ids, x.astype(jnp.int32)], 1)
 
     def other(name, a):
-      if not hasattr(a, 'shape'):
+      if not hasattr(a, 'shape') or _is_of_decoder(name):
         return a
-      of_decoder = name.startswith('decoder')
-      if of_decoder and not self.decoder:
-        return a
-      if a is written:
-        return words(a, self.tokens)
-      length = encoded.shape[1]
-      if of_decoder and written is not None:
-        length = written.shape[1]
-      return self._longer(call.site, name, a, len(encoded), length)
+      return self._longer(call.site, name, a, *words.shape)
 
-    args, kwargs = on_first(call, args, kwargs, lambda x: words(x, 0), other)
+    args, kwargs = on_first(call, args, kwargs, longer, other)
     out = call(*args, **kwargs)
-    of_stack, read = 'input', encoded
-    if written is not None:
-      if not self.decoder:
-        return out  # what comes out is of the decoder's words
-      of_stack, read = 'decoder', written
-    return jax.tree.map(lambda x: self._of_words(call.site, x, read.shape[1], of_stack), out)
+    if any(map(_is_of_decoder, inputs)):
+      return out  # of the decoder's words
+    return jax.tree.map(lambda x: self._of_words(call.site, x, words.shape[1]), out)
 
   def _longer(self, site: Site, name: str, a, batch: int, length: int):
     """An argument beside the words, for the rows too.
@@ -166,17 +144,12 @@ class _PromptTuning:
     is_bias = jnp.issubdtype(a.dtype, jnp.floating) and a.ndim > 2
     return rows.longer(site, name, a, batch, length, is_bias)
 
-  def _of_words(self, site: Site, x, length: int, stack: str):
+  def _of_words(self, site: Site, x, length: int):
     """An output without what it has for the rows; one that is not of each token as it is."""
     if not hasattr(x, 'ndim') or x.ndim < 2 or x.shape[1] != length + self.tokens:
       return x
-    if x.ndim == 2 and site.out is not None:
-      # Numbers of a text, as many as it has tokens now: in the traced call they were not.
-      traced = site.input
-      if stack == 'decoder':
-        traced = next(a for name, a in site.inputs.items() if _is_decoder(name))
-      if site.out.shape[1:] != traced.shape[1:]:
-        return x
+    if x.ndim == 2 and (site.out is None or site.out.shape != site.input.shape):
+      return x  # numbers of a text, by chance as many as it has tokens
     return x[:, self.tokens :]
 
   # ---- Where words are looked up: the rows.
@@ -199,11 +172,10 @@ class _PromptTuning:
     if site is not self._table(site):
       return {}
     (table,) = _tables(site)
-    count = self.tokens * (2 if self.decoder else 1)
     rows, width = site.leaves[table].shape
     if self.start == 'normal':
-      return {'prompts': jax.random.normal(key, (count, width))}
-    drawn = jax.random.randint(key, (count,), 0, min(rows, self.words))
+      return {'prompts': jax.random.normal(key, (self.tokens, width))}
+    drawn = jax.random.randint(key, (self.tokens,), 0, min(rows, self.words))
     return {'prompts': jnp.asarray(arrays[table])[drawn].astype(jnp.float32)}
 
   def apply_at_table(self, t, call: Bound, *args, **kwargs):
@@ -225,6 +197,6 @@ def _tables(site: Site) -> list[str]:
   return [name for name, leaf in leaves if leaf.use == 'gather' and len(leaf.shape) == 2]
 
 
-def _is_decoder(name: str) -> bool:
-  """Whether an argument of a model, by its name, is the words of a decoder."""
-  return name.startswith('decoder') and any(part in name for part in ('tokens', 'ids', 'words'))
+def _is_of_decoder(name: str) -> bool:
+  """Whether an argument of a model, by its name, is about the decoder's words."""
+  return name.startswith('decoder')
