@@ -1,11 +1,12 @@
-"""LoRA, DoRA, (IA)^3 and norms in the adapter folders of Hugging Face's peft.
+"""The methods of jpeft in the adapter folders of Hugging Face's peft, where both have them.
 
 Such a folder has adapter_config.json and adapter_model.safetensors. peft names an array by a module
 of the base model, and keeps the factors of a matrix [out, in] transposed: `lora_A` [r, in] and
 `lora_B` [out, r], where jpeft has a [in, r] and b [r, out].
 
 What is read and what is written is compared with the rules: for every matrix, what peft computes by
-the config of the folder is what the rule makes of it.
+the config of the folder is what the rule makes of it. Where rules do other things than that
+(prompts, prefixes, rules without theta), the model is run with the method and with the folder.
 """
 
 import dataclasses
@@ -20,13 +21,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpeft.core import Method, Rule, Site, Tuned, Weight, chain
-from jpeft.methods import dora, ia3, lora, tune, vera
+from jpeft.core import Method, Rule, Site, Tuned, Weight, attach, chain
+from jpeft.methods import dora, ia3, lora, prefix, prompt_tuning, tune, vera, vera_pair
 from jpeft.models import Place, Pretrained, read_tensors, write_tensors
 from jpeft.thetas import on_matrix
 from jpeft.training import write
 
-from .peft_config import CONFIG, IA3, LN_TUNING, LORA, read_config, scaled, start_of
+from .peft_config import (
+  CONFIG,
+  IA3,
+  LN_TUNING,
+  LORA,
+  PREFIX_TUNING,
+  PROMPT_TUNING,
+  PROMPTS,
+  TOKENS,
+  VERA,
+  read_config,
+  scaled,
+  start_of,
+)
 from .peft_folder import (
   FILE,
   HEAD,
@@ -34,14 +48,18 @@ from .peft_folder import (
   PARTS,
   SCALES,
   TABLE_PARTS,
+  TOKENS_DELTA,
   Factors,
   Folder,
+  Vectors,
+  base_of,
   check_same,
   lone_site,
   read_folder,
   tied_head,
 )
-from .peft_names import BASE, NEW, Arrays, Fold, joined, layers_of, module_of
+from .peft_names import NEW, UNWRAPPED, Arrays, Fold, joined, layers_of, module_of
+from .peft_prompts import ROWS, read_rows, taken_apart, write_rows
 
 # Names of the two forms of (IA)^3, and of VeRA, among the rules that are read.
 OUTPUTS, INPUTS, SHARED = 'outputs', 'inputs', 'shared'
@@ -59,9 +77,12 @@ def save_adapter(
   tuned: Tuned | None = None,
   names: str = NEW,
 ) -> None:
-  """Writes theta of LoRA, DoRA or (IA)^3, and of modules trained whole beside it, as peft does.
+  """Writes theta as peft does: of one method, and of modules trained whole beside it.
 
-  Norms that are trained without any of them are written as peft's LN_TUNING.
+  The method is LoRA, DoRA, VeRA, (IA)^3, prompt tuning, or prefix tuning of a decoder. Norms that
+  are trained without any of them are written as peft's LN_TUNING, and rows of a table as
+  TRAINABLE_TOKENS. VeRA of kernels of several shapes, each around a random pair of its own, is
+  written as VeRA of as many times the rank around one.
 
   Rules at different sites may differ in rank and scale: the folder says so in rank_pattern and
   alpha_pattern. A start that takes the matrix apart (PiSSA, OLoRA) is written as LoRA of twice the
@@ -86,13 +107,16 @@ def save_adapter(
   arrays = Arrays(pretrained, names)
   if tuned is not None:
     theta = tuned.expand(theta)
-  content = _content(arrays, theta, alpha, rslora, tuned)
-  config = _adapter_config(content, arrays, rslora, base)
-  tensors = {BASE + key: np.asarray(x, np.float32) for key, x in content.tensors.items()}
   folder = pathlib.Path(folder)
+  content = _content(folder / FILE, arrays, theta, alpha, rslora, tuned)
+  config = _adapter_config(content, arrays, rslora, base)
+  start = base_of(config)
+  tensors = {start + key: x for key, x in content.tensors.items()} | content.shared
+  tensors = {name: np.asarray(x, np.float32) for name, x in tensors.items()}
   written = read_folder(folder / FILE, config, tensors, arrays)
   if tuned is not None:
     _check_written(written, arrays, theta, tuned)
+    _check_outputs(written, config, arrays, theta, tuned)
   folder.mkdir(parents=True, exist_ok=True)
   write_tensors(folder / FILE, tensors)
   write(folder / CONFIG, json.dumps(config, indent=2) + '\n')
@@ -111,6 +135,9 @@ class _Content:
     norms: those of them that are norms, of LN_TUNING.
     biases: whether biases are trained of modules that are not.
     tied: whether a table changes that is the head as well.
+    shared: {name in the file: array} of what belongs to no module.
+    told: what the config says of that.
+    tokens: {module of a table: its rows that are trained}.
   """
 
   kind: str
@@ -121,19 +148,35 @@ class _Content:
   norms: set[str] = dataclasses.field(default_factory=set)
   biases: bool = False
   tied: bool = False
+  shared: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  told: dict[str, Any] = dataclasses.field(default_factory=dict)
+  tokens: dict[str, list[int]] = dataclasses.field(default_factory=dict)
 
 
 def _content(
-  arrays: Arrays, theta: Mapping, alpha: float | None, rslora: bool, tuned: Tuned | None
+  where: pathlib.Path,
+  arrays: Arrays,
+  theta: Mapping,
+  alpha: float | None,
+  rslora: bool,
+  tuned: Tuned | None,
 ) -> _Content:
   """What theta is in a folder."""
+  prompts, title, sites, theta = taken_apart(theta)
   _check_places(arrays, theta)
-  content = _Content(_kind(theta, arrays))
+  content = _Content(_kind(theta, arrays, prompts))
+  if prompts is not None:
+    if tuned is None:
+      raise ValueError(f'save_adapter: give tuned=, which says what {title!r} does with its rows')
+    rows, content.told = write_rows(where, prompts, title, sites, arrays)
+    content.shared[ROWS] = rows
   _check_scales(theta, alpha, tuned)
+  pairs = _Pairs(arrays)
   trained: dict[str, tuple[Sequence[str], list[np.ndarray]]] = {}  # {path: (keys, layers)}
   for name, path, array, values in _entries(theta):
     where = f'{path}/{array}'
-    if where == arrays.unread_table:
+    adapts = isinstance(values, Mapping)
+    if where == arrays.unread_table and adapts:
       raise ValueError(
         f'theta has {name!r} at {path!r}: in transformers no layer of T5 reads the module of this '
         'table, so that peft cannot adapt it'
@@ -145,11 +188,17 @@ def _content(
       outputs = _of_outputs(name, path, array, values, arrays, tuned)
       _add_scales(content, keys, outputs, layers_of(values, place))
       continue
-    if not isinstance(values, Mapping):
+    if not adapts:
       trained[where] = keys, layers_of(values, place)
+      continue
+    if _is_vera(values):
+      rule = _drawing_rule(tuned, name, path)
+      pairs.add(rule, place, [module_of(key) for key in keys], values)
       continue
     scale = _scale(name, path, array, values, alpha, rslora, tuned)
     _add_factors(content, arrays, where, values, keys, scale, rslora)
+  if content.kind == VERA:
+    pairs.write(content)
   _add_trained(content, arrays, trained)
   return content
 
@@ -164,23 +213,26 @@ def _check_places(arrays: Arrays, theta: Mapping) -> None:
       )
 
 
-def _kind(theta: Mapping, arrays: Arrays) -> str:
-  """peft_type of the folder that holds theta.
+def _kind(theta: Mapping, arrays: Arrays, prompts: str | None) -> str:
+  """peft_type of the folder that holds theta, beside prompts or a prefix if there are some.
 
   Raises:
     ValueError: there is none, or several are needed.
   """
-  kinds = set()
-  norms = False
+  kinds = set() if prompts is None else {prompts}
+  norms = tables = False
   for _, path, array, values in _entries(theta):
     place, _ = arrays.places[f'{path}/{array}']
     if _is_scales(values, place):
       kinds.add('(IA)^3')
     elif not isinstance(values, Mapping):
       norms = norms or _is_norm(place)
+      tables = tables or array == 'embedding'
       _check_shape(values, place)
     elif {'a', 'b'} <= values.keys() <= {'a', 'b', 'm', 'a0', 'b0'}:
       kinds.add('DoRA' if 'm' in values else 'LoRA')
+    elif _is_vera(values):
+      kinds.add('VeRA')
     else:
       raise ValueError(
         f'theta holds {", ".join(values)} for {path!r}: an adapter folder holds LoRA or DoRA'
@@ -190,13 +242,103 @@ def _kind(theta: Mapping, arrays: Arrays) -> str:
       f'theta holds both {" and ".join(sorted(kinds, reverse=True))}: an adapter folder is of one '
       'of them'
     )
-  if not kinds and not norms:
-    raise ValueError(
-      'theta holds neither LoRA nor DoRA, (IA)^3 or norms: an adapter folder is of one of them'
-    )
-  if not kinds:
+  if kinds:
+    (kind,) = kinds
+    return {'(IA)^3': IA3, 'VeRA': VERA, 'LoRA': LORA, 'DoRA': LORA}.get(kind, kind)
+  if norms:
     return LN_TUNING
-  return IA3 if '(IA)^3' in kinds else LORA
+  if tables:
+    return TOKENS
+  raise ValueError(
+    'theta holds neither LoRA nor DoRA, VeRA, (IA)^3, prompts, a prefix, norms or rows of a table: '
+    'an adapter folder is of one of them'
+  )
+
+
+def _is_vera(values: Mapping) -> bool:
+  """Whether theta has the two vectors of VeRA for a kernel."""
+  return values.keys() == {'d', 'e'}
+
+
+def _drawing_rule(tuned: Tuned | None, name: str, path: str) -> Rule:
+  """The rule of VeRA at a site, which knows its random pair.
+
+  Raises:
+    ValueError: there is none, or it was made by another factory.
+  """
+  if tuned is None:
+    raise ValueError(f'save_adapter: give tuned=, whose rules know the random pair of {name!r}')
+  rule, _ = _rule_of(tuned, name, path)
+  if rule.origin is None or rule.origin.factory != 'vera':
+    raise ValueError(
+      f'{name!r} at {path!r} is no rule of jpeft.vera: nothing tells its random pair'
+    )
+  return rule
+
+
+class _Pairs:
+  """VeRA of several layers around the one pair a, b that peft has for all of them.
+
+  Of a pair of its own each shape of kernels gets a block of the rank: d is zero in the others.
+  """
+
+  def __init__(self, arrays: Arrays):
+    self.arrays = arrays
+    self.blocks: dict[Any, tuple[np.ndarray, np.ndarray]] = {}
+    self.vectors: dict[str, tuple[Any, np.ndarray, np.ndarray]] = {}  # {module: (block, d, e)}
+
+  def add(self, rule: Rule, place: Place, modules: Sequence[str], values: Mapping) -> None:
+    """Adds the vectors of one array.
+
+    Raises:
+      ValueError: peft has no VeRA of such an array, or two at it.
+    """
+    if len(place.shape) != 2:
+      raise ValueError(f'VeRA of {place.path!r}: peft has it of linear layers alone')
+    hyper = rule.origin.hyperparameters if rule.origin else {}
+    given = hyper['projections']
+    block = (rule.name,) if given is not None else (rule.name, *place.shape)
+    if block not in self.blocks:
+      pair = given if given is not None else vera_pair(hyper['seed'], hyper['rank'], *place.shape)
+      self.blocks[block] = np.asarray(pair[0]), np.asarray(pair[1])
+    layers = (layers_of(np.asarray(values[part]), place) for part in 'de')
+    for module, d, e in zip(modules, *layers, strict=True):
+      if module in self.vectors:
+        raise ValueError(f'theta has VeRA twice at {module!r}: an adapter folder holds one')
+      self.vectors[module] = block, d, e
+
+  def write(self, content: _Content) -> None:
+    """Writes the pair and all vectors."""
+    ranks = {block: a.shape[1] for block, (a, _) in self.blocks.items()}
+    shapes = [
+      self.arrays.places[self.arrays.home(f'{m}.weight', m)[0]][0].shape for m in self.vectors
+    ]
+    fan_in, fan_out = (max(sizes) for sizes in zip(*shapes, strict=True))
+    rank = sum(ranks.values())
+    a, b = np.zeros((fan_in, rank), np.float32), np.zeros((rank, fan_out), np.float32)
+    starts = {}
+    start = 0
+    for block, (own_a, own_b) in self.blocks.items():
+      end = start + ranks[block]
+      a[: len(own_a), start:end] = own_a[:fan_in]
+      b[start:end, : own_b.shape[1]] = own_b[:, :fan_out]
+      starts[block] = start
+      start = end
+    for module, (block, d, e) in self.vectors.items():
+      whole = np.zeros(rank, np.float32)
+      whole[starts[block] : starts[block] + ranks[block]] = d
+      content.tensors[f'{module}.vera_lambda_d'] = whole
+      content.tensors[f'{module}.vera_lambda_b'] = e
+    content.shared |= {f'{UNWRAPPED}vera_A': a.T, f'{UNWRAPPED}vera_B': b.T}
+    content.told = {
+      'r': rank,
+      'target_modules': sorted(self.vectors),
+      'projection_prng_key': 0,
+      'save_projection': True,
+      'vera_dropout': 0.0,
+      'bias': 'none',
+      'fan_in_fan_out': False,
+    }
 
 
 def _is_scales(values: Any, place: Place) -> bool:
@@ -367,9 +509,16 @@ def _add_trained(content: _Content, arrays: Arrays, trained: Mapping) -> None:
   for path, (_, keys) in arrays.places.items():
     for key in keys:
       owned.setdefault(module_of(key), set()).add(path)
-  adapted = {*content.adapted, *content.scaled}
+  adapted = {*content.adapted, *content.scaled, *content.told.get('target_modules', ())}
   for path, (keys, layers) in trained.items():
     place, _ = arrays.places[path]
+    rows = _rows_of(content, arrays, path, layers)
+    if rows is not None:
+      module = module_of(keys[0])
+      content.tokens[module] = rows
+      middle = '' if content.kind == TOKENS else '.token_adapter'
+      content.tensors[f'{module}{middle}.{TOKENS_DELTA}'] = place.leaf.theirs(layers[0])[rows]
+      continue
     if path == arrays.tied and content.kind != LORA:
       raise ValueError(
         f'{path!r} is the head of the model as well, which peft keeps so beside LoRA alone: load '
@@ -401,17 +550,50 @@ def _add_trained(content: _Content, arrays: Arrays, trained: Mapping) -> None:
       content.tensors[f'{HEAD}.weight'] = content.tensors[keys[0]]
 
 
+def _rows_of(
+  content: _Content, arrays: Arrays, path: str, layers: Sequence[np.ndarray]
+) -> list[int] | None:
+  """The rows of a table that differ from the backbone's, where the folder has them alone.
+
+  So it is where peft has no other way, and where they are fewer than half.
+
+  Raises:
+    ValueError: peft has no way at all.
+  """
+  needed = content.kind == TOKENS or path == arrays.unread_table
+  if not path.endswith('/embedding') or content.kind not in (LORA, TOKENS):
+    if path == arrays.unread_table:
+      raise ValueError(
+        f'theta trains {path!r}, which in transformers is a module that no layer of T5 reads: '
+        'peft trains rows of it alone, or beside LoRA'
+      )
+    return None
+  base = arrays.layers(path)
+  if base is None:
+    if not needed:
+      return None
+    raise ValueError(
+      f'theta trains {path!r}, of which peft holds the rows that differ from those of the '
+      'backbone: give the backbone itself, not its shapes'
+    )
+  differ = np.flatnonzero((np.asarray(layers[0]) != np.asarray(base[0])).any(1)).tolist()
+  if needed and not differ:
+    return [0]
+  return differ if needed or 0 < len(differ) < len(base[0]) / 2 else None
+
+
 def _adapter_config(
   content: _Content, arrays: Arrays, rslora: bool, base: str | None
 ) -> dict[str, Any]:
   """The values of adapter_config.json."""
   task = _task_type(content, arrays)
-  config = {
+  targets = sorted(content.norms or content.scaled or content.adapted)
+  config: dict[str, Any] = {
     'peft_type': content.kind,
     'task_type': task,
     'base_model_name_or_path': base,
     'inference_mode': True,
-    'target_modules': sorted(content.norms or content.scaled or content.adapted),
+    'target_modules': targets,
     'modules_to_save': sorted(content.whole - content.norms) or None,
   }
   if content.kind == IA3:
@@ -419,7 +601,19 @@ def _adapter_config(
     config |= {'feedforward_modules': inputs, 'fan_in_fan_out': False, 'init_ia3_weights': True}
   if content.kind == LORA:
     config |= _lora_config(content, arrays, rslora)
-  return config
+  if content.kind in PROMPTS:
+    del config['target_modules']
+  if content.kind == TOKENS:
+    if len(content.tokens) > 1:
+      raise ValueError(
+        f'theta trains rows of {", ".join(content.tokens)}: an adapter folder of rows alone holds '
+        'those of one table'
+      )
+    ((module, rows),) = content.tokens.items()
+    config |= {'target_modules': [module], 'token_indices': rows}
+  elif content.tokens:
+    config['trainable_token_indices'] = content.tokens
+  return config | content.told
 
 
 def _lora_config(content: _Content, arrays: Arrays, rslora: bool) -> dict[str, Any]:
@@ -456,11 +650,16 @@ def _task_type(content: _Content, arrays: Arrays) -> str | None:
   architecture = arrays.table.architectures[1]
   if architecture.endswith('ForCausalLM'):
     return 'CAUSAL_LM'
+  if content.kind in PROMPTS and architecture.endswith('ForConditionalGeneration'):
+    return 'SEQ_2_SEQ_LM'
   if not architecture.endswith('ForSequenceClassification'):
     return None
   head = {path: (place, keys) for path, (place, keys) in arrays.places.items() if place.head}
   modules = {module_of(key) for _, keys in head.values() for key in keys}
-  if not modules & content.whole or modules & {*content.adapted, *content.scaled}:
+  adapted = {*content.adapted, *content.scaled, *content.told.get('target_modules', ())}
+  if modules & adapted:
+    return None
+  if not modules & content.whole and content.kind not in PROMPTS:
     return None
   rest = {}
   for path, (place, keys) in head.items():
@@ -477,19 +676,87 @@ def _task_type(content: _Content, arrays: Arrays) -> str | None:
 
 def _check_written(written: Folder, arrays: Arrays, theta: Mapping, tuned: Tuned) -> None:
   """Raises a ValueError unless a folder that is to be written says what the rules compute."""
-  for name, path, array, values in _entries(theta):
+  *_, rest = taken_apart(theta)
+  drawn = set()  # (rule, shape) of the random pairs that were compared, on a whole matrix
+  for name, path, array, values in _entries(rest):
     rule, site = _rule_of(tuned, name, path)
     where = f'{path}/{array}'
     place, _ = arrays.places[where]
-    stored = written.factors.get(where) or written.scales.get(where)
+    stored = _matrix(written, where)
     chosen = tuned.site_of(name, path).chosen
     for i, t in enumerate(_each_layer(values, arrays, where)):
       if stored is None:
         _check_trained(rule, site, array, t)
         continue
       # An unrolled block is a place of its own, whose only layer is 0.
-      layer = chosen[i] if chosen is not None and place.stacked else i
-      check_same(written.where, stored[layer], rule, site, array, t)
+      said = stored[chosen[i] if chosen is not None and place.stacked else i]
+      if _draws(rule, said):
+        if (name, place.shape) in drawn:
+          continue
+        drawn.add((name, place.shape))
+        said = dataclasses.replace(said, whole=True)
+      check_same(written.where, said, rule, site, array, t)
+
+
+def _draws(rule: Weight, said: Any) -> bool:
+  """Whether a rule of VeRA draws a pair for each shape, so that no smaller matrix tells it."""
+  given = rule.origin and rule.origin.hyperparameters.get('projections')
+  return isinstance(said, Vectors) and given is None
+
+
+def _matrix(folder: Folder, where: str) -> Any:
+  """What a folder says of each layer of a matrix; None if it is trained whole."""
+  return folder.factors.get(where) or folder.scales.get(where) or folder.vectors.get(where)
+
+
+def _check_outputs(
+  written: Folder, config: Mapping, arrays: Arrays, theta: Mapping, tuned: Tuned
+) -> None:
+  """Raises a ValueError unless the model computes with the folder what it does with the method.
+
+  It is run where rules were not compared matrix by matrix: those that wrap calls, and those without
+  theta.
+  """
+  others = {
+    (rule.name, site.path or 'the model')
+    for rule, site in tuned.rules
+    if not isinstance(rule, Weight) or site.path not in theta.get(rule.name, {})
+  }
+  if not others:
+    return
+  acting = ', '.join(f'{name!r} at {path!r}' for name, path in sorted(others)[:3])
+  pretrained = arrays.pretrained
+  if any(not hasattr(x, '__array__') for x in jax.tree.leaves(pretrained.variables)):
+    raise ValueError(
+      f'{acting} is compared with the folder by what the model computes: give the backbone itself, '
+      'not its shapes'
+    )
+  inputs = _example(tuned)
+  method, own = _as_rules(written, config, arrays, None)
+  again = attach(pretrained.model, method, pretrained.variables, **inputs)
+  want = jax.jit(tuned.apply)(theta, pretrained.variables, **inputs)
+  found = jax.jit(again.apply)(own, pretrained.variables, **inputs)
+  apart = float(jnp.abs(found - want).max() / jnp.abs(want).max())
+  if not apart <= 1e-4:
+    raise ValueError(
+      f'{acting} does what the folder does not hold: with the folder the output differs by '
+      f'{apart:.2g} of its largest entry'
+    )
+
+
+def _example(tuned: Tuned) -> dict[str, jax.Array]:
+  """Arguments of the model in the shapes of `attach`: random words and pixels, all of them real."""
+  rng = np.random.default_rng(0)
+  found = {}
+  for name, spec in tuned.sites[''].inputs.items():
+    if 'tokens' in name:
+      x = rng.integers(2, tuned.model.vocab, spec.shape)
+    elif jnp.issubdtype(spec.dtype, jnp.floating):
+      x = rng.standard_normal(spec.shape)
+    else:
+      x = np.full(spec.shape, int('mask' in name and name != 'masked'))
+    found[name] = jnp.asarray(x, spec.dtype)
+  return found
 
 
 def _check_trained(rule: Weight, site: Site, array: str, t: np.ndarray) -> None:
@@ -519,16 +786,17 @@ def _each_layer(values: Any, arrays: Arrays, where: str) -> list[Any]:
 def load_adapter(
   folder: str | pathlib.Path, pretrained: Pretrained, name: str | None = None
 ) -> tuple[Method, dict]:
-  """(method, theta) of an adapter folder: LoRA, DoRA, (IA)^3, VeRA, modules saved whole.
+  """(method, theta) of an adapter folder: LoRA, DoRA, (IA)^3, VeRA, prompts, a prefix, modules.
 
   Layers of a scanned stack share a rule: where the folder has other ranks or alphas in some of
   them, factors are padded by zeros and b is scaled.
 
   Args:
     folder: as peft, or `save_adapter`, writes it.
-    pretrained: the backbone to put it on. Of PiSSA, OLoRA and lora_bias its weights are read.
+    pretrained: the backbone to put it on. Of PiSSA, OLoRA, lora_bias and trained rows of a
+      table its weights are read.
     name: of the adapter in theta; another for each of several that are chained. Left out it is
-      'lora', 'ia3' or 'vera', and modules saved whole are 'modules'.
+      'lora', 'ia3', 'vera', 'prefix' or 'prompt_tuning', and modules saved whole are 'modules'.
 
   Returns:
     The method to `attach` to `pretrained.model`, and its theta in float32.
@@ -541,6 +809,13 @@ def load_adapter(
   config = read_config(folder)
   arrays = Arrays(pretrained)
   found = read_folder(folder / FILE, config, read_tensors(folder / FILE), arrays)
+  return _as_rules(found, config, arrays, name)
+
+
+def _as_rules(
+  found: Folder, config: Mapping, arrays: Arrays, name: str | None
+) -> tuple[Method, dict]:
+  """(method, theta) of what a folder holds."""
   rules: dict[Any, dict] = {}  # {(rank, alpha), 'modules' or 'bias': {site path: arrays}}
   for where, layers in found.factors.items():
     pair, values = _assembled(found, arrays, where, layers, bool(config.get('use_rslora')))
@@ -565,6 +840,10 @@ def load_adapter(
     if not all(f'{site}/{other}' in found.whole for other in arrays.owned(where)):
       kind = array
     rules.setdefault(kind, {}).setdefault(site, {})[array] = whole
+  if found.rows is not None:
+    kind = PREFIX_TUNING if config['peft_type'] == PREFIX_TUNING else PROMPT_TUNING
+    read = read_rows(found.where, kind, found.rows, config, arrays)
+    rules[kind] = jax.tree.map(jnp.asarray, read)
   titles = {kind: _title(kind, name, pairs) for kind in rules}
   method = _method(rules, titles, config, found.pair)
   theta: dict[str, dict] = {}
@@ -643,6 +922,10 @@ def _method(rules: Mapping, titles: Mapping, config: Mapping, pair: Mapping) -> 
     elif kind == SHARED:
       projections = jnp.asarray(pair['a']), jnp.asarray(pair['b'])
       methods.append(vera(config['r'], targets, projections=projections, name=titles[kind]))
+    elif kind == PREFIX_TUNING:
+      methods.append(prefix(config['num_virtual_tokens'], targets=targets, name=titles[kind]))
+    elif kind == PROMPT_TUNING:
+      methods.append(prompt_tuning(config['num_virtual_tokens'], name=titles[kind]))
     elif kind == INPUTS:
       methods.append(ia3(None, targets, name=titles[kind]))
     elif kind == 'modules':
@@ -659,8 +942,9 @@ def _title(kind: Any, name: str | None, pairs: Sequence) -> str:
   """The name of a rule: the first of several ranks has that of the adapter, others add theirs."""
   if kind in (OUTPUTS, INPUTS):
     return name or 'ia3'
-  if kind == SHARED:
-    return name or 'vera'
+  named = {SHARED: 'vera', PREFIX_TUNING: 'prefix', PROMPT_TUNING: 'prompt_tuning'}
+  if kind in named:
+    return name or named[kind]
   if isinstance(kind, str):
     return kind if name is None else f'{name}_{kind}'
   name = name or 'lora'
@@ -671,7 +955,7 @@ def _check_read(found: Folder, arrays: Arrays, method: Method, theta: Mapping) -
   """Raises a ValueError unless the rules that were made compute what the folder says."""
   for name, path, array, values in _entries(theta):
     where = f'{path}/{array}'
-    stored: Any = found.factors.get(where) or found.scales.get(where) or found.vectors.get(where)
+    stored = _matrix(found, where)
     if stored is None:
       continue
     site = lone_site(path, array, (1, 1))

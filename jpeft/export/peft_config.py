@@ -6,7 +6,7 @@ that a folder never computes less here than it does in peft.
 
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jpeft.messages import did_you_mean
@@ -28,6 +28,9 @@ READ = (
   'lora_bias',
   'modules_to_save',
   'ensure_weight_tying',
+  'trainable_token_indices',
+  'token_indices',
+  'num_virtual_tokens',
 )
 # What makes no difference to what is computed from the tensors: who made them, how they were
 # trained, and which modules were picked (the tensors have their names).
@@ -58,7 +61,6 @@ WITHOUT_EFFECT = (
 UNUSED = {
   'fan_in_fan_out': 'no model here stores kernels so',
   'megatron_config': 'its layers are split over devices',
-  'trainable_token_indices': 'it trains some rows of a table',
   'alora_invocation_tokens': 'an aLoRA acts only behind the tokens that invoke it',
   'use_qalora': 'QA-LoRA pools what enters a',
   'monteclora_config': 'MonteCLoRA draws what it adds',
@@ -72,9 +74,34 @@ UNUSED = {
 _OF_IA3 = ('feedforward_modules', 'init_ia3_weights')  # what the shapes of the tensors tell
 # Of VeRA, whose tensors tell what these would draw.
 _OF_VERA = ('projection_prng_key', 'save_projection', 'vera_dropout', 'd_initial', 'init_weights')
-KNOWN = (*READ, *WITHOUT_EFFECT, *UNUSED, *_OF_IA3, *_OF_VERA)
-LORA, IA3, LN_TUNING, VERA = 'LORA', 'IA3', 'LN_TUNING', 'VERA'
-KINDS = (LORA, IA3, LN_TUNING, VERA)
+# Of prompts, prefixes and P-tuning, whose rows are in the file as their encoders made them.
+_OF_PROMPTS = (
+  'token_dim',
+  'num_transformer_submodules',
+  'num_attention_heads',
+  'num_layers',
+  'prompt_tuning_init',
+  'prompt_tuning_init_text',
+  'tokenizer_name_or_path',
+  'tokenizer_kwargs',
+  'prefix_projection',
+  'encoder_hidden_size',
+  'encoder_reparameterization_type',
+  'encoder_num_layers',
+  'encoder_dropout',
+)
+KNOWN = (*READ, *WITHOUT_EFFECT, *UNUSED, *_OF_IA3, *_OF_VERA, *_OF_PROMPTS)
+LORA, IA3, LN_TUNING, VERA, TOKENS = 'LORA', 'IA3', 'LN_TUNING', 'VERA', 'TRAINABLE_TOKENS'
+PROMPT_TUNING, P_TUNING, PREFIX_TUNING = 'PROMPT_TUNING', 'P_TUNING', 'PREFIX_TUNING'
+PROMPTS = (PROMPT_TUNING, P_TUNING, PREFIX_TUNING)
+KINDS = (LORA, IA3, LN_TUNING, VERA, TOKENS, *PROMPTS)
+# What a config of each kind must have.
+_NEEDED = {
+  LORA: {'r', 'lora_alpha'},
+  VERA: {'r'},
+  TOKENS: {'token_indices'},
+  **dict.fromkeys(PROMPTS, {'num_virtual_tokens'}),
+}
 
 # Starts that leave the base model as it is.
 _PLAIN_STARTS = (True, False, None, 'gaussian', 'eva', 'orthogonal', 'mica')
@@ -112,8 +139,7 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
   _check_start(file, start)
   if config.get('use_dora') and start_of(config) is not None:
     raise ValueError(f'{file}: use_dora with init_lora_weights={start!r} is not supported')
-  needed = {LORA: {'r', 'lora_alpha'}, VERA: {'r'}}.get(kind, set())
-  missing = needed - config.keys()
+  missing = _NEEDED.get(kind, set()) - config.keys()
   if missing:
     raise ValueError(f'{file} lacks {" and ".join(sorted(missing))}')
   return config
@@ -139,6 +165,19 @@ def start_of(config: Mapping) -> str | None:
   """How peft took the matrices apart before training, one of DECOMPOSITIONS; None if it did not."""
   start = str(config.get('init_lora_weights')).lower()
   return start if start in DECOMPOSITIONS else None
+
+
+def rows_trained(config: Mapping, module: str) -> Sequence[int]:
+  """The rows of a table that are trained, by a config."""
+  if config.get('peft_type') == TOKENS:
+    return config['token_indices']
+  given = config.get('trainable_token_indices') or ()
+  if not isinstance(given, Mapping):
+    return given
+  for name, rows in given.items():
+    if f'.{module}'.endswith(f'.{name}'):
+      return rows
+  return ()
 
 
 def rank_of(config: Mapping, module: str) -> int:

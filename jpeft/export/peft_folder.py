@@ -13,8 +13,21 @@ import numpy as np
 from jpeft.core import Leaf, Site, Sites, Weight
 from jpeft.thetas import on_matrix
 
-from .peft_config import CONFIG, IA3, LN_TUNING, LORA, VERA, alpha_of, rank_of, scaled, start_of
-from .peft_names import BASE, Arrays, Fold, module_of
+from .peft_config import (
+  CONFIG,
+  IA3,
+  LN_TUNING,
+  LORA,
+  PROMPTS,
+  VERA,
+  alpha_of,
+  rank_of,
+  rows_trained,
+  scaled,
+  start_of,
+)
+from .peft_names import BASE, UNWRAPPED, Arrays, Fold, module_of
+from .peft_prompts import ROWS
 
 FILE = 'adapter_model.safetensors'
 PARTS = {
@@ -31,6 +44,8 @@ _FACTOR = re.compile(r'(.+)\.(' + '|'.join(map(re.escape, _PART_OF)) + ')')
 _VECTORS = {'vera_lambda_d': 'd', 'vera_lambda_b': 'e'}
 _VECTOR = re.compile(r'.+\.vera_lambda_[db]')
 _PAIR = {'base_model.vera_A': 'a', 'base_model.vera_B': 'b'}
+TOKENS_DELTA = 'trainable_tokens_delta'  # the new rows of a table, no differences
+_TOKENS = re.compile(rf'(.+?)(?:\.token_adapter)?\.{TOKENS_DELTA}')
 HEAD = 'lm_head'  # the module that is the word table of a tied model
 _PROBE = 32  # rows and columns of a matrix on which two computations are compared
 
@@ -124,10 +139,12 @@ class Vectors:
   Attributes:
     module: its name in the folder.
     parts: d [r], e [fan_out]; a [fan_in, r] and b [r, fan_out], cut out of the shared pair.
+    whole: whether it is compared on whole matrices, for a rule that draws a pair for each shape.
   """
 
   module: str
   parts: dict[str, np.ndarray]
+  whole: bool = False
 
   def weight(self, w: np.ndarray) -> np.ndarray:
     """What peft computes in place of w."""
@@ -137,6 +154,8 @@ class Vectors:
   def probe(self) -> tuple[np.ndarray, np.ndarray]:
     """Rows and columns of w on which it is compared: the first, since a rule cuts its pair so."""
     sizes = self.parts['a'].shape[0], self.parts['b'].shape[1]
+    if self.whole:
+      return np.arange(sizes[0]), np.arange(sizes[1])
     return np.arange(min(sizes[0], _PROBE)), np.arange(min(sizes[1], _PROBE))
 
   def cut(self, rows: np.ndarray, columns: np.ndarray) -> 'Vectors':
@@ -164,6 +183,7 @@ class Folder:
     vectors: {path of an array: {layer: its vectors}}.
     pair: a [largest fan_in, r] and b [r, largest fan_out] that the vectors share.
     whole: {path of an array: {layer: array}} of what was trained whole.
+    rows: `prompt_embeddings` of prompts and prefixes; else None.
   """
 
   where: Any
@@ -172,6 +192,12 @@ class Folder:
   vectors: dict[str, dict[int, Vectors]] = dataclasses.field(default_factory=dict)
   pair: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   whole: dict[str, dict[int, np.ndarray]] = dataclasses.field(default_factory=dict)
+  rows: np.ndarray | None = None
+
+
+def base_of(config: Mapping) -> str:
+  """What is before the keys of the modules in a folder."""
+  return UNWRAPPED if config.get('peft_type') in PROMPTS else BASE
 
 
 def read_folder(
@@ -191,9 +217,18 @@ def read_folder(
   """
   found = Folder(where)
   head: dict[str, np.ndarray] = {}  # tensors of the head of a tied model, by what follows its name
+  tokens: dict[str, np.ndarray] = {}  # new rows of tables, by their modules
+  base = base_of(config)
   for name, x in tensors.items():
-    key = name.removeprefix(BASE)
+    key = name.removeprefix(base)
     x = np.asarray(x, np.float32)
+    if name == ROWS and base == UNWRAPPED:
+      found.rows = x
+      continue
+    of_tokens = _TOKENS.fullmatch(key)
+    if of_tokens:
+      tokens[of_tokens[1]] = x
+      continue
     if arrays.tied is not None and key.startswith(f'{HEAD}.'):
       head[key.removeprefix(f'{HEAD}.')] = x
       continue
@@ -228,6 +263,9 @@ def read_folder(
       if 'bias' in factors.parts:
         _add_bias(found, path, layer, factors, arrays)
   _add_pair(found, config, arrays)
+  _add_tokens(found, tokens, config, arrays)
+  if base == UNWRAPPED and found.rows is None:
+    raise ValueError(f'{where} lacks {ROWS}, the rows of {config["peft_type"]}')
   _check_unread(found, config, arrays)
   _check_tied(found, config, arrays, head)
   return found
@@ -352,6 +390,43 @@ def _add_pair(found: Folder, config: Mapping, arrays: Arrays) -> None:
         raise ValueError(f'{found.where}: {path!r} is not of the rank {config["r"]} of {CONFIG}')
       fan_in, fan_out = arrays.places[path][0].shape
       vectors.parts |= {'a': a[:fan_in], 'b': b[:, :fan_out]}
+
+
+def _add_tokens(
+  found: Folder, tokens: Mapping[str, np.ndarray], config: Mapping, arrays: Arrays
+) -> None:
+  """Adds tables some rows of which were trained, as wholes."""
+  named = config.get('token_indices') or config.get('trainable_token_indices')
+  if named and not tokens:
+    raise ValueError(f'{found.where} lacks the rows of tables that {CONFIG} names: {named}')
+  own = {module: x for module, x in tokens.items() if module not in arrays.copies}
+  for module, x in own.items():
+    path, layer = arrays.home(f'{module}.weight', found.where)
+    rows = list(rows_trained(config, module))
+    base = arrays.layers(path)
+    if len(rows) != len(x):
+      raise ValueError(
+        f'{found.where} has {len(x)} rows for {module!r}, and {CONFIG} names {len(rows)}'
+      )
+    if base is None:
+      raise ValueError(
+        f'{found.where}: rows of {module!r} go into those of the backbone, which has only the '
+        'shape of it'
+      )
+    if path in found.factors or path in found.whole:
+      raise ValueError(
+        f'{found.where}: {module!r} is trained both whole, or by factors, and by rows'
+      )
+    leaf = arrays.places[path][0].leaf
+    new = np.array(leaf.theirs(base[layer]), np.float32)
+    new[rows] = x
+    found.whole[path] = {layer: leaf.ours(new)}
+  for module in tokens.keys() - own.keys():
+    if not any(np.array_equal(tokens[module], x) for x in own.values()):
+      raise ValueError(
+        f'{found.where}: {module!r} is the word table of this backbone, and its rows change alone: '
+        'train them in the table itself'
+      )
 
 
 def _check_unread(found: Folder, config: Mapping, arrays: Arrays) -> None:

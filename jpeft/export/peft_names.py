@@ -18,6 +18,7 @@ from jpeft.models import T5, Place, Pretrained, family_of, keyed, shapes_of
 NEW, OLD = 'transformers>=5', 'transformers<5'
 NAMINGS = (NEW, OLD)
 BASE = 'base_model.model.'  # before every key of a folder
+UNWRAPPED = 'base_model.'  # the same of prompts and prefixes, which wrap no module
 _TABLE = 'embed/embedding'  # the word table of models that can be tied
 
 
@@ -80,6 +81,16 @@ class Arrays:
     `shared` reaches nothing.
     """
     return _TABLE if isinstance(self.pretrained.model, T5) else None
+
+  @property
+  def copies(self) -> tuple[str, ...]:
+    """The modules that in transformers hold the word table once more."""
+    found: tuple[str, ...] = ()
+    if isinstance(self.pretrained.model, T5):
+      found = ('encoder.embed_tokens', 'decoder.embed_tokens')
+    if self.tied is not None:
+      found = (*found, 'lm_head')
+    return found
 
   def owned(self, path: str) -> list[str]:
     """The arrays of the site that owns an array, by their names."""

@@ -29,7 +29,7 @@ from .weight.ia3 import ia3
 from .weight.lora import dora, lora, lora_fa, qlora
 from .weight.peqa import peqa
 from .weight.ssf import ssf
-from .weight.vera import vera
+from .weight.vera import vera, vera_pair
 
 __all__ = [
   'Entry',
@@ -81,6 +81,7 @@ __all__ = [
   'unipt_global',
   'velora',
   'vera',
+  'vera_pair',
   'vpt_deep',
   'vpt_shallow',
   'vqt',

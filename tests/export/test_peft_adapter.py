@@ -182,7 +182,6 @@ REFUSED = {
   'arrow_config': {'top_k': 3, 'router_temperature': 1.0},
   'use_bdlora': {'target_modules_bd_a': ['query'], 'nblocks': 2},
   'layer_replication': [[0, 2], [1, 2]],
-  'trainable_token_indices': [3],
   'monteclora_config': {'num_samples': 8},
   'kasa_config': {'beta': 1e-4},
   'target_parameters': ['experts.weight'],

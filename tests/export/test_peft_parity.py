@@ -55,13 +55,22 @@ def their(model, name):
   tensor = lambda x: torch.tensor(x.transpose(0, 3, 1, 2) if x.ndim == 4 else x.astype('int64'))
   with torch.no_grad():
     out = model.eval()(**{THEIRS[k]: tensor(v) for k, v in inputs.items()}).logits.numpy()
-  return out * inputs['mask'][..., None] if name in CAUSAL else out
+  if name not in CAUSAL:
+    return out
+  words = out[:, -inputs['tokens'].shape[1] :]  # peft gives those of prompts before them
+  return words * inputs['mask'][..., None]
 
 
 def ours(loaded, tuned, theta, name):
   inputs, _ = golden(name)
   out = np.asarray(jax.jit(tuned.apply)(theta, loaded.variables, **inputs))
   return out * inputs['mask'][..., None] if name in CAUSAL else out
+
+
+def from_the_first(out, name):
+  """Outputs of rows without padding in front, which peft counts between prompts and words."""
+  inputs, _ = golden(name)
+  return out[inputs['mask'][:, 0] == 1]
 
 
 def trained(name, folder, **config):
@@ -245,12 +254,77 @@ def test_scales_and_norms_compute_the_same_both_ways(kind, name, tmp_path):
 
 
 @pytest.mark.parametrize('name', MODELS)
-def test_vera_computes_the_same(name, tmp_path):
+def test_vera_computes_the_same_both_ways(name, tmp_path):
   config = peft.VeraConfig(r=3, target_modules=[PARTS[name][0], SCALED[name][1]])
-  want = trained_by(config, name, tmp_path)
+  want = trained_by(config, name, tmp_path / 'peft')
   loaded = models.load(GOLDEN / name, scan=True)
-  tuned, theta = put_on(loaded, tmp_path, name)
+  tuned, theta = put_on(loaded, tmp_path / 'peft', name)
   close(ours(loaded, tuned, theta, name), want, 1e-5)
+  jpeft.save_adapter(tmp_path / 'ours', loaded, theta, tuned=tuned)
+  close(reopened(name, tmp_path / 'ours'), want, 1e-6)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_vera_around_pairs_of_its_own_opens_in_peft(name, tmp_path):
+  inputs, _ = golden(name)
+  loaded = models.load(GOLDEN / name, scan=True)
+  method = jpeft.chain(jpeft.vera(3, '{q}|{fc2}'), jpeft.vera(2, '{fc1}', seed=4, name='other'))
+  tuned = jpeft.attach(loaded.model, method, loaded.variables, **inputs)
+  theta = noisy(tuned.init(jax.random.key(0), loaded.variables))
+  jpeft.save_adapter(tmp_path, loaded, theta, tuned=tuned)
+  close(reopened(name, tmp_path), ours(loaded, tuned, theta, name), 1e-5)
+
+
+TABLES = {'bert': 'word_embeddings', 'roberta': 'word_embeddings', 't5': 'shared'}
+TEXT = ('bert', 'roberta', 't5', 'llama', 'qwen2')
+
+
+@pytest.mark.parametrize('name', TEXT)
+@pytest.mark.parametrize('beside', (False, True), ids=('alone', 'beside_lora'))
+def test_rows_of_a_table_compute_the_same_both_ways(beside, name, tmp_path):
+  rows = [7, 1, 5]
+  if beside:
+    adapted, _ = PARTS[name]
+    config = peft.LoraConfig(r=2, target_modules=[adapted], trainable_token_indices=rows)
+  else:
+    table = TABLES.get(name, 'embed_tokens')
+    config = peft.TrainableTokensConfig(token_indices=rows, target_modules=[table])
+  want = trained_by(config, name, tmp_path / 'peft')
+  loaded = models.load(GOLDEN / name)
+  tuned, theta = put_on(loaded, tmp_path / 'peft', name)
+  close(ours(loaded, tuned, theta, name), want, 1e-5)
+  jpeft.save_adapter(tmp_path / 'ours', loaded, theta, tuned=tuned)
+  close(reopened(name, tmp_path / 'ours'), want, 1e-6)
+
+
+TASKS = {'bert': 'SEQ_CLS', 'roberta': 'SEQ_CLS', 't5': 'SEQ_2_SEQ_LM'}
+DECODERS = ('llama', 'qwen2')
+PROMPTS = {
+  'prompts': (lambda **kw: peft.PromptTuningConfig(**kw), TEXT),
+  'p_tuning': (lambda **kw: peft.PromptEncoderConfig(encoder_hidden_size=6, **kw), TEXT),
+  'prefix': (lambda **kw: peft.PrefixTuningConfig(**kw), DECODERS),
+  'projected': (
+    lambda **kw: peft.PrefixTuningConfig(prefix_projection=True, encoder_hidden_size=6, **kw),
+    DECODERS,
+  ),
+}
+
+
+@pytest.mark.parametrize(
+  'kind,name', [(kind, name) for kind in PROMPTS for name in PROMPTS[kind][1]]
+)
+def test_prompts_and_prefixes_compute_the_same_both_ways(kind, name, tmp_path):
+  config, _ = PROMPTS[kind]
+  want = trained_by(
+    config(num_virtual_tokens=3, task_type=TASKS.get(name, 'CAUSAL_LM')), name, tmp_path / 'peft'
+  )
+  loaded = models.load(GOLDEN / name, scan=True)
+  tuned, theta = put_on(loaded, tmp_path / 'peft', name)
+  want = from_the_first(want, name)
+  assert len(want) >= 2
+  close(from_the_first(ours(loaded, tuned, theta, name), name), want, 1e-5)
+  jpeft.save_adapter(tmp_path / 'ours', loaded, theta, tuned=tuned)
+  close(from_the_first(reopened(name, tmp_path / 'ours'), name), want, 1e-6)
 
 
 @pytest.mark.parametrize('name', ('bert', 'llama'))
@@ -265,6 +339,15 @@ def test_a_bias_of_b_computes_the_same(name, tmp_path):
 
 
 def test_the_fields_of_peft_are_known():
-  configs = (peft.LoraConfig(), peft.IA3Config(), peft.LNTuningConfig(), peft.VeraConfig())
+  configs = (
+    peft.LoraConfig(),
+    peft.IA3Config(),
+    peft.LNTuningConfig(),
+    peft.VeraConfig(),
+    peft.TrainableTokensConfig(),
+    peft.PromptTuningConfig(),
+    peft.PromptEncoderConfig(),
+    peft.PrefixTuningConfig(),
+  )
   fields = {field for config in configs for field in config.to_dict()} | {'runtime_config'}
   assert fields - set(KNOWN) == set()

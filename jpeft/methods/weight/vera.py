@@ -62,11 +62,9 @@ def vera(
 
   def pair(w):
     """(a, b) of a kernel."""
-    fan_in, fan_out = w.shape
     if projections is not None:
-      return _cut(projections, fan_in, fan_out, name)
-    key_a, key_b = jax.random.split(jax.random.key(seed))
-    return _kaiming(key_a, (fan_in, rank)), _kaiming(key_b, (rank, fan_out))
+      return _cut(projections, *w.shape, name)
+    return vera_pair(seed, rank, *w.shape)
 
   def init(key, w):
     return {'d': jnp.full(rank, d_initial, jnp.float32), 'e': jnp.zeros(w.shape[1])}
@@ -91,6 +89,12 @@ def vera(
     return rule.init(key, site, arrays)
 
   return at(targets, dataclasses.replace(rule, init=init_site))
+
+
+def vera_pair(seed: int, rank: int, fan_in: int, fan_out: int) -> tuple[jax.Array, jax.Array]:
+  """The random pair of a seed, a [fan_in, r] and b [r, fan_out], for layers of one shape."""
+  key_a, key_b = jax.random.split(jax.random.key(seed))
+  return _kaiming(key_a, (fan_in, rank)), _kaiming(key_b, (rank, fan_out))
 
 
 def _kaiming(key, shape: tuple[int, int]) -> jax.Array:
