@@ -21,12 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpeft.core import Method, Rule, Site, Tuned, Weight, attach, chain
+from jpeft.core import Method, Rule, Site, Tuned, Weight, chain
 from jpeft.methods import dora, ia3, lora, prefix, prompt_tuning, tune, vera, vera_pair
 from jpeft.models import Place, Pretrained, read_tensors, write_tensors
 from jpeft.thetas import on_matrix
 from jpeft.training import write
 
+from .bottlenecks import is_of_adapters, load_bottlenecks, save_bottlenecks
+from .compare import check_outputs
 from .peft_config import (
   CONFIG,
   IA3,
@@ -61,6 +63,8 @@ from .peft_folder import (
 from .peft_names import NEW, UNWRAPPED, Arrays, Fold, joined, layers_of, module_of
 from .peft_prompts import ROWS, read_rows, taken_apart, write_rows
 
+PEFT, ADAPTERS = LAYOUTS = ('peft', 'adapters')
+
 # Names of the two forms of (IA)^3, and of VeRA, among the rules that are read.
 OUTPUTS, INPUTS, SHARED = 'outputs', 'inputs', 'shared'
 
@@ -76,6 +80,7 @@ def save_adapter(
   base: str | None = None,
   tuned: Tuned | None = None,
   names: str = NEW,
+  layout: str = PEFT,
 ) -> None:
   """Writes theta as peft does: of one method, and of modules trained whole beside it.
 
@@ -98,12 +103,21 @@ def save_adapter(
     base: name or path of the base model, for whoever opens the folder.
     tuned: the method on the backbone. Needed unless theta is of one rule that acts in all layers,
       whose alpha is given.
+    layout: 'peft'; or 'adapters' for houlsby, pfeiffer, parallel and adaptformer as the `adapters`
+      library writes them, with the head if it was trained.
     names: of the modules: 'transformers>=5' as transformers from 5 on calls them in memory,
       'transformers<5' as files do. They differ for ViTs of any kind.
 
   Raises:
     ValueError: theta holds what such folders cannot.
   """
+  if layout not in LAYOUTS:
+    raise ValueError(f'layout={layout!r} is none of {", ".join(map(repr, LAYOUTS))}')
+  if layout == ADAPTERS:
+    if alpha is not None or rslora:
+      raise ValueError("save_adapter: alpha and rslora are of LoRA, not of layout='adapters'")
+    save_bottlenecks(pathlib.Path(folder), pretrained, theta, tuned, base)
+    return
   arrays = Arrays(pretrained, names)
   if tuned is not None:
     theta = tuned.expand(theta)
@@ -725,38 +739,8 @@ def _check_outputs(
   if not others:
     return
   acting = ', '.join(f'{name!r} at {path!r}' for name, path in sorted(others)[:3])
-  pretrained = arrays.pretrained
-  if any(not hasattr(x, '__array__') for x in jax.tree.leaves(pretrained.variables)):
-    raise ValueError(
-      f'{acting} is compared with the folder by what the model computes: give the backbone itself, '
-      'not its shapes'
-    )
-  inputs = _example(tuned)
   method, own = _as_rules(written, config, arrays, None)
-  again = attach(pretrained.model, method, pretrained.variables, **inputs)
-  want = jax.jit(tuned.apply)(theta, pretrained.variables, **inputs)
-  found = jax.jit(again.apply)(own, pretrained.variables, **inputs)
-  apart = float(jnp.abs(found - want).max() / jnp.abs(want).max())
-  if not apart <= 1e-4:
-    raise ValueError(
-      f'{acting} does what the folder does not hold: with the folder the output differs by '
-      f'{apart:.2g} of its largest entry'
-    )
-
-
-def _example(tuned: Tuned) -> dict[str, jax.Array]:
-  """Arguments of the model in the shapes of `attach`: random words and pixels, all of them real."""
-  rng = np.random.default_rng(0)
-  found = {}
-  for name, spec in tuned.sites[''].inputs.items():
-    if 'tokens' in name:
-      x = rng.integers(2, tuned.model.vocab, spec.shape)
-    elif jnp.issubdtype(spec.dtype, jnp.floating):
-      x = rng.standard_normal(spec.shape)
-    else:
-      x = np.full(spec.shape, int('mask' in name and name != 'masked'))
-    found[name] = jnp.asarray(x, spec.dtype)
-  return found
+  check_outputs(acting, arrays.pretrained, tuned, theta, method, own)
 
 
 def _check_trained(rule: Weight, site: Site, array: str, t: np.ndarray) -> None:
@@ -792,7 +776,8 @@ def load_adapter(
   them, factors are padded by zeros and b is scaled.
 
   Args:
-    folder: as peft, or `save_adapter`, writes it.
+    folder: as peft, `save_adapter` or the `adapters` library writes it; of the latter bottleneck
+      adapters and the head.
     pretrained: the backbone to put it on. Of PiSSA, OLoRA, lora_bias and trained rows of a
       table its weights are read.
     name: of the adapter in theta; another for each of several that are chained. Left out it is
@@ -806,6 +791,8 @@ def load_adapter(
     ValueError: the adapter is of another kind, damaged, or not of this backbone.
   """
   folder = pathlib.Path(folder)
+  if is_of_adapters(folder):
+    return load_bottlenecks(folder, pretrained, name)
   config = read_config(folder)
   arrays = Arrays(pretrained)
   found = read_folder(folder / FILE, config, read_tensors(folder / FILE), arrays)

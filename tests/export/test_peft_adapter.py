@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 import jpeft
 from tests import fixtures
 from tests.methods.golden import peft
+from tests.models.goldens import golden
 
 CASES = {
   'bert_lora': {
@@ -696,3 +697,119 @@ def test_vera_computes_what_it_computed_in_peft(scan, bert, tmp_path):
   save_file(without, tmp_path / 'adapter_model.safetensors')
   with pytest.raises(ValueError, match='lacks the projections vera_A and vera_B'):
     jpeft.load_adapter(tmp_path, loaded)
+
+
+def doubled(t, call, *args, **kwargs):
+  return call.site.map_stream(call(*args, **kwargs), lambda x: 2 * x)
+
+
+@pytest.mark.parametrize(
+  'rule',
+  (
+    jpeft.Call('doubled', doubled),
+    jpeft.Weight(
+      'doubled',
+      lambda key, site, arrays: {},
+      lambda t, site, arrays: {name: 2 * arrays[name] for name in site.matrices},
+    ),
+  ),
+  ids=('call', 'weight'),
+)
+def test_a_rule_without_theta_that_changes_the_function_is_told(rule, bert, tmp_path):
+  loaded, args = bert()
+  method = jpeft.chain(jpeft.lora(2, 4, '{q}'), jpeft.at('{fc2}', rule))
+  tuned, theta = trained_like(loaded, method, args)
+  with pytest.raises(
+    ValueError, match="'doubled' at .*mlp/fc2' does what the folder does not hold"
+  ):
+    jpeft.save_adapter(tmp_path / 'out', loaded, theta, tuned=tuned)
+  assert not (tmp_path / 'out').exists()
+
+
+def test_a_rule_without_theta_that_changes_memory_alone_is_written(bert, tmp_path):
+  loaded, args = bert()
+  tuned, theta = trained_like(loaded, jpeft.chain(jpeft.lora(2, 4, '{q}'), jpeft.packed()), args)
+  check_written(tuned, theta, loaded, args, tmp_path)
+
+
+@pytest.mark.parametrize('scan', [False, True])
+def test_a_prefix_that_maps_made_is_written_as_its_rows(scan, tmp_path):
+  loaded = jpeft.load('tests/models/golden/llama', scan=scan)
+  tokens = np.arange(3, 13)[None]
+  tuned, theta = trained_like(loaded, jpeft.prefix(3, hidden=5), (tokens,))
+  check_written(tuned, theta, loaded, (tokens,), tmp_path)
+  config = json.loads((tmp_path / 'adapter_config.json').read_text())
+  assert config['peft_type'] == 'PREFIX_TUNING' and config['task_type'] == 'CAUSAL_LM'
+  (rows,) = load_file(tmp_path / 'adapter_model.safetensors').values()
+  assert rows.shape == (3, 2 * config['num_layers'] * config['token_dim'])
+
+
+@pytest.mark.parametrize(
+  ('name', 'method', 'message'),
+  (
+    ('bert', jpeft.prefix(3), 'peft passes a prefix as a cache, which Bert.* does not take'),
+    ('vit', jpeft.vpt_shallow(3), 'BERT family, of decoders that write text and of T5; ViTFor'),
+    ('llama', jpeft.vpt_shallow(3), 'has prompts at .*: peft has them before the words'),
+    ('llama', jpeft.in_layers(jpeft.prefix(3), '0'), 'peft has a prefix in all'),
+    (
+      'llama',
+      jpeft.chain(jpeft.prefix(3), jpeft.prompt_tuning(2)),
+      "theta holds 'prefix' and 'prompt_tuning'",
+    ),
+    ('llama', jpeft.chain(jpeft.prefix(3), jpeft.lora(2)), 'holds both .* and'),
+    ('mistral', jpeft.prefix(3), 'with a window of'),
+  ),
+)
+def test_prompts_that_peft_does_not_serve_are_refused_by_name(name, method, message, tmp_path):
+  loaded = jpeft.load(f'tests/models/golden/{name}')
+  inputs, _ = golden(name)
+  tuned = jpeft.attach(loaded.model, method, loaded.variables, **inputs)
+  theta = tuned.init(jax.random.key(0), loaded.variables)
+  with pytest.raises(ValueError, match=message):
+    jpeft.save_adapter(tmp_path, loaded, theta, tuned=tuned)
+
+
+def test_vera_of_several_shapes_shares_one_pair(bert, tmp_path):
+  loaded, args = bert(scan=True)
+  method = jpeft.chain(jpeft.vera(3, '{q}|{fc1}'), jpeft.vera(2, '{fc2}', seed=1, name='other'))
+  tuned, theta = trained_like(loaded, method, args)
+  check_written(tuned, theta, loaded, args, tmp_path)
+  tensors = load_file(tmp_path / 'adapter_model.safetensors')
+  assert json.loads((tmp_path / 'adapter_config.json').read_text())['r'] == 3 + 3 + 2
+  assert tensors['base_model.vera_A'].shape[0] == tensors['base_model.vera_B'].shape[1] == 8
+  with pytest.raises(ValueError, match='give tuned=, whose rules know the random pair'):
+    jpeft.save_adapter(tmp_path, loaded, theta)
+
+
+def test_rows_of_a_table_are_written_as_rows(bert, tmp_path):
+  loaded, args = bert()
+  base = np.asarray(loaded.variables['params']['embed']['word']['embedding'])
+  table = base.copy()
+  table[[2, 5]] += 1
+  for beside, field in ((False, 'token_indices'), (True, 'trainable_token_indices')):
+    method = jpeft.tune('embed/word', name='table')
+    if beside:
+      method = jpeft.chain(jpeft.lora(2, 4, '{q}'), method)
+    tuned, theta = trained_like(loaded, method, args)
+    theta['table'] = {'embed/word': {'embedding': table}}
+    check_written(tuned, theta, loaded, args, tmp_path / field)
+    rows = json.loads((tmp_path / field / 'adapter_config.json').read_text())[field]
+    assert (list(rows.values())[0] if beside else rows) == [2, 5]
+    tensors = load_file(tmp_path / field / 'adapter_model.safetensors')
+    (found,) = (x for key, x in tensors.items() if key.endswith('trainable_tokens_delta'))
+    np.testing.assert_array_equal(found, table[[2, 5]])
+
+
+@pytest.mark.parametrize(
+  ('config', 'message'),
+  (
+    ({'trainable_token_indices': [3]}, 'lacks the rows of tables that adapter_config.json names'),
+    ({'peft_type': 'TRAINABLE_TOKENS'}, 'lacks token_indices'),
+    ({'peft_type': 'PREFIX_TUNING'}, 'lacks num_virtual_tokens'),
+    ({'peft_type': 'PROMPT_TUNING', 'num_virtual_tokens': 2}, 'is of LORA, and .* PROMPT_TUNING'),
+  ),
+)
+def test_rows_that_are_missing_are_told(config, message, folder, bert):
+  loaded, _ = bert()
+  with pytest.raises(ValueError, match=message):
+    jpeft.load_adapter(folder('bert_lora', **config), loaded)

@@ -29,6 +29,7 @@ before the residual. Not mergeable: f is not linear.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,8 @@ from ..nn import drop
 
 ACTIVATIONS = {
   'relu': jax.nn.relu,
-  'gelu': jax.nn.gelu,
+  'gelu': jax.nn.gelu,  # by tanh
+  'gelu_exact': functools.partial(jax.nn.gelu, approximate=False),
   'silu': jax.nn.silu,
   'swish': jax.nn.silu,
   'tanh': jnp.tanh,
