@@ -1,6 +1,8 @@
-"""LoRA, DoRA, (IA)^3 and norms in the adapter folders of Hugging Face's peft.
+"""Trained methods in the adapter folders of Hugging Face's peft and of the `adapters` library.
 
-Such a folder holds adapter_config.json and adapter_model.safetensors.
+LoRA, DoRA, VeRA, (IA)^3, norms, prompts and prefixes are written for peft; houlsby, pfeiffer,
+parallel and adaptformer for adapters. Such a folder holds adapter_config.json and a file of
+safetensors.
 
     python -m jpeft.adapter --run runs/a --out adapter
 
@@ -13,10 +15,12 @@ or scanned.
 import sys
 
 from jpeft import cli, training
-from jpeft.export import CONFIG, FILE, save_adapter
+from jpeft.export import BOTTLENECK_FILE, CONFIG, FILE, save_adapter
 
 # Methods that such folders hold beside those with an alpha.
-WITHOUT_ALPHA = ('ia3', 'norm')
+WITHOUT_ALPHA = ('ia3', 'norm', 'vera', 'prefix', 'prompt_tuning')
+# Methods that folders of the adapters library hold.
+BOTTLENECKS = ('houlsby', 'pfeiffer', 'parallel', 'adaptformer')
 
 
 def main(argv: list[str]) -> int:
@@ -24,7 +28,8 @@ def main(argv: list[str]) -> int:
   with cli.inputs_checked():
     config, _ = training.describe(flags.run)
     values = training.hyperparameters(config)
-    if 'alpha' not in values and config.method.name not in WITHOUT_ALPHA:
+    is_bottleneck = config.method.name in BOTTLENECKS
+    if 'alpha' not in values and config.method.name not in WITHOUT_ALPHA and not is_bottleneck:
       raise ValueError(
         f'{config.method.name} is neither LoRA nor DoRA; jpeft.merge writes plain weights where it '
         'can'
@@ -38,8 +43,10 @@ def main(argv: list[str]) -> int:
       rslora=values.get('rslora', False),
       base=config.model.source,
       tuned=tuned,
+      layout='adapters' if is_bottleneck else 'peft',
     )
-  print(f'{flags.out}: {CONFIG} and {FILE}, for {config.model.source}')
+  file = BOTTLENECK_FILE if is_bottleneck else FILE
+  print(f'{flags.out}: {CONFIG} and {file}, for {config.model.source}')
   return 0
 
 

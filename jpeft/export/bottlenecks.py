@@ -428,8 +428,10 @@ def _head(where: Any, head: Mapping[str, np.ndarray], arrays: Arrays) -> dict[st
   found: dict[str, dict] = {}
   differs = False
   for key, x in head.items():
-    path, tied = arrays.tied, key.startswith('lm_head.') and arrays.tied is not None
-    if not tied:
+    tied = key.startswith('lm_head.') and arrays.tied is not None
+    if arrays.tied is not None and tied:
+      path = arrays.tied
+    else:
       path, _ = arrays.home(key, where.parent / HEAD_FILE)
     base = arrays.layers(path)
     own = x if tied else arrays.places[path][0].leaf.ours(x)
@@ -465,7 +467,7 @@ def save_bottlenecks(
   where = folder / FILE
   if tuned is None:
     raise ValueError("save_adapter(layout='adapters'): give tuned=, whose rules say what they are")
-  theta = tuned.expand(theta)
+  trained, theta = theta, tuned.expand(theta)
   arrays = Arrays(pretrained, OLD)
   modules = _Modules(where, arrays)
   rules = _rules(theta, tuned)
@@ -477,15 +479,15 @@ def save_bottlenecks(
   for (block, ours, layer), one in found.items():
     start = f'{modules.key(block, ours, layer)}.adapters.{title}'
     for theirs, (*outer, last) in _PARTS.items():
-      x = one
-      for part in outer:
-        x = x[part]
-      if last in x:
-        x = np.asarray(x[last], np.float32)
+      part = one
+      for name in outer:
+        part = part[name]
+      if last in part:
+        x = np.asarray(part[last], np.float32)
         tensors[f'{start}.{theirs}'] = x.reshape(1) if last == 'scale' else x.T
   told = _config(title, rules, found, modules, base)
   method, own = _as_rules(where, told, tensors, head or None, arrays, None)
-  check_outputs(f'{title!r}', pretrained, tuned, theta, method, own)
+  check_outputs(f'{title!r}', pretrained, tuned, trained, method, own)
   folder.mkdir(parents=True, exist_ok=True)
   write_tensors(where, tensors)
   write(folder / CONFIG, json.dumps(told, indent=2, sort_keys=True) + '\n')
@@ -598,8 +600,8 @@ def _config(
   if len(set(factors.values())) == 1:
     factors = next(iter(factors.values()))
   kinds = {name: names[0] for name, names in _ACTIVATIONS.items()}
-  kinds['swish'] = kinds['silu']
-  inner = {switch: ours in has for ours, switch in _SWITCHES.items()}
+  kinds['swish'] = kinds['silu']  # two names of ours for one function
+  inner: dict[str, Any] = {switch: ours in has for ours, switch in _SWITCHES.items()}
   inner |= {
     'reduction_factor': factors,
     'non_linearity': kinds[activation],
@@ -633,12 +635,13 @@ def _head_tensors(whole: Mapping, arrays: Arrays) -> dict[str, np.ndarray]:
   for name, sites in whole.items():
     for site, values in sites.items():
       for array, x in values.items():
-        place, keys = arrays.places.get(f'{site}/{array}', (None, ()))
-        if place is None or not place.head or np.shape(x) != place.shape:
+        held = arrays.places.get(f'{site}/{array}')
+        if held is None or not held[0].head or np.shape(x) != held[0].shape:
           raise ValueError(
             f'theta has {name!r} at {site or "the model"!r}: a folder of the adapters library '
             'holds adapters and a head trained whole'
           )
+        place, keys = held
         found[keys[0]] = np.asarray(place.leaf.theirs(np.asarray(x)), np.float32)
   if not found:
     return {}

@@ -119,6 +119,7 @@ def save_adapter(
     save_bottlenecks(pathlib.Path(folder), pretrained, theta, tuned, base)
     return
   arrays = Arrays(pretrained, names)
+  trained = theta
   if tuned is not None:
     theta = tuned.expand(theta)
   folder = pathlib.Path(folder)
@@ -130,7 +131,7 @@ def save_adapter(
   written = read_folder(folder / FILE, config, tensors, arrays)
   if tuned is not None:
     _check_written(written, arrays, theta, tuned)
-    _check_outputs(written, config, arrays, theta, tuned)
+    _check_outputs(written, config, arrays, theta, tuned, trained)
   folder.mkdir(parents=True, exist_ok=True)
   write_tensors(folder / FILE, tensors)
   write(folder / CONFIG, json.dumps(config, indent=2) + '\n')
@@ -168,7 +169,7 @@ class _Content:
 
 
 def _content(
-  where: pathlib.Path,
+  file: pathlib.Path,
   arrays: Arrays,
   theta: Mapping,
   alpha: float | None,
@@ -182,7 +183,7 @@ def _content(
   if prompts is not None:
     if tuned is None:
       raise ValueError(f'save_adapter: give tuned=, which says what {title!r} does with its rows')
-    rows, content.told = write_rows(where, prompts, title, sites, arrays)
+    rows, content.told = write_rows(file, prompts, title, sites, arrays)
     content.shared[ROWS] = rows
   _check_scales(theta, alpha, tuned)
   pairs = _Pairs(arrays)
@@ -381,7 +382,11 @@ def _check_scales(theta: Mapping, alpha: float | None, tuned: Tuned | None) -> N
   """Raises a ValueError if nothing says how the factors of each rule are scaled."""
   if tuned is not None:
     return
-  adapters = {name for name, _, _, values in _entries(theta) if isinstance(values, Mapping)}
+  adapters = {
+    name
+    for name, _, _, values in _entries(theta)
+    if isinstance(values, Mapping) and not _is_vera(values)
+  }
   if not adapters:
     return
   if alpha is None:
@@ -724,12 +729,12 @@ def _matrix(folder: Folder, where: str) -> Any:
 
 
 def _check_outputs(
-  written: Folder, config: Mapping, arrays: Arrays, theta: Mapping, tuned: Tuned
+  written: Folder, config: Mapping, arrays: Arrays, theta: Mapping, tuned: Tuned, trained: Mapping
 ) -> None:
   """Raises a ValueError unless the model computes with the folder what it does with the method.
 
   It is run where rules were not compared matrix by matrix: those that wrap calls, and those without
-  theta.
+  theta. `theta` is what rules read, `trained` what `tuned.apply` takes.
   """
   others = {
     (rule.name, site.path or 'the model')
@@ -740,7 +745,7 @@ def _check_outputs(
     return
   acting = ', '.join(f'{name!r} at {path!r}' for name, path in sorted(others)[:3])
   method, own = _as_rules(written, config, arrays, None)
-  check_outputs(acting, arrays.pretrained, tuned, theta, method, own)
+  check_outputs(acting, arrays.pretrained, tuned, trained, method, own)
 
 
 def _check_trained(rule: Weight, site: Site, array: str, t: np.ndarray) -> None:

@@ -37,7 +37,7 @@ def taken_apart(theta: Mapping) -> tuple[str | None, str, dict, dict]:
   Raises:
     ValueError: there are several of them.
   """
-  found = None, '', {}
+  found: tuple[str | None, str, dict] = None, '', {}
   rest = {}
   for name, sites in theta.items():
     entries = {frozenset(arrays) for arrays in sites.values()}
@@ -160,7 +160,7 @@ def write_rows(
       )
     rows = np.asarray(sites[site]['prompts'], np.float32)
     heads = arrays.pretrained.model.heads
-    told = {'prompt_tuning_init': 'RANDOM'}
+    told: dict[str, Any] = {'prompt_tuning_init': 'RANDOM'}
   else:
     if set(sites) != set(stacks):
       raise ValueError(

@@ -123,8 +123,8 @@ class _PromptTuning:
         return a
       return self._longer(call.site, name, a, *words.shape)
 
-    args, kwargs = on_first(call, args, kwargs, longer, other)
-    out = call(*args, **kwargs)
+    new_args, new_kwargs = on_first(call, args, kwargs, longer, other)
+    out = call(*new_args, **new_kwargs)
     if any(map(_is_of_decoder, inputs)):
       return out  # of the decoder's words
     return jax.tree.map(lambda x: self._of_words(call.site, x, words.shape[1]), out)
@@ -183,8 +183,8 @@ class _PromptTuning:
     if 'prompts' not in t or not self.tokens:
       return call(*args, **kwargs)
     ids = first_array(call, args, kwargs)
-    args, kwargs = on_first(call, args, kwargs, lambda x: jnp.maximum(x, 0))
-    out = call(*args, **kwargs)
+    known_args, known_kwargs = on_first(call, args, kwargs, lambda x: jnp.maximum(x, 0))
+    out = call(*known_args, **known_kwargs)
     rows = t['prompts']
     key = call.rng('prompt dropout') if self.dropout else None
     chosen = drop(rows[jnp.maximum(-1 - ids, 0)].astype(out.dtype), key, self.dropout)
