@@ -112,7 +112,7 @@ class _PromptTuning:
         'whole text for each token'
       )
     words = first_array(call, args, kwargs)
-    inputs = call.inputs(*args, **kwargs)
+    _, *others = call.inputs(*args, **kwargs)
 
     def longer(x):
       ids = jnp.broadcast_to(-1 - jnp.arange(self.tokens), (len(x), self.tokens))
@@ -125,7 +125,7 @@ class _PromptTuning:
 
     new_args, new_kwargs = on_first(call, args, kwargs, longer, other)
     out = call(*new_args, **new_kwargs)
-    if any(map(_is_of_decoder, inputs)):
+    if any(map(_is_of_decoder, others)):
       return out  # of the decoder's words
     return jax.tree.map(lambda x: self._of_words(call.site, x, words.shape[1]), out)
 
@@ -148,7 +148,9 @@ class _PromptTuning:
     """An output without what it has for the rows; one that is not of each token as it is."""
     if not hasattr(x, 'ndim') or x.ndim < 2 or x.shape[1] != length + self.tokens:
       return x
-    if x.ndim == 2 and (site.out is None or site.out.shape != site.input.shape):
+    if x.ndim == 2 and (
+      site.out is None or site.input is None or site.out.shape != site.input.shape
+    ):
       return x  # numbers of a text, by chance as many as it has tokens
     return x[:, self.tokens :]
 
@@ -169,7 +171,7 @@ class _PromptTuning:
     )
 
   def init_at_table(self, key, site: Site, arrays) -> dict:
-    if site is not self._table(site):
+    if site.path != self._table(site).path:
       return {}
     (table,) = _tables(site)
     rows, width = site.leaves[table].shape
