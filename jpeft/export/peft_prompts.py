@@ -185,7 +185,7 @@ def write_rows(
     'token_dim': width,
     'num_transformer_submodules': 1,
     'num_attention_heads': heads,
-    'num_layers': sum(map(len, stacks.values())),
+    'num_layers': arrays.pretrained.model.depth,
   }
 
 
