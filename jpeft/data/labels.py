@@ -1,5 +1,7 @@
 """Kinds of labels: one class of several, numbers, or a set of classes."""
 
+import decimal
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +26,7 @@ TASK_OF = {
   NOTHING: 'masked',
 }
 _MISSING = ('', 'nan', 'NaN', 'NA')
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 def of_kind(dataset: Dataset, wanted: str, name: str) -> Dataset:
@@ -64,15 +67,7 @@ def _told(kind: str) -> str:
 
 def _numbered(dataset: Dataset, name: str) -> Dataset:
   """Classes with names that are numbers as these numbers."""
-  values = []
-  for label in dataset.classes:
-    try:
-      values.append(number(label))
-    except ValueError:
-      raise ValueError(
-        f'{name} has the class {label!r}, which is no number: to predict classes, set '
-        "config.task='classification'"
-      ) from None
+  values = numbers_of(dataset.classes, name)
   read = dataset.read
   label_of = dataset.label_of
 
@@ -91,6 +86,28 @@ def _numbered(dataset: Dataset, name: str) -> Dataset:
   )
 
 
+def numbers_of(classes: Sequence[str], name: str) -> list[float]:
+  """The numbers that classes are called by.
+
+  Args:
+    classes: their names.
+    name: of the data set, for messages.
+
+  Raises:
+    ValueError: a name that is no number.
+  """
+  values = []
+  for label in classes:
+    try:
+      values.append(number(label))
+    except ValueError:
+      raise ValueError(
+        f'{name} has the class {label!r}, which is no number: to predict classes, set '
+        "config.task='classification'"
+      ) from None
+  return values
+
+
 def labels_of(source: Source) -> list[Any]:
   """The labels of all examples, without reading the examples themselves where that can be."""
   label_of = getattr(source, 'label_of', None)
@@ -103,14 +120,14 @@ def number(value: Any) -> float:
   """A number of a file, NaN where it is missing.
 
   Raises:
-    ValueError: it is no finite number.
+    ValueError: it is no number, or too large for a finite float32.
   """
   if value is None or value in _MISSING:
     return float('nan')
-  if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+  if isinstance(value, bool) or not isinstance(value, (str, numbers.Real, decimal.Decimal)):
     raise ValueError(f'{value!r} is no number')
   found = float(value)
-  if np.isinf(found):
+  if abs(found) > _LARGEST:
     raise ValueError(f'{value!r} is not finite')
   return found
 

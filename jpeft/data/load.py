@@ -32,8 +32,10 @@ READERS: dict[str, Callable[..., Dataset]] = {
   'webdataset': webdataset,
   'wds': webdataset,
 }
-# Those that read labels of any kind.
+# Those that read labels of any kind but those of READERS_OF.
 _OF_ANY_KIND = ('lists', 'csv', 'jsonl')
+# Those that read labels of every kind.
+_OF_EVERY_KIND = {'parquet': parquet, 'arrow': arrow}
 # {kind of labels: readers of files that have them}, of kinds that READERS do not read.
 READERS_OF: dict[str, dict[str, Callable[[str], Dataset]]] = {
   TAGS: {'conll': conll, 'jsonl': tagged_jsonl},
@@ -112,7 +114,7 @@ def load(
       those of the libraries.
     labels: the kind that is wanted: 'classes', 'numbers' or 'sets', see `labels`; 'tags' of
       'conll:PATH' or 'jsonl:PATH', 'answers' of 'squad:PATH' or 'jsonl:PATH', or 'nothing' but the
-      texts of 'text:PATH', 'csv:PATH' or 'jsonl:PATH'.
+      texts of 'text:PATH', 'csv:PATH' or 'jsonl:PATH'. 'hf:', 'parquet:' and 'arrow:' have all.
 
   Returns:
     The source: len(source), source[i] -> {'image': uint8 [H, W, C] or 'text': str, 'label': int},
@@ -127,11 +129,13 @@ def load(
     RuntimeError: the archive of a packaged set could not be downloaded.
   """
   kind, colon, path = name.partition(':')
-  readers = READERS_OF.get(labels, READERS) | _READERS
+  readers = READERS_OF.get(labels, READERS) | _OF_EVERY_KIND | _READERS
   if name in _REGISTERED:
     dataset = _REGISTERED[name](data_dir)
   elif name in PACKAGED:
     dataset = packaged(name, data_dir)
+  elif kind in _OF_EVERY_KIND and path:
+    dataset = _OF_EVERY_KIND[kind](path, labels)
   elif kind in _OF_ANY_KIND and labels not in READERS_OF and path:
     dataset = READERS[kind](path, labels)
   elif kind in readers and path:
@@ -139,7 +143,7 @@ def load(
   elif kind == 'tfds' and path:
     dataset = prepared(path, data_dir, labels)
   elif kind == 'hf' and path:
-    dataset = hub(path, data_dir)
+    dataset = hub(path, data_dir, labels)
   else:
     if path and kind not in readers:
       _check_task(kind, labels)

@@ -3,6 +3,7 @@
     parquet:PATH, arrow:PATH                     a file, which is divided: 80 % 'train', 20 % 'test'
     parquet:FOLDER, arrow:FOLDER                 files for each split, see `shards`
     parquet:PATH?text=sentence&label=y           which columns are what, see `columns`
+    parquet:PATH?tags=ner_tags&names=O,B-PER     names of tags that are numbers
     arrow:PATH?unlabelled=skip                   what becomes of rows without a label
 
 Arrow files are IPC files or streams, such as those that `datasets` saves. They are mapped into
@@ -21,17 +22,19 @@ from typing import Any
 
 from jpeft.lazy import extra
 
+from ..labels import CLASSES
 from ..source import Dataset
-from .by_row import Rows, dataset_of
+from .by_row import dataset_of
 from .columns import OPTIONS
 from .files import options_of
+from .rows import Rows
 from .shards import shards_of
 
 CACHED = 256 * 2**20  # bytes
 
 
-def parquet(spec: str) -> Dataset:
-  """The rows of Parquet files.
+def parquet(spec: str, labels: str = CLASSES) -> Dataset:
+  """The rows of Parquet files, with labels of a kind (see `..labels`).
 
   Raises:
     FileNotFoundError: no such file or folder.
@@ -39,7 +42,7 @@ def parquet(spec: str) -> Dataset:
   """
   found = _tables(spec, 'parquet', ('.parquet', '.pq'), _Parquet)
   tables = [table for tables in found[1].values() for table in tables]
-  dataset = dataset_of(*found)
+  dataset = dataset_of(*found, labels)
   size = sum(table.size() for table in tables)
   if size > CACHED:
     note = (
@@ -51,14 +54,14 @@ def parquet(spec: str) -> Dataset:
   return dataset
 
 
-def arrow(spec: str) -> Dataset:
-  """The rows of Arrow files, IPC files or streams.
+def arrow(spec: str, labels: str = CLASSES) -> Dataset:
+  """The rows of Arrow files, IPC files or streams, with labels of a kind (see `..labels`).
 
   Raises:
     FileNotFoundError: no such file or folder.
     ValueError: no Arrow, or columns that are missing or may be several, see `dataset_of`.
   """
-  return dataset_of(*_tables(spec, 'arrow', ('.arrow', '.feather'), _Arrow))
+  return dataset_of(*_tables(spec, 'arrow', ('.arrow', '.feather'), _Arrow), labels)
 
 
 def _tables(

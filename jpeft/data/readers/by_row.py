@@ -4,50 +4,35 @@ Rows of a split are mixed by a hash of their number, so that 'train[:1000]' of r
 has all classes in it. Undivided rows are divided 80 % to 20 %, texts by a hash of what they say, so
 that equal ones are in one split, and images by that of their number.
 
-Of a table, labels are read at once, and texts if they are to be divided. Everything else is read
-when a row is asked for.
+Of a table, labels are read at once (see `row_labels`), and texts if they are to be divided.
+Everything else is read when a row is asked for, answers in texts too, which are checked with their
+text.
 """
 
 import bisect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..decode import decode
-from ..labels import in_order
+from ..labels import CLASSES, TAGS
 from ..source import Dataset, Example, digest, split_rows, suggestion
 from . import completions
-from .columns import Column, columns_of, parts_of
-from .unlabelled import OPTION, Unlabelled
-
-
-class Rows(Protocol):
-  """A table that is read by row.
-
-  Attributes:
-    name: such as the path of its file.
-    schema: a `pyarrow.Schema`.
-  """
-
-  name: str
-  schema: Any
-
-  def __len__(self) -> int: ...
-
-  def row(self, number: int, columns: tuple[str, ...]) -> dict[str, Any]:
-    """The values of a row."""
-
-  def chunks(self, columns: tuple[str, ...]) -> Iterator[Any]:
-    """All rows of some columns in order, in tables or batches of pyarrow."""
-
-  def may_have_nulls(self, column: str) -> bool:
-    """Whether a value of a column may be missing, as far as can be told without reading it."""
+from .columns import LABELS, NAMES, Column, Parts, check_types, columns_of, parts_of
+from .questions import question_of
+from .row_labels import RowLabels, row_labels
+from .rows import Joined, Rows
+from .tags import sentence_of, words_of
+from .unlabelled import OPTION
 
 
 def dataset_of(
-  source: str, splits: Mapping[str, Sequence[Rows]], options: Mapping[str, str]
+  source: str,
+  splits: Mapping[str, Sequence[Rows]],
+  options: Mapping[str, str],
+  labels: str = CLASSES,
 ) -> Dataset:
   """The data set of tables.
 
@@ -55,6 +40,7 @@ def dataset_of(
     source: as it was named, for messages.
     splits: {split: its tables}; the split '' is divided.
     options: of OPTIONS.
+    labels: the kind that is wanted, see `..labels`.
 
   Raises:
     ValueError: columns that cannot be told apart or are missing, a text that is null, or rows
@@ -62,40 +48,74 @@ def dataset_of(
   """
   options = dict(options)
   choice = options.pop(OPTION, None)
-  columns = {}
+  tag_names = options.pop(NAMES, None)
+  columns: dict[str, Column] = {}
   for tables in splits.values():
     for table in tables:
       columns |= columns_of(table.schema)
-  kind, names = parts_of(source, columns, options)
-  plan = _Plan(source, kind, names, columns)
-  classes = plan.label_column().classes
-  unlabelled = Unlabelled(choice, names.get('label', ''), named=bool(classes))
+  parts = parts_of(source, columns, options, labels)
+  plan = _Plan(source, labels, parts, columns)
+  learned = {name: columns[name] for name in plan.learned()}
+  if tag_names is not None:
+    learned = _with_names(source, labels, learned, tag_names)
+  found = row_labels(source, labels, learned, choice)
   keys: dict[str, list] = {}
   used: list[_Split] = []
   for split, tables in splits.items():
-    found = _split(split, tables, plan, unlabelled)
-    if found is not None:
-      keys[split] = _keys(split, found, plan)
-      used.append(found)
-  if not any(found.rows for found in used):
-    why = '; '.join(unlabelled.left_out.values()) or 'it has no rows'
+    rows = _split(split, tables, plan, found)
+    if rows is not None:
+      keys[split] = _keys(split, rows, plan)
+      used.append(rows)
+  if not any(part.rows for part in used):
+    why = '; '.join(found.left_out.values()) or 'it has no rows'
     raise ValueError(f'{source} has nothing to learn from: {why}')
-  if not classes:
-    classes = in_order({name for found in used for name in found.labels or ()})
+  classes = found.classes()
   numbers = {name: number for number, name in enumerate(classes)}
-  starts = np.cumsum([0, *(len(found.rows) for found in used)]).tolist()
+  named_tags = next((column.classes for column in learned.values()), ()) or None
+  starts = np.cumsum([0, *(len(part.rows) for part in used)]).tolist()
 
   def read(row: int) -> Example:
     part = bisect.bisect_right(starts, row) - 1
-    found = used[part]
-    number = row - starts[part]
-    example = _example(found.table, found.rows[number], plan)
-    if found.labels is not None:
-      example['label'] = numbers[found.labels[number]]
+    table = used[part].table
+    number = used[part].rows[row - starts[part]]
+    if labels == TAGS:
+      values = table.row(number, tuple(plan.names.values()))
+      sentence = sentence_of(table.where(number), source, plan.names, named_tags, values)
+      return {'words': sentence['words'], 'label': [numbers[tag] for tag in sentence['tags']]}
+    example = _example(table, number, plan)
+    if parts.label:
+      example['label'] = found.of(row)
     return example
 
-  notes = tuple(unlabelled.notes)
-  return Dataset(read, split_rows(keys), list(classes), left_out=unlabelled.left_out, notes=notes)
+  return Dataset(
+    read,
+    split_rows(keys),
+    classes,
+    left_out=found.left_out,
+    labels=labels,
+    label_of=found.of if parts.label else None,
+    notes=found.notes,
+  )
+
+
+def _with_names(
+  source: str, labels: str, columns: Mapping[str, Column], text: str
+) -> dict[str, Column]:
+  """The column of tags with the names that an option gives its numbers.
+
+  Raises:
+    ValueError: there are no tags, or they have names.
+  """
+  if labels != TAGS:
+    raise ValueError(
+      f"{source}: {NAMES}= gives names to tags, which config.task='tokens' learns: leave it out"
+    )
+  named = {}
+  for name, column in columns.items():
+    if column.classes:
+      raise ValueError(f'{source}: the tags of {name!r} have names: leave out {NAMES}=')
+    named[name] = column._replace(classes=tuple(text.split(',')))
+  return named
 
 
 class _Plan(NamedTuple):
@@ -103,92 +123,30 @@ class _Plan(NamedTuple):
 
   Attributes:
     source: as it was named, for messages.
-    kind: of the examples, a key of GROUPS.
-    names: {part of an example: its column}.
+    labels: the kind that is wanted.
+    parts: which columns are what.
     columns: {name: what it has}.
   """
 
   source: str
-  kind: str
-  names: Mapping[str, str]
+  labels: str
+  parts: Parts
   columns: Mapping[str, Column]
 
-  def label_column(self) -> Column:
-    """The column of labels; one of nothing where examples have none."""
-    if 'label' not in self.names:
-      return Column('other', (), 'nothing')
-    return self.columns[self.names['label']]
+  @property
+  def kind(self) -> str:
+    """Of the examples, such as 'texts'."""
+    return self.parts.examples
 
+  @property
+  def names(self) -> Mapping[str, str]:
+    """{part of an example: its column}, without the label."""
+    return self.parts.names
 
-class _Joined:
-  """The tables of a split as one."""
-
-  def __init__(self, tables: Sequence[Rows]):
-    self._tables = tables
-    self._starts = np.cumsum([0, *map(len, tables)]).tolist()
-
-  def __len__(self) -> int:
-    return self._starts[-1]
-
-  def place(self, row: int) -> tuple[Rows, int]:
-    """(the table of a row, its number there)."""
-    part = bisect.bisect_right(self._starts, row) - 1
-    return self._tables[part], row - self._starts[part]
-
-  def where(self, row: int) -> str:
-    table, number = self.place(row)
-    return f'row {number} of {table.name}'
-
-  def values(self, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """The values of some columns of each row, in order.
-
-    Raises:
-      ValueError: a text that is no UTF-8.
-    """
-    row = 0
-    for table in self._tables:
-      for chunk in table.chunks(columns):
-        try:
-          found = chunk.to_pylist()
-        except UnicodeDecodeError as error:
-          raise self._no_text(row + _first_broken(chunk), error) from error
-        yield from found
-        row += len(found)
-
-  def row(self, row: int, columns: tuple[str, ...]) -> dict[str, Any]:
-    """The values of a row.
-
-    Raises:
-      ValueError: a text that is no UTF-8.
-    """
-    table, number = self.place(row)
-    try:
-      return table.row(number, columns)
-    except UnicodeDecodeError as error:
-      raise self._no_text(row, error) from error
-
-  def _no_text(self, row: int, error: UnicodeDecodeError) -> ValueError:
-    return ValueError(f'{self.where(row)} is not UTF-8 text ({error.reason})')
-
-  def first_null(self, column: str) -> int | None:
-    """The first row that has no value in a column; the column is read if there is one."""
-    for table, start in zip(self._tables, self._starts, strict=False):
-      if not table.may_have_nulls(column):
-        continue
-      for number, values in enumerate(_Joined([table]).values((column,))):
-        if values[column] is None:
-          return start + number
-    return None
-
-
-def _first_broken(chunk) -> int:
-  """The number of the first row of a table with a text that is no UTF-8."""
-  for row in range(chunk.num_rows):
-    try:
-      chunk.slice(row, 1).to_pylist()
-    except UnicodeDecodeError:
-      return row
-  return 0
+  def learned(self) -> tuple[str, ...]:
+    """The columns that say what is learned; a split without them is left out."""
+    names = self.names.items()
+    return self.parts.label + tuple(name for part, name in names if part in LABELS)
 
 
 class _Split(NamedTuple):
@@ -197,37 +155,28 @@ class _Split(NamedTuple):
   Attributes:
     table: all its rows.
     rows: those that have what they need.
-    labels: of these rows, as texts; None where examples have none.
   """
 
-  table: _Joined
+  table: Joined
   rows: Sequence[int]
-  labels: list[str] | None
 
 
-def _split(
-  split: str, tables: Sequence[Rows], plan: _Plan, unlabelled: Unlabelled
-) -> _Split | None:
-  """What of a split is used; None if it has no labels, which `unlabelled` then knows.
+def _split(split: str, tables: Sequence[Rows], plan: _Plan, labels: RowLabels) -> _Split | None:
+  """What of a split is used; None if it has no labels, which `labels` then knows.
 
   Raises:
     ValueError: a column is missing or has other classes, a text is null, or a label is missing.
   """
   for table in tables:
-    _check_columns(split, table, plan, unlabelled)
-  if split in unlabelled.left_out:
+    _check_columns(split, table, plan, labels)
+  if split in labels.left_out:
     return None
-  joined = _Joined(tables)
-  rows: Sequence[int] = range(len(joined))
-  labels = None
-  if 'label' in plan.names:
-    found = _labels(joined, plan.names['label'], plan.label_column())
-    rows = unlabelled.labelled(split, tables[0].name, found, joined.where)
-    labels = [found[row] for row in rows]
-  if split in unlabelled.left_out:
+  joined = Joined(tables)
+  rows = labels.read(split, joined)
+  if split in labels.left_out:
     return None
   _check_texts(joined, plan)
-  return _Split(joined, rows, labels)
+  return _Split(joined, rows)
 
 
 def _keys(split: str, found: _Split, plan: _Plan) -> list[str | int]:
@@ -238,15 +187,17 @@ def _keys(split: str, found: _Split, plan: _Plan) -> list[str | int]:
   return [digests[row] for row in found.rows]
 
 
-def _check_columns(split: str, table: Rows, plan: _Plan, unlabelled: Unlabelled) -> None:
-  """Raises a ValueError if a table lacks a column; one of labels leaves out its split."""
+def _check_columns(split: str, table: Rows, plan: _Plan, labels: RowLabels) -> None:
+  """Raises a ValueError if a column is missing or another; one of labels leaves out its split."""
   columns = columns_of(table.schema)
-  for part, name in plan.names.items():
+  learned = plan.learned()
+  check_types(table.name, columns, plan.parts, plan.labels)
+  for name in (*plan.names.values(), *plan.parts.label):
     if name not in columns:
       said = f'{table.name} has no column {name!r}; {suggestion(name, columns)}'
-      if part != 'label' or not split:
+      if name not in learned or not split:
         raise ValueError(said)
-      unlabelled.left_out[split] = said
+      labels.left_out[split] = said
     elif columns[name].classes != plan.columns[name].classes:
       raise ValueError(
         f'{table.name}: the classes of {name!r} are {list(columns[name].classes[:5])}, and '
@@ -254,67 +205,49 @@ def _check_columns(split: str, table: Rows, plan: _Plan, unlabelled: Unlabelled)
       )
 
 
-def _labels(table: _Joined, name: str, column: Column) -> list[Any]:
-  """The label of each row as a text; as it was read where it is none."""
-  known: dict[Any, Any] = {}  # each text is kept once
-  found = []
-  for row, values in enumerate(table.values((name,))):
-    value = values[name]
-    if value not in known:
-      known[value] = _label(value, column, table, row)
-    found.append(known[value])
-  return found
-
-
-def _label(value: Any, column: Column, table: _Joined, row: int) -> Any:
-  if column.kind == 'class' and isinstance(value, int) and value != -1:
-    if not 0 <= value < len(column.classes):
-      raise ValueError(
-        f'{table.where(row)} has the label {value}; there are {len(column.classes)} classes, '
-        'numbered from 0'
-      )
-    return column.classes[value]
-  if isinstance(value, float):
-    if value != value:  # NaN
-      return value
-    if not value.is_integer():
-      raise ValueError(f'{table.where(row)} has the label {value}; it must be a text or an integer')
-    return str(int(value))
-  if value is None:
-    return value
-  return str(value)
-
-
-def _check_texts(table: _Joined, plan: _Plan) -> None:
+def _check_texts(table: Joined, plan: _Plan) -> None:
   """Raises a ValueError if a text is null."""
   for part, name in plan.names.items():
-    if part in ('label', 'tools') or plan.columns[name].kind != 'text':
+    if part == 'tools' or plan.columns[name].kind != 'text':
       continue
     row = table.first_null(name)
     if row is not None:
       raise ValueError(f'{table.where(row)} has None as its {name!r}; it must be a text')
 
 
-def _digests(table: _Joined, plan: _Plan) -> list[int]:
+# The part whose texts decide the split of a row; of others, what is asked.
+_DECIDES = {'sentences': 'tokens', 'questions': 'context'}
+
+
+def _digests(table: Joined, plan: _Plan) -> list[int]:
   """A digest of what each row says or asks, so that equal ones are in one split."""
+  names = tuple(plan.names.values())
+  if plan.kind in _DECIDES:
+    names = (plan.names[_DECIDES[plan.kind]],)
   found = []
-  for row, values in enumerate(table.values(tuple(plan.names.values()))):
+  for row, values in enumerate(table.values(names)):
     if plan.kind == 'texts':
       key = '\t'.join(_texts(values, plan).values())
+    elif plan.kind == 'sentences':
+      key = ' '.join(words_of(table.where(row), names[0], values[names[0]]))
+    elif plan.kind == 'questions':
+      key = values[names[0]]
     else:
       key = completions.asked(_written(values, table.where(row), plan))
     found.append(digest(key))
   return found
 
 
-def _example(table: _Joined, row: int, plan: _Plan) -> Example:
+def _example(table: Joined, row: int, plan: _Plan) -> Example:
   """A row as `Source` has it, without its label."""
-  values = table.row(row, tuple(name for part, name in plan.names.items() if part != 'label'))
+  values = table.row(row, tuple(plan.names.values()))
   where = table.where(row)
   if plan.kind == 'images':
     return {'image': _pixels(values[plan.names['image']], where)}
   if plan.kind == 'texts':
     return _texts(values, plan)
+  if plan.kind == 'questions':
+    return question_of(where, plan.source, plan.names, values)
   return _written(values, where, plan)
 
 

@@ -5,6 +5,7 @@
     hf:NAME?revision=abc                  a branch, tag or commit
     hf:FOLDER                             what `save_to_disk` wrote or `load_dataset` reads
     hf:NAME?text=sentence&label=y         which columns are what, see `columns`
+    hf:NAME?tags=ner_tags&names=O,B-PER   names of tags that are numbers
 
 Splits and classes are those of the data set. Rows lie in Arrow files that are mapped into memory.
 Code that comes with a data set is never run: `datasets` from version 4 on does not.
@@ -17,6 +18,7 @@ from typing import Any
 
 from jpeft.lazy import extra
 
+from ..labels import CLASSES
 from ..source import Dataset, suggestion
 from .by_row import dataset_of
 from .columns import OPTIONS
@@ -25,12 +27,13 @@ from .files import options_of
 SAVED = ('dataset_dict.json', 'state.json')  # what `save_to_disk` writes into a folder
 
 
-def hub(spec: str, data_dir: str | Path | None = None) -> Dataset:
+def hub(spec: str, data_dir: str | Path | None = None, labels: str = CLASSES) -> Dataset:
   """A data set that `datasets` reads.
 
   Args:
     spec: NAME[/CONFIG] or FOLDER, with options.
     data_dir: the cache of `datasets`; if left out, its own.
+    labels: the kind that is wanted, see `..labels`.
 
   Raises:
     FileNotFoundError: no such folder, or no such data set here or on the hub.
@@ -63,7 +66,7 @@ def hub(spec: str, data_dir: str | Path | None = None) -> Dataset:
   else:
     splits = {str(split): part for split, part in found.items()}
   tables = {split: [_Table(f"hf:{name}, '{split}'", part)] for split, part in splits.items()}
-  return dataset_of(f'hf:{spec}', tables, options)
+  return dataset_of(f'hf:{spec}', tables, options, labels)
 
 
 def _local(path: Path, config: str | None, cache: str | None):

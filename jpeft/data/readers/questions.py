@@ -15,6 +15,7 @@ hash of the context, so that all questions on a text are in one split.
 
 import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +102,27 @@ def _of_squad(file: Path) -> list[Example]:
 
 def _of_line(file: Path, names: dict[str, str], line: int, values: Values) -> Example:
   """The question of a line."""
-  where = f'line {line} of {file}'
+  return question_of(f'line {line} of {file}', file.name, names, values)
+
+
+def question_of(
+  where: str, source: str, names: Mapping[str, str], values: Mapping[str, Any]
+) -> Example:
+  """{'question', 'context', 'answers': [(text, its first character)]} of values.
+
+  Args:
+    where: what has them, for messages.
+    source: its name, for messages.
+    names: {'question', 'context', 'answers': the name among the values}.
+    values: of a line or row.
+
+  Raises:
+    ValueError: no question on a text, or an answer that does not stand where it is said to.
+  """
   for part, name in names.items():
     if name not in values:
       raise ValueError(
-        f'{where} has no {name!r} (or name another one, {file.name}?{part}=NAME); '
+        f'{where} has no {name!r} (or name another one, {source}?{part}=NAME); '
         f'{suggestion(name, values)}'
       )
   question, context, answers = (values[names[part]] for part in NAMES)

@@ -53,14 +53,12 @@ from ..decode import check_files, decode
 from ..labels import (
   CLASSES,
   NOTHING,
-  NUMBERS,
   SETS,
   in_order,
-  membership,
-  number,
   sets_of,
 )
 from ..source import Dataset, Example, split_rows, suggestion
+from .cells import CELLS
 from .files import SUFFIXES, Row, Values, examples_of, files_of, jsonl_rows, options_of
 from .unlabelled import OPTION, Unlabelled, rule
 
@@ -465,8 +463,10 @@ def _example(
     if labels.unlabelled is not None and labels.unlabelled.missing(value):
       said.append(value)
       continue
+    if labels.by is not None and isinstance(value, str):
+      value = [name.strip() for name in value.split(labels.by)] if value.strip() else []
     try:
-      said.append(_LABELS[labels.kind, labels.listed](value, labels.by))
+      said.append(CELLS[labels.kind, labels.listed](value))
     except ValueError as error:
       raise _unfit(file, line, column, value, str(error)) from None
   example['label'] = said
@@ -491,49 +491,3 @@ def _cell(file: Path, line: int, name: str, column: str, values: Values) -> Any:
 
 def _unfit(file: Path, line: int, column: str, value: Any, wanted: str) -> ValueError:
   return ValueError(f'line {line} of {file} has {value!r} as its {column!r}; it must be {wanted}')
-
-
-# What a cell says as a label: functions (value, labels_by) that raise a ValueError which says what
-# it must be.
-
-
-def _class(value: Any, by: str | None) -> str:
-  if not isinstance(value, (str, int)) or value == '':
-    raise ValueError('a text or an integer')
-  return str(value)
-
-
-def _number(value: Any, by: str | None) -> float:
-  try:
-    return number(value)
-  except ValueError:
-    raise ValueError('a number') from None
-
-
-def _membership(value: Any, by: str | None) -> float:
-  try:
-    return membership(value)
-  except ValueError:
-    raise ValueError('1 or 0, or -1 if it is not known') from None
-
-
-def _list(value: Any, by: str | None) -> list[str]:
-  if isinstance(value, str) and by is not None:
-    value = [name.strip() for name in value.split(by)] if value.strip() else []
-  if not isinstance(value, list):
-    raise ValueError(
-      'a list; in a text say what separates its classes (labels_by=;), or name a column of 1 and 0 '
-      'for each class (label=a,b)'
-    )
-  for name in value:
-    if not isinstance(name, (str, int)) or name == '':
-      raise ValueError('a list of texts or integers')
-  return [str(name) for name in value]
-
-
-_LABELS: dict[tuple[str, bool], Callable[[Any, str | None], Any]] = {
-  (CLASSES, False): _class,
-  (NUMBERS, False): _number,
-  (SETS, False): _membership,
-  (SETS, True): _list,
-}

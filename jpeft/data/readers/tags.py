@@ -17,7 +17,7 @@ one split.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def tagged_jsonl(spec: str) -> Dataset:
     classes = names.pop('names').split(',')
   parts = {}
   for split, file in files_of(path, 'jsonl').items():
-    example = functools.partial(_of_object, file, names, classes)
+    example = functools.partial(_of_line, file, names, classes)
     parts[split] = examples_of(file, jsonl_rows(file), example)
   return _dataset(parts, classes)
 
@@ -80,11 +80,11 @@ def _dataset(parts: dict[str, list[Example]], classes: list[str] | None) -> Data
 
   Args:
     parts: the split '' is divided.
-    classes: the tags in their order; that of `_ordered` if left out.
+    classes: the tags in their order; that of `ordered` if left out.
   """
   examples = [example for found in parts.values() for example in found]
   if classes is None:
-    classes = _ordered({tag for example in examples for tag in example['tags']})
+    classes = ordered({tag for example in examples for tag in example['tags']})
   number = {tag: i for i, tag in enumerate(classes)}
 
   def read(row: int) -> Example:
@@ -95,8 +95,8 @@ def _dataset(parts: dict[str, list[Example]], classes: list[str] | None) -> Data
   return Dataset(read, split_rows(keys), classes, labels=TAGS)
 
 
-def _ordered(tags: set[str]) -> list[str]:
-  """Numbers by their value, other tags by name; O, which is no entity, comes first."""
+def ordered(tags: set[str]) -> list[str]:
+  """Tags that are numbers by their value, others by name; O, which is no entity, comes first."""
   if all(tag.isdecimal() for tag in tags):
     return sorted(tags, key=int)
   return sorted(tags, key=_order)
@@ -182,34 +182,79 @@ def _tagged(file: Path, columns: dict[str, int], lines: list[Line]) -> Example:
   }
 
 
-# ---- JSON lines.
+# ---- Lists.
 
 
-def _of_object(
+def _of_line(
   file: Path, names: dict[str, str], classes: list[str] | None, line: int, values: Values
 ) -> Example:
   """{'words', 'tags'} of a line."""
-  where = f'line {line} of {file}'
+  return sentence_of(f'line {line} of {file}', file.name, names, classes, values)
+
+
+def sentence_of(
+  where: str,
+  source: str,
+  names: Mapping[str, str],
+  classes: Sequence[str] | None,
+  values: Mapping[str, Any],
+) -> Example:
+  """{'words', 'tags'} of values, the tags as texts.
+
+  Args:
+    where: what has them, for messages.
+    source: its name, for messages.
+    names: {'tokens', 'tags': the name among the values}.
+    classes: the names of tags that are numbers; None where they have none.
+    values: of a line or row.
+
+  Raises:
+    ValueError: no list of words, or not a tag for each.
+  """
   found = {}
   for part in NAMES:
     name = names[part]
     if name not in values:
       raise ValueError(
-        f'{where} has no {name!r} (or name another one, {file.name}?{part}=NAME); '
+        f'{where} has no {name!r} (or name another one, {source}?{part}=NAME); '
         f'{suggestion(name, values)}'
       )
-    found[part] = values[name]
-    if not isinstance(found[part], list) or not found[part]:
-      raise ValueError(f'{where} has {found[part]!r:.60} as its {name!r}; it must be a list')
-  words, tags = found['tokens'], found['tags']
-  if not all(isinstance(word, str) for word in words):
-    raise ValueError(f'{where}: {names["tokens"]!r} is a list of texts')
+    found[part] = _list(where, name, values[name])
+  words = words_of(where, names['tokens'], found['tokens'])
+  tags = found['tags']
   if len(words) != len(tags):
     raise ValueError(f'{where} has {len(words)} words, and {len(tags)} tags')
-  return {'words': words, 'tags': [_tag(where, names['tags'], classes, tag) for tag in tags]}
+  return {'words': words, 'tags': tags_of(where, names['tags'], classes, tags)}
 
 
-def _tag(where: str, name: str, classes: list[str] | None, tag: Any) -> str:
+def words_of(where: str, name: str, words: Any) -> list[str]:
+  """Words, if they are; raises a ValueError that names the row, where, and the column if not."""
+  if not all(isinstance(word, str) for word in _list(where, name, words)):
+    raise ValueError(f'{where}: {name!r} is a list of texts')
+  return words
+
+
+def tags_of(where: str, name: str, classes: Sequence[str] | None, tags: Any) -> list[str]:
+  """Tags as texts.
+
+  Args:
+    where, name: what has them, for messages.
+    classes: the names of tags that are numbers; None where they have none.
+    tags: as they were read.
+
+  Raises:
+    ValueError: no list, or one of other things than tags.
+  """
+  return [_tag(where, name, classes, tag) for tag in _list(where, name, tags)]
+
+
+def _list(where: str, name: str, value: Any) -> list[Any]:
+  if not isinstance(value, list) or not value:
+    raise ValueError(f'{where} has {value!r:.60} as its {name!r}; it must be a list')
+  return value
+
+
+def _tag(where: str, name: str, classes: Sequence[str] | None, tag: Any) -> str:
   """A tag as a text: its name, where the names of numbers are given."""
   if isinstance(tag, bool) or not isinstance(tag, (str, int)) or tag == '':
     raise ValueError(f'{where} has {tag!r} among its {name!r}; a tag is a text or an integer')
@@ -217,9 +262,9 @@ def _tag(where: str, name: str, classes: list[str] | None, tag: Any) -> str:
     return str(tag)
   if isinstance(tag, int) and 0 <= tag < len(classes):
     return classes[tag]
-  if tag in classes:
+  if isinstance(tag, str) and tag in classes:
     return tag
   raise ValueError(
-    f'{where} has the tag {tag!r} among its {name!r}; names= has {len(classes)} of them, numbered '
-    'from 0'
+    f'{where} has the tag {tag!r} among its {name!r}; the list of names has {len(classes)} '
+    'of them, numbered from 0'
   )

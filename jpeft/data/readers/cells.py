@@ -1,0 +1,54 @@
+"""What a cell of a table says as a label.
+
+The functions raise a ValueError that says what the cell must be, as in 'it must be {error}'.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from ..labels import CLASSES, NUMBERS, SETS, membership, number
+
+
+def class_of(value: Any) -> str:
+  """The name of a class, of a text or an integer."""
+  if not isinstance(value, (str, int)) or value == '':
+    raise ValueError('a text or an integer')
+  return str(value)
+
+
+def number_of(value: Any) -> float:
+  """A finite number; NaN where it is missing."""
+  try:
+    return number(value)
+  except ValueError:
+    raise ValueError('a number') from None
+
+
+def membership_of(value: Any) -> float:
+  """1 for a class that is there, 0 for one that is not; NaN where it is not known."""
+  try:
+    return membership(value)
+  except ValueError:
+    raise ValueError('1 or 0, or -1 if it is not known') from None
+
+
+def names_of(value: Any) -> list[str]:
+  """The names of the classes that a list has."""
+  if not isinstance(value, list):
+    raise ValueError(
+      'a list; in a text say what separates its classes (labels_by=;), or name a column of 1 and 0 '
+      'for each class (label=a,b)'
+    )
+  for name in value:
+    if not isinstance(name, (str, int)) or name == '':
+      raise ValueError('a list of texts or integers')
+  return [str(name) for name in value]
+
+
+# {(kind of labels, whether one column lists the classes of a row): what reads a cell}
+CELLS: dict[tuple[str, bool], Callable[[Any], Any]] = {
+  (CLASSES, False): class_of,
+  (NUMBERS, False): number_of,
+  (SETS, False): membership_of,
+  (SETS, True): names_of,
+}
