@@ -142,7 +142,7 @@ def membership(value: Any) -> float:
   Raises:
     ValueError: none of these.
   """
-  if value is None or value in _MISSING:
+  if value is None or value != value or value in _MISSING:
     return float('nan')
   said = str(value).lower().removesuffix('.0')
   if said not in _SAID:

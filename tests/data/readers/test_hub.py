@@ -138,6 +138,112 @@ def test_configurations_of_the_hub(tmp_path, folder, name):
   assert len(found) == 10 and found.classes == ['negative', 'positive']
 
 
+# ---- Labels of other kinds.
+
+
+def save(folder, features, splits):
+  """A folder of splits, {name: {column: values}}."""
+  made = {}
+  for split, rows in splits.items():
+    made[split] = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+  datasets.DatasetDict(made).save_to_disk(folder)
+  return f'hf:{folder}'
+
+
+def test_numbers_of_pairs(tmp_path):
+  """As in glue/stsb, whose test split has -1 everywhere."""
+  text = datasets.Value('string')
+  features = {'sentence1': text, 'sentence2': text, 'label': datasets.Value('float32')}
+
+  def rows(*labels):
+    texts = [f't{i}' for i in range(len(labels))]
+    return {'sentence1': texts, 'sentence2': texts, 'label': labels}
+
+  splits = {'train': rows(5.0, 3.8, -1.0), 'test': rows(-1.0, -1.0)}
+  name = save(tmp_path / 'stsb', features, splits) + '?text=sentence1&pair=sentence2'
+  source = data.load(name, 'train', labels='numbers')
+  found = {(e['text'], e['pair']): float(e['label'][0]) for e in source}
+  assert found == pytest.approx({('t0', 't0'): 5.0, ('t1', 't1'): 3.8, ('t2', 't2'): -1.0})
+  with pytest.raises(ValueError, match="no split 'test': .*'test' has no labels"):
+    data.load(name, 'test', labels='numbers')
+  with pytest.raises(
+    ValueError, match='row 1 of hf:.* has the label 3.79.*; it must be a text or an'
+  ):
+    data.load(name, 'train')
+
+
+def test_stars_as_classes_and_as_numbers(tmp_path):
+  features = {'text': datasets.Value('string'), 'stars': datasets.ClassLabel(names=['1', '5'])}
+  name = save(tmp_path / 'a', features, {'train': {'text': ['a', 'b'], 'stars': [1, 0]}})
+  assert data.load(name, 'train').classes == ['1', '5']
+  source = data.load(name, 'train', labels='numbers')
+  assert {e['text']: e['label'].tolist() for e in source} == {'a': [5.0], 'b': [1.0]}
+
+
+def test_sets(tmp_path):
+  labels = datasets.Sequence(datasets.ClassLabel(names=['joy', 'fear', 'awe']))
+  features = {'text': datasets.Value('string'), 'labels': labels, 'id': datasets.Value('string')}
+  rows = {'text': ['x', 'y', 'z'], 'labels': [[0, 2], [], [1]], 'id': ['0', '1', '2']}
+  name = save(tmp_path / 'emotions', features, {'train': rows})
+  source = data.load(name, 'train', labels='sets')
+  assert source.classes == ['joy', 'fear', 'awe']
+  found = {e['text']: e['label'].tolist() for e in source}
+  assert found == {'x': [1, 0, 1], 'y': [0, 0, 0], 'z': [0, 1, 0]}
+  with pytest.raises(ValueError, match="these are texts of config.task='multilabel'"):
+    data.load(name, 'train')
+
+
+def test_tags(tmp_path):
+  words = datasets.Sequence(datasets.Value('string'))
+  features = {
+    'tokens': words,
+    'pos_tags': datasets.Sequence(datasets.ClassLabel(names=['NNP', 'VBZ'])),
+    'ner_tags': datasets.Sequence(datasets.ClassLabel(names=['O', 'B-ORG', 'I-ORG'])),
+  }
+  rows = {'tokens': [['EU', 'rejects']], 'pos_tags': [[0, 1]], 'ner_tags': [[1, 0]]}
+  name = save(tmp_path / 'conll', features, {'train': rows, 'test': rows})
+  source = data.load(f'{name}?tags=ner_tags', 'test', labels='tags')
+  assert list(source) == [{'words': ['EU', 'rejects'], 'label': [1, 0]}]
+  assert source.classes == ['O', 'B-ORG', 'I-ORG']
+  said = r'which column is the tags .*\?tags=COLUMN; .*pos_tags. .list<ClassLabel>., .ner_tags'
+  with pytest.raises(ValueError, match=said):
+    data.load(name, 'train', labels='tags')
+  del features['pos_tags'], rows['pos_tags']
+  name = save(tmp_path / 'wnut', features, {'train': rows})
+  assert data.load(name, 'train', labels='tags')[0]['label'] == [1, 0]
+
+
+def test_answers(tmp_path):
+  text = datasets.Value('string')
+  pieces = {'text': text, 'answer_start': datasets.Value('int32')}
+  lists = {name: datasets.Sequence(piece) for name, piece in pieces.items()}
+  kinds = {
+    'lists': (lists, [{'text': ['Jane'], 'answer_start': [0]}, {'text': [], 'answer_start': []}]),
+    'structs': (datasets.List(pieces), [[{'text': 'Jane', 'answer_start': 0}], []]),
+  }
+  for folder, (feature, answers) in kinds.items():
+    features = {'id': text, 'context': text, 'question': text, 'answers': feature}
+    rows = {
+      'id': ['0', '1'],
+      'context': ['Jane runs.'] * 2,
+      'question': ['Who?', 'Why?'],
+      'answers': answers,
+    }
+    name = save(tmp_path / folder, features, {'validation': rows})
+    found = data.load(name, 'validation', labels='answers')
+    assert sorted(found, key=lambda example: example['question']) == [
+      {'question': 'Who?', 'context': 'Jane runs.', 'answers': [('Jane', 0)]},
+      {'question': 'Why?', 'context': 'Jane runs.', 'answers': []},
+    ]
+
+
+def test_texts_alone(tmp_path):
+  rows = {'text': ['a', '', 'b']}
+  name = save(tmp_path / 'wiki', {'text': datasets.Value('string')}, {'train': rows})
+  source = data.load(name, 'train', labels='nothing')
+  assert sorted(e['text'] for e in source) == ['', 'a', 'b'] and source.classes == []
+
+
 def test_what_is_not_there_is_said_in_one_sentence(tmp_path, saved):
   with pytest.raises(
     FileNotFoundError, match='hf:imdb is not in the cache of datasets, and the hub'
