@@ -33,7 +33,7 @@ READERS: dict[str, Callable[..., Dataset]] = {
   'wds': webdataset,
 }
 # Those that read labels of any kind but those of READERS_OF.
-_OF_ANY_KIND = ('lists', 'csv', 'jsonl')
+_OF_ANY_KIND = ('lists', 'csv', 'jsonl', 'webdataset', 'wds')
 # Those that read labels of every kind.
 _OF_EVERY_KIND = {'parquet': parquet, 'arrow': arrow}
 # {kind of labels: readers of files that have them}, of kinds that READERS do not read.

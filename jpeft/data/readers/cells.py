@@ -34,14 +34,9 @@ def membership_of(value: Any) -> float:
 
 def names_of(value: Any) -> list[str]:
   """The names of the classes that a list has."""
-  if not isinstance(value, list):
-    raise ValueError(
-      'a list; in a text say what separates its classes (labels_by=;), or name a column of 1 and 0 '
-      'for each class (label=a,b)'
-    )
-  for name in value:
-    if not isinstance(name, (str, int)) or name == '':
-      raise ValueError('a list of texts or integers')
+  is_list = isinstance(value, list)
+  if not is_list or not all(isinstance(name, (str, int)) and name != '' for name in value):
+    raise ValueError('a list of texts or integers')
   return [str(name) for name in value]
 
 

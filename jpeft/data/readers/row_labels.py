@@ -8,17 +8,34 @@ are refused.
 A column of classes has numbers of given names, and these names are what is read.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
-from ..labels import CLASSES, NUMBERS, SETS, TAGS, in_order, numbers_of, sets_of
+from ..labels import CLASSES, NUMBERS, SETS, TAGS, TASK_OF, in_order, numbers_of, sets_of
 from .cells import membership_of, names_of, number_of
 from .columns import Column
-from .rows import Joined
 from .tags import ordered, tags_of
 from .unlabelled import Unlabelled, rule
+
+
+class Table(Protocol):
+  """The rows of a split.
+
+  Attributes:
+    name: such as that of a file.
+  """
+
+  name: str
+
+  def __len__(self) -> int: ...
+
+  def where(self, row: int) -> str:
+    """What has a row, such as 'row 3 of a.parquet'."""
+
+  def values(self, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """The values of some columns of each row, in order."""
 
 
 class RowLabels:
@@ -48,7 +65,7 @@ class RowLabels:
     """Sentences on rows that were left out."""
     return () if self._unlabelled is None else tuple(self._unlabelled.notes)
 
-  def read(self, split: str, table: Joined) -> Sequence[int]:
+  def read(self, split: str, table: Table) -> Sequence[int]:
     """Reads the labels of a split: the rows that are used; none of one that is left out.
 
     Raises:
@@ -86,11 +103,15 @@ class _Classes(_OneColumn):
     self._found: list[str] = []
     self._numbers: dict[str, int] = {}
 
-  def read(self, split: str, table: Joined) -> Sequence[int]:
+  def read(self, split: str, table: Table) -> Sequence[int]:
     found = []
     known: dict[Any, Any] = {}  # each text is kept once
     for row, values in enumerate(table.values((self.name,))):
       value = values[self.name]
+      if isinstance(value, (list, dict)):
+        raise ValueError(
+          f'{table.where(row)} has {value!r:.60} as its label; it must be a text or an integer'
+        )
       if value not in known:
         known[value] = self._said(value, table, row)
       found.append(known[value])
@@ -101,16 +122,17 @@ class _Classes(_OneColumn):
     self._found += [found[row] for row in kept]
     return kept
 
-  def _said(self, value: Any, table: Joined, row: int) -> Any:
+  def _said(self, value: Any, table: Table, row: int) -> Any:
     """A label as a text; as it was read where it is none."""
     if self.column.kind == 'class' and value not in (None, -1):
-      return _named(value, self.column, table.where(row))
+      return _named(value, self.column, table, row)
     if value is None or value != value:  # NaN
       return value
     if isinstance(value, float):
       if not value.is_integer():
         raise ValueError(
-          f'{table.where(row)} has the label {value}; it must be a text or an integer'
+          f'{table.where(row)} has the label {value}; it must be a text or an integer: to learn '
+          f'numbers, set config.task={TASK_OF[NUMBERS]!r}'
         )
       value = int(value)
     return str(value)
@@ -138,7 +160,7 @@ class _Floats(RowLabels):
     self._found: list[np.ndarray] = []  # float32 [N, K] of each split
     self._all = np.zeros((0, len(columns)), np.float32)
 
-  def read(self, split: str, table: Joined) -> Sequence[int]:
+  def read(self, split: str, table: Table) -> Sequence[int]:
     found = np.empty((len(table), len(self.columns)), np.float32)
     for row, values in enumerate(table.values(tuple(self.columns))):
       for place, (name, column) in enumerate(self.columns.items()):
@@ -154,11 +176,11 @@ class _Floats(RowLabels):
     self._found.append(found)
     return range(len(table))
 
-  def _float(self, value: Any, name: str, column: Column, table: Joined, row: int) -> float:
+  def _float(self, value: Any, name: str, column: Column, table: Table, row: int) -> float:
     if column.kind == 'class' and value == -1:
       return np.nan
     if column.kind == 'class' and value is not None:
-      value = _named(value, column, table.where(row))
+      value = _named(value, column, table, row)
     try:
       return self.float_of(value)
     except ValueError as error:
@@ -198,19 +220,19 @@ class _Lists(_OneColumn):
     self._found: list[tuple[str, ...]] = []
     self._classes: list[str] = []
 
-  def read(self, split: str, table: Joined) -> Sequence[int]:
+  def read(self, split: str, table: Table) -> Sequence[int]:
     found = []
     without = None  # the first row that has no list
-    known: dict[tuple[Any, ...], tuple[str, ...]] = {}  # each set is kept once
+    known: dict[tuple[str, ...], tuple[str, ...]] = {}  # each set is kept once
     for row, values in enumerate(table.values((self.name,))):
       value = values[self.name]
       if value is None:
         without = row if without is None else without
         continue
-      key = tuple(value)
-      if key not in known:
-        known[key] = self._said(value, table.where(row))
-      found.append(known[key])
+      if not isinstance(value, list):
+        raise _unfit(table.where(row), value, self.name, 'a list of classes')
+      names = self._said(value, table, row)
+      found.append(known.setdefault(names, names))
     if without is not None:
       if split and not found:
         self.left_out[split] = f'{table.name} has no labels: all its {self.name!r} are null'
@@ -219,13 +241,13 @@ class _Lists(_OneColumn):
     self._found += found
     return range(len(table))
 
-  def _said(self, value: list[Any], where: str) -> tuple[str, ...]:
+  def _said(self, value: list[Any], table: Table, row: int) -> tuple[str, ...]:
     if self.column.classes and None not in value:
-      value = [_named(number, self.column, where) for number in value]
+      value = [_named(number, self.column, table, row) for number in value]
     try:
       return tuple(names_of(value))
     except ValueError as error:
-      raise _unfit(where, value, self.name, str(error)) from None
+      raise _unfit(table.where(row), value, self.name, str(error)) from None
 
   def classes(self) -> list[str]:
     found = {name for names in self._found for name in names}
@@ -243,7 +265,7 @@ class _Tags(_OneColumn):
     super().__init__(source, columns, unlabelled)
     self._found: set[str] = set()
 
-  def read(self, split: str, table: Joined) -> Sequence[int]:
+  def read(self, split: str, table: Table) -> Sequence[int]:
     named = self.column.classes or None
     for row, values in enumerate(table.values((self.name,))):
       self._found.update(tags_of(table.where(row), self.name, named, values[self.name]))
@@ -278,11 +300,12 @@ def row_labels(
   return of_kind(source, columns, unlabelled)
 
 
-def _named(value: int, column: Column, where: str) -> str:
+def _named(value: int, column: Column, table: Table, row: int) -> str:
   """The name of a class by its number."""
   if not 0 <= value < len(column.classes):
     raise ValueError(
-      f'{where} has the label {value}; there are {len(column.classes)} classes, numbered from 0'
+      f'{table.where(row)} has the label {value}; there are {len(column.classes)} classes, '
+      'numbered from 0'
     )
   return column.classes[value]
 

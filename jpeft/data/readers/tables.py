@@ -465,6 +465,12 @@ def _example(
       continue
     if labels.by is not None and isinstance(value, str):
       value = [name.strip() for name in value.split(labels.by)] if value.strip() else []
+    if labels.listed and not isinstance(value, list):
+      wanted = (
+        'a list; in a text say what separates its classes (labels_by=;), or name a column of 1 and '
+        '0 for each class (label=a,b)'
+      )
+      raise _unfit(file, line, column, value, wanted)
     try:
       said.append(CELLS[labels.kind, labels.listed](value))
     except ValueError as error:

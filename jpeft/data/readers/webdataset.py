@@ -12,6 +12,9 @@ Members whose names agree up to the first dot of the file's name are a sample: 0
     pair     a second text
     label    'cls', or a field of a JSON as 'json.label'; if left out, one of these two
 
+Where numbers are learned, a label may be several members or fields, as in label=json.x,json.y;
+where sets of classes are, it is a list in a JSON, or several fields of 1 and 0, one for each class.
+
 Tars are read at random, where WebDataset reads them in order: their headers once, then the bytes of
 a sample when it is asked for, in place and without unpacking. So a run goes on from any batch. That
 needs files that are not compressed. Labels are read at once. Samples of a split are mixed by a hash
@@ -21,23 +24,26 @@ of their names.
 import functools
 import json
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..decode import decode
-from ..labels import in_order
+from ..labels import CLASSES, NUMBERS, SETS
 from ..source import Dataset, Example, split_rows, suggestion
+from .columns import Column
 from .files import options_of
 from .folder import SUFFIXES
+from .row_labels import row_labels
 from .shards import shards_of
-from .unlabelled import OPTION, Unlabelled
+from .unlabelled import OPTION
 
 PARTS = ('image', 'text', 'pair', 'label')
 IMAGES = tuple(suffix[1:] for suffix in SUFFIXES)
 BLOCK = 512  # bytes; everything in a tar begins at a multiple
+MEMBER = Column('text', (), 'member')  # as all labels are read
 COMPRESSED = {b'\x1f\x8b': 'gzip', b'BZh': 'bzip2', b'\xfd7zXZ': 'xz', b'\x28\xb5\x2f\xfd': 'zstd'}
 ENDINGS = ('.gz', '.tgz', '.bz2', '.xz', '.zst')  # which these have
 
@@ -81,41 +87,38 @@ class Sample(NamedTuple):
     return content
 
 
-def webdataset(spec: str) -> Dataset:
-  """The samples of tar files.
+def webdataset(spec: str, labels: str = CLASSES) -> Dataset:
+  """The samples of tar files, with labels of a kind (see `..labels`).
 
   Raises:
     FileNotFoundError: no such file or folder.
     ValueError: a tar that is compressed or broken, a sample without its image or text, or samples
-      without a label, see `unlabelled`.
+      without a label, see `row_labels`.
   """
   path, options = options_of(spec, 'webdataset', (*PARTS, OPTION), {})
   choice = options.pop(OPTION, None)
-  found = {split: _samples(files) for split, files in _tars(path).items()}
-  samples = [sample for split in found.values() for sample in split]
-  names = _members(spec, samples, options)
-  unlabelled = Unlabelled(choice, names['label'])
+  found = {split: _Samples(_samples(files)) for split, files in _tars(path).items()}
+  splits = [split.samples for split in found.values()]
+  names, label = _members(spec, splits, options, several=labels in (NUMBERS, SETS))
+  learned = row_labels(f'webdataset:{spec}', labels, dict.fromkeys(label, MEMBER), choice)
   used: list[Sample] = []
-  texts: list[str] = []  # the labels of those
   keys = {}
   for split, here in found.items():
-    labels = [_value(sample, names['label']) for sample in here]
-    kept = unlabelled.labelled(split, str(here[0].tar.parent), labels, _where(here))
-    if split in unlabelled.left_out:
+    kept = learned.read(split, here)
+    if split in learned.left_out:
       continue
-    used += [here[i] for i in kept]
-    texts += [_label(labels[i], here[i]) for i in kept]
-    keys[split] = [f'{here[i].tar.name}/{here[i].key}' for i in kept]
+    chosen = [here.samples[i] for i in kept]
+    keys[split] = [f'{sample.tar.name}/{sample.key}' for sample in chosen]
+    used += chosen
   if not used:
-    why = '; '.join(unlabelled.left_out.values())
+    why = '; '.join(learned.left_out.values())
     raise ValueError(f'webdataset:{spec} has nothing to learn from: {why}')
   _check_members(used, names)
-  classes = in_order(set(texts))
-  numbers = {name: number for number, name in enumerate(classes)}
+  classes = learned.classes()
 
   def read(row: int) -> Example:
     sample = used[row]
-    example: Example = {'label': numbers[texts[row]]}
+    example: Example = {'label': learned.of(row)}
     if 'image' in names:
       example['image'] = _pixels(sample, names['image'])
     for part in ('text', 'pair'):
@@ -127,16 +130,34 @@ def webdataset(spec: str) -> Dataset:
     read,
     split_rows(keys),
     classes,
-    left_out=unlabelled.left_out,
-    notes=tuple(unlabelled.notes),
+    left_out=learned.left_out,
+    labels=labels,
+    label_of=learned.of,
+    notes=learned.notes,
   )
 
 
-def _where(samples: Sequence[Sample]):
-  def where(i: int) -> str:
-    return str(samples[i])
+class _Samples:
+  """The samples of a split as a `Table`, whose columns are members and fields of a JSON.
 
-  return where
+  Attributes:
+    name: the folder of the first of them.
+    samples: all of them.
+  """
+
+  def __init__(self, samples: Sequence[Sample]):
+    self.name = str(samples[0].tar.parent)
+    self.samples = samples
+
+  def __len__(self) -> int:
+    return len(self.samples)
+
+  def where(self, row: int) -> str:
+    return str(self.samples[row])
+
+  def values(self, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    for sample in self.samples:
+      yield {name: _value(sample, name) for name in columns}
 
 
 # ---- Tars.
@@ -244,39 +265,52 @@ def _key_of(name: str) -> tuple[str, str]:
 # ---- Members.
 
 
-def _members(spec: str, samples: Sequence[Sample], options: Mapping[str, str]) -> dict[str, str]:
-  """{part of an example: its member, or a field of one as 'json.label'}.
+def _members(
+  spec: str, splits: Iterable[Sequence[Sample]], options: Mapping[str, str], several: bool
+) -> tuple[dict[str, str], tuple[str, ...]]:
+  """({part of an example: its member, or a field of one as 'json.text'}, those of the label).
+
+  Args:
+    spec: for messages.
+    splits: the samples of each; the fields of a JSON are those of the first one in any split.
+    options: {part: what was named}.
+    several: whether a label may be several of them, with commas.
 
   Raises:
     ValueError: no such member in any sample, or several that may be meant.
   """
-  there = list(dict.fromkeys(name for sample in samples for name in sample.members))
-  fields = []
-  if 'json' in there:
-    first = next(sample for sample in samples if 'json' in sample.members)
-    fields = [f'json.{name}' for name in _json(first)]
-  for name in options.values():
-    if name not in there and name not in fields:
-      raise ValueError(
-        f'webdataset:{spec}: no sample has {name!r}; {suggestion(name, [*there, *fields])}'
-      )
+  members: dict[str, None] = {}
+  fields: dict[str, None] = {}
+  for samples in splits:
+    members |= dict.fromkeys(name for sample in samples for name in sample.members)
+    first = next((sample for sample in samples if 'json' in sample.members), None)
+    if first is not None:
+      fields |= dict.fromkeys(f'json.{name}' for name in _json(first))
+  there = [*members, *fields]
   names = dict(options)
   if 'image' not in names and 'text' not in names:
     images = [name for name in there if name in IMAGES]
     if len(images) == 1:
       names['image'] = images[0]
     elif not images:
-      _choose(names, 'text', ('txt', 'json.text'), [*there, *fields])
-  _choose(names, 'label', ('cls', 'json.label'), [*there, *fields])
+      _choose(names, 'text', ('txt', 'json.text'), there)
+  _choose(names, 'label', ('cls', 'json.label'), there)
   for parts in (('image', 'text'), ('label',)):
     if not set(parts) & set(names):
       raise ValueError(
         f'webdataset:{spec}: which member is the {" or ".join(parts)}? Say it, as in '
-        f'{parts[0]}=NAME; samples have {", ".join([*there, *fields])}'
+        f'{parts[0]}=NAME; samples have {", ".join(there)}'
       )
   if {'image', 'text'} <= set(names) or ('pair' in names and 'text' not in names):
     raise ValueError(f'webdataset:{spec}: an example is an image, or a text that may have a pair')
-  return names
+  said = names.pop('label')
+  label: tuple[str, ...] = (said,)
+  if several and said not in there:
+    label = tuple(said.split(','))
+  for name in (*names.values(), *label):
+    if name not in there:
+      raise ValueError(f'webdataset:{spec}: no sample has {name!r}; {suggestion(name, there)}')
+  return names, label
 
 
 def _choose(names: dict[str, str], part: str, usual: Iterable[str], there: Sequence[str]) -> None:
@@ -291,7 +325,7 @@ def _check_members(samples: Iterable[Sample], names: Mapping[str, str]) -> None:
   for sample in samples:
     for part, name in names.items():
       member = name.partition('.')[0] if name.startswith('json.') else name
-      if part != 'label' and member not in sample.members:
+      if member not in sample.members:
         there = ', '.join(f'.{other}' for other in sample.members)
         raise ValueError(f'{sample} has no .{member} for its {part}; it has {there}')
 
@@ -318,12 +352,6 @@ def _json(sample: Sample) -> dict[str, Any]:
   if not isinstance(values, dict):
     raise ValueError(f'{sample}: its .json is a JSON {type(values).__name__}, not an object')
   return values
-
-
-def _label(value: Any, sample: Sample) -> str:
-  if not isinstance(value, (str, int)):
-    raise ValueError(f'{sample} has {value!r} as its label; it must be a text or an integer')
-  return str(value)
 
 
 def _text(sample: Sample, name: str) -> str:

@@ -166,7 +166,7 @@ def test_rows_without_a_label(tmp_path, kind):
     ({'text': ['x'], 'y': [[0]]}, '?label=y', "'y' is a column of list.*, and cannot be the label"),
     ({'text': ['x'], 'label': [0]}, '?text=text&prompt=text', 'are not of one kind of examples'),
     ({'text': ['x'], 'label': [0]}, '?txt=text', "unknown option 'txt'; did you mean 'text'"),
-    ({'text': ['x'], 'label': [0.5]}, '', 'row 0 of .* has the label 0.5; it must be a text or'),
+    ({'text': ['x'], 'label': [0.5]}, '', 'row 0 of .* the label 0.5; .*to learn numbers, set'),
     ({'text': ['x', None], 'label': [0, 1]}, '', "row 1 of .* has None as its 'text'"),
     (
       {'text': ['x'], 'label': [0], 'prompt': ['a'], 'completion': ['b']},
@@ -504,7 +504,7 @@ TEXT = {'text': ['x', 'y']}
       'sets',
       {'label': ['a', 'b']},
       '?label=label',
-      'cannot be the label, which is a list of classes; or name .*these are texts of config.task=.cl',
+      'cannot be the label, which is a list of classes; or .*these are texts of config.task=.cl',
     ),
     (
       'sets',

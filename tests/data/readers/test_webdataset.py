@@ -96,6 +96,69 @@ def test_what_is_no_sample_is_passed_by(tmp_path):
   assert int(only['image'][0, 0, 0]) == 70
 
 
+def written(values):
+  """A tar's members for {key: the values of its JSON}, each with an image."""
+  found = {}
+  for key, value in values.items():
+    found[f'{key}.png'] = image(10 * int(key))
+    found[f'{key}.json'] = json.dumps(value).encode()
+  return found
+
+
+def by_pixel(source):
+  """{what the image was made of: its label}; labels are known without the image as well."""
+  examples = list(source)
+  for label, example in zip(data.labels_of(source), examples, strict=True):
+    np.testing.assert_array_equal(label, example['label'])
+  return {int(e['image'][0, 0, 0]) // 10: e['label'].tolist() for e in examples}
+
+
+def test_numbers_and_sets(tmp_path):
+  values = {
+    '0': {'x': 1, 'y': 0.5, 'topics': ['b', 'a'], 'red': True, 'big': 0},
+    '1': {'x': -2, 'y': None, 'topics': [], 'red': 0, 'big': -1},
+  }
+  tar(tmp_path / 'train.tar', written(values))
+  tar(tmp_path / 'test.tar', written({'2': {'x': -1, 'y': -1}}))
+  source = data.load(f'wds:{tmp_path}?label=json.x,json.y', 'train', labels='numbers')
+  found = by_pixel(source)
+  assert source.classes == ['json.x', 'json.y'] and found[0] == [1.0, 0.5] and found[1][0] == -2.0
+  assert np.isnan(found[1][1])
+  with pytest.raises(ValueError, match="no split 'test': .* has no labels"):
+    data.load(f'wds:{tmp_path}?label=json.x', 'test', labels='numbers')
+  source = data.load(f'webdataset:{tmp_path}?label=json.topics', 'train', labels='sets')
+  assert source.classes == ['a', 'b'] and by_pixel(source) == {0: [1.0, 1.0], 1: [0.0, 0.0]}
+  source = data.load(f'wds:{tmp_path}?label=json.red,json.big', 'train', labels='sets')
+  found = by_pixel(source)
+  assert found[0] == [1.0, 0.0] and found[1][0] == 0.0 and np.isnan(found[1][1])
+  tar(tmp_path / 'a.tar', {'0.txt': b'fine', '0.cls': b'3.5', '1.txt': b'poor', '1.cls': b'1'})
+  source = data.load(f'wds:{tmp_path}/a.tar', 'train+test', labels='numbers')
+  assert {e['text']: e['label'].tolist() for e in source} == {'fine': [3.5], 'poor': [1.0]}
+
+
+@pytest.mark.parametrize(
+  ('value', 'labels', 'said'),
+  [
+    (
+      {'x': 'a'},
+      'numbers',
+      r"sample '0' of .*train\.tar has 'a' as its 'json\.x'; it must be a number",
+    ),
+    ({'x': None}, 'numbers', "sample '1' of .* has no label: json.x are empty"),
+    ({'x': 'a'}, 'sets', "has 'a' as its 'json.x'; it must be a list of classes"),
+    ({'x': [['a']]}, 'sets', 'it must be a list of texts or integers'),
+    ({'x': 1}, 'tags', "wds:PATH is not read for config.task='tokens'"),
+  ],
+)
+def test_numbers_and_sets_that_are_wrong(tmp_path, value, labels, said):
+  values = {'0': value, '1': {'x': None}}
+  if value == {'x': None}:
+    values['0'] = {'x': 1}
+  tar(tmp_path / 'train.tar', written(values))
+  with pytest.raises(ValueError, match=said):
+    data.load(f'wds:{tmp_path}?label=json.x', 'train', labels=labels)
+
+
 def test_rows_without_a_label(tmp_path):
   members = images(0, 3) | {'8.png': image(0), '9.png': image(0), '9.cls': b'-1'}
   tar(tmp_path / 'train.tar', members)
