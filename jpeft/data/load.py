@@ -114,7 +114,8 @@ def load(
       those of the libraries.
     labels: the kind that is wanted: 'classes', 'numbers' or 'sets', see `labels`; 'tags' of
       'conll:PATH' or 'jsonl:PATH', 'answers' of 'squad:PATH' or 'jsonl:PATH', or 'nothing' but the
-      texts of 'text:PATH', 'csv:PATH' or 'jsonl:PATH'. 'hf:', 'parquet:' and 'arrow:' have all.
+      texts of 'text:PATH', 'csv:PATH' or 'jsonl:PATH'. 'hf:', 'parquet:' and
+      'arrow:' have all of them.
 
   Returns:
     The source: len(source), source[i] -> {'image': uint8 [H, W, C] or 'text': str, 'label': int},

@@ -52,7 +52,9 @@ def dataset_of(
   columns: dict[str, Column] = {}
   for tables in splits.values():
     for table in tables:
-      columns |= columns_of(table.schema)
+      for name, column in columns_of(table.schema).items():
+        if column.kind != 'null' or name not in columns:
+          columns[name] = column
   parts = parts_of(source, columns, options, labels)
   plan = _Plan(source, labels, parts, columns)
   learned = {name: columns[name] for name in plan.learned()}
@@ -71,7 +73,10 @@ def dataset_of(
     raise ValueError(f'{source} has nothing to learn from: {why}')
   classes = found.classes()
   numbers = {name: number for number, name in enumerate(classes)}
-  named_tags = next((column.classes for column in learned.values()), ()) or None
+  named_tags = None
+  if labels == TAGS:
+    (column,) = learned.values()
+    named_tags = column.classes or None
   starts = np.cumsum([0, *(len(part.rows) for part in used)]).tolist()
 
   def read(row: int) -> Example:
@@ -198,7 +203,7 @@ def _check_columns(split: str, table: Rows, plan: _Plan, labels: RowLabels) -> N
       if name not in learned or not split:
         raise ValueError(said)
       labels.left_out[split] = said
-    elif columns[name].classes != plan.columns[name].classes:
+    elif columns[name].kind != 'null' and columns[name].classes != plan.columns[name].classes:
       raise ValueError(
         f'{table.name}: the classes of {name!r} are {list(columns[name].classes[:5])}, and '
         f'{list(plan.columns[name].classes[:5])} in other files'

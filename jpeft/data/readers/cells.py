@@ -37,6 +37,8 @@ def names_of(value: Any) -> list[str]:
   is_list = isinstance(value, list)
   if not is_list or not all(isinstance(name, (str, int)) and name != '' for name in value):
     raise ValueError('a list of texts or integers')
+  if len(set(value)) < len(value) and set(value) <= {0, 1}:
+    raise ValueError('a list of classes, and not a 1 or 0 for each: make these columns (label=a,b)')
   return [str(name) for name in value]
 
 

@@ -104,7 +104,8 @@ _FIT_MEMBERS = (
   ('class', 'integer', 'boolean', 'number', 'text'),
   '1 or 0 in a column of each class',
 )
-_OF_ITEMS = {'text': 'texts', 'integer': 'integers', 'class': 'classes'}  # kinds of lists
+# Kinds of lists by that of their items.
+_OF_ITEMS = {'text': 'texts', 'integer': 'integers', 'class': 'classes', 'null': 'null'}
 
 
 class Column(NamedTuple):
@@ -112,7 +113,8 @@ class Column(NamedTuple):
 
   Attributes:
     kind: 'text', 'integer', 'boolean', 'number', 'decimal', 'class', 'image' or 'bytes'; 'texts',
-      'integers' or 'classes' for lists of these; 'messages', 'answers', 'list' or 'other'.
+      'integers' or 'classes' for lists of these; 'messages', 'answers', 'list' or 'other'; 'null'
+      for nothing but nulls or empty lists, which may be a part of any type.
     classes: the names of a 'class' or of 'classes'.
     type: as the library calls it, for messages.
   """
@@ -148,7 +150,9 @@ def _column(arrow, noted: Any) -> Column:
   if types.is_list(arrow) or types.is_large_list(arrow) or types.is_fixed_size_list(arrow):
     return _list(arrow, noted)
   kind = 'other'
-  if types.is_string(arrow) or types.is_large_string(arrow):
+  if types.is_null(arrow):
+    kind = 'null'
+  elif types.is_string(arrow) or types.is_large_string(arrow):
     kind = 'text'
   elif types.is_integer(arrow):
     kind = 'integer'
@@ -259,6 +263,8 @@ def _there(columns: Mapping[str, Column]) -> str:
 
 def _elsewhere(columns: Mapping[str, Column], options: Mapping[str, str], labels: str) -> str:
   """The task that could learn the columns where the wanted one cannot; '' for none."""
+  if labels == NOTHING:  # which leaves out what others learn
+    return ''
   for other in (TAGS, ANSWERS, SETS, CLASSES):
     for kind, group in GROUPS[other].items():
       if other == labels or not set(options) <= set(group.parts):
@@ -307,7 +313,8 @@ def check_types(source: str, columns: Mapping[str, Column], parts: Parts, labels
   """
   used = [*parts.names.items(), *(('label', name) for name in parts.label)]
   for part, name in used:
-    if name in columns and columns[name].kind not in _fit(part, labels, len(parts.label))[0]:
+    fits = (*_fit(part, labels, len(parts.label))[0], 'null')
+    if name in columns and columns[name].kind not in fits:
       raise _unfit(source, part, name, columns, {}, labels, len(parts.label))
 
 

@@ -212,45 +212,51 @@ class _Members(_Floats):
   float_of = staticmethod(membership_of)
 
 
-class _Lists(_OneColumn):
+class _Listed(_OneColumn):
+  """Labels of a column of lists."""
+
+  def read(self, split: str, table: Table) -> Sequence[int]:
+    without = []  # rows that have no list
+    for row, values in enumerate(table.values((self.name,))):
+      value = values[self.name]
+      if value is None:
+        without.append(row)
+      elif not isinstance(value, list):
+        raise _unfit(table.where(row), value, self.name, 'a list')
+      elif not without:
+        self.add(value, table, row)
+    if without and split and len(without) == len(table):
+      self.left_out[split] = f'{table.name} has no labels: all its {self.name!r} are null'
+      return ()
+    if without:
+      raise ValueError(f'{table.where(without[0])} has no label: its {self.name!r} is null')
+    return range(len(table))
+
+  def add(self, value: list[Any], table: Table, row: int) -> None:
+    """Takes the labels of a row; raises a ValueError if they are none."""
+    raise NotImplementedError
+
+
+class _Lists(_Listed):
   """Sets of classes, which a column lists."""
 
   def __init__(self, source: str, columns: Mapping[str, Column], unlabelled: Unlabelled | None):
     super().__init__(source, columns, unlabelled)
     self._found: list[tuple[str, ...]] = []
+    self._known: dict[tuple[str, ...], tuple[str, ...]] = {}  # each set is kept once
     self._classes: list[str] = []
 
-  def read(self, split: str, table: Table) -> Sequence[int]:
-    found = []
-    without = None  # the first row that has no list
-    known: dict[tuple[str, ...], tuple[str, ...]] = {}  # each set is kept once
-    for row, values in enumerate(table.values((self.name,))):
-      value = values[self.name]
-      if value is None:
-        without = row if without is None else without
-        continue
-      if not isinstance(value, list):
-        raise _unfit(table.where(row), value, self.name, 'a list of classes')
-      names = self._said(value, table, row)
-      found.append(known.setdefault(names, names))
-    if without is not None:
-      if split and not found:
-        self.left_out[split] = f'{table.name} has no labels: all its {self.name!r} are null'
-        return ()
-      raise ValueError(f'{table.where(without)} has no label: {self.name!r} is null')
-    self._found += found
-    return range(len(table))
-
-  def _said(self, value: list[Any], table: Table, row: int) -> tuple[str, ...]:
+  def add(self, value: list[Any], table: Table, row: int) -> None:
     if self.column.classes and None not in value:
       value = [_named(number, self.column, table, row) for number in value]
     try:
-      return tuple(names_of(value))
+      names = tuple(names_of(value))
     except ValueError as error:
       raise _unfit(table.where(row), value, self.name, str(error)) from None
+    self._found.append(self._known.setdefault(names, names))
 
   def classes(self) -> list[str]:
-    found = {name for names in self._found for name in names}
+    found = {name for names in self._known for name in names}
     self._classes = list(self.column.classes) or in_order(found)
     return list(self._classes)
 
@@ -258,18 +264,16 @@ class _Lists(_OneColumn):
     return sets_of([self._found[row]], self._classes)[0]
 
 
-class _Tags(_OneColumn):
+class _Tags(_Listed):
   """A tag for each word; they are checked at once, and read again with the words of their row."""
 
   def __init__(self, source: str, columns: Mapping[str, Column], unlabelled: Unlabelled | None):
     super().__init__(source, columns, unlabelled)
     self._found: set[str] = set()
 
-  def read(self, split: str, table: Table) -> Sequence[int]:
+  def add(self, value: list[Any], table: Table, row: int) -> None:
     named = self.column.classes or None
-    for row, values in enumerate(table.values((self.name,))):
-      self._found.update(tags_of(table.where(row), self.name, named, values[self.name]))
-    return range(len(table))
+    self._found.update(tags_of(table.where(row), self.name, named, value))
 
   def classes(self) -> list[str]:
     return list(self.column.classes) or ordered(self._found)

@@ -498,7 +498,13 @@ TEXT = {'text': ['x', 'y']}
       '?names=a',
       'names= gives names to tags, which config.task=.tok',
     ),
-    ('sets', {'label': [[1], None]}, '', "row 1 of .* has no label: 'label' is null"),
+    ('sets', {'label': [[1], None]}, '', "row 1 of .* has no label: its 'label' is null"),
+    (
+      'sets',
+      {'label': [[0, 1, 0], [0, 0, 1]]},
+      '',
+      'row 0 .* of classes, and not a 1 or 0 for each',
+    ),
     ('sets', {'label': [['a'], ['b', None]]}, '', 'it must be a list of texts or integers'),
     (
       'sets',
@@ -567,6 +573,29 @@ def test_labels_that_are_wrong(tmp_path, labels, columns, options, said):
   write(tmp_path / 'a.arrow', pa.table(TEXT | columns))
   with pytest.raises(ValueError, match=said):
     list(everything(f'arrow:{tmp_path}/a.arrow{options}', labels))
+
+
+@pytest.mark.parametrize(
+  ('labels', 'column', 'classes'),
+  [
+    ('classes', [1, 0], ['0', '1']),
+    ('numbers', [1.5, 0.5], ['label']),
+    ('sets', [['a'], ['b', 'c']], ['a', 'b', 'c']),
+  ],
+)
+@KINDS
+def test_splits_whose_column_has_nothing(tmp_path, kind, labels, column, classes):
+  """A column of nulls has no type of its own, nor has one of empty lists."""
+  write(tmp_path / f'dev.{kind}', pa.table(TEXT | {'label': column}))
+  write(tmp_path / f'test.{kind}', pa.table(TEXT | {'label': [None, None]}))
+  source = data.load(f'{kind}:{tmp_path}', 'dev', labels=labels)
+  assert len(source) == 2 and source.classes == classes
+  with pytest.raises(ValueError, match="no split 'test': .* has no labels"):
+    data.load(f'{kind}:{tmp_path}', 'test', labels=labels)
+  write(tmp_path / f'test.{kind}', pa.table(TEXT | {'label': [[], []]}))
+  if labels == 'sets':
+    found = data.load(f'{kind}:{tmp_path}', 'test', labels=labels)
+    assert [e['label'].tolist() for e in found] == [[0, 0, 0]] * 2
 
 
 def test_classes_that_are_no_numbers_and_tags_with_names(tmp_path):

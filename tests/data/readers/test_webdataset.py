@@ -145,7 +145,7 @@ def test_numbers_and_sets(tmp_path):
       r"sample '0' of .*train\.tar has 'a' as its 'json\.x'; it must be a number",
     ),
     ({'x': None}, 'numbers', "sample '1' of .* has no label: json.x are empty"),
-    ({'x': 'a'}, 'sets', "has 'a' as its 'json.x'; it must be a list of classes"),
+    ({'x': 'a'}, 'sets', "has 'a' as its 'json.x'; it must be a list"),
     ({'x': [['a']]}, 'sets', 'it must be a list of texts or integers'),
     ({'x': 1}, 'tags', "wds:PATH is not read for config.task='tokens'"),
   ],
