@@ -130,6 +130,7 @@ def test_classes_that_are_numbers(tmp_path):
       "line 3 of .*a.csv has 'abc' as its 'label'; it mu",
     ),
     ('numbers', '', 'text,label\nx,inf\n', "has 'inf' as its 'label'; it must be a number"),
+    ('numbers', '', 'text,label\nx,1e39\n', "has '1e39' as its 'label'; it must be a number"),
     ('numbers', '', 'text,label\nx,"1,5"\n', "has '1,5' as its 'label'; it must be a number"),
     ('numbers', '', 'text,label\nx,\n', 'line 2 of .* has no label: label are empty'),
     ('numbers', '?label=a,b', 'text,a\nx,1\n', "line 2 of .* has no column 'b'"),
@@ -151,3 +152,12 @@ def test_mistakes_are_named(tmp_path, kind, options, text, message):
   (tmp_path / 'a.csv').write_text(text)
   with pytest.raises((ValueError, FileNotFoundError), match=message):
     data.load(f'csv:{tmp_path}/a.csv{options}', BOTH, labels=kind)
+
+
+def test_a_list_of_1_and_0_is_no_list_of_classes(tmp_path):
+  file = tmp_path / 'a.jsonl'
+  file.write_text(json.dumps({'text': 'x', 'label': [0, 1, 0]}))
+  with pytest.raises(
+    ValueError, match=r'line 1 of .* a list of classes, and not a 1 or 0 for each'
+  ):
+    data.load(f'jsonl:{file}', BOTH, labels='sets')
