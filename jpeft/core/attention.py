@@ -9,6 +9,9 @@ import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
 
+import jax
+
+from . import dot_product
 from .anatomy import Anatomy
 from .rules import Call
 from .sites import Site
@@ -59,13 +62,18 @@ def wrapped_too(path: str, wrap: Callable):
 
 
 def inline(site: Site, module, call: Callable) -> Callable:
-  """The call of a module, or the form that its family has of it while rules wrap its attention."""
+  """The call of a module, or the form that its family has of it.
+
+  The form runs while rules wrap its attention, and in long contexts, where its attention function
+  makes no whole scores.
+  """
 
   def run(*args, **kwargs):
-    here = wraps().get(site.path)
-    if here is None:
-      return call(*args, **kwargs)
+    here = wraps().get(site.path, ())
     anatomy = site.model.anatomy
+    by_rows = anatomy.attention_fn is dot_product.dot_product_attention
+    if not here and not (by_rows and _is_long(args, kwargs)):
+      return call(*args, **kwargs)
     wrapped_fn = anatomy.attention_fn
     for wrap in here:
       wrapped_fn = wrap(wrapped_fn)
@@ -81,6 +89,12 @@ def inline(site: Site, module, call: Callable) -> Callable:
     return out
 
   return run
+
+
+def _is_long(args, kwargs) -> bool:
+  """Whether a module that attends is called with a sequence [B, N, D] of a long context."""
+  sequences = [x for x in jax.tree.leaves((args, kwargs)) if getattr(x, 'ndim', 0) == 3]
+  return bool(sequences) and dot_product.is_long(sequences[0].shape[1], sequences[0].shape[1])
 
 
 def never_called(anatomy: Anatomy) -> str:

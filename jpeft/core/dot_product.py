@@ -36,13 +36,18 @@ def dot_product_attention(query, key, value, bias=None, mask=None, **options) ->
   Returns:
     An array [B, N, H, K].
   """
-  if query.ndim == 4 and query.shape[1] * key.shape[1] >= LONG:
+  if query.ndim == 4 and is_long(query.shape[1], key.shape[1]):
     return by_rows(query, key, value, bias, mask, **options)
   if mask is not None:
     mask = jnp.asarray(mask)
   if key.shape[-2] == query.shape[-2]:
     return nn.dot_product_attention(query, key, value, bias, mask, **options)
   return grouped_attention(query, key, value, bias, mask, **options)
+
+
+def is_long(queries: int, keys: int) -> bool:
+  """Whether the scores of so many tokens are never made whole."""
+  return queries * keys >= LONG
 
 
 def by_rows(query, key, value, bias=None, mask=None, *, dropout_rng=None, **options) -> jax.Array:

@@ -60,6 +60,8 @@ class Hooks:
     wanted = {(path, '__call__') for path in self._plan.quantized}
     for path, rules in self._plan.wrapped.items():
       wanted |= {(path, rule.method) for rule, _ in rules}
+    # Inline attention may run in another form in long contexts.
+    wanted |= {(path, '__call__') for path, site in self._sites.items() if site.inline}
     return frozenset(wanted)
 
   def of_mode(self, training: bool, recording: Recording) -> Callable:
@@ -71,6 +73,8 @@ class Hooks:
 
   def _hook(self, training, recording, path, method, module, call, extras, taps):
     """Wraps one call of one module."""
+    if path not in self._plan.wrapped and path not in self._plan.quantized:
+      return inline(self._sites[path], module, call)
     key = extras.get('key')
     if key is not None:
       key = jax.random.wrap_key_data(key)

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 import jpeft
+from jpeft.core import dot_product
 from tests.contract.anatomies import INLINE, described
 from tests.core.small import WIDTH, X, backbone, low_rank, plain
 from tests.fixtures import BACKBONES, leaves_equal, noisy
@@ -208,6 +209,35 @@ def test_nnx_modules_too(family, dot):
     y = capped(q, k, (1 + theta['attending'][f'blocks/{i}']['s']) * v)
     x = x + y.reshape(x.shape) @ w['o'] + bias['o']
   np.testing.assert_allclose(tuned.apply(theta, held, TOKENS), x, atol=1e-5)
+
+
+class Usual(nn.Module):
+  """Inline attention of Flax."""
+
+  @nn.compact
+  def __call__(self, x):
+    return form(self, nn.dot_product_attention, x)
+
+
+@pytest.mark.parametrize('scan', [False, True])
+def test_a_form_makes_no_scores_in_long_contexts(family, monkeypatch, scan):
+  """Under a method that leaves attention alone."""
+  family()
+  model = Model(Usual, scan)
+  held = backbone(model, TOKENS)
+  tuned = jpeft.attach(model, low_rank('{q}'), held, TOKENS)
+  theta = noisy(tuned.init(jax.random.key(0), held))
+
+  def program():
+    return str(jax.make_jaxpr(lambda theta: tuned.apply(theta, held, TOKENS))(theta))
+
+  scores = f'f32[1,{HEADS},4,4]'
+  short = tuned.apply(theta, held, TOKENS)
+  assert scores in program()
+  monkeypatch.setattr(dot_product, 'LONG', 16)
+  monkeypatch.setattr(dot_product, 'MOST_SCORES', 4)
+  assert scores not in program()
+  np.testing.assert_allclose(tuned.apply(theta, held, TOKENS), short, atol=1e-5)
 
 
 def again(name='again'):
