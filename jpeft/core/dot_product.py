@@ -66,21 +66,61 @@ def by_rows(query, key, value, bias=None, mask=None, *, dropout_rng=None, **opti
     'value': cut.keys(value),
     'bias': cut.scores(bias),
     'mask': cut.scores(mask) if rows is None else None,
-    'places': None if rows is None else cut.tokens(rows.places),
-    'texts': None if rows is None else cut.tokens(rows.texts),
+    'places': None,
+    'texts': None,
+    'key_texts': None,
     'rng': None,
   }
+  if rows is not None:
+    arrays['places'] = cut.tokens(rows.places)
+    arrays['texts'] = cut.tokens(rows.texts)
+    if rows.key_texts is not None:
+      arrays['key_texts'] = rows.key_texts[None, None]
   if dropout_rng is not None:
     arrays['rng'] = jax.random.split(dropout_rng, (key_heads, cut.count))
 
-  @jax.checkpoint
-  def of_piece(query, key, value, bias, mask, places, texts, rng):
+  def of_piece(query, key, value, bias, mask, places, texts, key_texts, rng):
     if rows is not None:
-      mask = dataclasses.replace(rows, places=places, texts=texts).whole()
+      piece = dataclasses.replace(rows, places=places, texts=texts, key_texts=key_texts)
+      mask = piece.whole()
     return grouped_attention(query, key, value, bias, mask, dropout_rng=rng, **options)
 
-  out = _over(key_heads, lambda head: _over(cut.count, lambda x: of_piece(**x), head), arrays)
+  run = _recomputed(of_piece)
+  out = _over(key_heads, lambda head: _over(cut.count, run, head), arrays)
   return cut.joined(out)
+
+
+# The arguments of a piece of attention that may have a gradient.
+_DIFFERENTIATED = ('query', 'key', 'value', 'bias')
+
+
+def _recomputed(fn: Callable[..., jax.Array]) -> Callable[[dict[str, Any]], jax.Array]:
+  """fn(**arrays) of {name: array}, which the backward pass computes again from these arrays.
+
+  `jax.checkpoint` in two scans would make the masks of all pieces beforehand, since they are the
+  same for all key heads: [pieces, n, M].
+  """
+
+  @jax.custom_vjp
+  def run(own, others):
+    return fn(**own, **others)
+
+  def forward(own, others):
+    return run(own, others), (own, others)
+
+  def backward(kept, cotangent):
+    own, others = kept
+    _, pull = jax.vjp(lambda own: fn(**own, **others), own)
+    return *pull(cotangent), None
+
+  run.defvjp(forward, backward)
+
+  def call(arrays):
+    own = {name: arrays[name] for name in _DIFFERENTIATED}
+    others = {name: x for name, x in arrays.items() if name not in own}
+    return run(own, others)
+
+  return call
 
 
 def _pieces(batch: int, queries: int, group: int, keys: int) -> int:

@@ -161,13 +161,8 @@ def square_buffers(program: str, length: int) -> set[str]:
   return found
 
 
-@pytest.mark.aot
-@pytest.mark.parametrize('name', ['lora', 'lst', 'qst'])
-def test_no_scores_are_whole_on_a_tpu(name):
-  """A step on one text of 3,072 tokens, compiled: nothing in it is [.., 3072, 3072]."""
-  pytest.importorskip('libtpu')
-  where = planning.target('tpu:v5e')
-  length = 3072
+def compiled_step(name, length, where):
+  """A step of a method on one text, compiled for a TPU, and its temporary bytes."""
   model = Llama(256, 2, 8, 512, 1000, kv_heads=2, tied=True, scan=True, dtype=jnp.bfloat16)
   variables = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 8), jnp.int32))
   names = ('tokens', 'token_mask', 'label')
@@ -182,8 +177,20 @@ def test_no_scores_are_whole_on_a_tpu(name):
   state = training.state_shapes(tuned, tx, variables)
   step = jax.jit(work.step(tuned, tx, mesh), donate_argnums=0)
   program = programs.compiled(step.trace(*work.placed(mesh, state, 1)), where.options)
-  assert not square_buffers(program.as_text(), length)
-  everywhere = NamedSharding(mesh, PartitionSpec())
-  x = jax.ShapeDtypeStruct((1, length, 8, 32), jnp.bfloat16, sharding=everywhere)
+  return program.as_text(), programs.memory(program).temp
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize('name', ['lora', 'lst', 'qst'])
+def test_no_scores_are_whole_on_a_tpu(name):
+  """Nothing in a step is [.., 3072, 3072], and temporaries grow as the text does."""
+  pytest.importorskip('libtpu')
+  where = planning.target('tpu:v5e')
+  program, small = compiled_step(name, 3072, where)
+  assert not square_buffers(program, 3072)
+  _, large = compiled_step(name, 12288, where)
+  assert large < 4.3 * small
+  everywhere = NamedSharding(where.mesh(), PartitionSpec())
+  x = jax.ShapeDtypeStruct((1, 3072, 8, 32), jnp.bfloat16, sharding=everywhere)
   whole = jax.jit(nn.dot_product_attention).trace(x, x, x)
-  assert square_buffers(programs.compiled(whole, where.options).as_text(), length)
+  assert square_buffers(programs.compiled(whole, where.options).as_text(), 3072)
