@@ -237,7 +237,8 @@ def _run_of(model, theta, backbone, tokens, mask) -> Callable:
   made, unreached = at_head(tuned, 'place', 'place', _head_at, training=False)
   if not unreached:
     try:
-      jax.eval_shape(lambda: made.apply(theta, backbone, tokens, mask=mask, place=0))
+      place = 0, tokens.shape[1]
+      jax.eval_shape(lambda: made.apply(theta, backbone, tokens, mask=mask, place=place))
     except NotAtHead as error:
       unreached = str(error)
 
@@ -246,7 +247,7 @@ def _run_of(model, theta, backbone, tokens, mask) -> Callable:
     if unreached:
       out = tuned.apply(theta, variables, tokens, **options)
     else:
-      out = made.apply(theta, variables, tokens, place=place, **options)
+      out = made.apply(theta, variables, tokens, place=(place, tokens.shape[1]), **options)
     logits, state = out if caching else (out, {})
     if unreached:
       logits = jax.lax.dynamic_slice_in_dim(logits, place, 1, axis=1)
@@ -255,8 +256,11 @@ def _run_of(model, theta, backbone, tokens, mask) -> Callable:
   return run
 
 
-def _head_at(place, head, arrays, x):
-  """The head on one place of its input [B, N, D]."""
+def _head_at(asked, head, arrays, x):
+  """The head on one place of its input [B, N, D], asked as (place, N)."""
+  place, length = asked
+  if x.shape[1] != length:
+    raise NotAtHead(f'the head reads {x.shape[1]} tokens, and the text has {length}')
   return head(arrays, jax.lax.dynamic_slice_in_dim(x, place, 1, axis=1))
 
 

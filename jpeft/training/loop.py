@@ -80,7 +80,7 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     source_info = [
       f'{split}: {part.source.about}'
       for split, part in ((config.data.train, train_part), (config.data.test, eval_part))
-      if hasattr(part.source, 'about')
+      if getattr(part.source, 'about', '')
     ]
     if memory.cached_features:
       train_part = feature_cache.cached(train_part, tuned, eval_size)

@@ -291,7 +291,7 @@ def broken(folder, **files):
     ('masked', 'text:{data}', {'model.source': '{maskless}'}, 'has no token for a masked word'),
     ('masked', 'text:{data}', {'model.source': '{tagger}'}, "has no head 'masked'"),
     ('masked', 'text:{data}', {'model.num_classes': 3}, "config.task='masked' has no labels"),
-    ('masked', 'text:{data}', {'data.max_length': 64}, '64 tokens are more than the 32 positions'),
+    ('masked', 'text:{data}', {'data.max_length': 64}, '64, more than the 32 positions'),
   ],
 )
 def test_mistakes_are_told_before_training(
