@@ -94,10 +94,10 @@ def _tables(sites: Sites) -> Iterator[Site]:
 
 def _table_before(head: Site) -> Site | None:
   """The word table that makes the logits which a head, such as a bias, only changes; else None."""
-  words = head.out.shape[-1]
-  if all(x.shape[-1] != words for x in head.inputs.values()):
-    return None
-  return next(_tables(head.model), None)
+  logits = head.model[''].out
+  changes_logits = any(x.shape == logits.shape for x in head.inputs.values())
+  tables = (site for site in _tables(head.model) if site.path != head.path)
+  return next(tables, None) if changes_logits else None
 
 
 @dataclasses.dataclass(frozen=True)

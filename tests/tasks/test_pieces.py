@@ -76,6 +76,20 @@ def test_of_a_trained_head(method):
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), whole, cut)
 
 
+@pytest.mark.parametrize('width', [11, 22])
+def test_of_as_many_tokens_as_features(width):
+  """What the word table reads and gives is told apart by more than one size."""
+  model = Llama(**{**SIZES, 'width': width}, head_dim=4, tied=True)
+  variables = model.init(jax.random.key(1), TOKENS)
+  tuned = jpeft.attach(model, jpeft.lora(2), variables, TOKENS)
+  pieces, why = in_pieces(tuned, most=2 * 50 * 3)
+  assert why == ''
+  theta = noisy(tuned.init(jax.random.key(2), variables))
+  losses = pieces.apply(theta, variables, TOKENS, labels=LABELS)[..., 0]
+  want = tasks.loss(tuned.apply(theta, variables, TOKENS), LABELS)
+  np.testing.assert_allclose(losses, want, rtol=1e-5, atol=1e-6)
+
+
 def test_of_a_tied_table_that_is_trained():
   """Its gradient comes from the tokens and from the head."""
   whole, cut = losses_and_gradients(jpeft.full(), *model_of(tied=True), 0.0)
