@@ -24,7 +24,8 @@ def dot_product_attention(query, key, value, bias=None, mask=None, **options) ->
   """`nn.dot_product_attention`, with as many or fewer key and value heads than query heads.
 
   In long contexts (see LONG) it computes some rows of scores at a time, and computes them again in
-  the backward pass: it keeps none. The numbers are the same, but for those that dropout draws.
+  the backward pass: it keeps none, and has derivatives in reverse alone. The numbers are the same,
+  but for those that dropout draws.
 
   Args:
     query: [B, N, H, K].
