@@ -143,15 +143,15 @@ def _is_text_model(pretrained) -> bool:
   return pretrained.preprocess is None
 
 
-def _text_transform(config, pretrained, training: bool) -> Transform:
-  """Tokens, their mask and their segment.
+def by_tokenizer(make: Callable[..., Any], config, pretrained) -> Any:
+  """`make`, such as `data.text_transform`, of the tokenizer of a backbone and its tables.
 
   Raises:
-    ValueError: the backbone has no tokenizer.json.
+    ValueError: the backbone has no tokenizer.json, or one with tokens that it has no row for.
   """
   if pretrained.tokenizer is None:
     raise ValueError(f'{config.model.source} has no tokenizer.json, so texts cannot be read')
-  return data.text_transform(
+  return make(
     pretrained.tokenizer,
     config.data.max_length,
     pad_token=padding(pretrained),
@@ -210,7 +210,7 @@ def _taken(pretrained, arrays: dict[str, Any]) -> dict[str, Any]:
 
 def _taken_of_texts(config, pretrained, training: bool) -> Transform:
   """The transform of texts, to what the backbone takes."""
-  transform = _text_transform(config, pretrained, training)
+  transform = by_tokenizer(data.text_transform, config, pretrained)
 
   def taken(example, rng=None):
     return _taken(pretrained, transform(example, rng))

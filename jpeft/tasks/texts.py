@@ -7,7 +7,7 @@ import numpy as np
 
 from jpeft import data
 
-from .modality import TEXT, modality_of, padding
+from .modality import TEXT, by_tokenizer, modality_of
 
 
 def arrays_of(config, pretrained) -> dict[str, np.ndarray]:
@@ -31,15 +31,7 @@ def encoder_of(config, pretrained) -> 'data.Encoder':
   Raises:
     ValueError: the backbone has no tokenizer.json, or one with tokens that it has no row for.
   """
-  if pretrained.tokenizer is None:
-    raise ValueError(f'{config.model.source} has no tokenizer.json, so texts cannot be read')
-  return data.Encoder(
-    pretrained.tokenizer,
-    config.data.max_length,
-    pad_token=padding(pretrained),
-    vocabulary=pretrained.config.get('vocab_size'),
-    types=pretrained.config.get('type_vocab_size'),
-  )
+  return by_tokenizer(data.Encoder, config, pretrained)
 
 
 def check_entries(config, source, entries: Sequence[str]) -> None:
