@@ -1,5 +1,6 @@
 """From the name of a data set to a source."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,8 +43,8 @@ READERS_OF: dict[str, dict[str, Callable[[str], Dataset]]] = {
   ANSWERS: {'squad': squad, 'jsonl': questions_jsonl},
   NOTHING: {'text': plain_texts, 'csv': csv_texts, 'jsonl': jsonl_texts},
 }
-# Those of data sets that are kept in a folder of their library.
-STORES = ('tfds', 'hf')
+# Those of data sets that are kept in a folder of their library, for labels of every kind.
+STORES = {'tfds': prepared, 'hf': hub}
 # Data sets from outside jpeft.
 _REGISTERED: dict[str, Callable[[str | Path | None], Dataset]] = {}
 _READERS: dict[str, Callable[[str], Dataset]] = {}
@@ -130,21 +131,15 @@ def load(
     RuntimeError: the archive of a packaged set could not be downloaded.
   """
   kind, colon, path = name.partition(':')
-  readers = READERS_OF.get(labels, READERS) | _OF_EVERY_KIND | _READERS
+  readers = _readers_of(labels)
   if name in _REGISTERED:
     dataset = _REGISTERED[name](data_dir)
   elif name in PACKAGED:
     dataset = packaged(name, data_dir)
-  elif kind in _OF_EVERY_KIND and path:
-    dataset = _OF_EVERY_KIND[kind](path, labels)
-  elif kind in _OF_ANY_KIND and labels not in READERS_OF and path:
-    dataset = READERS[kind](path, labels)
   elif kind in readers and path:
     dataset = readers[kind](path)
-  elif kind == 'tfds' and path:
-    dataset = prepared(path, data_dir, labels)
-  elif kind == 'hf' and path:
-    dataset = hub(path, data_dir, labels)
+  elif kind in STORES and path:
+    dataset = STORES[kind](path, data_dir, labels)
   else:
     if path and kind not in readers:
       _check_task(kind, labels)
@@ -156,6 +151,17 @@ def load(
   rows = splits.rows(split, dataset.splits, name, dataset.left_out)
   dataset = of_kind(dataset, labels, name)
   return Source(dataset.read, rows, dataset.classes, dataset.unit, dataset.label_of, dataset.notes)
+
+
+def _readers_of(labels: str) -> dict[str, Callable[[str], Dataset]]:
+  """{kind of source: path -> its data set} of the readers of files, for a kind of labels."""
+  readers = dict(READERS_OF.get(labels, READERS))
+  if labels not in READERS_OF:
+    for kind in _OF_ANY_KIND:
+      readers[kind] = functools.partial(READERS[kind], labels=labels)
+  for kind, read in _OF_EVERY_KIND.items():
+    readers[kind] = functools.partial(read, labels=labels)
+  return readers | _READERS
 
 
 def _check_task(kind: str, labels: str) -> None:
