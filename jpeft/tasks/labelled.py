@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 from jpeft import data
 
+from .losses import Objective
 from .modality import check_example, modality_of
 
 
@@ -118,6 +120,25 @@ def rows(
 def example(config, pretrained, label: np.ndarray) -> dict[str, np.ndarray]:
   """A batch of one empty example with a label [1, ...]."""
   return modality_of(pretrained).example(config, pretrained) | {'label': label}
+
+
+def several(config, pretrained, outputs: int = 1) -> dict[str, np.ndarray]:
+  """A batch of one empty example whose label is so many numbers."""
+  return example(config, pretrained, np.zeros((1, outputs), np.float32))
+
+
+def loss_sum(
+  objective: Objective, outputs: jax.Array, labels: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """(the sum of the losses of a batch, the sum of their weights).
+
+  Args:
+    objective: of the task.
+    outputs, labels: [B, K].
+    mask: [B], 0 for rows that only fill the batch up.
+  """
+  weights = objective.weights(labels) * mask[:, None]
+  return (objective.losses(outputs, labels) * weights).sum(), weights.sum()
 
 
 def class_weights(config, count: np.ndarray, balanced: np.ndarray, classes) -> list[float] | None:

@@ -64,11 +64,6 @@ def _as_array(label: Any) -> np.ndarray:
   return np.asarray(label, np.float32)
 
 
-def example(config, pretrained, outputs: int = 1) -> dict[str, np.ndarray]:
-  """A batch of one empty example."""
-  return labelled.example(config, pretrained, np.zeros((1, outputs), np.float32))
-
-
 def objective(config, facts: Facts) -> Objective:
   """Sigmoid cross-entropy with what the section `loss` says."""
   return sigmoid(facts.get('class_weights'), config.loss.focal)
@@ -86,11 +81,10 @@ def tally(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, ja
     loss: a sum over examples and classes; known: how many of these there are; logit, label: [B, C],
     kept.
   """
-  plain = sigmoid()
-  counted = plain.weights(labels) * mask[:, None]
+  loss, known = labelled.loss_sum(sigmoid(), logits, labels, mask)
   return {
-    'loss': (plain.losses(logits, labels) * counted).sum(),
-    'known': counted.sum(),
+    'loss': loss,
+    'known': known,
     'logit': logits.astype(jnp.float32),
     'label': labels,
   }
@@ -184,7 +178,7 @@ def answer(row: np.ndarray, example: dict, labels: Sequence[str], facts: Facts) 
 MULTILABEL = Task(
   source,
   rows,
-  example,
+  labelled.several,
   tally,
   scores,
   by_label=by_label,

@@ -85,11 +85,6 @@ def _units(facts: Facts) -> tuple[np.ndarray, np.ndarray]:
   return np.asarray(facts.get('mean', 0.0)), np.asarray(facts.get('deviation', 1.0))
 
 
-def example(config, pretrained, outputs: int = 1) -> dict[str, np.ndarray]:
-  """A batch of one empty example."""
-  return labelled.example(config, pretrained, np.zeros((1, outputs), np.float32))
-
-
 def objective(config, facts: Facts) -> Objective:
   """The distance that `loss.name` names, in units of the deviation."""
   return distance(config.loss.name or 'mse')
@@ -107,11 +102,10 @@ def tally(outputs: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, j
     loss: the sum of squared distances, in units of the deviation; numbers: how many there are;
     prediction, label: [B, K], kept.
   """
-  squared = distance('mse')
-  counted = squared.weights(labels) * mask[:, None]
+  loss, numbers = labelled.loss_sum(distance('mse'), outputs, labels, mask)
   return {
-    'loss': (squared.losses(outputs, labels) * counted).sum(),
-    'numbers': counted.sum(),
+    'loss': loss,
+    'numbers': numbers,
     'prediction': outputs.astype(jnp.float32),
     'label': labels,
   }
@@ -206,7 +200,7 @@ def answer(row: np.ndarray, example: dict, labels: Sequence[str], facts: Facts) 
 REGRESSION = Task(
   source,
   rows,
-  example,
+  labelled.several,
   tally,
   scores,
   by_label=by_label,
