@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from jpeft import data
+from tests.data.resuming import check_goes_on
 
 pa = pytest.importorskip('pyarrow')
 parquet = pytest.importorskip('pyarrow.parquet')
@@ -704,11 +705,4 @@ def test_batches_go_on_from_any_place(tmp_path):
     only_labels = lambda example, rng: {'label': example['label'], 'text': int(example['text'][1:])}
     return data.Batches(source, 4, only_labels, seed=3)
 
-  first = batches()
-  for _ in range(13):
-    next(first)
-  again = batches()
-  again.restore(first.state())
-  one, other = next(first), next(again)
-  for name, x in one.items():
-    np.testing.assert_array_equal(x, other[name])
+  check_goes_on(batches, 13)

@@ -4,11 +4,11 @@ import io
 import json
 import shutil
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from jpeft import data
+from tests.data.resuming import check_goes_on
 
 datasets = pytest.importorskip('datasets')
 
@@ -282,11 +282,4 @@ def test_batches_go_on_from_any_place(saved):
   def batches():
     return data.Batches(data.load(f'hf:{saved}', 'train'), 4, numbers, seed=3)
 
-  first = batches()
-  for _ in range(13):
-    next(first)
-  again = batches()
-  again.restore(first.state())
-  one, other = next(first), next(again)
-  for name, x in one.items():
-    np.testing.assert_array_equal(x, other[name])
+  check_goes_on(batches, 13)

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from jpeft import data
+from tests.data.resuming import check_goes_on
 
 
 def image(value, kind='png', size=(5, 3)):
@@ -262,11 +263,4 @@ def test_batches_go_on_from_any_place(tmp_path):
   def batches():
     return data.Batches(data.load(f'wds:{tmp_path}', 'train'), 4, seed=3)
 
-  first = batches()
-  for _ in range(7):
-    next(first)
-  again = batches()
-  again.restore(first.state())
-  one, other = next(first), next(again)
-  for name, x in one.items():
-    np.testing.assert_array_equal(x, other[name])
+  check_goes_on(batches, 7)
