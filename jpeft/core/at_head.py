@@ -41,7 +41,7 @@ def at_head(
     make: (value, head, the arrays that it reads, its input x [B, N, D]) -> an array.
     training: whether the method trains: what drops out at the head then belongs to one whole call.
   """
-  head, method, reason = head_of(tuned.sites)
+  head, method, reason = _head_of(tuned.sites)
   if head is None:
     return tuned, reason
   table = _table_before(head)
@@ -67,7 +67,7 @@ def at_head(
   return made, ''
 
 
-def head_of(sites: Sites) -> tuple[Site | None, str, str]:
+def _head_of(sites: Sites) -> tuple[Site | None, str, str]:
   """(the module whose output is that of the model, the method of it, why there is none)."""
   out = sites[''].out
   if out is None or not hasattr(out, 'shape') or len(out.shape) != 3:
