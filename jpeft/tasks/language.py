@@ -162,13 +162,17 @@ def scores(
   tally: dict[str, np.ndarray], names: Sequence[str] = (), facts: Facts = NO_FACTS
 ) -> dict[str, float]:
   """perplexity, loss and accuracy a token of the completions, and registered metrics."""
+  return of_tokens(tally) | further_scores('language', tally, names)
+
+
+def of_tokens(tally: dict[str, np.ndarray]) -> dict[str, float]:
+  """perplexity, loss and accuracy a token of a summed tally."""
   mean = float(tally['loss'] / tally['tokens'])
-  own = {
+  return {
     'perplexity': math.exp(min(mean, 700)),  # exp(710) overflows
     'loss': mean,
     'accuracy': float(tally['right'] / tally['tokens']),
   }
-  return own | further_scores('language', tally, names)
 
 
 def written(config, pretrained, source, write: Callable, stop: Callable) -> dict[str, float] | None:

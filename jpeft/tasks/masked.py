@@ -1,7 +1,6 @@
 """Masked words: texts alone, in which words are hidden and named again."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -68,13 +67,7 @@ def scores(
     tally: as that of texts to write.
     names, facts: see `Task.scores`.
   """
-  mean = float(tally['loss'] / tally['tokens'])
-  own = {
-    'perplexity': math.exp(min(mean, 700)),  # exp(710) overflows
-    'loss': mean,
-    'accuracy': float(tally['right'] / tally['tokens']),
-  }
-  return own | further_scores('masked', tally, names)
+  return language.of_tokens(tally) | further_scores('masked', tally, names)
 
 
 # ---- What a model says of texts with masks.
