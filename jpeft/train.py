@@ -12,9 +12,9 @@ the same command, a run that was killed goes on from its last checkpoint and end
 (on a GPU with XLA_FLAGS= --xla_gpu_deterministic_ops=true); one that is complete prints its report.
 --import MODULE imports a module or a .py file first, such as one that registers a method.
 
-Exit codes: 0 complete; 1 a loss is not finite; 2 a mistake in config, data or files, told in one
-sentence (--traceback shows where it arose); 143 and 130 after SIGTERM and Ctrl-C, with a checkpoint
-written.
+Exit codes: 0 complete; 1 a loss is not finite; 2 a mistake in config, data or files, or a full
+disk, told in one sentence (--traceback shows where it arose); 143, 130, 129, 138 and 140 after
+SIGTERM, Ctrl-C, SIGHUP, SIGUSR1 and SIGUSR2, with a checkpoint written.
 """
 
 import sys
@@ -35,9 +35,12 @@ def main(argv: list[str]) -> int:
     baseline = None
     if config.baseline:
       baseline = command.baseline(config.baseline).load()
-  reports = [train(config, folder)]
+  with training.resumable(folder):
+    reports = [train(config, folder)]
   if baseline:
-    reports.append(train(baseline, folder / config.baseline))
+    beside = folder / config.baseline
+    with training.resumable(beside):
+      reports.append(train(baseline, beside))
   print(training.table(reports))
   return 0
 

@@ -33,7 +33,7 @@ from jpeft import cli, planning, training
 from jpeft import config as config_lib
 from jpeft.lazy import extra
 from jpeft.messages import markdown
-from jpeft.training import write
+from jpeft.writing import appearing, write
 
 from . import memory, records
 from .pictures import compared
@@ -344,7 +344,8 @@ def draw(found: list[dict], path: pathlib.Path) -> None:
   for task, axis in axes.items():
     named = [(row['method'], _point(row)) for row in panels[task]]
     planning.drawing.label(axis, named, [_error(row) for row in panels[task]])
-  figure.savefig(path, dpi=110)
+  with appearing(path) as part:
+    figure.savefig(part, dpi=110)
 
 
 def _point(row: dict) -> tuple[float, float]:

@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import optax
 
-from jpeft import cli, methods, planning, programs, tasks, training
+from jpeft import cli, methods, planning, programs, tasks, training, writing
 from jpeft.core import summary
 from jpeft.lazy import extra
 from jpeft.models import Remat
@@ -241,7 +241,8 @@ def draw(found: list[dict], path: pathlib.Path) -> None:
     axis.grid(alpha=0.3)
   figure.suptitle(f'A training step on {WORKS[work].title}', fontsize=11)
   planning.drawing.legend(figure, (row['memory_class'] for row in drawn))
-  figure.savefig(path, dpi=110)
+  with writing.appearing(path) as part:
+    figure.savefig(part, dpi=110)
 
 
 def recorded() -> list[dict]:
@@ -252,7 +253,7 @@ def recorded() -> list[dict]:
 def write(new: list[dict]) -> None:
   """Replaces rows in docs/ by new ones of the same key, and writes its page and plot again."""
   found = records.record(DOCS / 'memory.json', new, KEY, PEERS)
-  (DOCS / 'memory.md').write_text(document(found))
+  writing.write(DOCS / 'memory.md', document(found))
   draw(found, DOCS / 'memory.png')
 
 

@@ -4,7 +4,7 @@ import json
 import pathlib
 from collections.abc import Sequence
 
-from jpeft.training import write
+from jpeft.writing import write
 
 
 def recorded(file: pathlib.Path, default: Sequence[dict] = ()) -> list[dict]:

@@ -237,6 +237,13 @@ FIELDS: dict[str, Field] = {
   'data.chat': _flag(False, "give prompts and completions as a chat, by the tokenizer's template"),
   'data.augment': _choice('none', 'of training images', 'none', 'vtab', 'flip_crop', 'imagenet'),
   'data.resize': _choice('squash', 'how images get their size', 'squash', 'crop'),
+  'data.on_error': _choice(
+    'raise',
+    'what to do with an example that cannot be read while training: stop after a checkpoint, or '
+    'skip it, which is told, counted and reported',
+    'raise',
+    'skip',
+  ),
   'data.in_memory': _flag(False, 'read every example once, at the start'),
   'data.cache_features': _flag(
     False,

@@ -14,6 +14,7 @@ from .readers.files import options_of
 from .readers.folder import images_below
 from .readers.questions import question
 from .readers.tables import Asked, asked, kind_of_table, like_columns
+from .skipped import UNREADABLE, Skipped, first_example
 from .source import Dataset, Source, in_memory, split_rows
 
 if TYPE_CHECKING:
@@ -49,14 +50,17 @@ __all__ = [
   'MaskableTexts',
   'PADS',
   'Packed',
+  'Skipped',
   'Source',
   'TaggedWords',
+  'UNREADABLE',
   'Windows',
   'asked',
   'check_files',
   'check_texts',
   'decode',
   'image_transform',
+  'first_example',
   'images_below',
   'in_memory',
   'kind_of_table',

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .skipped import FARTHEST, UNREADABLE, Skipped
 from .source import Example, Transform
 
 Batch = dict[str, np.ndarray]
@@ -40,6 +41,7 @@ class Batches(Iterator[Batch]):
     prefetch: int = 2,
     process_index: int = 0,
     process_count: int = 1,
+    skipped: Skipped | None = None,
   ):
     """Starts at the first batch of the first epoch.
 
@@ -58,6 +60,9 @@ class Batches(Iterator[Batch]):
         transform must be thread-safe. 1 for a single thread, 0 for none.
       process_index: number of the part of each batch that this process makes.
       process_count: number of equal parts that a batch is cut into.
+      skipped: takes in the examples of the batches so far that cannot be read. In the place of such
+        an example is the next one that can; with drop_remainder=False its mask is 0. None for an
+        error at the first of them.
 
     Raises:
       ValueError: the source is empty or smaller than a batch, batch_size is not divisible by
@@ -81,6 +86,7 @@ class Batches(Iterator[Batch]):
       )
     self._source = source
     self._transform = transform
+    self._skipped = skipped
     self._keep_all = not drop_remainder
     if drop_remainder:
       self.steps_per_epoch = len(source) // batch_size
@@ -112,12 +118,14 @@ class Batches(Iterator[Batch]):
     if self._next == self._end:
       raise StopIteration
     if self._threads is None:
-      batch = self._batch(self._next)
+      batch, failures = self._batch(self._next)
     else:
       self._make_ahead()
       # Removed only when it has come: a batch whose reading fails raises again at the next call.
-      batch = self._ahead[0].result()
+      batch, failures = self._ahead[0].result()
       self._ahead.popleft()
+    if self._skipped is not None:
+      self._skipped.add(failures)
     self._next += 1
     self._make_ahead()
     return batch
@@ -158,8 +166,8 @@ class Batches(Iterator[Batch]):
         return
       self._ahead.append(self._threads.submit(self._batch, number))
 
-  def _batch(self, number: int) -> Batch:
-    """This process's part of a batch."""
+  def _batch(self, number: int) -> tuple[Batch, dict[int, str]]:
+    """(this process's part of a batch, {number of an example that cannot be read: why})."""
     epoch, batch = divmod(number, self.steps_per_epoch)
     size = self._settings['batch_size']
     start = batch * size
@@ -167,15 +175,36 @@ class Batches(Iterator[Batch]):
     real = np.arange(size) < len(rows)  # False at the copies that fill up
     # The last batch is filled up, so that all batches have one shape and compile once.
     rows = np.pad(rows, (0, size - len(rows)), mode='edge')
-    examples = [self._example(epoch, int(row)) for row in rows[self._part]]
+    failures: dict[int, str] = {}
+    examples = [self._readable(epoch, int(row), failures) for row in rows[self._part]]
     arrays = _stacked(examples)
     if self._keep_all:
       if 'mask' in arrays:
         raise ValueError(
           "the transform returns 'mask', which is the name of the mask over examples"
         )
-      arrays['mask'] = real[self._part].astype(np.float32)
-    return arrays
+      whole = [int(row) not in failures for row in rows[self._part]]
+      arrays['mask'] = (real[self._part] & whole).astype(np.float32)
+    return arrays, failures
+
+  def _readable(self, epoch: int, row: int, failures: dict[int, str]) -> Example:
+    """An example or, where it is to be skipped, the next one that can be read.
+
+    Which one that is depends on the examples alone, so a run that goes on meets the same.
+    """
+    if self._skipped is None:
+      return self._example(epoch, row)
+    for distance in range(min(FARTHEST, len(self._source))):
+      candidate = (row + distance) % len(self._source)
+      try:
+        return self._example(epoch, candidate)
+      except UNREADABLE as error:
+        failures[candidate] = ' '.join(str(error).split())
+        last = error
+    raise ValueError(
+      f'{distance + 1} examples in a row cannot be read, which is more than can be skipped: the '
+      f'last of them, {candidate}: {last}'
+    ) from last
 
   def _example(self, epoch: int, row: int) -> Example:
     example = self._source[row]

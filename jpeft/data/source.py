@@ -9,6 +9,8 @@ import numpy as np
 
 from jpeft.messages import nearest
 
+from .skipped import UNREADABLE
+
 Example = dict[str, Any]  # see `Source.read`
 Rows = Sequence[int]
 Transform = Callable[[Example, np.random.Generator], Example]
@@ -69,11 +71,28 @@ class Source:
     return self.read(self.rows[i])
 
 
-def in_memory(source: Source) -> Source:
-  """The source with every example read now and kept, for small sets that are slow to decode."""
-  examples = [source[i] for i in range(len(source))]
-  rows = range(len(examples))
-  return dataclasses.replace(source, read=examples.__getitem__, rows=rows, label_of=None)
+def in_memory(source: Source, skip: bool = False) -> Source:
+  """The source with every example read now and kept, for small sets that are slow to decode.
+
+  Args:
+    source: its examples.
+    skip: whether one that cannot be read raises only where it is asked for, as it did before.
+  """
+  examples = []
+  for i in range(len(source)):
+    try:
+      examples.append(source[i])
+    except UNREADABLE as error:
+      if not skip:
+        raise
+      examples.append(error)
+
+  def read(row: int) -> Example:
+    if isinstance(examples[row], Exception):
+      raise examples[row]
+    return examples[row]
+
+  return dataclasses.replace(source, read=read, rows=range(len(examples)), label_of=None)
 
 
 Key = str | bytes | int

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jpeft import data, models
+from jpeft.writing import write
 
 # Copied as they are; what they lack is added.
 _COPIED = (*models.FILES, 'special_tokens_map.json', 'generation_config.json')
@@ -158,4 +159,4 @@ def save_preprocessing(folder: pathlib.Path, pretrained: models.Pretrained, resi
 
 
 def _write(file: pathlib.Path, values: Mapping[str, Any]) -> None:
-  file.write_text(json.dumps(values, indent=2) + '\n')
+  write(file, json.dumps(values, indent=2) + '\n')

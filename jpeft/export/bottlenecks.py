@@ -29,7 +29,7 @@ from jpeft.core import Call, Method, Rule, Tuned, chain
 from jpeft.messages import did_you_mean
 from jpeft.methods import adaptformer, houlsby, parallel, pfeiffer, tune
 from jpeft.models import Bert, Pretrained, read_json, read_tensors, write_tensors
-from jpeft.training import write
+from jpeft.writing import filled, write
 
 from .compare import check_outputs
 from .peft_config import CONFIG
@@ -488,13 +488,13 @@ def save_bottlenecks(
   told = _config(title, rules, found, modules, base)
   method, own = _as_rules(where, told, tensors, head or None, arrays, None)
   check_outputs(f'{title!r}', pretrained, tuned, trained, method, own)
-  folder.mkdir(parents=True, exist_ok=True)
-  write_tensors(where, tensors)
-  write(folder / CONFIG, json.dumps(told, indent=2, sort_keys=True) + '\n')
-  if head:
-    write_tensors(folder / HEAD_FILE, head)
-    told = {**told, 'config': None, 'name': None, 'num_labels': pretrained.model.num_classes}
-    write(folder / HEAD_CONFIG, json.dumps(told, indent=2, sort_keys=True) + '\n')
+  with filled(folder) as part:
+    write_tensors(part / FILE, tensors)
+    write(part / CONFIG, json.dumps(told, indent=2, sort_keys=True) + '\n')
+    if head:
+      write_tensors(part / HEAD_FILE, head)
+      told = {**told, 'config': None, 'name': None, 'num_labels': pretrained.model.num_classes}
+      write(part / HEAD_CONFIG, json.dumps(told, indent=2, sort_keys=True) + '\n')
 
 
 def _rules(theta: Mapping, tuned: Tuned) -> dict[str, Rule]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from jpeft import models, tasks
 from jpeft.core import Method, Tuned, leaf_paths
+from jpeft.writing import filled
 
 from .beside import save_preprocessing, save_tokenizer
 
@@ -73,12 +74,12 @@ def save_merged(
   max_length = config.data.max_length
   if config.task == 'language':
     max_length = None  # there, of a row of several texts
-  folder.mkdir(parents=True, exist_ok=True)
-  about |= save_tokenizer(folder, pretrained, max_length)
   about.pop('torch_dtype', None)  # the old name of the next one
   about['dtype'] = str(jax.tree.leaves(merged)[0].dtype)
-  models.save_pretrained(folder, pretrained.model, merged, about)
-  save_preprocessing(folder, pretrained, config.data.resize)
+  with filled(folder) as part:
+    about |= save_tokenizer(part, pretrained, max_length)
+    models.save_pretrained(part, pretrained.model, merged, about)
+    save_preprocessing(part, pretrained, config.data.resize)
   return float(jnp.abs(tuned_logits - plain_logits).max())
 
 

@@ -25,7 +25,7 @@ from jpeft.core import Method, Rule, Site, Tuned, Weight, chain
 from jpeft.methods import dora, ia3, lora, prefix, prompt_tuning, tune, vera, vera_pair
 from jpeft.models import Place, Pretrained, read_tensors, write_tensors
 from jpeft.thetas import on_matrix
-from jpeft.training import write
+from jpeft.writing import filled, write
 
 from .bottlenecks import is_of_adapters, load_bottlenecks, save_bottlenecks
 from .compare import check_outputs
@@ -132,9 +132,9 @@ def save_adapter(
   if tuned is not None:
     _check_written(written, arrays, theta, tuned)
     _check_outputs(written, config, arrays, theta, tuned, trained)
-  folder.mkdir(parents=True, exist_ok=True)
-  write_tensors(folder / FILE, tensors)
-  write(folder / CONFIG, json.dumps(config, indent=2) + '\n')
+  with filled(folder) as part:
+    write_tensors(part / FILE, tensors)
+    write(part / CONFIG, json.dumps(config, indent=2) + '\n')
 
 
 @dataclasses.dataclass

@@ -1,6 +1,9 @@
 """A plot of memory against FLOPs."""
 
+import pathlib
 from collections.abc import Iterable
+
+from jpeft import writing
 
 from . import drawing
 from .result import Plan
@@ -38,4 +41,5 @@ def plot(plans: Iterable[Plan], path: str) -> None:
   axis.grid(alpha=0.3)
   drawing.legend(figure, (plan.memory_class for plan in plans))
   drawing.label(axis, named)
-  figure.savefig(path, dpi=110)
+  with writing.appearing(pathlib.Path(path)) as part:
+    figure.savefig(part, dpi=110)

@@ -85,7 +85,9 @@ def source(config, split: str, kind: str = 'classes') -> data.Source:
       f'config.model.num_classes is {config.model.num_classes}, but {config.data.name} has '
       f'{len(classes)} labels: {", ".join(classes[:10])}'
     )
-  return data.in_memory(found) if config.data.in_memory else found
+  if not config.data.in_memory:
+    return found
+  return data.in_memory(found, skip=config.data.on_error == 'skip')
 
 
 def rows(
@@ -109,7 +111,8 @@ def rows(
     ValueError: the data set has another modality than the backbone, or the backbone lacks what it
       needs to read it.
   """
-  check_example(pretrained, source[0], config.data.name)
+  first = data.first_example(source, skip=config.data.on_error == 'skip')
+  check_example(pretrained, first, config.data.name)
   modality = modality_of(pretrained)
   transform = modality.transform(config, pretrained, training)
   numbered = Numbered(source, check, then)

@@ -36,7 +36,9 @@ def source(config, split: str) -> data.Source:
       f'config.model.num_classes is {config.model.num_classes}, but {config.data.name} has '
       'no labels'
     )
-  return data.in_memory(found) if config.data.in_memory else found
+  if not config.data.in_memory:
+    return found
+  return data.in_memory(found, skip=config.data.on_error == 'skip')
 
 
 def check(config, tuned: Tuned) -> None:

@@ -1,10 +1,12 @@
 """The training run: what it builds, compiles, stores, resumes and reports."""
 
 from jpeft.messages import markdown
+from jpeft.writing import write
 
 from . import optim
 from .build import build, check_used, hyperparameters, method_of, optimizer_of
-from .checkpoints import Checkpoints, fingerprint, load_theta, save_theta, write
+from .checkpoints import Checkpoints, fingerprint, load_theta, save_theta
+from .endings import resumable
 from .feature_cache import Features, Part, cached
 from .fit import compiled, fitting
 from .folder import claimed, describe, reopen
@@ -86,6 +88,7 @@ __all__ = [
   'register_writer',
   'replicated',
   'reopen',
+  'resumable',
   'save_answers',
   'save_theta',
   'schedule',

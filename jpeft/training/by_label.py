@@ -5,8 +5,7 @@ import pathlib
 from collections.abc import Mapping
 
 from jpeft.messages import markdown
-
-from .checkpoints import write
+from jpeft.writing import write
 
 FILE = 'labels.json'
 LONGEST = 200  # labels that a page lists

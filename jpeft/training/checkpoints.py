@@ -9,10 +9,9 @@ leaves half written is never read.
 import hashlib
 import json
 import logging
-import os
 import pathlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -22,21 +21,13 @@ import orbax.checkpoint as ocp
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from jpeft import writing
 from jpeft.core import leaf_paths
+from jpeft.writing import write
 
-# Orbax logs at every start that it finds no sharding files, no process index and the like.
-logging.getLogger('absl').setLevel(logging.ERROR)
-
-
-def write(path: pathlib.Path, text: str) -> None:
-  """Writes a text file as a whole or not at all."""
-  _write_bytes(path, text.encode())
-
-
-def _write_bytes(path: pathlib.Path, data: bytes) -> None:
-  temporary = path.with_name(f'.{path.name}.tmp')
-  temporary.write_bytes(data)
-  os.replace(temporary, path)
+# Orbax logs at every start that it finds no sharding files, no process index and the like, and the
+# traceback of every error that it raises besides.
+logging.getLogger('absl').setLevel(logging.CRITICAL)
 
 
 # ---- Trees.
@@ -73,7 +64,16 @@ def save_theta(path: pathlib.Path, theta, **info) -> None:
   # Not np.ascontiguousarray, which makes vectors of scalars.
   arrays = {name: np.asarray(leaf, order='C') for name, leaf in leaf_paths(theta).items()}
   header = {key: json.dumps(value) for key, value in info.items()}
-  _write_bytes(path, save(arrays, header))
+  write(path, save(arrays, header))
+
+
+def is_theta(path: pathlib.Path) -> bool:
+  """Whether a file is there, and a whole safetensors file by its header and its length."""
+  try:
+    with safe_open(path, 'numpy'):
+      return True
+  except (SafetensorError, OSError):
+    return False
 
 
 def read_theta(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
@@ -141,9 +141,25 @@ def few(found: Iterable[str]) -> str:
 # ---- The training state.
 
 
-def has_checkpoint(folder: pathlib.Path) -> bool:
-  """Whether a folder of checkpoints has a complete one; nothing is created or read."""
-  return any(path.name.isdigit() for path in folder.glob('*'))
+DAMAGED = 'damaged'  # the folder of a run for checkpoints that cannot be read
+
+
+class _OfSomethingElse(ValueError):
+  """A checkpoint whose arrays are not those of the run."""
+
+
+class Unreadable(ValueError):
+  """A checkpoint that cannot be read, or is not what was written."""
+
+
+def steps_of(folder: pathlib.Path) -> list[int]:
+  """The steps of the complete checkpoints in a folder of them; nothing is created or read."""
+  return sorted(int(path.name) for path in folder.glob('*') if path.name.isdigit())
+
+
+def damaged(folder: pathlib.Path) -> list[str]:
+  """The names of the checkpoints of a run that could not be read."""
+  return sorted(path.name for path in (folder / DAMAGED).glob('*'))
 
 
 class Checkpoints:
@@ -151,6 +167,7 @@ class Checkpoints:
 
   The state is one array of bytes, its leaves one after the other; `about` has their names, dtypes
   and shapes. One array is written in a fraction of the time of hundreds, and has one checksum.
+  Its files are brought to the disk before they get their name.
   """
 
   def __init__(self, folder: pathlib.Path, keep: int):
@@ -158,10 +175,19 @@ class Checkpoints:
     if self.folder.exists():
       for left in self.folder.glob('*tmp*'):  # cut short by a kill
         shutil.rmtree(left, ignore_errors=True)
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-    self._manager = ocp.CheckpointManager(
-      self.folder, options=options, item_names=('state', 'about')
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep,
+      async_options=ocp.options.AsyncOptions(post_finalization_callback=self._bring_to_disk),
     )
+    with self._told():
+      self._manager = ocp.CheckpointManager(
+        self.folder, options=options, item_names=('state', 'about')
+      )
+
+  def _bring_to_disk(self) -> None:
+    """Called when a checkpoint is written, and before it gets its name."""
+    for part in self.folder.glob('*tmp*'):
+      writing.sync_tree(part)
 
   @property
   def latest(self) -> int | None:
@@ -180,7 +206,43 @@ class Checkpoints:
     items = ocp.args.Composite(
       state=ocp.args.StandardSave({'bytes': data}), about=ocp.args.JsonSave(about)
     )
-    self._manager.save(step, args=items)
+    with self._told():  # of this one or of the one before, which was written meanwhile
+      self._manager.save(step, args=items)
+
+  def newest(
+    self, like: Callable[[int], Any], tell: Callable[[str], None]
+  ) -> tuple[int, Any, dict] | None:
+    """(step, state, about) of the latest checkpoint that can be read; None if there is none.
+
+    Those that cannot are moved to the folder `damaged` of the run.
+
+    Args:
+      like: the number of updates -> a state of the same structure, with the wanted shardings.
+      tell: called with a sentence for each of them.
+
+    Raises:
+      ValueError: it is the state of something else.
+    """
+    while self.latest is not None:
+      step = self.latest
+      try:
+        state, about = self.restore(like(step))
+        return step, state, about
+      except Unreadable as error:
+        place = self._set_aside(step)
+        tell(f'warning: {error}; it is now {place}, and the run goes on from {self._last()}')
+    return None
+
+  def _set_aside(self, step: int) -> pathlib.Path:
+    """Moves a checkpoint to where it is kept and not read; returns its place."""
+    aside = self.folder.parent / DAMAGED
+    aside.mkdir(exist_ok=True)
+    place = aside / str(step)
+    while place.exists():
+      place = place.with_name(f'{place.name}_again')
+    (self.folder / str(step)).rename(place)
+    self._manager.reload()
+    return place
 
   def restore(self, like) -> tuple[Any, dict]:
     """(state, about) of the latest checkpoint.
@@ -189,18 +251,23 @@ class Checkpoints:
       like: a state of the same structure, with the wanted shardings.
 
     Raises:
-      ValueError: it cannot be read, is not what was written, or is the state of something else.
+      Unreadable: it cannot be read, or is not what was written.
+      ValueError: it is the state of something else.
+      PermissionError: its files may not be read.
     """
+    place = self.folder / str(self.latest)
+    for path in place.rglob('*'):
+      if path.is_file():
+        path.open('rb').close()  # a missing permission is no damage
     try:
       data, about = self._read(like)
+    except (_OfSomethingElse, MemoryError):
+      raise
     except Exception as error:  # the readers raise all sorts of errors on a damaged file
       reason = str(error)
       if not reason.startswith('it is'):
         reason = type(error).__name__
-      raise ValueError(
-        f'the checkpoint {self.folder / str(self.latest)} cannot be used ({reason}): '
-        f'delete that folder, and the run goes on from {self._before()}'
-      ) from error
+      raise Unreadable(f'the checkpoint {place} cannot be read ({reason})') from error
     leaves = []
     start = 0
     for leaf in jax.tree.leaves(like):
@@ -217,7 +284,11 @@ class Checkpoints:
 
     about = item(about=ocp.args.JsonRestore())['about']
     if about['leaves'] != _layout(like):
-      raise ValueError('it is of another method or optimizer')
+      before = self.latest
+      raise _OfSomethingElse(
+        f'the checkpoint {self.folder / str(before)} is of another method or optimizer: delete '
+        f'that folder, and the run goes on from {self._last(before)}'
+      )
     size = sum(x.nbytes for x in jax.tree.leaves(like))
     target = {'bytes': np.zeros(size, np.uint8)}
     data = np.asarray(item(state=ocp.args.StandardRestore(target))['state']['bytes'])
@@ -225,17 +296,23 @@ class Checkpoints:
       raise ValueError('it is not what was written')
     return data, about
 
-  def _before(self) -> str:
-    """Where a run without its latest checkpoint goes on."""
-    earlier = self._manager.all_steps()[:-1]
-    if not earlier:
+  def _last(self, before: int | None = None) -> str:
+    """Where a run goes on whose checkpoints are those before a step."""
+    steps = [step for step in self._manager.all_steps() if before is None or step < before]
+    if not steps:
       return 'the start'
-    return f'step {max(earlier)}'
+    return f'step {max(steps)}'
 
   def wait(self) -> None:
     """Returns when all checkpoints are on disk."""
-    self._manager.wait_until_finished()
+    with self._told():
+      self._manager.wait_until_finished()
+      writing.sync(self.folder)
 
   def close(self) -> None:
     """Ends the writer of checkpoints."""
-    self._manager.close()
+    with self._told():
+      self._manager.close()
+
+  def _told(self):
+    return writing.told(self.folder, permissions=True)

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jpeft.messages import markdown
-
-from .checkpoints import write
+from jpeft.writing import write
 
 FILE = 'confusion.json'
 SQUARE = 12  # classes of which a page can show the whole matrix

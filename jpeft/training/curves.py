@@ -2,6 +2,7 @@
 
 import pathlib
 
+from jpeft import writing
 from jpeft.lazy import extra
 
 
@@ -41,4 +42,5 @@ def draw_curves(path: pathlib.Path, rows: list[dict], title: str, metric: str) -
     axis.grid(alpha=0.3)
     axis.legend()
   figure.suptitle(title, fontsize=11)
-  figure.savefig(path, dpi=110)
+  with writing.appearing(path) as part:
+    figure.savefig(part, dpi=110)

@@ -20,20 +20,28 @@ class Part(NamedTuple):
     transform: (example, rng) -> arrays of a batch's row; None if the examples are such arrays.
     forward: (theta, backbone, batch, key) -> logits.
     example: a batch of one empty example.
+    skipped: takes in examples that cannot be read; None for an error.
   """
 
   source: Any
   transform: Callable | None
   forward: Callable
   example: dict[str, np.ndarray]
+  skipped: data.Skipped | None = None
 
   def once(self, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
     """One pass over the examples in their order, the last batch filled up.
 
-    An example that cannot be read is a `cli.Mistake`.
+    An example that cannot be read is a `cli.Mistake`, or has a mask of 0.
     """
     batches = data.Batches(
-      self.source, batch_size, self.transform, shuffle=False, epochs=1, drop_remainder=False
+      self.source,
+      batch_size,
+      self.transform,
+      shuffle=False,
+      epochs=1,
+      drop_remainder=False,
+      skipped=self.skipped,
     )
     return cli.checked(batches)
 
@@ -51,7 +59,7 @@ def cached(part: Part, tuned: Tuned, batch_size: int) -> Part:
       for it.
   """
   source = Features(part, tuned, batch_size)
-  return Part(source, None, source.forward, source.example)
+  return Part(source, None, source.forward, source.example, part.skipped)
 
 
 class Features:
@@ -160,4 +168,7 @@ class Features:
     return len(self._part.source)
 
   def __getitem__(self, i: int) -> dict[str, Any]:
+    skipped = self._part.skipped
+    if skipped is not None and i in skipped:
+      raise ValueError(skipped.why(i))  # it has no features
     return {name: column[i] for name, column in self._columns.items()}

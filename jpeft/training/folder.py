@@ -2,14 +2,15 @@
 
 config.json      the whole configuration; the same command goes on with the run
 run.json         labels, what was found out about them (`Task.facts`), modules to import; SHA-256
-                 of the backbone, of the files it came from and of the theta file that the run
-                 started from
+                 of the data (see `examples`), of the backbone, of the files it came from and of
+                 the theta file that the run started from
 checkpoints/     the training state, by step
 labels.json      scores of each label, of tasks that have them
 metrics.jsonl    one line a log interval and an evaluation
 trackers.json    ids by which the trackers of `log.to` go on with the run, if there are such
 best.safetensors, theta.safetensors     theta of the best evaluation, and of the end
-report.json, report.md, curves.png      written when the run is complete
+report.md, curves.png, report.json      written when the run is complete, report.json last
+damaged/         checkpoints that could not be read, if there are such
 """
 
 import contextlib
@@ -20,9 +21,11 @@ from typing import Any
 
 from jpeft import config as config_lib
 from jpeft import tasks
+from jpeft.writing import write
 
 from .build import build
-from .checkpoints import fingerprint, load_theta, write
+from .checkpoints import fingerprint, load_theta
+from .examples import check_same
 from .imports import check_imported
 
 
@@ -49,6 +52,8 @@ def claimed(folder: pathlib.Path, config):
       raise ValueError(f'another process is training in {folder}') from None
     if kept.exists():
       differing = config_lib.differences(config, config_lib.from_json(kept))
+      # What is to be done with broken examples may be chosen when the first has been met.
+      differing = [one for one in differing if not one.startswith('data.on_error ')]
       if differing:
         raise ValueError(
           f'{folder} holds a run with another config: {"; ".join(differing)}. Choose another '
@@ -62,7 +67,7 @@ def _visible(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def begin(folder: pathlib.Path, config, **facts) -> None:
-  """Writes config.json and run.json, or checks that backbone and labels of the run are the same.
+  """Writes config.json and run.json, or checks that backbone and data of the run are the same.
 
   To be called when everything that can be wrong with a config has been tried: then a corrected
   command may use the folder.
@@ -86,6 +91,7 @@ def begin(folder: pathlib.Path, config, **facts) -> None:
       f'{folder} was begun with other labels to train on: their means or counts have changed; '
       'choose another --workdir'
     )
+  check_same(folder, facts.get('data', {}))
 
 
 def describe(folder: pathlib.Path) -> tuple[Any, dict]:

@@ -1,7 +1,6 @@
 """The training loop: one linear function from a configuration to a report."""
 
 import contextlib
-import json
 import pathlib
 import time
 from collections.abc import Callable
@@ -16,12 +15,15 @@ from jpeft.decoding import AT_ONCE, completions
 from jpeft.programs import mib
 from jpeft.quant import nbytes
 from jpeft.version import __version__
+from jpeft.writing import remove_parts
 
 from . import feature_cache, fit, report, sharding, step
 from .build import build, check_used, optimizer_of
 from .by_label import write_by_label
-from .checkpoints import Checkpoints, fingerprint, save_theta
+from .checkpoints import Checkpoints, damaged, fingerprint, save_theta
 from .confusion import write_confusion
+from .endings import saved_first
+from .examples import count_of, digests, skipped_of
 from .feature_cache import Features, Part
 from .folder import begin, claimed
 from .imports import imports_of
@@ -45,13 +47,18 @@ def train(config, folder: pathlib.Path) -> dict:
   with contextlib.ExitStack() as stack:
     with cli.inputs_checked():
       stack.enter_context(claimed(folder, config))
-      if (folder / 'report.json').exists():
-        return json.loads((folder / 'report.json').read_text())
+      remove_parts(folder)
+      done = report.finished(folder, Progress().note)
+    if done is not None:
+      return done
     return _train(config, folder, stack)
 
 
 def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
   # ---- Data, backbone, method, optimizer.
+  progress = Progress()
+  stack.callback(progress.close)
+  skipped = skipped_of(config, progress.note)
   with cli.inputs_checked():
     trackers = trackers_of(config)
     check_trackers(trackers)
@@ -69,7 +76,8 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     def part_of(source, training: bool) -> Part:
       rows, transform = task.rows(config, pretrained, source, training, facts_of_labels)
       forward = step.Forward(tuned, training)
-      return Part(rows, transform, forward, task.example(config, pretrained, outputs))
+      example = task.example(config, pretrained, outputs)
+      return Part(rows, transform, forward, example, skipped.get('train' if training else 'test'))
 
     train_size = config.data.batch_size
     eval_size = config.data.eval_batch_size or train_size
@@ -85,7 +93,13 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     if memory.cached_features:
       train_part = feature_cache.cached(train_part, tuned, eval_size)
       eval_part = feature_cache.cached(eval_part, tuned, eval_size)
-    batches = data.Batches(train_part.source, train_size, train_part.transform, config.seed)
+    batches = data.Batches(
+      train_part.source,
+      train_size,
+      train_part.transform,
+      config.seed,
+      skipped=train_part.skipped,
+    )
     steps = config.steps or max(1, round(config.epochs * batches.steps_per_epoch))
     stages = stages_of(tuned, steps, lambda staged: optimizer_of(config, staged, steps))
     if memory.cached_features and len(stages) > 1:
@@ -96,9 +110,6 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     facts = summary(stages[0].tuned)
     check_used(config, tuned)
     other_run = start_of(config, tuned, folder)
-
-  progress = Progress()
-  stack.callback(progress.close)
 
   # ---- Compilation, from shapes: an update that cannot fit is refused before anything is put on a
   # device.
@@ -149,6 +160,7 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     begin(
       folder,
       config,
+      data=digests(folder, {'train': train_source, 'test': eval_source}, config.data.on_error),
       labels=train_source.classes,
       facts=facts_of_labels,
       reads=reads,
@@ -160,16 +172,29 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     )
     checkpoints = Checkpoints(folder / 'checkpoints', config.checkpoint.keep)
     stack.callback(checkpoints.close)
-    start = checkpoints.latest or 0
-    stage = current(stages, start)
-    put_start = None if other_run is None else other_run.put
-    state = step.initial_state(stage.tuned, stage.tx, backbone, config.seed, put_start)
-    state = jax.device_put(state, stage.sharding)
+
+    def state_at(number: int):
+      """A state of the structure that the run has after `number` updates; at 0 its beginning."""
+      stage = current(stages, number)
+      put_start = None if other_run is None else other_run.put
+      state = step.initial_state(stage.tuned, stage.tx, backbone, config.seed, put_start)
+      return jax.device_put(state, stage.sharding)
+
+    start = 0
     seconds_before = 0.0
-    if start:
-      state, kept = checkpoints.restore(state)
+    found = checkpoints.newest(state_at, progress.note)
+    if found is None:
+      if other_run is not None and not other_run.arrays:  # they were left to a checkpoint
+        other_run = start_of(config, tuned, folder)
+      state = state_at(0)
+    else:
+      start, state, kept = found
       seconds_before = kept['seconds']
       batches.restore(kept['data'])
+      for role, state_of_skipped in kept.get('skipped', {}).items():
+        if role in skipped:
+          skipped[role].restore(state_of_skipped)
+    stage = current(stages, start)
     metrics = Metrics(folder / 'metrics.jsonl', start)
 
   first_line = (
@@ -287,7 +312,14 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
   evaluate_every = config.eval.every or batches.steps_per_epoch
 
   def save_checkpoint():
-    checkpoints.save(number, state, {'data': batches.state(), 'seconds': seconds()})
+    about = {'data': batches.state(), 'seconds': seconds()}
+    about['skipped'] = {role: found.state() for role, found in skipped.items()}
+    checkpoints.save(number, state, about)
+
+  def reading():
+    """Where examples are read: a broken one ends the run after a checkpoint."""
+    store = watch.check, save_checkpoint, checkpoints.wait
+    return saved_first(folder, *store, skips=bool(skipped))
 
   def is_due(every: int) -> bool:
     return number == steps or (number > 0 and number % every == 0)
@@ -297,18 +329,19 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     if stop() or is_due(evaluate_every) or is_due(config.checkpoint.every):
       watch.check()
     if is_due(evaluate_every) and not metrics.has(number, 'test'):
-      scores = evaluated(tuned, state['theta'], eval_step, eval_part, writes=is_last)
+      with reading():
+        scores = evaluated(tuned, state['theta'], eval_step, eval_part, writes=is_last)
       if scores is not None:
         if tasks.better(config.eval.metric, scores, metrics.of('test')):
           save_theta(folder / 'best.safetensors', state['theta'], step=number, **scores)
-        metrics.add(number, 'test', **scores)
+        metrics.add(number, 'test', **scores, **count_of(skipped, 'test'))
         progress.note(report.line(f'step {number}', scores))
     if stop() or is_last():
       break
     if is_due(config.checkpoint.every) and number > start:
       save_checkpoint()
 
-    with cli.inputs_checked():
+    with reading(), cli.inputs_checked():
       batch = next(batches)
     indices = batch.pop('index')
     state, out = stage.update(state, backbone, put(batch))
@@ -326,6 +359,7 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
         **step.means(state['sums'], objective),
         lr=float(stage.rate(number - 1)),
         grad_norm=float(out['grad_norm']),
+        **count_of(skipped, 'train'),
       )
       state['sums'] = jax.device_put(step.zero_sums(), sharding.replicated(mesh))
     updates.show(number, loss=watch.loss)
@@ -369,6 +403,10 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     'backbone_sha256': backbone_sha256,
     'theta_sha256': fingerprint(state['theta']),
   }
+  if any(skipped.values()):
+    result['skipped'] = {role: found.report() for role, found in skipped.items() if found}
+  if damaged(folder):
+    result['damaged_checkpoints'] = damaged(folder)
   missing = report.write_report(folder, result, metrics.rows)
   if missing:
     progress.note(missing)

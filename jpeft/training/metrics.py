@@ -4,7 +4,8 @@ import json
 import pathlib
 import time
 
-from .checkpoints import write
+from jpeft.writing import append, write
+
 from .writers import Writers
 
 
@@ -41,8 +42,7 @@ class Metrics:
       'seconds': round(time.perf_counter() - self._start, 3),
     }
     self.rows.append(row)
-    with self.path.open('a') as file:
-      file.write(json.dumps(row) + '\n')
+    append(self.path, json.dumps(row) + '\n')
     if self._trackers:
       self._trackers.scalars(step, split, values)
 

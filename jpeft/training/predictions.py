@@ -1,9 +1,7 @@
 """What the model of a run says of examples, and files of it."""
 
-import contextlib
 import csv
 import json
-import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
@@ -11,7 +9,7 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
-from jpeft import cli, data, tasks
+from jpeft import cli, data, tasks, writing
 from jpeft.core import Tuned
 
 ROWS = 32  # examples a batch
@@ -127,7 +125,10 @@ def save_answers(
     places: what says which example it is, see `Modality.read`.
     found: an answer for each.
   """
-  with _appearing(file) as lines:
+  with (
+    writing.appearing(file) as part,
+    part.open('w', encoding='utf-8', newline='') as lines,
+  ):
     write = _json_lines(lines)
     if file.suffix == '.csv':
       write = _table(lines, places)
@@ -171,15 +172,3 @@ def _cells(values: dict[str, Any]) -> dict[str, Any]:
     else:
       cells[name] = value
   return cells
-
-
-@contextlib.contextmanager
-def _appearing(file: pathlib.Path) -> Iterator[TextIO]:
-  """A file under another name, which gets its own when all is written, and goes if not."""
-  beside = file.with_name(f'.{file.name}.part')
-  try:
-    with beside.open('w', encoding='utf-8', newline='') as lines:
-      yield lines
-    os.replace(beside, file)
-  finally:
-    beside.unlink(missing_ok=True)

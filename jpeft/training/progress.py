@@ -1,5 +1,6 @@
 """The line that a run prints while it works."""
 
+import contextlib
 import math
 import sys
 import time
@@ -8,6 +9,8 @@ from collections.abc import Iterable, Iterator
 
 class Progress:
   """One line that is rewritten on a terminal; elsewhere a plain line every `every` seconds.
+
+  Where nothing can be written any more, as to a terminal that was closed, the work goes on.
 
   Attributes:
     every: seconds between plain lines.
@@ -38,10 +41,9 @@ class Progress:
   def note(self, text: str) -> None:
     """Prints a line that stays."""
     if self.live and self._width:
-      self.out.write('\r' + ' ' * self._width + '\r')
+      text = '\r' + ' ' * self._width + '\r' + text
     self._width = 0
-    self.out.write(text + '\n')
-    self.out.flush()
+    self._write(text + '\n')
 
   def put(self, text: str) -> None:
     """Shows a line; on a terminal the next one takes its place."""
@@ -49,9 +51,8 @@ class Progress:
     if not self.live:
       self.note(text)
       return
-    self.out.write('\r' + text.ljust(self._width))
+    self._write('\r' + text.ljust(self._width))
     self._width = len(text)
-    self.out.flush()
 
   def is_due(self) -> bool:
     """Whether the last line was shown long enough ago."""
@@ -61,9 +62,13 @@ class Progress:
   def close(self) -> None:
     """Ends a line that would be rewritten: what is printed next stands below it."""
     if self._width:
-      self.out.write('\n')
-      self.out.flush()
+      self._write('\n')
     self._width = 0
+
+  def _write(self, text: str) -> None:
+    with contextlib.suppress(OSError):
+      self.out.write(text)
+      self.out.flush()
 
 
 class Stage:

@@ -3,15 +3,19 @@
 import json
 import math
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from jpeft.messages import markdown
 from jpeft.programs import mib
+from jpeft.writing import write
 
 from .by_label import by_label_section
-from .checkpoints import write
+from .checkpoints import is_theta, steps_of
 from .confusion import confusion_section
 from .curves import draw_curves
+from .examples import listed
+from .metrics import read_metrics
 
 # The metrics that a table has a column for.
 SHOWN = (
@@ -56,7 +60,9 @@ def needs(cost: dict[str, float]) -> str:
 
 
 def write_report(folder: pathlib.Path, report: dict[str, Any], rows: list[dict]) -> str | None:
-  """Writes report.json, report.md and, if matplotlib is installed, curves.png.
+  """Writes report.md, curves.png if matplotlib is installed, and report.json.
+
+  That comes last: where it is, the run is complete.
 
   Args:
     folder: of the run.
@@ -66,7 +72,6 @@ def write_report(folder: pathlib.Path, report: dict[str, Any], rows: list[dict])
   Returns:
     Why there is no curves.png; None if there is one.
   """
-  write(folder / 'report.json', json.dumps(report, indent=2) + '\n')
   name = f'{report["method"]} on {report["data"]}'
   missing = None
   try:
@@ -79,7 +84,47 @@ def write_report(folder: pathlib.Path, report: dict[str, Any], rows: list[dict])
   lines += by_label_section(folder)
   lines += ['', missing or '![curves](curves.png)']
   write(folder / 'report.md', '\n'.join([*lines, '']))
+  write(folder / 'report.json', json.dumps(report, indent=2) + '\n')
   return missing
+
+
+def finished(folder: pathlib.Path, tell: Callable[[str], None]) -> dict[str, Any] | None:
+  """report.json of a run that is complete; None of one that has to go on.
+
+  What is missing beside it is made again: pages from the log, theta from the last checkpoint, with
+  which the run then has to go on.
+
+  Args:
+    folder: of the run.
+    tell: called with a sentence on what is missing.
+
+  Raises:
+    ValueError: report.json cannot be read, or theta is missing and there is no checkpoint.
+  """
+  file = folder / 'report.json'
+  if not file.exists():
+    return None
+  try:
+    report = json.loads(file.read_text())
+  except ValueError as error:
+    raise ValueError(f'{file} is damaged ({error}): delete it, and the run goes on') from error
+  theta, best = folder / 'theta.safetensors', folder / 'best.safetensors'
+  if not is_theta(theta):
+    if not steps_of(folder / 'checkpoints'):
+      raise ValueError(
+        f'{folder} is complete, but {theta.name} is missing or damaged, and there is no checkpoint '
+        'to make it from; delete report.json to train again'
+      )
+    tell(f'{theta} is missing or damaged: it is made again from the last checkpoint')
+    return None
+  if not is_theta(best):
+    tell(f'warning: {best} is missing or damaged, and cannot be made again')
+  pages = [name for name in ('report.md', 'curves.png') if not (folder / name).exists()]
+  if pages:
+    missing = write_report(folder, report, read_metrics(folder / 'metrics.jsonl'))
+    made = [name for name in pages if (folder / name).exists()]
+    tell(missing or f'{", ".join(made)} of {folder} was missing, and is made again')
+  return report
 
 
 def _title(name: str, report: dict[str, Any]) -> str:
@@ -122,6 +167,10 @@ def _facts(report: dict[str, Any]) -> dict[str, str]:
     'backbone': f'SHA-256 {report["backbone_sha256"]}, unchanged',
     'theta': f'SHA-256 {report["theta_sha256"]}',
   }
+  if 'skipped' in report:
+    facts['examples that could not be read, and were skipped'] = listed(report['skipped'])
+  if 'damaged_checkpoints' in report:
+    facts['checkpoints that could not be read'] = ', '.join(report['damaged_checkpoints'])
   # XLA's buffers on a CPU say nothing of an accelerator's.
   if 'temp_bytes' in cost and 'cpu' not in report['device']:
     facts['temporary bytes'] = f'{cost["temp_bytes"] / 2**20:.1f} MiB'

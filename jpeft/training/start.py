@@ -12,7 +12,7 @@ import numpy as np
 
 from jpeft.core import Tuned, join_path, leaf_paths
 
-from .checkpoints import few, has_checkpoint, of_older_file, read_theta
+from .checkpoints import few, of_older_file, read_theta, steps_of
 
 # The adapter that `methods.make` adds for the head.
 _HEAD = 'head'
@@ -57,7 +57,7 @@ def start_of(config, tuned: Tuned, folder: pathlib.Path) -> Start | None:
     return None
   file = _file(pathlib.Path(config.method.start))
   begun = _digest_of_run(folder)
-  if begun is not None and has_checkpoint(folder / 'checkpoints'):
+  if begun is not None and steps_of(folder / 'checkpoints'):
     if file.exists():
       _check_digest(file, _digest(file), begun, folder)
     return Start(begun, {}, '')

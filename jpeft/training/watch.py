@@ -58,8 +58,15 @@ class Watch:
     )
 
 
+# What asks for an end: kill, Ctrl-C, a terminal or a connection that is closed, and what batch
+# systems send some time before they kill.
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
 class Signals:
-  """While it is open, SIGTERM and SIGINT ask for a clean end; a second one ends at once.
+  """While it is open, signals ask for a clean end; a second one of the same kind ends at once.
+
+  A signal that is ignored, as `nohup` does with SIGHUP, stays so.
 
   Attributes:
     caught: the number of the signal that came; None before.
@@ -67,7 +74,8 @@ class Signals:
 
   def __enter__(self):
     self.caught = None
-    self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+    heard = [s for s in ASKING if signal.getsignal(s) is not signal.SIG_IGN]
+    self._before = {s: signal.signal(s, self._note) for s in heard}
     return self
 
   def _note(self, number, frame):

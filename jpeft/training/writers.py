@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 from jpeft.config import TRACKERS, allow
 from jpeft.lazy import extra
 from jpeft.registering import module_of
-
-from .checkpoints import write
+from jpeft.writing import append, write
 
 KEPT = 'trackers.json'  # in the folder of a run: what its trackers need to go on with it
 PROJECT = 'jpeft'  # of wandb, and the experiment of mlflow, where the user names none
@@ -111,8 +110,9 @@ class Csv(Writer):
     if self._take(row):
       self._write_all()
       return
-    with self._path.open('a', newline='') as file:
-      self._table(file).writerow(row)
+    line = io.StringIO()
+    self._table(line).writerow(row)
+    append(self._path, line.getvalue())
 
   def _take(self, row: dict) -> bool:
     """Adds a row; returns whether it has new columns."""

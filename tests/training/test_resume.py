@@ -1,12 +1,15 @@
 """Killed at any step and started again, a run ends with the bits of one that was left alone."""
 
+import contextlib
 import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -25,6 +28,18 @@ OPTIONS = {
 }
 
 
+# Starts a command with the usual signals: a process in the background ignores Ctrl-C. With a
+# terminal as its input, this becomes its own.
+LAUNCH = """
+import fcntl, os, signal, sys, termios
+for number in (signal.SIGINT, signal.SIGHUP):
+  signal.signal(number, signal.SIG_DFL)
+if os.isatty(0):
+  fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
 @pytest.fixture(scope='module')
 def start(config_file, tmp_path_factory):
   """start(folder) -> the process of a training run; compilations are shared."""
@@ -37,9 +52,17 @@ def start(config_file, tmp_path_factory):
   }
   flags = [f'--config.{key}={value}' for key, value in OPTIONS.items()]
 
-  def started(folder, *more):
+  def started(folder, *more, **options):
+    pipes = {
+      'stdin': subprocess.DEVNULL,
+      'stdout': subprocess.PIPE,
+      'stderr': subprocess.PIPE,
+      'text': True,
+    }
     command = [
       sys.executable,
+      '-c',
+      LAUNCH,
       '-m',
       'jpeft.train',
       f'--config={config_file}',
@@ -47,9 +70,7 @@ def start(config_file, tmp_path_factory):
       *more,
       f'--workdir={folder}',
     ]
-    return subprocess.Popen(
-      command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen(command, env=env, **{**pipes, **options})
 
   return started
 
@@ -123,6 +144,58 @@ def test_sigterm_saves_and_exits(start, alone, tmp_path):
   _, told = process.communicate(timeout=120)
   assert process.returncode == 0 and f'going on after {last}' in told, told
   assert_same(folder, alone)
+
+
+def test_a_terminal_that_is_closed_saves_and_exits(start, alone, tmp_path):
+  folder = tmp_path / 'run'
+  ours, theirs = os.openpty()
+
+  terminal = {'stdin': theirs, 'stdout': theirs, 'stderr': theirs}
+  process = start(folder, start_new_session=True, **terminal)
+  os.close(theirs)
+  shown = threading.Thread(target=drain, args=(ours, process), daemon=True)
+  shown.start()
+  reached(process, folder, 13)
+  os.close(ours)  # the kernel sends SIGHUP, and nothing can be printed any more
+  assert process.wait(timeout=120) == 128 + signal.SIGHUP
+  last = max(int(p.name) for p in (folder / 'checkpoints').iterdir())
+  assert last >= read_metrics(folder / 'metrics.jsonl')[-1]['step'] >= 13
+  process = start(folder)
+  _, told = process.communicate(timeout=120)
+  assert process.returncode == 0 and f'going on after {last}' in told, told
+  assert_same(folder, alone)
+
+
+def drain(terminal, process):
+  """Reads what a process shows, so that it never waits."""
+  with contextlib.suppress(OSError):
+    while process.poll() is None:
+      os.read(terminal, 4096)
+
+
+def test_ctrl_c_twice_is_one_line(start, tmp_path):
+  folder = tmp_path / 'run'
+  process = start(folder)
+  reached(process, folder, 13)
+  for _ in range(2):
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.02)
+  _, told = process.communicate(timeout=60)
+  assert process.returncode == 128 + signal.SIGINT
+  last = told.splitlines()[-1]
+  assert 'Traceback' not in told and last.startswith('jpeft.train: stopped by SIGINT; '), told
+  assert re.search(r'(checkpoint \d+ of 60 is in .*|goes on from checkpoint \d+)', last)
+
+
+def test_ctrl_c_before_the_run_is_one_line(start, tmp_path):
+  process = start(tmp_path / 'run')
+  while 'jaxlib' not in pathlib.Path(f'/proc/{process.pid}/maps').read_text():
+    time.sleep(0.002)
+  time.sleep(random.uniform(0, 1))  # from the import of jax on
+  process.send_signal(signal.SIGINT)
+  printed, told = process.communicate(timeout=60)
+  assert process.returncode == 128 + signal.SIGINT, told
+  assert printed == '' and len(told.splitlines()) == 1 and 'stopped by SIGINT' in told
 
 
 def test_numbers_survive_kills(start, images, tmp_path):

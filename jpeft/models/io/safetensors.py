@@ -10,6 +10,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from jpeft import writing
 from jpeft.messages import nearest
 
 FILE = 'model.safetensors'
@@ -110,17 +111,16 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, np.ndarray], config: Ma
   """Writes model.safetensors and config.json into a folder, which is made if needed."""
   folder.mkdir(parents=True, exist_ok=True)
   write_tensors(folder / FILE, tensors)
-  (folder / 'config.json').write_text(json.dumps(config, indent=2, sort_keys=True) + '\n')
+  writing.write(folder / 'config.json', json.dumps(config, indent=2, sort_keys=True) + '\n')
 
 
 def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
   """Writes a safetensors file, which is then either whole or absent."""
-  part = file.with_name(f'{file.name}.part')
   # Not np.ascontiguousarray, which makes vectors of scalars.
   tensors = {key: np.asarray(value, order='C') for key, value in tensors.items()}
   # transformers refuses files without this entry.
-  safetensors.numpy.save_file(tensors, part, metadata={'format': 'pt'})
-  part.replace(file)
+  with writing.appearing(file) as part:
+    safetensors.numpy.save_file(tensors, part, metadata={'format': 'pt'})
 
 
 def read_tensors(file: Path) -> dict[str, np.ndarray]:

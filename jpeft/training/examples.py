@@ -1,0 +1,177 @@
+"""The examples of a run: which are skipped, and whether they are those that it was begun with.
+
+run.json has a digest of each split: the number of its examples, and a SHA-256 of what is in them.
+Of up to ROWS examples and BYTES bytes all are read. Of more, a choice is read that the number of
+examples fixes, so that a change of a hundredth of them is found and a change of one may not be.
+"""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jpeft import data
+
+ROWS = 10_000
+BYTES = 2**25  # of their content; of pixels, not of files
+LEAST = 16  # examples that are read however large they are
+
+
+# ---- What is skipped.
+
+
+def skipped_of(config, tell: Callable[[str], None]) -> dict[str, data.Skipped]:
+  """{'train' or 'test': the skipped examples of that split}; empty where none is to be skipped."""
+  if config.data.on_error != 'skip':
+    return {}
+  splits = {'train': config.data.train, 'test': config.data.test}
+  return {role: data.Skipped(split, tell) for role, split in splits.items()}
+
+
+def count_of(skipped: Mapping[str, data.Skipped], role: str) -> dict[str, int]:
+  """What a line of metrics.jsonl has of skipped examples; nothing where none is to be skipped."""
+  if role not in skipped:
+    return {}
+  return {'skipped': len(skipped[role])}
+
+
+def listed(skipped: Mapping[str, Mapping[str, Any]]) -> str:
+  """What a report says of them, from `Skipped.report` of each split."""
+  told = []
+  for found in skipped.values():
+    why = '; '.join(f'{row}: {reason}' for row, reason in found['why'].items())
+    told.append(f'{found["examples"]:,} of {found["split"]!r} ({why})')
+  return ', '.join(told)
+
+
+# ---- Digests.
+
+
+def digests(
+  folder: pathlib.Path, sources: Mapping[str, Any], on_error: str
+) -> dict[str, dict[str, Any]]:
+  """{split: its digest}, to be compared by `check_same`.
+
+  A run that stops at a broken example may go on when that has been mended: what could not be read
+  when it was begun is left out. A run that skips examples has skipped it, and may not.
+
+  Args:
+    folder: of the run; what it has of its beginning says what is left out.
+    sources: {split: its examples}.
+    on_error: of the config.
+  """
+  kept = _kept(folder)
+  found = {}
+  for split, source in sources.items():
+    without = ()
+    if on_error == 'raise':
+      without = kept.get(split, {}).get('unreadable', ())
+    found[split] = digest(source, without)
+  return found
+
+
+def check_same(folder: pathlib.Path, found: Mapping[str, Mapping[str, Any]]) -> None:
+  """Raises a ValueError if digests are not those of run.json; older runs have none."""
+  for split, before in _kept(folder).items():
+    now = found[split]
+    if before['examples'] != now['examples']:
+      raise ValueError(
+        f'{folder} was begun with other data: {split!r} had {before["examples"]:,} examples, and '
+        f'has {now["examples"]:,} now; put the data back, or choose another --workdir'
+      )
+    broken = sorted({*now['unreadable']} - {*before['unreadable']})
+    if broken:
+      raise ValueError(
+        f'{folder} was begun with other data: example {broken[0]} of {split!r} could be read then, '
+        'and cannot be read now; put the data back, or choose another --workdir'
+      )
+    if before['sha256'] != now['sha256']:
+      raise ValueError(
+        f'{folder} was begun with other data: examples of {split!r} have changed since; put the '
+        'data back, or choose another --workdir'
+      )
+
+
+def _kept(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+  file = folder / 'run.json'
+  if not file.exists():
+    return {}
+  return json.loads(file.read_text()).get('data', {})
+
+
+def digest(source, without: Collection[int] = ()) -> dict[str, Any]:
+  """What is compared of a split.
+
+  Args:
+    source: len and [i] -> example.
+    without: examples that are counted, and not read.
+
+  Returns:
+    'examples': their number. 'unreadable': numbers of those that were looked at and raised, those
+    of `without` among them. 'sha256': of the content of the others; None of a source that gives
+    another content each time.
+  """
+  hashed = hashlib.sha256()
+  unreadable = []
+  size = 0
+  rows = _rows(len(source))
+  for count, row in enumerate(rows):
+    if count >= LEAST and size > BYTES:
+      break
+    content = None
+    if row not in without:
+      content = _content(source, row)
+    if content is None:
+      unreadable.append(row)
+      content = b'unreadable'
+    elif not count and content != _content(source, row):
+      return {'examples': len(source), 'unreadable': [], 'sha256': None}
+    size += len(content)
+    hashed.update(hashlib.sha256(content).digest())
+  return {
+    'examples': len(source),
+    'unreadable': sorted(unreadable),
+    'sha256': hashed.hexdigest(),
+  }
+
+
+def _rows(count: int) -> Sequence[int]:
+  """The examples that are looked at, in an order that their number fixes."""
+  if count <= ROWS:
+    return np.argsort(np.random.Philox(0).random_raw(count), kind='stable').tolist()
+  drawn = np.random.Philox(0).random_raw(ROWS) % np.uint64(count)
+  return list(dict.fromkeys(drawn.tolist()))
+
+
+def _content(source, row: int) -> bytes | None:
+  """An example as bytes; None if it cannot be read."""
+  try:
+    return b''.join(_parts(source[row]))
+  except data.UNREADABLE:
+    return None
+
+
+def _parts(value: Any):
+  """The bytes of a value of an example, piece by piece."""
+  if isinstance(value, Mapping):
+    yield f'{{{len(value)}'.encode()
+    for name in sorted(value, key=str):
+      yield from _parts(str(name))
+      yield from _parts(value[name])
+  elif isinstance(value, (list, tuple)):
+    yield f'[{len(value)}'.encode()
+    for one in value:
+      yield from _parts(one)
+  elif isinstance(value, (np.ndarray, np.generic)) and value.dtype != object:
+    yield f'{value.dtype}{value.shape}'.encode()
+    yield np.ascontiguousarray(value).tobytes()
+  elif isinstance(value, bytes):
+    yield f'b{len(value)}'.encode()
+    yield value
+  elif isinstance(value, (str, int, float, bool, type(None))):
+    yield repr(value).encode()
+  else:
+    yield type(value).__name__.encode()  # what it is made of cannot be told in general
