@@ -1,14 +1,14 @@
 """The examples of a run: which are skipped, and whether they are those that it was begun with.
 
 run.json has a digest of each split: the number of its examples, and a SHA-256 of what is in them.
-Of up to ROWS examples and BYTES bytes all are read. Of more, a choice is read that the number of
-examples fixes, so that a change of a hundredth of them is found and a change of one may not be.
+Of up to ROWS examples and about BYTES bytes all are read. Of more, a choice is read that the number
+of examples fixes: a change of all of them is always found, a change of few may not be.
 """
 
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -114,22 +114,22 @@ def digest(source, without: Collection[int] = ()) -> dict[str, Any]:
     of `without` among them. 'sha256': of the content of the others; None of a source that gives
     another content each time.
   """
+  contents = {
+    row: _content(source, row) for row in _drawn(len(source), LEAST) if row not in without
+  }
+  whole = {row: content for row, content in contents.items() if content is not None}
+  again = next(iter(whole), None)
+  if again is not None and whole[again] != _content(source, again):
+    return {'examples': len(source), 'unreadable': [], 'sha256': None}
+  size = sum(map(len, whole.values())) / max(len(whole), 1)
+  rows = _drawn(len(source), max(LEAST, int(min(ROWS, BYTES / max(size, 1)))))
   hashed = hashlib.sha256()
   unreadable = []
-  size = 0
-  rows = _rows(len(source))
-  for count, row in enumerate(rows):
-    if count >= LEAST and size > BYTES:
-      break
-    content = None
-    if row not in without:
-      content = _content(source, row)
+  for row in sorted(rows, key=_place(source)):
+    content = None if row in without else _content(source, row)
     if content is None:
       unreadable.append(row)
       content = b'unreadable'
-    elif not count and content != _content(source, row):
-      return {'examples': len(source), 'unreadable': [], 'sha256': None}
-    size += len(content)
     hashed.update(hashlib.sha256(content).digest())
   return {
     'examples': len(source),
@@ -138,12 +138,20 @@ def digest(source, without: Collection[int] = ()) -> dict[str, Any]:
   }
 
 
-def _rows(count: int) -> Sequence[int]:
-  """The examples that are looked at, in an order that their number fixes."""
+def _drawn(count: int, most: int) -> list[int]:
+  """Up to `most` of `count` examples; which these are follows from `count` alone."""
   if count <= ROWS:
-    return np.argsort(np.random.Philox(0).random_raw(count), kind='stable').tolist()
-  drawn = np.random.Philox(0).random_raw(ROWS) % np.uint64(count)
+    return np.argsort(np.random.Philox(0).random_raw(count), kind='stable')[:most].tolist()
+  drawn = np.random.Philox(0).random_raw(most) % np.uint64(count)
   return list(dict.fromkeys(drawn.tolist()))
+
+
+def _place(source) -> Callable[[int], int]:
+  """The key by which examples are read in the order in which they are stored, which is quicker."""
+  stored = getattr(source, 'rows', None)
+  if stored is None:
+    return int
+  return stored.__getitem__
 
 
 def _content(source, row: int) -> bytes | None:

@@ -21,7 +21,7 @@ from typing import Any
 
 from jpeft import config as config_lib
 from jpeft import tasks
-from jpeft.writing import write
+from jpeft.writing import told, write
 
 from .build import build
 from .checkpoints import fingerprint, load_theta
@@ -44,12 +44,19 @@ def claimed(folder: pathlib.Path, config):
       f'{folder} holds files but no config.json, so it is not the folder of a run: '
       'choose another --workdir'
     )
-  folder.mkdir(parents=True, exist_ok=True)
-  with (folder / '.lock').open('w') as lock:
+  with told(folder, permissions=True):
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / '.lock').open('w')
+  with lock:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
       raise ValueError(f'another process is training in {folder}') from None
+    except OSError as error:  # some network file systems have no locks
+      raise ValueError(
+        f'{folder} cannot be locked against other processes ({error.strerror}): choose a '
+        '--workdir on another file system'
+      ) from error
     if kept.exists():
       differing = config_lib.differences(config, config_lib.from_json(kept))
       # What is to be done with broken examples may be chosen when the first has been met.

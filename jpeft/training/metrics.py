@@ -56,11 +56,23 @@ class Metrics:
 
 
 def read_metrics(path: pathlib.Path) -> list[dict]:
-  """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
+  """The lines of a metrics.jsonl; a last line that a kill cut short is left out.
+
+  Raises:
+    ValueError: another line is damaged.
+  """
   if not path.exists():
     return []
-  whole = path.read_text().rpartition('\n')[0]
-  return [json.loads(line) for line in whole.splitlines()]
+  rows = []
+  whole = path.read_text(errors='replace').rpartition('\n')[0]
+  for number, line in enumerate(whole.splitlines(), 1):
+    try:
+      rows.append(json.loads(line))
+    except ValueError as error:
+      raise ValueError(
+        f'line {number} of {path} is damaged ({error}): delete that line, and the run goes on'
+      ) from error
+  return rows
 
 
 def values(row: dict) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """Runs whose files were damaged, lost or cannot be written."""
 
+import errno
+import fcntl
 import json
 import re
 import shutil
@@ -164,3 +166,21 @@ def test_a_log_that_was_cut_short(run, again, complete):
   report, _ = again()  # which evaluates once more
   assert report['eval'] == complete[1]['eval']
   assert len(read_metrics(log)) == 8 and json.loads(log.read_text().splitlines()[-1])
+
+
+def test_a_log_that_is_damaged(run, again):
+  unfinished(run)
+  log = run / 'metrics.jsonl'
+  lines = log.read_text().splitlines(keepends=True)
+  log.write_text(''.join([*lines[:2], '\0\0\0\n', *lines[3:]]))
+  with pytest.raises(cli.Mistake, match=f'line 3 of {log} is damaged .*: delete that line'):
+    again()
+
+
+def test_a_folder_that_has_no_locks(run, again, monkeypatch):
+  def flock(*args):
+    raise OSError(errno.ENOLCK, 'No locks available')
+
+  monkeypatch.setattr(fcntl, 'flock', flock)
+  with pytest.raises(cli.Mistake, match=r'cannot be locked .*\(No locks available\): choose'):
+    again()

@@ -95,9 +95,19 @@ def reached(process, folder, step):
   raise AssertionError(f'step {step} was not reached: {process.communicate()[1]}')
 
 
+def files_of(folder):
+  """The files of a run; those of arrays in checkpoints have random names."""
+  names = {path.relative_to(folder).as_posix() for path in folder.rglob('*') if path.is_file()}
+  return {re.sub('/d/[0-9a-f]{32}$', '/d/*', name) for name in names}
+
+
 def assert_same(folder, other, arrays=2):
   """All that two runs leave is equal, clocks apart."""
   folders = folder, other
+  assert files_of(folder) == files_of(other)
+  for name in ('config.json', 'run.json', 'confusion.json'):
+    if (folder / name).exists():
+      assert (folder / name).read_text() == (other / name).read_text(), name
   rows = [read_metrics(f / 'metrics.jsonl') for f in folders]
   logs = [[(row['step'], row['split'], values(row)) for row in log] for log in rows]
   assert logs[0] == logs[1]
@@ -128,6 +138,56 @@ def test_sigkill_at_random_steps(start, alone, tmp_path):
   assert process.returncode == 0, told
   assert 'going on after' in told
   assert_same(folder, alone)
+
+
+def kill(process, folder, rng, seconds):
+  """Kills a process at a random moment; returns whether it was still at work.
+
+  Either some time after its start, or while it makes updates, or when the first files of its end
+  are there.
+  """
+  moment = rng.choice(['time', 'step', 'step', 'end'])
+  end = time.monotonic() + rng.uniform(0, seconds)
+  step = rng.randint(1, STEPS)
+
+  def has_come():
+    if moment == 'time':
+      return time.monotonic() > end
+    if moment == 'end':
+      return (folder / 'theta.safetensors').exists()
+    return any(row['step'] >= step for row in read_metrics(folder / 'metrics.jsonl'))
+
+  while process.poll() is None and not has_come():
+    time.sleep(0.002)
+  if moment != 'time':
+    time.sleep(rng.uniform(0, 0.2))
+  process.send_signal(signal.SIGKILL)
+  process.communicate()
+  return process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_a_hundred_sigkills(start, alone, tmp_path):
+  """JPEFT_KILLS and JPEFT_SEED in the environment: how many, and when."""
+  wanted = int(os.environ.get('JPEFT_KILLS', 100))
+  seed = int(os.environ.get('JPEFT_SEED', time.time_ns()))
+  rng = random.Random(seed)
+  begun = time.monotonic()
+  start(tmp_path / 'measured').communicate()
+  seconds = time.monotonic() - begun
+  kills = 0
+  runs = 0
+  while kills < wanted:
+    folder = tmp_path / f'run-{runs}'
+    for _ in range(rng.randint(2, 8)):
+      kills += kill(start(folder), folder, rng, seconds)
+    process = start(folder)
+    _, told = process.communicate(timeout=600)
+    assert process.returncode == 0, (seed, runs, told)
+    assert 'warning' not in told, (seed, runs, told)
+    assert_same(folder, alone)
+    runs += 1
+    print(f'seed {seed}: {kills} kills, {runs} runs, no difference', flush=True)
 
 
 def test_sigterm_saves_and_exits(start, alone, tmp_path):
