@@ -105,7 +105,11 @@ def command(
     ending = _ending(error)
     if ending is None or traceback:
       raise
+    at_once = any(isinstance(one, KeyboardInterrupt) for one in (error, error.__cause__))
   _tell(name, ending)
+  if at_once and _started_as() is not None:
+    # Threads are still at work, and the interpreter may crash on the way out.
+    _leave(ending.code)
   return ending.code
 
 
@@ -136,6 +140,14 @@ def _leave_output() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
+
+
+def _leave(code: int) -> None:
+  """Ends the process without waiting for its threads."""
+  with contextlib.suppress(OSError):
+    sys.stdout.flush()
+    sys.stderr.flush()
+  os._exit(code)
 
 
 def _tell(name: str, ending: Mistake | Stopped | Diverged) -> None:

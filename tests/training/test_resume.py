@@ -80,7 +80,7 @@ def alone(start, tmp_path_factory):
   """The folder of a run that nothing disturbed."""
   folder = tmp_path_factory.mktemp('alone') / 'run'
   process = start(folder)
-  _, told = process.communicate(timeout=120)
+  _, told = process.communicate(timeout=600)
   assert process.returncode == 0, told
   return folder
 
