@@ -11,6 +11,7 @@ import importlib.machinery
 import importlib.util
 import os
 import pathlib
+import select
 import shutil
 import signal
 import sys
@@ -120,7 +121,7 @@ def _ending(error: BaseException) -> Mistake | Stopped | Diverged | None:
   if isinstance(error, KeyboardInterrupt):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the next one ends what is still at work
     return Stopped(signal.SIGINT)
-  if isinstance(error, BrokenPipeError):
+  if isinstance(error, BrokenPipeError) and _output_is_gone():
     _leave_output()
     return Stopped(signal.SIGPIPE)
   reason = writing.reason_of(error)
@@ -131,7 +132,16 @@ def _ending(error: BaseException) -> Mistake | Stopped | Diverged | None:
   if isinstance(error, OSError) and error.filename is not None:
     return Mistake(f'{error.filename} cannot be written: {reason}')
   _leave_output()
-  return Mistake(f'the output cannot be written: {reason}')
+  return Mistake(f'the output, or a file, cannot be written: {reason}')
+
+
+def _output_is_gone() -> bool:
+  """Whether stdout is a pipe that nobody reads."""
+  with contextlib.suppress(OSError, ValueError):
+    watched = select.poll()
+    watched.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in watched.poll(0))
+  return False
 
 
 def _leave_output() -> None:
@@ -161,14 +171,17 @@ def _tell(name: str, ending: Mistake | Stopped | Diverged) -> None:
 
 def _started_as() -> str | None:
   """The name of the command that this process was started as; None if as another program."""
-  words = sys.orig_argv[1:]
-  if '-m' in words[:-1]:
-    name = words[words.index('-m') + 1]
-  else:
-    name = os.path.basename(next(iter(words), ''))
-  if name.partition('.')[0] != 'jpeft':
-    return None
-  return name
+  words = iter(sys.orig_argv[1:])
+  for word in words:
+    if word in ('-W', '-X'):  # of the interpreter, with a value
+      next(words, '')
+    elif word == '-m':
+      name = next(words, '')
+      return name if name.partition('.')[0] == 'jpeft' else None
+    elif not word.startswith('-'):
+      name = os.path.basename(word)
+      return name if name == 'jpeft' else None
+  return None
 
 
 def _stop_now(number: int, frame) -> None:

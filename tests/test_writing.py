@@ -163,7 +163,7 @@ def prints(argv):
 def test_an_output_that_is_full(ended):
   with open('/dev/full', 'w') as full:
     told = ended(prints, full)
-  assert told == (2, 'jpeft.x: error: the output cannot be written: the disk is full\n')
+  assert told == (2, 'jpeft.x: error: the output, or a file, cannot be written: the disk is full\n')
 
 
 def test_an_output_that_nobody_reads(ended):
@@ -171,6 +171,23 @@ def test_an_output_that_nobody_reads(ended):
   os.close(reader)
   with os.fdopen(writer, 'w') as pipe:
     assert ended(prints, pipe) == (128 + signal.SIGPIPE, '')
+
+
+@pytest.mark.parametrize(
+  'words, name',
+  [
+    ('python -m jpeft.train --config=x', 'jpeft.train'),
+    ('python -u -X dev -m jpeft plan', 'jpeft'),
+    ('python /usr/bin/jpeft train', 'jpeft'),
+    ('python /usr/bin/pytest -m jpeft', None),
+    ('python -m pytest jpeft', None),
+    ('python jpeft.py', None),
+    ('python', None),
+  ],
+)
+def test_which_command_a_process_is(monkeypatch, words, name):
+  monkeypatch.setattr(sys, 'orig_argv', words.split())
+  assert cli._started_as() == name
 
 
 def test_ctrl_c_is_one_line(ended):

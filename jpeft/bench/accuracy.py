@@ -135,7 +135,8 @@ def _configs(flags: dict[str, str | None]) -> dict[tuple[str, str, str], Any]:
 def _report(config, folder: pathlib.Path, train: bool) -> dict | None:
   """The report of a run, which is trained if it must and may; None if there is none."""
   if train:
-    return training.train(config, folder)
+    with training.resumable(folder):
+      return training.train(config, folder)
   file = folder / 'report.json'
   if not file.exists():
     return None

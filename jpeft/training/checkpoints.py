@@ -284,10 +284,10 @@ class Checkpoints:
 
     about = item(about=ocp.args.JsonRestore())['about']
     if about['leaves'] != _layout(like):
-      before = self.latest
+      step = self.latest
       raise _OfSomethingElse(
-        f'the checkpoint {self.folder / str(before)} is of another method or optimizer: delete '
-        f'that folder, and the run goes on from {self._last(before)}'
+        f'the checkpoint {self.folder / str(step)} is of another method or optimizer: delete '
+        f'that folder, and the run goes on from {self._last(before=step)}'
       )
     size = sum(x.nbytes for x in jax.tree.leaves(like))
     target = {'bytes': np.zeros(size, np.uint8)}

@@ -31,6 +31,13 @@ def skipped_of(config, tell: Callable[[str], None]) -> dict[str, data.Skipped]:
   return {role: data.Skipped(split, tell) for role, split in splits.items()}
 
 
+def restore_skipped(skipped: Mapping[str, data.Skipped], state: Mapping[str, Any]) -> None:
+  """Takes in what a checkpoint has of them; one of a run that skipped none has nothing."""
+  for role, found in skipped.items():
+    if role in state:
+      found.restore(state[role])
+
+
 def count_of(skipped: Mapping[str, data.Skipped], role: str) -> dict[str, int]:
   """What a line of metrics.jsonl has of skipped examples; nothing where none is to be skipped."""
   if role not in skipped:

@@ -23,7 +23,7 @@ from .by_label import write_by_label
 from .checkpoints import Checkpoints, damaged, fingerprint, save_theta
 from .confusion import write_confusion
 from .endings import saved_first
-from .examples import count_of, digests, skipped_of
+from .examples import count_of, digests, restore_skipped, skipped_of
 from .feature_cache import Features, Part
 from .folder import begin, claimed
 from .imports import imports_of
@@ -191,9 +191,7 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
       start, state, kept = found
       seconds_before = kept['seconds']
       batches.restore(kept['data'])
-      for role, state_of_skipped in kept.get('skipped', {}).items():
-        if role in skipped:
-          skipped[role].restore(state_of_skipped)
+      restore_skipped(skipped, kept.get('skipped', {}))
     stage = current(stages, start)
     metrics = Metrics(folder / 'metrics.jsonl', start)
 

@@ -201,7 +201,7 @@ def test_skipping_may_be_chosen_when_it_breaks(run):
   assert report['skipped']['train']['examples'] == 1 and 'going on after' in told
 
 
-@pytest.mark.parametrize('cached', [False, True])
+@pytest.mark.parametrize('cached', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_broken_examples_are_skipped(run, tmp_path, cached):
   BROKEN.update({3, 4, 9, 30})
   settings = {'data.on_error': 'skip', 'data.cache_features': cached, 'checkpoint.every': 5}
