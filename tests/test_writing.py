@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import resource
 import signal
 import sys
 
@@ -12,18 +11,7 @@ import pytest
 
 from jpeft import cli, models, writing
 from jpeft.training.checkpoints import Checkpoints
-
-
-@contextlib.contextmanager
-def files_of(size):
-  """No file may be longer than `size` bytes."""
-  before = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-  try:
-    yield
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
+from tests.limits import files_of
 
 TOO_LONG = r'cannot be written: it would be longer than files may be \(ulimit -f\)$'
 

@@ -22,6 +22,8 @@ from jpeft.lazy import extra
 from jpeft.registering import module_of
 from jpeft.writing import append, write
 
+from . import event_file
+
 KEPT = 'trackers.json'  # in the folder of a run: what its trackers need to go on with it
 PROJECT = 'jpeft'  # of wandb, and the experiment of mlflow, where the user names none
 
@@ -76,16 +78,14 @@ class TensorBoard(Writer):
 
   def __init__(self, opened: Opened):
     # Events of updates that come again are taken for gone.
-    folder = opened.folder / 'tensorboard'
-    self._events = _event_writer()(str(folder), purge_step=opened.step + 1)
+    self._events = event_file.EventFile(opened.folder / 'tensorboard', opened.step + 1)
 
   def config(self, values):
     lines = [f'    {name}: {value}' for name, value in values.items()]  # Markdown, as it stands
-    self._events.add_text('config', '\n'.join(lines))
+    self._events.text('config', '\n'.join(lines))
 
   def scalars(self, step, split, values):
-    for name, value in values.items():
-      self._events.add_scalar(f'{split}/{name}', value, step)
+    self._events.scalars(step, {f'{split}/{name}': value for name, value in values.items()})
 
   def close(self):
     self._events.close()
@@ -214,12 +214,6 @@ class Mlflow(Writer):
     self._client.set_terminated(self._id)
 
 
-def _event_writer():
-  with extra('tensorboard'):
-    from tensorboardX import SummaryWriter
-  return SummaryWriter
-
-
 def _wandb():
   with extra('wandb'):
     import wandb
@@ -262,7 +256,7 @@ class Known(NamedTuple):
 
 
 _KNOWN = {
-  'tensorboard': Known(TensorBoard, _event_writer),
+  'tensorboard': Known(TensorBoard, event_file.parts),
   'csv': Known(Csv),
   'wandb': Known(Wandb, _wandb),
   'mlflow': Known(Mlflow, _mlflow),

@@ -10,6 +10,7 @@ import jpeft
 from jpeft import cli, training
 from jpeft.training import writers
 from jpeft.training.metrics import Metrics, read_metrics, values
+from tests.limits import files_of
 
 
 class Killer(training.Writer):
@@ -207,3 +208,15 @@ def test_one_that_cannot_be_opened_stops_a_run_at_its_start_alone(load, tmp_path
   told = []
   writers.Writers(('broken', 'csv'), tmp_path, 3, [], told.append)
   assert len(told) == 1 and told[0].startswith("warning: the tracker 'broken' failed")
+
+
+def test_a_full_disk_ends_a_tracker_and_not_the_run(tmp_path):
+  told = []
+  open_writers = writers.Writers(('tensorboard', 'csv'), tmp_path, 0, [], told.append)
+  with files_of(2000):
+    for step in range(200):
+      open_writers.scalars(step, 'train', {'loss': 1.0})
+  open_writers.close()
+  assert len(told) == 2 and all('failed and is left out from now on' in line for line in told)
+  assert "'tensorboard'" in told[0] and 'File too large' in told[0]
+  assert "'csv'" in told[1] and 'metrics.csv cannot be written: it would be longer' in told[1]
