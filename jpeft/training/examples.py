@@ -8,8 +8,8 @@ of examples fixes: a change of all of them is always found, a change of few may 
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -121,23 +121,25 @@ def digest(source, without: Collection[int] = ()) -> dict[str, Any]:
     of `without` among them. 'sha256': of the content of the others; None of a source that gives
     another content each time.
   """
-  contents = {
-    row: _content(source, row) for row in _drawn(len(source), LEAST) if row not in without
-  }
-  whole = {row: content for row, content in contents.items() if content is not None}
+  first = [row for row in _drawn(len(source), LEAST) if row not in without]
+  known = {row: _content(source, row) for row in first}
+  whole = {row: content for row, content in known.items() if content is not None}
   again = next(iter(whole), None)
   if again is not None and whole[again] != _content(source, again):
     return {'examples': len(source), 'unreadable': [], 'sha256': None}
-  size = sum(map(len, whole.values())) / max(len(whole), 1)
+  size = sum(content.size for content in whole.values()) / max(len(whole), 1)
   rows = _drawn(len(source), max(LEAST, int(min(ROWS, BYTES / max(size, 1)))))
   hashed = hashlib.sha256()
   unreadable = []
   for row in sorted(rows, key=_place(source)):
-    content = None if row in without else _content(source, row)
+    if row not in known and row not in without:
+      known[row] = _content(source, row)
+    content = known.get(row)
     if content is None:
       unreadable.append(row)
-      content = b'unreadable'
-    hashed.update(hashlib.sha256(content).digest())
+      hashed.update(b'unreadable')
+    else:
+      hashed.update(content.sha256)
   return {
     'examples': len(source),
     'unreadable': sorted(unreadable),
@@ -161,15 +163,28 @@ def _place(source) -> Callable[[int], int]:
   return stored.__getitem__
 
 
-def _content(source, row: int) -> bytes | None:
-  """An example as bytes; None if it cannot be read."""
+class _Content(NamedTuple):
+  """What is in an example: the number of its bytes, and their SHA-256."""
+
+  size: int
+  sha256: bytes
+
+
+def _content(source, row: int) -> _Content | None:
+  """What is in an example; None if it cannot be read."""
   try:
-    return b''.join(_parts(source[row]))
+    example = source[row]
   except data.UNREADABLE:
     return None
+  size = 0
+  hashed = hashlib.sha256()
+  for part in _parts(example):
+    size += len(part)
+    hashed.update(part)
+  return _Content(size, hashed.digest())
 
 
-def _parts(value: Any):
+def _parts(value: Any) -> Iterator[bytes]:
   """The bytes of a value of an example, piece by piece."""
   if isinstance(value, Mapping):
     yield f'{{{len(value)}'.encode()
