@@ -18,6 +18,7 @@ early, or recognise what they were made from and keep that.
 """
 
 import functools
+import warnings
 
 import flax.linen as nn
 import jax
@@ -61,6 +62,10 @@ PLAIN = {
   'silu': jax.nn.silu,
   'relu': jax.nn.relu,
 }
+
+
+# Scores of a head, from which on whole ones are told.
+_LONG = 2**20
 
 
 # On first use, not on import: solving for a table takes a fifth of a second.
@@ -237,11 +242,22 @@ def fold(
 def attention(query: jax.Array, key: jax.Array, value: jax.Array, *args, **kwargs) -> jax.Array:
   """Dot-product attention that stores query, key and value alone for its backward pass.
 
+  Scores [.., H, N, M] are whole while they are read. Where they are large a warning names
+  `jpeft.dot_product_attention`, which stores as little and makes some rows of them at a time.
+
   Args:
     query: [.., N, H, K].
     key, value: [.., M, H, K].
     *args, **kwargs: as of `flax.linen.dot_product_attention`.
   """
+
+  length, keys = query.shape[-3], key.shape[-3]
+  if length * keys >= _LONG:
+    warnings.warn(
+      f'residuals.attention makes scores of {length:,} x {keys:,} tokens whole: take '
+      'jpeft.dot_product_attention, which stores as little and makes some rows of them at a time',
+      stacklevel=2,
+    )
 
   @jax.checkpoint
   def attend(query, key, value):

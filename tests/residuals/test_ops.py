@@ -1,6 +1,7 @@
 """Few-bit operations: tables against their equations, bytes of residuals, gradients."""
 
 import math
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -244,6 +245,14 @@ def test_shared_norms_are_exact_and_keep_what_the_next_layer_keeps(centred):
     x.size + 36 + kernel.size
   )  # one array, for norm and matrix
   assert ops.fold(gain, None, w)[1] is None
+
+
+def test_attention_tells_where_its_scores_are_large():
+  short, long = (jax.ShapeDtypeStruct((1, n, 1, 2), jnp.float32) for n in (1023, 1024))
+  with warnings.catch_warnings(action='error'):
+    jax.eval_shape(ops.attention, short, short, short)
+  with pytest.warns(UserWarning, match='scores of 1,024 x 1,024 tokens whole: take jpeft.dot_prod'):
+    jax.eval_shape(ops.attention, long, long, long)
 
 
 def test_attention_keeps_no_probabilities_and_is_exact():
