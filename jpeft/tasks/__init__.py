@@ -2,7 +2,7 @@
 
 from .classification import CLASSIFICATION
 from .language import LANGUAGE
-from .losses import Objective, loss, softmax
+from .losses import Objective, loss, loss_of_teacher, softmax
 from .masked import MASKED
 from .metrics import (
   METRICS,
@@ -23,10 +23,11 @@ from .modality import (
   register_modality,
 )
 from .multilabel import MULTILABEL
-from .pieces import MOST_LOGITS, in_pieces, token_losses
+from .pieces import in_pieces, token_losses
 from .questions import QUESTIONS
 from .regression import REGRESSION
 from .task import NO_FACTS, Answer, Facts, Task
+from .teachers import MOST_LOGITS, HeadStates, Taught, head_states
 from .tokens import TOKENS
 
 TASKS: dict[str, Task] = {
@@ -49,6 +50,7 @@ __all__ = [
   'Answer',
   'CLASSIFICATION',
   'Facts',
+  'HeadStates',
   'LANGUAGE',
   'METRICS',
   'MOST_LOGITS',
@@ -60,11 +62,14 @@ __all__ = [
   'REGRESSION',
   'TASKS',
   'Task',
+  'Taught',
   'best',
   'better',
+  'head_states',
   'in_pieces',
   'inputs',
   'loss',
+  'loss_of_teacher',
   'modality',
   'modality_module',
   'modality_of',

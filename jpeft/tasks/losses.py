@@ -60,6 +60,35 @@ def loss(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Ar
   return jnp.where(labels < 0, 0.0, entropy(logits))
 
 
+def loss_of_teacher(
+  logits: jax.Array, told: jax.Array, labels: jax.Array, temperature: float | jax.Array = 1.0
+) -> jax.Array:
+  """temperature^2 KL(teacher, model) of each label, in float32; 0 where a label is negative.
+
+  Of the softmax of logits / temperature (Hinton et al., Distilling the Knowledge in a Neural
+  Network, arXiv 1503.02531).
+
+  Args:
+    logits: [..., C] of the model.
+    told: [..., C] of the teacher.
+    labels: [...] integers.
+    temperature: above 0; the higher, the more the unlikely words count.
+
+  Returns:
+    [...], in nats.
+  """
+
+  @jax.checkpoint  # logits are kept in their own dtype
+  def divergence(logits, told):
+    logits, told = (
+      jax.nn.log_softmax(x.astype(jnp.float32) / temperature, -1) for x in (logits, told)
+    )
+    chance = jnp.exp(told)
+    return temperature**2 * jnp.where(chance > 0, chance * (told - logits), 0).sum(-1)
+
+  return jnp.where(labels < 0, 0.0, divergence(logits, told))
+
+
 def softmax(
   smoothing: float = 0.0, class_weights: Sequence[float] | None = None, focal: float = 0.0
 ) -> Objective:

@@ -5,6 +5,8 @@ head, whatever rules act in it, runs on [B, n, D] of its input at a time, and wh
 numbers a token. Where the head is frozen, the gradient of its input is formed beside the logits, in
 the forward pass: nothing is computed twice, and what is kept is as large as that input. Where the
 head is trained, its pieces are computed again in the backward pass.
+
+A teacher's logits are made by its own head on the same tokens, so they are never whole either.
 """
 
 from collections.abc import Callable
@@ -17,11 +19,10 @@ from jax.custom_derivatives import SymbolicZero
 from jpeft.core import NotAtHead, Tuned, at_head
 from jpeft.programs import Static, Traced, has_gradient
 
-from .losses import loss
+from .losses import likeliest, loss, loss_of_teacher
+from .teachers import MOST_LOGITS, Taught, cut, joined, tokens_of_a_piece
 
 NAME = 'pieces'
-# Numbers of the logits of one piece, at most.
-MOST_LOGITS = 2**26
 
 
 def in_pieces(tuned: Tuned, smoothing: float = 0.0, most: int = MOST_LOGITS) -> tuple[Tuned, str]:
@@ -29,7 +30,7 @@ def in_pieces(tuned: Tuned, smoothing: float = 0.0, most: int = MOST_LOGITS) -> 
 
   `apply(..., labels=labels)` of the first gives [B, N, 2] in float32: the loss of each token, 0
   where its label is negative, and 1 where the largest logit is that of its label. Without labels it
-  gives logits. theta is the same.
+  gives logits. theta is the same. Labels are integers [B, N], or a `Taught` of them and a teacher.
 
   Args:
     tuned: of a model whose output is what its head returns, [B, N, V].
@@ -41,19 +42,25 @@ def in_pieces(tuned: Tuned, smoothing: float = 0.0, most: int = MOST_LOGITS) -> 
 
   def losses(labels, head, arrays, x):
     """The losses of the tokens whose states x are."""
+    taught = labels if isinstance(labels, Taught) else None
+    if taught is not None:
+      labels = taught.labels
     if x.shape[:2] != labels.shape:
       raise NotAtHead(f'the head reads {list(x.shape)}, and there are {list(labels.shape)} labels')
-    words = tuned.sites[''].out.shape[-1]
-    rows = max(1, most // (x.shape[0] * words))
-    count = -(-x.shape[1] // rows)
-    size = -(-x.shape[1] // count)  # all pieces alike, up to the tokens that fill the last one
-    return token_losses(head, arrays, x, labels, size, smoothing)
+    size = tokens_of_a_piece(x.shape, tuned.sites[''].out.shape[-1], most)
+    return token_losses(head, arrays, x, labels, size, smoothing, taught)
 
   return at_head(tuned, NAME, 'labels', losses, training=True)
 
 
 def token_losses(
-  head: Callable, arrays: Any, x: jax.Array, labels: jax.Array, size: int, smoothing: float = 0.0
+  head: Callable,
+  arrays: Any,
+  x: jax.Array,
+  labels: jax.Array,
+  size: int,
+  smoothing: float = 0.0,
+  taught: Taught | None = None,
 ) -> jax.Array:
   """[B, N, 2] in float32: the loss of each token, and whether its label has the largest logit.
 
@@ -62,83 +69,107 @@ def token_losses(
     arrays: what it reads.
     x: its input [B, N, D].
     labels: [B, N] integers; tokens with a negative one have loss 0.
-    size: tokens of each row that it runs on at a time.
+    size: tokens of each row that it runs on at a time; with a teacher, those of its pieces.
     smoothing: of the labels.
+    taught: what a teacher says of the tokens, into which no gradient flows.
 
   Differentiable once, in reverse, in x and arrays.
   """
-  length = x.shape[1]
-  x = _cut(x, size, 0)  # [pieces, B, n, D]
-  labels = _cut(labels, size, -1)
+  beside = {'labels': labels}
+  fixed = []
+  if taught is not None:
+    size = taught.states.size
+    if taught.states.x.shape[:2] != labels.shape:
+      raise ValueError(
+        f'the teacher read {list(taught.states.x.shape[:2])} tokens, and there are '
+        f'{list(labels.shape)} labels'
+      )
+    beside['told'] = taught.states.x
+    fixed = [taught.states.arrays, taught.temperature, taught.weight]
   leaves, tree = jax.tree.flatten(arrays)
 
   def run_head(leaves, x):
     return head(tree.unflatten(leaves), x)
 
-  piece = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+  piece = jax.ShapeDtypeStruct((x.shape[0], size, *x.shape[2:]), x.dtype)
   traced = Traced(run_head, [jax.typeof(leaf) for leaf in leaves], piece)
-  values = [*traced.consts, *leaves]
 
-  def losses(values, x, labels):
+  def losses(values, x, beside, fixed):
     """[B, n, 2] of a piece."""
     logits = traced((), values, x)
-    right = (logits.argmax(-1) == labels) & (labels >= 0)
-    return jnp.stack([loss(logits, labels, smoothing), right.astype(jnp.float32)], -1)
+    labels = beside['labels']
+    found = loss(logits, labels, smoothing)
+    if taught is not None:
+      arrays, temperature, weight = fixed
+      told = taught.states.head((), arrays, beside['told'])
+      if told.shape != logits.shape:
+        raise ValueError(
+          f'the teacher knows {told.shape[-1]} words and the model {logits.shape[-1]}: a teacher '
+          'has the same vocabulary'
+        )
+      found = (1 - weight) * found + weight * loss_of_teacher(logits, told, labels, temperature)
+    return jnp.stack([found, likeliest(logits, labels).astype(jnp.float32)], -1)
 
-  def over_pieces(fn, *pieces):
+  beside = {name: cut(y, size, -1 if name == 'labels' else 0) for name, y in beside.items()}
+  out = _over_pieces(losses)([*traced.consts, *leaves], cut(x, size), beside, fixed)
+  return joined(out, x.shape[1])
+
+
+def _over_pieces(losses: Callable) -> Callable:
+  """(values, pieces of x, pieces beside x, fixed) -> losses [pieces, B, n, 2], one after the other.
+
+  Args:
+    losses: (values, x, beside, fixed) -> [B, n, 2] of a piece; the first of two is differentiable
+      in values and x.
+  """
+
+  def each(fn, *pieces):
     return jax.lax.scan(lambda _, piece: (None, fn(*piece)), None, pieces)[1]
 
   @jax.custom_vjp
-  def run(values, x, labels):
-    return over_pieces(lambda x, labels: losses(values, x, labels), x, labels)
+  def run(values, x, beside, fixed):
+    return each(lambda x, beside: losses(values, x, beside, fixed), x, beside)
 
-  def forward(values, x, labels):
+  def forward(values, x, beside, fixed):
     trained = tuple(i for i, value in enumerate(values) if has_gradient(value))
-    values = [value.value for value in values]
-    x, labels = x.value, labels.value
+    given = (values, x, beside, fixed)
+    values, x, beside, fixed = jax.tree.map(lambda pair: pair.value, given)
     if trained:
-      out = over_pieces(lambda x, labels: losses(values, x, labels), x, labels)
-      return out, (values, x, labels, Static(trained))
+      out = each(lambda x, beside: losses(values, x, beside, fixed), x, beside)
+      return out, (values, x, (beside, fixed), Static(trained))
 
-    def with_slope(x, labels):
-      out, vjp = jax.vjp(lambda x: losses(values, x, labels), x)
+    def with_slope(x, beside):
+      out, vjp = jax.vjp(lambda x: losses(values, x, beside, fixed), x)
       (slope,) = vjp(jnp.zeros_like(out).at[..., 0].set(1))
       return out, slope
 
-    out, slope = over_pieces(with_slope, x, labels)
+    out, slope = each(with_slope, x, beside)
     return out, ([None] * len(values), slope, None, Static(()))
 
   def backward(residuals, cotangent):
-    values, x, labels, trained = residuals
+    values, x, others, trained = residuals
     if isinstance(cotangent, SymbolicZero):
       cotangent = jnp.zeros(cotangent.shape, cotangent.dtype)
-    if labels is None:  # x is the slope of the loss of each token
-      return values, x * cotangent[..., :1].astype(x.dtype), None
+    if others is None:  # x is the slope of the loss of each token
+      return values, x * cotangent[..., :1].astype(x.dtype), None, None
+    beside, fixed = others
 
     def step(total, piece):
-      x, labels, cotangent = piece
+      x, beside, cotangent = piece
 
       def of_trained(own, x):
         replaced = dict(zip(trained.value, own, strict=True))
-        return losses([replaced.get(i, value) for i, value in enumerate(values)], x, labels)
+        chosen = [replaced.get(i, value) for i, value in enumerate(values)]
+        return losses(chosen, x, beside, fixed)
 
       _, vjp = jax.vjp(of_trained, [values[i] for i in trained.value], x)
       of_own, of_x = vjp(cotangent)
       return jax.tree.map(jnp.add, total, of_own), of_x
 
     zeros = [jnp.zeros_like(values[i]) for i in trained.value]
-    of_own, of_x = jax.lax.scan(step, zeros, (x, labels, cotangent))
+    of_own, of_x = jax.lax.scan(step, zeros, (x, beside, cotangent))
     found = dict(zip(trained.value, of_own, strict=True))
-    return [found.get(i) for i in range(len(values))], of_x, None
+    return [found.get(i) for i in range(len(values))], of_x, None, None
 
   run.defvjp(forward, backward, symbolic_zeros=True)
-  out = jnp.moveaxis(run(values, x, labels), 0, 1)  # [B, pieces, n, 2]
-  return out.reshape(out.shape[0], -1, 2)[:, :length]
-
-
-def _cut(x: jax.Array, size: int, fill: int) -> jax.Array:
-  """[B, N, ...] as pieces [N / size, B, size, ...], filled up at the end."""
-  missing = -x.shape[1] % size
-  x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
-  x = x.reshape(x.shape[0], -1, size, *x.shape[2:])
-  return jnp.moveaxis(x, 1, 0)
+  return run

@@ -2,18 +2,18 @@
 
 import dataclasses
 import math
+import re
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend import core as jex
 from jax.interpreters import partial_eval as pe
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jpeft
-from jpeft import ANATOMIES, models, planning, programs, register_anatomy, tasks
+from jpeft import ANATOMIES, models, planning, programs, register_anatomy, tasks, training
 from jpeft.core import NotAtHead
 from jpeft.models import Llama
 from jpeft.models.llama.naming import LLAMA_NAMING
@@ -21,6 +21,7 @@ from jpeft.tasks.pieces import in_pieces
 from tests.contract.anatomies import described
 from tests.fixtures import BACKBONES, noisy
 from tests.runs import BERT
+from tests.traced import variables_of
 
 TOKENS = jax.random.randint(jax.random.key(0), (2, 11), 0, 50)
 LABELS = jnp.where(TOKENS % 5 == 0, -1, (TOKENS * 7) % 50)
@@ -141,19 +142,12 @@ def test_no_array_is_as_large_as_the_logits(model):
   traced = jax.make_jaxpr(jax.grad(cut))(theta)
   # Of a table before the head a constant stands for the logits, which nothing reads.
   live, _ = pe.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
-  vocabulary = [v.aval.shape for v in _variables_of(live) if 50 in v.aval.shape]
+  vocabulary = [v.aval.shape for v in variables_of(live) if 50 in v.aval.shape]
   assert vocabulary and max(math.prod(shape) for shape in vocabulary) <= max(2 * 50 * 2, 50 * 16)
   # And the head is multiplied with as often as for whole logits: once forwards, once backwards.
   whole = lambda theta: tasks.loss(tuned.apply(theta, variables, TOKENS), LABELS).sum()
   flops = [programs.flops(jax.jit(jax.grad(fn)).trace(theta)).all for fn in (cut, whole)]
   assert flops[0] <= 1.1 * flops[1]
-
-
-def _variables_of(jaxpr):
-  for equation in jaxpr.eqns:
-    yield from equation.outvars
-    for inner in jex.jaxprs_in_params(equation.params):
-      yield from _variables_of(inner)
 
 
 class Capped(nn.Module):
@@ -216,3 +210,43 @@ def test_the_head_of_a_language_model_of_8b():
     flops.append(programs.flops(traced).all)
   assert temporary[0] > 2000 and temporary[1] < 160
   assert flops[1] <= 1.1 * flops[0]
+
+
+@pytest.mark.parametrize('teacher', [False, True], ids=['labels', 'teacher'])
+@pytest.mark.parametrize('method', [jpeft.lora(2), jpeft.tune('{head}')], ids=['frozen', 'trained'])
+def test_a_head_whose_words_lie_on_several_devices(method, teacher):
+  """Each device makes the logits of its words; neither the head nor logits are ever gathered."""
+  words = 512
+  model = Llama(**{**SIZES, 'vocab': words})
+  variables = noisy(model.init(jax.random.key(1), TOKENS), 0.1)
+  tuned = jpeft.attach(model, method, variables, TOKENS)
+  pieces, _ = in_pieces(tuned, 0.1, most=2 * words * 4)
+  states, _ = tasks.head_states(tuned, most=2 * words * 4)
+  theta = noisy(tuned.init(jax.random.key(2), variables))
+
+  def losses(theta, variables, tokens, labels):
+    if teacher:
+      told = states.apply(tuned.init(jax.random.key(3), variables), variables, tokens, states=True)
+      labels = tasks.Taught(labels, told, temperature=2.0)
+    return pieces.apply(theta, variables, tokens, labels=labels)[..., 0].sum()
+
+  mesh = training.mesh(2, 4)
+  everywhere = training.replicated(mesh)
+  rows = training.over_data(mesh)
+  where = everywhere, training.over_model(mesh, variables), rows, rows
+  spread = jax.jit(jax.value_and_grad(losses), in_shardings=where)
+  given = theta, variables, TOKENS, LABELS
+  whole = jax.jit(jax.value_and_grad(losses))(*given)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-6), spread(*given), whole
+  )
+  text = spread.lower(*given).compile().as_text()
+  gathered = re.findall(r'= (.*?) all-gather(?:-start)?\(', text)
+  sizes = [
+    math.prod(int(size) for size in shape.split(',') if size)
+    for kinds in gathered
+    for shape in re.findall(r'\w+\[([\d,]*)\]', kinds)
+  ]
+  assert (
+    'all-reduce' in text and max(sizes, default=0) < 2 * 4 * words / 4
+  )  # of a piece of logits, on 2 x 4 devices

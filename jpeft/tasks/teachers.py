@@ -1,0 +1,105 @@
+"""What a teacher says of tokens, without its whole logits: the states that its head reads.
+
+A loss in pieces (`in_pieces`) runs the teacher's head on some of these at a time, beside its own.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jpeft.core import Tuned, at_head
+from jpeft.programs import Traced
+
+# Numbers of the logits of one piece, at most.
+MOST_LOGITS = 2**26
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HeadStates:
+  """What a head reads of each token, and the head.
+
+  Attributes:
+    x: [B, N, D].
+    arrays: that the head reads.
+    head: ((), arrays, x [B, size, D]) -> logits [B, size, V].
+    size: tokens of each row that it runs on at a time.
+  """
+
+  x: jax.Array
+  arrays: list[jax.Array]
+  head: Traced = dataclasses.field(metadata={'static': True})
+  size: int = dataclasses.field(metadata={'static': True})
+
+  def logits(self) -> jax.Array:
+    """Whole logits [B, N, V], of which a loss in pieces makes some at a time."""
+    made = jax.lax.map(lambda x: self.head((), self.arrays, x), cut(self.x, self.size))
+    return joined(made, self.x.shape[1])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Taught:
+  """Labels of tokens, and what a teacher says of them.
+
+  The loss of a token is (1 - weight) * cross-entropy of its label + weight * temperature^2 *
+  KL(teacher, model), of the softmax of logits / temperature (Hinton et al., arXiv 1503.02531); 0
+  where the label is negative.
+
+  Attributes:
+    labels: [B, N] integers.
+    states: of the teacher on the same tokens, from `head_states`.
+    temperature: above 0.
+    weight: of the teacher, from 0 to 1.
+  """
+
+  labels: jax.Array
+  states: HeadStates
+  temperature: float | jax.Array = 1.0
+  weight: float | jax.Array = 0.5
+
+
+def head_states(tuned: Tuned, most: int = MOST_LOGITS) -> tuple[Tuned, str]:
+  """(a Tuned that gives `HeadStates` in place of logits, ''), or (the same Tuned, why it cannot).
+
+  `apply(..., states=True)` of the first gives them, under stop_gradient. theta is the same.
+
+  Args:
+    tuned: of a model whose output is what its head returns, [B, N, V]; `attach(model, chain(),
+      ...)` for a model as it is.
+    most: numbers of the logits of one piece.
+  """
+
+  def states(asked, head, arrays, x):
+    size = tokens_of_a_piece(x.shape, tuned.sites[''].out.shape[-1], most)
+    leaves, tree = jax.tree.flatten((arrays, x))
+    leaves = [jax.lax.stop_gradient(leaf) for leaf in leaves]
+    arrays, x = tree.unflatten(leaves)
+    piece = jax.ShapeDtypeStruct((x.shape[0], size, *x.shape[2:]), x.dtype)
+    traced = Traced(head, jax.tree.map(jax.typeof, arrays), piece)
+    consts = [jax.lax.stop_gradient(const) for const in traced.consts]
+    return HeadStates(x, [*consts, *jax.tree.leaves(arrays)], traced, size)
+
+  return at_head(tuned, 'states', 'states', states, training=False)
+
+
+def tokens_of_a_piece(shape: tuple[int, ...], words: int, most: int) -> int:
+  """Tokens of each row of [B, N, ...] whose logits are `most` numbers; all pieces are alike."""
+  rows = max(1, most // (shape[0] * words))
+  count = -(-shape[1] // rows)
+  return -(-shape[1] // count)
+
+
+def cut(x: jax.Array, size: int, fill: int = 0) -> jax.Array:
+  """[B, N, ...] as pieces [N / size, B, size, ...], filled up at the end."""
+  missing = -x.shape[1] % size
+  x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
+  x = x.reshape(x.shape[0], -1, size, *x.shape[2:])
+  return jnp.moveaxis(x, 1, 0)
+
+
+def joined(pieces: jax.Array, length: int) -> jax.Array:
+  """Pieces [N / size, B, size, ...] as [B, length, ...]."""
+  x = jnp.moveaxis(pieces, 0, 1)
+  return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
