@@ -6,8 +6,8 @@
 
 Compiles whole steps (forward, backward, AdamW, state donated) ahead of time, from shapes: no
 accelerator runs. A row: MiB of arguments, temporaries and total = arguments + outputs + temporaries
-- aliased, and GFLOP as XLA counts them, with all rounds of loops. Frozen weights are bfloat16, what
-is trained float32.
+- aliased, GFLOP as XLA counts them, the compiler's estimate of cycles, and MiB moved to and from the
+device's memory, all with all rounds of loops. Frozen weights are bfloat16, what is trained float32.
 
 With --json the rows go to stdout. Without it they replace those of the same kind in
 docs/memory.json, from which docs/memory.md and docs/memory.png are drawn, so that the table can be
@@ -41,9 +41,14 @@ DOCS = pathlib.Path(__file__).parents[2] / 'docs'
 INTRODUCTION = """
 One whole step (forward, backward, AdamW, state donated) compiled ahead of time for TPU v5e by libtpu, on a machine
 without a TPU; nothing was run. total = arguments + outputs + temporaries - aliased, in MiB (2**20 bytes); GFLOP as XLA
-counts them, with all rounds of loops. Activations and frozen weights are bfloat16; what is trained, and Adam's state,
+counts them. Mcycles are the compiler's own estimate of what it runs, in millions (a model of the chip: to be compared
+within a table, not to be read as a speed; "+ n" are calls of kernels written by hand, of which it has none), and moved
+the MiB that are read from device memory and written to it; both by the text of the compiled program
+(`jpeft/programs/schedule.py`). GFLOP, Mcycles and moved have all rounds of loops; a dash is a row that was compiled before
+these were counted, or a program that the compiler refused. Activations and frozen weights are bfloat16; what is trained, and Adam's state,
 float32. Temporaries are those of device memory: what XLA keeps in on-chip memory does not count. What a table lacks
-does not act on that work (HST reads images, BitFit biases, which T5 has none of) or was not compiled for it.
+does not act on that work (HST reads images, BitFit biases, which T5 has none of) or was not compiled for it. A row that
+names a target was compiled for it, since what it needs is more than a v5e has.
 
 Made by `python -m jpeft.bench.memory`; hyperparameters are those of `jpeft/methods/presets.py`, else the defaults.
 """.strip()
@@ -57,10 +62,11 @@ PEER_NOTE = (
   'target and convention.'
 )
 REMATS: dict[str, Remat] = {'none': False, 'block': True, 'dots': 'dots'}
+USUAL = 'tpu:v5e'
 KEY = ('work', 'method', 'remat', 'layers', 'target')
 _HEAD = """
-| method | remat | layers | trainable | arguments | temporaries | total MiB | saved | GFLOP |
-| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |
+| method | remat | layers | trainable | arguments | temporaries | total MiB | saved | GFLOP | Mcycles | moved MiB |
+| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 """.strip()
 
 
@@ -103,13 +109,13 @@ def measure(
   }
 
 
-def _costs(planned: planning.Work, tuned, where: planning.Target) -> dict[str, float]:
-  """MiB and GFLOP of a training step, which is compiled and not run."""
+def _costs(planned: planning.Work, tuned, where: planning.Target) -> dict[str, float | None]:
+  """MiB, GFLOP and time of a training step, which is compiled and not run."""
   tx = training.optimizer(tuned, tuned.shapes, optax.constant_schedule(1e-3))
   state = training.state_shapes(tuned, tx, planned.variables)
   shapes = planned.placed(where.mesh(), state, planned.size)
   forward = training.Forward(tuned, True, planned.mode(True))
-  step = training.train_step(tuned, forward, tx, 0)
+  step = training.train_step(tuned, forward, tx, 0, planned.objective)
   traced = jax.jit(step, donate_argnums=0).trace(*shapes)
   arguments = programs.nbytes(shapes)
   try:
@@ -119,17 +125,20 @@ def _costs(planned: planning.Work, tuned, where: planning.Target) -> dict[str, f
     temp = refused.bytes - arguments
     total = refused.bytes
     flops = programs.flops(traced).all
+    found = None
   else:
     memory = programs.memory(program)
     arguments = memory.argument
     temp = memory.temp
     total = memory.total
     flops = _flops(program, traced)
+    found = programs.schedule(program)
   return {
     'arguments_mib': _mib(arguments),
     'temp_mib': _mib(temp),
     'total_mib': _mib(total),
     'gflop': round(flops / 1e9, 1),
+    **planning.timing.entries(found),
   }
 
 
@@ -150,7 +159,8 @@ def planned_work(work: Work, scan: bool, remat: Remat) -> planning.Work:
   model = work.model(scan, remat)
   args, kwargs = tasks.inputs(work.batch(1))
   backbone = jax.eval_shape(model.init, jax.random.key(0), *args, **kwargs)
-  return planning.Work(model, backbone, work.batch, work.size, training.Memory(remat=remat))
+  memory = training.Memory(remat=remat)
+  return planning.Work(model, backbone, work.batch, work.size, memory, objective=work.objective)
 
 
 def rows(
@@ -166,9 +176,10 @@ def rows(
       except ValueError as error:
         note(f'{work}: {method} is left out: {error}')
         continue
+      mcycles, moved = planning.timing.cells(row)
       note(
-        f'{work} {method} {remat} {kind}: {row["total_mib"]:,} MiB, {row["gflop"]:,} GFLOP '
-        f'({row["compile_seconds"]} s)'
+        f'{work} {method} {remat} {kind}: {row["total_mib"]:,} MiB, {row["gflop"]:,} GFLOP, '
+        f'{mcycles} Mcycles, {moved} MiB moved ({row["compile_seconds"]} s)'
       )
       yield row
 
@@ -191,10 +202,13 @@ def _section(work: str, here: list[dict]) -> list[str]:
     saved = '-'
     if full:
       saved = f'{100 * (1 - row["total_mib"] / min(full)):.0f} %'
+    method = row['method']
+    if row['target'] != USUAL:
+      method += f' ({row["target"]})'
     table.append(
-      f'| {row["method"]} | {row["remat"]} | {row["layers"]} | {row["trainable"]:,} | '
+      f'| {method} | {row["remat"]} | {row["layers"]} | {row["trainable"]:,} | '
       f'{row["arguments_mib"]:,.0f} | {row["temp_mib"]:,.0f} | **{row["total_mib"]:,.0f}** | '
-      f'{saved} | {row["gflop"]:,.0f} |'
+      f'{saved} | {row["gflop"]:,.0f} | {" | ".join(planning.timing.cells(row))} |'
     )
   paragraphs = [f'## {work.upper()}: {WORKS[work].title}', '\n'.join(table)]
   if any('source' in row for row in here):
@@ -271,7 +285,7 @@ def main(argv: list[str]) -> int:
   }
   for flag, known in choices.items():
     parser.add_argument(flag, type=functools.partial(_listed, known=known), default=list(known))
-  parser.add_argument('--target', default='tpu:v5e')
+  parser.add_argument('--target', default=USUAL)
   parser.add_argument('--json', action='store_true')
   flags = parser.parse_args(argv)
   with cli.inputs_checked():

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jpeft import tasks, training
 from jpeft.models import (
   T5,
   Encoder,
@@ -75,6 +76,7 @@ class Work:
     size: examples an update.
     layers: how its blocks are run: 'unroll', 'scan'.
     head: whether methods that do not train the head by themselves train it too.
+    objective: what is made small.
   """
 
   title: str
@@ -83,6 +85,11 @@ class Work:
   size: int
   layers: tuple[str, ...] = ('scan',)
   head: bool = True
+  objective: tasks.Objective = training.PLAIN
+
+
+# The loss of texts by logits [B, N, V] that are made whole, as if they were small.
+WHOLE = dataclasses.replace(training.PLAIN, smoothing=None)
 
 
 def _floats(*sizes: int) -> jax.ShapeDtypeStruct:
@@ -164,6 +171,20 @@ def _llama_7b(scan: bool, remat: Remat) -> Llama:
   )
 
 
+def _llama_8b(scan: bool, remat: Remat) -> Llama:
+  return Llama(
+    width=4096,
+    depth=32,
+    heads=32,
+    kv_heads=8,
+    mlp_dim=14336,
+    vocab=128256,
+    scan=scan,
+    remat=remat,
+    **BF16,
+  )
+
+
 WORKS: dict[str, Work] = {
   'w1': Work(
     '12 blocks of width 768 on ready tokens, batch 32, 196 tokens, 100 classes',
@@ -211,4 +232,19 @@ WORKS: dict[str, Work] = {
     )
     for length in (2048, 8192, 32768)
   },
+  'w6_8b': Work(
+    'a decoder of the shape of Llama-3-8B, batch 4, 2048 tokens, 128,256 words',
+    _llama_8b,
+    _texts(2048),
+    4,
+    head=False,
+  ),
+  'w6_8b_whole': Work(
+    'the same with whole logits',
+    _llama_8b,
+    _texts(2048),
+    4,
+    head=False,
+    objective=WHOLE,
+  ),
 }

@@ -1,6 +1,6 @@
 """What a training step needs of a device that need not be there."""
 
-from . import drawing
+from . import drawing, timing
 from .configs import classes_of, of_configs, with_method
 from .devices import Target, leave_accelerators, target
 from .plan import plan
@@ -20,5 +20,6 @@ __all__ = [
   'plan',
   'plot',
   'target',
+  'timing',
   'with_method',
 ]

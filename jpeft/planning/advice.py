@@ -1,4 +1,4 @@
-"""What to do about the part of a step that takes most of the memory."""
+"""What to do about the part of a step that takes most of the memory, or of the time."""
 
 from jpeft.core import NO_BACKPROP
 from jpeft.models import Remat
@@ -39,3 +39,30 @@ def advice(dominant: str, memory_class: str, remat: Remat) -> str:
     'take a smaller batch (optimizer.accumulate keeps the update), or a method without backbone '
     'backprop (lst)'
   )
+
+
+def time_advice(
+  products: float, memory_class: str, remat: Remat, saved_bits: int | None = None
+) -> str:
+  """What most of a step's cycles go to, and how to need fewer.
+
+  Args:
+    products: the share of the cycles that is of matrix products.
+    memory_class: of the method.
+    remat: of the model.
+    saved_bits: of a value that the backward pass stores; None for whole values.
+  """
+  told = f'{products:.0%} of its cycles are of products'
+  if products >= _MOSTLY:
+    if memory_class == NO_BACKPROP:
+      return f'{told}, most of them the forward pass'
+    return f'{told}; to take less time, a method without backbone backprop (lst)'
+  if saved_bits:
+    return f'{told}: packing residuals takes time, of which recomputing (--remat) may take less'
+  if memory_class != NO_BACKPROP and not remat:
+    return f'{told}: storing residuals takes time, of which recomputing (--remat) may take less'
+  return f'{told}: the rest is of norms, softmax and what changes or moves arrays'
+
+
+# The share of the cycles from which on products are what takes the time.
+_MOSTLY = 0.7

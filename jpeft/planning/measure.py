@@ -76,6 +76,7 @@ def _of_stage(
     batch=size,
     devices=mesh.size,
     remat=work.memory.remat,
+    saved_bits=work.memory.saved_bits,
     trainable=facts.trainable,
     memory_class=facts.memory,
     weights=programs.nbytes(backbone),
@@ -90,10 +91,17 @@ def _of_stage(
 
 
 def compiled(traced, known: int, options: Mapping[str, Any]) -> dict[str, Any]:
-  """The memory of a step; the compiler's own count if it refuses a step that does not fit."""
+  """Memory and schedule of a step; the compiler's own count if it refuses one that does not fit."""
   try:
-    memory = programs.memory(programs.compiled(traced, options, known))
+    program = programs.compiled(traced, options, known)
   except programs.TooLarge as refused:
     temp = max(0, refused.bytes - known)
     return {'argument': known, 'temp': temp, 'total': refused.bytes, 'exact': True}
-  return {'argument': memory.argument, 'temp': memory.temp, 'total': memory.total, 'exact': True}
+  memory = programs.memory(program)
+  return {
+    'argument': memory.argument,
+    'temp': memory.temp,
+    'total': memory.total,
+    'exact': True,
+    'schedule': programs.schedule(program),
+  }

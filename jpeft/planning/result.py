@@ -7,7 +7,8 @@ from jpeft import programs
 from jpeft.messages import columns
 from jpeft.models import Remat
 
-from .advice import advice
+from . import timing
+from .advice import advice, time_advice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Plan:
     seconds: of tracing and compiling.
     largest: the largest batch that fits, if it was searched for; 0 if none does.
     why: why this target was taken, if nobody named it.
+    saved_bits: of a value that the backward pass stores; None for whole values.
+    schedule: cycles and moved bytes of a step on one device, where it was compiled.
   """
 
   method: str
@@ -57,6 +60,8 @@ class Plan:
   seconds: float
   largest: int | None = None
   why: str = ''
+  saved_bits: int | None = None
+  schedule: programs.Schedule | None = None
 
   @property
   def fits(self) -> bool | None:
@@ -90,6 +95,14 @@ class Plan:
     """What to do about the part that dominates."""
     return advice(self.dominant, self.memory_class, self.remat)
 
+  @property
+  def time_advice(self) -> str | None:
+    """Which part takes most of the time, and what to do about it; None without cycles."""
+    if self.schedule is None or not self.schedule.cycles:
+      return None
+    share = self.schedule.products / self.schedule.cycles
+    return time_advice(share, self.memory_class, self.remat, self.saved_bits)
+
   def row(self) -> dict[str, Any]:
     """As JSON: sizes in MiB (2**20 bytes), FLOPs in 1e9."""
 
@@ -120,8 +133,10 @@ class Plan:
       'gflop': self.flops / 1e9,
       'forward_gflop': self.forward / 1e9,
       'passes': round(self.passes, 3),
+      **timing.entries(self.schedule),
       'dominant': self.dominant,
       'advice': self.advice,
+      'time_advice': self.time_advice,
       'compile_seconds': round(self.seconds, 1),
     }
 
@@ -133,10 +148,7 @@ class Plans(tuple[Plan, ...]):
 
   def __str__(self) -> str:
     rows = columns([HEAD, *map(_cells, self)], right=range(1, len(HEAD)))
-    notes = [
-      f'{plan.method}: most is {plan.dominant}; to need less, {plan.advice}' for plan in self
-    ]
-    return '\n'.join([_title(self[0]), *rows, *notes])
+    return '\n'.join([_title(self[0]), *rows, *map(_note, self)])
 
 
 HEAD = (
@@ -148,6 +160,8 @@ HEAD = (
   'total MiB',
   'GFLOP',
   'x forward',
+  'Mcycles',
+  'moved MiB',
   'fits',
   'largest batch',
 )
@@ -164,6 +178,14 @@ def _title(plan: Plan) -> str:
   return title
 
 
+def _note(plan: Plan) -> str:
+  """What takes most of the memory, and of the time."""
+  note = f'{plan.method}: most is {plan.dominant}; to need less, {plan.advice}'
+  if plan.time_advice:
+    note += f'; {plan.time_advice}'
+  return note
+
+
 def _cells(plan: Plan) -> tuple[str, ...]:
   """A row of the table."""
   remat = {False: '', True: ' + remat'}.get(plan.remat, f' + remat {plan.remat}')
@@ -177,6 +199,7 @@ def _cells(plan: Plan) -> tuple[str, ...]:
     f'{bound}{_mib(plan.total)}',
     _gflop(plan.flops),
     f'{plan.passes:.2f}',
+    *timing.cells(timing.entries(plan.schedule)),
     {None: '-', True: 'yes', False: 'no'}[plan.fits],
     '-' if plan.largest is None else str(plan.largest),
   )

@@ -5,11 +5,13 @@ from .cost import flops, uncounted
 from .crossing import Crossing, crossing
 from .cut import Halves, cut
 from .equations import evaluated, hoisted, inside, reader, variables
+from .schedule import Schedule, schedule
 from .traced import Static, Traced, has_gradient
 
 __all__ = [
   'Crossing',
   'Halves',
+  'Schedule',
   'Static',
   'TooLarge',
   'Traced',
@@ -25,6 +27,7 @@ __all__ = [
   'mib',
   'nbytes',
   'reader',
+  'schedule',
   'uncounted',
   'variables',
 ]

@@ -27,6 +27,9 @@ KEYS = {
   'temp_mib',
   'total_mib',
   'gflop',
+  'mcycles',
+  'kernel_calls',
+  'moved_mib',
 }
 
 
@@ -103,6 +106,9 @@ def test_documents_are_made_in_parts(command, tmp_path, monkeypatch):
       'temp_mib': 2.0,
       'total_mib': total,
       'gflop': 3.0,
+      'mcycles': 4.0,
+      'kernel_calls': 5,
+      'moved_mib': 6.0,
       'compile_seconds': 0,
     }
 
@@ -114,7 +120,7 @@ def test_documents_are_made_in_parts(command, tmp_path, monkeypatch):
   rows = [r for r in json.loads((tmp_path / 'memory.json').read_text()) if r['work'] == 'tiny']
   assert [r['method'] for r in rows] == ['full', 'lora']  # replaced, not repeated
   text = (tmp_path / 'memory.md').read_text()
-  assert '| lora | none | scan | 1,234 | 1 | 2 | **60** | 40 % | 3 |' in text
+  assert '| lora (cpu) | none | scan | 1,234 | 1 | 2 | **60** | 40 % | 3 | 4.0 + 5 | 6 |' in text
   assert (tmp_path / 'memory.png').read_bytes().startswith(b'\x89PNG')
 
 

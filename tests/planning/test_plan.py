@@ -14,6 +14,7 @@ from flax import nnx
 
 import jpeft
 from jpeft import cli, models, plan, planning, programs, training
+from jpeft.core import NO_BACKPROP
 from jpeft.models import ViT
 from jpeft.planning import devices as targets
 from jpeft.planning import measure, result, search
@@ -255,6 +256,27 @@ def test_described_backbones_are_those_that_are_loaded(backbone, tmp_path):
   assert shape(bare.variables) == shape(loaded.variables)
 
 
+@pytest.mark.parametrize(
+  ('products', 'facts', 'told'),
+  [
+    (60.0, {}, '60% of its cycles are of products: storing residuals takes time'),
+    (60.0, {'saved_bits': 4}, 'packing residuals takes time'),
+    (60.0, {'remat': True}, 'the rest is of norms, softmax'),
+    (60.0, {'memory_class': NO_BACKPROP}, 'the rest is of norms, softmax'),
+    (90.0, {}, '90% of its cycles are of products; to take less time, a method without'),
+    (90.0, {'memory_class': NO_BACKPROP}, 'most of them the forward pass'),
+  ],
+)
+def test_what_costs_time_is_named(uncompiled, products, facts, told):
+  found = jpeft.plan(vit(), 'lora', IMAGES, target='cpu')[0]
+  assert found.time_advice is None  # it was not compiled
+  schedule = programs.Schedule(100e6, products * 1e6, 3 * 2**30, 7.0)
+  timed = dataclasses.replace(found, schedule=schedule, **facts)
+  assert told in timed.time_advice and timed.row()['time_advice'] == timed.time_advice
+  text = str(result.Plans([timed]))
+  assert told in text and '100.0 + 7' in text and '3,072' in text and 'Mcycles' in text
+
+
 # ---- The command.
 
 
@@ -273,7 +295,15 @@ def test_rows_as_json(command):
       'largest_batch',
       'dominant',
       'advice',
+      'mcycles',
+      'product_share',
+      'kernel_calls',
+      'moved_mib',
+      'time_advice',
     } <= set(row)
+    # The compiler of CPUs has no cycles; a step reads its weights at least.
+    assert row['mcycles'] is None and row['time_advice'] is None
+    assert row['moved_mib'] > row['weights_mib'] and row['kernel_calls'] == 0
 
 
 @pytest.mark.parametrize(
@@ -408,6 +438,8 @@ def test_one_chip(name):
   pytest.importorskip('libtpu')
   (found,) = jpeft.plan(vit(), 'lora', IMAGES, target=name)
   assert found.fits and found.exact and found.devices == 1
+  assert 0 < found.schedule.products < found.schedule.cycles
+  assert found.schedule.moved > 0 and found.time_advice
   tpu = targets.TPUS[name[4:]]
   assert found.limit == int(tpu.memory * 2**30)
   assert {device.device_kind for device in targets.target(name).devices} == {tpu.kind}
