@@ -282,6 +282,16 @@ def test_a_decoder_of_7b_beside_a_side_network(measured):
 
 @pytest.mark.aot
 @pytest.mark.slow
+def test_logits_of_a_decoder_of_8b_are_never_whole(measured):
+  """4 x 2,048 tokens of 128,256 words: 2,004 MiB, of which a block's forward pass needs a part."""
+  cut, whole = (measured(work, 'qst', 'none', 'scan') for work in ('w6_8b', 'w6_8b_whole'))
+  assert whole['total_mib'] - cut['total_mib'] >= 1600
+  for what in ('gflop', 'mcycles', 'moved_mib'):
+    assert cut[what] <= 1.01 * whole[what]
+
+
+@pytest.mark.aot
+@pytest.mark.slow
 @pytest.mark.parametrize('layers', ['scan', 'unroll'])
 def test_4_bit_kernels_cost_no_memory(measured, layers):
   qlora, lora = (measured('w1', name, 'none', layers) for name in ('qlora', 'lora_all'))
