@@ -35,12 +35,18 @@ class Schedule:
 
 
 def schedule(program: jax.stages.Compiled) -> Schedule | None:
-  """What a program does on its device; None if the rounds of one of its loops cannot be read."""
-  return scheduled(program.as_text())
+  """What a program does on its device; None if it, or the rounds of a loop, cannot be read."""
+  try:
+    text = program.as_text()
+  except jax.errors.JaxRuntimeError:  # libtpu cannot print some programs that it compiles for v6e
+    return None
+  return scheduled(text)
 
 
-def scheduled(text: str) -> Schedule | None:
-  """The same of the text of a compiled program."""
+def scheduled(text: str | None) -> Schedule | None:
+  """The same of the text of a compiled program, None where the compiler gives none."""
+  if text is None:
+    return None
   try:
     known, entry = computations(text)
     found = _Program(known).run(entry)

@@ -127,6 +127,14 @@ def test_a_loop_of_unknown_rounds_has_no_count(old, new):
   assert scheduled(LOOP.replace(old, new)) is None
 
 
+def test_a_program_that_cannot_be_printed_has_no_count():
+  class Program:
+    def as_text(self):
+      raise jax.errors.JaxRuntimeError('INTERNAL: RET_CHECK failure')
+
+  assert programs.schedule(Program()) is None and scheduled(None) is None
+
+
 @pytest.mark.aot
 def test_a_tpu_counts_scanned_products_as_unrolled_ones():
   pytest.importorskip('libtpu')
