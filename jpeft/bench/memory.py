@@ -45,7 +45,8 @@ counts them. Mcycles are the compiler's own estimate of what it runs, in million
 within a table, not to be read as a speed; "+ n" are calls of kernels written by hand, of which it has none), and moved
 the MiB that are read from device memory and written to it; both by the text of the compiled program
 (`jpeft/programs/schedule.py`). GFLOP, Mcycles and moved have all rounds of loops; a dash is a row that was compiled before
-these were counted, or a program that the compiler refused. Activations and frozen weights are bfloat16; what is trained, and Adam's state,
+these were counted, or a program that the compiler refused or cannot print.
+Activations and frozen weights are bfloat16; what is trained, and Adam's state,
 float32. Temporaries are those of device memory: what XLA keeps in on-chip memory does not count. What a table lacks
 does not act on that work (HST reads images, BitFit biases, which T5 has none of) or was not compiled for it. A row that
 names a target was compiled for it, since what it needs is more than a v5e has.
