@@ -4,7 +4,7 @@ import collections
 import concurrent.futures
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,7 @@ class Batches(Iterator[Batch]):
     process_index: int = 0,
     process_count: int = 1,
     skipped: Skipped | None = None,
+    rows: Sequence[int] | None = None,
   ):
     """Starts at the first batch of the first epoch.
 
@@ -63,10 +64,12 @@ class Batches(Iterator[Batch]):
       skipped: takes in the examples of the batches so far that cannot be read. In the place of such
         an example is the next one that can; with drop_remainder=False its mask is 0. None for an
         error at the first of them.
+      rows: numbers of the rows of each batch that this process makes, instead of a part by
+        process_index and process_count.
 
     Raises:
       ValueError: the source is empty or smaller than a batch, batch_size is not divisible by
-        process_count, or a number is out of range.
+        process_count, a number is out of range, or both rows and process_count are given.
     """
     _check_least('batch_size', batch_size, 1)
     _check_least('seed', seed, 0)
@@ -77,6 +80,8 @@ class Batches(Iterator[Batch]):
       raise ValueError(f'process_index={process_index} is not below process_count={process_count}')
     if batch_size % process_count:
       raise ValueError(f'batch_size={batch_size} is not divisible by process_count={process_count}')
+    if rows is not None and process_count > 1:
+      raise ValueError('rows and process_count both say what this process makes: give one')
     if not len(source):
       raise ValueError('the source has no examples')
     if drop_remainder and batch_size > len(source):
@@ -104,7 +109,9 @@ class Batches(Iterator[Batch]):
       'drop_remainder': drop_remainder,
     }
     part = batch_size // process_count
-    self._part = slice(process_index * part, (process_index + 1) * part)
+    self._part = np.arange(process_index * part, (process_index + 1) * part)
+    if rows is not None:
+      self._part = np.asarray(rows, int)
     # Two epochs, because the batches ahead may be of the next one.
     self._order = functools.lru_cache(2)(self._epoch_order)
     self._next = 0  # batches yielded since the first epoch began
@@ -129,6 +136,16 @@ class Batches(Iterator[Batch]):
     self._next += 1
     self._make_ahead()
     return batch
+
+  def check(self, ahead: int) -> None:
+    """Waits for a batch without taking it, and raises what the reading of it raises.
+
+    Args:
+      ahead: how many come before it, fewer than `prefetch`.
+    """
+    self._make_ahead()
+    if ahead < len(self._ahead):
+      self._ahead[ahead].result()
 
   def state(self) -> dict[str, Any]:
     """The position after the batch that was yielded last, as a dict for JSON."""

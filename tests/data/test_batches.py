@@ -130,6 +130,38 @@ def test_processes_divide_a_batch_and_share_a_state():
   np.testing.assert_array_equal(next(alone)['label'][2:], next(half)['label'])
 
 
+def test_rows_of_a_batch_by_their_numbers():
+  whole, part = make(), make(rows=(0, 3))
+  for _ in range(3):
+    batch = next(whole)
+    same({name: x[[0, 3]] for name, x in batch.items()}, next(part))
+  with pytest.raises(ValueError, match='rows and process_count both say'):
+    make(rows=(0, 3), process_count=2)
+
+
+def test_a_batch_is_looked_at_before_it_is_taken():
+  class Broken:
+    def __len__(self):
+      return 12
+
+    def __getitem__(self, i):
+      if i == 9:
+        raise ValueError('example 9 is broken')
+      return {'label': i}
+
+  batches = Batches(Broken(), BATCH, shuffle=False, prefetch=2)
+  batches.check(0)
+  batches.check(1)
+  next(batches)
+  for _ in range(2):
+    with pytest.raises(ValueError, match='example 9'):
+      batches.check(1)
+  assert batches.state()['batch'] == 1
+  assert next(batches)['label'].tolist() == [4, 5, 6, 7]
+  with pytest.raises(ValueError, match='example 9'):
+    next(batches)
+
+
 def test_numbers_take_the_widths_of_jax():
   batch = next(Batches(source(), BATCH, noisy))
   assert {k: (v.dtype.name, v.shape) for k, v in batch.items()} == {
