@@ -1,7 +1,7 @@
 """Configurations: Python files that read top to bottom, checked before the heavy imports."""
 
 from .listing import listing, reference
-from .load import Command, as_text, differences, from_json, load, packaged, parse, to_json
+from .load import Command, as_text, changes, differences, from_json, load, packaged, parse, to_json
 from .schema import TASKS, TEXT_METRICS, TRACKERS, allow, complete, flatten, nearest, nest
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
   'TRACKERS',
   'allow',
   'as_text',
+  'changes',
   'complete',
   'differences',
   'flatten',

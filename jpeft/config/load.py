@@ -228,12 +228,18 @@ def from_json(path: pathlib.Path) -> ConfigDict:
     raise ValueError(f'{path} is not JSON: {error}') from error
 
 
-def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:
-  """The dotted keys in which two configurations differ: 'key (OURS here, THEIRS there)'."""
+def changes(ours: ConfigDict, theirs: ConfigDict) -> dict[str, tuple]:
+  """{dotted key: (OURS, THEIRS)} of the values in which two configurations differ."""
   here = flatten(json.loads(to_json(ours)))
   there = flatten(json.loads(to_json(theirs)))
-  found = []
+  found = {}
   for key in sorted({*here, *there}):
     if here.get(key) != there.get(key):
-      found.append(f'{key} ({here.get(key)!r} here, {there.get(key)!r} there)')
+      found[key] = here.get(key), there.get(key)
   return found
+
+
+def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:
+  """The dotted keys in which two configurations differ: 'key (OURS here, THEIRS there)'."""
+  found = changes(ours, theirs)
+  return [f'{key} ({here!r} here, {there!r} there)' for key, (here, there) in found.items()]

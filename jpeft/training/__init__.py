@@ -10,7 +10,9 @@ from .endings import resumable
 from .feature_cache import Features, Part, cached
 from .fit import compiled, fitting
 from .folder import claimed, describe, reopen
+from .hosts import first
 from .imports import check_imported, imports_of
+from .joining import Joining, join, last_words
 from .loop import train
 from .memory import Memory
 from .metrics import Metrics, values
@@ -46,6 +48,7 @@ __all__ = [
   'Checkpoints',
   'Features',
   'Forward',
+  'Joining',
   'Memory',
   'Metrics',
   'Opened',
@@ -66,10 +69,13 @@ __all__ = [
   'eval_step',
   'evaluate',
   'fingerprint',
+  'first',
   'fitting',
   'hyperparameters',
   'imports_of',
   'initial_state',
+  'join',
+  'last_words',
   'line',
   'load_theta',
   'markdown',

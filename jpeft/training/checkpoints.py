@@ -9,6 +9,7 @@ leaves half written is never read.
 import hashlib
 import json
 import logging
+import math
 import pathlib
 import shutil
 from collections.abc import Callable, Iterable
@@ -38,12 +39,18 @@ def fingerprint(tree) -> str:
   digest = hashlib.sha256()
   for name, leaf in leaf_paths(tree).items():
     digest.update(f'{name} {leaf.dtype} {leaf.shape}\n'.encode())
-    digest.update(_bytes(leaf))
+    digest.update(bytes_of(leaf))
   return digest.hexdigest()
 
 
-def _bytes(leaf) -> np.ndarray:
+def bytes_of(leaf) -> np.ndarray:
+  """The bytes of an array, in one row."""
   return np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
+
+
+def _size(leaf) -> int:
+  """The bytes of an array, from its shape."""
+  return math.prod(leaf.shape) * leaf.dtype.itemsize
 
 
 def _layout(tree) -> list:
@@ -175,11 +182,18 @@ class Checkpoints:
     if self.folder.exists():
       for left in self.folder.glob('*tmp*'):  # cut short by a kill
         shutil.rmtree(left, ignore_errors=True)
+    # As if this process were alone: the others neither write nor read files.
+    number = jax.process_index()
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep,
+      create=False,
       async_options=ocp.options.AsyncOptions(post_finalization_callback=self._bring_to_disk),
+      multiprocessing_options=ocp.options.MultiprocessingOptions(
+        primary_host=number, active_processes={number}
+      ),
     )
     with self._told():
+      self.folder.mkdir(parents=True, exist_ok=True)
       self._manager = ocp.CheckpointManager(
         self.folder, options=options, item_names=('state', 'about')
       )
@@ -201,7 +215,7 @@ class Checkpoints:
     """
     if step == self.latest:
       return
-    data = np.concatenate([_bytes(x) for x in jax.tree.leaves(state)])
+    data = np.concatenate([bytes_of(x) for x in jax.tree.leaves(state)])
     about = about | {'sha256': hashlib.sha256(data).hexdigest(), 'leaves': _layout(state)}
     items = ocp.args.Composite(
       state=ocp.args.StandardSave({'bytes': data}), about=ocp.args.JsonSave(about)
@@ -211,13 +225,13 @@ class Checkpoints:
 
   def newest(
     self, like: Callable[[int], Any], tell: Callable[[str], None]
-  ) -> tuple[int, Any, dict] | None:
-    """(step, state, about) of the latest checkpoint that can be read; None if there is none.
+  ) -> tuple[int, list[np.ndarray], dict] | None:
+    """(step, arrays of the state, about) of the latest checkpoint that can be read, else None.
 
     Those that cannot are moved to the folder `damaged` of the run.
 
     Args:
-      like: the number of updates -> a state of the same structure, with the wanted shardings.
+      like: the number of updates -> a state of the same structure; shapes are enough.
       tell: called with a sentence for each of them.
 
     Raises:
@@ -226,8 +240,7 @@ class Checkpoints:
     while self.latest is not None:
       step = self.latest
       try:
-        state, about = self.restore(like(step))
-        return step, state, about
+        return step, *self.read(like(step))
       except Unreadable as error:
         place = self._set_aside(step)
         tell(f'warning: {error}; it is now {place}, and the run goes on from {self._last()}')
@@ -255,6 +268,20 @@ class Checkpoints:
       ValueError: it is the state of something else.
       PermissionError: its files may not be read.
     """
+    arrays, about = self.read(like)
+    leaves, structure = jax.tree.flatten(like)
+    placed = [jax.device_put(x, leaf.sharding) for x, leaf in zip(arrays, leaves, strict=True)]
+    return jax.tree.unflatten(structure, placed), about
+
+  def read(self, like) -> tuple[list[np.ndarray], dict]:
+    """(the arrays of the state in their order, about) of the latest checkpoint.
+
+    Args:
+      like: a state of the same structure; shapes are enough.
+
+    Raises:
+      Unreadable, ValueError, PermissionError: as `restore`.
+    """
     place = self.folder / str(self.latest)
     for path in place.rglob('*'):
       if path.is_file():
@@ -268,13 +295,13 @@ class Checkpoints:
       if not reason.startswith('it is'):
         reason = type(error).__name__
       raise Unreadable(f'the checkpoint {place} cannot be read ({reason})') from error
-    leaves = []
+    arrays = []
     start = 0
     for leaf in jax.tree.leaves(like):
-      part = data[start : start + leaf.nbytes].view(leaf.dtype).reshape(leaf.shape)
-      leaves.append(jax.device_put(part, leaf.sharding))
-      start += leaf.nbytes
-    return jax.tree.unflatten(jax.tree.structure(like), leaves), about
+      end = start + _size(leaf)
+      arrays.append(data[start:end].view(leaf.dtype).reshape(leaf.shape))
+      start = end
+    return arrays, about
 
   def _read(self, like) -> tuple[np.ndarray, dict]:
     """(the bytes of the state, about) of the latest checkpoint, checked."""
@@ -289,7 +316,7 @@ class Checkpoints:
         f'the checkpoint {self.folder / str(step)} is of another method or optimizer: delete '
         f'that folder, and the run goes on from {self._last(before=step)}'
       )
-    size = sum(x.nbytes for x in jax.tree.leaves(like))
+    size = sum(_size(x) for x in jax.tree.leaves(like))
     target = {'bytes': np.zeros(size, np.uint8)}
     data = np.asarray(item(state=ocp.args.StandardRestore(target))['state']['bytes'])
     if hashlib.sha256(data).hexdigest() != about['sha256']:

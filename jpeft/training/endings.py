@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 from jpeft import cli, writing
 
+from . import hosts
 from .checkpoints import steps_of
 
 
@@ -42,12 +43,14 @@ def saved_first(folder: pathlib.Path, *steps: Callable[[], object], skips: bool)
   try:
     yield
   except cli.Mistake as error:
+    if hosts.several() and not isinstance(error, hosts.Everywhere):
+      raise  # the others do not know, and do not store anything
     for step in steps:
       step()
     rest = goes_on(folder)
     if not skips:
       rest += ', and with --config.data.on_error=skip it skips such examples'
-    raise cli.Mistake(f'{error}; {rest}') from error
+    raise type(error)(f'{error}; {rest}') from error
 
 
 def goes_on(folder: pathlib.Path) -> str:

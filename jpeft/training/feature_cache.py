@@ -11,6 +11,8 @@ from jpeft import cli, data, programs
 from jpeft.core import Tuned
 from jpeft.programs import cut
 
+from . import hosts
+
 
 class Part(NamedTuple):
   """Examples, and the program that reads them.
@@ -29,36 +31,50 @@ class Part(NamedTuple):
   example: dict[str, np.ndarray]
   skipped: data.Skipped | None = None
 
-  def once(self, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+  def shuffled(self, rows: hosts.Rows, seed: int) -> data.Batches:
+    """Batches without end, in a new order each epoch.
+
+    Args:
+      rows: those of a batch that this process makes.
+      seed: of the order and of the transform.
+    """
+    return data.Batches(
+      self.source, rows.size, self.transform, seed, skipped=self.skipped, rows=rows.here
+    )
+
+  def once(self, rows: hosts.Rows) -> Iterator[dict[str, np.ndarray]]:
     """One pass over the examples in their order, the last batch filled up.
 
     An example that cannot be read is a `cli.Mistake`, or has a mask of 0.
+
+    Args:
+      rows: those of a batch that this process makes.
     """
     batches = data.Batches(
       self.source,
-      batch_size,
+      rows.size,
       self.transform,
       shuffle=False,
       epochs=1,
       drop_remainder=False,
       skipped=self.skipped,
+      rows=rows.here,
     )
     return cli.checked(batches)
 
 
-def cached(part: Part, tuned: Tuned, batch_size: int) -> Part:
+def cached(part: Part, tuned: Tuned) -> Part:
   """The same examples as features: the values that the program computes before theta comes in.
 
   Args:
     part: raw examples.
     tuned: from `attach`.
-    batch_size: in which the features are computed.
 
   Raises:
     ValueError: features cannot be stored example by example, there is nothing to store, or no room
       for it.
   """
-  source = Features(part, tuned, batch_size)
+  source = Features(part, tuned)
   return Part(source, None, source.forward, source.example, part.skipped)
 
 
@@ -70,9 +86,8 @@ class Features:
     example: a batch of one empty example.
   """
 
-  def __init__(self, part: Part, tuned: Tuned, batch_size: int):
+  def __init__(self, part: Part, tuned: Tuned):
     self._part = part
-    self._batch_size = batch_size
     inputs = {name: x for name, x in part.example.items() if name != 'label'}
     self._reads = tuple(inputs)
     self._halves = cut(part.forward, tuned.shapes, tuned.backbone, inputs, jax.random.key(0))
@@ -134,29 +149,28 @@ class Features:
   def fill(
     self,
     backbone,
-    put: Callable[[Any], Any],
-    stop: Callable[[], Any],
+    batch_rows: hosts.Rows,
+    stop: hosts.Stop,
     made: Callable[[int], Any],
   ) -> None:
-    """Computes the features.
+    """Computes the features; each process keeps all of them, and reads its rows alone.
 
     Args:
       backbone: whose features.
-      put: puts a batch on its devices.
+      batch_rows: puts a batch on its devices.
       stop: called between batches; when it returns true the rest is not computed.
       made: called with the number of examples of each batch whose features have been computed.
     """
     first = jax.jit(self._halves.first)
     done = 0
-    for batch in self._part.once(self._batch_size):
+    for batch in stop.guarded(self._part.once(batch_rows)):
       if stop():
         return
-      inputs = put({name: batch[name] for name in self._reads})
-      features = jax.device_get(first(backbone, inputs))
+      inputs = batch_rows.put({name: batch[name] for name in self._reads})
+      features = hosts.fetched(first(backbone, inputs))
       rows = dict(zip(self._names, features, strict=True))
-      rows['label'] = batch['label']
-      rows['index'] = batch['index']
-      size = min(len(batch['label']), len(self) - done)  # without the rows that fill up the last
+      rows |= hosts.fetched(batch_rows.put({name: batch[name] for name in ('label', 'index')}))
+      size = min(batch_rows.size, len(self) - done)  # without the rows that fill up the last
       for name, x in rows.items():
         if name not in self._columns:
           self._columns[name] = np.empty((len(self), *x.shape[1:]), x.dtype)

@@ -66,7 +66,7 @@ def fitting(update: Callable, state, backbone, batch) -> tuple[Callable, dict[st
   Raises:
     ValueError: it needs more than a device has; the message says how much, and for what.
   """
-  device = next(iter(jax.tree.leaves(batch)[0].sharding.device_set))
+  device = next(iter(jax.tree.leaves(batch)[0].sharding.addressable_devices))
   limit = limit_of(device)
   parts = {'weights_bytes': programs.nbytes(backbone), 'state_bytes': programs.nbytes(state)}
   try:

@@ -3,7 +3,8 @@
 config.json      the whole configuration; the same command goes on with the run
 run.json         labels, what was found out about them (`Task.facts`), modules to import; SHA-256
                  of the data (see `examples`), of the backbone, of the files it came from and of
-                 the theta file that the run started from
+                 the theta file that the run started from; what was changed since by `--allow`, and
+                 after which update
 checkpoints/     the training state, by step
 labels.json      scores of each label, of tasks that have them
 metrics.jsonl    one line a log interval and an evaluation
@@ -17,25 +18,36 @@ import contextlib
 import fcntl
 import json
 import pathlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jpeft import config as config_lib
 from jpeft import tasks
 from jpeft.writing import told, write
 
+from . import elastic, hosts
 from .build import build
-from .checkpoints import fingerprint, load_theta
+from .checkpoints import fingerprint, load_theta, steps_of
 from .examples import check_same
 from .imports import check_imported
 
 
 @contextlib.contextmanager
-def claimed(folder: pathlib.Path, config):
+def claimed(folder: pathlib.Path, config, allow: Sequence[str] = ()) -> Iterator[dict[str, list]]:
   """Checks that `folder` may be the folder of this run, and locks it against other processes.
+
+  Args:
+    folder: of the run.
+    config: complete.
+    allow: what may differ from the run in it, see `elastic.MAY_CHANGE`.
+
+  Yields:
+    {dotted key: [before, now]} of what differs.
 
   Raises:
     ValueError: it has other files, the run of another config, or another process writes it.
   """
+  elastic.check_allowed(allow)
   kept = folder / 'config.json'
   if folder.exists() and not folder.is_dir():
     raise ValueError(f'--workdir {folder} is a file, not a folder')
@@ -57,36 +69,51 @@ def claimed(folder: pathlib.Path, config):
         f'{folder} cannot be locked against other processes ({error.strerror}): choose a '
         '--workdir on another file system'
       ) from error
+    changes: dict[str, list] = {}
     if kept.exists():
-      differing = config_lib.differences(config, config_lib.from_json(kept))
-      # What is to be done with broken examples may be chosen when the first has been met.
-      differing = [one for one in differing if not one.startswith('data.on_error ')]
-      if differing:
-        raise ValueError(
-          f'{folder} holds a run with another config: {"; ".join(differing)}. Choose another '
-          '--workdir, or give the same values to go on with that run'
-        )
-    yield
+      changes = elastic.changed(config, config_lib.from_json(kept), allow, folder)
+      changes = _with_processes(changes, allow, folder)
+    yield changes
+
+
+def _with_processes(
+  changes: dict[str, list], allow: Sequence[str], folder: pathlib.Path
+) -> dict[str, list]:
+  """The changes, with that of the number of processes."""
+  file = folder / 'run.json'
+  if not file.exists():
+    return changes
+  before = json.loads(file.read_text()).get('processes', 1)
+  return elastic.with_hosts(changes, before, hosts.count(), allow, folder)
 
 
 def _visible(folder: pathlib.Path) -> list[pathlib.Path]:
   return [path for path in folder.iterdir() if not path.name.startswith('.')]
 
 
-def begin(folder: pathlib.Path, config, **facts) -> None:
+def begin(folder: pathlib.Path, config, changes: Mapping[str, list], **facts) -> list[dict]:
   """Writes config.json and run.json, or checks that backbone and data of the run are the same.
 
   To be called when everything that can be wrong with a config has been tried: then a corrected
   command may use the folder.
 
+  Args:
+    folder: of the run.
+    config: complete.
+    changes: from `claimed`.
+    **facts: what run.json gets.
+
+  Returns:
+    All changes since the run was begun, see `elastic.recorded`.
+
   Raises:
-    ValueError: they have changed.
+    ValueError: backbone or labels have changed.
   """
-  write(folder / 'config.json', config_lib.to_json(config))
   file = folder / 'run.json'
   if not file.exists():
+    write(folder / 'config.json', config_lib.to_json(config))
     write(file, json.dumps(facts, indent=2) + '\n')
-    return
+    return []
   kept = json.loads(file.read_text())
   for name in ('labels', 'backbone_sha256'):
     if kept[name] != facts[name]:
@@ -99,6 +126,15 @@ def begin(folder: pathlib.Path, config, **facts) -> None:
       'choose another --workdir'
     )
   check_same(folder, facts.get('data', {}))
+  if changes:
+    made = max(steps_of(folder / 'checkpoints'), default=0)
+    kept['changes'] = elastic.recorded(kept, changes, made)
+    kept['processes'] = facts['processes']
+    write(file, json.dumps(kept, indent=2) + '\n')
+    # Of the shorter run: without it this one is not complete.
+    (folder / 'report.json').unlink(missing_ok=True)
+  write(folder / 'config.json', config_lib.to_json(config))
+  return kept.get('changes', [])
 
 
 def describe(folder: pathlib.Path) -> tuple[Any, dict]:

@@ -1,14 +1,15 @@
 """The training loop: one linear function from a configuration to a report."""
 
 import contextlib
+import functools
+import json
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
 
-from jpeft import cli, data, tasks
+from jpeft import cli, tasks
 from jpeft import config as config_lib
 from jpeft.core import summary
 from jpeft.decoding import AT_ONCE, completions
@@ -17,10 +18,10 @@ from jpeft.quant import nbytes
 from jpeft.version import __version__
 from jpeft.writing import remove_parts
 
-from . import feature_cache, fit, report, sharding, step
+from . import elastic, feature_cache, fit, hosts, report, sharding, shared, step
 from .build import build, check_used, optimizer_of
 from .by_label import write_by_label
-from .checkpoints import Checkpoints, damaged, fingerprint, save_theta
+from .checkpoints import damaged, fingerprint
 from .confusion import write_confusion
 from .endings import saved_first
 from .examples import count_of, digests, restore_skipped, skipped_of
@@ -36,8 +37,13 @@ from .watch import Signals, Watch
 from .writers import Writers, check_trackers, trackers_of
 
 
-def train(config, folder: pathlib.Path) -> dict:
+def train(config, folder: pathlib.Path, allow: Sequence[str] = ()) -> dict:
   """Trains `config` in `folder`, or goes on with it; returns the values of report.json.
+
+  Args:
+    config: complete.
+    folder: of the run.
+    allow: what may differ from the run that `folder` holds, see `elastic.MAY_CHANGE`.
 
   Raises:
     cli.Mistake: something in config, data or files is wrong.
@@ -45,24 +51,34 @@ def train(config, folder: pathlib.Path) -> dict:
     cli.Diverged: a loss or gradient is not finite.
   """
   with contextlib.ExitStack() as stack:
-    with cli.inputs_checked():
-      stack.enter_context(claimed(folder, config))
-      remove_parts(folder)
-      done = report.finished(folder, Progress().note)
+    hosts.check_config(config)
+    changes: dict = {}
+    done = None
+    with hosts.together():
+      if hosts.first():
+        changes = stack.enter_context(claimed(folder, config, allow))
+        remove_parts(folder)
+        if not elastic.is_longer(changes):
+          done = report.finished(folder, Progress().note)
+    changes, done = hosts.told([changes, done])
     if done is not None:
       return done
-    return _train(config, folder, stack)
+    folder = stack.enter_context(shared.mirrored(folder))
+    return _train(config, folder, changes, stack)
 
 
-def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
+def _train(config, folder: pathlib.Path, changes: dict, stack: contextlib.ExitStack) -> dict:
   # ---- Data, backbone, method, optimizer.
-  progress = Progress()
+  progress = Progress(stack.enter_context(shared.console()))
   stack.callback(progress.close)
   skipped = skipped_of(config, progress.note)
-  with cli.inputs_checked():
-    trackers = trackers_of(config)
+  with hosts.together():
+    trackers = trackers_of(config) if hosts.first() else ()
     check_trackers(trackers)
     mesh = sharding.mesh(config.mesh.data, config.mesh.model)
+    hosts.check_mesh(mesh)
+    hosts.check_supported(config)
+    rows = sharding.over_data(mesh)
     task = tasks.of(config)
     train_source = task.source(config, config.data.train)
     eval_source = task.source(config, config.data.test)
@@ -79,8 +95,8 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
       example = task.example(config, pretrained, outputs)
       return Part(rows, transform, forward, example, skipped.get('train' if training else 'test'))
 
-    train_size = config.data.batch_size
-    eval_size = config.data.eval_batch_size or train_size
+    train_rows = hosts.Rows(rows, config.data.batch_size)
+    eval_rows = hosts.Rows(rows, config.data.eval_batch_size or train_rows.size)
     train_part = part_of(train_source, True)
     eval_part = part_of(eval_source, False)
     untuned_part = eval_part  # the untuned model reads raw examples, not features
@@ -91,16 +107,11 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
       if getattr(part.source, 'about', '')
     ]
     if memory.cached_features:
-      train_part = feature_cache.cached(train_part, tuned, eval_size)
-      eval_part = feature_cache.cached(eval_part, tuned, eval_size)
-    batches = data.Batches(
-      train_part.source,
-      train_size,
-      train_part.transform,
-      config.seed,
-      skipped=train_part.skipped,
-    )
+      train_part = feature_cache.cached(train_part, tuned)
+      eval_part = feature_cache.cached(eval_part, tuned)
+    batches = train_part.shuffled(train_rows, config.seed)
     steps = config.steps or max(1, round(config.epochs * batches.steps_per_epoch))
+    elastic.check_length(folder, steps)
     stages = stages_of(tuned, steps, lambda staged: optimizer_of(config, staged, steps))
     if memory.cached_features and len(stages) > 1:
       raise ValueError(
@@ -114,13 +125,12 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
   # ---- Compilation, from shapes: an update that cannot fit is refused before anything is put on a
   # device.
   progress.stage('compiling')
-  rows = sharding.over_data(mesh)
   offload = sharding.offloads(mesh, memory.offload)
   backbone_sharding = sharding.of_backbone(
     mesh, pretrained.variables, config.mesh.backbone == 'sharded'
   )
   backbone_shapes = sharding.with_sharding(pretrained.variables, backbone_sharding)
-  batch_shapes = step.batch_shapes(train_part.example, train_size, rows)
+  batch_shapes = step.batch_shapes(train_part.example, train_rows.size, rows)
   for stage in stages:
     forward = train_part.forward
     if stage.tuned is not tuned:
@@ -137,30 +147,41 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     state_shapes = step.state_shapes(stage.tuned, stage.tx, pretrained.variables)
     stage.sharding = sharding.state_sharding(mesh, state_shapes, offload)
     state_shapes = sharding.with_sharding(state_shapes, stage.sharding)
-    with cli.inputs_checked():
+    stage.shapes = state_shapes
+    with hosts.together():
       stage.update, stage.cost = fit.fitting(
         train_step, state_shapes, backbone_shapes, batch_shapes
       )
 
   def compiled_eval(part: Part, theta_shapes):
     example = part.example | {'mask': np.ones(1, np.float32)}
-    shapes = step.batch_shapes(example, eval_size, rows)
+    shapes = step.batch_shapes(example, eval_rows.size, rows)
     fn = step.eval_step(part.forward, task.tally, task.tally_losses)
     return fit.compiled(fn, theta_shapes, backbone_shapes, shapes)[0]
 
   eval_step = compiled_eval(eval_part, state_shapes['theta'])
 
   # ---- Arrays on their devices.
-  backbone = jax.device_put(pretrained.variables, backbone_sharding)
-  backbone_sha256 = fingerprint(backbone)
+  backbone_sha256 = fingerprint(pretrained.variables)
+  hosts.check_equal(f'the SHA-256 of the backbone {config.model.source}', backbone_sha256)
+  if other_run is not None:
+    hosts.check_equal(f'the SHA-256 of {config.method.start}', other_run.sha256)
+  backbone = hosts.placed(pretrained.variables, backbone_sharding)
+  backbone_held = hosts.held(backbone, backbone_sha256)
 
   # ---- The folder, and where the run was when it stopped.
   reads = tasks.modality_of(pretrained).name
-  with cli.inputs_checked():
-    begin(
+  with hosts.together():
+    sources = {'train': train_source, 'test': eval_source}
+    found_data = digests(folder, sources, config.data.on_error)
+  hosts.check_equal('what the splits hold', json.dumps(found_data))
+  with hosts.together():
+    told_changes = begin(
       folder,
       config,
-      data=digests(folder, {'train': train_source, 'test': eval_source}, config.data.on_error),
+      changes,
+      data=found_data,
+      processes=hosts.count(),
       labels=train_source.classes,
       facts=facts_of_labels,
       reads=reads,
@@ -170,24 +191,23 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
       start_sha256=None if other_run is None else other_run.sha256,
       jpeft=__version__,
     )
-    checkpoints = Checkpoints(folder / 'checkpoints', config.checkpoint.keep)
-    stack.callback(checkpoints.close)
-
-    def state_at(number: int):
-      """A state of the structure that the run has after `number` updates; at 0 its beginning."""
-      stage = current(stages, number)
-      put_start = None if other_run is None else other_run.put
-      state = step.initial_state(stage.tuned, stage.tx, backbone, config.seed, put_start)
-      return jax.device_put(state, stage.sharding)
-
-    start = 0
-    seconds_before = 0.0
-    found = checkpoints.newest(state_at, progress.note)
-    if found is None:
+  checkpoints = shared.Checkpoints(folder / 'checkpoints', config.checkpoint.keep)
+  stack.callback(checkpoints.close)
+  start = 0
+  seconds_before = 0.0
+  found = checkpoints.newest(lambda number: current(stages, number).shapes, progress.note)
+  if found is None:
+    with hosts.together():
       if other_run is not None and not other_run.arrays:  # they were left to a checkpoint
         other_run = start_of(config, tuned, folder)
-      state = state_at(0)
-    else:
+    put_start = None if other_run is None else other_run.put
+    begun = functools.partial(
+      step.initial_state, stages[0].tuned, stages[0].tx, seed=config.seed, start=put_start
+    )
+    with cli.inputs_checked():
+      state = hosts.computed(begun, stages[0].sharding, backbone)
+  with hosts.together():
+    if found is not None:
       start, state, kept = found
       seconds_before = kept['seconds']
       batches.restore(kept['data'])
@@ -195,13 +215,7 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     stage = current(stages, start)
     metrics = Metrics(folder / 'metrics.jsonl', start)
 
-  first_line = (
-    f'{config.method.name} on {config.model.source}, {config.data.name}: {facts.trainable:,} '
-    f'trainable numbers beside {facts.total:,}, {facts.memory}; {steps} updates of {train_size}'
-  )
-  if start:
-    first_line += f', going on after {start}'
-  progress.note(first_line)
+  progress.note(report.begun(config, facts, steps, start))
   if other_run is not None and other_run.arrays:
     progress.note(other_run.told)
   progress.note(report.needs(stage.cost))
@@ -213,21 +227,17 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     if later.begin > start:
       count = summary(later.tuned).trainable
       progress.note(f'after {later.begin} updates: {count:,} trainable numbers')
+  for change in told_changes:
+    progress.note(elastic.line(change))
   for about in source_info:
     progress.note(about)
-  with cli.inputs_checked():
+  with hosts.together():
     writers = Writers(trackers, folder, start, metrics.rows, progress.note)
     stack.callback(writers.close)
   if not start:
     writers.config(config_lib.flatten(config))
   metrics.copied_to(writers)
-  signals = stack.enter_context(Signals())
-
-  def stop():
-    return signals.caught
-
-  def put(batch):
-    return jax.device_put(batch, rows)
+  stop = hosts.Stop(stack.enter_context(Signals()), mesh)
 
   # ---- Evaluation, with `number` updates made.
   number = start
@@ -252,8 +262,8 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
   def evaluated(model, theta, eval_step, part: Part, writes: Callable[[dict], bool]):
     """Scores of a model on the test split, and of its texts if writes(scores); None if stopped."""
     count = progress.stage('evaluating', len(part.source))
-    batches = counted(part.once(eval_size), eval_size, count)
-    tally = step.evaluate(eval_step, theta, backbone, batches, rows, stop, task.kept)
+    batches = counted(stop.guarded(part.once(eval_rows)), eval_rows.size, count)
+    tally = step.evaluate(eval_step, theta, backbone, batches, eval_rows, stop, task.kept)
     if tally is None:
       return None
     tally = task.judged(config, tally, scored)
@@ -302,7 +312,7 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     progress.note(f'features of {examples:,} examples: {mib(size)}')
     filling = progress.stage('features', examples)
     for features in unfilled:
-      features.fill(backbone, put, stop, filling.add)
+      features.fill(backbone, eval_rows, stop, filling.add)
 
   # ---- The loop: evaluate, save, and make one more update.
   watch = Watch(config.data.train, checkpoints)
@@ -317,12 +327,17 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
   def reading():
     """Where examples are read: a broken one ends the run after a checkpoint."""
     store = watch.check, save_checkpoint, checkpoints.wait
-    return saved_first(folder, *store, skips=bool(skipped))
+    return saved_first(folder, *store, skips=bool(skipped) or hosts.several())
 
   def is_due(every: int) -> bool:
     return number == steps or (number > 0 and number % every == 0)
 
+  with hosts.together():
+    if start < steps:
+      batches.check(0)
   while True:
+    if number + 2 <= steps:
+      stop.look_ahead(functools.partial(batches.check, 1))
     # A state that is not finite is neither evaluated nor saved.
     if stop() or is_due(evaluate_every) or is_due(config.checkpoint.every):
       watch.check()
@@ -331,10 +346,11 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
         scores = evaluated(tuned, state['theta'], eval_step, eval_part, writes=is_last)
       if scores is not None:
         if tasks.better(config.eval.metric, scores, metrics.of('test')):
-          save_theta(folder / 'best.safetensors', state['theta'], step=number, **scores)
+          best_file = folder / 'best.safetensors'
+          shared.save_theta(best_file, state['theta'], step=number, **scores)
         metrics.add(number, 'test', **scores, **count_of(skipped, 'test'))
         progress.note(report.line(f'step {number}', scores))
-    if stop() or is_last():
+    if stop.caught or is_last():
       break
     if is_due(config.checkpoint.every) and number > start:
       save_checkpoint()
@@ -342,7 +358,7 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     with reading(), cli.inputs_checked():
       batch = next(batches)
     indices = batch.pop('index')
-    state, out = stage.update(state, backbone, put(batch))
+    state, out = stage.update(state, backbone, train_rows.put(batch))
     number += 1
     watch.add(number, indices, out)
     following = current(stages, number)
@@ -359,14 +375,16 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
         grad_norm=float(out['grad_norm']),
         **count_of(skipped, 'train'),
       )
-      state['sums'] = jax.device_put(step.zero_sums(), sharding.replicated(mesh))
+      state['sums'] = hosts.placed(step.zero_sums(), sharding.replicated(mesh))
     updates.show(number, loss=watch.loss)
 
   save_checkpoint()
   checkpoints.wait()
+  with reading():
+    stop.raise_failure()
   if not is_last() or not metrics.has(number, 'test'):
     raise cli.Stopped(
-      signals.caught, f'checkpoint {number} of {steps} is in {folder}; the same command goes on'
+      stop.caught, f'checkpoint {number} of {steps} is in {folder}; the same command goes on'
     )
 
   if number < steps:
@@ -376,9 +394,9 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     )
 
   # ---- The report.
-  if fingerprint(backbone) != backbone_sha256:
+  if hosts.held(backbone) != backbone_held:
     raise RuntimeError('training has changed the backbone')
-  save_theta(folder / 'theta.safetensors', state['theta'], step=number)
+  shared.save_theta(folder / 'theta.safetensors', state['theta'], step=number)
   best = tasks.best(config.eval.metric, metrics.of('test'))
   result = {
     'method': config.method.name,
@@ -394,19 +412,23 @@ def _train(config, folder: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     'storage': memory.storage,
     'backbone_bytes': nbytes(backbone),
     'steps': number,
-    'batch_size': train_size,
+    'batch_size': train_rows.size,
     'seconds': round(seconds(), 2),
     'step_cost': max((one.cost for one in stages), key=lambda cost: cost.get('total_bytes', 0)),
+    'processes': hosts.count(),
     'device': f'{mesh.size} x {mesh.devices.flat[0].device_kind}',
     'backbone_sha256': backbone_sha256,
-    'theta_sha256': fingerprint(state['theta']),
+    'theta_sha256': shared.fingerprint(state['theta']),
   }
   if any(skipped.values()):
     result['skipped'] = {role: found.report() for role, found in skipped.items() if found}
   if damaged(folder):
     result['damaged_checkpoints'] = damaged(folder)
-  missing = report.write_report(folder, result, metrics.rows)
-  if missing:
-    progress.note(missing)
+  if told_changes:
+    result['changes'] = told_changes
+  if hosts.first():
+    missing = report.write_report(folder, result, metrics.rows)
+    if missing:
+      progress.note(missing)
   progress.note(report.line(folder, result['eval']))
   return result

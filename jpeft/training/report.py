@@ -10,6 +10,7 @@ from jpeft.messages import markdown
 from jpeft.programs import mib
 from jpeft.writing import write
 
+from . import elastic, hosts
 from .by_label import by_label_section
 from .checkpoints import is_theta, steps_of
 from .confusion import confusion_section
@@ -33,6 +34,27 @@ def line(what, scores: dict[str, float]) -> str:
 
 def _listed(scores: dict[str, float]) -> str:
   return ', '.join(f'{name} {value:.4f}' for name, value in scores.items())
+
+
+def begun(config, facts, steps: int, start: int) -> str:
+  """What a run trains, on one line.
+
+  Args:
+    config: complete.
+    facts: `summary` of its method.
+    steps: updates in all.
+    start: those that were made before.
+  """
+  told = (
+    f'{config.method.name} on {config.model.source}, {config.data.name}: {facts.trainable:,} '
+    f'trainable numbers beside {facts.total:,}, {facts.memory}; {steps} updates of '
+    f'{config.data.batch_size}'
+  )
+  if start:
+    told += f', going on after {start}'
+  if hosts.several():
+    told += f'; {hosts.count()} processes'
+  return told
 
 
 def needs(cost: dict[str, float]) -> str:
@@ -174,6 +196,9 @@ def _facts(report: dict[str, Any]) -> dict[str, str]:
   # XLA's buffers on a CPU say nothing of an accelerator's.
   if 'temp_bytes' in cost and 'cpu' not in report['device']:
     facts['temporary bytes'] = f'{cost["temp_bytes"] / 2**20:.1f} MiB'
+  for change in report.get('changes', ()):
+    name, _, told = elastic.line(change).partition(': ')
+    facts[name] = told
   if 'untuned' in report:
     facts['untuned'] = _listed(report['untuned'])
     facts['at the end'] = _listed(report['eval'])

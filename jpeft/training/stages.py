@@ -9,7 +9,7 @@ import optax
 
 from jpeft.core import Tuned
 
-from . import optim
+from . import hosts, optim
 
 
 @dataclasses.dataclass
@@ -22,6 +22,7 @@ class Stage:
     rate: the learning rate of each update of the run.
     tx: the optimizer of what is trained.
     sharding: where the state's arrays are.
+    shapes: of the state's arrays, with their shardings.
     update: the compiled training step.
     cost: what it needs, see `fit.fitting`.
   """
@@ -31,6 +32,7 @@ class Stage:
   rate: optax.Schedule
   tx: optax.GradientTransformation
   sharding: Any = None
+  shapes: Any = None
   update: Any = None
   cost: dict[str, float] = dataclasses.field(default_factory=dict)
 
@@ -61,4 +63,4 @@ def entered(stage: Stage, state: dict) -> dict:
   optimizer = optim.carried(state['optimizer'], stage.tx, trained)
   # Copied: what is carried on would else be donated with the state before.
   state = state | {'optimizer': jax.tree.map(lambda x: x.copy(), optimizer)}
-  return jax.device_put(state, stage.sharding)
+  return hosts.placed(state, stage.sharding)

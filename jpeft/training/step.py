@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding
 
 from jpeft import tasks
 from jpeft.core import NotAtHead, Tuned
+
+from . import hosts
 
 STREAM_THETA, STREAM_STEP, STREAM_UPDATE = range(3)
 PLAIN = tasks.softmax()
@@ -290,7 +291,7 @@ def evaluate(
   theta,
   backbone,
   batches,
-  rows: NamedSharding,
+  rows: hosts.Rows,
   stop: Callable[[], Any],
   kept: Sequence[str] = (),
 ) -> dict[str, np.ndarray] | None:
@@ -301,7 +302,7 @@ def evaluate(
     theta: what is evaluated.
     backbone: beside it.
     batches: one pass, the last batch filled up.
-    rows: the sharding of a batch.
+    rows: those of a batch, and where they go.
     stop: called between batches; when it returns true there is no tally.
     kept: entries [B, ...] of a tally that are kept for each example; the others are added.
   """
@@ -311,8 +312,10 @@ def evaluate(
     if stop():
       return None
     batch.pop('index')
-    real = batch['mask'] > 0  # False for rows that fill up the last batch
-    tally = jax.device_get(eval_step(theta, backbone, jax.device_put(batch, rows)))
+    batch = rows.put(batch)
+    tally = hosts.fetched(eval_step(theta, backbone, batch))
+    if kept:
+      real = hosts.fetched(batch['mask']) > 0  # False for rows that fill up the last batch
     for name, parts in rows_of.items():
       parts.append(tally.pop(name)[real])
     if total is None:

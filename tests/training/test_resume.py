@@ -1,7 +1,6 @@
 """Killed at any step and started again, a run ends with the bits of one that was left alone."""
 
 import contextlib
-import json
 import os
 import pathlib
 import random
@@ -15,7 +14,8 @@ import time
 import pytest
 from safetensors.numpy import load_file
 
-from jpeft.training.metrics import read_metrics, values
+from jpeft.training.metrics import read_metrics
+from tests.training import killing
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 60
@@ -85,50 +85,11 @@ def alone(start, tmp_path_factory):
   return folder
 
 
-def reached(process, folder, step):
-  """Waits until the log shows a step."""
-  end = time.monotonic() + 120
-  while time.monotonic() < end and process.poll() is None:
-    if any(row['step'] >= step for row in read_metrics(folder / 'metrics.jsonl')):
-      return
-    time.sleep(0.002)
-  raise AssertionError(f'step {step} was not reached: {process.communicate()[1]}')
-
-
-def files_of(folder):
-  """The files of a run; those of arrays in checkpoints have random names."""
-  names = {path.relative_to(folder).as_posix() for path in folder.rglob('*') if path.is_file()}
-  return {re.sub('/d/[0-9a-f]{32}$', '/d/*', name) for name in names}
-
-
-def assert_same(folder, other, arrays=2):
-  """All that two runs leave is equal, clocks apart."""
-  folders = folder, other
-  assert files_of(folder) == files_of(other)
-  for name in ('config.json', 'run.json', 'confusion.json'):
-    if (folder / name).exists():
-      assert (folder / name).read_text() == (other / name).read_text(), name
-  rows = [read_metrics(f / 'metrics.jsonl') for f in folders]
-  logs = [[(row['step'], row['split'], values(row)) for row in log] for log in rows]
-  assert logs[0] == logs[1]
-  assert len(logs[0]) == STEPS + STEPS // 7 + 1
-  for name in ('theta.safetensors', 'best.safetensors'):
-    a, b = load_file(folder / name), load_file(other / name)
-    assert a.keys() == b.keys() and len(a) == arrays
-    for key in a:
-      assert a[key].tobytes() == b[key].tobytes(), key
-  reports = [json.loads((f / 'report.json').read_text()) for f in folders]
-  for key in ('theta_sha256', 'backbone_sha256', 'eval', 'best', 'steps'):
-    assert reports[0][key] == reports[1][key], key
-  kept = [json.loads((f / f'checkpoints/{STEPS}/about/metadata').read_text()) for f in folders]
-  assert kept[0]['sha256'] == kept[1]['sha256']  # of theta, the optimizer and the sums
-
-
 def test_sigkill_at_random_steps(start, alone, tmp_path):
   rng, folder = random.Random(time.time_ns()), tmp_path / 'run'
   for low, high in ((1, 20), (21, 40), (41, 55)):
     process, step = start(folder), rng.randint(low, high)
-    reached(process, folder, step)
+    killing.reached(process, folder, step)
     time.sleep(rng.uniform(0, 0.05))
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -137,7 +98,7 @@ def test_sigkill_at_random_steps(start, alone, tmp_path):
   _, told = process.communicate(timeout=120)
   assert process.returncode == 0, told
   assert 'going on after' in told
-  assert_same(folder, alone)
+  killing.assert_same(folder, alone, STEPS)
 
 
 def kill(process, folder, rng, seconds):
@@ -185,7 +146,7 @@ def test_a_hundred_sigkills(start, alone, tmp_path):
     _, told = process.communicate(timeout=600)
     assert process.returncode == 0, (seed, runs, told)
     assert 'warning' not in told, (seed, runs, told)
-    assert_same(folder, alone)
+    killing.assert_same(folder, alone, STEPS)
     runs += 1
     print(f'seed {seed}: {kills} kills, {runs} runs, no difference', flush=True)
 
@@ -193,7 +154,7 @@ def test_a_hundred_sigkills(start, alone, tmp_path):
 def test_sigterm_saves_and_exits(start, alone, tmp_path):
   folder = tmp_path / 'run'
   process = start(folder)
-  reached(process, folder, 13)
+  killing.reached(process, folder, 13)
   process.send_signal(signal.SIGTERM)
   _, told = process.communicate(timeout=60)
   assert process.returncode == 128 + signal.SIGTERM, told
@@ -203,7 +164,7 @@ def test_sigterm_saves_and_exits(start, alone, tmp_path):
   process = start(folder)
   _, told = process.communicate(timeout=120)
   assert process.returncode == 0 and f'going on after {last}' in told, told
-  assert_same(folder, alone)
+  killing.assert_same(folder, alone, STEPS)
 
 
 def test_a_terminal_that_is_closed_saves_and_exits(start, tmp_path):
@@ -215,7 +176,7 @@ def test_a_terminal_that_is_closed_saves_and_exits(start, tmp_path):
   os.close(theirs)
   shown = threading.Thread(target=drain, args=(ours, process), daemon=True)
   shown.start()
-  reached(process, folder, 13)
+  killing.reached(process, folder, 13)
   os.close(ours)  # the kernel sends SIGHUP, and nothing can be printed any more
   assert process.wait(timeout=120) == 128 + signal.SIGHUP
   last = max(int(p.name) for p in (folder / 'checkpoints').iterdir())
@@ -232,7 +193,7 @@ def drain(terminal, process):
 def test_ctrl_c_twice_is_one_line(start, tmp_path):
   folder = tmp_path / 'run'
   process = start(folder)
-  reached(process, folder, 13)
+  killing.reached(process, folder, 13)
   for _ in range(2):
     process.send_signal(signal.SIGINT)
     time.sleep(0.02)
@@ -270,13 +231,13 @@ def test_numbers_survive_kills(start, images, tmp_path):
   _, told = process.communicate(timeout=120)
   assert process.returncode == 0, told
   process = start(killed, *more)
-  reached(process, killed, 23)
+  killing.reached(process, killed, 23)
   process.send_signal(signal.SIGKILL)
   process.communicate(timeout=120)
   process = start(killed, *more)
   _, told = process.communicate(timeout=120)
   assert process.returncode == 0 and 'going on after' in told, told
-  assert_same(killed, alone)
+  killing.assert_same(killed, alone, STEPS)
 
   # The same command on other labels is another run.
   (killed / 'report.json').unlink()
@@ -368,13 +329,13 @@ def test_all_that_a_method_may_be_survives_kills(start, tmp_path):
   killed = tmp_path / 'killed'
   for step in (23, 43):  # in the first stage and in the second
     process = start(killed, *more)
-    reached(process, killed, step)
+    killing.reached(process, killed, step)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=120)
   process = start(killed, *more)
   _, told = process.communicate(timeout=120)
   assert process.returncode == 0, told
-  assert_same(alone, killed, arrays=9)
+  killing.assert_same(alone, killed, STEPS, arrays=9)
 
   theta = load_file(alone / 'theta.safetensors')
   layers = {name.split('/')[2] for name in theta if name.startswith('behind_mean')}

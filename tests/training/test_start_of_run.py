@@ -1,16 +1,15 @@
 """Runs that start from the theta of another run."""
 
 import json
-import os
 import shutil
-import signal
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jpeft import cli, data, training
+from jpeft import cli, training
 from jpeft.training import start as start_lib
+from tests.training import killing
 
 STILL = {
   'steps': 1,
@@ -157,26 +156,13 @@ def test_places_that_are_no_start(load, tmp_path, place, message):
     training.train(load('lora', **{'method.start': tmp_path / place}), tmp_path / 'run')
 
 
-def interrupt(monkeypatch, batch):
-  """Sends SIGTERM as a run reads its n-th batch."""
-  read, seen = data.Batches.__next__, []
-
-  def interrupted(self):
-    seen.append(0)
-    if len(seen) == batch:
-      os.kill(os.getpid(), signal.SIGTERM)
-    return read(self)
-
-  monkeypatch.setattr(data.Batches, '__next__', interrupted)
-
-
 def test_a_run_that_was_stopped_does_not_read_its_start_again(
   load, finished, tmp_path, monkeypatch, capsys
 ):
   start = shutil.copytree(finished, tmp_path / 'start')
   config = load('lora', **METHOD, **{'method.start': start})
   whole = training.train(config, tmp_path / 'whole')
-  interrupt(monkeypatch, 5)
+  killing.interrupt(monkeypatch, 5)
   with pytest.raises(cli.Stopped):
     training.train(config, tmp_path / 'cut')
   shutil.copytree(tmp_path / 'cut', tmp_path / 'again')

@@ -1,0 +1,64 @@
+"""What tests need that kill runs: when to, and whether nothing is lost."""
+
+import json
+import os
+import re
+import signal
+import time
+
+from safetensors.numpy import load_file
+
+from jpeft import data
+from jpeft.training.metrics import read_metrics, values
+
+
+def reached(process, folder, step):
+  """Waits until the log shows a step."""
+  end = time.monotonic() + 120
+  while time.monotonic() < end and process.poll() is None:
+    if any(row['step'] >= step for row in read_metrics(folder / 'metrics.jsonl')):
+      return
+    time.sleep(0.002)
+  raise AssertionError(f'step {step} was not reached: {process.communicate()[1]}')
+
+
+def files_of(folder):
+  """The files of a run; those of arrays in checkpoints have random names."""
+  names = {path.relative_to(folder).as_posix() for path in folder.rglob('*') if path.is_file()}
+  return {re.sub('/d/[0-9a-f]{32}$', '/d/*', name) for name in names}
+
+
+def assert_same(folder, other, steps, arrays=2):
+  """All that two runs leave is equal, clocks apart."""
+  folders = folder, other
+  assert files_of(folder) == files_of(other)
+  for name in ('config.json', 'run.json', 'confusion.json'):
+    if (folder / name).exists():
+      assert (folder / name).read_text() == (other / name).read_text(), name
+  rows = [read_metrics(f / 'metrics.jsonl') for f in folders]
+  logs = [[(row['step'], row['split'], values(row)) for row in log] for log in rows]
+  assert logs[0] == logs[1]
+  assert len(logs[0]) == steps + steps // 7 + 1  # log.every=1, eval.every=7
+  for name in ('theta.safetensors', 'best.safetensors'):
+    a, b = load_file(folder / name), load_file(other / name)
+    assert a.keys() == b.keys() and len(a) == arrays
+    for key in a:
+      assert a[key].tobytes() == b[key].tobytes(), key
+  reports = [json.loads((f / 'report.json').read_text()) for f in folders]
+  for key in ('theta_sha256', 'backbone_sha256', 'eval', 'best', 'steps'):
+    assert reports[0][key] == reports[1][key], key
+  kept = [json.loads((f / f'checkpoints/{steps}/about/metadata').read_text()) for f in folders]
+  assert kept[0]['sha256'] == kept[1]['sha256']  # of theta, the optimizer and the sums
+
+
+def interrupt(monkeypatch, batch):
+  """Sends SIGTERM as a run reads its n-th batch."""
+  read, seen = data.Batches.__next__, []
+
+  def interrupted(self):
+    seen.append(0)
+    if len(seen) == batch:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return read(self)
+
+  monkeypatch.setattr(data.Batches, '__next__', interrupted)
