@@ -114,7 +114,7 @@ def _costs(planned: planning.Work, tuned, where: planning.Target) -> dict[str, f
   """MiB, GFLOP and time of a training step, which is compiled and not run."""
   tx = training.optimizer(tuned, tuned.shapes, optax.constant_schedule(1e-3))
   state = training.state_shapes(tuned, tx, planned.variables)
-  shapes = planned.placed(where.mesh(), state, planned.size)
+  shapes = planned.placed(tuned, where.mesh(), state, planned.size)
   forward = training.Forward(tuned, True, planned.mode(True))
   step = training.train_step(tuned, forward, tx, 0, planned.objective)
   traced = jax.jit(step, donate_argnums=0).trace(*shapes)

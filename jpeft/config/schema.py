@@ -376,7 +376,16 @@ FIELDS: dict[str, Field] = {
   # Devices.
   'mesh.data': _positive(int, 1, 'devices that share a batch'),
   'mesh.model': _positive(int, 1, 'devices that share a copy of the backbone'),
-  'mesh.backbone': _choice('replicated', 'over the model axis', 'replicated', 'sharded'),
+  'mesh.backbone': _choice(
+    'replicated',
+    'whole on each device, cut over the model axis, or cut over both axes',
+    'replicated',
+    'sharded',
+    'fsdp',
+  ),
+  'mesh.whole_below': _positive(
+    int, 2**18, 'arrays with fewer numbers in one layer are whole on each device'
+  ),
   'baseline': Field(
     _OPTIONAL_TEXT, None, 'also run the file with this argument, and print both as a table'
   ),

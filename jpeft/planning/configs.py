@@ -63,7 +63,8 @@ def _of_config(name: str, config, where: Target, search: bool) -> Plan:
     size=config.data.batch_size,
     memory=training.Memory.of(config),
     mesh=(config.mesh.data, config.mesh.model),
-    sharded=config.mesh.backbone == 'sharded',
+    backbone=config.mesh.backbone,
+    whole_below=config.mesh.whole_below,
     accumulate=config.optimizer.accumulate,
     objective=task.objective(config, tasks.NO_FACTS),
   )

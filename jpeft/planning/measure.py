@@ -61,8 +61,13 @@ def _of_stage(
       'micro-batches'
     )
   shapes = training.state_shapes(tuned, tx, work.variables)
-  state, backbone, batch = work.placed(mesh, shapes, size)
-  step = jax.jit(work.step(tuned, tx, mesh), donate_argnums=0, keep_unused=True)
+  state, backbone, batch = work.placed(tuned, mesh, shapes, size)
+  step = jax.jit(
+    work.step(tuned, tx, mesh),
+    donate_argnums=0,
+    keep_unused=True,
+    out_shardings=training.step_shardings(state),
+  )
   traced = step.trace(state, backbone, batch)
   known = programs.nbytes((state, backbone, batch))
   needed = {'argument': known, 'temp': None, 'total': known, 'exact': False}

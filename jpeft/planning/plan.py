@@ -31,7 +31,7 @@ def plan(
   optimizer: str = 'adamw',
   accumulate: int = 1,
   mesh: tuple[int, int] = (1, 1),
-  sharded: bool = False,
+  sharded: bool | str = False,
   search: bool = False,
   head: bool = True,
   storage: str | None = None,
@@ -53,7 +53,8 @@ def plan(
     optimizer: 'adamw', 'adam', 'sgd', 'lion' or 'adafactor'.
     accumulate: micro-batches that a batch is cut into.
     mesh: (data, model) devices.
-    sharded: spread the backbone over the model axis.
+    sharded: how the backbone is cut over the mesh, 'replicated', 'sharded' or 'fsdp'; True for
+      'sharded'.
     search: also find the largest batch that fits.
     head: named methods also train the model's head.
     storage: the 4-bit format of the kernels (`quant.formats.FORMATS`); if left out, that of each
@@ -81,7 +82,7 @@ def plan(
     size=shapes['label'].shape[0],
     memory=training.Memory(remat=_remat_of(model), offload=offload),
     mesh=mesh,
-    sharded=sharded,
+    backbone=_layout(sharded),
     accumulate=accumulate,
   )
   where = devices.target(target)
@@ -109,6 +110,21 @@ def plan(
   else:
     plans = [plan_of_name(name) for name in methods]
   return or_instead(plans, plan_of_name)
+
+
+def _layout(sharded: bool | str) -> str:
+  """The name of a layout.
+
+  Raises:
+    ValueError: there is none of this name.
+  """
+  if isinstance(sharded, bool):
+    return 'sharded' if sharded else 'replicated'
+  if sharded not in training.BACKBONES:
+    raise ValueError(
+      f'sharded={sharded!r} must be a bool or one of {", ".join(training.BACKBONES)}'
+    )
+  return sharded
 
 
 def _variables_of(model, shapes: Mapping[str, jax.ShapeDtypeStruct]):

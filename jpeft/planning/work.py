@@ -24,7 +24,7 @@ class Work:
     size: examples an update.
     memory: what is done to need less memory; `model` and `variables` are already as it says.
     mesh: (data, model) devices.
-    sharded: whether the backbone is spread over the model axis.
+    backbone, whole_below: see `training.Layout`.
     accumulate, objective: see `training.train_step`.
   """
 
@@ -34,7 +34,8 @@ class Work:
   size: int
   memory: Memory = dataclasses.field(default_factory=Memory)
   mesh: tuple[int, int] = (1, 1)
-  sharded: bool = False
+  backbone: str = 'replicated'
+  whole_below: int = training.WHOLE_BELOW
   accumulate: int = 1
   objective: tasks.Objective = training.PLAIN
 
@@ -63,12 +64,16 @@ class Work:
     args, kwargs = tasks.inputs(self.batch(1))
     return attach(self.model, method, self.variables, *args, **kwargs, **self.mode(False))
 
-  def placed(self, mesh: Mesh, state, size: int) -> tuple[Any, Any, Any]:
+  def layout(self, tuned: Tuned, mesh: Mesh) -> training.Layout:
+    """Where the trainer has the arrays."""
+    return training.Layout(tuned, mesh, self.backbone, self.whole_below)
+
+  def placed(self, tuned: Tuned, mesh: Mesh, state, size: int) -> tuple[Any, Any, Any]:
     """(state, variables, batch) as shapes with the shardings that the trainer gives the arrays."""
+    layout = self.layout(tuned, mesh)
     offload = training.offloads(mesh, self.memory.offload)
-    state = training.with_sharding(state, training.state_sharding(mesh, state, offload))
-    backbone = training.of_backbone(mesh, self.variables, self.sharded)
-    variables = training.with_sharding(self.variables, backbone)
+    state = training.with_sharding(state, layout.of_state(state, offload))
+    variables = training.with_sharding(self.variables, layout.of_backbone(self.variables))
     batch = training.with_sharding(self.batch(size), training.over_data(mesh))
     return state, variables, batch
 
@@ -76,7 +81,7 @@ class Work:
     """(state, backbone, batch) -> (state, ...): the trainer's update."""
     return training.train_step(
       tuned,
-      training.Forward(tuned, True, self.mode(True)),
+      self.layout(tuned, mesh).forward(tuned, True, self.mode(True)),
       tx,
       seed=0,
       objective=self.objective,

@@ -36,7 +36,7 @@ class Quantized(Box):
 
   def unbox(self) -> jax.Array:
     """The kernel, or the stack of them, decoded."""
-    axes = self.axes if self._stacked else ()
+    axes = self._stack_axes
     front = range(len(axes))
     arrays = {}  # [*stack, *shape of one layer]
     for name, shape in self._layer_shapes.items():
@@ -76,6 +76,21 @@ class Quantized(Box):
   def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
     """{name: shape} of the arrays of one layer."""
     return {name: x.shape for name, x in encoded_shapes(self.form, self.leaf).items()}
+
+  @property
+  def columns(self) -> dict[str, int | None]:
+    """{name of an array: its axis with one entry for each column of the matrix, or None}."""
+    found: dict[str, int | None] = {}
+    for name, shape in self._layer_shapes.items():
+      own = [axis for axis in range(self.arrays[name].ndim) if axis not in self._stack_axes]
+      is_matrix = len(shape) == len(self.leaf.batch) + 2
+      found[name] = own[len(shape) - 1] if is_matrix else None
+    return found
+
+  @property
+  def _stack_axes(self) -> tuple[int, ...]:
+    """The axes that stack layers, as far as they are here."""
+    return self.axes if self._stacked else ()
 
   @property
   def _stacked(self) -> bool:

@@ -8,11 +8,12 @@ from .build import build, check_used, hyperparameters, method_of, optimizer_of
 from .checkpoints import Checkpoints, fingerprint, load_theta, save_theta
 from .endings import resumable
 from .feature_cache import Features, Part, cached
-from .fit import compiled, fitting
+from .fit import compiled, fitting, step_shardings
 from .folder import claimed, describe, reopen
 from .hosts import first
 from .imports import check_imported, imports_of
 from .joining import Joining, join, last_words
+from .layout import BACKBONES, WHOLE_BELOW, Layout
 from .loop import train
 from .memory import Memory
 from .metrics import Metrics, values
@@ -22,12 +23,9 @@ from .progress import Progress
 from .report import line, needs, table, write_report
 from .sharding import (
   mesh,
-  of_backbone,
   offloads,
   over_data,
-  over_model,
   replicated,
-  state_sharding,
   with_sharding,
 )
 from .step import (
@@ -45,16 +43,19 @@ from .step import (
 from .writers import Opened, Writer, register_writer
 
 __all__ = [
+  'BACKBONES',
   'Checkpoints',
   'Features',
   'Forward',
   'Joining',
+  'Layout',
   'Memory',
   'Metrics',
   'Opened',
   'PLAIN',
   'Part',
   'Progress',
+  'WHOLE_BELOW',
   'Writer',
   'answers',
   'batch_shapes',
@@ -83,13 +84,11 @@ __all__ = [
   'mesh',
   'method_of',
   'needs',
-  'of_backbone',
   'offloads',
   'optim',
   'optimizer',
   'optimizer_of',
   'over_data',
-  'over_model',
   'predictions',
   'register_writer',
   'replicated',
@@ -99,7 +98,7 @@ __all__ = [
   'save_theta',
   'schedule',
   'state_shapes',
-  'state_sharding',
+  'step_shardings',
   'table',
   'train',
   'train_step',

@@ -6,14 +6,18 @@ A program that cannot fit is refused before anything is put on a device.
 import dataclasses
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
+from jax.sharding import NamedSharding
 
 from jpeft import programs
 
+from .sharding import replicated
+
 
 def compiled(
-  fn: Callable, *args, donate: tuple[int, ...] = ()
+  fn: Callable, *args, donate: tuple[int, ...] = (), out: Any = None
 ) -> tuple[Callable, dict[str, float]]:
   """(fn compiled for these arguments, its costs as XLA reports them).
 
@@ -22,11 +26,18 @@ def compiled(
   that does not report some leaves them out. An argument that the program does not read counts all
   the same, because it stays on the device.
 
+  Args:
+    fn: what is compiled.
+    *args: shapes with shardings.
+    donate: positions of arguments that are donated.
+    out: shardings of what it returns; the compiler chooses them if left out.
+
   Raises:
     programs.TooLarge: it does not fit the device, and the compiler reports that.
   """
   start = time.perf_counter()
-  traced = jax.jit(fn, donate_argnums=donate, keep_unused=True).trace(*args)
+  jitted = jax.jit(fn, donate_argnums=donate, keep_unused=True, out_shardings=out)
+  traced = jitted.trace(*args)
   program = programs.compiled(traced, arguments=programs.nbytes(args))
   cost: dict[str, float] = {'compile_seconds': round(time.perf_counter() - start, 2)}
   analysis = program.cost_analysis() or {}
@@ -52,6 +63,12 @@ def limit_of(device) -> int | None:
   return (device.memory_stats() or {}).get('bytes_limit')
 
 
+def step_shardings(state) -> tuple[Any, NamedSharding]:
+  """The shardings of what an update returns: the state where it was, so that it can go on."""
+  where = jax.tree.map(lambda x: x.sharding, state)
+  return where, replicated(where['step'].mesh)
+
+
 def fitting(update: Callable, state, backbone, batch) -> tuple[Callable, dict[str, float]]:
   """`compiled` for an update whose state is donated, and which fits its devices.
 
@@ -70,7 +87,7 @@ def fitting(update: Callable, state, backbone, batch) -> tuple[Callable, dict[st
   limit = limit_of(device)
   parts = {'weights_bytes': programs.nbytes(backbone), 'state_bytes': programs.nbytes(state)}
   try:
-    program, cost = compiled(update, state, backbone, batch, donate=(0,))
+    program, cost = compiled(update, state, backbone, batch, donate=(0,), out=step_shardings(state))
     total = cost.get('total_bytes', 0)
     if limit is None or total <= limit:
       return program, cost | parts

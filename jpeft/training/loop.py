@@ -28,6 +28,7 @@ from .examples import count_of, digests, restore_skipped, skipped_of
 from .feature_cache import Features, Part
 from .folder import begin, claimed
 from .imports import imports_of
+from .layout import Layout
 from .memory import Memory
 from .metrics import Metrics, values
 from .progress import Progress, counted
@@ -88,10 +89,11 @@ def _train(config, folder: pathlib.Path, changes: dict, stack: contextlib.ExitSt
     pretrained, tuned = build(config, outputs)
     task.check(config, tuned)
     memory = Memory.of(config)
+    layout = Layout(tuned, mesh, config.mesh.backbone, config.mesh.whole_below)
 
     def part_of(source, training: bool) -> Part:
       rows, transform = task.rows(config, pretrained, source, training, facts_of_labels)
-      forward = step.Forward(tuned, training)
+      forward = layout.forward(tuned, training)
       example = task.example(config, pretrained, outputs)
       return Part(rows, transform, forward, example, skipped.get('train' if training else 'test'))
 
@@ -126,15 +128,13 @@ def _train(config, folder: pathlib.Path, changes: dict, stack: contextlib.ExitSt
   # device.
   progress.stage('compiling')
   offload = sharding.offloads(mesh, memory.offload)
-  backbone_sharding = sharding.of_backbone(
-    mesh, pretrained.variables, config.mesh.backbone == 'sharded'
-  )
+  backbone_sharding = layout.of_backbone(pretrained.variables)
   backbone_shapes = sharding.with_sharding(pretrained.variables, backbone_sharding)
   batch_shapes = step.batch_shapes(train_part.example, train_rows.size, rows)
   for stage in stages:
     forward = train_part.forward
     if stage.tuned is not tuned:
-      forward = step.Forward(stage.tuned, True)
+      forward = layout.forward(stage.tuned, True)
     train_step = step.train_step(
       stage.tuned,
       forward,
@@ -145,7 +145,7 @@ def _train(config, folder: pathlib.Path, changes: dict, stack: contextlib.ExitSt
       offload,
     )
     state_shapes = step.state_shapes(stage.tuned, stage.tx, pretrained.variables)
-    stage.sharding = sharding.state_sharding(mesh, state_shapes, offload)
+    stage.sharding = layout.of_state(state_shapes, offload)
     state_shapes = sharding.with_sharding(state_shapes, stage.sharding)
     stage.shapes = state_shapes
     with hosts.together():
@@ -202,7 +202,12 @@ def _train(config, folder: pathlib.Path, changes: dict, stack: contextlib.ExitSt
         other_run = start_of(config, tuned, folder)
     put_start = None if other_run is None else other_run.put
     begun = functools.partial(
-      step.initial_state, stages[0].tuned, stages[0].tx, seed=config.seed, start=put_start
+      step.initial_state,
+      stages[0].tuned,
+      stages[0].tx,
+      seed=config.seed,
+      start=put_start,
+      shardings=stages[0].sharding,
     )
     with cli.inputs_checked():
       state = hosts.computed(begun, stages[0].sharding, backbone)
@@ -219,6 +224,8 @@ def _train(config, folder: pathlib.Path, changes: dict, stack: contextlib.ExitSt
   if other_run is not None and other_run.arrays:
     progress.note(other_run.told)
   progress.note(report.needs(stage.cost))
+  for told in layout.exceptions():
+    progress.note(f'mesh.backbone={config.mesh.backbone}: {told}')
   if isinstance(train_part.forward, step.Forward):
     _, why = train_part.forward.in_pieces(batch_shapes, objective)
     if why:
@@ -293,7 +300,7 @@ def _train(config, folder: pathlib.Path, changes: dict, stack: contextlib.ExitSt
 
   if task.untuned and not start and not metrics.has(0, 'untuned'):
     untuned = tuned.only()
-    part = untuned_part._replace(forward=step.Forward(untuned, False))
+    part = untuned_part._replace(forward=layout.forward(untuned, False))
     scores = evaluated(untuned, {}, compiled_eval(part, {}), part, writes=always)
     if scores is not None:
       metrics.add(0, 'untuned', **scores)

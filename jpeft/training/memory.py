@@ -8,7 +8,7 @@ one place that acts on it:
 | remat | `build`: the model is made with it |
 | saved_bits | `method_of`: the method is chained with `packed` |
 | storage | `build`: the kernels are loaded in this format |
-| offload | `sharding.state_sharding` and `step.train_step` |
+| offload | `Layout.of_state` and `step.train_step` |
 | cached_features | `loop`: parts are replaced by their `feature_cache.cached` |
 """
 

@@ -1,7 +1,5 @@
-"""Where the arrays of a run are on a mesh of devices."""
+"""Meshes of devices, and arrays that are whole on each or cut by examples; others see layout.py."""
 
-import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -45,41 +43,6 @@ def over_data(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec('data'))
 
 
-def over_model(mesh: Mesh, tree) -> Any:
-  """Shardings of a backbone: of each array the largest axis that the model axis divides."""
-  parts = mesh.shape['model']
-
-  def leaf(x):
-    spec = [None] * len(x.shape)
-    divisible = [i for i, size in enumerate(x.shape) if size % parts == 0]
-    if divisible and math.prod(x.shape) > 1:
-      largest = max(divisible, key=lambda i: x.shape[i])
-      spec[largest] = 'model'
-    return NamedSharding(mesh, PartitionSpec(*spec))
-
-  return jax.tree.map(leaf, tree)
-
-
-def of_backbone(mesh: Mesh, tree, sharded: bool) -> Any:
-  """Shardings of a backbone: spread over the model axis, or whole on each device."""
-  if sharded:
-    return over_model(mesh, tree)
-  return replicated(mesh)
-
-
 def offloads(mesh: Mesh, wanted: bool) -> bool:
   """Whether the optimizer's state goes to host memory: if wanted, and the devices are no CPUs."""
   return wanted and mesh.devices.flat[0].platform != 'cpu'
-
-
-def state_sharding(mesh: Mesh, state: Mapping[str, Any], offload: bool = False) -> dict:
-  """Shardings of a training state, whole on each device.
-
-  With `offload` the optimizer's part is in pinned host memory.
-  """
-  shardings = dict.fromkeys(state, replicated(mesh))
-  if offload:
-    shardings['optimizer'] = replicated(mesh).with_memory_kind('pinned_host')
-  return {
-    name: jax.tree.map(lambda _, where=shardings[name]: where, tree) for name, tree in state.items()
-  }

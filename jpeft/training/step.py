@@ -25,6 +25,7 @@ def initial_state(
   backbone,
   seed: int,
   start: Callable | None = None,
+  shardings: Mapping[str, Any] | None = None,
 ) -> dict:
   """The arrays that an update changes.
 
@@ -36,18 +37,32 @@ def initial_state(
     backbone: which theta may start from.
     seed: of theta.
     start: fresh theta -> theta, such as `Start.put`; theta stays fresh if left out.
+    shardings: of the state, from `Layout.of_state`: no device makes more than its part. Where the
+      compiler puts them, if left out.
   """
+  shardings = shardings or {}
   key = jax.random.fold_in(jax.random.key(seed), STREAM_THETA)
   # Copied: a theta that starts as the backbone's own array would be donated with it.
-  theta = jax.tree.map(jnp.copy, jax.jit(tuned.init)(key, backbone))
+  where = shardings.get('theta')
+  theta = jax.tree.map(jnp.copy, jax.jit(tuned.init, out_shardings=where)(key, backbone))
   if start is not None:
     theta = start(theta)
+  if where is not None:
+    theta = jax.device_put(theta, where)
+  trained, _ = tuned.split(theta)
   return {
     'theta': theta,
-    'optimizer': tx.init(tuned.split(theta)[0]),
+    'optimizer': _begun(tx, trained, shardings.get('optimizer')),
     'step': jnp.zeros((), jnp.int32),
     'sums': zero_sums(),
   }
+
+
+def _begun(tx: optax.GradientTransformation, trained, shardings):
+  """The state of an optimizer that has seen nothing, made where it stays."""
+  if shardings is None:
+    return tx.init(trained)
+  return jax.device_put(tx.init(trained), shardings)
 
 
 def state_shapes(tuned: Tuned, tx: optax.GradientTransformation, backbone) -> dict:
@@ -87,11 +102,13 @@ class Forward:
     tuned: from `attach`.
     training: whether keys are read, for dropout.
     mode: the argument by which the model knows whether it trains; `deterministic` if left out.
+    gather: theta as it is stored -> as the model reads it, see `Layout.gather`.
   """
 
   tuned: Tuned
   training: bool
   mode: Mapping[str, bool] | None = None
+  gather: Callable | None = None
 
   def __call__(self, theta, backbone, batch, key, aux=False, **takes):
     """logits [B, C], or [B, N, V] of texts; with `aux` (logits, aux), see `Tuned.apply`.
@@ -148,6 +165,8 @@ class Forward:
     return made, ''
 
   def _apply(self, tuned, theta, backbone, batch, key, aux, **takes):
+    if self.gather is not None:
+      theta = self.gather(theta)
     options = {'deterministic': not self.training} if self.mode is None else self.mode
     args, kwargs = tasks.inputs(batch)
     if self.training:

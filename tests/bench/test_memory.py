@@ -179,7 +179,8 @@ def test_w1_holds_what_the_peers_step_holds():
     planned = memory.planned_work(works.WORKS['w1'], True, False)
     tuned = planned.tuned(make(name))
     tx = optim.optimizer(tuned, tuned.shapes, lambda count: 1e-3)
-    shape[name] = planned.placed(where.mesh(), step.state_shapes(tuned, tx, planned.variables), 32)
+    state = step.state_shapes(tuned, tx, planned.variables)
+    shape[name] = planned.placed(tuned, where.mesh(), state, 32)
   peers = {(p['method'], p['remat']): p['arguments_mib'] for p in PEERS}
   state, _, batch = shape['full']  # its step reads no frozen weight
   assert compile.nbytes((state, batch)) / 2**20 == pytest.approx(

@@ -176,7 +176,7 @@ def compiled_step(name, length, where):
   mesh = where.mesh()
   state = training.state_shapes(tuned, tx, variables)
   step = jax.jit(work.step(tuned, tx, mesh), donate_argnums=0)
-  program = programs.compiled(step.trace(*work.placed(mesh, state, 1)), where.options)
+  program = programs.compiled(step.trace(*work.placed(tuned, mesh, state, 1)), where.options)
   return program.as_text(), programs.memory(program).temp
 
 

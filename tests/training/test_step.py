@@ -11,7 +11,7 @@ import jpeft
 from jpeft import tasks
 from jpeft.programs import compile
 from jpeft.tasks import losses
-from jpeft.training import fit, sharding, step
+from jpeft.training import Layout, fit, sharding, step
 
 
 class Net(nn.Module):
@@ -108,29 +108,19 @@ def test_sums_count_what_was_seen():
   assert found['accuracy'] * 12 == round(found['accuracy'] * 12)
 
 
-def test_a_mesh_shards_the_largest_axis_that_divides():
-  mesh = sharding.mesh(2, 4)
-  tree = {'a': jnp.zeros((8, 12)), 'b': jnp.zeros((6,)), 'c': jnp.zeros(())}
-  specs = {name: place.spec for name, place in sharding.over_model(mesh, tree).items()}
-  assert (
-    tuple(specs['a']) == (None, 'model')
-    and tuple(specs['b']) in ((None,), ())
-    and tuple(specs['c']) == ()
-  )
-
-
 def test_the_optimizers_state_alone_goes_to_the_host():
   mesh = sharding.mesh(1, 1)
-  _, _, _, state = prepared(jpeft.tune('head'), optax.adam(0.1))
+  tuned, _, _, state = prepared(jpeft.tune('head'), optax.adam(0.1))
+  layout = Layout(tuned, mesh)
   for offload in (False, True):
     kinds = jax.tree.map(
       lambda place: place.memory_kind == 'pinned_host',
-      sharding.state_sharding(mesh, state, offload),
+      layout.of_state(state, offload),
     )
     assert {name: set(jax.tree.leaves(part)) for name, part in kinds.items()} == {
       name: {offload and name == 'optimizer'} for name in ('theta', 'optimizer', 'step', 'sums')
     }
-  held = sharding.with_sharding(state, sharding.state_sharding(mesh, state, True))
+  held = sharding.with_sharding(state, layout.of_state(state, True))
   assert compile.nbytes(held) == compile.nbytes({**state, 'optimizer': ()})
   assert not sharding.offloads(mesh, True)  # a CPU's memory is the host's
 
