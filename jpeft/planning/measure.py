@@ -6,12 +6,14 @@ from typing import Any
 
 import jax
 import optax
+from jax.sharding import Mesh
 
 from jpeft import programs, training
 from jpeft.core import Tuned, summary
 
 from .devices import Target
 from .result import Plan
+from .traffic import traffic_of
 from .work import Work
 
 # Updates of the run whose step is planned: no schedule or stage is longer.
@@ -70,9 +72,9 @@ def _of_stage(
   )
   traced = step.trace(state, backbone, batch)
   known = programs.nbytes((state, backbone, batch))
-  needed = {'argument': known, 'temp': None, 'total': known, 'exact': False}
+  needed: dict[str, Any] = {'argument': known, 'temp': None, 'total': known, 'exact': False}
   if where.memory is None or known <= where.memory:
-    needed = compiled(traced, known, where.options)
+    needed = compiled(traced, known, where.options, mesh)
   facts = summary(tuned)
   return Plan(
     method=name,
@@ -91,22 +93,28 @@ def _of_stage(
     flops=programs.flops(traced).all,
     forward=work.forward(size),
     seconds=time.perf_counter() - start,
+    uncut=tuple(work.layout(tuned, mesh).exceptions()),
     **needed,
   )
 
 
-def compiled(traced, known: int, options: Mapping[str, Any]) -> dict[str, Any]:
-  """Memory and schedule of a step; the compiler's own count if it refuses one that does not fit."""
+def compiled(traced, known: int, options: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+  """Memory and schedule of a step, and what its devices send each other.
+
+  Of a step that does not fit it is the compiler's own count of its memory alone.
+  """
   try:
     program = programs.compiled(traced, options, known)
   except programs.TooLarge as refused:
     temp = max(0, refused.bytes - known)
     return {'argument': known, 'temp': temp, 'total': refused.bytes, 'exact': True}
   memory = programs.memory(program)
+  sent = [] if mesh.size == 1 else programs.collectives(program, mesh.shape)
   return {
     'argument': memory.argument,
     'temp': memory.temp,
     'total': memory.total,
     'exact': True,
     'schedule': programs.schedule(program),
+    'traffic': traffic_of(sent),
   }

@@ -9,6 +9,7 @@ from jpeft.models import Remat
 
 from . import timing
 from .advice import advice, time_advice
+from .traffic import Traffic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Plan:
     why: why this target was taken, if nobody named it.
     saved_bits: of a value that the backward pass stores; None for whole values.
     schedule: cycles and moved bytes of a step on one device, where it was compiled.
+    traffic: what the devices of the mesh send each other.
+    uncut: which kernels are not cut as their roles say, see `training.Layout`.
   """
 
   method: str
@@ -62,6 +65,8 @@ class Plan:
   why: str = ''
   saved_bits: int | None = None
   schedule: programs.Schedule | None = None
+  traffic: tuple[Traffic, ...] = ()
+  uncut: tuple[str, ...] = ()
 
   @property
   def fits(self) -> bool | None:
@@ -138,6 +143,8 @@ class Plan:
       'advice': self.advice,
       'time_advice': self.time_advice,
       'compile_seconds': round(self.seconds, 1),
+      'traffic': [one.row() for one in self.traffic],
+      'uncut': list(self.uncut),
     }
 
 
@@ -148,7 +155,10 @@ class Plans(tuple[Plan, ...]):
 
   def __str__(self) -> str:
     rows = columns([HEAD, *map(_cells, self)], right=range(1, len(HEAD)))
-    return '\n'.join([_title(self[0]), *rows, *map(_note, self)])
+    notes = [*map(_note, self)]
+    for plan in self:
+      notes += [f'{plan.method}: {one}' for one in (*plan.uncut, *plan.traffic)]
+    return '\n'.join([_title(self[0]), *rows, *notes])
 
 
 HEAD = (

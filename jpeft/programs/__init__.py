@@ -1,5 +1,6 @@
 """Programs as JAX traces and compiles them: equations, cuts, costs."""
 
+from .collectives import Collective, collectives
 from .compile import TooLarge, compiled, memory, mib, nbytes
 from .cost import flops, uncounted
 from .crossing import Crossing, crossing
@@ -9,12 +10,14 @@ from .schedule import Schedule, schedule
 from .traced import Static, Traced, has_gradient
 
 __all__ = [
+  'Collective',
   'Crossing',
   'Halves',
   'Schedule',
   'Static',
   'TooLarge',
   'Traced',
+  'collectives',
   'compiled',
   'crossing',
   'cut',

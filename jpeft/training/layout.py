@@ -142,12 +142,11 @@ class Layout:
     if not self._cuts_layers(tuned):
       return tuned
     rules: list[tuple[Rule, Site]] = []
-    stream = Call('steered', self._by_examples, memory=NO_BACKPROP)
     anatomy = tuned.sites.anatomy
-    for role in ('block', 'o', 'fc2'):
+    for role in ('block', 'norm', 'o', 'fc2') if self.mesh.shape['model'] > 1 else ('block',):
       if anatomy is not None and role in anatomy.roles:
         sites = tuned.sites.find(f'{{{role}}}')
-        rules += [(stream, site) for site in sites if not site.part and site.out is not None]
+        rules += [(self._steers(site, role), site) for site in sites if not site.part and site.out]
     if self.backbone == 'fsdp':
       codes = Weight('gathered', _nothing, self._gathered, memory=NO_BACKPROP)
       rules += [(codes, site) for site in tuned.sites.values() if self._has_codes(site)]
@@ -163,15 +162,29 @@ class Layout:
         return True
     return False
 
-  def _by_examples(self, t, call, *args, **kwargs):
-    """Runs a block whose stream is cut by examples."""
+  def _steers(self, site: Site, role: str) -> Call:
+    """A rule by which the stream that a module reads and returns is cut by examples."""
+    coded = [box for box in site.boxes.values() if isinstance(box, Quantized)]
+    by_columns = any(self._model.of_codes(site, box)[0] for box in coded)
 
     def placed(x):
       if x.ndim < 2 or x.shape[0] % self.mesh.shape['data']:
         return x
       return jax.lax.with_sharding_constraint(x, over_data(self.mesh))
 
-    return call.site.map_stream(call(*args, **kwargs), placed)
+    def returned(x):
+      if by_columns and x.shape[0] % self.mesh.shape['data'] == 0:
+        # First as its kernel is, which would else be gathered in place of this.
+        cut = ('data', *[None] * (x.ndim - 2), 'model')
+        x = jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*cut)))
+      return placed(x)
+
+    def apply(t, call, *args, **kwargs):
+      if role in ('block', 'norm') and args and hasattr(args[0], 'shape'):
+        args = (placed(args[0]), *args[1:])
+      return call.site.map_stream(call(*args, **kwargs), returned)
+
+    return Call('steered', apply, memory=NO_BACKPROP)
 
   def _has_codes(self, site: Site) -> bool:
     return any(isinstance(box, Quantized) for box in site.boxes.values())
