@@ -32,6 +32,7 @@ def plan(
   accumulate: int = 1,
   mesh: tuple[int, int] = (1, 1),
   sharded: bool | str = False,
+  whole_below: int = training.WHOLE_BELOW,
   search: bool = False,
   head: bool = True,
   storage: str | None = None,
@@ -55,6 +56,7 @@ def plan(
     mesh: (data, model) devices.
     sharded: how the backbone is cut over the mesh, 'replicated', 'sharded' or 'fsdp'; True for
       'sharded'.
+    whole_below: arrays with fewer numbers in one layer are whole on each device.
     search: also find the largest batch that fits.
     head: named methods also train the model's head.
     storage: the 4-bit format of the kernels (`quant.formats.FORMATS`); if left out, that of each
@@ -83,6 +85,7 @@ def plan(
     memory=training.Memory(remat=_remat_of(model), offload=offload),
     mesh=mesh,
     backbone=_layout(sharded),
+    whole_below=whole_below,
     accumulate=accumulate,
   )
   where = devices.target(target)

@@ -142,8 +142,11 @@ class Layout:
     if not self._cuts_layers(tuned):
       return tuned
     rules: list[tuple[Rule, Site]] = []
+    roles = ['block']
+    if self.mesh.shape['model'] > 1:
+      roles += ['norm', 'o', 'fc2']
     anatomy = tuned.sites.anatomy
-    for role in ('block', 'norm', 'o', 'fc2') if self.mesh.shape['model'] > 1 else ('block',):
+    for role in roles:
       if anatomy is not None and role in anatomy.roles:
         sites = tuned.sites.find(f'{{{role}}}')
         rules += [(self._steers(site, role), site) for site in sites if not site.part and site.out]

@@ -432,6 +432,21 @@ def test_training_refuses_what_cannot_fit(load, tmp_path, monkeypatch):
 # ---- TPU, ahead of time.
 
 
+def test_what_devices_send_and_what_is_whole_is_told():
+  options = {'target': 'cpu', 'mesh': (1, 8), 'sharded': True, 'whole_below': 1}
+  plans = jpeft.plan(vit(2, scan=True), 'lora', IMAGES, **options)
+  (found,) = plans
+  (uncut,) = found.uncut
+  assert uncut.startswith('cut by rows, as model=8 does not divide the heads: ')
+  (sums,) = (one for one in found.traffic if one.kind == 'all-reduce' and one.in_layers)
+  assert sums.axes == ('model',) and sums.count >= 2 * 2 and sums.bytes >= 4 * 4 * 5 * 32 * 4
+  told = str(plans).splitlines()
+  assert f'lora: {uncut}' in told and f'lora: {sums}' in told
+  assert found.row()['traffic'][0]['axes'] == ['model'] and found.row()['uncut'] == [uncut]
+  with pytest.raises(ValueError, match='one of replicated, sharded, fsdp'):
+    jpeft.plan(vit(), 'lora', IMAGES, target='cpu', sharded='cut')
+
+
 @pytest.mark.aot
 @pytest.mark.parametrize('name', ['tpu:v5e', 'tpu:v5p', 'tpu:v6e'])
 def test_one_chip(name):
@@ -448,11 +463,13 @@ def test_one_chip(name):
 @pytest.mark.aot
 def test_a_slice_shares_batch_and_backbone():
   pytest.importorskip('libtpu')
+  options = {'target': 'tpu:v5e:2x2', 'sharded': True, 'whole_below': 1}
   one, spread = (
-    jpeft.plan(vit(), 'lora', IMAGES, target='tpu:v5e:2x2', mesh=mesh, sharded=True)[0]
-    for mesh in ((1, 1), (2, 2))
+    jpeft.plan(vit(), 'lora', IMAGES, mesh=mesh, **options)[0] for mesh in ((1, 1), (2, 2))
   )
   assert spread.devices == 4 and spread.weights < 0.7 * one.weights and spread.flops == one.flops
+  assert {'data', 'model'} == {name for sent in spread.traffic for name in sent.axes}
+  assert one.traffic == ()
 
 
 @pytest.mark.aot

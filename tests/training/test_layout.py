@@ -18,8 +18,11 @@ import pytest
 
 import jpeft
 from jpeft import programs, quant, training
+from jpeft.core import backend_of
 from jpeft.models import Llama
 from jpeft.planning import Work
+from tests.contract.anatomies import described
+from tests.fixtures import BACKBONES
 
 MESHES = ((8, 1), (4, 2), (2, 4))
 ROWS, LENGTH, WORDS = 8, 8, 48
@@ -195,7 +198,7 @@ def test_what_is_not_cut_by_its_role_is_said():
     'decoder/blocks/attention/query/kernel, decoder/blocks/attention/value/kernel'
   ]
   query = variables['params']['decoder']['blocks']['attention']['query']['kernel']
-  assert query.sharding.spec == (None, 'model', None)
+  assert tuple(query.sharding.spec) == (None, 'model', None)
 
 
 def test_small_arrays_are_whole():
@@ -206,6 +209,30 @@ def test_small_arrays_are_whole():
   theta = state['theta']['full']
   assert theta['decoder/blocks/attention/query']['kernel'].sharding.is_fully_replicated
   assert not theta['decoder/blocks/mlp/fc1']['kernel'].sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize(
+  'name', ('linen_bert', 'linen_gemma', 'linen_cnn', 'nnx_vit_scan', 'nnx_raw')
+)
+def test_any_model_is_placed_and_computes_the_same(name):
+  b = BACKBONES[name]
+  with described(b):
+    tuned = jpeft.attach(b.model, jpeft.tune('.*'), b.backbone, *b.args, **b.kwargs)
+  theta = tuned.init(jax.random.key(0), b.backbone)
+  layout = training.Layout(tuned, training.mesh(2, 4), 'fsdp', 1)
+  placed = jax.device_put(b.backbone, layout.of_backbone(b.backbone))
+  state = {'theta': theta, 'optimizer': optax.EmptyState()}
+  spread = jax.device_put(theta, layout.of_state(state)['theta'])
+  cut = [x for x in jax.tree.leaves(placed) if not x.sharding.is_fully_replicated]
+  assert cut and any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(spread))
+  for path, site in tuned.sites.items():
+    for name in site.leaves:
+      x = backend_of(b.model).arrays(b.model, placed)[f'{path}/{name}' if path else name]
+      spec = (*x.sharding.spec, *[None] * x.ndim)
+      assert all(spec[axis % x.ndim] is None for axis in site.axes)
+  steered = layout.steered(tuned)
+  run = jax.jit(lambda theta, backbone: steered.apply(theta, backbone, *b.args, **b.kwargs))
+  assert_same(run(spread, placed), tuned.apply(theta, b.backbone, *b.args, **b.kwargs))
 
 
 @pytest.mark.slow
