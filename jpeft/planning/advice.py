@@ -16,12 +16,12 @@ def advice(dominant: str, memory_class: str, remat: Remat) -> str:
   if dominant == 'weights':
     return (
       'hold the backbone in bfloat16 (model.param_dtype) or in 4 bits (model.quantize=nf4), or '
-      'spread it over chips (mesh.backbone=sharded)'
+      'spread it over chips (mesh.backbone=sharded, or fsdp)'
     )
   if dominant in ('trained weights', 'optimizer state'):
     return (
-      'train fewer numbers (lora, lst), take an optimizer with less state (lion, adafactor), or '
-      'hold its state in host memory (optimizer.offload)'
+      'train fewer numbers (lora, lst), take an optimizer with less state (lion, adafactor), hold '
+      'its state in host memory (optimizer.offload), or spread it over chips (mesh.data)'
     )
   if dominant == 'batch':
     return 'take a smaller batch, or shorter inputs'

@@ -235,6 +235,28 @@ def test_any_model_is_placed_and_computes_the_same(name):
   assert_same(run(spread, placed), tuned.apply(theta, b.backbone, *b.args, **b.kwargs))
 
 
+def test_a_checkpoint_is_restored_onto_another_mesh(tmp_path):
+  _, saved, _, _ = prepared('full', (4, 2), 'fsdp')
+  work, tuned = work_of('full', (2, 4), 'sharded')
+  layout = work.layout(tuned, training.mesh(2, 4))
+  like = jax.device_put(jax.tree.map(jnp.zeros_like, saved), layout.of_state(saved))
+  checkpoints = training.Checkpoints(tmp_path / 'checkpoints', keep=1)
+  checkpoints.save(3, saved, {'seconds': 1.0})
+  checkpoints.wait()
+  found, about = checkpoints.restore(like)
+  checkpoints.close()
+  assert about['seconds'] == 1.0
+  for x, old, there in zip(*map(jax.tree.leaves, (found, saved, like)), strict=True):
+    np.testing.assert_array_equal(x, old)
+    assert x.sharding == there.sharding
+  # One file, wherever the arrays were.
+  files = []
+  for name, theta in (('a', saved['theta']), ('b', found['theta'])):
+    training.save_theta(tmp_path / name, theta, step=3)
+    files.append((tmp_path / name).read_bytes())
+  assert files[0] == files[1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', METHODS)
 def test_every_layout_trains_as_one_device(kind):
