@@ -149,7 +149,8 @@ class Layout:
     for role in roles:
       if anatomy is not None and role in anatomy.roles:
         sites = tuned.sites.find(f'{{{role}}}')
-        rules += [(self._steers(site, role), site) for site in sites if not site.part and site.out]
+        sites = [site for site in sites if not site.part and site.out is not None]
+        rules += [(self._steers(site, role), site) for site in sites]
     if self.backbone == 'fsdp':
       codes = Weight('gathered', _nothing, self._gathered, memory=NO_BACKPROP)
       rules += [(codes, site) for site in tuned.sites.values() if self._has_codes(site)]
