@@ -13,7 +13,7 @@ from jpeft.core import Tuned, summary
 
 from .devices import Target
 from .result import Plan
-from .traffic import traffic_of
+from .traffic import Traffic, traffic_of
 from .work import Work
 
 # Updates of the run whose step is planned: no schedule or stage is longer.
@@ -115,20 +115,18 @@ def compiled(traced, known: int, options: Mapping[str, Any], mesh: Mesh) -> dict
     'total': memory.total,
     'exact': True,
     'schedule': programs.schedule(program),
-    'traffic': traffic_of(_sent(traced, program, options, mesh)),
+    'traffic': _traffic(program, mesh),
   }
 
 
-def _sent(traced, program, options: Mapping[str, Any], mesh: Mesh) -> list[programs.Collective]:
-  """The collectives of a compiled step.
+def _traffic(program, mesh: Mesh) -> tuple[Traffic, ...] | None:
+  """What the devices send each other in a compiled step; None if that cannot be read.
 
-  libtpu makes instructions that jaxlib cannot print (async-update) where it hides gathering behind
-  products. Then they are read off a program that hides nothing, which sends the same.
+  libtpu makes instructions (async-update) of large programs that jaxlib cannot print.
   """
   if mesh.size == 1:
-    return []
+    return ()
   try:
-    return programs.collectives(program, mesh.shape)
+    return traffic_of(programs.collectives(program, mesh.shape))
   except jax.errors.JaxRuntimeError:
-    plain = {**options, 'xla_tpu_enable_async_collective_fusion': False}
-    return programs.collectives(programs.compiled(traced, plain), mesh.shape)
+    return None

@@ -39,7 +39,7 @@ class Plan:
     why: why this target was taken, if nobody named it.
     saved_bits: of a value that the backward pass stores; None for whole values.
     schedule: cycles and moved bytes of a step on one device, where it was compiled.
-    traffic: what the devices of the mesh send each other.
+    traffic: what the devices of the mesh send each other; None if the program cannot be read.
     uncut: which kernels are not cut as their roles say, see `training.Layout`.
   """
 
@@ -65,7 +65,7 @@ class Plan:
   why: str = ''
   saved_bits: int | None = None
   schedule: programs.Schedule | None = None
-  traffic: tuple[Traffic, ...] = ()
+  traffic: tuple[Traffic, ...] | None = ()
   uncut: tuple[str, ...] = ()
 
   @property
@@ -143,7 +143,7 @@ class Plan:
       'advice': self.advice,
       'time_advice': self.time_advice,
       'compile_seconds': round(self.seconds, 1),
-      'traffic': [one.row() for one in self.traffic],
+      'traffic': None if self.traffic is None else [one.row() for one in self.traffic],
       'uncut': list(self.uncut),
     }
 
@@ -157,7 +157,10 @@ class Plans(tuple[Plan, ...]):
     rows = columns([HEAD, *map(_cells, self)], right=range(1, len(HEAD)))
     notes = [*map(_note, self)]
     for plan in self:
-      notes += [f'{plan.method}: {one}' for one in (*plan.uncut, *plan.traffic)]
+      sent = plan.traffic
+      if sent is None:
+        sent = ('what devices send is not known: jaxlib cannot print this program of libtpu',)
+      notes += [f'{plan.method}: {one}' for one in (*plan.uncut, *sent)]
     return '\n'.join([_title(self[0]), *rows, *notes])
 
 
