@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -24,26 +25,70 @@ def opened(file: Path, newline: str | None = None) -> Iterator[TextIO]:
     newline: as that of `open`.
 
   Raises:
-    ValueError: bytes of another encoding, on reading; the message has file and line.
+    ValueError: no regular file; bytes of another encoding, on reading: the message has file and
+      line.
   """
   encoding = encoding_of(file)
   try:
     with file.open(encoding=encoding, newline=newline) as text:
       yield text
-  except UnicodeDecodeError as error:
+  except UnicodeError as error:  # that of UTF-16 and UTF-32 may be one without a place
     line = ''
     if encoding == 'utf-8-sig':
       line = f' in line {_first_broken(file)}'
     name = encoding.removesuffix('-sig').upper()
-    raise ValueError(f'{file} is not {name} text{line} ({error.reason})') from error
+    raise ValueError(f'{file} is not {name} text{line} ({_reason(error)})') from error
+
+
+def text_of(file: Path, largest: int) -> str:
+  """The whole text of a file.
+
+  Args:
+    file: its path.
+    largest: bytes that it may have.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: no regular file, a larger one, or one of another encoding.
+  """
+  size = check_regular(file)
+  if size > largest:
+    raise ValueError(f'{file} has {size:,} bytes, and at most {largest:,} are read')
+  with opened(file) as text:
+    return text.read()
+
+
+def check_regular(file: Path) -> int:
+  """The size of a file in bytes; to be asked before it is opened, which may wait for ever.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it is a folder, a pipe, a socket or a device, or has a name that no file can have.
+  """
+  try:
+    status = file.stat()
+  except FileNotFoundError:
+    raise
+  except (OSError, ValueError) as error:
+    raise ValueError(f'{str(file):.200} cannot be read ({_reason(error)})') from error
+  if stat.S_ISREG(status.st_mode):
+    return status.st_size
+  kind = 'a folder' if stat.S_ISDIR(status.st_mode) else 'a pipe, socket or device'
+  raise ValueError(f'{file} is {kind}, not a file')
+
+
+def _reason(error: Exception) -> str:
+  """What went wrong, without what it went wrong with."""
+  return getattr(error, 'reason', None) or getattr(error, 'strerror', None) or str(error)
 
 
 def encoding_of(file: Path) -> str:
   """The encoding of a text file, by its first bytes.
 
   Raises:
-    ValueError: UTF-16 without a byte-order mark, which might be either kind.
+    ValueError: no regular file, or UTF-16 without a byte-order mark, which might be either kind.
   """
+  check_regular(file)
   with file.open('rb') as opened_file:
     start = opened_file.read(64)
   for mark, encoding in _MARKS.items():

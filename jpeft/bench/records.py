@@ -4,6 +4,7 @@ import json
 import pathlib
 from collections.abc import Sequence
 
+from jpeft import jsonfiles
 from jpeft.writing import write
 
 
@@ -11,7 +12,7 @@ def recorded(file: pathlib.Path, default: Sequence[dict] = ()) -> list[dict]:
   """The rows of a file, or the default where there is no file."""
   if not file.exists():
     return list(default)
-  return json.loads(file.read_text())
+  return jsonfiles.read(file, [dict])
 
 
 def record(

@@ -14,6 +14,8 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
+from jpeft import jsonfiles
+
 from .schema import FIELDS, TEXT, Field, check_key, complete, flatten, nearest, nest
 
 _FILE = re.compile(r'(.+?\.py)(?::(.*))?')  # FILE.py or FILE.py:ARG
@@ -222,10 +224,7 @@ def from_json(path: pathlib.Path) -> ConfigDict:
   Raises:
     ValueError: not a configuration of this version.
   """
-  try:
-    return complete(json.loads(path.read_text()))
-  except json.JSONDecodeError as error:
-    raise ValueError(f'{path} is not JSON: {error}') from error
+  return complete(jsonfiles.read(path))
 
 
 def changes(ours: ConfigDict, theirs: ConfigDict) -> dict[str, tuple]:

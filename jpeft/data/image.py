@@ -27,6 +27,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 FILTERS = {'bicubic': Image.Resampling.BICUBIC, 'bilinear': Image.Resampling.BILINEAR}
 AUGMENTATIONS = ('none', 'vtab', 'flip_crop', 'imagenet')
 RESIZES = ('squash', 'crop')
+MOST_PIXELS = 2**27  # of an image that is made on the way to a crop
 
 
 def image_transform(
@@ -118,6 +119,11 @@ def _with_margin(
   short = min(image.size)
   # Rounding must not make the short side smaller than the crop.
   width, height = (max(side, round(length * side / short)) for length in image.size)
+  if width * height > MOST_PIXELS:
+    raise ValueError(
+      f"an image of {image.width} x {image.height} pixels is too narrow for resize='crop', which "
+      f"would make {width} x {height} of it; use resize='squash'"
+    )
   return image.resize((width, height), resampling)
 
 

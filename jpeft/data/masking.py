@@ -4,11 +4,12 @@ The other 10 % stay as they are, and are to be named all the same.
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from jpeft import jsonfiles, tokenizer_json
 
 from .packing import IGNORED
 from .source import Example
@@ -159,9 +160,8 @@ def mask_of(encoder: Encoder, path: str | Path) -> int:
   names = list(MASKS)
   file = Path(path).with_name('tokenizer_config.json')
   if file.exists():
-    named = json.loads(file.read_text(encoding='utf-8')).get('mask_token')
-    if isinstance(named, dict):
-      named = named.get('content')
+    config = jsonfiles.read(file, tokenizer_json.CONFIG)
+    named = tokenizer_json.special_tokens(config, file).get('mask_token')
     if named:
       names.insert(0, named)
   for name in names:

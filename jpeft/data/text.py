@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jpeft import tokenizer_json
 from jpeft.lazy import extra
 from jpeft.messages import no_row
 
@@ -116,10 +117,8 @@ class Encoder:
     Raises:
       ValueError: no text, or a token or a segment that the model has no row for.
     """
-    try:
+    with tokenizer_json.sentences(f'{text!r:.60} is no text that the tokenizer reads'):
       encoding = self.tokenizer.encode(text, pair)
-    except TypeError as error:
-      raise ValueError(f'{text!r:.60} is no text that a tokenizer reads ({error})') from error
     self.check(encoding, text)
     return encoding
 
@@ -190,12 +189,9 @@ def check_texts(source, transform: Transform, tokenizer: str | Path, vocabulary:
 
 def _read(path: str | Path) -> Tokenizer:
   """The tokenizer of a tokenizer.json."""
-  if not Path(path).is_file():
+  if not Path(path).exists():
     raise FileNotFoundError(f'there is no tokenizer file {path}')
-  try:
-    return Tokenizer.from_file(str(path))
-  except Exception as error:  # the package raises bare Exceptions
-    raise ValueError(f'{path} is no tokenizer.json ({error})') from error
+  return tokenizer_json.read(Path(path))
 
 
 def _pad(tokenizer: Tokenizer, name: str | None) -> str:

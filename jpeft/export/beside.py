@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jpeft import data, models
+from jpeft import data, models, tokenizer_json
 from jpeft.writing import write
 
 # Copied as they are; what they lack is added.
@@ -32,10 +32,10 @@ class _Words(NamedTuple):
 
 def _words(file: pathlib.Path) -> _Words:
   # Read as JSON: merging needs no package for tokenizers.
-  content = models.read_json(file)
+  content = tokenizer_json.content(file)
   words = content['model'].get('vocab', {})
   if isinstance(words, list):  # of pairs (word, score)
-    words = {word: number for number, (word, _) in enumerate(words)}
+    words = {pair[0]: number for number, pair in enumerate(words)}
   ids = dict(words)
   for token in content.get('added_tokens') or ():
     ids[token['content']] = token['id']
@@ -70,7 +70,7 @@ def save_tokenizer(
   words = _words(folder / 'tokenizer.json')
   config = _tokenizer_config(folder, pretrained, words, max_length)
   _write(folder / 'tokenizer_config.json', config)
-  specials = _specials(config)
+  specials = tokenizer_json.special_tokens(config, folder / 'tokenizer_config.json')
   _write(folder / 'special_tokens_map.json', specials)
   numbers = {
     f'{name}_id': words.ids[token] for name, token in specials.items() if token in words.ids
@@ -113,15 +113,6 @@ def _tokenizer_config(
 def _has_segments(pretrained: models.Pretrained) -> bool:
   takes = inspect.signature(type(pretrained.model).__call__).parameters
   return 'types' in takes and (pretrained.config.get('type_vocab_size') or 0) > 1
-
-
-def _specials(config: Mapping[str, Any]) -> dict[str, str]:
-  """{'pad_token': '[PAD]', ...} of a tokenizer_config.json."""
-  specials = {}
-  for name, token in config.items():
-    if name.endswith('_token') and isinstance(token, (str, Mapping)):
-      specials[name] = token['content'] if isinstance(token, Mapping) else token
-  return specials
 
 
 # ---- Images.

@@ -103,6 +103,23 @@ _NEEDED = {
   **dict.fromkeys(PROMPTS, {'num_virtual_tokens'}),
 }
 
+_ROWS = ([int], {str: [int]}, None)
+_SCHEMA = {
+  'peft_type?': str,
+  'r?': (int, None),
+  'lora_alpha?': (float, None),
+  'rank_pattern?': ({str: int}, None),
+  'alpha_pattern?': ({str: float}, None),
+  'bias?': str,
+  'use_rslora?': (bool, None),
+  'use_dora?': (bool, None),
+  'lora_bias?': (bool, None),
+  'init_lora_weights?': (bool, str, None),
+  'modules_to_save?': ([str], None),
+  'token_indices?': ([int], None),
+  'trainable_token_indices?': _ROWS,
+  'num_virtual_tokens?': (int, None),
+}
 # Starts that leave the base model as it is.
 _PLAIN_STARTS = (True, False, None, 'gaussian', 'eva', 'orthogonal', 'mica')
 # Those that take a part out of the matrix that can be found again from the matrix.
@@ -120,7 +137,7 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
   file = folder / CONFIG
   if not file.exists():
     raise FileNotFoundError(f'{folder} holds no {CONFIG}, so it is no adapter of peft')
-  config = read_json(file)
+  config = read_json(file, _SCHEMA)
   kind = config.get('peft_type', LORA)
   if kind not in KINDS:
     raise ValueError(f'{file}: peft_type={kind!r} is not supported, only {", ".join(KINDS)}')
@@ -203,6 +220,20 @@ def _of(pattern: Mapping | None, module: str, default):
   Its keys are ends of names, or regexes of them.
   """
   for key, value in (pattern or {}).items():
-    if re.fullmatch(rf'(?:.*\.)?(?:{key})', module):
+    if _matches(key, module):
       return value
   return default
+
+
+def _matches(key: str, module: str) -> bool:
+  """Whether a module has an end of a name, or a regex of it.
+
+  Raises:
+    ValueError: no regex, or one with a repeated group, which may be tried for ever.
+  """
+  if re.search(r'\)[*+{]', key):
+    raise ValueError(f'the pattern {key!r:.100} of {CONFIG} repeats a group: name the modules')
+  try:
+    return re.fullmatch(rf'(?:.*\.)?(?:{key})', module) is not None
+  except (re.error, RecursionError, OverflowError) as error:
+    raise ValueError(f'the pattern {key!r:.100} of {CONFIG} is no regex ({error})') from error

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jpeft import jsonfiles
 from jpeft.core import Leaf
 from pallas_kernels import codes as arithmetic
 from pallas_kernels import pack, unpack
@@ -23,6 +24,15 @@ from .formats import GROUP, MAP, Format, Fp4, Nf4
 
 _STATE = 'quant_state.bitsandbytes__'
 _FORMATS = {'nf4': Nf4, 'fp4': Fp4}
+_SCHEMA = {
+  'quant_type': str,
+  'blocksize': int,
+  'dtype': str,
+  'shape': [int],
+  'nested_blocksize?': int,
+  'nested_dtype?': str,
+  'nested_offset?': float,
+}
 
 
 def to_bitsandbytes(box: Quantized, name: str) -> dict[str, np.ndarray]:
@@ -106,7 +116,10 @@ def _state(tensors: Mapping[str, np.ndarray], name: str) -> dict[str, Any]:
   """The quant_state of a weight."""
   for key, tensor in tensors.items():
     if key.startswith(f'{name}.{_STATE}'):
-      return json.loads(bytes(np.asarray(tensor)))
+      where = f'the quant_state of {name!r}'
+      state = jsonfiles.parsed(np.asarray(tensor).tobytes(), where)
+      jsonfiles.check(state, _SCHEMA, where)
+      return state
   raise ValueError(f'{name!r} has no quant_state of bitsandbytes beside it')
 
 

@@ -4,6 +4,7 @@ import json
 import pathlib
 from collections.abc import Mapping
 
+from jpeft import jsonfiles
 from jpeft.messages import markdown
 from jpeft.writing import write
 
@@ -29,7 +30,7 @@ def by_label_section(folder: pathlib.Path) -> list[str]:
   file = folder / FILE
   if not file.exists():
     return []
-  told = json.loads(file.read_text())
+  told = jsonfiles.read(file, {'step': int, 'labels': {str: {str: object}}})
   names = list(next(iter(told['labels'].values())))
   rows = []
   for label, scores in list(told['labels'].items())[:LONGEST]:

@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from jpeft import writing
+from jpeft import jsonfiles, textfiles, writing
 from jpeft.core import leaf_paths
 from jpeft.writing import write
 
@@ -89,13 +89,15 @@ def read_theta(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
   Raises:
     FileNotFoundError, ValueError: no such file, or not such a file.
   """
-  if not path.is_file():
+  if not path.exists():
     raise FileNotFoundError(f'there is no file {path}')
+  textfiles.check_regular(path)
   try:
     with safe_open(path, 'numpy') as file:
-      info = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+      header = file.metadata() or {}
+      info = {key: jsonfiles.parsed(value, f'{key!r} of {path}') for key, value in header.items()}
       arrays = {name: file.get_tensor(name) for name in file.keys()}
-  except (SafetensorError, json.JSONDecodeError) as error:
+  except (SafetensorError, OSError) as error:
     raise ValueError(f'{path} is not a readable safetensors file: {error}') from error
   return arrays, info
 

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jpeft import jsonfiles
 from jpeft.messages import markdown
 from jpeft.writing import write
 
 FILE = 'confusion.json'
 SQUARE = 12  # classes of which a page can show the whole matrix
 LONGEST = 200  # classes that a page lists
+_SCHEMA = {'step': int, 'labels': [str], 'confusion': [[int]]}
 
 
 def write_confusion(
@@ -34,8 +36,8 @@ def confusion_section(folder: pathlib.Path) -> list[str]:
   file = folder / FILE
   if not file.exists():
     return []
-  told = json.loads(file.read_text())
-  counts = np.array(told['confusion'])
+  told = jsonfiles.read(file, _SCHEMA)
+  counts = np.array(told['confusion'], int).reshape(len(told['labels']), -1)
   names = [name.replace('|', r'\|') for name in told['labels']]
   lines = ['', f'## Classes, at step {told["step"]}', '', _per_class(names, counts)]
   if len(names) > LONGEST:

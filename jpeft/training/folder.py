@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jpeft import config as config_lib
-from jpeft import tasks
+from jpeft import jsonfiles, tasks
 from jpeft.writing import told, write
 
 from . import elastic, hosts
@@ -30,6 +30,9 @@ from .build import build
 from .checkpoints import fingerprint, load_theta, steps_of
 from .examples import check_same
 from .imports import check_imported
+
+# Of run.json.
+_RUN = {'labels': [str], 'backbone_sha256': str, 'facts?': (dict, None), 'imports?': [str]}
 
 
 @contextlib.contextmanager
@@ -114,7 +117,7 @@ def begin(folder: pathlib.Path, config, changes: Mapping[str, list], **facts) ->
     write(folder / 'config.json', config_lib.to_json(config))
     write(file, json.dumps(facts, indent=2) + '\n')
     return []
-  kept = json.loads(file.read_text())
+  kept = jsonfiles.read(file, _RUN)
   for name in ('labels', 'backbone_sha256'):
     if kept[name] != facts[name]:
       raise ValueError(
@@ -148,7 +151,7 @@ def describe(folder: pathlib.Path) -> tuple[Any, dict]:
   for name in ('config.json', 'run.json'):
     if not (folder / name).exists():
       raise FileNotFoundError(f'{folder} is not the folder of a run: it has no {name}')
-  info = json.loads((folder / 'run.json').read_text())
+  info = jsonfiles.read(folder / 'run.json', _RUN)
   # Before the config is read, whose values may be known only after the import.
   check_imported(folder, info.get('imports', ()))
   return config_lib.from_json(folder / 'config.json'), info

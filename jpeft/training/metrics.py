@@ -4,6 +4,7 @@ import json
 import pathlib
 import time
 
+from jpeft import jsonfiles, textfiles
 from jpeft.writing import append, write
 
 from .writers import Writers
@@ -63,15 +64,18 @@ def read_metrics(path: pathlib.Path) -> list[dict]:
   """
   if not path.exists():
     return []
+  textfiles.check_regular(path)
   rows = []
-  whole = path.read_text(errors='replace').rpartition('\n')[0]
+  whole = path.read_bytes().rpartition(b'\n')[0]
   for number, line in enumerate(whole.splitlines(), 1):
     try:
-      rows.append(json.loads(line))
+      row = jsonfiles.parsed(line, 'it')
+      jsonfiles.check(row, {'step': int, 'split': str}, 'it')
     except ValueError as error:
       raise ValueError(
         f'line {number} of {path} is damaged ({error}): delete that line, and the run goes on'
       ) from error
+    rows.append(row)
   return rows
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import pathlib
 from typing import Any
 
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jpeft import jsonfiles
 from jpeft.core import Tuned, join_path, leaf_paths
 
 from .checkpoints import few, of_older_file, read_theta, steps_of
@@ -96,7 +96,7 @@ def _digest_of_run(folder: pathlib.Path) -> str | None:
   kept = folder / 'run.json'
   if not kept.exists():
     return None
-  return json.loads(kept.read_text()).get('start_sha256')
+  return jsonfiles.read(kept, {'start_sha256?': (str, None)}).get('start_sha256')
 
 
 def _check_digest(file: pathlib.Path, found: str, begun: str, folder: pathlib.Path) -> None:

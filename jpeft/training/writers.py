@@ -17,6 +17,7 @@ import urllib.parse
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from jpeft import jsonfiles
 from jpeft.config import TRACKERS, allow
 from jpeft.lazy import extra
 from jpeft.registering import module_of
@@ -324,7 +325,7 @@ class Writers:
     self._file = folder / KEPT
     self._kept: dict[str, dict] = {}
     if self._file.exists():
-      self._kept = json.loads(self._file.read_text())
+      self._kept = jsonfiles.read(self._file, {str: dict})
     self._lines = len(rows)  # which have a number each: a run that goes on makes the same again
     self._open: dict[str, Writer] = {}
     self._tell = tell

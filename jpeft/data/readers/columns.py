@@ -27,9 +27,10 @@ Where columns of several kinds would do, images are taken before texts, and othe
 made by name.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
+
+from jpeft import jsonfiles
 
 from ..labels import ANSWERS, CLASSES, NOTHING, NUMBERS, SETS, TAGS, TASK_OF
 from ..source import suggestion
@@ -104,6 +105,8 @@ _FIT_MEMBERS = (
   ('class', 'integer', 'boolean', 'number', 'text'),
   '1 or 0 in a column of each class',
 )
+# What `datasets` notes of a table: {'info': {'features': {column: its feature}}}.
+_NOTED = {'info?': ({'features?': (dict, None)}, None)}
 # Kinds of lists by that of their items.
 _OF_ITEMS = {'text': 'texts', 'integer': 'integers', 'class': 'classes', 'null': 'null'}
 
@@ -129,7 +132,10 @@ def columns_of(schema) -> dict[str, Column]:
   noted = {}
   text = (schema.metadata or {}).get(b'huggingface')
   if text:
-    noted = json.loads(text).get('info', {}).get('features') or {}
+    where = "what 'datasets' noted of the columns"
+    value = jsonfiles.parsed(text, where)
+    jsonfiles.check(value, _NOTED, where)
+    noted = (value.get('info') or {}).get('features') or {}
   found = {}
   for field in schema:
     if not field.name.startswith('__index_level_'):  # that of pandas, which is no data
@@ -142,6 +148,7 @@ def _column(arrow, noted: Any) -> Column:
 
   noted = _noted(noted)
   if noted.get('_type') == 'ClassLabel' and noted.get('names'):
+    jsonfiles.check(noted, {'names': [str]}, "what 'datasets' noted of a column")
     return Column('class', tuple(noted['names']), 'ClassLabel')
   if noted.get('_type') == 'Image':
     return Column('image', (), 'Image')

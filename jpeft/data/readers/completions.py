@@ -22,6 +22,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jpeft import jsonfiles
+
 from ..source import Dataset, Example, split_rows, suggestion
 from .files import Values, examples_of, files_of, jsonl_rows, options_of
 
@@ -115,10 +117,7 @@ def _is_message(message: Any) -> bool:
 def _tools(where: str, tools: Any) -> list[dict[str, Any]] | None:
   """The tools of a chat, of their list or its JSON text; None for none."""
   if isinstance(tools, str):
-    try:
-      tools = json.loads(tools or 'null')
-    except json.JSONDecodeError as error:
-      raise ValueError(f'{where}: its tools are no JSON ({error})') from error
+    tools = jsonfiles.parsed(tools or 'null', f'{where}: its tools are a text that')
   if tools is None:
     return None
   if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):

@@ -1,12 +1,11 @@
 """What the readers of text files share: their options, their files, their lines."""
 
-import json
 import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jpeft import textfiles
+from jpeft import jsonfiles, textfiles
 
 from ..source import Example, suggestion
 
@@ -96,14 +95,9 @@ def jsonl_rows(file: Path) -> Iterator[Row]:
         yield line, json_object(text, f'line {line} of {file}')
 
 
-def json_object(text: str, where: str) -> Values:
+def json_object(text: str | bytes, where: str) -> Values:
   """The object of a line; raises a ValueError that begins with `where` if it is none."""
-  try:
-    values = json.loads(text)
-  except (json.JSONDecodeError, RecursionError) as error:
-    raise ValueError(f'{where} is no JSON ({error})') from error
+  values = jsonfiles.parsed(text, where)
   if not isinstance(values, dict):
     raise ValueError(f'{where} is a JSON {type(values).__name__}, not an object')
-  if '\\u' in text:  # the only way to write half a character
-    textfiles.check_whole(json.dumps(values, ensure_ascii=False), where)
   return values

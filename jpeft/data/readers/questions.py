@@ -14,12 +14,11 @@ hash of the context, so that all questions on a text are in one split.
 """
 
 import functools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jpeft import textfiles
+from jpeft import jsonfiles
 
 from ..labels import ANSWERS
 from ..source import Dataset, Example, split_rows, suggestion
@@ -74,15 +73,13 @@ def _dataset(parts: dict[str, list[Example]]) -> Dataset:
 
 def _of_squad(file: Path) -> list[Example]:
   """The questions of a file, in its order."""
-  with textfiles.opened(file) as opened:
-    text = opened.read()
   try:
-    articles = json.loads(text)['data']
-  except (json.JSONDecodeError, RecursionError, KeyError, TypeError) as error:
+    articles = jsonfiles.read(file, object)['data']
+  except (KeyError, TypeError) as error:
     raise ValueError(
       f"{file} is no file of SQuAD ({error}): it has an object with 'data', a list of articles"
     ) from error
-  found = []
+  found: list[Example] = []
   try:
     for article in articles:
       for paragraph in article['paragraphs']:

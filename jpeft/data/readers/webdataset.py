@@ -22,7 +22,6 @@ of their names.
 """
 
 import functools
-import json
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ from ..decode import decode
 from ..labels import CLASSES, NUMBERS, SETS
 from ..source import Dataset, Example, split_rows, suggestion
 from .columns import Column
-from .files import options_of
+from .files import json_object, options_of
 from .folder import SUFFIXES
 from .row_labels import row_labels
 from .shards import shards_of
@@ -345,13 +344,7 @@ def _value(sample: Sample, name: str) -> Any:
 
 
 def _json(sample: Sample) -> dict[str, Any]:
-  try:
-    values = json.loads(sample.bytes_of('json'))
-  except ValueError as error:
-    raise ValueError(f'{sample}: its .json is no JSON ({error})') from error
-  if not isinstance(values, dict):
-    raise ValueError(f'{sample}: its .json is a JSON {type(values).__name__}, not an object')
-  return values
+  return json_object(sample.bytes_of('json'), f'{sample}: its .json')
 
 
 def _text(sample: Sample, name: str) -> str:

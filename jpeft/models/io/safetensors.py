@@ -10,7 +10,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from jpeft import writing
+from jpeft import jsonfiles, textfiles, writing
 from jpeft.messages import nearest
 
 FILE = 'model.safetensors'
@@ -83,22 +83,28 @@ def _index(folder: Path) -> dict[str, Path]:
         'writes safetensors)'
       )
     raise FileNotFoundError(f'{folder} holds neither {FILE} nor {INDEX}')
-  weight_map = read_json(folder / INDEX).get('weight_map')
-  if not isinstance(weight_map, dict) or not weight_map:
+  weight_map = jsonfiles.read(folder / INDEX, {'weight_map?': {str: str}}).get('weight_map')
+  if not weight_map:
     raise ValueError(f"{folder / INDEX} has no 'weight_map' from tensors to files")
   files = {}
   for key, name in weight_map.items():
     if Path(name).name != name:  # it would lead out of the folder
       raise ValueError(f'{folder / INDEX}: {name!r} for {key!r} is no plain file name')
-    if not (folder / name).exists():
+    files[key] = folder / name
+  for name, key in {name: key for key, name in weight_map.items()}.items():
+    try:
+      textfiles.check_regular(folder / name)
+    except FileNotFoundError:
       near = nearest(name, [path.name for path in folder.iterdir()])
       hint = '' if near is None else f'; there is {near}'
-      raise FileNotFoundError(f'{folder / name} is missing, the index needs it for {key!r}{hint}')
-    files[key] = folder / name
+      raise FileNotFoundError(
+        f'{folder / name} is missing, the index needs it for {key!r}{hint}'
+      ) from None
   return files
 
 
 def _open(file: Path):
+  textfiles.check_regular(file)
   try:
     return safetensors.safe_open(file, 'np')
   except (safetensors.SafetensorError, OSError) as error:
@@ -136,20 +142,7 @@ def read_tensors(file: Path) -> dict[str, np.ndarray]:
     return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
 
 
-def read_json(path: Path) -> dict:
-  """A JSON object.
-
-  Raises:
-    FileNotFoundError: there is no such file.
-    ValueError: it is no JSON object.
-  """
-  try:
-    value = json.loads(path.read_text(encoding='utf-8'))
-  except ValueError as error:
-    raise ValueError(f'{path} is no JSON: {error}') from error
-  if not isinstance(value, dict):
-    raise ValueError(f'{path} holds a {type(value).__name__}, not an object')
-  return value
+read_json = jsonfiles.read
 
 
 def sha256(path: Path) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jpeft import writing
+from jpeft import jsonfiles, textfiles, tokenizer_json, writing
 from jpeft.lazy import extra
 from jpeft.messages import no_row
 
@@ -68,10 +68,8 @@ class Tokenizer:
     Raises:
       ValueError: a token that the model has no row for, or no text.
     """
-    try:
+    with tokenizer_json.sentences(f'{text!r:.60} is no text that the tokenizer reads'):
       ids = self.encoder.encode(text, add_special_tokens=False).ids
-    except TypeError as error:
-      raise ValueError(f'{text!r:.60} is no text that a tokenizer reads ({error})') from error
     self._check(ids, repr(text[:40]))
     if begin and self._begins_with_bos():
       return [self.bos, *ids]
@@ -208,21 +206,15 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return from_gguf(Gguf(path))
   if path.is_dir():
     path = path / 'tokenizer.json'
-  with extra('llm'):
-    import tokenizers  # here, since backbones of images do without it
-
-  encoder = tokenizers.Tokenizer.from_str(path.read_text(encoding='utf-8'))
+  encoder = tokenizer_json.read(path)
   # Batches are padded and cut by the caller.
   encoder.no_padding()
   encoder.no_truncation()
   file = path.with_name('tokenizer_config.json')
   config = {}
   if file.exists():
-    config = read_json(file)
-  specials = {}
-  for name, token in config.items():
-    if name.endswith('_token') and isinstance(token, (str, Mapping)):
-      specials[name] = token['content'] if isinstance(token, Mapping) else token
+    config = read_json(file, tokenizer_json.CONFIG)
+  specials = tokenizer_json.special_tokens(config, file)
   ids = {}
   for name in ('eos', 'bos', 'pad'):
     token = specials.get(f'{name}_token')
@@ -234,7 +226,7 @@ def _template_of(folder: Path, config: Mapping[str, Any]) -> str | dict[str, str
   """The chat template, or the named ones, of a folder with this tokenizer_config.json."""
   jinja = folder / 'chat_template.jinja'
   if jinja.exists():
-    return jinja.read_text(encoding='utf-8')
+    return textfiles.text_of(jinja, jsonfiles.LARGEST)
   template = config.get('chat_template')
   if isinstance(template, list):
     return {one['name']: one['template'] for one in template}
