@@ -7,7 +7,6 @@ statements `break`, `continue` and `generation`, and a `tojson` that leaves char
 
 import dataclasses
 import datetime
-import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -22,11 +21,10 @@ from .gguf import Gguf
 from .gguf_tokenizer import encoder_of
 from .safetensors import read_json
 
-FILES = ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja')
-
 # Noncharacters, which Unicode keeps out of texts, around what a template says the model writes.
 _OPENS = '\ufdd0'
 _CLOSES = '\ufdd1'
+FILES = ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,16 +161,24 @@ class Tokenizer:
     if self.bos is not None:
       bos = self.token(self.bos)
     names = {**self.specials, 'bos_token': bos, 'eos_token': self.token(self.eos)}
+    with extra('llm'):
+      from . import template_sandbox  # here, since texts without chats do without it
     try:
-      return _compiled(template).render(
-        messages=list(messages),
-        tools=tools,
-        documents=None,
-        add_generation_prompt=reply,
-        **names,
+      return template_sandbox.render(
+        template_sandbox.compiled(template, (_OPENS, _CLOSES)),
+        {
+          'messages': list(messages),
+          'tools': tools,
+          'documents': None,
+          'add_generation_prompt': reply,
+          'raise_exception': _refuse,
+          'strftime_now': _now,
+          **names,
+        },
       )
     except Exception as error:  # what a template does with messages of another kind is its own
-      raise ValueError(f'the chat template refuses the messages: {error}') from error
+      reason = str(error) or type(error).__name__
+      raise ValueError(f'the chat template refuses the messages: {reason}') from error
 
   def _template_for(self, tools: Sequence | None) -> str:
     """The template of a chat with these tools."""
@@ -304,45 +310,9 @@ def _tokenizer(
   return Tokenizer(encoder, ids['eos'], ids['bos'], pad, template, specials=specials or {})
 
 
-@functools.lru_cache(maxsize=16)
-def _compiled(template: str):
-  """A chat template, ready to render. Templates come with checkpoints: they run in a sandbox."""
-  with extra('llm'):
-    from jinja2 import TemplateError, nodes
-    from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-  class Generation(Extension):
-    """{% generation %} ... {% endgeneration %}, around what the model writes: marked content."""
-
-    tags = {'generation'}
-
-    def parse(self, parser):
-      line = next(parser.stream).lineno
-      body = parser.parse_statements(('name:endgeneration',), drop_needle=True)
-      marked = [_text(_OPENS), *body, _text(_CLOSES)]
-      return nodes.Scope(marked, lineno=line)
-
-  def _text(text):
-    return nodes.Output([nodes.TemplateData(text)])
-
-  def refuse(message):
-    raise TemplateError(message)
-
-  environment = ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[Generation, 'jinja2.ext.loopcontrols']
-  )
-  environment.filters['tojson'] = _json
-  environment.globals['raise_exception'] = refuse
-  environment.globals['strftime_now'] = _now
-  return environment.from_string(template)
-
-
-def _json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-  """JSON of a value for a template; that of Jinja would escape < and > as for a web page."""
-  return json.dumps(
-    value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-  )
+def _refuse(message: str) -> None:
+  """The `raise_exception` of templates."""
+  raise ValueError(message)
 
 
 def _now(form: str) -> str:
