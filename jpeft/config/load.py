@@ -224,7 +224,12 @@ def from_json(path: pathlib.Path) -> ConfigDict:
   Raises:
     ValueError: not a configuration of this version.
   """
-  return complete(jsonfiles.read(path))
+  try:
+    return complete(jsonfiles.read(path))
+  except ValueError as error:
+    if str(path) in str(error):
+      raise
+    raise ValueError(f'{path}: {error}') from error
 
 
 def changes(ours: ConfigDict, theirs: ConfigDict) -> dict[str, tuple]:

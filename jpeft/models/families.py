@@ -86,6 +86,7 @@ def built(
   """
   model = family.build(config, checkpoint, request)
   own = {}
+  _check_sizes(config.get(_OWN_SIZES, {}))
   if request.layers is not None and any(
     'bias_heads' in name for name in config.get(_OWN_SIZES, {})
   ):
@@ -99,6 +100,23 @@ def built(
       size = _tuples(size)[: request.layers]  # those of the blocks that are built
     own[name] = size
   return model.clone(**own)
+
+
+def _check_sizes(sizes: Mapping[str, Any]) -> None:
+  """Raises a ValueError for a size of blocks that models have not, or that is none."""
+  for name, size in sizes.items():
+    if name not in _SIZES:
+      raise ValueError(f'{_OWN_SIZES} of the config has {name!r}, which is none of its sizes')
+    for number in _flat(size):
+      if not isinstance(number, int) or not 0 <= number < 2**24:
+        raise ValueError(f'{name!r} in {_OWN_SIZES} of the config has {number!r:.60}, no size')
+
+
+def _flat(size: Any) -> list[Any]:
+  """The numbers of a size, which may be one of each block and each head; None says all."""
+  if isinstance(size, (list, tuple)):
+    return [number for part in size for number in _flat(part)]
+  return [] if size is None else [size]
 
 
 def described(family: Family, config: Mapping, model: nn.Module) -> dict:

@@ -17,6 +17,7 @@ from jpeft.quant import Format, coded, kernels
 from jpeft.quant import quantize as quantized
 
 from .bert import BERT_FAMILIES, Bert
+from .config_keys import check_config
 from .families import Family, Request, built, described
 from .heads import STORED, chosen, stored_heads
 from .io import (
@@ -41,6 +42,7 @@ from .nn import Remat
 from .t5 import T5, T5_FAMILIES
 from .vit import VIT_FAMILIES
 
+_COLOURS = {'image_mean?': ([float], None), 'image_std?': ([float], None)}
 FAMILIES: dict[str, Family] = {**VIT_FAMILIES, **BERT_FAMILIES, **T5_FAMILIES, **LLAMA_FAMILIES}
 
 
@@ -245,6 +247,7 @@ def _opened(folder: Path, weights: bool = True) -> tuple[Checkpoint | Gguf | Non
     )
   config = read_json(folder / 'config.json')
   family_of(config)  # first, since an unknown kind explains more than a missing file
+  check_config(config, str(folder / 'config.json'))
   if (folder / GGUF_FILE).exists():
     return Gguf(folder / GGUF_FILE), config
   if weights or has_weights(folder):
@@ -285,6 +288,7 @@ def from_config(
     'remat': remat,
   }
   family = family_of(config)
+  check_config(config, f'the config of a {config["model_type"]} model')
   head = chosen(head, num_classes, pool, family.heads, config, checkpoint)
   request = Request(num_classes, image_size, layers, pool, head, fields)
   try:
@@ -411,6 +415,8 @@ def family_of(config: Mapping) -> Family:
     ValueError: there is none.
   """
   kind = config.get('model_type')
+  if not isinstance(kind, str):
+    raise ValueError(f'model_type {kind!r:.60} is none of {", ".join(FAMILIES)}')
   if kind in FAMILIES:
     return FAMILIES[kind]
   hint = ''
@@ -476,9 +482,10 @@ def _preprocess(folder: Path, family: Family, model: nn.Module) -> dict[str, Any
   file = folder / 'preprocessor_config.json'
   stored = {}
   if file.exists():
-    stored = read_json(file)
-  return {
-    'mean': tuple(stored.get('image_mean', family.colours['mean'])),
-    'std': tuple(stored.get('image_std', family.colours['std'])),
-    'image_size': model.image_size,
-  }
+    stored = read_json(file, _COLOURS)
+  found: dict[str, Any] = {'image_size': model.image_size}
+  for name in ('mean', 'std'):
+    found[name] = tuple(stored.get(f'image_{name}') or family.colours[name])
+    if len(found[name]) != 3 or name == 'std' and min(found[name]) <= 0:
+      raise ValueError(f'{file}: image_{name}={list(found[name])!r:.60} is not of three colours')
+  return found

@@ -37,7 +37,10 @@ def confusion_section(folder: pathlib.Path) -> list[str]:
   if not file.exists():
     return []
   told = jsonfiles.read(file, _SCHEMA)
-  counts = np.array(told['confusion'], int).reshape(len(told['labels']), -1)
+  size = len(told['labels'])
+  if [len(row) for row in told['confusion']] != [size] * size:
+    raise ValueError(f'{file}: its confusion is no table of {size} x {size} counts')
+  counts = np.array(told['confusion'], int).reshape(size, size)
   names = [name.replace('|', r'\|') for name in told['labels']]
   lines = ['', f'## Classes, at step {told["step"]}', '', _per_class(names, counts)]
   if len(names) > LONGEST:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from jpeft import textfiles
 from jpeft.lazy import extra
 
 from ..labels import CLASSES
@@ -110,6 +111,7 @@ class _Parquet:
 
     self.name = str(file)
     self._cache = cache
+    textfiles.check_regular(file)
     try:
       self._file = parquet.ParquetFile(file)
     except (ArrowException, OSError) as error:
@@ -172,6 +174,7 @@ class _Arrow:
 
     self.name = str(file)
     self._cache = cache
+    textfiles.check_regular(file)
     try:
       self._open(pyarrow.memory_map(str(file)))
     except (pyarrow.ArrowException, OSError) as error:
@@ -204,17 +207,46 @@ class _Arrow:
     batch = bisect.bisect_right(self._starts, number) - 1
 
     def read():
-      return self._batch(batch)
+      return self._checked(batch, columns)
 
-    rows = self._cache.get((self.name, batch), read)
-    return rows.slice(number - self._starts[batch], 1).select(list(columns)).to_pylist()[0]
+    rows = self._cache.get((self.name, batch, columns), read)
+    return rows.slice(number - self._starts[batch], 1).to_pylist()[0]
 
   def chunks(self, columns: tuple[str, ...]) -> Iterator[Any]:
     for number in self._batches:
-      yield self._batch(number).select(list(columns))
+      yield self._checked(number, columns)
+
+  def _checked(self, number: int, columns: tuple[str, ...]):
+    """Some columns of a batch, whose offsets and numbers were seen to stay within it.
+
+    Its buffers are those of the file, and pyarrow itself reads wherever they point to.
+    """
+    from pyarrow import ArrowException
+
+    try:
+      batch = self._batch(number).select(list(columns))
+      for column in batch.columns:
+        _check_column(column)
+    except (ArrowException, OSError, IndexError) as error:
+      first = self._starts[number]
+      raise ValueError(
+        f'{self.name} cannot be read from row {first} on ({_first_line(error)})'
+      ) from error
+    return batch
 
   def may_have_nulls(self, column: str) -> bool:
     return any(batch[column].null_count for batch in self.chunks((column,)))
+
+
+def _check_column(column) -> None:
+  """Raises an ArrowException if what a column says of itself is not so."""
+  from pyarrow import ArrowInvalid
+
+  try:
+    column.validate(full=True)
+  except ArrowInvalid as error:
+    if 'UTF8' not in str(error):  # which is told with its row, by whom reads it
+      raise
 
 
 def _first_line(error: Exception) -> str:

@@ -7,7 +7,10 @@ are read as data, one at a time; objects are refused.
 import functools
 import math
 import re
+import struct
+import tokenize
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,19 @@ import ml_dtypes
 import numpy as np
 from einops import rearrange
 
+from jpeft import textfiles
+
 from .safetensors import sha256
 
 NPZ_SUFFIX = '.npz'
+# What zipfile and numpy raise of a damaged file.
+_BROKEN = (
+  *(EOFError, MemoryError, NotImplementedError, OSError, OverflowError, RuntimeError, SyntaxError),
+  *(TypeError, ValueError, KeyError, struct.error, tokenize.TokenError),
+  *(zipfile.BadZipFile, zlib.error),
+)
+_HEADER = 2**16  # bytes that the header of an array may take
+_SHRINKS = 100  # times that an array may be larger than the file; weights hardly shrink
 _BLOCK = r'Transformer/encoderblock_(\d+)/'
 _ATTENTION = 'MultiHeadDotProductAttention_1'
 _OUTSIDE = {
@@ -105,8 +118,11 @@ class VitNpz:
   def read(self, key: str) -> np.ndarray:
     """One array, as Hugging Face stores it."""
     name = self._names[key]
-    with np.load(self.folder, allow_pickle=False) as arrays:
-      array = arrays[name]
+    try:
+      with np.load(self.folder, allow_pickle=False) as arrays:
+        array = arrays[name]
+    except _BROKEN as error:
+      raise ValueError(f'{self.folder}: {name!r} cannot be read ({error})') from error
     if array.dtype == 'V2':  # numpy has no bfloat16
       array = array.view(ml_dtypes.bfloat16)
     return _theirs(name, array)
@@ -119,6 +135,7 @@ def _headers(path: Path) -> dict[str, tuple[int, ...]]:
     ValueError: it cannot be read, or holds objects.
   """
   shapes = {}
+  size = textfiles.check_regular(path)
   try:
     with zipfile.ZipFile(path) as file:
       for member in file.namelist():
@@ -130,10 +147,27 @@ def _headers(path: Path) -> dict[str, tuple[int, ...]]:
           shape, _, dtype = read(data)
         if dtype.hasobject:
           raise ValueError(f'{member} holds objects, which are not read')
+        _check_size(file.getinfo(member), math.prod(shape) * dtype.itemsize, size)
         shapes[member.removesuffix('.npy')] = shape
-  except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
+  except _BROKEN as error:
     raise ValueError(f'{path} is no readable .npz file ({error})') from error
   return shapes
+
+
+def _check_size(member: zipfile.ZipInfo, wanted: int, size: int) -> None:
+  """Raises a ValueError if a member is not as large as its array, or unpacks to far more.
+
+  Args:
+    member: of the file.
+    wanted: bytes of its array.
+    size: of the file.
+  """
+  if not wanted <= member.file_size <= wanted + _HEADER:
+    raise ValueError(f'{member.filename} has {member.file_size:,} bytes for {wanted:,} of numbers')
+  if member.file_size > _SHRINKS * size:
+    raise ValueError(
+      f'{member.filename} would unpack to {member.file_size:,} bytes of a small file'
+    )
 
 
 def _key(name: str, has_pre_logits: bool) -> str:

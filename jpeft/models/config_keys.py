@@ -1,0 +1,124 @@
+"""What the keys of a Hugging Face config hold that any family reads: kinds and bounds.
+
+Models are built of these before a tensor is compared with them, so that a number that no model has
+would cost minutes or all memory.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from jpeft import jsonfiles
+
+_FLAGS = (
+  *('attention_bias', 'key_bias', 'mlp_bias', 'proj_bias', 'qkv_bias', 'query_bias', 'value_bias'),
+  *('scale_decoder_outputs', 'tie_word_embeddings', 'use_absolute_position_embeddings'),
+  *('use_gated_mlp', 'use_mask_token', 'use_mean_pooling', 'use_relative_position_bias'),
+  *('use_shared_relative_position_bias', 'use_sliding_window', 'use_swiglu_ffn'),
+)
+_TEXTS = ('activation', 'feed_forward_proj', 'hidden_act', 'jpeft_pool', 'position_embedding_type')
+_RATES = (
+  *('attention_dropout', 'attention_probs_dropout_prob', 'dropout', 'dropout_rate'),
+  'hidden_dropout_prob',
+)
+_WIDE = 2**24  # of a table or matrix, in rows
+# {key: (least, most)} of integers, and of numbers.
+_COUNTS = {
+  **dict.fromkeys(('hidden_size', 'dim', 'd_model', 'embedding_size'), (1, 2**20)),
+  **dict.fromkeys(('num_attention_heads', 'n_heads', 'num_heads'), (1, 2**16)),
+  **dict.fromkeys(('num_hidden_layers', 'n_layers', 'num_layers'), (1, 2**12)),
+  **dict.fromkeys(('intermediate_size', 'hidden_dim', 'd_ff', 'vocab_size'), (1, _WIDE)),
+  **dict.fromkeys(('d_kv', 'relative_attention_num_buckets'), (1, 2**16)),
+  'max_position_embeddings': (1, 2**28),
+  'relative_attention_max_distance': (1, 2**28),
+  'max_window_layers': (0, 2**31),
+  'num_channels': (1, 2**16),
+  'num_register_tokens': (0, 2**16),
+  'type_vocab_size': (0, _WIDE),
+}
+_MAYBE_COUNTS = {
+  'head_dim': (1, 2**16),
+  'num_decoder_layers': (1, 2**12),
+  'num_key_value_heads': (1, 2**16),
+  'pad_token_id': (-1, _WIDE),
+  'sliding_window': (1, 2**31),
+}
+_NUMBERS = {
+  **dict.fromkeys(('layer_norm_eps', 'layer_norm_epsilon', 'rms_norm_eps'), (0, 1)),
+  **dict.fromkeys(_RATES, (0, 1)),
+  **dict.fromkeys(('layer_scale_init_value', 'layerscale_value'), (-1e6, 1e6)),
+  'mlp_ratio': (1e-3, 1e3),
+  'partial_rotary_factor': (0, 1),
+  'rope_theta': (1e-3, 1e12),
+}
+_SIDES = {'image_size': (1, 2**14), 'patch_size': (1, 2**14)}
+# Of the rotary positions, a dict of their own.
+_ROPE_NUMBERS = {
+  **dict.fromkeys(('rope_theta', 'partial_rotary_factor'), (0, 1e12)),
+  **dict.fromkeys(('factor', 'beta_fast', 'beta_slow', 'high_freq_factor'), (1e-3, 1e6)),
+  **dict.fromkeys(('low_freq_factor', 'original_max_position_embeddings'), (1e-3, 2**28)),
+  **dict.fromkeys(('attention_factor', 'mscale', 'mscale_all_dim'), (0, 1e6)),
+}
+_ROPE = {
+  **{f'{key}?': (float, None) for key in _ROPE_NUMBERS},
+  **dict.fromkeys(('rope_type?', 'type?'), str),
+  'truncate?': bool,
+}
+_SCHEMA = {
+  'model_type': str,
+  'architectures?': ([str], None),
+  'id2label?': (dict, None),
+  'label2id?': (dict, None),
+  'layer_types?': ([str], None),
+  'jpeft_sizes?': dict,
+  **dict.fromkeys(('rope_parameters?', 'rope_scaling?'), (_ROPE, None)),
+  **{f'{key}?': (bool, None) for key in _FLAGS},
+  **{f'{key}?': str for key in _TEXTS},
+  **{f'{key}?': int for key in _COUNTS},
+  **{f'{key}?': (int, None) for key in _MAYBE_COUNTS},
+  **{f'{key}?': float for key in _NUMBERS},
+  **{f'{key}?': (int, [int]) for key in _SIDES},
+}
+_WIDTHS = ('hidden_size', 'dim')
+_HEADS = ('num_attention_heads', 'n_heads')
+
+
+def check_config(config: Mapping[str, Any], where: str) -> None:
+  """Raises a ValueError for the value of a key that no model can have.
+
+  Args:
+    config: as in config.json.
+    where: the file, or what else has it.
+  """
+  jsonfiles.check(dict(config), _SCHEMA, where)
+  bounds = _COUNTS | _MAYBE_COUNTS | _NUMBERS | _SIDES
+  for key, (least, most) in bounds.items():
+    _check_between(config.get(key), least, most, where, key)
+  for name in ('rope_parameters', 'rope_scaling'):
+    for key, (least, most) in _ROPE_NUMBERS.items():
+      _check_between((config.get(name) or {}).get(key), least, most, where, f'{name}.{key}')
+  for key in _SIDES:
+    if isinstance(config.get(key), list) and len(config[key]) != 2:
+      raise ValueError(f'{where}: {key} must be one number or two, not {config[key]!r:.60}')
+  _check_heads(config, where)
+
+
+def _check_between(value: Any, least: float, most: float, where: str, key: str) -> None:
+  """Raises a ValueError if a number, or one of a list, is not within its bounds."""
+  for number in value if isinstance(value, list) else [value]:
+    if number is not None and not least <= number <= most:
+      raise ValueError(f'{where}: {key} must be from {least:g} to {most:g}, not {number!r}')
+
+
+def _check_heads(config: Mapping[str, Any], where: str) -> None:
+  """Raises a ValueError if the heads do not share the width, or their keys."""
+  width = _first(config, _WIDTHS)
+  heads = _first(config, _HEADS)
+  if width and heads and not config.get('head_dim') and width % heads:
+    raise ValueError(f'{where}: a width of {width} cannot be shared by {heads} heads')
+  groups = config.get('num_key_value_heads')
+  if groups and heads and heads % groups:
+    raise ValueError(f'{where}: {heads} heads cannot share {groups} heads of keys')
+
+
+def _first(config: Mapping[str, Any], keys: Iterable[str]) -> Any:
+  return next((config[key] for key in keys if key in config), None)
