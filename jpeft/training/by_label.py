@@ -31,7 +31,11 @@ def by_label_section(folder: pathlib.Path) -> list[str]:
   if not file.exists():
     return []
   told = jsonfiles.read(file, {'step': int, 'labels': {str: {str: object}}})
-  names = list(next(iter(told['labels'].values())))
+  names = list(next(iter(told['labels'].values()), ()))
+  for label, scores in told['labels'].items():
+    numbers = all(isinstance(score, (int, float)) for score in scores.values())
+    if scores.keys() != set(names) or not numbers:
+      raise ValueError(f'{file}: the scores of {label!r:.60} are not numbers by the same names')
   rows = []
   for label, scores in list(told['labels'].items())[:LONGEST]:
     values = (

@@ -1,11 +1,8 @@
 """Which readers are given damaged files: a table of readers and valid files."""
 
-import dataclasses
 import functools
 import pathlib
-import random
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import safetensors.numpy as numpy_files
@@ -17,60 +14,11 @@ from jpeft.models.io import gguf, onnx, safetensors, tokenizer, vit_npz
 from jpeft.models.io.tokenizer import load_tokenizer
 from jpeft.training import by_label, confusion, metrics
 from tests.fuzz import mutations, seeds
-from tests.fuzz.mutations import damaged, damaged_json, damaged_lines
+from tests.fuzz.reader import Files, Folder, Reader
 
 TESTS = pathlib.Path(__file__).parents[1]
 QUANTIZED = TESTS / 'quant' / 'golden' / 'bitsandbytes.npz'
 ADAPTERS = TESTS / 'export' / 'golden'
-Files = Mapping[str, bytes]
-Folder = pathlib.Path
-
-
-@dataclasses.dataclass(frozen=True)
-class Reader:
-  """A reader, and valid files for it.
-
-  Attributes:
-    name: in tables and for the random numbers of a case.
-    read: reads the folder, deep enough that everything in it is looked at.
-    kinds: the files of each seed: {file name: content}.
-    says: what every message must contain, such as the name of the file.
-    fixed: files that are not damaged.
-    share: of the cases that others have; less for readers that are slow.
-  """
-
-  name: str
-  read: Callable[[Folder], Any]
-  kinds: Callable[[], list[Files]]
-  says: str = ''
-  fixed: tuple[str, ...] = ()
-  share: float = 1.0
-
-  def files(self) -> Files:
-    """The first valid files."""
-    return _kinds(self)[0]
-
-  def count(self, cases: int) -> int:
-    return max(1, int(cases * self.share))
-
-  def damaged(self, files: Files, chance: random.Random) -> dict[str, bytes]:
-    """The files of a seed, one of them damaged."""
-    files = dict(chance.choice(_kinds(self)))
-    name = chance.choice([name for name in files if name not in self.fixed])
-    change = damaged
-    if name.endswith('.json'):
-      change = damaged_json
-    elif name.endswith('.jsonl'):
-      change = damaged_lines
-    elif name.endswith('.jinja'):
-      change = mutations.damaged_template
-    files[name] = change(files[name], chance)
-    return files
-
-
-@functools.cache
-def _kinds(reader: Reader) -> list[Files]:
-  return reader.kinds()
 
 
 # ---- Weights.

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 SECONDS = 20  # that a case may take
 START = 180  # that the imports may take
+HUNG = 'hung'
+Job = tuple[str, int, int]  # reader, first case, last case
 HEAD = ('reader', 'cases', 'other exceptions', 'hangs', 'above 2 GB', 'ends of the process')
 
 
@@ -39,66 +41,89 @@ class Told(NamedTuple):
     return [*self.errors, *self.hangs, *self.memory, *self.ends]
 
 
-def watched(counts: dict[str, int]) -> dict[str, Told]:
-  """{reader: what became of its first cases} of {reader: how many}."""
+def watched(
+  counts: dict[str, int], module: str = 'tests.fuzz.readers', seconds: float = SECONDS
+) -> dict[str, Told]:
+  """{reader: what became of its first cases}.
+
+  Args:
+    counts: {reader: how many}.
+    module: that has the readers.
+    seconds: that a case may take.
+  """
   told = {name: Told(count, [], [], [], []) for name, count in counts.items()}
   jobs = [(name, 0, count) for name, count in counts.items()]
   while jobs:
-    jobs = _round(jobs, told)
+    jobs = _round(jobs, told, module, seconds)
   return told
 
 
-def _round(jobs: list[tuple[str, int, int]], told: dict[str, Told]) -> list[tuple[str, int, int]]:
+def _round(jobs: list[Job], told: dict[str, Told], module: str, seconds: float) -> list[Job]:
   """Runs jobs in one process; returns those that are left after one that hung or ended it."""
-  words = [str(word) for job in jobs for word in job]
-  # Frames of Rust code and the words of readers go nowhere: there are millions.
-  process = subprocess.Popen(
-    [sys.executable, '-m', 'tests.fuzz.run', *words],
-    stdout=subprocess.PIPE,
-    stderr=subprocess.DEVNULL,
-    text=True,
-    errors='replace',
-    env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'RUST_BACKTRACE': '0'},
-  )
-  lines: queue.Queue = queue.Queue()
-
-  def pump():
-    for line in process.stdout:
-      lines.put(line.rstrip('\n'))
-    lines.put(None)
-
-  threading.Thread(target=pump, daemon=True).start()
-  now: tuple[str, int] | None = None
-  hung = False
-  while True:
-    try:
-      line = lines.get(timeout=SECONDS if now else START)
-    except queue.Empty:
-      process.kill()
-      hung = True
-      break
-    if line is None or line == 'done':
-      break
-    case, colon, wrong = line.partition(': ')
-    name, _, number = case.rpartition(' ')
-    if not colon:
-      now = name, int(number)
-      continue
-    kind = told[name].memory if wrong.startswith('MemoryError') else told[name].errors
-    kind.append(line)
-  process.stdout.close() if not hung else None
-  process.wait()
+  now = None
+  with _Process(module, jobs) as process:
+    line = process.line(START)
+    while line not in (None, 'done', HUNG):
+      case, colon, wrong = line.partition(': ')
+      name, _, number = case.rpartition(' ')
+      if not colon:
+        now = name, int(number)
+      elif wrong.startswith('MemoryError'):
+        told[name].memory.append(line)
+      else:
+        told[name].errors.append(line)
+      line = process.line(START if now[1] < 0 else seconds)
   if line == 'done':
     return []
-  if now is None:
-    raise RuntimeError(f'the process of {jobs[0][0]} ended before its first case')
+  if now is None or now[1] < 0:
+    raise RuntimeError(f'whole files are not read: python -m tests.fuzz.run {module} {jobs[0][0]}')
   name, number = now
-  if number < 0:
-    raise RuntimeError(f'the undamaged files of {name} are not read: python -m tests.fuzz.run')
-  place = told[name].hangs if hung else told[name].ends
-  place.append(f'{name} {number}: {"takes too long" if hung else "ends the process"}')
-  at = next(i for i, job in enumerate(jobs) if job[0] == name)
+  if line == HUNG:
+    told[name].hangs.append(f'{name} {number}: takes more than {seconds} seconds')
+  else:
+    told[name].ends.append(f'{name} {number}: ends the process')
+  at = [job[0] for job in jobs].index(name)
   return [(name, number + 1, jobs[at][2]), *jobs[at + 1 :]]
+
+
+class _Process:
+  """A process of `tests.fuzz.run`, whose lines are read one by one."""
+
+  def __init__(self, module: str, jobs: list[Job]):
+    words = [str(word) for job in jobs for word in job]
+    # The words of Rust code go nowhere: there are millions.
+    self._process = subprocess.Popen(
+      [sys.executable, '-m', 'tests.fuzz.run', module, *words],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.DEVNULL,
+      text=True,
+      errors='replace',
+      env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'RUST_BACKTRACE': '0'},
+    )
+    self._lines: queue.Queue = queue.Queue()
+    self._reads = threading.Thread(target=self._pump)
+    self._reads.start()
+
+  def _pump(self) -> None:
+    for line in self._process.stdout:
+      self._lines.put(line.rstrip('\n'))
+    self._lines.put(None)
+
+  def line(self, seconds: float) -> str | None:
+    """The next line; HUNG if none comes in time, None at the end."""
+    try:
+      return self._lines.get(timeout=seconds)
+    except queue.Empty:
+      return HUNG
+
+  def __enter__(self) -> '_Process':
+    return self
+
+  def __exit__(self, *error) -> None:
+    self._process.kill()
+    self._process.wait()
+    self._reads.join()
+    self._process.stdout.close()
 
 
 def table(told: dict[str, Told]) -> list[Sequence[str]]:

@@ -29,6 +29,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jpeft import textfiles
+
 from ..decode import decode
 from ..labels import CLASSES, NUMBERS, SETS
 from ..source import Dataset, Example, split_rows, suggestion
@@ -190,6 +192,7 @@ def _samples(files: Iterable[Path]) -> list[Sample]:
   """
   found = []
   for file in files:
+    textfiles.check_regular(file)
     status = file.stat()
     inside = _indexed(file, status.st_size, status.st_mtime_ns)
     if not inside:

@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 from einops import rearrange
 
+from jpeft import textfiles
 from jpeft.lazy import extra
 
 from ..nn import Rope
@@ -193,7 +194,7 @@ class Gguf:
   def __init__(self, path: str | Path):
     self.folder = Path(path)
     self._data = np.empty(0, np.uint8)
-    if self.folder.stat().st_size:  # an empty file cannot be mapped
+    if textfiles.check_regular(self.folder):  # an empty file cannot be mapped
       self._data = np.memmap(self.folder, np.uint8, 'r')
     try:
       self.metadata, self._tensors = _parse(self._data)
