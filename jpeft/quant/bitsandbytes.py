@@ -24,6 +24,7 @@ from .formats import GROUP, MAP, Format, Fp4, Nf4
 
 _STATE = 'quant_state.bitsandbytes__'
 _FORMATS = {'nf4': Nf4, 'fp4': Fp4}
+_DTYPES = ('float16', 'bfloat16', 'float32')
 _SCHEMA = {
   'quant_type': str,
   'blocksize': int,
@@ -88,11 +89,17 @@ def from_bitsandbytes(tensors: Mapping[str, np.ndarray], name: str) -> Quantized
       supported.
   """
   state = _state(tensors, name)
-  form = _form(state, name)
+  form = _form(state)
   fan_out, fan_in = state['shape']
   shape = (fan_in, fan_out)
   size = fan_in * fan_out
 
+  wanted = [name, f'{name}.absmax']
+  if form.double:
+    wanted.append(f'{name}.nested_absmax')
+  missing = [key for key in wanted if key not in tensors]
+  if missing:
+    raise ValueError(f'the quantized weight {name!r} has no {missing[0]!r} beside it')
   packed = np.ascontiguousarray(tensors[name]).view(np.uint8).reshape(-1)
   absmax = np.asarray(tensors[f'{name}.absmax'])
   if packed.size != -(-size // 2) or absmax.size != -(-size // form.block):
@@ -118,22 +125,32 @@ def _state(tensors: Mapping[str, np.ndarray], name: str) -> dict[str, Any]:
     if key.startswith(f'{name}.{_STATE}'):
       where = f'the quant_state of {name!r}'
       state = jsonfiles.parsed(np.asarray(tensor).tobytes(), where)
-      jsonfiles.check(state, _SCHEMA, where)
+      _check_state(state, where)
       return state
   raise ValueError(f'{name!r} has no quant_state of bitsandbytes beside it')
 
 
-def _form(state: dict[str, Any], name: str) -> Format:
-  """The format that a quant_state describes."""
+def _check_state(state: Any, where: str) -> None:
+  """Raises a ValueError for a quant_state that is none, or of a kind that is not supported."""
+  jsonfiles.check(state, {'quant_type': str}, where)
   kind = state['quant_type']
   if kind not in _FORMATS:
-    raise ValueError(f'{name!r} is of the type {kind!r}, only nf4 and fp4 are supported')
-  double = 'nested_offset' in state
-  if double and state['nested_blocksize'] != GROUP:
+    raise ValueError(f'{where} is of the type {kind!r}, only nf4 and fp4 are supported')
+  jsonfiles.check(state, _SCHEMA, where)
+  if len(state['shape']) != 2 or min(*state['shape'], state['blocksize']) < 1:
     raise ValueError(
-      f'{name!r} has groups of {state["nested_blocksize"]} scales, only {GROUP} is supported'
+      f'{where}: the shape {state["shape"]!r:.60} or the block of {state["blocksize"]} is none'
     )
-  return _FORMATS[kind](state['blocksize'], double)
+  if state['dtype'] not in _DTYPES:
+    raise ValueError(f'{where}: dtype must be one of {", ".join(_DTYPES)}')
+  groups = state.get('nested_blocksize')
+  if 'nested_offset' in state and groups != GROUP:
+    raise ValueError(f'{where} has groups of {groups} scales, only {GROUP} is supported')
+
+
+def _form(state: dict[str, Any]) -> Format:
+  """The format that a quant_state describes."""
+  return _FORMATS[state['quant_type']](state['blocksize'], 'nested_offset' in state)
 
 
 def _packed(codes: jax.Array, form: Format, shape: tuple[int, int]) -> np.ndarray:

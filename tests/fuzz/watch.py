@@ -12,7 +12,7 @@ import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
-SECONDS = 20  # that a case may take
+SECONDS = 60  # that a case may take
 START = 180  # that the imports may take
 HUNG = 'hung'
 Job = tuple[str, int, int]  # reader, first case, last case

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from einops import rearrange
 
-from jpeft import textfiles
+from jpeft import jsonfiles, textfiles
 from jpeft.lazy import extra
 
 from ..nn import Rope
@@ -168,6 +168,17 @@ _SLOWER = 'rope_freqs.weight'
 ARCHITECTURES = ('llama', 'qwen2', 'qwen3')
 
 
+# Of the metadata, behind the name of the architecture.
+_CONFIG = {
+  **dict.fromkeys(('attention.head_count?', 'attention.head_count_kv?', 'embedding_length?'), int),
+  **dict.fromkeys(('attention.key_length?', 'block_count?', 'context_length?'), int),
+  **dict.fromkeys(('feed_forward_length?', 'rope.dimension_count?'), int),
+  **dict.fromkeys(('rope.freq_base?', 'attention.layer_norm_rms_epsilon?'), float),
+  **dict.fromkeys(('rope.scaling.factor?', 'rope.scaling.original_context_length?'), float),
+  'rope.scaling.type?': str,
+}
+
+
 class _Tensor(NamedTuple):
   """One tensor of the file: its format, its shape, and its bytes, from `start` up to `end`."""
 
@@ -231,7 +242,10 @@ class Gguf:
 
   def _config(self, kind: str) -> dict[str, Any]:
     values = {key.removeprefix(f'{kind}.'): value for key, value in self.metadata.items()}
+    jsonfiles.check(values, _CONFIG, f'{self.folder}: the metadata of {kind!r}')
     heads = values['attention.head_count']
+    if heads < 1:
+      raise ValueError(f'{self.folder}: its metadata has {heads} heads')
     width = values['embedding_length']
     head_dim = values.get('attention.key_length', width // heads)
     # By way of the text, since the config has 1e-5 and not the float32 next to it.
@@ -300,6 +314,10 @@ class Gguf:
     # The writer of Llama files turned the two halves of each head's rows into neighbouring pairs.
     for part, heads in (('q_proj', 'num_attention_heads'), ('k_proj', 'num_key_value_heads')):
       if f'.{part}.' in key:
+        if len(array) % (2 * self.config[heads]):
+          raise ValueError(
+            f'{self.folder}: {key!r} of {len(array)} rows is not that of {self.config[heads]} heads'
+          )
         array = rearrange(array, '(h i j) ... -> (h j i) ...', h=self.config[heads], j=2)
     return array
 

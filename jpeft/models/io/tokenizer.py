@@ -83,7 +83,8 @@ class Tokenizer:
     """Whether the model was trained on texts that begin with `bos`."""
     if self.bos is None:
       return False
-    return self.encoder.encode('', add_special_tokens=True).ids[:1] == [self.bos]
+    with tokenizer_json.sentences('the tokenizer cannot begin a text'):
+      return self.encoder.encode('', add_special_tokens=True).ids[:1] == [self.bos]
 
   def token(self, number: int) -> str:
     """How a token is written."""
@@ -91,7 +92,8 @@ class Tokenizer:
 
   def decode(self, ids: Sequence[int]) -> str:
     """The text of ids, without special tokens."""
-    return self.encoder.decode([int(i) for i in ids], skip_special_tokens=True)
+    with tokenizer_json.sentences('the tokenizer cannot write these tokens'):
+      return self.encoder.decode([int(i) for i in ids], skip_special_tokens=True)
 
   def chat(
     self,
