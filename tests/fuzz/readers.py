@@ -2,8 +2,11 @@
 
 import functools
 import pathlib
+import tempfile
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy as numpy_files
 
@@ -193,6 +196,29 @@ def _thetas() -> list[Files]:
   return [{'theta.safetensors': numpy_files.save(arrays, {'step': '3', 'method': '"m"'})}]
 
 
+_STATE = {'a': np.arange(6, dtype='f'), 'b': np.zeros(3, 'i4')}
+
+
+def _checkpoints(folder: Folder) -> None:
+  opened = training.Checkpoints(folder / 'checkpoints', 1)
+  try:
+    if opened.latest is not None:
+      opened.restore(jax.tree.map(jnp.asarray, _STATE))
+  finally:
+    opened.close()
+
+
+def _stored_checkpoints() -> list[Files]:
+  with tempfile.TemporaryDirectory() as folder:
+    root = pathlib.Path(folder)
+    opened = training.Checkpoints(root / 'checkpoints', 1)
+    opened.save(3, _STATE, {'epoch': 1})
+    opened.wait()
+    opened.close()
+    files = [file for file in root.rglob('*') if file.is_file()]
+    return [{str(file.relative_to(root)): file.read_bytes() for file in files}]
+
+
 # ---- Adapters.
 
 
@@ -295,6 +321,7 @@ _ALL = [
   Reader('run folder', _run, _runs, '.json'),
   Reader('logs of runs', _logs, _all_logs, '.json'),
   Reader('theta', _theta, _thetas, 'theta.safetensors'),
+  Reader('checkpoints', _checkpoints, _stored_checkpoints, share=0.05),
   Reader('adapters', _adapter, _adapters, share=0.1),
   Reader('images', _image, _images, 'image.png'),
   Reader('CSV', _data('csv:{folder}/a.csv'), _only('a.csv', _csv)),

@@ -50,13 +50,12 @@ def _tell(line: str) -> None:
 
 
 def _read(reader, folder: pathlib.Path, files) -> None:
-  for name, data in files.items():
-    (folder / name).write_bytes(data)
-  try:
-    reader.read(folder)
-  finally:
-    for name in files:
-      (folder / name).unlink()
+  with tempfile.TemporaryDirectory(dir=folder) as inner:
+    place = pathlib.Path(inner)
+    for name, data in files.items():
+      (place / name).parent.mkdir(parents=True, exist_ok=True)
+      (place / name).write_bytes(data)
+    reader.read(place)
 
 
 def _wrong(reader, error: BaseException) -> str | None:

@@ -3,7 +3,9 @@
 import functools
 import io
 import json
+import struct
 import tarfile
+import zlib
 
 import numpy as np
 import safetensors.numpy
@@ -218,12 +220,31 @@ def images() -> list[bytes]:
   animated = io.BytesIO()
   frames = [Image.new('RGB', (8, 8), colour) for colour in ('red', 'blue')]
   frames[0].save(animated, 'gif', save_all=True, append_images=frames[1:])
+  # Small files that claim to be large: each is to be refused by its size.
+  bombs = [
+    _png(40_000, 40_000),
+    _png(11_600, 11_600),
+    image('bmp')[:18] + struct.pack('<ii', 30_000, 30_000) + image('bmp')[26:],
+    image('gif')[:6] + struct.pack('<HH', 65_535, 65_535) + image('gif')[10:],
+    b'P6 60000 60000 255\n' + bytes(999),
+  ]
   eps = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n'
   found = [image(kind) for kind in ('png', 'jpeg', 'webp', 'bmp', 'tiff', 'ppm', 'gif')]
   found += [image('png', mode) for mode in ('RGBA', 'P', '1', 'LA', 'L')]
   found += [image('tiff', 'CMYK'), image('tiff', compression='tiff_lzw')]
   found += [image('tiff', compression='tiff_deflate'), image('jpeg', progressive=True)]
-  return [*found, animated.getvalue(), eps]
+  return [*found, *bombs, animated.getvalue(), eps]
+
+
+def _png(width: int, height: int) -> bytes:
+  """A PNG that says it is so large, of a row of pixels."""
+
+  def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
+
+  head = chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0))
+  body = chunk(b'IDAT', zlib.compress(bytes(3 * width + 1)))
+  return b'\x89PNG\r\n\x1a\n' + head + body + chunk(b'IEND', b'')
 
 
 # ---- Data.
