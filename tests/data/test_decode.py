@@ -1,6 +1,8 @@
 """From image files to arrays: as a viewer shows them, or one sentence with the name of the file."""
 
+import importlib
 import io
+import os
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from PIL import Image
 
 from jpeft import data, tasks
 
+decoding = importlib.import_module('jpeft.data.decode')  # the name is that of its function, too
 ORIENTATION = 0x0112
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (3, 5, 3), np.uint8)
@@ -94,6 +97,42 @@ def test_more_pixels_than_allowed(monkeypatch):
     data.decode(file, 'big.png')
   monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', None)
   assert data.decode(file, 'big.png').shape == (3, 5, 3)
+
+
+def test_more_pixels_than_fit_into_memory(monkeypatch):
+  monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', None)  # a choice of others
+  monkeypatch.setattr(decoding, 'MEMORY', 12 * 14)
+  with pytest.raises(ValueError, match='big.png has 5 x 3 pixels, and at most 14 of a PNG file'):
+    data.decode(stored(Image.fromarray(PIXELS)), 'big.png')
+  with pytest.raises(ValueError, match='at most 8 of a WEBP file'):
+    data.decode(stored(Image.fromarray(PIXELS), 'webp'), 'big.webp')
+
+
+def test_formats_are_those_of_a_list(tmp_path):
+  program = tmp_path / 'a.png'
+  program.write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n')
+  with pytest.raises(
+    ValueError, match='a.png is no readable image: it does not begin as one of JPEG'
+  ):
+    data.decode(program, str(program))
+  for kind in ('png', 'jpeg', 'gif', 'webp', 'tiff', 'bmp', 'ppm'):
+    assert data.decode(stored(Image.fromarray(PIXELS), kind), 'x').shape == (3, 5, 3)
+  os.mkfifo(tmp_path / 'pipe.png')
+  with pytest.raises(ValueError, match='pipe.png is a pipe, socket or device, not a file'):
+    data.decode(tmp_path / 'pipe.png', 'pipe.png')
+
+
+def test_large_images_are_made_in_bands_like_small_ones(monkeypatch):
+  pixels = RNG.integers(0, 256, (9, 7, 4), np.uint8)
+  files = [stored(Image.fromarray(pixels)), stored(Image.fromarray(pixels).convert('P'))]
+  files += [
+    stored(Image.fromarray(pixels).convert('L')),
+    stored(Image.fromarray(pixels).convert('1')),
+  ]
+  whole = [data.decode(file, 'x') for file in files]
+  monkeypatch.setattr(decoding, '_BAND', 15)  # two rows
+  for file, want in zip(files, whole, strict=True):
+    np.testing.assert_array_equal(data.decode(file, 'x'), want)
 
 
 @pytest.mark.parametrize('kind', ['png', 'jpeg', 'gif', 'webp', 'tiff', 'bmp'])
