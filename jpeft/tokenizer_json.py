@@ -46,11 +46,12 @@ def read(file: Path) -> Any:
     import tokenizers
   text = textfiles.text_of(file, jsonfiles.LARGEST)
   value = jsonfiles.parsed(text, str(file))
-  with sentences(f'{file} is no tokenizer.json that is read'):
+  unread = f'{file} is no tokenizer.json that is read'
+  with sentences(unread):
     try:
       encoder = tokenizers.Tokenizer.from_str(text)
     except BaseException:
-      jsonfiles.check(value, SCHEMA, str(file))  # which may say more than the package does
+      jsonfiles.check(value, SCHEMA, unread)  # which may say more than the package does
       raise
     largest = max(encoder.get_vocab().values(), default=0)
     if largest > LARGEST_ID:

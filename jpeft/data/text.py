@@ -117,7 +117,7 @@ class Encoder:
     Raises:
       ValueError: no text, or a token or a segment that the model has no row for.
     """
-    with tokenizer_json.sentences(f'{text!r:.60} is no text that the tokenizer reads'):
+    with tokenizer_json.sentences(f'{text!r:.60} is no text that a tokenizer reads'):
       encoding = self.tokenizer.encode(text, pair)
     self.check(encoding, text)
     return encoding

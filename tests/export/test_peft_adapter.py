@@ -220,6 +220,9 @@ KEY = 'base_model.model.bert.encoder.layer.0.attention.self.query.lora_B.weight'
     ({}, {'bias': 'some'}, "bias='some' is none of none, all, lora_only"),
     ({}, {'init_lora_weights': 'pissa_niter_4'}, 'have peft convert it to plain LoRA'),
     ({}, {'r': None}, 'adapter_config.json lacks r'),
+    ({}, {'r': '4'}, 'adapter_config.json: r must be an integer of 64 bits or null, not "4"'),
+    ({}, {'rank_pattern': {'(a+)+': 4}}, r"'\(a\+\)\+' of adapter_config.json repeats a group"),
+    ({}, {'rank_pattern': {'[': 4}}, r"'\[' of adapter_config.json is no regex"),
     ({KEY: None}, {}, "'encoder/block_0/attention/query/kernel' lacks b"),
     (
       {KEY: None, KEY.replace('query', 'qwery'): np.zeros((16, 4), 'f')},

@@ -11,11 +11,25 @@ import pytest
 from tests.fuzz import faulty, watch
 from tests.fuzz.readers import READERS
 
-FEW, MANY = 200, 20_000
+FEW, MANY = 100, 20_000
+# Cases that once raised something else, or ended the process; a reader's cases change with its
+# seeds, and then these are any cases.
+ONCE = {
+  'Arrow': (58, 77),
+  'GGUF': (239, 5049),
+  'Parquet': (1911, 2643, 4149, 15594),
+  'bitsandbytes': (111, 263),
+  'config.json': (10, 106, 258, 311, 461, 571, 688, 758),
+  'logs of runs': (31, 90, 212, 284, 431),
+  'npz': (4, 36, 60),
+  'tokenizer.json': (3676,),
+}
 
 
 def test_some_damaged_files():
-  told = watch.watched({name: reader.count(FEW) for name, reader in READERS.items()})
+  jobs = [(name, 0, reader.count(FEW)) for name, reader in READERS.items()]
+  jobs += [(name, case, case + 1) for name, cases in ONCE.items() for case in cases]
+  told = watch.told_of(jobs)
   wrong = [line for found in told.values() for line in found.wrong]
   assert not wrong, '\n'.join(wrong)
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 SECONDS = 60  # that a case may take
 START = 180  # that the imports may take
 HUNG = 'hung'
-Job = tuple[str, int, int]  # reader, first case, last case
+Job = tuple[str, int, int]  # reader, first case, the one behind the last
 HEAD = ('reader', 'cases', 'other exceptions', 'hangs', 'above 2 GB', 'ends of the process')
 
 
@@ -51,8 +51,17 @@ def watched(
     module: that has the readers.
     seconds: that a case may take.
   """
-  told = {name: Told(count, [], [], [], []) for name, count in counts.items()}
-  jobs = [(name, 0, count) for name, count in counts.items()]
+  return told_of([(name, 0, count) for name, count in counts.items()], module, seconds)
+
+
+def told_of(
+  jobs: list[Job], module: str = 'tests.fuzz.readers', seconds: float = SECONDS
+) -> dict[str, Told]:
+  """The same of jobs: a reader, its first case, and the one behind its last."""
+  told: dict[str, Told] = {}
+  for name, first, end in jobs:
+    before = told.get(name, Told(0, [], [], [], []))
+    told[name] = before._replace(cases=before.cases + end - first)
   while jobs:
     jobs = _round(jobs, told, module, seconds)
   return told
@@ -82,7 +91,7 @@ def _round(jobs: list[Job], told: dict[str, Told], module: str, seconds: float) 
     told[name].hangs.append(f'{name} {number}: takes more than {seconds} seconds')
   else:
     told[name].ends.append(f'{name} {number}: ends the process')
-  at = [job[0] for job in jobs].index(name)
+  at = next(i for i, job in enumerate(jobs) if job[0] == name and job[1] <= number < job[2])
   return [(name, number + 1, jobs[at][2]), *jobs[at + 1 :]]
 
 

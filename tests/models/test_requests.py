@@ -129,6 +129,40 @@ def test_configs_that_say_too_little_or_the_unknown_are_explained():
     models.from_config(config | {'hidden_act': 'gleu'})
 
 
+@pytest.mark.parametrize(
+  ('name', 'change', 'message'),
+  [
+    ('vit', {'hidden_size': '24'}, 'hidden_size must be an integer of 64 bits, not "24"'),
+    ('vit', {'num_hidden_layers': 10**9}, 'num_hidden_layers must be from 1 to 4096, not'),
+    ('vit', {'num_attention_heads': 5}, 'a width of 24 cannot be shared by 5 heads'),
+    ('vit', {'architectures': 3}, 'architectures must be a list or null, not 3'),
+    ('vit', {'image_size': [28]}, 'image_size must be one number or two'),
+    ('bert', {'hidden_dropout_prob': 2}, 'hidden_dropout_prob must be from 0 to 1, not 2'),
+    ('bert', {'hidden_act': ['gelu']}, 'hidden_act must be a text, not a list of 1'),
+    ('llama', {'rope_parameters': 7}, 'rope_parameters must be an object or null, not 7'),
+    ('llama', {'num_key_value_heads': 3}, 'heads cannot share 3 heads of keys'),
+    ('llama', {'jpeft_sizes': {'width': 3}}, "jpeft_sizes of the config has 'width'"),
+    ('llama', {'jpeft_sizes': {'heads': ['a']}}, "'heads' in jpeft_sizes of the config has 'a'"),
+    ('t5', {'model_type': ['t5']}, r"model_type \['t5'\] is none of"),
+  ],
+)
+def test_what_a_config_cannot_say_is_told(name, change, message, tmp_path):
+  config = json.loads((GOLDEN / name / 'config.json').read_text()) | change
+  with pytest.raises(ValueError, match=message):
+    models.from_config(config)
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  with pytest.raises(ValueError, match=message):
+    models.describe(tmp_path)
+
+
+def test_colours_are_three(tmp_path):
+  (tmp_path / 'config.json').write_text((GOLDEN / 'vit' / 'config.json').read_text())
+  for told in ([0.5], [0.5, 0.5, 'x'], [1.0, 1.0, 0.0]):
+    (tmp_path / 'preprocessor_config.json').write_text(json.dumps({'image_std': told}))
+    with pytest.raises(ValueError, match='preprocessor_config.json: image_std'):
+      models.describe(tmp_path)
+
+
 def test_unknown_sources_name_the_nearest(tmp_path):
   with pytest.raises(ValueError, match="'dinov2-s16' is neither a folder.*dinov2-s14"):
     models.load('dinov2-s16')

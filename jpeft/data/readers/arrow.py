@@ -114,7 +114,7 @@ class _Parquet:
     textfiles.check_regular(file)
     try:
       self._file = parquet.ParquetFile(file)
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
       raise ValueError(f'{file} is no Parquet file ({_first_line(error)})') from error
     self.schema = self._file.schema_arrow
     self._meta = self._file.metadata
@@ -141,25 +141,24 @@ class _Parquet:
   def _group(self, group: int, columns: tuple[str, ...]):
     from pyarrow import ArrowException
 
+    first, end = self._starts[group : group + 2]
     try:
-      return self._file.read_row_group(group, columns=list(columns))
+      rows = self._file.read_row_group(group, columns=list(columns))
     except (ArrowException, OSError) as error:
-      first = self._starts[group]
       raise ValueError(
         f'{self.name} cannot be read from row {first} on ({_first_line(error)})'
       ) from error
+    if columns and len(rows) != end - first:
+      raise ValueError(
+        f'{self.name} has {len(rows)} rows from row {first} on, and says that it has {end - first}'
+      )
+    return rows
 
   def may_have_nulls(self, column: str) -> bool:
-    for group in self._groups:
-      one = self._meta.row_group(group)
-      for place in range(one.num_columns):
-        found = one.column(place)
-        if found.path_in_schema.split('.')[0] != column:
-          continue
-        statistics = found.statistics
-        if statistics is None or not statistics.has_null_count or statistics.null_count:
-          return True
-    return False
+    # By the column itself: where statistics are damaged, pyarrow ends the process to say so.
+    if not self.schema.field(column).nullable:
+      return False
+    return any(chunk[column].null_count for chunk in self.chunks((column,)))
 
   def size(self) -> int:
     """Bytes of all rows, uncompressed."""

@@ -66,7 +66,7 @@ class Tokenizer:
     Raises:
       ValueError: a token that the model has no row for, or no text.
     """
-    with tokenizer_json.sentences(f'{text!r:.60} is no text that the tokenizer reads'):
+    with tokenizer_json.sentences(f'{text!r:.60} is no text that a tokenizer reads'):
       ids = self.encoder.encode(text, add_special_tokens=False).ids
     self._check(ids, repr(text[:40]))
     if begin and self._begins_with_bos():
