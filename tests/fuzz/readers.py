@@ -325,7 +325,7 @@ _ALL = [
   Reader('tokenizer.json', _tokenizer, _tokenizers, fixed=('tokenizer_config.json',)),
   Reader('tokenizer_config.json', _tokenizer, _tokenizer_configs, fixed=('tokenizer.json',)),
   Reader('chat template', _chats, _templates, fixed=('tokenizer.json', 'tokenizer_config.json')),
-  Reader('run folder', _run, _runs, '.json'),
+  Reader('run folder', _run, _runs, '/tmp'),  # of which the folder is named
   Reader('logs of runs', _logs, _all_logs, '.json'),
   Reader('theta', _theta, _thetas, 'theta.safetensors'),
   Reader('checkpoints', _checkpoints, _stored_checkpoints, share=0.05),

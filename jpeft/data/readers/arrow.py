@@ -114,9 +114,10 @@ class _Parquet:
     textfiles.check_regular(file)
     try:
       self._file = parquet.ParquetFile(file)
+      self.schema = self._file.schema_arrow
+      _check_names(self.schema)
     except (ArrowException, OSError, UnicodeDecodeError) as error:
       raise ValueError(f'{file} is no Parquet file ({_first_line(error)})') from error
-    self.schema = self._file.schema_arrow
     self._meta = self._file.metadata
     self._groups = range(self._meta.num_row_groups)
     sizes = (self._meta.row_group(group).num_rows for group in self._groups)
@@ -176,7 +177,8 @@ class _Arrow:
     textfiles.check_regular(file)
     try:
       self._open(pyarrow.memory_map(str(file)))
-    except (pyarrow.ArrowException, OSError) as error:
+      _check_names(self.schema)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
       raise ValueError(
         f'{file} is no Arrow file, neither an IPC file nor a stream ({_first_line(error)})'
       ) from error
@@ -235,6 +237,11 @@ class _Arrow:
 
   def may_have_nulls(self, column: str) -> bool:
     return any(batch[column].null_count for batch in self.chunks((column,)))
+
+
+def _check_names(schema) -> None:
+  """Raises a UnicodeDecodeError if the name of a column is no text, which pyarrow reads late."""
+  tuple(schema.names)
 
 
 def _check_column(column) -> None:
