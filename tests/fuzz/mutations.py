@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import zlib
 from typing import Any
 
 NUMBERS = (0, -1, 1, 7, 255, 2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64, -(2**63), 10**30)
@@ -36,6 +37,51 @@ def damaged_lines(data: bytes, random: random.Random) -> bytes:
   at = random.randrange(len(lines))
   lines[at] = damaged_json(lines[at], random)
   return b'\n'.join(lines) + b'\n'
+
+
+def damaged_tar(data: bytes, random: random.Random) -> bytes:
+  """The bytes of a tar after changes of headers, whose checksums are right again most often."""
+  changed = bytearray(data)
+  for _ in range(random.choice((1, 2, 4))):
+    block = 512 * random.randrange(len(data) // 512)
+    field, size = random.choice(((0, 100), (124, 12), (124, 12), (156, 1), (257, 8), (345, 155)))
+    kind = random.random()
+    if kind < 0.4:
+      number = random.choice(NUMBERS)
+      text = bytes([random.choice(_KINDS)])
+      if size > 1:
+        text = (number % 2 ** (8 * size)).to_bytes(size, 'big')
+    elif kind < 0.7:
+      text = random.choice((b'%o' % abs(random.choice(NUMBERS)), b'-1', b'x', b'', b'\xff' * size))
+    else:
+      text = damaged(bytes(changed[block + field : block + field + size]), random)
+    changed[block + field : block + field + size] = text[:size].ljust(size, b'\0')
+  if random.random() < 0.3:
+    return damaged(bytes(changed), random)
+  for block in range(0, len(changed) - 511, 512):
+    if changed[block + 257 : block + 262] == b'ustar':
+      changed[block + 148 : block + 156] = b' ' * 8
+      changed[block + 148 : block + 156] = b'%06o\0 ' % sum(changed[block : block + 512])
+  return bytes(changed)
+
+
+_KINDS = b'0125xgLKS7\0'  # of members of a tar
+
+
+def damaged_image(data: bytes, random: random.Random) -> bytes:
+  """The bytes of an image after some changes; of a PNG the checksums are right most often."""
+  changed = damaged(data, random)
+  if not changed.startswith(b'\x89PNG') or random.random() < 0.3:
+    return changed
+  whole = bytearray(changed)
+  at = 8
+  while at + 12 <= len(whole):
+    end = at + 8 + int.from_bytes(whole[at : at + 4], 'big')
+    if end + 4 > len(whole):
+      break
+    whole[end : end + 4] = zlib.crc32(whole[at + 4 : end]).to_bytes(4, 'big')
+    at = end + 4
+  return bytes(whole)
 
 
 # Templates that do or make as much as they can: each must end soon, and none above 2 GB.

@@ -15,6 +15,8 @@ _CHANGES = {
   '.json': mutations.damaged_json,
   '.jsonl': mutations.damaged_lines,
   '.jinja': mutations.damaged_template,
+  '.tar': mutations.damaged_tar,
+  '.png': mutations.damaged_image,
 }
 
 

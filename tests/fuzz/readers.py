@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import tarfile
 import tempfile
 from collections.abc import Callable
 
@@ -361,6 +362,10 @@ _ALL = [
       'a.arrow', functools.partial(seeds.table, 'arrow'), functools.partial(seeds.table, 'stream')
     ),
   ),
-  Reader('tar', _data('wds:{folder}/a.tar?label=cls'), _only('a.tar', seeds.tar)),
+  Reader(
+    'tar',
+    _data('wds:{folder}/a.tar?label=cls'),
+    _only('a.tar', seeds.tar, functools.partial(seeds.tar, tarfile.GNU_FORMAT)),
+  ),
 ]
 READERS = {reader.name: reader for reader in _ALL}

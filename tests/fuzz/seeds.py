@@ -268,9 +268,9 @@ def table(kind: str) -> bytes:
   return file.getvalue()
 
 
-def tar() -> bytes:
+def tar(form: int = tarfile.PAX_FORMAT) -> bytes:
   file = io.BytesIO()
-  with tarfile.open(fileobj=file, mode='w') as opened:
+  with tarfile.open(fileobj=file, mode='w', format=form) as opened:
     for i in range(4):
       for suffix, data in (
         ('png', image('png')),
@@ -279,6 +279,8 @@ def tar() -> bytes:
       ):
         member = tarfile.TarInfo(f'{i}.{suffix}')
         member.size = len(data)
+        if i % 2:
+          member.name = f'{"deep/" * 40}{member.name}'  # too long for one header
         opened.addfile(member, io.BytesIO(data))
   return file.getvalue()
 

@@ -220,7 +220,7 @@ def _indexed(file: Path, size: int, changed: int) -> tuple[Sample, ...]:
         raise ValueError(_compressed(file, kind))
     opened.seek(0)
     try:
-      found, end = _read_headers(file, opened)
+      found, end = _read_headers(file, _Bounded(opened, size))
     except tarfile.TarError as error:
       raise ValueError(f'{file} is no tar file, or is broken ({error})') from error
     opened.seek(end)
@@ -231,13 +231,46 @@ def _indexed(file: Path, size: int, changed: int) -> tuple[Sample, ...]:
   return tuple(found)
 
 
+class _Bounded:
+  """A file that is not read beyond its size; memory for it would be taken first."""
+
+  def __init__(self, opened, size: int):
+    self._opened = opened
+    self._size = size
+    self.seek = opened.seek
+    self.tell = opened.tell
+
+  def read(self, count: int) -> bytes:
+    if not 0 <= count <= self._size:
+      raise tarfile.ReadError(f'a header of {count:,} bytes')
+    return self._opened.read(count)
+
+
+def _next(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
+  """The next header of a tar.
+
+  Raises:
+    TarError: it is broken, or leads back, which would be read for ever.
+  """
+  before = tar.offset
+  try:
+    member = tar.next()
+  except tarfile.TarError:
+    raise
+  except (ArithmeticError, AttributeError, LookupError, RecursionError, ValueError) as error:
+    raise tarfile.ReadError(f'a header at byte {before:,} ({error})') from error
+  if member is not None and (member.size < 0 or tar.offset < member.offset_data):
+    raise tarfile.ReadError(f'{member.name!r} has {member.size:,} bytes')
+  return member
+
+
 def _read_headers(file: Path, opened) -> tuple[list[Sample], int]:
   """(the samples of a tar, where its last member ends)."""
   found: list[Sample] = []
   members: dict[str, Place] = {}  # of the last sample
   end = 0
   with tarfile.open(fileobj=opened, mode='r:') as tar:
-    while (member := tar.next()) is not None:
+    while (member := _next(tar)) is not None:
       tar.members = []  # which would else have every header
       size = 0 if not member.isreg() else member.size
       end = member.offset_data + -(-size // BLOCK) * BLOCK

@@ -188,6 +188,22 @@ class _Tensor(NamedTuple):
   end: int
 
 
+class _Unsupported(Exception):
+  """The file is sound, but has something that cannot be read here."""
+
+
+class _Damaged(Exception):
+  """The file contradicts itself."""
+
+
+# What reading a damaged header raises; lists may be nested too deeply.
+_BROKEN = (
+  *(struct.error, UnicodeDecodeError, OverflowError, MemoryError, RecursionError),
+  _Damaged,
+)
+_LONGEST = 2**24  # items of a list, which take far more memory than in the file
+
+
 class Gguf:
   """One GGUF file, with the attributes of a `Checkpoint`; a tensor is read by `read`.
 
@@ -211,7 +227,7 @@ class Gguf:
       self.metadata, self._tensors = _parse(self._data)
     except _Unsupported as error:
       raise ValueError(f'{self.folder}: {error}') from error
-    except (struct.error, UnicodeDecodeError, OverflowError, MemoryError, _Damaged) as error:
+    except _BROKEN as error:
       raise ValueError(
         f'{self.folder} is no readable GGUF file ({error}); it is damaged or was not copied whole'
       ) from error
@@ -352,14 +368,6 @@ def _hugging_face_key(name: str) -> str:
   return name
 
 
-class _Unsupported(Exception):
-  """The file is sound, but has something that cannot be read here."""
-
-
-class _Damaged(Exception):
-  """The file contradicts itself."""
-
-
 def _parse(data: np.ndarray) -> tuple[dict[str, Any], dict[str, _Tensor]]:
   """(metadata, {name: tensor}) of the bytes of a file."""
   magic = bytes(data[:4])
@@ -441,7 +449,7 @@ class _Reader:
       inner = self.number('I')
       count = self.number('Q')
       # Every item takes a byte at least: a count beyond that would only fill the memory.
-      if count > len(self.data) - self.at:
+      if count > min(len(self.data) - self.at, _LONGEST):
         raise _Damaged(f'a list of {count} at byte {self.at} of {len(self.data)}')
       return [self.value(inner) for _ in range(count)]
     if kind not in _SCALARS:
