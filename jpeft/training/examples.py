@@ -6,18 +6,20 @@ of examples fixes: a change of all of them is always found, a change of few may 
 """
 
 import hashlib
-import json
 import pathlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jpeft import data
+from jpeft import data, jsonfiles
 
 ROWS = 10_000
 BYTES = 2**25  # of their content; of pixels, not of files
 LEAST = 16  # examples that are read however large they are
+# What run.json has of them.
+_SPLIT = {'examples': int, 'unreadable': [int], 'sha256': (str, None)}
+_KEPT = {'data?': {str: _SPLIT}}
 
 
 # ---- What is skipped.
@@ -106,7 +108,7 @@ def _kept(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
   file = folder / 'run.json'
   if not file.exists():
     return {}
-  return json.loads(file.read_text()).get('data', {})
+  return jsonfiles.read(file, _KEPT).get('data', {})
 
 
 def digest(source, without: Collection[int] = ()) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+from jpeft import jsonfiles
 from jpeft.messages import markdown
 from jpeft.programs import mib
 from jpeft.writing import write
@@ -127,7 +128,7 @@ def finished(folder: pathlib.Path, tell: Callable[[str], None]) -> dict[str, Any
   if not file.exists():
     return None
   try:
-    report = json.loads(file.read_text())
+    report = jsonfiles.read(file)
   except ValueError as error:
     raise ValueError(f'{file} is damaged ({error}): delete it, and the run goes on') from error
   theta, best = folder / 'theta.safetensors', folder / 'best.safetensors'
