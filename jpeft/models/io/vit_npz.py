@@ -16,7 +16,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from einops import rearrange
+from einops import EinopsError, rearrange
 
 from jpeft import textfiles
 
@@ -52,6 +52,14 @@ _INSIDE = {
   'MlpBlock_3/Dense_1': 'output.dense',
 }
 _LEAVES = {'kernel': 'weight', 'bias': 'bias', 'scale': 'weight'}
+# {what tells the sizes of a ViT: its axes}
+_NEEDED = {
+  'cls': 3,
+  'embedding/kernel': 4,
+  'Transformer/posembed_input/pos_embedding': 3,
+  f'Transformer/encoderblock_0/{_ATTENTION}/query/kernel': 3,
+  'Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel': 2,
+}
 # A classifier behind pre_logits, of the first files trained on ImageNet-21k.
 _BEHIND = 'pre_logits_classifier'
 
@@ -71,7 +79,7 @@ class VitNpz:
   def __init__(self, path: str | Path):
     self.folder = Path(path)
     found = _headers(self.folder)
-    missing = [name for name in ('cls', 'embedding/kernel') if name not in found]
+    missing = [name for name, axes in _NEEDED.items() if len(found.get(name, ())) != axes]
     if missing or any(name.startswith('conv_root') for name in found):
       raise ValueError(
         f'{self.folder} is no plain ViT of the original JAX code: it has '
@@ -82,7 +90,12 @@ class VitNpz:
     self.shapes = {}
     for key, name in self._names.items():
       # No data is allocated: broadcasting a scalar gives an array of stride zero.
-      self.shapes[key] = _theirs(name, np.broadcast_to(np.float32(0), found[name])).shape
+      try:
+        self.shapes[key] = _theirs(name, np.broadcast_to(np.float32(0), found[name])).shape
+      except EinopsError as error:
+        raise ValueError(
+          f'{self.folder}: {name!r} of shape {list(found[name])} is no array of a ViT'
+        ) from error
 
   @functools.cached_property
   def files(self) -> dict[str, str]:
