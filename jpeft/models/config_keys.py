@@ -27,7 +27,8 @@ _COUNTS = {
   **dict.fromkeys(('num_attention_heads', 'n_heads', 'num_heads'), (1, 2**16)),
   **dict.fromkeys(('num_hidden_layers', 'n_layers', 'num_layers'), (1, 2**12)),
   **dict.fromkeys(('intermediate_size', 'hidden_dim', 'd_ff', 'vocab_size'), (1, _WIDE)),
-  **dict.fromkeys(('d_kv', 'relative_attention_num_buckets'), (1, 2**16)),
+  'd_kv': (1, 2**16),
+  'relative_attention_num_buckets': (4, 2**16),
   'max_position_embeddings': (1, 2**28),
   'relative_attention_max_distance': (1, 2**28),
   'max_window_layers': (0, 2**31),
@@ -110,7 +111,7 @@ def _check_between(value: Any, least: float, most: float, where: str, key: str) 
 
 
 def _check_heads(config: Mapping[str, Any], where: str) -> None:
-  """Raises a ValueError if the heads do not share the width, or their keys."""
+  """Raises a ValueError if heads do not share the width or their keys, or distances no buckets."""
   width = _first(config, _WIDTHS)
   heads = _first(config, _HEADS)
   if width and heads and not config.get('head_dim') and width % heads:
@@ -118,6 +119,10 @@ def _check_heads(config: Mapping[str, Any], where: str) -> None:
   groups = config.get('num_key_value_heads')
   if groups and heads and heads % groups:
     raise ValueError(f'{where}: {heads} heads cannot share {groups} heads of keys')
+  buckets = config.get('relative_attention_num_buckets', 32)
+  farthest = config.get('relative_attention_max_distance', 128)
+  if 2 * farthest <= buckets:
+    raise ValueError(f'{where}: {buckets} buckets of distances need more than up to {farthest}')
 
 
 def _first(config: Mapping[str, Any], keys: Iterable[str]) -> Any:

@@ -20,6 +20,7 @@ ONCE = {
   'Parquet': (1911, 2643, 4149, 15594),
   'bitsandbytes': (111, 263),
   'config.json': (10, 106, 258, 311, 461, 571, 688, 758),
+  'config.json, traced': (352,),
   'logs of runs': (31, 90, 212, 284, 431),
   'npz': (4, 36, 60, 2274),
   'tokenizer.json': (3676,),
