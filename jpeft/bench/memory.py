@@ -62,7 +62,13 @@ PEER_NOTE = (
   f'Rows marked "peer" are constants measured with {PEERS[0]["source"]}: the same encoder, step, '
   'target and convention.'
 )
-REMATS: dict[str, Remat] = {'none': False, 'block': True, 'dots': 'dots'}
+REMATS: dict[str, Remat] = {
+  'none': False,
+  'block': True,
+  'dots': 'dots',
+  'packed': 'packed',
+  'packed4': 'packed4',
+}
 USUAL = 'tpu:v5e'
 KEY = ('work', 'method', 'remat', 'layers', 'target')
 _HEAD = """

@@ -185,9 +185,9 @@ FIELDS: dict[str, Field] = {
     (bool, str),
     False,
     'recompute blocks in the backward pass: less memory; dots: all of them but '
-    'their products with weights',
-    "true, false or 'dots'",
-    lambda v: v in (True, False, 'dots'),
+    'their products with weights; packed, packed4: from inputs kept in 8 or 4 bits',
+    "true, false, 'dots', 'packed' or 'packed4'",
+    lambda v: v in (True, False, 'dots', 'packed', 'packed4'),
   ),
   'model.quantize': Field(
     _OPTIONAL_TEXT,

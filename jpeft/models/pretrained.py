@@ -104,7 +104,7 @@ def load(
     param_dtype: of the weights.
     scan: stack the blocks and run them by nn.scan.
     remat: recompute each block in the backward pass; with 'dots' all of it but its products with
-      weights.
+      weights, with 'packed' and 'packed4' from its input in 8 and in 4 bits.
     seed: of the fresh weights.
     layers: keep the first so many blocks (T5: of each stack).
     pool: what a head of one label an input reads, or what is returned without one: 'cls', 'mean',

@@ -5,6 +5,7 @@ from .compile import TooLarge, compiled, memory, mib, nbytes
 from .cost import flops, uncounted
 from .crossing import Crossing, crossing
 from .cut import Halves, cut
+from .cycles import cycles
 from .equations import evaluated, hoisted, inside, reader, variables
 from .schedule import Schedule, schedule
 from .traced import Static, Traced, has_gradient
@@ -21,6 +22,7 @@ __all__ = [
   'compiled',
   'crossing',
   'cut',
+  'cycles',
   'evaluated',
   'flops',
   'has_gradient',

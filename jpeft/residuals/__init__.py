@@ -1,6 +1,6 @@
 """What a backward pass stores, in few bits: functions and arrays alone."""
 
-from .compress import compressed
+from .compress import compressed, recomputed
 from .ops import (
   PLAIN,
   attention,
@@ -29,6 +29,7 @@ __all__ = [
   'gelu_tanh',
   'layer_norm',
   'quick_gelu',
+  'recomputed',
   'relu',
   'rms_norm',
   'shared_layer_norm',

@@ -95,21 +95,45 @@ def choose(jaxpr, n_weights: int, bits: int, operand_bits: int) -> Choice:
       outs = [v for v in eqn.outvars if v in active]
       anchors |= dict.fromkeys(_followed(v, consumers, finished) for v in outs)
 
-  widest = max((v.aval.size for v in inputs if is_float(v)), default=0)
   operands = _sources(jaxpr, again, {*anchors, *jaxpr.invars})
+  widest = _widest(inputs)
 
   def storage(variable) -> Storage:
-    if not is_float(variable) or variable.aval.size * _SMALL <= widest:
-      return Storage(variable.aval, None)
     if variable in operands:
-      return Storage(variable.aval, operand_bits)
-    return Storage(variable.aval, bits)
+      return _storage(variable, widest, operand_bits)
+    return _storage(variable, widest, bits)
 
   return Choice(
     values={v: storage(v) for v in anchors},
     codes=codes,
     inputs={i: storage(v) for i, v in enumerate(inputs, n_weights)},
   )
+
+
+def choose_inputs(jaxpr, n_weights: int, bits: int) -> Choice:
+  """The inputs alone: all else is computed again.
+
+  Args:
+    jaxpr: without inner calls; its first inputs are weights.
+    n_weights: how many.
+    bits: of values.
+  """
+  inputs = jaxpr.invars[n_weights:]
+  widest = _widest(inputs)
+  stored = {i: _storage(v, widest, bits) for i, v in enumerate(inputs, n_weights)}
+  return Choice(values={}, codes={}, inputs=stored)
+
+
+def _widest(inputs) -> int:
+  """The size of the largest input."""
+  return max((v.aval.size for v in inputs if is_float(v)), default=0)
+
+
+def _storage(variable, widest: int, bits: int) -> Storage:
+  """How a value is stored: as it is, if it is small beside the widest input."""
+  if not is_float(variable) or variable.aval.size * _SMALL <= widest:
+    return Storage(variable.aval, None)
+  return Storage(variable.aval, bits)
 
 
 def _active(jaxpr, inputs) -> set:

@@ -77,55 +77,89 @@ class Grouped(NamedTuple):
 
 
 def encode(x: jax.Array, bits: int = 4) -> Grouped:
-  """Rounds to 2^bits levels a group of 64 neighbours along the last axis.
+  """Rounds to 2^bits levels between the least and the largest of each group.
 
-  Axes are merged from the end until two groups lie side by side, so that no lane of an accelerator
-  stays empty. Step and least value are bfloat16: 4.5 bits a value at 4 bits.
+  Trailing axes are merged until a row of features has two groups' width, so that no lane of an
+  accelerator stays empty. Then x is [.., rows, features], and a group is
+
+  - of rows (tokens) of one feature, all of them up to 256, else 128 neighbours: least and largest
+    are found without moving a value between lanes, and a feature that is larger than others
+    spoils only itself;
+  - of 64 neighbouring features of one row, where there are fewer than 64 rows.
+
+  Step and least value are bfloat16: at most 0.5 bit a value.
 
   Args:
     x: floats of any shape.
     bits: 4 or 8.
   """
   most = 2**bits - 1
-  groups = _grouped(x.astype(jnp.float32))  # [.., groups, group]
-  low = groups.min(-1, keepdims=True).astype(jnp.bfloat16)
-  high = groups.max(-1, keepdims=True)
+  cut = _cut(x.shape)
+  groups = cut.apart(x)
+  low = groups.min(cut.axis, keepdims=True).astype(jnp.bfloat16)
+  high = groups.max(cut.axis, keepdims=True).astype(jnp.float32)
   # From the rounded least value, with which `decode` starts too.
   start = low.astype(jnp.float32)
   step = ((high - start) / most).astype(jnp.bfloat16)
-  divisor = jnp.where(step > 0, step, 1).astype(jnp.float32)
-  codes = jnp.clip(jnp.round((groups - start) / divisor), 0, most)
-  rows = codes.reshape(*groups.shape[:-2], -1)
-  return Grouped(pack(rows, bits), step[..., 0], low[..., 0])
+  scale = 1 / jnp.where(step > 0, step, 1).astype(jnp.float32)
+  # A division a group, not one a value; truncation of what is above zero rounds down.
+  raised = (groups.astype(jnp.float32) - start) * scale + 0.5
+  codes = jnp.clip(raised, 0, most).astype(jnp.int32)
+  return Grouped(pack(cut.together(codes), bits), step.squeeze(cut.axis), low.squeeze(cut.axis))
 
 
 def decode(grouped: Grouped, shape: tuple[int, ...], dtype, bits: int = 4) -> jax.Array:
   """What `encode` stored of an array of that shape."""
-  groups = jax.eval_shape(_grouped, jax.ShapeDtypeStruct(shape, jnp.float32))
-  *leading, count, size = groups.shape
-  codes = unpack(grouped.packed, (*leading, count * size), bits).reshape(groups.shape)
-  low = grouped.low[..., None].astype(jnp.float32)
-  step = grouped.step[..., None].astype(jnp.float32)
-  rows = (low + step * codes).reshape(*leading, -1)
-  _, width = _rows(shape)
-  return rows[..., :width].reshape(shape).astype(dtype)
+  cut = _cut(shape)
+  codes = cut.apart(unpack(grouped.packed, cut.merged, bits))
+  low = jnp.expand_dims(grouped.low, cut.axis).astype(jnp.float32)
+  step = jnp.expand_dims(grouped.step, cut.axis).astype(jnp.float32)
+  values = low + step * codes.astype(jnp.float32)
+  return cut.together(values.astype(dtype)).reshape(shape)
 
 
-def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
-  """(how many leading axes stay, the width of the others merged: a row, which is cut in groups)."""
+class _Cut(NamedTuple):
+  """How an array is cut in groups.
+
+  Attributes:
+    merged: its shape with trailing axes merged.
+    axis: which is cut, -1 or -2.
+    size: of a group.
+  """
+
+  merged: tuple[int, ...]
+  axis: int
+  size: int
+
+  def apart(self, x: jax.Array) -> jax.Array:
+    """x with the cut axis as [groups, size]; the last group is filled up with the last value."""
+    x = x.reshape(self.merged)
+    length = self.merged[self.axis]
+    missing = -length % self.size
+    if missing:
+      widths = [(0, 0)] * x.ndim
+      widths[self.axis] = (0, missing)
+      x = jnp.pad(x, widths, mode='edge')
+    place = x.ndim + self.axis
+    return x.reshape(*x.shape[:place], -1, self.size, *x.shape[place + 1 :])
+
+  def together(self, groups: jax.Array) -> jax.Array:
+    """The inverse of `apart`, of the merged shape."""
+    place = len(self.merged) + self.axis
+    joined = groups.reshape(*groups.shape[:place], -1, *groups.shape[place + 2 :])
+    return jax.lax.slice_in_dim(joined, 0, self.merged[place], axis=place)
+
+
+def _cut(shape: tuple[int, ...]) -> _Cut:
   leading = len(shape)
   width = 1
   while leading and width < 2 * GROUP:
     leading -= 1
     width *= shape[leading]
-  return leading, width
-
-
-def _grouped(x: jax.Array) -> jax.Array:
-  """x as [.., groups, group]; the last group is filled up with the last value."""
-  leading, width = _rows(x.shape)
-  group = min(GROUP, width)
-  rows = x.reshape(*x.shape[:leading], width)
-  padding = [(0, 0)] * leading + [(0, -width % group)]
-  rows = jnp.pad(rows, padding, mode='edge')
-  return rows.reshape(*x.shape[:leading], -1, group)
+  merged = (*shape[:leading], width)
+  rows = merged[-2] if leading else 1
+  if rows < GROUP:
+    return _Cut(merged, -1, min(GROUP, width))
+  if rows <= 4 * GROUP:
+    return _Cut(merged, -2, rows)
+  return _Cut(merged, -2, 2 * GROUP)

@@ -21,6 +21,7 @@ program reads is (`stored`). LayerNorm from 4-bit min-max codes of its input is 
 codes of its output, since one is an affine function of the other in each row.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,20 +30,53 @@ import numpy as np
 
 from jpeft.programs import hoisted
 
+from .choose import Choice, choose, choose_inputs
 from .stored import evaluate, stored
 
 
-def compressed(fn: Callable, bits: int = 4, operand_bits: int = 8) -> Callable:
+def compressed(
+  fn: Callable, bits: int = 4, operand_bits: int = 8, prevent_cse: bool = True
+) -> Callable:
   """fn with a backward pass from few bits.
 
   Args:
     fn: (weights, *args, **kwargs) -> output, pure. Weights are not stored again.
     bits: of values that are stored, 4 or 8.
     operand_bits: of operands of products between activations.
+    prevent_cse: whether barriers keep XLA from undoing the saving, where it sees forward and
+      backward pass as one program. As of `jax.checkpoint`, they are not needed in the body of a
+      scan, and cost copies there.
 
   Returns:
     A function of the same arguments and output, differentiable once, in reverse.
   """
+
+  chosen = functools.partial(choose, bits=bits, operand_bits=operand_bits)
+  return _with_backward(fn, chosen, prevent_cse)
+
+
+def recomputed(fn: Callable, bits: int = 8, prevent_cse: bool = True) -> Callable:
+  """fn, run again in the backward pass from its inputs in few bits; `jax.checkpoint` of the rest.
+
+  The output is that of fn. Gradients are those at the inputs as they were stored: a rounding error
+  of the inputs, which everything that is computed from them again shares.
+
+  Args:
+    fn: (weights, *args, **kwargs) -> output, pure. Weights are not stored again.
+    bits: of a value of an input, 4 or 8. What is small, has no gradient (masks, positions) or is no
+      float is stored as it is.
+    prevent_cse: see `compressed`.
+
+  Returns:
+    A function of the same arguments and output, differentiable once, in reverse.
+  """
+  return _with_backward(fn, functools.partial(choose_inputs, bits=bits), prevent_cse)
+
+
+def _with_backward(
+  fn: Callable, chosen: Callable[[Any, int], Choice], prevent_cse: bool
+) -> Callable:
+  """fn, whose backward pass stores what `chosen` says of (its program, the number of weights)."""
 
   def run(weights, *args, **kwargs):
     leaves, tree = jax.tree.flatten((weights, args, kwargs))
@@ -63,7 +97,8 @@ def compressed(fn: Callable, bits: int = 4, operand_bits: int = 8) -> Callable:
     arrays = [leaves[i] for i in dynamic]
     jaxpr, captured = _program(flat, arrays)
     # What fn closes over is treated as weights: the first inputs of the program.
-    program = stored(jaxpr, len(captured) + n_weights, bits, operand_bits)
+    n_weights += len(captured)
+    program = stored(jaxpr, n_weights, chosen(jaxpr, n_weights), prevent_cse)
     return jax.tree.unflatten(out_trees[-1], program(*captured, *arrays))
 
   return run

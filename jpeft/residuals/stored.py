@@ -12,7 +12,7 @@ from jax.extend import core as jex
 from jpeft.programs import evaluated, inside, reader, variables
 
 from .activations import Activation
-from .choose import Choice, choose
+from .choose import Choice
 from .codes import bits_of, derivative_codes, look_up, pack, unpack
 from .ops import tied
 
@@ -42,16 +42,16 @@ def evaluate(jaxpr, inputs, replace: dict, consts=()) -> list:
   return [read(v) for v in jaxpr.outvars]
 
 
-def stored(jaxpr, n_weights: int, bits: int, operand_bits: int) -> Callable:
+def stored(jaxpr, n_weights: int, choice: Choice, prevent_cse: bool) -> Callable:
   """The function of a jaxpr, with a backward pass from few bits.
 
   Args:
     jaxpr: without inner calls; its first inputs are weights.
     n_weights: how many.
-    bits: of values that are stored.
-    operand_bits: of operands of products between activations.
+    choice: what may be stored.
+    prevent_cse: see `compressed`.
   """
-  program = _Program(jaxpr, n_weights, choose(jaxpr, n_weights, bits, operand_bits))
+  program = _Program(jaxpr, n_weights, choice, prevent_cse)
 
   @jax.custom_vjp
   def run(*inputs):
@@ -82,7 +82,8 @@ class _Plan:
 class _Program:
   """The passes of a program, given what of it may be stored."""
 
-  def __init__(self, jaxpr, n_weights: int, choice: Choice):
+  def __init__(self, jaxpr, n_weights: int, choice: Choice, prevent_cse: bool):
+    self.prevent_cse = prevent_cse
     self.jaxpr = jaxpr
     self.n_weights = n_weights
     self.choice = choice
@@ -112,8 +113,9 @@ class _Program:
     for i in plan.inputs:
       if self._is_packed(i, moved):
         packed[i] = self.choice.inputs[i].pack(inputs[i])
-    # Packed before anybody reads the output: later, what is packed would have to wait in full.
-    outs, values, codes, packed = jax.lax.optimization_barrier((outs, values, codes, packed))
+    if self.prevent_cse:
+      # Packed before anybody reads the output: later, what is packed would have to wait in full.
+      outs, values, codes, packed = jax.lax.optimization_barrier((outs, values, codes, packed))
     stored_inputs = [packed.get(i, inputs[i]) for i in plan.inputs]
     return outs, (plan, values, codes, stored_inputs)
 
@@ -121,8 +123,10 @@ class _Program:
     plan, *residuals = residuals
     outs = zip(self.jaxpr.outvars, cotangents, strict=True)
     cotangents = [_dense(out.aval, g) for out, g in outs if _is_inexact(out.aval)]
-    # Tied to the cotangent: in unrolled layers XLA would otherwise undo the saving.
-    (packed_values, codes, stored_inputs), cotangents = tied(residuals, cotangents)
+    if self.prevent_cse:
+      # Tied to the cotangent: in unrolled layers XLA would otherwise undo the saving.
+      residuals, cotangents = tied(residuals, cotangents)
+    packed_values, codes, stored_inputs = residuals
     values = {}
     for variable, packed in zip(plan.values, packed_values, strict=True):
       values[variable] = self.choice.values[variable].unpack(packed)
@@ -136,8 +140,9 @@ class _Program:
       if inputs[i] is None:  # no gradient reads it
         inputs[i] = _zeros(variable.aval)
     gradients = self._gradients(plan.moved, values, codes, inputs, cotangents)
-    # All before any: a gradient of a weight that waits would keep alive what was computed for it.
-    gradients = jax.lax.optimization_barrier(gradients)
+    if self.prevent_cse:
+      # All before any: a gradient of a weight that waits would keep alive what it is computed from.
+      gradients = jax.lax.optimization_barrier(gradients)
     by_input = dict(zip(plan.moved, gradients, strict=True))
     return tuple(by_input.get(i) for i in range(len(self.jaxpr.invars)))
 

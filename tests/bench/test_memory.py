@@ -74,7 +74,9 @@ def test_rows_as_json(command):
   code, out, err = command('--methods=linear', '--json')
   rows = json.loads(out)
   assert code == 0 and [(r['remat'], r['layers']) for r in rows] == [
-    (remat, layers) for remat in ('none', 'block', 'dots') for layers in ('unroll', 'scan')
+    (remat, layers)
+    for remat in ('none', 'block', 'dots', 'packed', 'packed4')
+    for layers in ('unroll', 'scan')
   ]
   for row in rows:
     assert (
@@ -84,7 +86,7 @@ def test_rows_as_json(command):
       and row['trainable'] == 16 * 3 + 3
     )
     assert row['total_mib'] >= row['arguments_mib']
-  assert len(err.splitlines()) == 6
+  assert len(err.splitlines()) == 10
 
 
 def test_documents_are_made_in_parts(command, tmp_path, monkeypatch):

@@ -84,7 +84,10 @@ def finished(config_file, tmp_path_factory):
     ),
     (['--config.steps=many'], "config.steps must be of type int or None, not str 'many'"),
     (['--config.model.scan=1'], 'config.model.scan must be of type bool, not int 1'),
-    (['--config.model.remat=all'], "config.model.remat must be true, false or 'dots', not 'all'"),
+    (
+      ['--config.model.remat=all'],
+      "config.model.remat must be true, false, 'dots', 'packed' or 'packed4', not 'all'",
+    ),
     (['--config.optimizer.lr=-0.1'], 'config.optimizer.lr must be above 0, not -0.1'),
     (['--config.optimizer.lr=inf'], "not str 'inf'"),
     (['--config.optimizer.name=adamm'], 'config.optimizer.name must be one of adamw, adam'),

@@ -85,7 +85,8 @@ def test_remat_dots_keeps_products_with_weights():
 
 
 def test_another_remat_is_an_error():
-  with pytest.raises(ValueError, match="remat='all' is none of False, True, 'dots'"):
+  told = "remat='all' is none of False, True, 'dots', 'packed', 'packed4'"
+  with pytest.raises(ValueError, match=told):
     models.load(GOLDEN / 'vit', remat='all')
 
 

@@ -38,7 +38,11 @@ from ..subset.tune import tune
 
 @factory
 def packed(
-  blocks: str = '{block}', bits: int = 4, operand_bits: int = 8, name: str = 'packed'
+  blocks: str = '{block}',
+  bits: int = 4,
+  operand_bits: int = 8,
+  recompute: bool = False,
+  name: str = 'packed',
 ) -> Method:
   """Stores what the backward pass of each block needs in few bits; trains nothing itself.
 
@@ -49,6 +53,9 @@ def packed(
     blocks: pattern of the modules whose residuals are compressed, each as a whole.
     bits: of a value, in groups of 64: 4 or 8.
     operand_bits: of query, key and value.
+    recompute: keep the input of each block alone, in `bits`, and run the block again from it: less
+      memory, and on a TPU less time. Of our own models `remat='packed'` does the same, and keeps
+      what a block writes.
     name: of the rule; theta has no entry.
 
   Raises:
@@ -58,7 +65,11 @@ def packed(
 
   def apply(t, call, *args, **kwargs):
     fn, arrays = call.pure()
-    return residuals.compressed(fn, bits, operand_bits)(arrays, *args, **kwargs)
+    if recompute:
+      run = residuals.recomputed(fn, bits)
+    else:
+      run = residuals.compressed(fn, bits, operand_bits)
+    return run(arrays, *args, **kwargs)
 
   return at(blocks, Call(name, apply))
 

@@ -1,12 +1,10 @@
 """What the backbones share: layers, blocks, positions."""
 
 from .blocks import (
-  REMATS,
   Encoder,
   Maker,
   PostNormBlock,
   PreNormBlock,
-  Remat,
   block_of,
   by_block,
   head_dim_of,
@@ -34,6 +32,7 @@ from .positions import (
   resize_distances,
   resize_grid,
 )
+from .recompute import REMATS, Remat
 from .rope import GridRope, Rope
 
 __all__ = [
