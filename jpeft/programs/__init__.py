@@ -5,7 +5,7 @@ from .compile import TooLarge, compiled, memory, mib, nbytes
 from .cost import flops, uncounted
 from .crossing import Crossing, crossing
 from .cut import Halves, cut
-from .cycles import cycles
+from .cycles import Operation, cycles, operations
 from .equations import evaluated, hoisted, inside, reader, variables
 from .schedule import Schedule, schedule
 from .traced import Static, Traced, has_gradient
@@ -15,6 +15,7 @@ __all__ = [
   'Crossing',
   'Halves',
   'Schedule',
+  'Operation',
   'Static',
   'TooLarge',
   'Traced',
@@ -31,6 +32,7 @@ __all__ = [
   'memory',
   'mib',
   'nbytes',
+  'operations',
   'reader',
   'schedule',
   'uncounted',

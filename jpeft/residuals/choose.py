@@ -72,6 +72,14 @@ class Choice:
   codes: dict[jex.Var, Activation]
   inputs: dict[int, Storage]
 
+  def without(self, variables) -> 'Choice':
+    """The same, in which some outputs of equations are computed again."""
+    return Choice(
+      values={v: how for v, how in self.values.items() if v not in variables},
+      codes={v: activation for v, activation in self.codes.items() if v not in variables},
+      inputs=self.inputs,
+    )
+
 
 def choose(jaxpr, n_weights: int, bits: int, operand_bits: int) -> Choice:
   """Everything that may be stored; what is, follows from the backward pass.

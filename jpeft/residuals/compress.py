@@ -5,9 +5,9 @@ the others again:
 
 - the output of a weight matrix or a convolution, followed through sums to where a nonlinear
   operation reads it, and the inputs of fn: codes of 4 bits in groups of 64;
-- the derivative of a known activation (`derivatives`): 4-bit codes, of ReLU one bit; and its
-  output, where something needs it. With 8 bits a value a table of 4 would be the coarsest part:
-  then its input is stored, from which both follow;
+- the derivative of a known activation (`derivatives`): 4-bit codes, of ReLU one bit. Where four
+  bits of it and its output are needed, or with 8 bits a value, of which a table of 4 would be the
+  coarsest part, its input is stored instead, from which both follow;
 - operands of products between activations (query, key, value): 8 bits. The products themselves,
   attention's logits and probabilities, are computed again: they are wide, they cost few FLOPs, and
   a code of theirs would be no smaller than their operands. An error of the operands is magnified by

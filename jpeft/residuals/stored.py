@@ -67,12 +67,14 @@ class _Plan:
   """What the forward pass stored, for the backward pass; static.
 
   Attributes:
+    choice: what may be stored.
     moved: inputs that have a gradient, by index.
     values: variables that are stored as values.
     codes: variables of which a code of the derivative is stored.
     inputs: inputs that are stored, by index.
   """
 
+  choice: Choice
   moved: tuple[int, ...]
   values: tuple[jex.Var, ...]
   codes: tuple[jex.Var, ...]
@@ -87,7 +89,7 @@ class _Program:
     self.jaxpr = jaxpr
     self.n_weights = n_weights
     self.choice = choice
-    self.plan = functools.cache(self._plan)
+    self.plan = functools.cache(self._planned)
 
   def forward(self, *inputs):
     moved = tuple(i for i, x in enumerate(inputs) if x.perturbed and _is_inexact(x.value))
@@ -101,13 +103,13 @@ class _Program:
         if variable in plan.values:
           values[variable] = value
         if variable in plan.codes:
-          codes[variable] = _encoded(self.choice.codes[variable], read)
+          codes[variable] = _encoded(plan.choice.codes[variable], read)
         return value
 
       return see
 
     outs = evaluate(self.jaxpr, inputs, {v: catch(v) for v in (*plan.values, *plan.codes)})
-    values = [self.choice.values[v].pack(values[v]) for v in plan.values]
+    values = [plan.choice.values[v].pack(values[v]) for v in plan.values]
     codes = [codes[v] for v in plan.codes]
     packed = {}
     for i in plan.inputs:
@@ -129,7 +131,7 @@ class _Program:
     packed_values, codes, stored_inputs = residuals
     values = {}
     for variable, packed in zip(plan.values, packed_values, strict=True):
-      values[variable] = self.choice.values[variable].unpack(packed)
+      values[variable] = plan.choice.values[variable].unpack(packed)
     codes = dict(zip(plan.codes, codes, strict=True))
     inputs = [None] * len(self.jaxpr.invars)
     for i, x in zip(plan.inputs, stored_inputs, strict=True):
@@ -139,7 +141,7 @@ class _Program:
     for i, variable in enumerate(self.jaxpr.invars):
       if inputs[i] is None:  # no gradient reads it
         inputs[i] = _zeros(variable.aval)
-    gradients = self._gradients(plan.moved, values, codes, inputs, cotangents)
+    gradients = self._gradients(plan.choice, plan.moved, values, codes, inputs, cotangents)
     if self.prevent_cse:
       # All before any: a gradient of a weight that waits would keep alive what it is computed from.
       gradients = jax.lax.optimization_barrier(gradients)
@@ -150,7 +152,7 @@ class _Program:
     """Whether an input is stored in few bits: no weight, and none without a gradient."""
     return i >= self.n_weights and i in moved
 
-  def _gradients(self, moved, values: dict, codes: dict, inputs: list, cotangents):
+  def _gradients(self, choice: Choice, moved, values: dict, codes: dict, inputs: list, cotangents):
     """The gradients of inputs `moved`.
 
     They must not depend on a value or a code that is missing from `values` and `codes`: zeros stand
@@ -160,7 +162,7 @@ class _Program:
     def stand_in(variable):
       def replace(computed, read):
         kept = values.get(variable)
-        activation = self.choice.codes.get(variable)
+        activation = choice.codes.get(variable)
         if activation is not None:
           code = codes.get(variable)
           if code is None:
@@ -174,7 +176,7 @@ class _Program:
 
       return replace
 
-    replacements = {v: stand_in(v) for v in self.choice.values}
+    replacements = {v: stand_in(v) for v in choice.values}
 
     def outputs(*arrays):
       filled = list(inputs)
@@ -186,20 +188,34 @@ class _Program:
     _, vjp = jax.vjp(outputs, *(inputs[i] for i in moved))
     return vjp(cotangents)
 
-  def _plan(self, moved: tuple[int, ...]) -> _Plan:
+  def _planned(self, moved: tuple[int, ...]) -> _Plan:
+    """What is stored for the gradients of inputs `moved`.
+
+    Of an activation whose derivative and output are both needed the input is stored, from which
+    both follow: half as much, and a table of the derivative is not searched. A derivative of one
+    bit is exact, and small beside the output.
+    """
+    plan = self._plan(self.choice, moved)
+    both = set(plan.values) & set(plan.codes)
+    twice = {v for v in both if bits_of(self.choice.codes[v].table) > 1}
+    if not twice:
+      return plan
+    return self._plan(self.choice.without(twice), moved)
+
+  def _plan(self, choice: Choice, moved: tuple[int, ...]) -> _Plan:
     """What a live equation of the backward program reads, of all that may be stored."""
-    all_values = list(self.choice.values)
-    all_codes = list(self.choice.codes)
+    all_values = list(choice.values)
+    all_codes = list(choice.codes)
     all_inputs = range(len(self.jaxpr.invars))
 
     def gradients(values, codes, inputs, cotangents):
       values = dict(zip(all_values, values, strict=True))
       codes = dict(zip(all_codes, codes, strict=True))
-      return self._gradients(moved, values, codes, inputs, cotangents)
+      return self._gradients(choice, moved, values, codes, inputs, cotangents)
 
     shapes = (
       [v.aval for v in all_values],
-      [_code_shape(self.choice.codes[v]) for v in all_codes],
+      [_code_shape(choice.codes[v]) for v in all_codes],
       [v.aval for v in self.jaxpr.invars],
       [v.aval for v in self.jaxpr.outvars if _is_inexact(v.aval)],
     )
@@ -209,7 +225,7 @@ class _Program:
     values = tuple(variable for variable in all_values if next(used))
     codes = tuple(variable for variable in all_codes if next(used))
     inputs = tuple(i for i in all_inputs if next(used))
-    return _Plan(moved, values, codes, inputs)
+    return _Plan(choice, moved, values, codes, inputs)
 
 
 def _used_inputs(jaxpr) -> list[bool]:

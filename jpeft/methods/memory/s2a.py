@@ -66,9 +66,9 @@ def packed(
   def apply(t, call, *args, **kwargs):
     fn, arrays = call.pure()
     if recompute:
-      run = residuals.recomputed(fn, bits)
+      run = residuals.recomputed(fn, bits, _is_unrolled(call.site))
     else:
-      run = residuals.compressed(fn, bits, operand_bits)
+      run = residuals.compressed(fn, bits, operand_bits, _is_unrolled(call.site))
     return run(arrays, *args, **kwargs)
 
   return at(blocks, Call(name, apply))
@@ -187,9 +187,8 @@ class _S2A:
       beside = self.beside(t['side'], x)
       return call.site.map_stream(out, lambda y: y + beside.astype(y.dtype))
 
-    return residuals.compressed(block, self.bits, self.operand_bits)(
-      (arrays, t), x, *args, **kwargs
-    )
+    run = residuals.compressed(block, self.bits, self.operand_bits, _is_unrolled(call.site))
+    return run((arrays, t), x, *args, **kwargs)
 
   def beside(self, t, x: jax.Array) -> jax.Array:
     """What the side module adds: gelu(mean_c(x) W1) W2."""
@@ -200,6 +199,11 @@ class _S2A:
 
 def _shape(array: jax.ShapeDtypeStruct | None) -> tuple[int, ...] | None:
   return None if array is None else array.shape
+
+
+def _is_unrolled(site: Site) -> bool:
+  """Whether XLA sees forward and backward pass of a block as one program: outside of a scan."""
+  return site.layers == 1
 
 
 def _check_bits(*bits: int) -> None:
