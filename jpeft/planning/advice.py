@@ -32,8 +32,13 @@ def advice(dominant: str, memory_class: str, remat: Remat) -> str:
     )
   if not remat:
     return (
-      'recompute blocks in the backward pass (--remat[=dots]), or a method without backbone '
+      'recompute blocks in the backward pass (--remat[=dots|packed]), or a method without backbone '
       'backprop (lst)'
+    )
+  if remat in (True, 'dots'):
+    return (
+      'recompute blocks from inputs in 8 or 4 bits (--remat=packed, packed4), take a smaller batch '
+      '(optimizer.accumulate keeps the update), or a method without backbone backprop (lst)'
     )
   return (
     'take a smaller batch (optimizer.accumulate keeps the update), or a method without backbone '

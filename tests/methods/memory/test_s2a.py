@@ -87,6 +87,7 @@ METHODS = {
   ),
 }
 METHODS |= {f'{name} packed': jpeft.chain(method, packed()) for name, method in METHODS.items()}
+METHODS['lora recomputed'] = jpeft.chain(METHODS['lora'], packed(recompute=True))
 METHODS |= {'prompts': s2a(side=0), 's2a': s2a(side=8), 's2a 8 bits': s2a(side=8, bits=8)}
 
 
@@ -123,6 +124,18 @@ def test_no_wide_float_is_kept(method, stack):
   assert codes <= 2 * X.size * (3 + 6 / 2) + (2 * B * N * 8 if method == 's2a' else 0)
 
 
+@pytest.mark.parametrize('stack', ['', 'scan'])
+def test_of_blocks_that_run_again_the_input_is_kept(stack):
+  """Codes of 4 bits of the second block's input: no gradient of LoRA asks for that of the first."""
+  out, grads, _ = run('lora', stack)
+  same, near, kept = run('lora recomputed', stack)
+  np.testing.assert_allclose(same, out, atol=1e-5)
+  assert 1e-4 < far(near, grads) < 0.12
+  codes = jpeft.nbytes([x for x in kept if x.dtype == jnp.uint8])
+  blocks = 2 if stack else 1  # a scan stores of all blocks alike
+  assert codes == blocks * X.size // 2
+
+
 def test_a_plain_step_keeps_ten_times_as_much():
   plain, less = (jpeft.nbytes(run(name)[2]) for name in ('bitfit', 'bitfit packed'))
   assert less < plain / 8
@@ -156,9 +169,13 @@ def test_dropout_and_foreign_models(name):
 
   base = jpeft.lora(2, targets='{q}|{fc1}')
   plain = jpeft.chain(base, jpeft.at('{block}', jpeft.Call('packed', pure)))
-  (value, want), (same, near) = grads(plain), grads(jpeft.chain(base, packed(bits=8)))
-  np.testing.assert_allclose(same, value, rtol=1e-5)
-  assert 0 < far(near, want) < 0.03  # over draws of theta 0.007 to 0.02
+  value, want = grads(plain)
+  # Over draws of theta 0.007 to 0.02. Run again from its input, a block's norm also enlarges the
+  # rounding of tokens that are small beside others of their group, as in this ViT of width 16.
+  for recompute, bound in ((False, 0.03), (True, 0.1)):
+    same, near = grads(jpeft.chain(base, packed(bits=8, recompute=recompute)))
+    np.testing.assert_allclose(same, value, rtol=1e-5)
+    assert 0 < far(near, want) < bound
 
 
 def test_bad_hyperparameters_and_places():
