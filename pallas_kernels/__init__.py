@@ -4,20 +4,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import codes
-from .choice import Choice, Coding, choice
+from .choice import OPERATION, Choice, Coding, choice
 from .codes import lookup, pack, unpack
 
 if TYPE_CHECKING:
-  from .nf4 import nf4_matmul, reference
+  from .nf4 import nf4_matmul, nf4_product, reference
   from .quantize import quantize_nf4
 
 __all__ = [
   'Choice',
   'Coding',
+  'OPERATION',
   'choice',
   'codes',
   'lookup',
   'nf4_matmul',
+  'nf4_product',
   'pack',
   'quantize_nf4',
   'reference',
@@ -25,7 +27,12 @@ __all__ = [
 ]
 
 # Pallas takes a third of a second to import, and formats need the plain arithmetic alone.
-_KERNELS = {'nf4_matmul': '.nf4', 'reference': '.nf4', 'quantize_nf4': '.quantize'}
+_KERNELS = {
+  'nf4_matmul': '.nf4',
+  'nf4_product': '.nf4',
+  'reference': '.nf4',
+  'quantize_nf4': '.quantize',
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,7 @@ class Coding(NamedTuple):
 
 NF4 = Coding()
 KERNELS = {'tpu': 'mosaic', 'cuda': 'triton'}
+OPERATION = 'coded_product'  # what traced programs call a product from codes
 
 # The most rows of x for which a kernel is chosen. Beyond them XLA, which writes the decoded matrix
 # out once, is faster: a kernel decodes again for each tile of rows, and its products are slower

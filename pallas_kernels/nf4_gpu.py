@@ -115,5 +115,6 @@ def _rows(x, out):
 
 
 def _dot(a, b):
-  precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+  exact, default = jax.lax.Precision.HIGHEST, jax.lax.Precision.DEFAULT
+  precision = exact if a.dtype == jnp.float32 else default  # whatever JAX is configured for
   return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)

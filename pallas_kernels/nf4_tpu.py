@@ -173,7 +173,8 @@ def _end(axis, total, out):
 
 def _dot(a, w, contracted: int):
   """a times w, whose axis `contracted` is summed over."""
-  precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+  exact, default = jax.lax.Precision.HIGHEST, jax.lax.Precision.DEFAULT
+  precision = exact if a.dtype == jnp.float32 else default  # whatever JAX is configured for
   axes = ((1,), (contracted,))
   return jax.lax.dot_general(
     a, w, (axes, ((), ())), precision=precision, preferred_element_type=jnp.float32

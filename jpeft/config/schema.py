@@ -196,6 +196,9 @@ FIELDS: dict[str, Field] = {
     f'one of {", ".join(STORAGES)}, or None',
     lambda v: v is None or v in STORAGES,
   ),
+  'model.kernels': _choice(
+    'auto', 'what multiplies by 4-bit kernels; auto: Pallas where it is faster', 'auto', 'xla'
+  ),
   'model.dropout': Field(
     (float, type(None)),
     None,

@@ -39,6 +39,20 @@ class Box(meta.AxisMetadata):
   def ndim(self) -> int:
     return len(self.shape)
 
+  def refusal(self, dtype) -> str | None:
+    """Why `multiply` cannot take rows of a dtype; None if it can."""
+    del dtype
+    return 'it is computed whole'
+
+  def multiply(self, x: jax.Array, transposed: bool = False) -> jax.Array:
+    """x @ m of the matrix m [fan_in, fan_out] of the array, which need not be computed whole.
+
+    Args:
+      x: [..., fan_in], of a dtype that `refusal` has nothing against.
+      transposed: x @ m^T of x [..., fan_out].
+    """
+    raise NotImplementedError
+
   # A model that reads `module.variables` gets the box itself, and uses it as the array.
 
   def __jax_array__(self) -> jax.Array:

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from .blame import blame
-from .boxes import Box, Lazy, Reader
+from .boxed import multiplied
+from .boxes import Box, Reader
 from .context import check_scalars
 from .entries import cast
 from .injection import PRODUCTS, inject
@@ -57,11 +58,11 @@ def fused(
 
   def replacement(*args, **kwargs):
     used.append(field)
+    product = product_of(field, operation, site.leaves[name], *args, **kwargs)
     if box is None:
       out = operation(*args, **kwargs)
     else:
-      out = _recomputed(operation, field, box, *args, **kwargs)
-    product = product_of(field, operation, site.leaves[name], *args, **kwargs)
+      out = multiplied(site, box, product, operation, field, *args, **kwargs)
     y = product.to_rows(out)
     # Arrays beside the kernel are boxed, so what `w` makes of them here is not used.
     arrays = {n: jnp.zeros(leaf.shape, leaf.dtype) for n, leaf in site.leaves.items()}
@@ -129,37 +130,3 @@ def _if_active(active, new, old):
   if active is None:
     return new
   return jnp.where(active, new, old)
-
-
-def _recomputed(operation, field: str, box: Box, *args, **kwargs):
-  """operation(*args) with the array of a box as kernel, which the backward pass computes again.
-
-  What is kept for the backward pass is the box. A box of the backbone gets no gradient; a Lazy,
-  which contains theta, does.
-  """
-  position = 0
-  if field == 'einsum_op':
-    position = 1  # behind the text of the equation
-  before = args[:position]
-  x, kernel = args[position : position + 2]
-  after = args[position + 2 :]
-
-  def product(x, box):
-    return operation(*before, x, box.unbox().astype(kernel.dtype), *after, **kwargs)
-
-  if isinstance(box, Lazy):
-    return jax.checkpoint(product)(x, box)
-  spec = jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-  def forward(x, box):
-    return product(x, box), box
-
-  def backward(box, cotangent):
-    # Tied to the cotangent; without this XLA may keep the kernel of the forward pass after all.
-    box, cotangent = jax.lax.optimization_barrier((box, cotangent))
-    transpose = jax.linear_transpose(lambda x: product(x, box), spec)
-    return *transpose(cotangent), None
-
-  run = jax.custom_vjp(product)
-  run.defvjp(forward, backward)
-  return run(x, box)

@@ -116,6 +116,10 @@ def _einsum(operation, leaf: Leaf, spec: str, lhs, rhs, *args, **kwargs) -> Prod
   free = ''.join(letter for letter in out if letter not in outs)
   columns = next(letter for letter in 'zyxwvutsrqponmlkjihgfedcba' if letter not in spec)
 
+  def rows_of(x):
+    rows = jnp.einsum(f'{left}->{free}{ins}', x)
+    return rows.reshape(*rows.shape[: len(free)], -1)  # [..., fan_in]
+
   def multiply(x, m):
     m = m.reshape(*(leaf.shape[axis] for axis in leaf.ins), -1)
     return operation(f'{left},{ins}{columns}->{free}{columns}', x, m, *args, **kwargs)
@@ -128,7 +132,10 @@ def _einsum(operation, leaf: Leaf, spec: str, lhs, rhs, *args, **kwargs) -> Prod
     y = y.reshape(*y.shape[:-1], *(leaf.shape[axis] for axis in leaf.outs))
     return jnp.einsum(f'{free}{outs}->{out}', y)
 
-  return Product(Operand(lhs, multiply, None, leaf.fan_in), rhs, to_rows, from_rows)
+  rows = None
+  if sorted(left) == sorted(free + ins):  # else something of x alone is summed over, or repeated
+    rows = rows_of
+  return Product(Operand(lhs, multiply, rows, leaf.fan_in), rhs, to_rows, from_rows)
 
 
 def _conv(operation, leaf: Leaf, lhs, rhs, *args, **kwargs) -> Product:

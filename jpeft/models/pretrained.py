@@ -13,7 +13,7 @@ from flax import traverse_util
 
 from jpeft.core import sites_of
 from jpeft.messages import nearest
-from jpeft.quant import Format, coded, kernels
+from jpeft.quant import Format, check_implementation, coded, kernels
 from jpeft.quant import quantize as quantized
 
 from .bert import BERT_FAMILIES, Bert
@@ -86,6 +86,7 @@ def load(
   dropout: float | None = None,
   quantize: Format | None = None,
   targets: str = '{linear}',
+  implementation: str = 'auto',
 ) -> Pretrained:
   """Loads a backbone.
 
@@ -114,6 +115,7 @@ def load(
     dropout: every dropout rate of the model; None for those of the checkpoint's config.
     quantize: store kernels in 4 bits, such as `jpeft.nf4()`; they are read and coded one at a time.
     targets: pattern of the modules whose kernels are stored so.
+    implementation: of the products with them, see `jpeft.quantize`.
 
   Returns:
     A `Pretrained`. Its model returns logits if it has a head, else the pooled feature.
@@ -151,7 +153,7 @@ def load(
     edits = family.edits(config, model)
   coders = {}
   if quantize is not None:
-    coders = _coders(model, family, quantize, targets)
+    coders = _coders(model, family, quantize, targets, implementation)
   fresh = set()
   if num_classes is not None:
     fresh = _fresh(shapes, checkpoint, family.table(model))
@@ -176,6 +178,7 @@ def describe(
   seed: int = 0,
   quantize: Format | None = None,
   targets: str = '{linear}',
+  implementation: str = 'auto',
   **options,
 ) -> Pretrained:
   """The result of `load` with the same arguments, as shapes.
@@ -196,7 +199,8 @@ def describe(
   variables = {'params': traverse_util.unflatten_dict(params, sep='/')}
   if quantize is not None:
     example = family.example(model)
-    code = lambda variables: quantized(model, quantize, variables, *example, targets=targets)
+    options = {'targets': targets, 'implementation': implementation}
+    code = lambda variables: quantized(model, quantize, variables, *example, **options)
     variables = jax.eval_shape(code, variables)
   return _pretrained(folder, config, model, variables, files={})
 
@@ -440,11 +444,15 @@ def _abstract(model: nn.Module, family: Family) -> dict[str, Any]:
   return jax.eval_shape(model.init, jax.random.key(0), *family.example(model))
 
 
-def _coders(model: nn.Module, family: Family, form: Format, targets: str) -> dict[str, Any]:
+def _coders(
+  model: nn.Module, family: Family, form: Format, targets: str, implementation: str
+) -> dict[str, Any]:
   """{path: function from a kernel's layers to its 4-bit form}, for the kernels of `targets`."""
+  check_implementation(implementation)
+  code = functools.partial(coded, implementation=implementation)
   sites = sites_of(model, _abstract(model, family), *family.example(model))
   found = kernels(sites, targets)
-  return {path: functools.partial(coded, form, *place) for path, place in found.items()}
+  return {path: functools.partial(code, form, *place) for path, place in found.items()}
 
 
 def _fresh(shapes: Mapping, checkpoint: Checkpoint | Gguf, table: Table) -> set[str]:

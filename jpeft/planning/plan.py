@@ -37,6 +37,7 @@ def plan(
   head: bool = True,
   storage: str | None = None,
   offload: bool = False,
+  implementation: str = 'auto',
 ) -> Plans:
   """What a training step of each method on a model needs of a device: nothing is run.
 
@@ -62,6 +63,7 @@ def plan(
     storage: the 4-bit format of the kernels (`quant.formats.FORMATS`); if left out, that of each
       named method.
     offload: the optimizer's state is in host memory between updates.
+    implementation: of the products with 4-bit kernels, see `quant.quantize`.
 
   Returns:
     A tuple of Plan that prints as a table.
@@ -82,7 +84,7 @@ def plan(
     variables=variables,
     batch=resized,
     size=shapes['label'].shape[0],
-    memory=training.Memory(remat=_remat_of(model), offload=offload),
+    memory=training.Memory(remat=_remat_of(model), implementation=implementation, offload=offload),
     mesh=mesh,
     backbone=_layout(sharded),
     whole_below=whole_below,

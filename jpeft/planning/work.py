@@ -51,7 +51,15 @@ class Work:
 
     def coded(variables):
       form = quant.named(storage)
-      return quant.quantize(self.model, form, variables, *args, **kwargs, **self.mode(False))
+      return quant.quantize(
+        self.model,
+        form,
+        variables,
+        *args,
+        implementation=self.memory.implementation,
+        **kwargs,
+        **self.mode(False),
+      )
 
     return dataclasses.replace(
       self,

@@ -2,7 +2,7 @@
 
 from .bitsandbytes import from_bitsandbytes, to_bitsandbytes
 from .boxes import Quantized, nbytes
-from .encoding import coded, kernels, quantize
+from .encoding import check_implementation, coded, kernels, quantize
 from .formats import (
   FORMATS,
   Blocks,
@@ -22,6 +22,7 @@ __all__ = [
   'Format',
   'Quantized',
   'affine',
+  'check_implementation',
   'coded',
   'fp4',
   'from_bitsandbytes',

@@ -9,13 +9,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+import pallas_kernels
 from jpeft.core import Box, Leaf
 
 from .formats import Format
 
 
 @functools.partial(
-  jax.tree_util.register_dataclass, data_fields=['arrays'], meta_fields=['form', 'leaf', 'axes']
+  jax.tree_util.register_dataclass,
+  data_fields=['arrays'],
+  meta_fields=['form', 'leaf', 'axes', 'implementation'],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Quantized(Box):
@@ -27,12 +30,14 @@ class Quantized(Box):
     form: the format.
     leaf: how one layer's kernel stands for a matrix.
     axes: of the stored kernel that stack layers.
+    implementation: 'auto' for products by `pallas_kernels` where they are faster, 'xla' for none.
   """
 
   arrays: dict[str, jax.Array]
   form: Format
   leaf: Leaf
   axes: tuple[int, ...]
+  implementation: str = 'auto'
 
   def unbox(self) -> jax.Array:
     """The kernel, or the stack of them, decoded."""
@@ -52,6 +57,31 @@ class Quantized(Box):
       return self.form.decode(arrays, self._matrix_shape)
 
     return self.leaf.unfold(each_matrix(decode, self.leaf)(arrays))
+
+  def refusal(self, dtype) -> str | None:
+    """Why the kernel is decoded for rows of a dtype, whatever the platform; None if it need not."""
+    dtype = jnp.dtype(dtype)
+    if self.implementation == 'xla':
+      return "implementation='xla' was asked for"
+    if self.leaf.batch or self._stacked:
+      return 'it is a stack of matrices'
+    if self.form.name not in pallas_kernels.codes.VALUES:
+      return f'the format {self.form.name} has no table of 16 values'
+    if self.form.block is None or self.leaf.fan_in % (2 * self.form.block):
+      return f'a block of {self.form.block} crosses the middle of {self.leaf.fan_in} rows'
+    if self.dtype not in (jnp.float32, dtype):
+      return f'it stands for {self.dtype}, which {dtype} does not keep'
+    exact = jax.config.jax_default_matmul_precision in ('float32', 'highest')
+    if dtype == jnp.float32 and not exact:
+      return 'products of float32 have the default precision, and those of kernels are exact'
+    return None
+
+  def multiply(self, x: jax.Array, transposed: bool = False) -> jax.Array:
+    """See `Box.multiply`: by `pallas_kernels`, where what runs is chosen for the platform."""
+    codes = self.arrays['codes'].reshape(self._layer_shapes['codes'])
+    return pallas_kernels.nf4_product(
+      x, codes, self.scales(), form=self.form, transposed=transposed
+    )
 
   def scales(self) -> jax.Array:
     """The scale of every block of one layer, float32, laid out as its 'absmax'."""

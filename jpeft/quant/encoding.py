@@ -16,7 +16,16 @@ from .formats import Format
 _WEIGHTS_AT_ONCE = 2**18  # of a kernel, while a file is read
 
 
-def quantize(model, form: Format, backbone, /, *args, targets: str = '{linear}', **kwargs):
+def quantize(
+  model,
+  form: Format,
+  backbone,
+  /,
+  *args,
+  targets: str = '{linear}',
+  implementation: str = 'auto',
+  **kwargs,
+):
   """The backbone with its kernels in 4 bits, for `attach` and for the model itself.
 
   Args:
@@ -25,18 +34,27 @@ def quantize(model, form: Format, backbone, /, *args, targets: str = '{linear}',
     backbone: what the model stores; under jax.eval_shape nothing is computed.
     *args: an example input; shapes will do.
     targets: pattern of the modules whose kernels are quantized. Biases, norms and tables stay.
+    implementation: 'auto' multiplies by `pallas_kernels` where `pallas_kernels.choice` says so, on
+      TPU and GPU; 'xla' decodes and multiplies by XLA.
     **kwargs: keyword arguments of the forward pass.
 
   Raises:
-    ValueError: no kernel lies at `targets`.
+    ValueError: no kernel lies at `targets`; or `implementation` is neither 'auto' nor 'xla'.
   """
+  check_implementation(implementation)
   backend = backend_of(model)
   arrays = dict(backend.arrays(model, backbone))
   sites = sites_of(model, backbone, *args, **kwargs)
   for path, (site, name) in kernels(sites, targets).items():
     if not isinstance(arrays[path], Box):
-      arrays[path] = _quantized(form, site, name, arrays[path])
+      arrays[path] = _quantized(form, site, name, arrays[path], implementation)
   return backend.replace(model, backbone, arrays)
+
+
+def check_implementation(name: str) -> None:
+  """Raises a ValueError if `implementation` of `quantize` is unknown."""
+  if name not in ('auto', 'xla'):
+    raise ValueError(f"implementation={name!r} must be 'auto' or 'xla'")
 
 
 def kernels(sites: Sites, targets: str) -> dict[str, tuple[Site, str]]:
@@ -60,16 +78,18 @@ def kernels(sites: Sites, targets: str) -> dict[str, tuple[Site, str]]:
   return found
 
 
-def _quantized(form: Format, site: Site, name: str, w: jax.Array) -> Quantized:
+def _quantized(form: Format, site: Site, name: str, w: jax.Array, implementation: str) -> Quantized:
   """The box of a stored kernel."""
   leaf = site.leaves[name]
   layers = site.stack_first(w).reshape(-1, *leaf.shape)
   # One layer after the other, so that encoding needs the memory of one layer beside its result.
   arrays = jax.lax.map(functools.partial(_encoded_jit, form, leaf), layers)
-  return _box(form, site, name, arrays)
+  return _box(form, site, name, arrays, implementation)
 
 
-def coded(form: Format, site: Site, name: str, layers: Iterable[np.ndarray]) -> Quantized:
+def coded(
+  form: Format, site: Site, name: str, layers: Iterable[np.ndarray], implementation: str = 'auto'
+) -> Quantized:
   """A kernel from its layers, which are read one at a time.
 
   Needs the memory of one layer in the dtype that it is read in, and of encoding some of its
@@ -93,7 +113,7 @@ def coded(form: Format, site: Site, name: str, layers: Iterable[np.ndarray]) -> 
     layer += 1
   if form.double:
     arrays |= _nested(form, leaf, arrays.pop('absmax'))
-  return _box(form, site, name, arrays)
+  return _box(form, site, name, arrays, implementation)
 
 
 def _columns_at_once(form: Format, leaf: Leaf) -> int:
@@ -104,7 +124,9 @@ def _columns_at_once(form: Format, leaf: Leaf) -> int:
   return 2 ** int(math.log2(most))
 
 
-def _box(form: Format, site: Site, name: str, arrays: dict[str, jax.Array]) -> Quantized:
+def _box(
+  form: Format, site: Site, name: str, arrays: dict[str, jax.Array], implementation: str
+) -> Quantized:
   """The box of encoded layers [layers, ...].
 
   Raises:
@@ -119,7 +141,7 @@ def _box(form: Format, site: Site, name: str, arrays: dict[str, jax.Array]) -> Q
   for key, x in arrays.items():
     stacked = x.reshape(*site.lengths, *x.shape[1:])
     stored[key] = site.stack_restore(stacked)
-  return Quantized(stored, form, site.leaves[name], site.axes)
+  return Quantized(stored, form, site.leaves[name], site.axes, implementation)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)

@@ -79,6 +79,8 @@ def build(config, num_classes: int, load: Callable = models.load) -> tuple[Any, 
     fields['num_classes'] = None
   fields['seed'] = config.seed
   fields['remat'] = memory.remat
+  del fields['kernels']
+  fields['implementation'] = memory.implementation
   fields['quantize'] = None
   if memory.storage is not None:
     fields['quantize'] = quant.named(memory.storage)

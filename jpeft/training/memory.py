@@ -8,6 +8,7 @@ one place that acts on it:
 | remat | `build`: the model is made with it |
 | saved_bits | `method_of`: the method is chained with `packed` |
 | storage | `build`: the kernels are loaded in this format |
+| implementation | `build`: of the products with them |
 | offload | `Layout.of_state` and `step.train_step` |
 | cached_features | `loop`: parts are replaced by their `feature_cache.cached` |
 """
@@ -26,6 +27,7 @@ class Memory:
     remat: which values of a block are recomputed in the backward pass, see `models`.
     saved_bits: bits of a value that the backward pass stores of a block; None for whole values.
     storage: name of the 4-bit format of the backbone's kernels; None for the kernels as loaded.
+    implementation: of the products with these, see `quant.quantize`.
     offload: whether the optimizer's state is in host memory between updates.
     cached_features: whether what comes before theta runs once an example and not once a step.
   """
@@ -33,6 +35,7 @@ class Memory:
   remat: Remat = False
   saved_bits: int | None = None
   storage: str | None = None
+  implementation: str = 'auto'
   offload: bool = False
   cached_features: bool = False
 
@@ -47,6 +50,7 @@ class Memory:
       remat=config.model.remat,
       saved_bits=config.method.saved_bits,
       storage=storage,
+      implementation=config.model.kernels,
       offload=config.optimizer.offload,
       cached_features=config.data.cache_features,
     )

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 from flax.core import lift
 
+import pallas_kernels
 from jpeft import residuals
 
 # False: nothing. True: each block, from its input. 'dots': all of a block but its products with
@@ -35,11 +36,19 @@ def rematted(run: Callable, remat: Remat, scan: bool) -> Callable:
     return nn.transforms.lift_transform(_recomputed, run, bits=_BITS[remat], prevent_cse=not scan)
   policy = None
   if remat == 'dots':
-    # Products with weights have no batch dimensions; those of the attention have.
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    policy = _saves_products
   # The guard against merging the second forward pass with the first costs time; inside a scan
   # XLA cannot merge them anyway.
   return nn.remat(run, prevent_cse=not scan, policy=policy)
+
+
+def _saves_products(primitive, *args, **params) -> bool:
+  """Whether a checkpointed block keeps what an operation returns: of products with weights.
+
+  They have no batch dimensions; those of the attention have.
+  """
+  of_plain_weights = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  return primitive.name == pallas_kernels.OPERATION or of_plain_weights(primitive, *args, **params)
 
 
 def _recomputed(fn: Callable, bits: int, prevent_cse: bool) -> Callable:

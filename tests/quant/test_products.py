@@ -1,0 +1,224 @@
+"""Products of 4-bit models by kernels: the numbers, what is kept, vmap, meshes, what runs where."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jpeft
+import pallas_kernels
+from jpeft import models
+from jpeft.planning.devices import target
+from jpeft.quant import Quantized
+from tests.fixtures import noisy
+from tests.params import fast_if
+
+TINY = {
+  'model_type': 'llama',
+  'hidden_size': 256,
+  'num_hidden_layers': 1,
+  'num_attention_heads': 2,
+  'intermediate_size': 256,
+  'vocab_size': 64,
+}
+TOKENS = jnp.arange(16).reshape(2, 8)
+
+
+@pytest.fixture(autouse=True)
+def exact():
+  """Products of float32 in full precision, as kernels make them."""
+  with jax.default_matmul_precision('float32'):
+    yield
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+  """The Mosaic kernel on a CPU; gives the shapes of what it multiplies."""
+  kernel = pallas_kernels.nf4_product
+  seen = []
+
+  def product(x, codes, scales, **options):
+    seen.append((x.shape, codes.shape, options['transposed']))
+    return kernel(x, codes, scales, **options, implementation='mosaic', interpret=True)
+
+  monkeypatch.setattr(pallas_kernels, 'nf4_product', product)
+  return seen
+
+
+def is_box(x):
+  return isinstance(x, Quantized)
+
+
+def decoded(tree):
+  """The same backbone with plain kernels."""
+  return jax.tree.map(lambda x: x.unbox() if is_box(x) else x, tree, is_leaf=is_box)
+
+
+def llama(form=None, **options):
+  """(model, its variables in 4 bits)."""
+  model = models.from_config(TINY, **options)
+  variables = jax.jit(model.init)(jax.random.key(0), TOKENS)
+  return model, jpeft.quantize(model, form or jpeft.nf4(), variables, TOKENS)
+
+
+def same(found, expected, limit=2e-5):
+  found, expected = jax.tree.leaves(found), jax.tree.leaves(expected)
+  for a, b in zip(found, expected, strict=True):
+    assert np.abs(np.asarray(a) - np.asarray(b)).max() <= limit * max(1, np.abs(b).max())
+
+
+def step_of(model, backbone, method, *args):
+  """(theta, backbone) -> ((loss, output), gradient), and a theta with noise."""
+  tuned = jpeft.attach(model, method, backbone, *args)
+
+  def loss(theta, backbone):
+    out = tuned.apply(theta, backbone, *args)
+    return jnp.sum(jnp.sin(out)), out
+
+  theta = noisy(jax.jit(tuned.init)(jax.random.key(1), backbone))
+  return jax.value_and_grad(loss, has_aux=True), theta
+
+
+@pytest.mark.parametrize(
+  'options',
+  fast_if(
+    lambda options: options == {'scan': True, 'remat': True},
+    ({}, {'scan': True}, {'scan': True, 'remat': True}, {'remat': 'dots'}),
+  ),
+  ids=str,
+)
+def test_a_step_by_kernels_is_that_of_the_decoded_model(interpreted, options):
+  """LoRA acts on two products of a block; the others are multiplied by their boxes alone."""
+  model, small = llama(jpeft.nf4(double=True), **options)
+  method = jpeft.lora(2, targets='{q}|{fc2}')
+  step, theta = step_of(model, small, method, TOKENS)
+  found = jax.jit(step)(theta, small)
+  directions = [transposed for *_, transposed in interpreted]
+  assert directions.count(False) >= 7 and directions.count(True) >= 6
+  plain = decoded(small)
+  expected = jax.jit(step_of(model, plain, method, TOKENS)[0])(theta, plain)
+  same(found, expected)
+
+
+def test_layers_of_nnx_and_products_of_several_axes(interpreted):
+  class Net(nnx.Module):
+    def __init__(self, rngs):
+      self.heads = nnx.LinearGeneral(256, (4, 64), rngs=rngs)
+      self.mixed = nnx.Einsum('bnhd,hdo->bno', (4, 64, 256), (256,), rngs=rngs)
+      self.out = nnx.Linear(256, 128, rngs=rngs)
+
+    def __call__(self, x):
+      return self.out(jnp.tanh(self.mixed(self.heads(x))))
+
+  model, x = Net(nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (2, 3, 256))
+  backbone = nnx.state(model)
+  small = jpeft.quantize(model, jpeft.nf4(), backbone, x, targets='.*')
+  method = jpeft.lora(2, targets='out')
+  step, theta = step_of(model, small, method, x)
+  found = step(theta, small)
+  assert {codes for _, codes, transposed in interpreted if not transposed} == {
+    (128, 256),
+    (128, 128),
+  }
+  assert len([one for one in interpreted if not one[2]]) == 3
+  plain = decoded(small)
+  same(found, step_of(model, plain, method, x)[0](theta, plain))
+
+
+def test_the_input_gets_its_gradient_without_a_rule_at_the_layer(interpreted):
+  model, x = nn.Dense(128), jax.random.normal(jax.random.key(0), (3, 256))
+  variables = jax.jit(model.init)(jax.random.key(1), x)
+  small = jpeft.quantize(model, jpeft.int4(), variables, x, targets='')
+  tuned = jpeft.attach(model, jpeft.tune('', arrays='bias'), small, x)
+  theta = tuned.init(jax.random.key(2), small)
+
+  def loss(apply):
+    return jax.grad(lambda x: jnp.sum(jnp.sin(apply(x))))
+
+  found = loss(lambda x: tuned.apply(theta, small, x))(x)
+  assert [transposed for *_, transposed in interpreted] == [False, True]
+  same(found, loss(lambda x: model.apply(decoded(small), x))(x))
+
+
+def test_mapped_inputs_are_more_rows_and_mapped_kernels_are_decoded(interpreted):
+  codes, scales = jax.jit(jax.vmap(pallas_kernels.quantize_nf4))(
+    jax.random.normal(jax.random.key(0), (2, 256, 128))
+  )
+  x = jax.random.normal(jax.random.key(1), (5, 3, 256))
+  plain = pallas_kernels.reference
+  rows = jax.vmap(pallas_kernels.nf4_matmul, (1, None, None), 1)
+  same(rows(x, codes[0], scales[0]), plain(x, codes[0], scales[0]))
+  text = str(jax.make_jaxpr(rows)(x, codes[0], scales[0]))
+  assert pallas_kernels.OPERATION in text
+  each = jax.vmap(pallas_kernels.nf4_matmul, (None, 0, 0))
+  same(each(x, codes, scales), jnp.stack([plain(x, codes[i], scales[i]) for i in range(2)]))
+  assert pallas_kernels.OPERATION not in str(jax.make_jaxpr(each)(x, codes, scales))
+
+
+@pytest.mark.parametrize('scan', fast_if(lambda scan: scan, (False, True)))
+def test_on_a_mesh_every_device_multiplies_by_its_own_columns(interpreted, scan):
+  model, small = llama(scan=scan)
+  step, theta = step_of(model, small, jpeft.lora(2, targets='{linear}'), TOKENS)
+  expected = jax.jit(step)(theta, small)
+  mesh = jax.make_mesh((2, 2), ('data', 'model'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  placed = jax.device_put(small, jpeft.training.of_backbone(mesh, small, True))
+  program = jax.jit(step).lower(jax.device_put(theta, NamedSharding(mesh, P())), placed).compile()
+  same(program(jax.device_put(theta, NamedSharding(mesh, P())), placed), expected)
+  gathered = [line for line in program.as_text().splitlines() if ' all-gather(' in line]
+  assert gathered and not any('u8[' in line for line in gathered)
+
+
+def test_why_a_kernel_is_decoded():
+  model, small = llama()
+  (box, *_) = [x for x in jax.tree.leaves(small, is_leaf=is_box) if is_box(x)]
+  assert box.refusal(jnp.float32) is None
+  with jax.default_matmul_precision(None):
+    assert 'those of kernels are exact' in box.refusal(jnp.float32)
+    assert box.refusal(jnp.bfloat16) is None
+  affine = llama(jpeft.affine())[1]
+  (box, *_) = [x for x in jax.tree.leaves(affine, is_leaf=is_box) if is_box(x)]
+  assert 'affine has no table of 16 values' in box.refusal(jnp.bfloat16)
+
+
+def test_xla_is_asked_for_by_name(interpreted):
+  model = models.from_config(TINY)
+  variables = jax.jit(model.init)(jax.random.key(0), TOKENS)
+  quantize = functools.partial(jpeft.quantize, model, jpeft.nf4(), variables, TOKENS)
+  small = quantize(implementation='xla')
+  step, theta = step_of(model, small, jpeft.lora(2, targets='{q}'), TOKENS)
+  jax.eval_shape(step, theta, small)
+  assert not interpreted
+  with pytest.raises(ValueError, match="implementation='triton' must be 'auto' or 'xla'"):
+    quantize(implementation='triton')
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize('implementation', ('auto', 'xla'))
+@pytest.mark.parametrize('scan', (False, True))
+def test_a_compiled_step_has_the_kernels(scan, implementation):
+  """Also on 2 x 2 chips, where no codes are gathered."""
+  model = models.from_config(TINY, scan=scan, dtype='bfloat16', param_dtype='bfloat16')
+  tokens = jax.ShapeDtypeStruct((4, 128), jnp.int32)
+  held = jax.eval_shape(model.init, jax.random.key(0), tokens)
+  small = jax.eval_shape(
+    lambda held: jpeft.quantize(model, jpeft.nf4(), held, tokens, implementation=implementation),
+    held,
+  )
+  tuned = jpeft.attach(model, jpeft.lora(2, targets='{q}|{v}'), small, tokens)
+  step = jax.grad(lambda theta, held, x: tuned.apply(theta, held, x).astype(jnp.float32).sum())
+  for shape in ((1, 1), (2, 2)):
+    mesh = target('tpu:v5e:2x2').mesh(*shape)
+    args = (
+      jpeft.training.with_sharding(tuned.shapes, NamedSharding(mesh, P())),
+      jpeft.training.with_sharding(small, jpeft.training.of_backbone(mesh, small, True)),
+      jax.ShapeDtypeStruct(tokens.shape, tokens.dtype, sharding=NamedSharding(mesh, P('data'))),
+    )
+    text = jax.jit(step).lower(*args).compile().as_text()
+    assert ('tpu_custom_call' in text) == (implementation == 'auto')
+    assert not [x for x in text.splitlines() if 'u8[' in x.split('(')[0] and 'all-gather' in x]
