@@ -10,6 +10,7 @@ from .codes import lookup, pack, unpack
 if TYPE_CHECKING:
   from .nf4 import nf4_matmul, nf4_product, reference
   from .quantize import quantize_nf4
+  from .spread import shares
 
 __all__ = [
   'Choice',
@@ -23,6 +24,7 @@ __all__ = [
   'pack',
   'quantize_nf4',
   'reference',
+  'shares',
   'unpack',
 ]
 
@@ -32,6 +34,7 @@ _KERNELS = {
   'nf4_product': '.nf4',
   'reference': '.nf4',
   'quantize_nf4': '.quantize',
+  'shares': '.spread',
 }
 
 

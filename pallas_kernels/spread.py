@@ -128,12 +128,10 @@ def _on_mesh(platform, product: Product, mesh, of_x: tuple[int, ...], of_codes: 
     of_x: the shape of x.
     of_codes: the shape of the codes.
   """
-  columns = None
-  if COLUMNS in mesh.axis_names and of_codes[1] % mesh.shape[COLUMNS] == 0:
-    columns = COLUMNS
   leading = [None] * (len(of_x) - 1)
+  axes, columns = shares(mesh, of_x[0], of_codes[1])
   if leading:
-    leading[0] = _dividing(mesh, of_x[0])
+    leading[0] = axes
   of_rows = P(*leading, None)
   of_columns = P(*leading, columns)
   given, made = (of_columns, of_rows) if product.transposed else (of_rows, of_columns)
@@ -148,11 +146,22 @@ def _on_mesh(platform, product: Product, mesh, of_x: tuple[int, ...], of_codes: 
   return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=made, check_vma=False)
 
 
-def _dividing(mesh, size: int) -> tuple[str, ...]:
-  """The axes of a mesh, but that of the columns, that together divide a size."""
-  axes = []
+def shares(mesh, leading: int, columns: int) -> tuple[tuple[str, ...], str | None]:
+  """(the axes of a mesh that split the first axis of x, the one that splits the columns of W).
+
+  Axes that do not divide a length leave it whole.
+
+  Args:
+    mesh: of all devices.
+    leading: length of the first axis of x, if that is not what is summed over.
+    columns: of W.
+  """
+  of_columns = None
+  if COLUMNS in mesh.axis_names and columns % mesh.shape[COLUMNS] == 0:
+    of_columns = COLUMNS
+  axes: list[str] = []
   for axis in mesh.axis_names:
     parts = math.prod(mesh.shape[name] for name in (*axes, axis))
-    if axis != COLUMNS and size % parts == 0:
+    if axis != COLUMNS and leading % parts == 0:
       axes.append(axis)
-  return tuple(axes)
+  return tuple(axes), of_columns

@@ -12,6 +12,7 @@ analysis says it reads and writes (it does not see into kernels).
 """
 
 import argparse
+import contextlib
 import functools
 import itertools
 import os
@@ -19,7 +20,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ import numpy as np
 from jpeft import cli, residuals
 from jpeft.planning import target
 from jpeft.quant import nf4
-from pallas_kernels import choice, nf4_matmul, quantize_nf4, reference
+from pallas_kernels import choice, nf4_matmul, nf4_product, quantize_nf4, reference
 
 F32 = jnp.float32
 BF16 = jnp.bfloat16
@@ -170,37 +171,56 @@ def compiled(name: str, only: str) -> None:
     name: of the TPU, such as tpu:v5e.
     only: a pattern of the groups that are compiled.
   """
-  with tempfile.TemporaryDirectory() as folder:
-    # The profile is an option of the whole process, read when libtpu is loaded.
-    os.environ['LIBTPU_INIT_ARGS'] = f'--xla_jf_dump_static_llo_profile_to={folder}'
-    sharding = jax.sharding.SingleDeviceSharding(target(name).devices[0])
+  with _profiles(name) as (folder, sharding):
     print('| program | form | kcycles | temp MiB | moved MiB |\n| --- | --- | ---: | ---: | ---: |')
     for case in itertools.chain(products(), quantizing(), lora(), gelu()):
       if re.search(only, case.group):
-        print(_row(case, sharding, Path(folder)), flush=True)
+        print(_row(case, sharding, folder), flush=True)
+
+
+@contextlib.contextmanager
+def _profiles(name: str) -> Iterator[tuple[Path, jax.sharding.Sharding]]:
+  """(a folder into which libtpu writes profiles, where programs for a TPU are)."""
+  with tempfile.TemporaryDirectory() as folder:
+    # The profile is an option of the whole process, read when libtpu is loaded.
+    os.environ['LIBTPU_INIT_ARGS'] = f'--xla_jf_dump_static_llo_profile_to={folder}'
+    yield Path(folder), jax.sharding.SingleDeviceSharding(target(name).devices[0])
+
+
+def cycles_of(wanted: Iterable[tuple[int, int, int, bool]], name: str) -> list[int]:
+  """The cycles of kernels (rows, in, out, transposed), each compiled alone for a TPU."""
+  found = []
+  with _profiles(name) as (folder, sharding):
+    for rows, fan_in, fan_out, transposed in wanted:
+      fn = functools.partial(nf4_product, transposed=transposed, implementation='mosaic')
+      x = shaped(rows, fan_out if transposed else fan_in)
+      _, cycles = _compiled(fn, (x, *coded(fan_in, fan_out)), sharding, folder)
+      found.append(cycles)
+  return found
 
 
 def _row(case: Case, sharding, folder: Path) -> str:
-  """Compiles a program, and reads the profile that libtpu writes into a folder."""
-  for file in folder.glob('*'):
-    file.unlink()
-  args = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), case.args
-  )
-  program = jax.jit(case.fn).lower(*args).compile()
-  profile = '\n'.join(file.read_text() for file in folder.glob('*profile.textproto'))
-  cycles = {}
-  for op, each, times in _PROFILE.findall(profile):
-    cycles[op] = int(each) * int(times)
+  """Compiles a program, and describes it."""
+  program, cycles = _compiled(case.fn, case.args, sharding, folder)
   temp = program.memory_analysis().temp_size_in_bytes
   moved = '-'
   accessed = program.cost_analysis().get('bytes accessed')
   if accessed:
     moved = f'{accessed / 2**20:,.1f}'
-  return (
-    f'| {case.group} | {case.name} | {sum(cycles.values()) / 1000:,.0f} | '
-    f'{temp / 2**20:,.1f} | {moved} |'
-  )
+  return f'| {case.group} | {case.name} | {cycles / 1000:,.0f} | {temp / 2**20:,.1f} | {moved} |'
+
+
+def _compiled(fn: Callable, args: tuple, sharding, folder: Path) -> tuple[Any, int]:
+  """(a compiled program, its cycles by the profile that libtpu writes into a folder)."""
+  for file in folder.glob('*'):
+    file.unlink()
+  args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
+  program = jax.jit(fn).lower(*args).compile()
+  profile = '\n'.join(file.read_text() for file in folder.glob('*profile.textproto'))
+  cycles = {}
+  for op, each, times in _PROFILE.findall(profile):
+    cycles[op] = int(each) * int(times)
+  return program, sum(cycles.values())
 
 
 def seconds(fn: Callable, *args, runs: int = 5) -> float:

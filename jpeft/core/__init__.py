@@ -4,6 +4,7 @@ from .anatomy import ANATOMIES, Anatomy, Part, register_anatomy
 from .at_head import NotAtHead, at_head
 from .attach import attach
 from .backends.choice import backend_of
+from .boxed import Multiplied, noting
 from .boxes import Box
 from .context import Bound
 from .discover import sites_of
@@ -41,6 +42,8 @@ from .token_mask import TokenMask
 from .tuned import Tuned
 
 __all__ = [
+  'Multiplied',
+  'noting',
   'NotAtHead',
   'TokenMask',
   'at_head',

@@ -19,14 +19,14 @@ class Multiplied(NamedTuple):
   Attributes:
     site: the layer.
     box: its kernel.
-    rows: of x, all leading axes together.
+    shape: of x as rows, [..., fan_in]; of x itself where it is no matter of rows.
     dtype: of x.
     refusal: why the box is computed whole; None where it multiplies itself.
   """
 
   site: Site
   box: Box
-  rows: int
+  shape: tuple[int, ...]
   dtype: Any
   refusal: str | None
 
@@ -80,10 +80,13 @@ def multiplied(site: Site, box: Box, product: Product, operation, field: str, *a
     refusal = f'a {x.dtype} input meets a {kernel.dtype} kernel'
   else:
     refusal = box.refusal(x.dtype)
-  _note(Multiplied(site, box, x.size // product.operand.fan_in, x.dtype, refusal))
+  rows = x
+  if refusal is None:
+    rows = product.operand.rows(x)
+  _note(Multiplied(site, box, rows.shape, x.dtype, refusal))
   if refusal is not None:
     return _computed(call, box, x, kernel.dtype)
-  y = _multiplied(box, product.operand.rows(x))
+  y = _multiplied(box, rows)
   return product.from_rows(y, jax.eval_shape(call, x, kernel).shape)
 
 

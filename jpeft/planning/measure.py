@@ -8,8 +8,8 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from jpeft import programs, training
-from jpeft.core import Tuned, summary
+from jpeft import programs, quant, training
+from jpeft.core import Tuned, noting, summary
 
 from .devices import Target
 from .result import Plan
@@ -70,7 +70,8 @@ def _of_stage(
     keep_unused=True,
     out_shardings=training.step_shardings(state),
   )
-  traced = step.trace(state, backbone, batch)
+  with noting() as products:
+    traced = step.trace(state, backbone, batch)
   known = programs.nbytes((state, backbone, batch))
   needed: dict[str, Any] = {'argument': known, 'temp': None, 'total': known, 'exact': False}
   if where.memory is None or known <= where.memory:
@@ -92,6 +93,7 @@ def _of_stage(
     limit=where.memory,
     flops=programs.flops(traced).all,
     forward=work.forward(size),
+    kernels=quant.told(tuned.sites, products, mesh),
     seconds=time.perf_counter() - start,
     uncut=tuple(work.layout(tuned, mesh).exceptions()),
     **needed,

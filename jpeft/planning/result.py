@@ -41,6 +41,7 @@ class Plan:
     schedule: cycles and moved bytes of a step on one device, where it was compiled.
     traffic: what the devices of the mesh send each other; None if the program cannot be read.
     uncut: which kernels are not cut as their roles say, see `training.Layout`.
+    kernels: what multiplies by 4-bit kernels, and why; '' without any.
   """
 
   method: str
@@ -67,6 +68,7 @@ class Plan:
   schedule: programs.Schedule | None = None
   traffic: tuple[Traffic, ...] | None = ()
   uncut: tuple[str, ...] = ()
+  kernels: str = ''
 
   @property
   def fits(self) -> bool | None:
@@ -145,6 +147,7 @@ class Plan:
       'compile_seconds': round(self.seconds, 1),
       'traffic': None if self.traffic is None else [one.row() for one in self.traffic],
       'uncut': list(self.uncut),
+      'kernels': self.kernels,
     }
 
 
@@ -161,6 +164,7 @@ class Plans(tuple[Plan, ...]):
       if sent is None:
         sent = ('what devices send is not known: jaxlib cannot print this program of libtpu',)
       notes += [f'{plan.method}: {one}' for one in (*plan.uncut, *sent)]
+    notes += [f'{plan.method}: {plan.kernels}' for plan in self if plan.kernels]
     return '\n'.join([_title(self[0]), *rows, *notes])
 
 

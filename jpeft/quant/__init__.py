@@ -15,6 +15,7 @@ from .formats import (
   register_format,
   registered_module,
 )
+from .told import told
 
 __all__ = [
   'Blocks',
@@ -35,4 +36,5 @@ __all__ = [
   'register_format',
   'registered_module',
   'to_bitsandbytes',
+  'told',
 ]

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from jpeft import cli, tasks
+from jpeft import cli, quant, tasks
 from jpeft import config as config_lib
-from jpeft.core import summary
+from jpeft.core import noting, summary
 from jpeft.decoding import AT_ONCE, completions
 from jpeft.programs import mib
 from jpeft.quant import nbytes
@@ -148,7 +148,7 @@ def _train(config, folder: pathlib.Path, changes: dict, stack: contextlib.ExitSt
     stage.sharding = layout.of_state(state_shapes, offload)
     state_shapes = sharding.with_sharding(state_shapes, stage.sharding)
     stage.shapes = state_shapes
-    with hosts.together():
+    with hosts.together(), noting() as products:
       stage.update, stage.cost = fit.fitting(
         train_step, state_shapes, backbone_shapes, batch_shapes
       )
@@ -226,6 +226,9 @@ def _train(config, folder: pathlib.Path, changes: dict, stack: contextlib.ExitSt
   progress.note(report.needs(stage.cost))
   for told in layout.exceptions():
     progress.note(f'mesh.backbone={config.mesh.backbone}: {told}')
+  kernels = quant.told(tuned.sites, products, mesh)
+  if kernels:
+    progress.note(kernels)
   if isinstance(train_part.forward, step.Forward):
     _, why = train_part.forward.in_pieces(batch_shapes, objective)
     if why:

@@ -1,6 +1,7 @@
 """Products of 4-bit models by kernels: the numbers, what is kept, vmap, meshes, what runs where."""
 
 import functools
+import types
 
 import flax.linen as nn
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 import jpeft
 import pallas_kernels
 from jpeft import models
+from jpeft.core import noting
 from jpeft.planning.devices import target
 from jpeft.quant import Quantized
 from tests.fixtures import noisy
@@ -184,6 +186,29 @@ def test_why_a_kernel_is_decoded():
   affine = llama(jpeft.affine())[1]
   (box, *_) = [x for x in jax.tree.leaves(affine, is_leaf=is_box) if is_box(x)]
   assert 'affine has no table of 16 values' in box.refusal(jnp.bfloat16)
+
+
+@pytest.mark.parametrize('scan', (False, True))
+def test_what_multiplies_is_told(scan):
+  """By kernels where the shapes let them, by XLA where they do not, each with its reason."""
+  model = models.from_config(TINY | {'intermediate_size': 192}, scan=scan, dtype='bfloat16')
+  held = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
+  small = jax.eval_shape(lambda held: jpeft.quantize(model, jpeft.nf4(), held, TOKENS), held)
+  tuned = jpeft.attach(model, jpeft.lora(2, targets='{q}'), small, TOKENS)
+  with noting() as products:
+    jax.eval_shape(lambda theta, held: tuned.apply(theta, held, TOKENS), tuned.shapes, small)
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ('data', 'model'))
+  line = jpeft.quant.told(tuned.sites, products, mesh)
+  assert line.startswith('0 of 7 4-bit kernels are multiplied by Pallas; 6 by XLA')
+  assert 'there is no kernel for cpu' in line
+  chip = types.SimpleNamespace(platform='tpu')
+  chips = types.SimpleNamespace(
+    devices=np.array([[chip]]), axis_names=('data', 'model'), shape={'data': 1, 'model': 1}
+  )
+  line = jpeft.quant.told(tuned.sites, products, chips)
+  assert line.startswith('4 of 7 4-bit kernels are multiplied by Pallas; 2 by XLA, such as')
+  assert 'do not both divide [256, 192]' in line
+  assert '1 by XLA' in line and 'a block of 64 crosses the middle of 192 rows' in line
 
 
 def test_xla_is_asked_for_by_name(interpreted):
