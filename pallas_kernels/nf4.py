@@ -61,7 +61,10 @@ def nf4_product(
   implementation: str | None = None,
   interpret: bool = False,
 ) -> jax.Array:
-  """`nf4_matmul` without a derivative, for a caller that defines it; x @ W^T if `transposed`."""
+  """`nf4_matmul` with the derivative that JAX forms; x @ W^T if `transposed`.
+
+  For a caller that says itself what the backward pass keeps.
+  """
   product = _checked(x, codes, absmax, form, implementation, interpret, transposed)
   return multiply(product, x, codes, absmax.astype(jnp.float32))
 
@@ -135,6 +138,10 @@ class _Product(NamedTuple):
   interpret: bool
   transposed: bool
 
+  def turned(self):
+    """See `spread.Product`."""
+    return self._replace(transposed=not self.transposed)
+
   def plain(self, x, codes, scales):
     """See `spread.Product`."""
     return reference(x, codes, scales, self.form, self.transposed)
@@ -179,7 +186,7 @@ def _backward(product: _Product, residuals, g):
   # Without this dependence on the cotangent XLA may decode early, or store what the forward pass
   # decoded.
   (codes, scales), g = jax.lax.optimization_barrier((residuals, g))
-  return multiply(product._replace(transposed=True), g, codes, scales), None, None
+  return multiply(product.turned(), g, codes, scales), None, None
 
 
 _matmul.defvjp(_forward, _backward)

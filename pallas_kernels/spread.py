@@ -13,7 +13,7 @@ from typing import Protocol
 import jax
 from jax._src import dispatch
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -28,6 +28,9 @@ class Product(Protocol):
   @property
   def transposed(self) -> bool:
     """Whether it is g @ W^T."""
+
+  def turned(self) -> 'Product':
+    """The product with W^T instead of W, or the other way round."""
 
   def plain(self, x: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.Array:
     """By operations of XLA."""
@@ -96,6 +99,29 @@ def _mapped(arrays, axes, *, product, call):
 
 
 batching.primitive_batchers[_OPERATION] = _mapped
+
+
+def _pushed(arrays, tangents, *, product, call):
+  """The product is linear in x, and the matrix is constant."""
+  x, *matrix = arrays
+  of_x, _, of_scales = tangents
+  if not isinstance(of_scales, ad.Zero):
+    raise NotImplementedError('the scales of a product from 4-bit codes have no derivative')
+  y = _OPERATION.bind(x, *matrix, product=product, call=call)
+  if isinstance(of_x, ad.Zero):
+    return y, ad.Zero.from_primal_value(y)
+  return y, multiply(product, of_x, *matrix)
+
+
+def _pulled(cotangent, x, *matrix, product, call):
+  del x, call
+  if isinstance(cotangent, ad.Zero):
+    return [None, None, None]
+  return [multiply(product.turned(), cotangent, *matrix), None, None]
+
+
+ad.primitive_jvps[_OPERATION] = _pushed
+ad.primitive_transposes[_OPERATION] = _pulled
 
 
 def _lowered(platform, context, *values, product, call):

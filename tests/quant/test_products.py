@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import jpeft
 import pallas_kernels
-from jpeft import models
+from jpeft import models, programs
 from jpeft.core import noting
 from jpeft.planning.devices import target
 from jpeft.quant import Quantized
@@ -174,6 +174,45 @@ def test_on_a_mesh_every_device_multiplies_by_its_own_columns(interpreted, scan)
   same(program(jax.device_put(theta, NamedSharding(mesh, P())), placed), expected)
   gathered = [line for line in program.as_text().splitlines() if ' all-gather(' in line]
   assert gathered and not any('u8[' in line for line in gathered)
+
+
+def test_the_product_is_linear_in_its_input():
+  """Forwards, and twice backwards, through a box that no rule acts on."""
+  codes, scales = jax.jit(pallas_kernels.quantize_nf4)(
+    jax.random.normal(jax.random.key(0), (256, 128))
+  )
+  x, t = jax.random.normal(jax.random.key(1), (2, 3, 256))
+  product = functools.partial(pallas_kernels.nf4_product, codes=codes, absmax=scales)
+  w = jpeft.nf4().decode({'codes': codes, 'absmax': scales}, (256, 128))
+  same(jax.jvp(product, (x,), (t,)), (x @ w, t @ w))
+  curved = lambda product: jax.grad(
+    lambda x: jnp.sum(jnp.sin(jax.grad(lambda x: jnp.sum(product(x) ** 3))(x)))
+  )
+  same(curved(product)(x), curved(lambda x: x @ w)(x), 1e-4)
+  with pytest.raises(NotImplementedError, match='scales .* have no derivative'):
+    jax.grad(lambda s: pallas_kernels.nf4_product(x, codes, s).sum())(scales)
+
+
+@pytest.mark.parametrize('saved', (False, True))
+def test_costs_and_gradients_are_those_of_xla(saved):
+  """In bfloat16, whole and with what is kept in 4 bits."""
+  model = models.from_config(TINY, dtype='bfloat16')
+  variables = jax.jit(model.init)(jax.random.key(0), TOKENS)
+  method = jpeft.lora(2, targets='{q}')
+  if saved:
+    method = jpeft.chain(method, jpeft.packed())
+  found = {}
+  for implementation in ('auto', 'xla'):
+    small = jpeft.quantize(model, jpeft.nf4(), variables, TOKENS, implementation=implementation)
+    step, theta = step_of(model, small, method, TOKENS)
+    traced = jax.jit(step).trace(theta, small)
+    assert (pallas_kernels.OPERATION in str(traced.jaxpr)) == (implementation == 'auto')
+    ((_, out), gradient) = step(theta, small)
+    found[implementation] = programs.flops(traced), out, gradient
+  (flops, *arrays), (same_flops, *same_arrays) = found.values()
+  assert flops == same_flops
+  for a, b in zip(jax.tree.leaves(arrays), jax.tree.leaves(same_arrays), strict=True):
+    assert jnp.linalg.norm(a - b) < 2e-2 * jnp.linalg.norm(b)
 
 
 def test_why_a_kernel_is_decoded():
