@@ -90,6 +90,11 @@ class Lazy(Box):
     new = self.fn(self.theta, Reader(self.arrays))[self.name]
     return read(new).astype(self.dtype)
 
+  def refusal(self, dtype) -> str | None:
+    """See `Box.refusal`."""
+    del dtype
+    return 'a method changes it at each step'
+
   @property
   def shape(self) -> tuple[int, ...]:
     return self.arrays[self.name].shape
