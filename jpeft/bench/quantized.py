@@ -139,6 +139,8 @@ def measured(make: Callable, implementation: str, sharding) -> tuple[Found, Foun
 
 def profiled(wanted: list[Kernel], name: str) -> dict[Kernel, int]:
   """The cycles of kernels, in a process of its own: there libtpu writes profiles."""
+  if not wanted:
+    return {}
   command = [sys.executable, '-m', 'jpeft.bench.quantized', f'--target={name}', '--kernels']
   answer = subprocess.run(
     [*command, json.dumps(wanted)], check=True, capture_output=True, text=True
