@@ -21,9 +21,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-import jpeft
 from jpeft import cli, models
+from jpeft.core import attach, chain
+from jpeft.methods import lora
 from jpeft.planning import target
+from jpeft.quant import nf4, quantize
 
 from . import kernels
 
@@ -64,7 +66,7 @@ class Found(NamedTuple):
 
 def decoding(layers: int, implementation: str) -> tuple[Callable, tuple]:
   """The forward pass of one token: (function, shapes of its arguments)."""
-  tuned, backbone, tokens = _tuned(layers, implementation, jpeft.chain(), (1, 1), remat=False)
+  tuned, backbone, tokens = _tuned(layers, implementation, chain(), (1, 1), remat=False)
 
   def forward(backbone, tokens):
     return tuned.apply({}, backbone, tokens)
@@ -74,7 +76,7 @@ def decoding(layers: int, implementation: str) -> tuple[Callable, tuple]:
 
 def training(layers: int, implementation: str, batch: tuple[int, int]) -> tuple[Callable, tuple]:
   """The gradient of QLoRA of rank 64, with its blocks recomputed: see `decoding`."""
-  method = jpeft.lora(64, targets='{linear}')
+  method = lora(64, targets='{linear}')
   tuned, backbone, tokens = _tuned(layers, implementation, method, batch, remat=True)
 
   def gradient(theta, backbone, tokens):
@@ -95,10 +97,10 @@ def _tuned(layers: int, implementation: str, method, batch: tuple[int, int], rem
   held = jax.eval_shape(model.init, jax.random.key(0), tokens)
 
   def coded(held):
-    return jpeft.quantize(model, jpeft.nf4(), held, tokens, implementation=implementation)
+    return quantize(model, nf4(), held, tokens, implementation=implementation)
 
   backbone = jax.eval_shape(coded, held)
-  return jpeft.attach(model, method, backbone, tokens), backbone, tokens
+  return attach(model, method, backbone, tokens), backbone, tokens
 
 
 def found_in(text: str) -> Found:
