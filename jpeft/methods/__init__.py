@@ -28,6 +28,8 @@ from .tokens import Tokens
 from .weight.ia3 import ia3
 from .weight.lora import dora, lora, lora_fa, qlora
 from .weight.peqa import peqa
+from .weight.snell import snell
+from .weight.snella import snella
 from .weight.ssf import ssf
 from .weight.vera import vera, vera_pair
 
@@ -75,6 +77,8 @@ __all__ = [
   'select',
   'sherl',
   'side_tuning',
+  'snell',
+  'snella',
   'ssf',
   'tune',
   'unipt',

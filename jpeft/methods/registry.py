@@ -27,6 +27,8 @@ from .subset.tune import bitfit, full, linear, norm, tune
 from .weight.ia3 import ia3
 from .weight.lora import dora, lora, lora_fa, qlora
 from .weight.peqa import peqa
+from .weight.snell import snell
+from .weight.snella import snella
 from .weight.ssf import ssf
 from .weight.vera import vera
 
@@ -87,6 +89,8 @@ REGISTRY: dict[str, Entry] = {
   'dora': Entry(dora, '2402.09353', 'DoRA: LoRA for directions, a magnitude a column'),
   'vera': Entry(vera, '2310.11454', 'VeRA: two vectors around a shared random pair'),
   'ia3': Entry(ia3, '2205.05638', '(IA)^3: scales keys, values and inner activations'),
+  'snell': Entry(snell, '2411.01800', 'SNELL: the largest entries of a kernel of two factors'),
+  'snella': Entry(snella, '2510.24037', 'SNELLA: SNELL whose layers compete for their entries'),
   'ssf': Entry(ssf, '2210.08823', 'SSF: a scale and a shift after every operation'),
   'houlsby': Entry(houlsby, '1902.00751', 'adapters after attention and MLP'),
   'pfeiffer': Entry(pfeiffer, '2005.00247', 'adapters after the MLP'),

@@ -73,6 +73,8 @@ ROWS: dict[str, Row] = {
   'dora': Row(on=KERNELS),
   'vera': Row(start=0, on=KERNELS),
   'ia3': Row(start=0, on={CONV: {'targets_out': '{depthwise}', 'targets_in': '{linear}'}}),
+  'snell': Row(start=1e-2),
+  'snella': Row(start=1e-1),
   'ssf': Row(
     start=None, dead=('.*/key/.*/shift',), on={CONV: {'targets': '{conv}|{bn}|{final_norm}'}}
   ),

@@ -18,15 +18,16 @@ from tests.fixtures import BACKBONES
 from tests.fixtures.linen_models import VisionTransformer
 from tests.fixtures.linen_text import Bert
 
-# Wide and deep enough that adapters, heads and the block that nothing crosses weigh little.
+# Wide and deep enough that adapters, heads and the block that nothing crosses weigh little, and
+# with enough tokens that what a method does to each entry of a kernel does too.
 # {backbone: (model, example, options of its call)}; the second serves what the first cannot.
 MODELS = {
   'linen_vit': (
     VisionTransformer(num_layers=5, hidden_size=128),
-    jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32),
+    jax.ShapeDtypeStruct((16, 16, 16, 3), jnp.float32),
     {'train': False},
   ),
-  'linen_bert': (Bert(depth=5, width=128), jax.ShapeDtypeStruct((2, 12), jnp.int32), {}),
+  'linen_bert': (Bert(depth=5, width=128), jax.ShapeDtypeStruct((16, 12), jnp.int32), {}),
 }
 SIZES = {'lst': {'reduction': 8}, 'qst': {'reduction': 8}}
 
