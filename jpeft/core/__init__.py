@@ -10,6 +10,7 @@ from .context import Bound
 from .discover import sites_of
 from .dot_product import dot_product_attention, grouped_attention
 from .edits import State
+from .entries import entry_path
 from .freeze import freeze, join, mask, split
 from .frozen import frozen
 from .generated import generated
@@ -76,6 +77,7 @@ __all__ = [
   'backend_of',
   'chain',
   'count',
+  'entry_path',
   'factory',
   'flags_of',
   'freeze',

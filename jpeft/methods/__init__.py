@@ -1,5 +1,6 @@
 """One file a method, one row a method in the registry."""
 
+from .adapter.binary import bi_adaptformer, bi_head, bi_lora, from_bits, to_bits
 from .adapter.bottleneck import adaptformer, houlsby, parallel, pfeiffer
 from .arguments import on_first
 from .keys import more_keys
@@ -8,6 +9,7 @@ from .memory.s2a import packed, s2a
 from .memory.velora import directed, projected, velora
 from .nn import drop
 from .presets import names, preset
+from .prompt.e2vpt import e2vpt
 from .prompt.prefix import prefix
 from .prompt.prompt_tuning import prompt_tuning
 from .prompt.vpt import vpt_deep, vpt_shallow
@@ -38,12 +40,17 @@ __all__ = [
   'REGISTRY',
   'Tokens',
   'adaptformer',
+  'bi_adaptformer',
+  'bi_head',
+  'bi_lora',
   'bitfit',
   'directed',
   'dist',
   'dora',
   'drop',
+  'e2vpt',
   'fisher',
+  'from_bits',
   'full',
   'group_lasso',
   'head2toe',
@@ -80,6 +87,7 @@ __all__ = [
   'snell',
   'snella',
   'ssf',
+  'to_bits',
   'tune',
   'unipt',
   'unipt_global',

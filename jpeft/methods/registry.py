@@ -9,10 +9,12 @@ from jpeft.core import NO_BACKPROP, Method, Rule, chain, in_layers, memory_class
 from jpeft.messages import did_you_mean
 from jpeft.registering import module_of
 
+from .adapter.binary import bi_adaptformer, bi_lora
 from .adapter.bottleneck import adaptformer, houlsby, parallel, pfeiffer
 from .memory.meft import meft
 from .memory.s2a import packed, s2a
 from .memory.velora import velora
+from .prompt.e2vpt import e2vpt
 from .prompt.prefix import prefix
 from .prompt.prompt_tuning import prompt_tuning
 from .prompt.vpt import vpt_deep, vpt_shallow
@@ -81,6 +83,7 @@ REGISTRY: dict[str, Entry] = {
   'lora': Entry(
     lora, '2106.09685', 'LoRA, rsLoRA, PiSSA, OLoRA: a low-rank product beside each matrix'
   ),
+  'bi_lora': Entry(bi_lora, '2307.16867', 'LoRA with weights of one bit'),
   'lora_fa': Entry(lora_fa, '2308.03303', 'LoRA-FA: LoRA whose first factor stays as drawn'),
   'qlora': Entry(
     qlora, '2305.14314', 'QLoRA: LoRA on every linear map of a 4-bit backbone', storage='nf4_double'
@@ -96,8 +99,10 @@ REGISTRY: dict[str, Entry] = {
   'pfeiffer': Entry(pfeiffer, '2005.00247', 'adapters after the MLP'),
   'parallel': Entry(parallel, '2110.04366', 'scaled adapters beside the MLP'),
   'adaptformer': Entry(adaptformer, '2205.13535', 'AdaptFormer: adapters beside norm and MLP'),
+  'bi_adaptformer': Entry(bi_adaptformer, '2307.16867', 'AdaptFormer with weights of one bit'),
   'vpt_shallow': Entry(vpt_shallow, '2203.12119', 'VPT: prompt tokens before the first block'),
   'vpt_deep': Entry(vpt_deep, '2203.12119', 'VPT: fresh prompt tokens before every block'),
+  'e2vpt': Entry(e2vpt, '2307.13770', 'E2VPT: prompts, keys and values, and their pruning'),
   'prefix': Entry(prefix, '2101.00190', 'prefix tuning: keys and values in every attention'),
   'prompt_tuning': Entry(
     prompt_tuning, '2104.08691', 'prompt tuning: rows before the embedded words'

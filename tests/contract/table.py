@@ -67,6 +67,7 @@ ROWS: dict[str, Row] = {
   'bitfit': Row(start=0, cannot=NO_BIAS),
   'norm': Row(start=0),
   'lora': Row(start=0, on=KERNELS),
+  'bi_lora': Row(start=1e-2, on=KERNELS),
   'lora_fa': Row(start=0, on=KERNELS),
   'qlora': Row(start=0, on=KERNELS),
   'peqa': Row(stored=True),
@@ -89,10 +90,14 @@ ROWS: dict[str, Row] = {
   'pfeiffer': Row(start=0.1),
   'parallel': Row(start=0, on={CONV: {'targets': '{linear}'}}),
   'adaptformer': Row(start=0, cannot={CONV: 'no role {norm2}', 'linen_bert': 'no role {norm2}'}),
+  'bi_adaptformer': Row(
+    start=1e-2, cannot={CONV: 'no role {norm2}', 'linen_bert': 'no role {norm2}'}
+  ),
   'vpt_shallow': Row(
     start=None, cannot={CONV: TOKENS, 'linen_gemma': 'no sequence can grow or shrink'}
   ),
   'vpt_deep': Row(start=None, cannot={CONV: TOKENS}),
+  'e2vpt': Row(hp={'kv_tokens': 2}, start=None, cannot={CONV: 'no role {attention}|' + TOKENS}),
   'prefix': Row(start=None, cannot={CONV: 'no role {attention}'}),
   'prompt_tuning': Row(
     start=None,

@@ -248,6 +248,58 @@ def test_numbers_survive_kills(start, images, tmp_path):
   assert process.returncode != 0 and 'was begun with other labels to train on' in told
 
 
+VISION = {
+  'snell': (),
+  'snella': ('--config.method.every=7', '--config.method.rounds=6'),
+  'bi_adaptformer': ('--config.method.bottleneck=4',),
+  'bi_lora': ('--config.method.rank=4',),
+}
+
+
+def told_by(*command) -> tuple[int, str]:
+  """(exit code, what was printed) of a command of jpeft."""
+  env = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
+  done = subprocess.run(
+    [sys.executable, '-m', 'jpeft', *command], env=env, capture_output=True, text=True, timeout=300
+  )
+  return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('method', VISION)
+def test_methods_for_images_survive_kills_and_are_served(
+  start, config_file, images, tmp_path, method
+):
+  more = (f'--config.method.name={method}', *VISION[method])
+  alone, killed = tmp_path / 'alone', tmp_path / 'killed'
+  process = start(alone, *more)
+  _, told = process.communicate(timeout=300)
+  assert process.returncode == 0, told
+  process = start(killed, *more)
+  reached(process, killed, 23)
+  process.send_signal(signal.SIGKILL)
+  process.communicate(timeout=120)
+  process = start(killed, *more)
+  _, told = process.communicate(timeout=300)
+  assert process.returncode == 0 and 'going on after' in told, told
+  theta = load_file(alone / 'theta.safetensors')
+  assert any(name.startswith(method) for name in theta)
+  assert_same(killed, alone, arrays=len(theta))
+  if method == 'snella':  # rounds were over before and after the kill
+    assert len({float(x) for name, x in theta.items() if name.endswith('/kept')}) > 4
+
+  code, told = told_by('plan', f'--config={config_file}', f'--methods={method}', '--target=cpu')
+  assert code == 0 and method in told, told
+  image = next(iter(sorted(images.rglob('*.png'))))
+  code, told = told_by('predict', f'--run={killed}', f'--input={image}')
+  assert code == 0 and image.name in told, told
+  code, told = told_by('merge', f'--run={killed}', f'--out={tmp_path / "merged"}')
+  if method == 'bi_adaptformer':
+    assert code != 0 and 'cannot be merged' in told, told
+  else:
+    assert code == 0 and (tmp_path / 'merged' / 'model.safetensors').is_file(), told
+
+
 METHOD = '''"""An adapter behind a running mean, with a loss of its own, beside a low-rank product.
 
 From update 30 on the adapter is trained in part. The layers share a factor of the product, and each

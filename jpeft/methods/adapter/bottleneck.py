@@ -30,6 +30,7 @@ before the residual. Not mergeable: f is not linear.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -190,6 +191,21 @@ def adaptformer(
       or whose arrays cannot leave the block's own jit or remat.
   """
   adapter = Adapter('adaptformer', activation, init, dropout, scale, bottleneck)
+  return beside_norm_and_mlp(name, blocks, stream, adapter)
+
+
+def beside_norm_and_mlp(
+  name: str, blocks: str, stream: str, adapter: Any, exact: tuple[str, ...] = ()
+) -> Method:
+  """The two rules of `adaptformer`, with any adapter.
+
+  Args:
+    name: in theta.
+    blocks: pattern of the blocks, to whose output the branch is added.
+    stream: pattern of the modules whose input is what the branch reads.
+    adapter: has `init` and `branch`, as `Adapter`.
+    exact: entries of its theta that `branch` gets as stored.
+  """
 
   def init_block(key, site, arrays):
     return adapter.init(key, site.out, site.out)
@@ -216,7 +232,8 @@ def adaptformer(
         'stream cannot leave: apply that to the whole block, from outside'
       ) from error
 
-  return chain(at(blocks, Call(name, apply, init_block)), at(stream, Call(name, record)))
+  block = Call(name, apply, init_block, exact=exact)
+  return chain(at(blocks, block), at(stream, Call(name, record)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,10 +58,10 @@ def vpt_deep(
   prompts = Tokens(tokens)
 
   def init(key, site, arrays):
-    return _init(key, tokens, site, site.input)
+    return init_prompts(key, tokens, site, site.input)
 
   def apply(t, call, *args, **kwargs):
-    new = _prompts(t, call, dropout, first_array(call, args, kwargs))
+    new = dropped(t['prompts'], call, dropout, first_array(call, args, kwargs))
     args, kwargs = prompts.enter(call, args, kwargs, new)
     out, _ = prompts.leave(call, call(*args, **kwargs))
     return out
@@ -124,7 +124,7 @@ class _Shallow:
     sequence = site.out
     if _runs_modules(site):
       sequence = site.input
-    return _init(key, self.tokens, site, sequence)
+    return init_prompts(key, self.tokens, site, sequence)
 
   def apply(self, t, call, *args, **kwargs):
     """Runs one module of the stack; the prompts enter at the first, and leave at the last."""
@@ -132,7 +132,7 @@ class _Shallow:
     prompts = Tokens(self.tokens)
 
     def insert(x):
-      return prompts.insert(call.site, x, _prompts(t, call, self.dropout, x))
+      return prompts.insert(call.site, x, dropped(t['prompts'], call, self.dropout, x))
 
     def remove(x):
       rest, _ = prompts.remove(call.site, x)
@@ -140,7 +140,7 @@ class _Shallow:
 
     if _runs_modules(call.site):  # its sequence has the prompts, which enter with its input
       if first:
-        new = _prompts(t, call, self.dropout, first_array(call, args, kwargs))
+        new = dropped(t['prompts'], call, self.dropout, first_array(call, args, kwargs))
         args, kwargs = prompts.enter(call, args, kwargs, new)
       else:
         args, kwargs = prompts.carry(call, args, kwargs)
@@ -170,7 +170,7 @@ def _check(method: str, tokens: int, dropout: float) -> None:
 # The prompts
 
 
-def _init(key, tokens: int, site: Site, sequence: jax.ShapeDtypeStruct | None) -> dict:
+def init_prompts(key, tokens: int, site: Site, sequence: jax.ShapeDtypeStruct | None) -> dict:
   """{'prompts': [p, D]} for a sequence [B, N, D]."""
   shape = None
   if sequence is not None:
@@ -192,9 +192,9 @@ def spread_of(site: Site, width: int) -> float:
   return math.sqrt(6 / (fan_in + width))
 
 
-def _prompts(t, call: Bound, rate: float, x: jax.Array) -> jax.Array:
-  """The prompts [B, p, D] beside x [B, N, D]; every example has a dropout of its own."""
-  rows = t['prompts'].astype(x.dtype)
+def dropped(prompts: jax.Array, call: Bound, rate: float, x: jax.Array) -> jax.Array:
+  """Prompts [p, D] as [B, p, D] beside x [B, N, D]; every example has a dropout of its own."""
+  rows = prompts.astype(x.dtype)
   prompts = jnp.broadcast_to(rows, (len(x), *rows.shape))
   key = None
   if rate:
