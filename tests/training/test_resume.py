@@ -253,6 +253,12 @@ VISION = {
   'snella': ('--config.method.every=7', '--config.method.rounds=6'),
   'bi_adaptformer': ('--config.method.bottleneck=4',),
   'bi_lora': ('--config.method.rank=4',),
+  'e2vpt': (
+    '--config.method.tokens=4',
+    '--config.method.prune_tokens=0.5',
+    '--config.method.prune_segments=0.5',
+    '--config.method.prune_after=30',
+  ),
 }
 
 
@@ -287,6 +293,9 @@ def test_methods_for_images_survive_kills_and_are_served(
   assert_same(killed, alone, arrays=len(theta))
   if method == 'snella':  # rounds were over before and after the kill
     assert len({float(x) for name, x in theta.items() if name.endswith('/kept')}) > 4
+  if method == 'e2vpt':  # the masks were made behind the kill, of gradients from before it
+    (tokens,) = (x for name, x in theta.items() if name.endswith('/tokens') and x.max() == 1)
+    assert sorted(tokens) == [0, 0, 1, 1]
 
   code, told = told_by('plan', f'--config={config_file}', f'--methods={method}', '--target=cpu')
   assert code == 0 and method in told, told
@@ -294,7 +303,7 @@ def test_methods_for_images_survive_kills_and_are_served(
   code, told = told_by('predict', f'--run={killed}', f'--input={image}')
   assert code == 0 and image.name in told, told
   code, told = told_by('merge', f'--run={killed}', f'--out={tmp_path / "merged"}')
-  if method == 'bi_adaptformer':
+  if method in ('bi_adaptformer', 'e2vpt'):
     assert code != 0 and 'cannot be merged' in told, told
   else:
     assert code == 0 and (tmp_path / 'merged' / 'model.safetensors').is_file(), told

@@ -61,7 +61,7 @@ def snell(
     rank: r, an even number: theta has as many numbers as LoRA's of that rank.
     sparsity: s, the share of entries that are left out; 0 for all of D (KLoRA).
     targets: pattern of sites; every kernel they own is adapted.
-    soft: whether the threshold is subtracted from |D|, as in the paper.
+    soft: whether the threshold is subtracted from |D|, as in the paper; with sparsity above 0.
     dropout: rate on the input of the update; 0.1 in the paper.
     path_dropout: rate at which an example, the first axis, gets no update in training; 0.1 in the
       paper.
@@ -75,6 +75,8 @@ def snell(
   check_factors('snell', rank, dropout, path_dropout)
   check_share('snell', 'sparsity', sparsity)
   require(init in ('default', 'equal'), 'snell', 'init', init, "must be 'default' or 'equal'")
+  has_threshold = sparsity > 0 or not soft
+  require(has_threshold, 'snell', 'soft', soft, 'subtracts a threshold, and sparsity=0 has none')
   starts_at_zero = init == 'equal'
   learns = not starts_at_zero or sparsity == 0
   require(

@@ -199,6 +199,7 @@ def test_dropout_thins_the_update_alone():
     ({'sparsity': 1.0}, r'snell: sparsity=1.0 must lie in \[0, 1\)'),
     ({'dropout': 1.5}, r'snell: dropout=1.5 must lie in \[0, 1\]'),
     ({'path_dropout': -1}, r'snell: path_dropout=-1 must lie in \[0, 1\]'),
+    ({'soft': True, 'sparsity': 0}, 'snell: soft=True subtracts a threshold, and sparsity=0 has'),
     ({'init': 'zero'}, "snell: init='zero' must be 'default' or 'equal'"),
     ({'init': 'equal'}, 'snell: init=.* without a gradient: set sparsity=0'),
   ],
