@@ -317,7 +317,7 @@ def test_the_table_and_the_plot(command, tmp_path, flag, told):
 
 
 def test_what_would_fit_is_named_where_nothing_does(command, monkeypatch):
-  held = lambda traced, known, options: dict(argument=known, temp=0, total=known, exact=True)
+  held = lambda traced, known, options, mesh: dict(argument=known, temp=0, total=known, exact=True)
   monkeypatch.setattr(measure, 'compiled', held)
   full, linear = json.loads(command('--methods=full,linear', '--json')[1])
   cpu, between = targets.target('cpu'), (full['arguments_mib'] + linear['arguments_mib']) / 2

@@ -282,7 +282,7 @@ def test_methods_for_images_survive_kills_and_are_served(
   _, told = process.communicate(timeout=300)
   assert process.returncode == 0, told
   process = start(killed, *more)
-  reached(process, killed, 23)
+  killing.reached(process, killed, 23)
   process.send_signal(signal.SIGKILL)
   process.communicate(timeout=120)
   process = start(killed, *more)
@@ -290,7 +290,7 @@ def test_methods_for_images_survive_kills_and_are_served(
   assert process.returncode == 0 and 'going on after' in told, told
   theta = load_file(alone / 'theta.safetensors')
   assert any(name.startswith(method) for name in theta)
-  assert_same(killed, alone, arrays=len(theta))
+  killing.assert_same(killed, alone, STEPS, arrays=len(theta))
   if method == 'snella':  # rounds were over before and after the kill
     assert len({float(x) for name, x in theta.items() if name.endswith('/kept')}) > 4
   if method == 'e2vpt':  # the masks were made behind the kill, of gradients from before it
