@@ -14,13 +14,13 @@ from .hosts import first
 from .imports import check_imported, imports_of
 from .joining import Joining, join, last_words
 from .layout import BACKBONES, WHOLE_BELOW, Layout
-from .loop import train
 from .memory import Memory
 from .metrics import Metrics, values
 from .optim import optimizer, schedule
 from .predictions import answers, check_writable, predictions, save_answers
 from .progress import Progress
 from .report import line, needs, table, write_report
+from .run import train
 from .sharding import (
   mesh,
   offloads,

@@ -9,7 +9,7 @@ import pytest
 
 from jpeft import cli, config, decoding, training
 from jpeft.tasks import likeness
-from jpeft.training import loop
+from jpeft.training import evaluating, run
 
 TEXTS = ['the cat sat on the mat today', 'a dog ran in the park again', 'it is cold']
 WANTED = ['the cat sat on the old mat today', 'one dog ran in the park', 'it was very cold']
@@ -70,9 +70,9 @@ def test_against_their_definitions():
 def test_a_run_scores_and_counts_what_it_writes(language, tmp_path, monkeypatch, capsys):
   pytest.importorskip('sacrebleu')
   pytest.importorskip('rouge_score')
-  for module in (decoding, loop):
+  for module in (decoding, evaluating):
     monkeypatch.setattr(module, 'AT_ONCE', 2)
-  monkeypatch.setattr(loop, 'Progress', functools.partial(training.Progress, every=0))
+  monkeypatch.setattr(run, 'Progress', functools.partial(training.Progress, every=0))
   also = ('chrf', 'rouge1', 'rougeL')
   changes = {'method.name': 'full', 'optimizer.lr': 1e-2, 'eval.generate': 5, 'eval.also': also}
   told = training.train(language(**changes, **{'steps': 60, 'eval.every': 60}), tmp_path)

@@ -1,0 +1,233 @@
+"""What a configuration asks for: data, backbone, method and optimizer. Nothing is compiled yet."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from jax.sharding import Mesh, NamedSharding
+
+from jpeft import data, tasks
+from jpeft.core import Tuned, summary
+
+from . import elastic, feature_cache, hosts, sharding
+from .build import build, check_used, optimizer_of
+from .feature_cache import Part
+from .layout import Layout
+from .memory import Memory
+from .stages import Stage, stages_of
+from .start import Start, start_of
+from .writers import check_trackers, trackers_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """What a run learns, and by what.
+
+  Attributes:
+    task: what is learned.
+    sources: {'train' or 'test': the split as the task finds it}.
+    label_facts: what the task finds out about the labels of the training split.
+    outputs: of a fresh head, see `Task.outputs`.
+    objective: the loss.
+    pretrained: the backbone, with what belongs to it.
+    tuned: the method attached to it.
+    memory: what the config says of it.
+    layout: where arrays are.
+  """
+
+  task: tasks.Task
+  sources: Mapping[str, Any]
+  label_facts: Any
+  outputs: int
+  objective: tasks.Objective
+  pretrained: Any
+  tuned: Tuned
+  memory: Memory
+  layout: Layout
+
+  @property
+  def classes(self) -> Any:
+    """The labels, by their numbers."""
+    return self.sources['train'].classes
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+  """What the programs of a run read.
+
+  Attributes:
+    train, test: the splits for the tuned model: examples, or features of them.
+    raw_test: examples, which the untuned model reads.
+    train_rows, test_rows: of batches.
+    skipped: {'train' or 'test': its skipped examples}; empty where none is to be skipped.
+  """
+
+  train: Part
+  test: Part
+  raw_test: Part
+  train_rows: hosts.Rows
+  test_rows: hosts.Rows
+  skipped: Mapping[str, data.Skipped]
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+  """A run before its first program is compiled.
+
+  Attributes:
+    config: complete.
+    folder: of the run.
+    trackers: that the log goes to, in process 0.
+    model: what is learned, and by what.
+    examples: what programs read.
+    about: what the splits say of themselves, a line each.
+    batches: of training, without end.
+    steps: updates of the whole run.
+    stages: what is trained from which update on.
+    facts: the `summary` of the method at the beginning.
+    start: theta of another run that this one starts from; None if there is none.
+  """
+
+  config: Any
+  folder: pathlib.Path
+  trackers: Any
+  model: Model
+  examples: Examples
+  about: list[str]
+  batches: data.Batches
+  steps: int
+  stages: list[Stage]
+  facts: Any
+  start: Start | None
+
+  @property
+  def mesh(self) -> Mesh:
+    """The devices."""
+    return self.model.layout.mesh
+
+  @property
+  def over_rows(self) -> NamedSharding:
+    """The sharding of batches."""
+    return sharding.over_data(self.mesh)
+
+
+def asked(config, folder: pathlib.Path, skipped: Mapping[str, data.Skipped]) -> Asked:
+  """What a configuration asks for.
+
+  Args:
+    config: complete.
+    folder: of the run.
+    skipped: takes in examples that cannot be read.
+
+  Raises:
+    ValueError, OSError, RuntimeError: whatever is wrong with devices, data, weights or method.
+  """
+  trackers = trackers_of(config) if hosts.first() else ()
+  check_trackers(trackers)
+  model = _model(config, _mesh(config))
+  raw = _raw(config, model, skipped)
+  examples = raw
+  if model.memory.cached_features:
+    train = feature_cache.cached(raw.train, model.tuned)
+    test = feature_cache.cached(raw.test, model.tuned)
+    examples = dataclasses.replace(raw, train=train, test=test)
+  batches = examples.train.shuffled(examples.train_rows, config.seed)
+  steps = config.steps or max(1, round(config.epochs * batches.steps_per_epoch))
+  elastic.check_length(folder, steps)
+  stages = _stages(config, model, steps)
+  facts = summary(stages[0].tuned)
+  check_used(config, model.tuned)
+  return Asked(
+    config=config,
+    folder=folder,
+    trackers=trackers,
+    model=model,
+    examples=examples,
+    about=_about(config, raw),
+    batches=batches,
+    steps=steps,
+    stages=stages,
+    facts=facts,
+    start=start_of(config, model.tuned, folder),
+  )
+
+
+def _mesh(config) -> Mesh:
+  """The devices, which several processes can share for this run."""
+  mesh = sharding.mesh(config.mesh.data, config.mesh.model)
+  hosts.check_mesh(mesh)
+  hosts.check_supported(config)
+  return mesh
+
+
+def _model(config, mesh: Mesh) -> Model:
+  task = tasks.of(config)
+  sources = {
+    'train': task.source(config, config.data.train),
+    'test': task.source(config, config.data.test),
+  }
+  label_facts = task.facts(config, sources['train'])
+  outputs = task.outputs(sources['train'].classes)
+  objective = task.objective(config, label_facts)
+  pretrained, tuned = build(config, outputs)
+  task.check(config, tuned)
+  return Model(
+    task=task,
+    sources=sources,
+    label_facts=label_facts,
+    outputs=outputs,
+    objective=objective,
+    pretrained=pretrained,
+    tuned=tuned,
+    memory=Memory.of(config),
+    layout=Layout(tuned, mesh, config.mesh.backbone, config.mesh.whole_below),
+  )
+
+
+def _raw(config, model: Model, skipped: Mapping[str, data.Skipped]) -> Examples:
+  """The splits as examples."""
+  over_rows = sharding.over_data(model.layout.mesh)
+  train_rows = hosts.Rows(over_rows, config.data.batch_size)
+  test_rows = hosts.Rows(over_rows, config.data.eval_batch_size or train_rows.size)
+  part = functools.partial(_part, config, model, skipped)
+  train = part('train')
+  test = part('test')
+  return Examples(train, test, test, train_rows, test_rows, skipped)
+
+
+def _part(config, model: Model, skipped: Mapping[str, data.Skipped], role: str) -> Part:
+  """A split as examples: 'train' as training reads it, 'test' as evaluation does."""
+  training = role == 'train'
+  source, transform = model.task.rows(
+    config, model.pretrained, model.sources[role], training, model.label_facts
+  )
+  forward = model.layout.forward(model.tuned, training)
+  example = model.task.example(config, model.pretrained, model.outputs)
+  return Part(source, transform, forward, example, skipped.get(role))
+
+
+def _about(config, raw: Examples) -> list[str]:
+  """What the splits say of themselves."""
+  found = []
+  for split, part in ((config.data.train, raw.train), (config.data.test, raw.test)):
+    told = getattr(part.source, 'about', '')
+    if told:
+      found.append(f'{split}: {told}')
+  return found
+
+
+def _stages(config, model: Model, steps: int) -> list[Stage]:
+  """The stages of a run of so many updates.
+
+  Raises:
+    ValueError: there are several, and features are cached.
+  """
+  stages = stages_of(model.tuned, steps, lambda staged: optimizer_of(config, staged, steps))
+  if model.memory.cached_features and len(stages) > 1:
+    raise ValueError(
+      f'config.data.cache_features: {config.method.name} trains other entries from an update on, '
+      'and features are of what is frozen in all of a run; leave it out'
+    )
+  return stages

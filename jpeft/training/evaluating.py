@@ -1,0 +1,134 @@
+"""The evaluation of a model on the test split: its scores, and what it writes."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from jpeft import tasks
+from jpeft.core import Tuned
+from jpeft.decoding import AT_ONCE, completions
+
+from . import hosts, report, step
+from .asked import Asked
+from .beginning import Backbone, Place
+from .by_label import write_by_label
+from .compiling import Shapes, compiled_evaluation
+from .confusion import write_confusion
+from .feature_cache import Part
+from .progress import Progress, counted
+
+
+class Evaluated(NamedTuple):
+  """What can be evaluated.
+
+  Attributes:
+    tuned: a method on the model, which writes texts.
+    part: what of the test split it reads.
+    program: compiled for both.
+  """
+
+  tuned: Tuned
+  part: Part
+  program: Callable
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """Evaluates.
+
+  Attributes:
+    run: whose test split.
+    backbone: beside each theta.
+    progress: shows how far it is.
+    stop: asked between batches.
+  """
+
+  run: Asked
+  backbone: Backbone
+  progress: Progress
+  stop: hosts.Stop
+
+  def scores(
+    self, what: Evaluated, theta: Any, number: int, writes: Callable[[dict], bool]
+  ) -> dict[str, float] | None:
+    """Scores of a model on the test split; None if stopped.
+
+    Args:
+      what: the model.
+      theta: of it.
+      number: of updates made.
+      writes: scores -> whether its texts are scored too.
+    """
+    tally = self._tally(what, theta)
+    if tally is None:
+      return None
+    config = self.run.config
+    model = self.run.model
+    task = model.task
+    tally = task.judged(config, tally, self.run.examples.raw_test.source)
+    if 'confusion' in tally:
+      write_confusion(self.run.folder, number, model.classes, tally['confusion'])
+    by_label = task.by_label(tally, model.classes, model.label_facts)
+    if by_label:
+      write_by_label(self.run.folder, number, by_label)
+    scores = task.scores(tally, tasks.requested(config), model.label_facts)
+    if not writes(scores):
+      return scores
+
+    def write(prompts, **options) -> Iterator[str]:
+      return self._texts(what.tuned, theta, prompts, **options)
+
+    written = task.written(config, model.pretrained, model.sources['test'], write, self.stop)
+    if written is None:
+      return None
+    return scores | written
+
+  def _tally(self, what: Evaluated, theta: Any) -> dict | None:
+    """The tally of all batches; None if stopped."""
+    rows = self.run.examples.test_rows
+    count = self.progress.stage('evaluating', len(what.part.source))
+    batches = counted(self.stop.guarded(what.part.once(rows)), rows.size, count)
+    return step.evaluate(
+      what.program,
+      theta,
+      self.backbone.arrays,
+      batches,
+      rows,
+      self.stop,
+      self.run.model.task.kept,
+    )
+
+  def _texts(self, tuned: Tuned, theta: Any, prompts, **options) -> Iterator[str]:
+    """What a model writes after each prompt, counted by batches."""
+    self.progress.stage('writing')  # on a terminal, while the first batch is written
+    count = self.progress.stage('writing', len(prompts))
+    texts = completions(tuned, self.backbone.arrays, prompts, theta=theta, **options)
+    for number, text in enumerate(texts, 1):
+      if number % AT_ONCE == 0 or number == len(prompts):
+        count.show(number)
+      yield text
+
+
+def evaluate_untuned(evaluation: Evaluation, shapes: Shapes, place: Place) -> None:
+  """Logs and tells the scores of the model without its method, where the task wants them.
+
+  Args:
+    evaluation: of the run.
+    shapes: of its programs.
+    place: where the run begins; scores are those of before the first update.
+  """
+  run = evaluation.run
+  if not run.model.task.untuned or place.begun or place.metrics.has(0, 'untuned'):
+    return
+  untuned = run.model.tuned.only()
+  part = run.examples.raw_test._replace(forward=run.model.layout.forward(untuned, False))
+  program = compiled_evaluation(run, shapes, part, {})
+  scores = evaluation.scores(Evaluated(untuned, part, program), {}, 0, writes=_always)
+  if scores is not None:
+    place.metrics.add(0, 'untuned', **scores)
+    evaluation.progress.note(report.line('untuned', scores))
+
+
+def _always(scores: dict[str, float]) -> bool:
+  """That texts are written, whatever the scores are."""
+  return True
