@@ -5,7 +5,8 @@
 Programs of one and of two blocks are compiled, unrolled, and the difference is taken for every
 further block. Cycles are those that XLA's text says of its operations, and of a kernel those of its
 profile, compiled alone at the same shapes (libtpu's profile of kernels aborts on whole programs).
-Gathers have no estimate; they are the same in both forms.
+Gathers have no estimate; they are the same in both forms. Of a loop, such as that of attention in
+long contexts, one round counts, in both forms.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from jpeft import cli, models
 from jpeft.core import attach, chain
 from jpeft.methods import lora
 from jpeft.planning import target
+from jpeft.programs import operations
 from jpeft.quant import nf4, quantize
 
 from . import kernels
@@ -37,7 +39,6 @@ LLAMA_2_7B = {
   'vocab_size': 32000,
 }
 LAYERS = 32
-_CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 _KERNEL = re.compile(
   r'%(nf4_matmul(?:_transposed)?)[.\d]* = bf16\[([\d,]+)\].* custom-call\(.*"tpu_custom_call"'
 )
@@ -105,7 +106,7 @@ def _tuned(layers: int, implementation: str, method, batch: tuple[int, int], rem
 
 def found_in(text: str) -> Found:
   """What the text of a compiled program says of its cost."""
-  cycles = sum(int(each) for each in _CYCLES.findall(text))
+  cycles = sum(op.cycles for op in operations(text))
   found = collections.Counter()
   for line in text.splitlines():
     match = _KERNEL.search(line)

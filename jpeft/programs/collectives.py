@@ -2,11 +2,13 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import numpy as np
+
+from .compiled_text import Computation, Instruction, Program, parsed
 
 KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 
@@ -47,115 +49,49 @@ def collectives_of_text(text: str, mesh: Mapping[str, int]) -> list[Collective]:
   Raises:
     ValueError: the devices that an instruction names are not understood.
   """
-  bodies = dict(_computations(text))
-  runs = _runs(bodies)
+  program = parsed(text)
+  runs = _runs(program)
   found = []
-  for name, lines in bodies.items():
-    rounds, loops = runs.get(name, (0, 0))
-    for line in lines:
-      match = _COLLECTIVE.match(line)
-      if match is None or not rounds:
+  for name, body in program.computations.items():
+    if name not in runs:
+      continue
+    rounds, loops = runs[name]
+    for instruction in body.values():
+      kind = instruction.op.removesuffix('-start')
+      if kind not in KINDS:
         continue
-      kind = match['kind']
-      result = match['result']
-      if match['start']:
-        result = _result_of_done(lines, match['name'])
-      size = _nbytes(result)
-      groups = _groups(line)
+      groups = _groups(instruction.text)
+      size = int(_result(body, instruction))
       if kind == 'reduce-scatter':
         size *= len(groups[0])
       if 'all-reduce-scatter' in name:  # fused with the choice of a part
         kind = 'reduce-scatter'
-      source = _SOURCE.search(line)
+      source = _SOURCE.search(instruction.rest)
       axes = _axes(groups, mesh)
       found.append(Collective(kind, axes, size, rounds, loops, source[1] if source else ''))
   return found
 
 
-# ---- The program.
-
-_HEAD = re.compile(r'(?:ENTRY )?%?([\w.\-]+) \(.*\{$')
-_COLLECTIVE = re.compile(
-  r'\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<result>.*?) '
-  rf'(?P<kind>{"|".join(KINDS)})(?P<start>-start)?\('
-)
-_CALLED = re.compile(r'(?:calls|to_apply|body|condition|\w+_computation)=%?([\w.\-]+)')
-_BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_CONDITION = re.compile(r'condition=%?([\w.\-]+)')
-_LIMIT = re.compile(r'= s32\[\]\S* constant\((\d+)\)')
 _SOURCE = re.compile(r'op_name="([^"]*)"')
-_ARRAY = re.compile(r'\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]')
 
 
-def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
-  """(name, lines) of the computations, those that are called before those that call them."""
-  name = None
-  lines: list[str] = []
-  for line in text.splitlines():
-    head = _HEAD.match(line)
-    if head is not None:
-      name, lines = head[1], []
-    elif line.startswith('}') and name is not None:
-      yield name, lines
-      name = None
-    elif name is not None:
-      lines.append(line)
-
-
-def _runs(bodies: Mapping[str, list[str]]) -> dict[str, tuple[int, int]]:
-  """{name of a computation: (how often it runs, in how many loops)}."""
-  names = list(bodies)
-  found = {names[-1]: (1, 0)}
-  for name in reversed(names):
-    if name not in found:
-      continue
-    rounds, loops = found[name]
-    for line in bodies[name]:
-      is_loop = ' while(' in line
-      times = _trips(line, bodies) if is_loop else 1
-      for callee in _callees(line):
-        before, inside = found.get(callee, (0, 0))
-        found[callee] = (before + rounds * times, max(inside, loops + is_loop))
+def _runs(program: Program) -> dict[str, tuple[int, int]]:
+  """{name of a computation: (how often it runs, in how many loops at most)}."""
+  found: dict[str, tuple[int, int]] = {}
+  for run in program.runs():
+    rounds, loops = found.get(run.name, (0, 0))
+    found[run.name] = rounds + run.rounds, max(loops, run.loops)
   return found
 
 
-def _trips(line: str, bodies: Mapping[str, list[str]]) -> int:
-  """How many rounds a loop makes: as the compiler says, else the number that it counts up to."""
-  known = _TRIPS.search(line)
-  if known is not None:
-    return int(known[1])
-  condition = _CONDITION.search(line)
-  limits = []
-  for tested in bodies.get(condition[1], []) if condition else []:
-    limits += [int(number) for number in _LIMIT.findall(tested)]
-  return max(limits, default=1)
-
-
-def _callees(line: str) -> list[str]:
-  named = _CALLED.findall(line)
-  branches = _BRANCHES.search(line)
-  if branches is not None:
-    named += [name.strip().lstrip('%') for name in branches[1].split(',')]
-  return named
-
-
-def _result_of_done(lines: list[str], start: str) -> str:
-  """What an instruction returns that was started by another one."""
-  done = re.compile(rf'= (.*?) [\w\-]+-done\(%?{re.escape(start)}\)')
-  for line in lines:
-    match = done.search(line)
-    if match is not None:
-      return match[1]
-  return ''
-
-
-def _nbytes(result: str) -> int:
-  total = 0
-  for kind, bits, shape in _ARRAY.findall(result):
-    size = 1 if kind == 'pred' else int(bits) / 8
-    total += int(size * math.prod(int(n) for n in shape.split(',') if n))
-  return total
+def _result(body: Computation, found: Instruction) -> float:
+  """Bytes of what a collective returns; of one that is only begun, where it is done."""
+  if not found.op.endswith('-start'):
+    return found.size
+  for other in body.values():
+    if other.op.endswith('-done') and found.name in other.operands:
+      return other.size
+  return 0.0
 
 
 # ---- Devices.

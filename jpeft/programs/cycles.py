@@ -1,18 +1,13 @@
-"""The cycles and bytes of a compiled TPU program, read from its text."""
+"""The cycles of a compiled TPU program, operation by operation."""
 
 import re
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
 
-_HEAD = re.compile(r'^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$')
+from .compiled_text import Instruction, parsed
+
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_CONDITION = re.compile(r'condition=%?([\w.\-]+)')
-_LIMIT = re.compile(r'= s32\[\]\S* constant\((\d+)\)')
-_RUN = re.compile(r'(?:body|to_apply|true_computation|false_computation)=%?([\w.\-]+)')
-_BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
-_RUNNERS = re.compile(r' (while|call|conditional)\(')
 
 
 class Operation(NamedTuple):
@@ -44,46 +39,19 @@ def cycles(program: jax.stages.Compiled) -> int | None:
 
 def operations(text: str) -> list[Operation]:
   """The operations of a compiled program that have an estimate, inside of its loops too."""
-  computations, entry = _computations(text)
-  return list(_operations(computations, entry, 1))
+  program = parsed(text)
+  found = []
+  for run in program.runs():
+    if run.part:
+      continue
+    for instruction in program.computations[run.name].values():
+      estimated = cycles_of(instruction)
+      if estimated is not None:
+        found.append(Operation(estimated, run.rounds, instruction.text))
+  return found
 
 
-def _operations(computations: dict, name: str, rounds: int) -> Iterator[Operation]:
-  for line in computations.get(name, ()):
-    estimated = _CYCLES.search(line)
-    if estimated:
-      yield Operation(int(estimated.group(1)), rounds, line)
-    if _RUNNERS.search(line):
-      inner_rounds = rounds * _rounds(computations, line)
-      inner = _RUN.findall(line)
-      for branches in _BRANCHES.findall(line):
-        inner += [branch.strip(' %') for branch in branches.split(',')]
-      for called in inner:
-        yield from _operations(computations, called, inner_rounds)
-
-
-def _rounds(computations: dict, line: str) -> int:
-  """How often a loop runs its body: the one number that its condition compares with, else 1."""
-  condition = _CONDITION.search(line)
-  if condition is None:
-    return 1
-  limits = _LIMIT.findall('\n'.join(computations.get(condition.group(1), ())))
-  if len(limits) != 1:
-    return 1
-  return int(limits[0])
-
-
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-  """({name of a computation: its lines}, the name of the program's own)."""
-  computations = {}
-  entry = ''
-  lines: list[str] = []
-  for line in text.splitlines():
-    head = _HEAD.match(line)
-    if head:
-      lines = computations.setdefault(head.group('name'), [])
-      if head.group('entry'):
-        entry = head.group('name')
-    else:
-      lines.append(line)
-  return computations, entry
+def cycles_of(instruction: Instruction) -> int | None:
+  """The estimate of one run of an instruction; None where there is none."""
+  estimated = _CYCLES.search(instruction.rest)
+  return int(estimated[1]) if estimated else None

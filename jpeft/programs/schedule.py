@@ -6,13 +6,12 @@ a loop once, gives no cycles, and counts what stays on the chip.
 """
 
 import dataclasses
-import math
-import re
 from collections.abc import Iterator
 
 import jax
 
-from .compiled_text import Computation, Instruction, Unreadable, computations, root_of
+from .compiled_text import Computation, Instruction, Program, parsed, root_of
+from .cycles import cycles_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +47,8 @@ def scheduled(text: str | None) -> Schedule | None:
   if text is None:
     return None
   try:
-    known, entry = computations(text)
-    found = _Program(known).run(entry)
+    program = parsed(text)
+    found = _Counted(program).run(program.entry)
   except (ValueError, LookupError):  # written in a way that is not known here
     return None
   if 'estimated_cycles' not in text:
@@ -57,11 +56,12 @@ def scheduled(text: str | None) -> Schedule | None:
   return found
 
 
-class _Program:
+class _Counted:
   """Counts what computations do."""
 
-  def __init__(self, known: dict[str, Computation]):
-    self.known = known
+  def __init__(self, program: Program):
+    self.program = program
+    self.known = program.computations
 
   def run(self, name: str) -> Schedule:
     """What one run of a computation does."""
@@ -69,21 +69,16 @@ class _Program:
 
   def _does(self, around: Computation, found: Instruction) -> Schedule:
     """What one instruction of a computation does."""
+    inside = [self.run(name) for name in found.bodies()]
     if found.op == 'while':
-      rounds = _Loop(self.known, around, found).rounds()
-      each = self.run(found.computation('body'))
-      return Schedule(*(rounds * count for count in dataclasses.astuple(each)))
-    if found.op == 'conditional':
-      return max(map(self.run, _branches(found)), key=_time)
-    if found.op == 'call':
-      return self.run(found.computation('to_apply'))
-    if found.op == 'async-start':
-      return self.run(found.computation('calls'))
+      rounds = self.program.rounds(around, found)
+      return Schedule(*(rounds * count for count in dataclasses.astuple(inside[0])))
+    if inside:  # a call, or branches, of which the longest counts
+      return max(inside, key=_time)
     if found.op in _FREE:
       return _NOTHING
     kernels = float(any(f'custom_call_target="{name}"' in found.rest for name in _KERNELS))
-    estimated = _CYCLES.search(found.rest)
-    cycles = float(estimated[1]) if estimated else 0.0
+    cycles = float(cycles_of(found) or 0)
     products = cycles if self._multiplies(found) else 0.0
     return Schedule(cycles, products, self._moved(around, found), kernels)
 
@@ -158,91 +153,6 @@ class _Program:
     return written
 
 
-class _Loop:
-  """A loop with a counter, as a scan is compiled.
-
-  Attributes:
-    known: all computations.
-    around: the one that the loop is in.
-    loop: the instruction.
-  """
-
-  def __init__(self, known: dict[str, Computation], around: Computation, loop: Instruction):
-    self.known = known
-    self.around = around
-    self.loop = loop
-
-  def rounds(self) -> int:
-    """How often it runs: as the compiler says, or by the counter's start, step and end.
-
-    Raises:
-      Unreadable: they are not constants.
-    """
-    told = _TRIPS.search(self.loop.rest)
-    if told:
-      return int(told[1])
-    condition = self.known[self.loop.computation('condition')]
-    counter, end = self._compared(condition)
-    start = _constant(self.around, self._first(counter))
-    if end.op == 'get-tuple-element':
-      last = _constant(self.around, self._first(end))
-    else:
-      last = _constant(condition, end)
-    return max(0, math.ceil((last - start) / self._step(counter)))
-
-  def _compared(self, condition: Computation) -> tuple[Instruction, Instruction]:
-    """(the counter, what it stays below)."""
-    test = root_of(condition)
-    sides = test.operands
-    if test.op == 'fusion':  # which has the comparison alone
-      inner = self.known[test.computation('calls')]
-      test = root_of(inner)
-      sides = [sides[int(inner[name].operands[0])] for name in test.operands]
-    if test.op != 'compare' or 'direction=LT' not in test.rest:
-      raise Unreadable(f'{self.loop.name} ends by {test.op}')
-    counter, end = (condition[name] for name in sides)
-    return counter, end
-
-  def _first(self, read: Instruction) -> Instruction:
-    """What the loop begins with, where a get-tuple-element reads."""
-    return _entry(self.around, self.around[self.loop.operands[0]], read)
-
-  def _step(self, counter: Instruction) -> int:
-    """What a round adds to the counter."""
-    body = self.known[self.loop.computation('body')]
-    added = _entry(body, root_of(body), counter)
-    if added.op == 'fusion':
-      body = self.known[added.computation('calls')]
-      added = root_of(body)
-    if added.op == 'add':
-      for name in added.operands:
-        if body[name].op == 'constant':
-          return _constant(body, body[name])
-    raise Unreadable(f'{self.loop.name} counts by {added.op}')
-
-
-def _entry(around: Computation, made: Instruction, read: Instruction) -> Instruction:
-  """What stands in a tuple where a get-tuple-element reads."""
-  if made.op != 'tuple':
-    raise Unreadable(f'a loop carries {made.op}')
-  return around[made.operands[int(read.attribute(r'index=(\d+)'))]]
-
-
-def _constant(around: Computation, found: Instruction) -> int:
-  """The value of an integer, through copies of it."""
-  while found.op in ('copy', 'copy-done', 'copy-start', 'bitcast'):
-    found = around[found.operands[0]]
-  if found.op != 'constant':
-    raise Unreadable(f'{found.op} is no constant')
-  return int(found.operands[0])
-
-
-def _branches(found: Instruction) -> list[str]:
-  if 'branch_computations' in found.rest:
-    return found.computations('branch_computations')
-  return [found.computation(f'{way}_computation') for way in ('true', 'false')]
-
-
 def _time(found: Schedule) -> tuple[float, float]:
   return found.cycles, found.moved
 
@@ -258,8 +168,6 @@ def _in_memory(size: float, value: Instruction) -> float:
   return size if value.far else 0.0
 
 
-_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _KERNELS = ('tpu_custom_call', '__gpu$xla.gpu.triton', 'triton_kernel_call')
 _NOTHING = Schedule(0.0, 0.0, 0.0, 0.0)
 # What runs nothing by itself, or ends what was begun elsewhere.

@@ -15,14 +15,15 @@ class Program:
     self.scan = scan
 
   def as_text(self) -> str:
-    layer = '%a = f32[] fusion(%x), backend_config={"estimated_cycles":"5"}'
-    around = '%b = f32[] fusion(%x), backend_config={"estimated_cycles":"100"}'
-    lines = [around, *self.depth * [layer]]
+    operation = '  %a{} = f32[] fusion(%x), backend_config={{"estimated_cycles":"{}"}}'
+    layers = [operation.format(number, 5) for number in range(self.depth)]
+    around = operation.format('round', 100)
+    lines = [around, *layers]
     loop = []
     if self.scan:
-      lines = [around, '%w = (s32[]) while(%t), condition=%until, body=%body']
-      limit = f'%n = s32[] constant({self.depth})'
-      loop = ['%body (x: s32[]) -> s32[] {', layer, '}', '%until (x: s32[]) -> pred[] {', limit]
+      lines = [around, '  %w = (s32[]) while(%t), condition=%until, body=%body']
+      loop = ['%body (x: s32[]) -> s32[] {', layers[0], '}']
+      loop += ['%until (x: s32[]) -> pred[] {', f'  %n = s32[] constant({self.depth})', '}']
     return '\n'.join([*loop, 'ENTRY %main (x: f32[]) -> f32[] {', *lines, '}'])
 
   def cost_analysis(self) -> dict[str, float]:
