@@ -30,7 +30,16 @@ _OPAQUE = {
   'reduce_window_max',
   'reduce_window_sum',
 }
-_THROUGH = {'add', 'sub', 'neg', 'copy', 'convert_element_type', 'mul', 'div'}
+_THROUGH = {
+  'add',
+  'sub',
+  'neg',
+  'copy',
+  'convert_element_type',
+  'mul',
+  'div',
+  'sharding_constraint',  # of a step on many devices, which stores what one device does
+}
 # An array this many times smaller than the widest input is stored as it is.
 _SMALL = 8
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jpeft.residuals import ops
 from jpeft.residuals.compress import compressed
@@ -143,6 +144,27 @@ def test_a_low_rank_product_is_kept_as_it_is():
   _, exact = jax.vjp(lambda b: fn({**held, 'b': b}, X), held['b'])
   g = draw(B, N, D)
   np.testing.assert_allclose(vjp(g)[0], exact(g)[0], atol=1e-4)
+
+
+def test_a_value_that_is_placed_is_stored_as_on_one_device():
+  mesh = jax.make_mesh((1,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+  where = NamedSharding(mesh, PartitionSpec())
+
+  def gradients(held, place):
+    def block(held, x):
+      stream = x + place(x @ held['w0'])
+      return stream + norm(stream) @ held['w1']
+
+    def loss(held, x):
+      return jnp.square(compressed(block)(held, x)).sum()
+
+    return jax.jit(jax.grad(loss, (0, 1)))(held, X)
+
+  held = weights(*SQUARE[:2])
+  plain = gradients(held, lambda x: x)
+  placed = gradients(held, lambda x: jax.lax.with_sharding_constraint(x, where))
+  for got, want in zip(jax.tree.leaves(placed), jax.tree.leaves(plain), strict=True):
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
 
 
 def test_dropout_is_replayed():
