@@ -105,8 +105,9 @@ def compiled(traced, known: int, options: Mapping[str, Any], mesh: Mesh) -> dict
 
   Of a step that does not fit it is the compiler's own count of its memory alone.
   """
+  platform = mesh.devices.flat[0].platform
   try:
-    program = programs.compiled(traced, options, known)
+    program, text = programs.compiled_with_text(traced, options, known, platform)
   except programs.TooLarge as refused:
     temp = max(0, refused.bytes - known)
     return {'argument': known, 'temp': temp, 'total': refused.bytes, 'exact': True}
@@ -116,19 +117,15 @@ def compiled(traced, known: int, options: Mapping[str, Any], mesh: Mesh) -> dict
     'temp': memory.temp,
     'total': memory.total,
     'exact': True,
-    'schedule': programs.schedule(program),
-    'traffic': _traffic(program, mesh),
+    'schedule': programs.scheduled(text),
+    'traffic': _traffic(text, mesh),
   }
 
 
-def _traffic(program, mesh: Mesh) -> tuple[Traffic, ...] | None:
-  """What the devices send each other in a compiled step; None if that cannot be read.
-
-  libtpu makes instructions (async-update) of large programs that jaxlib cannot print.
-  """
+def _traffic(text: str | None, mesh: Mesh) -> tuple[Traffic, ...] | None:
+  """What the devices send each other in a compiled step; None if it cannot be printed."""
   if mesh.size == 1:
     return ()
-  try:
-    return traffic_of(programs.collectives(program, mesh.shape))
-  except jax.errors.JaxRuntimeError:
+  if text is None:
     return None
+  return traffic_of(programs.collectives_of_text(text, mesh.shape))

@@ -1,13 +1,14 @@
 """Programs as JAX traces and compiles them: equations, cuts, costs."""
 
-from .collectives import Collective, collectives
+from .collectives import Collective, collectives, collectives_of_text
 from .compile import TooLarge, compiled, memory, mib, nbytes
 from .cost import flops, uncounted
 from .crossing import Crossing, crossing
 from .cut import Halves, cut
 from .cycles import Operation, cycles, operations
 from .equations import evaluated, hoisted, inside, reader, variables
-from .schedule import Schedule, schedule
+from .printed import compiled_with_text
+from .schedule import Schedule, schedule, scheduled
 from .traced import Static, Traced, has_gradient
 
 __all__ = [
@@ -20,7 +21,9 @@ __all__ = [
   'TooLarge',
   'Traced',
   'collectives',
+  'collectives_of_text',
   'compiled',
+  'compiled_with_text',
   'crossing',
   'cut',
   'cycles',
@@ -35,6 +38,7 @@ __all__ = [
   'operations',
   'reader',
   'schedule',
+  'scheduled',
   'uncounted',
   'variables',
 ]

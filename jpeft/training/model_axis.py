@@ -9,6 +9,9 @@ from jpeft.quant import Quantized
 _BY_COLUMNS = ('q', 'k', 'v', 'fc1', 'head')
 _BY_ROWS = ('o', 'fc2')
 _OF_HEADS = ('q', 'k', 'v', 'o')
+_CODES_BY_ROWS = (
+  'cut by columns, as rows of 4-bit codes cannot be cut: what they read and return is gathered'
+)
 
 
 class ModelAxis:
@@ -74,7 +77,9 @@ class ModelAxis:
       return False, f'whole, as model={self.parts} does not divide the columns of their codes'
     name = site.matrices[0]
     role = self._roles.get((site.path, name))
-    if role != 'o' and self._splits_heads(site, role):
+    if role in _BY_ROWS:
+      return True, _CODES_BY_ROWS
+    if self._splits_heads(site, role):
       return True, f'gathered after the product, as model={self.parts} does not divide the heads'
     return True, ''
 
