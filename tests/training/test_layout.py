@@ -3,8 +3,7 @@
 Adam divides by the size of a gradient, so that rounding of 1e-7 becomes a whole step where the
 gradient is about that small. With eps=1e-2 a step follows the gradient, and so do its errors.
 
-Values that are stored in 4 bits are rounded: a difference of 1e-7 makes another code of a few of
-them. There theta is compared to how far it has moved.
+theta is also compared to how far it has moved: QST moves little in a few updates.
 """
 
 import functools
