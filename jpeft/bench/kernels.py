@@ -92,6 +92,18 @@ def _dot(axis: int) -> Callable:
   return functools.partial(jax.lax.dot_general, dimension_numbers=(contracted, ((), ())))
 
 
+def float32_products(rows: int = 512, shape: tuple[int, int] = (4096, 4096)) -> Iterator[Case]:
+  """x @ W of float32 rows: by XLA as JAX does by default, and by the kernel in full precision."""
+
+  def by_default(x, codes, absmax):
+    return x @ nf4().decode({'codes': codes, 'absmax': absmax}, shape)
+
+  group = f'x W, {rows} rows of float32, {shape[0]} x {shape[1]}'
+  args = (shaped(rows, shape[0], dtype=F32), *coded(*shape))
+  yield Case(group, 'XLA', by_default, args)
+  yield Case(group, 'kernel', _by_kernel, args)
+
+
 def _by_kernel(x, codes, absmax):
   return nf4_matmul(x, codes, absmax, implementation='mosaic')
 
@@ -173,7 +185,7 @@ def compiled(name: str, only: str) -> None:
   """
   with _profiles(name) as (folder, sharding):
     print('| program | form | kcycles | temp MiB | moved MiB |\n| --- | --- | ---: | ---: | ---: |')
-    for case in itertools.chain(products(), quantizing(), lora(), gelu()):
+    for case in itertools.chain(products(), float32_products(), quantizing(), lora(), gelu()):
       if re.search(only, case.group):
         print(_row(case, sharding, folder), flush=True)
 
