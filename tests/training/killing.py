@@ -12,11 +12,31 @@ from jpeft import data
 from jpeft.training.metrics import read_metrics, values
 
 
+def written(file):
+  """When a file was written last; 0 if it is not there."""
+  return file.stat().st_mtime_ns if file.exists() else 0
+
+
+def watched(folder):
+  """made(step) -> whether a process that starts now has logged a step.
+
+  What the log has of processes before it does not count: it is cut when the run goes on.
+  """
+  log = folder / 'metrics.jsonl'
+  before = written(log)
+
+  def made(step):
+    return written(log) != before and any(row['step'] >= step for row in read_metrics(log))
+
+  return made
+
+
 def reached(process, folder, step):
-  """Waits until the log shows a step."""
-  end = time.monotonic() + 120
+  """Waits until a process that was just started has logged a step."""
+  made = watched(folder)
+  end = time.monotonic() + 600
   while time.monotonic() < end and process.poll() is None:
-    if any(row['step'] >= step for row in read_metrics(folder / 'metrics.jsonl')):
+    if made(step):
       return
     time.sleep(0.002)
   raise AssertionError(f'step {step} was not reached: {process.communicate()[1]}')

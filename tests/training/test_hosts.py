@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -11,13 +12,14 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
 from jpeft import data, tasks, training
-from jpeft.training import checkpoints
+from jpeft.training import checkpoints, hosts
 from tests.training import killing
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -117,6 +119,7 @@ def test_two_processes_train_as_one(alone, load, tmp_path):
   assert confusion[0] == confusion[1] and np.sum(confusion[0]) == 10  # rows that fill up are out
 
 
+@pytest.mark.slow
 def test_features_and_ranks_of_two_processes(start, images, load, tmp_path):
   table = tmp_path / 'numbers.csv'
   files = sorted(images.rglob('*.png'))
@@ -175,22 +178,29 @@ def test_stopped_and_killed_they_go_on(start, alone, load, tmp_path):
 
 @pytest.mark.slow
 def test_killed_twenty_times_they_end_with_the_same_bits(start, tmp_path):
-  steps = 120
+  """JPEFT_KILLS and JPEFT_SEED in the environment: how many, and when."""
+  wanted = int(os.environ.get('JPEFT_KILLS', 20))
+  steps = 60
   more = (f'--config.steps={steps}',)
   finished(start(tmp_path / 'alone', *more))
-  rng, folder = random.Random(time.time_ns()), tmp_path / 'run'
+  seed = int(os.environ.get('JPEFT_SEED', time.time_ns()))
+  rng = random.Random(seed)
+  folder = tmp_path / 'run'
   reached = 0
-  for _ in range(20):
-    processes = start(folder, *more)
+  for i in range(wanted):
+    processes = start(folder, *more, '--connect-timeout=15')
     if rng.random() < 0.25:
-      time.sleep(rng.uniform(0, 8))  # somewhere before the first update
+      time.sleep(rng.uniform(0, 4))  # somewhere before the first update
     else:
-      killing.reached(processes[0], folder, min(reached + rng.randint(1, 4), steps - 5))
-      time.sleep(rng.uniform(0, 0.1))
-    for i in rng.choice(((0,), (1,), (0, 1))):
-      processes[i].send_signal(signal.SIGKILL)
-    assert 0 not in [code for code, _ in ended(processes)]
+      killing.reached(processes[0], folder, min(reached + rng.randint(1, 12), steps - 5))
+      time.sleep(rng.uniform(0, 0.05))
+    killed = rng.choice(((0,), (1,), (0, 1)))
+    for number in killed:
+      processes[number].send_signal(signal.SIGKILL)
+    codes = [code for code, _ in ended(processes)]
+    assert 0 not in codes, (seed, i)
     reached = max(checkpoints.steps_of(folder / 'checkpoints'), default=0)
+    print(f'seed {seed}: {i + 1} kills, of {killed}: {codes}, checkpoint {reached}', flush=True)
   finished(start(folder, *more))
   killing.assert_same(folder, tmp_path / 'alone', steps)
 
@@ -224,6 +234,38 @@ def test_a_broken_example_of_one_stops_both_at_a_checkpoint(start, images, load,
     assert str(file) in told and 'Traceback' not in told
   assert 'error: process 1: ' in found[0][1]
   assert max(checkpoints.steps_of(tmp_path / 'run/checkpoints')) == 2  # nothing is lost
+
+
+@pytest.mark.slow
+def test_a_full_disk_of_one_ends_both(start, tmp_path):
+  folder = tmp_path / 'run'
+  processes = start(folder)
+  killing.reached(processes[0], folder, 8)
+  log = folder / 'metrics.jsonl'
+  no_more = log.stat().st_size, resource.RLIM_INFINITY
+  resource.prlimit(processes[0].pid, resource.RLIMIT_FSIZE, no_more)
+  (code, told), (other, lost) = ended(processes, 3 * LOST)
+  assert code == 2 and other in (1, -signal.SIGABRT), (told, lost)
+  assert f'error: process 0: {folder}' in told and 'cannot be written: it would be longer' in told
+  assert 'the same command goes on from checkpoint' in told and 'Traceback' not in told
+  assert 'another process is lost' in lost or 'another task died' in lost
+  finished(start(folder))
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  (
+    ({'data.on_error': 'skip'}, "^config.data.on_error='skip': each of 2 processes would know"),
+    ({'eval.generate': 2}, '^config.eval.generate=2: 2 processes do not write texts together'),
+  ),
+)
+def test_what_several_processes_cannot_do(load, monkeypatch, flags, message):
+  config = load('linear', **flags)
+  hosts.check_supported(config)
+  monkeypatch.setattr(jax.distributed, 'is_initialized', lambda: True)
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  with pytest.raises(ValueError, match=message):
+    hosts.check_supported(config)
 
 
 def test_a_process_that_finds_no_other_ends(config_file, tmp_path):

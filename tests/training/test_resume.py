@@ -110,13 +110,16 @@ def kill(process, folder, rng, seconds):
   moment = rng.choice(['time', 'step', 'step', 'end'])
   end = time.monotonic() + rng.uniform(0, seconds)
   step = rng.randint(1, STEPS)
+  made = killing.watched(folder)
+  theta = folder / 'theta.safetensors'
+  before = killing.written(theta)
 
   def has_come():
     if moment == 'time':
       return time.monotonic() > end
     if moment == 'end':
-      return (folder / 'theta.safetensors').exists()
-    return any(row['step'] >= step for row in read_metrics(folder / 'metrics.jsonl'))
+      return killing.written(theta) != before
+    return made(step)
 
   while process.poll() is None and not has_come():
     time.sleep(0.002)
