@@ -233,7 +233,8 @@ def test_a_head_whose_words_lie_on_several_devices(method, teacher):
   mesh = training.mesh(2, 4)
   everywhere = training.replicated(mesh)
   rows = training.over_data(mesh)
-  where = everywhere, training.over_model(mesh, variables), rows, rows
+  layout = training.Layout(tuned, mesh, 'sharded', whole_below=0)
+  where = everywhere, layout.of_backbone(variables), rows, rows
   spread = jax.jit(jax.value_and_grad(losses), in_shardings=where)
   given = theta, variables, TOKENS, LABELS
   whole = jax.jit(jax.value_and_grad(losses))(*given)
