@@ -161,6 +161,7 @@ def test_masked_words_are_named(inside, echoes, tmp_path, capsys):
   assert [words[0]['word'] for words in second['masks']] == ['d', 'd']
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_the_same_masks(inside, echoes, tmp_path, monkeypatch):
   """Of a method without a head of its own: the word table names the words."""
   settings = inside(
@@ -207,6 +208,7 @@ def test_large_logits_of_masked_words_are_not_made_whole(
     np.testing.assert_allclose(cut['eval'][name], value, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_cached_features_and_two_devices_give_the_same_answers(inside, squad, tmp_path):
   changes = {'steps': 4, 'method.name': 'linear', 'eval.no_answer': 0.0}
   told = []

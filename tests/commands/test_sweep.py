@@ -59,6 +59,7 @@ def finished(process):
   return printed
 
 
+@pytest.mark.slow
 def test_a_sweep_is_interrupted_and_given_again(shell, tmp_path, monkeypatch, capsys):
   first = tmp_path / 'runs/sweep/linear-1e-3'
   second = tmp_path / 'runs/sweep/linear-1e-2'
