@@ -30,6 +30,8 @@ MAY_CHANGE = {
 }
 # What is to be done with broken examples may be chosen when the first has been met.
 _FREE = ('data.on_error',)
+# What run.json and report.json have of each time that something was changed.
+CHANGE = {'after': int, 'changed': {str: [object]}}
 # The keys by which a run can become longer.
 _LENGTHS = ('steps', 'epochs')
 

@@ -32,7 +32,14 @@ from .examples import check_same
 from .imports import check_imported
 
 # Of run.json.
-_RUN = {'labels': [str], 'backbone_sha256': str, 'facts?': (dict, None), 'imports?': [str]}
+_RUN = {
+  'labels': [str],
+  'backbone_sha256': str,
+  'facts?': (dict, None),
+  'imports?': [str],
+  'changes?': [elastic.CHANGE],
+}
+_PROCESSES = {'processes?': int}
 
 
 @contextlib.contextmanager
@@ -86,7 +93,7 @@ def _with_processes(
   file = folder / 'run.json'
   if not file.exists():
     return changes
-  before = json.loads(file.read_text()).get('processes', 1)
+  before = jsonfiles.read(file, _PROCESSES).get('processes', 1)
   return elastic.with_hosts(changes, before, hosts.count(), allow, folder)
 
 

@@ -26,6 +26,33 @@ SHOWN = (
 )
 # Those of them that are no share of something.
 _NO_SHARES = ('rmse', 'r2')
+# Of report.json: what `table` reads, and what its pages are made of beside that.
+_TABLE = {
+  'method': str,
+  'eval': dict,
+  'untuned?': dict,
+  'trainable': int,
+  'total': int,
+  'step_cost': {str: float},
+  'seconds': float,
+}
+_PAGES = {
+  'data': str,
+  'memory': str,
+  'mergeable': bool,
+  'best': {'step': int, 'metric': str, 'value': object},  # which may be infinite
+  'storage': (str, None),
+  'backbone_bytes': float,
+  'steps': int,
+  'batch_size': int,
+  'step_cost': {'compile_seconds': float},
+  'device': str,
+  'backbone_sha256': str,
+  'theta_sha256': str,
+  'skipped?': {str: {'examples': int, 'split': str, 'why': dict}},
+  'damaged_checkpoints?': [str],
+  'changes?': [elastic.CHANGE],
+}
 
 
 def line(what, scores: dict[str, float]) -> str:
@@ -127,8 +154,11 @@ def finished(folder: pathlib.Path, tell: Callable[[str], None]) -> dict[str, Any
   file = folder / 'report.json'
   if not file.exists():
     return None
+  pages = [name for name in ('report.md', 'curves.png') if not (folder / name).exists()]
   try:
-    report = jsonfiles.read(file)
+    report = jsonfiles.read(file, _TABLE)
+    if pages:
+      jsonfiles.check(report, _PAGES, str(file))
   except ValueError as error:
     raise ValueError(f'{file} is damaged ({error}): delete it, and the run goes on') from error
   theta, best = folder / 'theta.safetensors', folder / 'best.safetensors'
@@ -142,7 +172,6 @@ def finished(folder: pathlib.Path, tell: Callable[[str], None]) -> dict[str, Any
     return None
   if not is_theta(best):
     tell(f'warning: {best} is missing or damaged, and cannot be made again')
-  pages = [name for name in ('report.md', 'curves.png') if not (folder / name).exists()]
   if pages:
     missing = write_report(folder, report, read_metrics(folder / 'metrics.jsonl'))
     made = [name for name in pages if (folder / name).exists()]

@@ -180,6 +180,29 @@ def test_a_log_that_is_damaged(run, again):
     again()
 
 
+def test_what_a_run_keeps_is_damaged(run, again):
+  kept = run / 'run.json'
+  whole = kept.read_text()
+  for text, told in (
+    (whole[:-9], f'{kept} is no JSON'),
+    (json.dumps(json.loads(whole) | {'processes': 'two'}), f'{kept}: processes must be an integer'),
+  ):
+    kept.write_text(text)
+    with pytest.raises(cli.Mistake, match=re.escape(told)):
+      again()
+  kept.write_text(whole)
+  report = run / 'report.json'
+  values = json.loads(report.read_text())
+  del values['eval']
+  report.write_text(json.dumps(values))
+  with pytest.raises(cli.Mistake, match=f"{report} is damaged .* has no 'eval'.: delete it"):
+    again()
+  report.write_text(json.dumps(values | {'eval': {}, 'best': 'the last'}))
+  (run / 'report.md').unlink()
+  with pytest.raises(cli.Mistake, match=f'{report} is damaged .*best must be an object'):
+    again()
+
+
 def test_a_folder_that_has_no_locks(run, again, monkeypatch):
   def flock(*args):
     raise OSError(errno.ENOLCK, 'No locks available')
