@@ -162,7 +162,7 @@ class Plans(tuple[Plan, ...]):
     for plan in self:
       sent = plan.traffic
       if sent is None:
-        sent = ('what devices send is not known: this program cannot be printed',)
+        sent = ('what devices send is not known: its program cannot be printed, or not be read',)
       notes += [f'{plan.method}: {one}' for one in (*plan.uncut, *sent)]
     notes += [f'{plan.method}: {plan.kernels}' for plan in self if plan.kernels]
     return '\n'.join([_title(self[0]), *rows, *notes])
