@@ -16,7 +16,8 @@ def compiled_with_text(
   """(the compiled program, its text; None if it cannot be printed).
 
   libtpu makes instructions (async-update) that jaxlib does not read, so that `as_text` raises. It
-  writes its programs to a folder by itself, as it is asked to here.
+  writes its programs to a folder by itself, without estimates of cycles: such a program is compiled
+  a second time for that.
 
   Args:
     traced, options, arguments: see `compiled`.
@@ -25,15 +26,16 @@ def compiled_with_text(
   Raises:
     TooLarge: see `compiled`.
   """
-  if platform != 'tpu':
-    program = compiled(traced, options, arguments)
-    return program, _printed(program)
+  program = compiled(traced, options, arguments)
+  text = _printed(program)
+  if text is not None or platform != 'tpu':
+    return program, text
   with tempfile.TemporaryDirectory() as folder:
-    program = compiled(traced, {**options, 'xla_dump_to': folder}, arguments)
+    compiled(traced, {**options, 'xla_dump_to': folder}, arguments)
     written = list(Path(folder).glob('*.after_optimizations.txt'))
     if len(written) == 1:
-      return program, written[0].read_text('utf-8')
-  return program, _printed(program)
+      text = written[0].read_text('utf-8')
+  return program, text
 
 
 def _printed(program: jax.stages.Compiled) -> str | None:
