@@ -77,6 +77,27 @@ def together() -> Iterator[None]:
     raise Everywhere(f'{where}{text}') from failed
 
 
+@contextlib.contextmanager
+def ended_together() -> Iterator[None]:
+  """Waits at its end for all processes, if all of them come to it: complete, stopped or refused.
+
+  Process 0 has the most to do there, such as figures and uploads. A process that had ended before
+  would count as lost, and would take process 0 with it.
+  """
+  try:
+    yield
+  except (Everywhere, cli.Diverged, cli.Stopped):
+    _meet()
+    raise
+  _meet()
+
+
+def _meet() -> None:
+  """Returns when all processes have called it."""
+  if several():
+    multihost_utils.process_allgather(np.int32(0))
+
+
 def _first_failure(failed: Exception | None) -> tuple[int | None, str]:
   """(the lowest number of a process with an error, its text); (None, '') if there is none."""
   flags = multihost_utils.process_allgather(np.int32(failed is not None))

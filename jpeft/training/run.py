@@ -44,7 +44,7 @@ def train(config, folder: pathlib.Path, allow: Sequence[str] = ()) -> dict:
     cli.Stopped: a signal came; a checkpoint was written.
     cli.Diverged: a loss or gradient is not finite.
   """
-  with contextlib.ExitStack() as stack:
+  with hosts.ended_together(), contextlib.ExitStack() as stack:
     hosts.check_config(config)
     changes: dict = {}
     done = None

@@ -34,7 +34,9 @@ OPTIONS = {
   'data.eval_batch_size': 4,
   'mesh.data': 2,
 }
-LOST = 10  # seconds after which a process that does not answer counts as dead
+# Seconds after which a process that does not answer counts as dead. One that is killed is missed at
+# once, as its connections end; one that waits for a busy machine must not be.
+LOST = 30
 
 
 def free_port():
@@ -83,7 +85,7 @@ def ended(processes, timeout=300):
 def finished(processes):
   """stderr of processes that have completed a run."""
   found = ended(processes)
-  assert [code for code, _ in found] == [0, 0], found
+  assert [code for code, _ in found] == [0, 0], '\n'.join(text for _, text in found)
   return [text for _, text in found]
 
 
@@ -168,7 +170,7 @@ def test_stopped_and_killed_they_go_on(start, alone, load, tmp_path):
   before = time.monotonic()
   (code, told), (killed, _) = ended(processes)
   assert killed == -signal.SIGKILL and code in (1, -signal.SIGABRT), told
-  assert time.monotonic() - before < 3 * LOST
+  assert time.monotonic() - before < 2 * LOST
   assert 'another process is lost' in told or 'another task died' in told
 
   first, _ = finished(start(folder))
@@ -203,6 +205,29 @@ def test_killed_twenty_times_they_end_with_the_same_bits(start, tmp_path):
     print(f'seed {seed}: {i + 1} kills, of {killed}: {codes}, checkpoint {reached}', flush=True)
   finished(start(folder, *more))
   killing.assert_same(folder, tmp_path / 'alone', steps)
+
+
+@pytest.mark.slow
+def test_the_others_wait_while_process_0_writes_its_report(start, tmp_path):
+  late = tmp_path / 'late.py'
+  late.write_text(LATE)
+  more = (f'--import={late}', '--config.steps=3', '--lost-after=10')
+  finished(start(tmp_path / 'run', *more))
+
+
+# Of the report of a run, which process 0 alone writes when all else is done.
+LATE = """
+import time
+from jpeft.training import report
+
+write = report.write_report
+
+def late(*args):
+  time.sleep(20)
+  return write(*args)
+
+report.write_report = late
+"""
 
 
 def test_what_is_wrong_in_one_ends_both(start, tmp_path):
@@ -244,7 +269,7 @@ def test_a_full_disk_of_one_ends_both(start, tmp_path):
   log = folder / 'metrics.jsonl'
   no_more = log.stat().st_size, resource.RLIM_INFINITY
   resource.prlimit(processes[0].pid, resource.RLIMIT_FSIZE, no_more)
-  (code, told), (other, lost) = ended(processes, 3 * LOST)
+  (code, told), (other, lost) = ended(processes, 2 * LOST)
   assert code == 2 and other in (1, -signal.SIGABRT), (told, lost)
   assert f'error: process 0: {folder}' in told and 'cannot be written: it would be longer' in told
   assert 'the same command goes on from checkpoint' in told and 'Traceback' not in told
