@@ -67,7 +67,8 @@ ROWS: dict[str, Row] = {
   'bitfit': Row(start=0, cannot=NO_BIAS),
   'norm': Row(start=0),
   'lora': Row(start=0, on=KERNELS),
-  'bi_lora': Row(start=1e-2, on=KERNELS),
+  # Its dropout, which is on by default, acts between the two factors.
+  'bi_lora': Row(start=1e-2, on={**KERNELS, **dict.fromkeys(NO_DOOR, {'dropout': 0})}),
   'lora_fa': Row(start=0, on=KERNELS),
   'qlora': Row(start=0, on=KERNELS),
   'peqa': Row(stored=True),
