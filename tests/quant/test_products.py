@@ -102,7 +102,8 @@ def test_a_step_by_kernels_is_that_of_the_decoded_model(interpreted, options):
   step, theta = step_of(model, small, method, TOKENS)
   found = jax.jit(step)(theta, small)
   directions = [transposed for *_, transposed in interpreted]
-  assert directions.count(False) >= 7 and directions.count(True) >= 6
+  # Nothing before the only block is trained: what {q}, {k} and {v} read needs no cotangent.
+  assert directions.count(False) >= 7 and directions.count(True) >= 4
   plain = decoded(small)
   expected = jax.jit(step_of(model, plain, method, TOKENS)[0])(theta, plain)
   same(found, expected)
@@ -196,9 +197,12 @@ def test_a_sharded_backbone_is_not_gathered(interpreted, scan):
   step, theta = step_of(model, small, jpeft.lora(2, targets='{linear}'), TOKENS)
   expected = jax.jit(step)(theta, small)
   mesh = jax.make_mesh((2, 2), ('data', 'model'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-  placed = jax.device_put(small, jpeft.training.of_backbone(mesh, small, True))
+  tuned = jpeft.attach(model, jpeft.lora(2, targets='{linear}'), small, TOKENS)
+  layout = jpeft.training.Layout(tuned, mesh, 'sharded', whole_below=0)
+  placed = jax.device_put(small, layout.of_backbone(small))
   program = jax.jit(step).lower(jax.device_put(theta, NamedSharding(mesh, P())), placed).compile()
-  same(program(jax.device_put(theta, NamedSharding(mesh, P())), placed), expected)
+  # Sums of parts round otherwise: the decoded model, cut alike, is 4e-5 from that on one device.
+  same(program(jax.device_put(theta, NamedSharding(mesh, P())), placed), expected, 1e-4)
   gathered = [line for line in program.as_text().splitlines() if ' all-gather(' in line]
   assert gathered and not any('u8[' in line for line in gathered)
 
@@ -305,9 +309,10 @@ def test_a_compiled_step_has_the_kernels(scan, implementation):
   step = jax.grad(lambda theta, held, x: tuned.apply(theta, held, x).astype(jnp.float32).sum())
   for shape in ((1, 1), (2, 2)):
     mesh = target('tpu:v5e:2x2').mesh(*shape)
+    layout = jpeft.training.Layout(tuned, mesh, 'sharded', whole_below=0)
     args = (
       jpeft.training.with_sharding(tuned.shapes, NamedSharding(mesh, P())),
-      jpeft.training.with_sharding(small, jpeft.training.of_backbone(mesh, small, True)),
+      jpeft.training.with_sharding(small, layout.of_backbone(small)),
       jax.ShapeDtypeStruct(tokens.shape, tokens.dtype, sharding=NamedSharding(mesh, P('data'))),
     )
     text = jax.jit(step).lower(*args).compile().as_text()
