@@ -181,6 +181,7 @@ class Checkpoints:
 
   def __init__(self, folder: pathlib.Path, keep: int):
     self.folder = folder.absolute()
+    self._keep = keep
     if self.folder.exists():
       for left in self.folder.glob('*tmp*'):  # cut short by a kill
         shutil.rmtree(left, ignore_errors=True)
@@ -333,9 +334,12 @@ class Checkpoints:
     return f'step {max(steps)}'
 
   def wait(self) -> None:
-    """Returns when all checkpoints are on disk."""
+    """Returns when all checkpoints are on disk, and none is there but the newest `keep`."""
     with self._told():
       self._manager.wait_until_finished()
+      # A kill may have come when the newest was written, and before the oldest was removed.
+      for step in sorted(self._manager.all_steps())[: -self._keep]:
+        self._manager.delete(step)
       writing.sync(self.folder)
 
   def close(self) -> None:

@@ -69,6 +69,20 @@ def test_what_a_kill_left_half_written_is_ignored(tmp_path):
   again.close()
 
 
+def test_what_a_kill_left_too_many_is_removed(tmp_path):
+  """It came when the newest was written, and before the oldest was removed."""
+  folder = tmp_path / 'c'
+  more = Checkpoints(folder, keep=3)
+  for step in (1, 2, 3):
+    more.save(step, TREE, {})
+  more.close()
+  again = Checkpoints(folder, keep=2)
+  assert len(list(folder.iterdir())) == 3  # the older ones, lest the newest cannot be read
+  again.save(3, TREE, {})  # at the end, where the newest is there already
+  again.wait()
+  assert {path.name for path in folder.iterdir()} == {'2', '3'} and again.latest == 3
+
+
 def test_a_checkpoint_of_something_else(tmp_path):
   checkpoints = Checkpoints(tmp_path / 'c', keep=2)
   checkpoints.save(1, TREE, {})
