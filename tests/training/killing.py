@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import re
 import signal
 import time
@@ -10,6 +11,8 @@ from safetensors.numpy import load_file
 
 from jpeft import data
 from jpeft.training.metrics import read_metrics, values
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def written(file):
@@ -40,6 +43,32 @@ def reached(process, folder, step):
       return
     time.sleep(0.002)
   raise AssertionError(f'step {step} was not reached: {process.communicate()[1]}')
+
+
+def environment(cache):
+  """The environment of runs that are processes of their own, and share what they compile."""
+  return os.environ | {
+    'JAX_PLATFORMS': 'cpu',
+    'PYTHONPATH': str(ROOT),
+    'JAX_COMPILATION_CACHE_DIR': str(cache),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
+  }
+
+
+def run_and_killed_run(start, folder, more, timeout):
+  """(folder of a run, folder of the same run that was killed at update 23 and went on)."""
+  alone, killed = folder / 'alone', folder / 'killed'
+  process = start(alone, *more)
+  _, told = process.communicate(timeout=timeout)
+  assert process.returncode == 0, told
+  process = start(killed, *more)
+  reached(process, killed, 23)
+  process.send_signal(signal.SIGKILL)
+  process.communicate(timeout=120)
+  process = start(killed, *more)
+  _, told = process.communicate(timeout=timeout)
+  assert process.returncode == 0 and 'going on after' in told, told
+  return alone, killed
 
 
 def files_of(folder):

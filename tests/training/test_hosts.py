@@ -49,12 +49,7 @@ def free_port():
 def start(config_file, tmp_path_factory):
   """start(folder, *flags, own={number: its flags}, devices=of each) -> two processes of a run."""
   cache = tmp_path_factory.mktemp('jax')
-  env = os.environ | {
-    'JAX_PLATFORMS': 'cpu',
-    'PYTHONPATH': str(ROOT),
-    'JAX_COMPILATION_CACHE_DIR': str(cache),
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
-  }
+  env = killing.environment(cache)
   flags = [f'--config.{key}={value}' for key, value in OPTIONS.items()]
 
   def started(folder, *more, own=None, devices=1):

@@ -44,12 +44,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 def start(config_file, tmp_path_factory):
   """start(folder) -> the process of a training run; compilations are shared."""
   cache = tmp_path_factory.mktemp('jax')
-  env = os.environ | {
-    'JAX_PLATFORMS': 'cpu',
-    'PYTHONPATH': str(ROOT),
-    'JAX_COMPILATION_CACHE_DIR': str(cache),
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
-  }
+  env = killing.environment(cache)
   flags = [f'--config.{key}={value}' for key, value in OPTIONS.items()]
 
   def started(folder, *more, **options):
@@ -229,17 +224,7 @@ def test_numbers_survive_kills(start, images, tmp_path):
     '--config.eval.metric=spearman',
     '--config.loss.name=huber',
   )
-  alone, killed = tmp_path / 'alone', tmp_path / 'killed'
-  process = start(alone, *more)
-  _, told = process.communicate(timeout=120)
-  assert process.returncode == 0, told
-  process = start(killed, *more)
-  killing.reached(process, killed, 23)
-  process.send_signal(signal.SIGKILL)
-  process.communicate(timeout=120)
-  process = start(killed, *more)
-  _, told = process.communicate(timeout=120)
-  assert process.returncode == 0 and 'going on after' in told, told
+  alone, killed = killing.run_and_killed_run(start, tmp_path, more, timeout=120)
   killing.assert_same(killed, alone, STEPS)
 
   # The same command on other labels is another run.
@@ -280,17 +265,7 @@ def test_methods_for_images_survive_kills_and_are_served(
   start, config_file, images, tmp_path, method
 ):
   more = (f'--config.method.name={method}', *VISION[method])
-  alone, killed = tmp_path / 'alone', tmp_path / 'killed'
-  process = start(alone, *more)
-  _, told = process.communicate(timeout=300)
-  assert process.returncode == 0, told
-  process = start(killed, *more)
-  killing.reached(process, killed, 23)
-  process.send_signal(signal.SIGKILL)
-  process.communicate(timeout=120)
-  process = start(killed, *more)
-  _, told = process.communicate(timeout=300)
-  assert process.returncode == 0 and 'going on after' in told, told
+  alone, killed = killing.run_and_killed_run(start, tmp_path, more, timeout=300)
   theta = load_file(alone / 'theta.safetensors')
   assert any(name.startswith(method) for name in theta)
   killing.assert_same(killed, alone, STEPS, arrays=len(theta))
