@@ -74,7 +74,8 @@ def step(
   state = training.state_shapes(tuned, tx, planned.variables)
   shapes = planned.placed(where.mesh(), state, planned.size)
   forward = training.Forward(tuned, True, planned.mode(True))
-  traced = jax.jit(training.train_step(tuned, forward, tx, 0), donate_argnums=0).trace(*shapes)
+  step = training.train_step(tuned, forward, tx, 0, steps=planning.STEPS)
+  traced = jax.jit(step, donate_argnums=0).trace(*shapes)
   return programs.compiled(traced, where.options, programs.nbytes(shapes))
 
 

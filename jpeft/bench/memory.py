@@ -122,7 +122,7 @@ def _costs(planned: planning.Work, tuned, where: planning.Target) -> dict[str, f
   state = training.state_shapes(tuned, tx, planned.variables)
   shapes = planned.placed(tuned, where.mesh(), state, planned.size)
   forward = training.Forward(tuned, True, planned.mode(True))
-  step = training.train_step(tuned, forward, tx, 0, planned.objective)
+  step = training.train_step(tuned, forward, tx, 0, planned.objective, steps=planning.STEPS)
   traced = jax.jit(step, donate_argnums=0).trace(*shapes)
   arguments = programs.nbytes(shapes)
   try:

@@ -63,6 +63,7 @@ def update_of(config) -> Update:
     config.seed,
     task.objective(config, tasks.NO_FACTS),
     config.optimizer.accumulate,
+    steps=_STEPS,
   )
   backbone = pretrained.variables
   state = training.initial_state(tuned, tx, backbone, config.seed)

@@ -23,15 +23,25 @@ class State(NamedTuple):
     before: the same before the update. What is returned here is not read.
     moments: trees like theta, of what the optimizer keeps for each number, such as the mean and the
       variance of Adam in this order; None in the places of what is not trained.
+    steps: how many updates are made in all; None where that is not known.
   """
 
   theta: Mapping[str, Any]
   before: Mapping[str, Any]
   moments: tuple[Mapping[str, Any], ...]
+  steps: int | None = None
 
 
 def edited(
-  rules: Sequence[tuple[Rule, Site]], before, theta, trained, optimizer, grads, step, key
+  rules: Sequence[tuple[Rule, Site]],
+  before,
+  theta,
+  trained,
+  optimizer,
+  grads,
+  step,
+  key,
+  steps: int | None = None,
 ) -> tuple[Any, Any]:
   """(theta, optimizer) after the `edit` of each rule, once for each name.
 
@@ -44,6 +54,7 @@ def edited(
     grads: of what is trained.
     step: how many updates were made.
     key: a random key.
+    steps: how many are made in all, if that is known.
 
   Raises:
     ValueError: an edit returns something else than it got, or the optimizer keeps no moments in the
@@ -56,12 +67,12 @@ def edited(
   trees = moments.trees
   for rule, site in edits.values():
     own_key = named_key(key, f'edit of {rule.name}')
-    theta, trees = _edited(rule, site, before, theta, trees, grads, step, own_key)
+    theta, trees = _edited(rule, site, before, theta, trees, grads, step, own_key, steps)
   return theta, moments.put_back(trees)
 
 
 def _edited(
-  rule: Rule, site: Site, before, theta, moments: list, grads, step, key
+  rule: Rule, site: Site, before, theta, moments: list, grads, step, key, steps: int | None
 ) -> tuple[Any, list]:
   """(theta, moments) after the `edit` of a rule.
 
@@ -74,12 +85,13 @@ def _edited(
     grads: of what is trained of theta.
     step: how many updates were made.
     key: a random key.
+    steps: how many are made in all, if that is known.
 
   Raises:
     ValueError: the edit returns something else than it got, or changes shapes.
   """
   name = rule.name
-  state = State(theta[name], before[name], tuple(tree[name] for tree in moments))
+  state = State(theta[name], before[name], tuple(tree[name] for tree in moments), steps)
   with blame(rule, site, 'edit'):
     new = rule.edit(state, grads[name], step, key)
   if not isinstance(new, State):

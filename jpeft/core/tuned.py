@@ -206,7 +206,9 @@ class Tuned:
     """Whether `edit` does anything."""
     return any(rule.update or rule.edit for rule, _ in self.rules)
 
-  def edit(self, before, theta, optimizer, grads, step, key) -> tuple[Any, Any]:
+  def edit(
+    self, before, theta, optimizer, grads, step, key, steps: int | None = None
+  ) -> tuple[Any, Any]:
     """(theta, optimizer) after the schedules and periodic edits that the method's rules make.
 
     These are `update` of each rule at each of its sites, and then `edit` of each rule.
@@ -218,6 +220,7 @@ class Tuned:
       grads: of what is trained, as `split` gives it.
       step: how many updates were made, a scalar (it may be traced).
       key: a random key.
+      steps: how many are made in all; methods whose edits follow a share of all need it.
 
     Raises:
       ValueError: an edit returns something else than it got, or the optimizer keeps no moments in
@@ -225,7 +228,7 @@ class Tuned:
     """
     theta = self.update(theta, step, key)
     trained_before = self.split(before)[0]
-    return edited(self.rules, before, theta, trained_before, optimizer, grads, step, key)
+    return edited(self.rules, before, theta, trained_before, optimizer, grads, step, key, steps)
 
   def stages(self, steps: int) -> tuple[int, ...]:
     """After how many updates other entries are trained: 0, and when the rules' stages begin.

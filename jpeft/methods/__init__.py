@@ -28,7 +28,9 @@ from .side.vqt import vqt
 from .subset.tune import bitfit, full, linear, norm, tune
 from .tokens import Tokens
 from .weight.ia3 import ia3
+from .weight.lamda import lamda
 from .weight.lora import dora, lora, lora_fa, qlora
+from .weight.paca import paca
 from .weight.peqa import peqa
 from .weight.snell import snell
 from .weight.snella import snella
@@ -57,6 +59,7 @@ __all__ = [
   'houlsby',
   'hst',
   'ia3',
+  'lamda',
   'linear',
   'lora',
   'lora_fa',
@@ -67,6 +70,7 @@ __all__ = [
   'names',
   'norm',
   'on_first',
+  'paca',
   'packed',
   'parallel',
   'peqa',

@@ -27,7 +27,9 @@ from .side.unipt import unipt, unipt_global
 from .side.vqt import vqt
 from .subset.tune import bitfit, full, linear, norm, tune
 from .weight.ia3 import ia3
+from .weight.lamda import lamda
 from .weight.lora import dora, lora, lora_fa, qlora
+from .weight.paca import paca
 from .weight.peqa import peqa
 from .weight.snell import snell
 from .weight.snella import snella
@@ -91,6 +93,8 @@ REGISTRY: dict[str, Entry] = {
   'peqa': Entry(peqa, '2305.14152', 'PEQA: the scales of integer kernels', storage='affine'),
   'dora': Entry(dora, '2402.09353', 'DoRA: LoRA for directions, a magnitude a column'),
   'vera': Entry(vera, '2310.11454', 'VeRA: two vectors around a shared random pair'),
+  'lamda': Entry(lamda, '2406.12832', 'LaMDA: a small square between two soon frozen factors'),
+  'paca': Entry(paca, '2503.01905', 'PaCA: some rows of every kernel, trained in place'),
   'ia3': Entry(ia3, '2205.05638', '(IA)^3: scales keys, values and inner activations'),
   'snell': Entry(snell, '2411.01800', 'SNELL: the largest entries of a kernel of two factors'),
   'snella': Entry(snella, '2510.24037', 'SNELLA: SNELL whose layers compete for their entries'),

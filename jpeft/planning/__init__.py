@@ -6,9 +6,10 @@ from .devices import Target, leave_accelerators, target
 from .plan import plan
 from .plot import plot
 from .result import Plan, Plans
-from .work import Work
+from .work import STEPS, Work
 
 __all__ = [
+  'STEPS',
   'Plan',
   'Plans',
   'Target',

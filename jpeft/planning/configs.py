@@ -8,10 +8,9 @@ from jpeft import models, tasks, training
 from jpeft.methods import preset
 
 from .devices import Target
-from .measure import STEPS
 from .result import Plan, Plans
 from .search import or_instead, planned
-from .work import Work
+from .work import STEPS, Work
 
 
 def of_configs(configs: Mapping[str, Any], where: Target, search: bool = False) -> Plans:

@@ -14,10 +14,7 @@ from jpeft.core import Tuned, noting, summary
 from .devices import Target
 from .result import Plan
 from .traffic import Traffic, traffic_of
-from .work import Work
-
-# Updates of the run whose step is planned: no schedule or stage is longer.
-STEPS = 1_000_000
+from .work import STEPS, Work
 
 
 def measure(

@@ -12,6 +12,9 @@ from jpeft import programs, quant, tasks, training
 from jpeft.core import Method, Tuned, attach, backend_of, flags_of
 from jpeft.training import Memory
 
+# Updates of the run whose step is planned: no schedule or stage is longer.
+STEPS = 1_000_000
+
 
 @dataclasses.dataclass(frozen=True)
 class Work:
@@ -95,6 +98,7 @@ class Work:
       objective=self.objective,
       accumulate=self.accumulate,
       offload=training.offloads(mesh, self.memory.offload),
+      steps=STEPS,
     )
 
   def forward(self, size: int) -> float:

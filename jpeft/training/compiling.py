@@ -80,6 +80,7 @@ def _update(run: Asked, stage: Stage, shapes: Shapes) -> Callable:
     model.objective,
     run.config.optimizer.accumulate,
     shapes.offload,
+    run.steps,
   )
 
 

@@ -182,6 +182,7 @@ def train_step(
   objective: tasks.Objective = PLAIN,
   accumulate: int = 1,
   offload: bool = False,
+  steps: int | None = None,
 ) -> Callable:
   """(state, backbone, batch) -> (state, {'loss', 'grad_norm'}): one update of theta.
 
@@ -196,6 +197,7 @@ def train_step(
     accumulate: micro-batches that a batch is cut into, one after the other.
     offload: the optimizer's state is in host memory, and on the device only while it is read and
       written.
+    steps: updates in all, for edits that follow a share of them.
   """
 
   # Micro-batches are summed. What a method adds to the loss is a mean, so that it is divided by
@@ -273,6 +275,7 @@ def train_step(
         grads,
         number + 1,
         jax.random.fold_in(key, STREAM_UPDATE),
+        steps,
       )
     if offload:
       optimizer = jax.device_put(optimizer, jax.memory.Space.Host)

@@ -73,8 +73,12 @@ def passes(method: str, measure) -> float:
   held = backbone(name, storage)
   with described(BACKBONES[name]):
     tuned = jpeft.attach(model, made(method, name, **SIZES.get(method, {})), held, x, **options)
-  loss = lambda theta, held, x: jnp.sum(tuned.apply(theta, held, x, **options) ** 2)
-  step = measure(jax.value_and_grad(loss), tuned.shapes, held, x)
+  trained, state = tuned.split(tuned.shapes)
+
+  def loss(trained, state, held, x):
+    return jnp.sum(tuned.apply(tuned.join(trained, state), held, x, **options) ** 2)
+
+  step = measure(jax.value_and_grad(loss), trained, state, held, x)
   return step / forward(name, storage, measure)
 
 

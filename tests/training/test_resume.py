@@ -241,6 +241,8 @@ VISION = {
   'snella': ('--config.method.every=7', '--config.method.rounds=6'),
   'bi_adaptformer': ('--config.method.bottleneck=4',),
   'bi_lora': ('--config.method.rank=4',),
+  'paca': ('--config.method.rank=4',),
+  'lamda': ('--config.method.rank=4',),
   'e2vpt': (
     '--config.method.tokens=4',
     '--config.method.prune_tokens=0.5',
