@@ -1,6 +1,7 @@
 """x @ w + delta through a layer's own injection point, so that no gradient of w is ever formed."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -72,7 +73,8 @@ def fused(
       columns = own.columns(name)
       old = y[..., columns]
       with blame(rule, own, 'dot'):
-        new = rule.dot(t, product.operand, old, _kernel(own, name, arrays), _fold_in(key, i))
+        kernel = Kernel(own, name, arrays, plain=box is None and i == 0)
+        new = rule.dot(t, product.operand, old, kernel, _fold_in(key, i))
       if new.shape != old.shape:
         raise ValueError(
           f'dot of {rule.name!r} at {own.path!r} makes {new.shape} of an output {old.shape}'
@@ -92,9 +94,25 @@ def fused(
   return run
 
 
-def _kernel(site: Site, name: str, arrays) -> Callable[[], jax.Array]:
-  """The `w` of `dot`: computes the matrix [fan_in, fan_out] as the rules before leave it."""
-  return lambda: site.leaves[name].fold(site.narrow(name, arrays[name]))
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+  """The `w` of `dot`: `w()` computes the matrix [fan_in, fan_out] as the rules before leave it.
+
+  Attributes:
+    site, name: of which array.
+    arrays: those of the site, as the rules before leave them.
+    plain: whether it is the backbone's own array. Else it is computed, from a box or by a rule
+      before: that takes time and memory, and may have a gradient.
+  """
+
+  site: Site
+  name: str
+  arrays: Mapping[str, Any]
+  plain: bool
+
+  def __call__(self) -> jax.Array:
+    leaf = self.site.leaves[self.name]
+    return leaf.fold(self.site.narrow(self.name, self.arrays[self.name]))
 
 
 def _fold_in(key, number: int):

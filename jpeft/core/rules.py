@@ -117,8 +117,9 @@ class Weight(_Made):
     dot: (t, x, y, w, key) -> y', what `apply` does to y = x @ w for the site's only kernel, without
       the kernel: no gradient of its size is ever formed. What `apply` changes beside the kernel is
       computed as for a rule without `dot`. `x` multiplies matrices [fan_in, k] by `@`
-      (a convolution does so as a convolution); `w` is a function that returns [fan_in, fan_out];
-      `key` is None outside training.
+      (a convolution does so as a convolution); `w` is a function that returns [fan_in, fan_out],
+      and `w.plain` says whether that is the backbone's own array, neither a box nor changed by a
+      rule before; `key` is None outside training.
     fixed: entries of t that are not trained: 'gate' is that entry of t, or all that is in it,
       'kernel/a' an entry of an entry, '*/a' the entry 'a' of each. Integers and booleans are never
       trained, and need not be named.

@@ -15,6 +15,7 @@ PRESETS: dict[str, tuple[str, dict]] = {
   'lora_packed': ('lora', _PACKED),
   'lora_all': ('lora', {'targets': '{linear}'}),
   'lora_all_packed': ('lora', {'targets': '{linear}', **_PACKED}),
+  'paca': ('paca', {'rank': 16}),  # as many numbers as `lora_all` of rank 8
   'qlora': ('qlora', {'rank': 8, 'alpha': 8}),
   'lst': ('lst', _LEAN),
   'lst_mlp': ('lst', {**_LEAN, 'block': 'mlp'}),

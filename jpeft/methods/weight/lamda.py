@@ -33,6 +33,7 @@ from ..check import choice, require
 from ..nn import drop, uniform
 from .lora import check_rank, required
 
+
 @factory
 def lamda(
   rank: int = 32,

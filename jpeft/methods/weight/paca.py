@@ -7,8 +7,12 @@ columns are rows here) and r chosen rows I, with s = alpha / r:
   w'_I = w_I + s d        w' = w elsewhere        d [r, fan_out], 0 at first
   y' = x w + s x_I d      dd = s x_I^T dy
 
-The backward pass keeps x_I, r numbers a token, and not x. Where LoRA has two products in a row,
-this has one.
+The backward pass keeps x_I, r numbers a token, and not x.
+
+Many tokens are multiplied by a copy of w with its rows changed, which the backward pass makes
+again: x w' is then the only product of the layer. Where tokens are few, copies of a large kernel
+move more than that saves; and a kernel in 4 bits would have to be decoded for them. There s x_I d
+is added to x w.
 
 I is drawn for each kernel from the random key of theta; `choose` takes the rows of the largest or
 of the smallest norms instead, the alternatives in the official code. I is in theta, and no
@@ -21,10 +25,13 @@ the method starts as the 4-bit model, and the 4-bit product stays as it is. Conv
 adapted too: their chosen rows are channels at places of the window.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
-from jpeft.core import Method, at, factory, matrix
+from jpeft.core import Method, Operand, at, factory, matrix
+from jpeft.residuals import tied
 
 from ..check import choice, require, whole
 
@@ -64,9 +71,50 @@ def paca(
     return w.at[t['rows']].add((scale * t['d']).astype(w.dtype))
 
   def dot(t, x, y, w, key):
+    if w.plain and _copies(y.shape, x.fan_in):
+      return _product(x, w(), t['rows'], scale * t['d'])
     return y + scale * (x.columns(t['rows']) @ t['d'])
 
   return at(targets, matrix(name, init, weight, dot))
+
+
+def _copies(shape: tuple[int, ...], fan_in: int) -> bool:
+  """Whether a changed copy of the kernel moves fewer numbers than products beside it.
+
+  Args:
+    shape: of the output, [..., fan_out].
+    fan_in: of the kernel.
+  """
+  *batch, fan_out = shape
+  read_and_written = 2 * fan_in * fan_out
+  x_read_and_y_changed = math.prod(batch) * (fan_in + 2 * fan_out)
+  return read_and_written <= x_read_and_y_changed
+
+
+def _product(x: Operand, w, rows, change) -> jax.Array:
+  """x w' with change [r, fan_out] added to some rows of w; kept are those columns of x."""
+
+  def multiplied(v, w, rows, change):
+    changed = w.at[rows].add(change.astype(w.dtype), indices_are_sorted=True, unique_indices=True)
+    return x.map(lambda _: v) @ changed
+
+  def forward(v, w, rows, change):
+    columns = x.map(lambda _: v).columns(rows)
+    return multiplied(v, w, rows, change), (columns, w, rows, change)
+
+  def backward(kept, g):
+    # Tied to the cotangent: XLA could else keep the kernel of the forward pass.
+    (columns, w, rows, change), g = tied(kept, g)
+    shape = jax.ShapeDtypeStruct(x.x.shape, x.x.dtype)
+    (d_x,) = jax.linear_transpose(lambda v: multiplied(v, w, rows, change), shape)(g)
+    columns = columns.reshape(-1, columns.shape[-1])
+    d_out = g.reshape(-1, g.shape[-1])
+    d_change = jnp.dot(columns.T, d_out, preferred_element_type=jnp.float32)
+    return d_x, None, None, d_change.astype(change.dtype)
+
+  product = jax.custom_vjp(multiplied)
+  product.defvjp(forward, backward)
+  return product(x.x, w, rows, change)
 
 
 # Orders of the rows of a kernel, the first to be chosen in front.

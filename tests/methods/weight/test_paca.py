@@ -19,6 +19,8 @@ W = np.array([[1, 2, 3], [4, 5, 6.0]])
 X = jnp.array([[1.0, 0, -1], [2, 1, 0]])
 RNG = np.random.default_rng(0)
 LLAMA_7B = full_size.llama(32, 4096, 11008)
+# Fewer tokens are multiplied by the change beside the kernel, more by a changed kernel.
+TOKENS = pytest.mark.parametrize('tokens', [5, 70])
 
 
 def dense(w=W, x=X, **hyperparameters):
@@ -86,8 +88,9 @@ def test_training_changes_the_chosen_rows_alone():
   np.testing.assert_array_equal(bias(variables), bias(merged))
 
 
-def test_the_backward_pass_keeps_the_chosen_columns_of_the_input():
-  x = jnp.asarray(RNG.normal(size=(7, 12)), jnp.float32)
+@TOKENS
+def test_the_backward_pass_keeps_the_chosen_columns_of_the_input(tokens):
+  x = jnp.asarray(RNG.normal(size=(tokens, 12)), jnp.float32)
   tuned, variables = dense(RNG.normal(size=(9, 12)), x, rank=4)
   theta = tuned.init(jax.random.key(0), variables)
   trained, held = tuned.split(theta)
@@ -100,7 +103,7 @@ def test_the_backward_pass_keeps_the_chosen_columns_of_the_input():
     weights=(variables, trained, held),
     given=False,
   )
-  assert [leaf.shape for leaf in kept if leaf.dtype == x.dtype] == [(7, 4)]
+  assert [leaf.shape for leaf in kept if leaf.dtype == x.dtype] == [(tokens, 4)]
   given = residuals(
     lambda p, *rest: tuned.apply(tuned.join(p, rest[1]), rest[0], rest[2]),
     trained,
@@ -111,8 +114,9 @@ def test_the_backward_pass_keeps_the_chosen_columns_of_the_input():
   assert x.shape not in [leaf.shape for leaf in given]
 
 
-def test_the_gradient_is_that_of_the_kernels_rows():
-  x = jnp.asarray(RNG.normal(size=(7, 12)), jnp.float32)
+@TOKENS
+def test_the_gradient_is_that_of_the_kernels_rows(tokens):
+  x = jnp.asarray(RNG.normal(size=(tokens, 12)), jnp.float32)
   tuned, variables = dense(RNG.normal(size=(9, 12)), x, rank=4, alpha=4)
   theta = noisy(tuned.init(jax.random.key(0), variables), 0.3)
   rows = of_root(theta)['rows']
@@ -122,6 +126,9 @@ def test_the_gradient_is_that_of_the_kernels_rows():
   kernel = tuned.merge(theta, variables)['params']['kernel']
   whole = jax.grad(lambda w: jnp.sum(jnp.sin(x @ w)))(kernel)
   np.testing.assert_allclose(grad, whole[rows], atol=1e-5)
+  d_x = jax.grad(lambda x: jnp.sum(jnp.sin(tuned.apply(theta, variables, x))))(x)
+  expected = jax.grad(lambda x: jnp.sum(jnp.sin(x @ kernel)))(x)
+  np.testing.assert_allclose(d_x, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
@@ -165,10 +172,30 @@ def test_a_4_bit_layer_with_all_rows_is_trained_as_a_whole():
     grads = jax.grad(lambda p: jnp.sum(jnp.sin(tuned.apply(tuned.join(p, held), small, x))))(
       trained
     )
-    trained = jax.tree.map(lambda p, g: p - 0.1 * g, trained, grads)
-    kernel = kernel - 0.1 * jax.grad(lambda w: jnp.sum(jnp.sin(x @ w)))(kernel)
+    trained = jax.tree.map(lambda p, g: p - 0.01 * g, trained, grads)
+    kernel = kernel - 0.01 * jax.grad(lambda w: jnp.sum(jnp.sin(x @ w)))(kernel)
   out = tuned.apply(tuned.join(trained, held), small, x)
   np.testing.assert_allclose(out, x @ kernel, atol=1e-4)
+
+
+def test_a_rule_before_it_gets_its_gradient():
+  x = jnp.asarray(RNG.normal(size=(70, 12)), jnp.float32)
+  model = nn.Dense(9)
+  variables = model.init(jax.random.key(0), x)
+  method = jpeft.chain(jpeft.lora(2, targets=''), paca(4, targets=''))
+  tuned = jpeft.attach(model, method, variables, x)
+  theta = noisy(tuned.init(jax.random.key(0), variables), 0.3)
+  merged = tuned.merge(theta, variables)
+  out = tuned.apply(theta, variables, x)
+  np.testing.assert_allclose(out, model.apply(merged, x), atol=1e-5)
+  trained, held = tuned.split(theta)
+
+  def loss(trained, apply):
+    return jnp.sum(jnp.sin(apply(tuned.join(trained, held))))
+
+  found = jax.grad(loss)(trained, lambda t: tuned.apply(t, variables, x))
+  expected = jax.grad(loss)(trained, lambda t: model.apply(tuned.merge(t, variables), x))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found, expected)
 
 
 def test_rows_are_drawn_or_chosen_by_their_norms():
