@@ -297,7 +297,18 @@ FIELDS: dict[str, Field] = {
   'loss.standardize': _flag(
     True, 'learn numbers less their mean over their deviation in the training split'
   ),
-  'optimizer.name': _choice('adamw', 'update rule', 'adamw', 'adam', 'sgd', 'lion', 'adafactor'),
+  'optimizer.name': _choice(
+    'adamw',
+    'update rule',
+    'adamw',
+    'adam',
+    'sgd',
+    'lion',
+    'adafactor',
+    'galore',
+    'natural_galore',
+    'muon',
+  ),
   'optimizer.lr': _positive(float, 1e-3, 'learning rate at its highest'),
   'optimizer.weight_decay': _not_negative(float, 0.0, 'decoupled'),
   'optimizer.decay_vectors': _flag(False, 'decay biases, scales and other 1-d arrays too'),
@@ -320,6 +331,15 @@ FIELDS: dict[str, Field] = {
     _are_groups,
   ),
   'optimizer.lora_plus': _positive(float, None, 'LoRA+: lr factor of the b matrices'),
+  'optimizer.rank': _positive(int, 128, 'GaLore: rank of the projected gradients'),
+  'optimizer.every': _positive(int, 200, 'GaLore: updates from one SVD to the next'),
+  'optimizer.scale': _positive(float, 0.25, 'GaLore: of the update'),
+  'optimizer.history': _positive(int, 20, 'Natural GaLore: projected gradients that are kept'),
+  'optimizer.matrices': Field(
+    TEXT,
+    '.*',
+    'GaLore, Muon: regex for the paths of theta whose matrices they update; Adam the rest',
+  ),
   'optimizer.accumulate': _positive(int, 1, 'micro-batches that a batch is cut into'),
   'optimizer.offload': _flag(
     False, 'keep its state in host memory between updates; a CPU has no other'
@@ -436,6 +456,7 @@ def complete(values) -> ConfigDict:
     out['eval.metric'] = TASKS[out['task']].metrics[0]
   _check_task(out)
   _check_data(out)
+  _check_optimizer(out)
   _check_schedule(out)
   return ConfigDict(nest(out)).lock()
 
@@ -498,6 +519,25 @@ def _check_data(out: dict[str, Any]) -> None:
       f'config.data.augment={out["data.augment"]!r} changes the images each epoch: with '
       "config.data.cache_features it must be 'none'"
     )
+
+
+# Keys that some update rules alone read.
+_OF_RULES = {
+  'optimizer.rank': ('galore', 'natural_galore'),
+  'optimizer.every': ('galore', 'natural_galore'),
+  'optimizer.scale': ('galore', 'natural_galore'),
+  'optimizer.history': ('natural_galore',),
+  'optimizer.matrices': ('galore', 'natural_galore', 'muon'),
+}
+
+
+def _check_optimizer(out: dict[str, Any]) -> None:
+  for key, names in _OF_RULES.items():
+    if out[key] != FIELDS[key].default and out['optimizer.name'] not in names:
+      raise ValueError(
+        f'config.{key}={out[key]!r} says nothing to config.optimizer.name='
+        f'{out["optimizer.name"]!r}; it is for {" and ".join(names)}'
+      )
 
 
 def _check_schedule(out: dict[str, Any]) -> None:

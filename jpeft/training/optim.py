@@ -19,6 +19,7 @@ import optax
 from jpeft.core import Site, Tuned, freeze, leaf_paths
 from jpeft.messages import did_you_mean
 
+from .galore import scale_by_galore as scale_by_galore
 from .matrix_view import axes_of
 from .matrix_view import fold as fold
 from .matrix_view import name_of as _name
@@ -186,7 +187,7 @@ def scale_by_factors(factors: dict) -> optax.GradientTransformation:
 # ---- The update rule.
 
 
-def matrices(tuned: Tuned):
+def decays(tuned: Tuned):
   """params -> bools: True for the leaves to decay, which are a matrix or more in one layer."""
 
   def leaf(path, x):
@@ -196,19 +197,52 @@ def matrices(tuned: Tuned):
 
 
 def rule(
-  name: str, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
+  tuned: Tuned,
+  name: str,
+  *,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-8,
+  rank: int = 128,
+  every: int = 200,
+  scale: float = 0.25,
+  history: int = 20,
+  matrices: str = '.*',
 ) -> optax.GradientTransformation:
   """The update direction of an optimizer by name, before weight decay and learning rate.
 
+  'galore', 'natural_galore' (see `scale_by_galore`) and 'muon' (that of Optax) act on the matrices
+  of theta, see `on_matrices`, and Adam on everything else.
+
+  Args:
+    tuned: from `attach`.
+    name: of the rule.
+    b1, b2, eps: of Adam and its kin; 'sgd' reads b1 alone.
+    rank, every, scale: of GaLore.
+    history: of Natural GaLore.
+    matrices: regex for the paths of theta that a rule of matrices acts on.
+
   Raises:
-    ValueError: an unknown name.
+    ValueError: an unknown name, or a pattern that matches no matrix.
   """
+  adam = optax.scale_by_adam(b1, b2, eps)
+
+  def of_matrices(tx):
+    return on_matrices(tuned, tx, adam, matrices)
+
+  def galore(history=None):
+    tx = scale_by_galore(rank, every, scale, b1=b1, b2=b2, eps=eps, history=history)
+    return of_matrices(tx)
+
   known = {
-    'adamw': lambda: optax.scale_by_adam(b1, b2, eps),
-    'adam': lambda: optax.scale_by_adam(b1, b2, eps),
+    'adamw': lambda: adam,
+    'adam': lambda: adam,
     'sgd': lambda: optax.trace(b1) if b1 else optax.identity(),
     'lion': lambda: optax.scale_by_lion(b1, b2),
     'adafactor': lambda: optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
+    'galore': galore,
+    'natural_galore': lambda: galore(history),
+    'muon': lambda: of_matrices(optax.contrib.scale_by_muon()),
   }
   if name not in known:
     raise ValueError(
@@ -232,6 +266,11 @@ def optimizer(
   layer_decay: float = 1.0,
   groups: Sequence[tuple[str, float]] = (),
   lora_plus: float | None = None,
+  rank: int = 128,
+  every: int = 200,
+  scale: float = 0.25,
+  history: int = 20,
+  matrices: str = '.*',
 ) -> optax.GradientTransformation:
   """The optimizer of theta: clip, direction, decay, factors, rate.
 
@@ -248,11 +287,12 @@ def optimizer(
     decay_vectors: decay 1-d arrays as well.
     clip_norm: largest global norm of the gradient of theta.
     layer_decay, groups, lora_plus: see `factors`.
+    rank, every, scale, history, matrices: of rules of matrices, see `rule`.
 
   Raises:
     ValueError: an unknown name, a pattern that matches nothing.
   """
-  decayed = None if decay_vectors else matrices(tuned)
+  decayed = None if decay_vectors else decays(tuned)
   decay = optax.add_decayed_weights(weight_decay, decayed)
   coupled = name in ('adam', 'sgd')
   scales = factors(tuned, theta, groups, layer_decay, lora_plus)
@@ -262,7 +302,17 @@ def optimizer(
     parts.append(optax.clip_by_global_norm(clip_norm))
   if weight_decay and coupled:
     parts.append(decay)
-  parts.append(rule(name, b1, b2, eps))
+  hyperparameters = dict(
+    b1=b1,
+    b2=b2,
+    eps=eps,
+    rank=rank,
+    every=every,
+    scale=scale,
+    history=history,
+    matrices=matrices,
+  )
+  parts.append(rule(tuned, name, **hyperparameters))
   if weight_decay and not coupled:
     parts.append(decay)
   if not all(isinstance(f, float) and math.isclose(f, 1.0) for f in scales.values()):

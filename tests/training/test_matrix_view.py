@@ -94,7 +94,7 @@ def test_what_a_rule_has_for_one_matrix():
     'low/wo/b': (2, 16),
   }
   # Of each kernel l is a vector, which weight decay spares.
-  decayed = optim.matrices(tuned)(theta)
+  decayed = optim.decays(tuned)(theta)
   assert jax.tree.leaves(decayed['gain']) == [False] * 2
   assert jax.tree.leaves(decayed['low']) == [True] * 4
 

@@ -1,0 +1,158 @@
+"""GaLore and Natural GaLore: Adam whose moments are those of projected gradients.
+
+Zhao et al., 2024 (arXiv 2403.03507); Das, 2024, "Natural GaLore" (2410.16029). For a gradient g
+[m, n] of one matrix and a projection p with orthonormal columns, refreshed by an SVD of the
+gradient each `every` updates:
+
+  left    p [m, r] = U_r      r_t = p^T g  [r, n]      back(u) = p u
+  right   p [n, r] = V_r      r_t = g p    [m, r]      back(u) = u p^T
+
+Adam's moments are kept of r_t, and the update is scale * back(Adam's direction). The side is the
+shorter one unless it is chosen. The state of a matrix is r m + 2 r n numbers (m <= n, left), where
+Adam has 2 m n. Moments are neither rotated nor cleared by a refresh, as in the official code; the
+first refresh is at the first update.
+
+Natural GaLore puts (damping I + H H^T)^-1 r_t in place of r_t, with H = [vec r_{t-s+1} .. vec r_t],
+s = `history`. r_t is the last column e_s of H, so that this is H (damping I + H^T H)^-1 e_s: a
+system of s equations, and none of the cancellation that the form by Woodbury's identity has in
+float32. The history is s r n further numbers and can outweigh what the projection saves.
+
+Both are transforms of one matrix; `on_matrices` runs them on theta. Adam here adds eps to the root
+of the mean square before the bias is corrected, as the official code does.
+"""
+
+import warnings
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+SIDES = ('short', 'long', 'left', 'right')
+
+
+class GaLoreState(NamedTuple):
+  """State of `scale_by_galore` for a matrix [m, n].
+
+  Attributes:
+    count: updates so far.
+    basis: p, [m, r] or [n, r].
+    mean: of the projected gradient, [r, n] or [m, r].
+    square: mean of its square.
+    history: the last projected gradients as rows [s, r n]; None for plain GaLore.
+  """
+
+  count: jax.Array
+  basis: jax.Array
+  mean: jax.Array
+  square: jax.Array
+  history: jax.Array | None
+
+
+def scale_by_galore(
+  rank: int = 128,
+  every: int = 200,
+  scale: float = 0.25,
+  side: str = 'short',
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-6,
+  history: int | None = None,
+  damping: float = 1e-3,
+) -> optax.GradientTransformation:
+  """Adam's direction of a matrix, from projected gradients (arXiv 2403.03507).
+
+  Args:
+    rank: r; a matrix whose shorter side is shorter still keeps that side.
+    every: updates from one SVD to the next.
+    scale: of the update, alpha in the paper.
+    side: which is projected: the 'short' one of the matrix or the 'long' one (of a square matrix
+      its n), 'left' (m) or 'right' (n).
+    b1, b2, eps: of Adam.
+    history: s, projected gradients that Natural GaLore (2410.16029) keeps; None for GaLore.
+    damping: of Natural GaLore.
+
+  Raises:
+    ValueError: an argument outside its range.
+  """
+  for name, value, least in (('rank', rank, 1), ('every', every, 1), ('history', history, 1)):
+    if value is not None and (int(value) != value or value < least):
+      raise ValueError(f'galore: {name}={value!r} must be a whole number, at least {least}')
+  if side not in SIDES:
+    raise ValueError(f'galore: side={side!r} is none of {", ".join(SIDES)}')
+
+  def init(w):
+    m, n = w.shape
+    r = min(rank, m, n)
+    if _is_left(side, m, n):
+      basis, projected = (m, r), (r, n)
+    else:
+      basis, projected = (n, r), (m, r)
+    zeros = jnp.zeros(projected)
+    past = None
+    if history is not None:
+      past = jnp.zeros((history, zeros.size))
+      _warn_of_history(m, n, basis, projected, history)
+    return GaLoreState(jnp.zeros((), jnp.int32), jnp.zeros(basis), zeros, zeros, past)
+
+  def update(g, state, w=None):
+    gradient = g.astype(jnp.float32)
+    left = _is_left(side, *g.shape)
+
+    def refreshed():
+      u, _, vt = jnp.linalg.svd(gradient, full_matrices=False)
+      r = state.basis.shape[1]
+      return u[:, :r] if left else vt[:r].T
+
+    basis = jax.lax.cond(state.count % every == 0, refreshed, lambda: state.basis)
+    low = basis.T @ gradient if left else gradient @ basis
+    past = state.history
+    if past is not None:
+      past = jnp.concatenate([past[1:], low.reshape(1, -1)])
+      low = natural(past, damping).reshape(low.shape)
+    count = state.count + 1
+    mean = b1 * state.mean + (1 - b1) * low
+    square = b2 * state.square + (1 - b2) * low**2
+    corrected = jnp.sqrt(1 - b2**count) / (1 - b1**count)
+    direction = corrected * mean / (jnp.sqrt(square) + eps)
+    back = basis @ direction if left else direction @ basis.T
+    return (scale * back).astype(g.dtype), GaLoreState(count, basis, mean, square, past)
+
+  return optax.GradientTransformation(init, update)
+
+
+def natural(history: jax.Array, damping: float) -> jax.Array:
+  """(damping I + H H^T)^-1 g of the last gradient g.
+
+  Args:
+    history: H^T, gradients as rows [s, k], g the last.
+    damping: above 0.
+
+  Returns:
+    [k].
+  """
+  count = len(history)
+  gram = history @ history.T + damping * jnp.eye(count, dtype=history.dtype)
+  factor = jax.scipy.linalg.cho_factor(gram)
+  last = jnp.zeros(count, history.dtype).at[-1].set(1)
+  return jax.scipy.linalg.cho_solve(factor, last) @ history
+
+
+def _is_left(side: str, m: int, n: int) -> bool:
+  if side in ('left', 'right'):
+    return side == 'left'
+  return (m < n) == (side == 'short')
+
+
+def _warn_of_history(m: int, n: int, basis, projected, history: int) -> None:
+  size = projected[0] * projected[1]
+  ours = basis[0] * basis[1] + (2 + history) * size
+  if ours <= 2 * m * n:
+    return
+  most = (2 * m * n - basis[0] * basis[1]) // size - 2
+  instead = f'history={most} needs no more' if most >= 1 else 'take a lower rank'
+  warnings.warn(
+    f'natural GaLore keeps {ours:,} numbers of a matrix [{m}, {n}], and Adam {2 * m * n:,}: '
+    f'{instead}',
+    stacklevel=2,
+  )
