@@ -223,6 +223,16 @@ class Bound:
     """All arguments of the call by parameter name, arrays and others."""
     return named(getattr(type(self.module), self._rule.method), args, kwargs)
 
+  def changed(self, args, kwargs, change: Callable[[str, Any], Any]) -> tuple[list, dict[str, Any]]:
+    """The arguments of the call with change(parameter name, argument) in place of each.
+
+    They are told apart by their places: one array may be given for several parameters.
+    """
+    places = self.arguments(*range(len(args)), **{key: key for key in kwargs})
+    names = {place: name for name, place in places.items()}
+    new_args = [change(names[place], a) for place, a in enumerate(args)]
+    return new_args, {key: change(names[key], a) for key, a in kwargs.items()}
+
   def adds(self, name: str, args, kwargs) -> bool:
     """Whether the module adds an array argument as it is to what it computes, as a bias of logits.
 
@@ -238,9 +248,7 @@ class Bound:
 
     def run(given, arrays, specs):
       args, kwargs = put(specs)
-      old = self.inputs(*args, **kwargs)[name]
-      args = [given[name] if a is old else a for a in args]
-      kwargs = {key: given[name] if a is old else a for key, a in kwargs.items()}
+      args, kwargs = self.changed(args, kwargs, lambda key, a: given.get(key, a))
       return fn(arrays, *args, **kwargs)
 
     given = {name: spec_of(self.inputs(*args, **kwargs)[name])}

@@ -2,6 +2,7 @@
 
 from .adapter.binary import bi_adaptformer, bi_head, bi_lora, from_bits, to_bits
 from .adapter.bottleneck import adaptformer, houlsby, parallel, pfeiffer
+from .adapter.mam import mam
 from .arguments import on_first
 from .keys import more_keys
 from .memory.meft import meft, reconstruction_error
@@ -9,6 +10,7 @@ from .memory.s2a import packed, s2a
 from .memory.velora import directed, projected, velora
 from .nn import drop
 from .presets import names, preset
+from .prompt.dept import dept
 from .prompt.e2vpt import e2vpt
 from .prompt.prefix import prefix
 from .prompt.prompt_tuning import prompt_tuning
@@ -46,6 +48,7 @@ __all__ = [
   'bi_head',
   'bi_lora',
   'bitfit',
+  'dept',
   'directed',
   'dist',
   'dora',
@@ -65,6 +68,7 @@ __all__ = [
   'lora_fa',
   'lst',
   'make',
+  'mam',
   'meft',
   'more_keys',
   'names',

@@ -28,16 +28,9 @@ def on_first(
     fn: of the first array.
     other: (parameter name, argument) -> what stands in place of a further argument.
   """
-  arguments = call.arguments(*args, **kwargs)
-  x = first_array(call, args, kwargs)
-  # By identity: args and kwargs have no parameter names, and are passed on in the form they came.
-  names = {id(a): name for name, a in arguments.items()}
+  first = next(iter(call.inputs(*args, **kwargs)))
 
-  def changed(a):
-    if a is x:
-      return fn(a)
-    if id(a) in names:
-      return other(names[id(a)], a)
-    return a
+  def changed(name, a):
+    return fn(a) if name == first else other(name, a)
 
-  return [changed(a) for a in args], {name: changed(a) for name, a in kwargs.items()}
+  return call.changed(args, kwargs, changed)

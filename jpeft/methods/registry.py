@@ -11,9 +11,11 @@ from jpeft.registering import module_of
 
 from .adapter.binary import bi_adaptformer, bi_lora
 from .adapter.bottleneck import adaptformer, houlsby, parallel, pfeiffer
+from .adapter.mam import mam
 from .memory.meft import meft
 from .memory.s2a import packed, s2a
 from .memory.velora import velora
+from .prompt.dept import dept
 from .prompt.e2vpt import e2vpt
 from .prompt.prefix import prefix
 from .prompt.prompt_tuning import prompt_tuning
@@ -102,6 +104,7 @@ REGISTRY: dict[str, Entry] = {
   'houlsby': Entry(houlsby, '1902.00751', 'adapters after attention and MLP'),
   'pfeiffer': Entry(pfeiffer, '2005.00247', 'adapters after the MLP'),
   'parallel': Entry(parallel, '2110.04366', 'scaled adapters beside the MLP'),
+  'mam': Entry(mam, '2110.04366', 'MAM: a prefix in attention, a scaled adapter beside the MLP'),
   'adaptformer': Entry(adaptformer, '2205.13535', 'AdaptFormer: adapters beside norm and MLP'),
   'bi_adaptformer': Entry(bi_adaptformer, '2307.16867', 'AdaptFormer with weights of one bit'),
   'vpt_shallow': Entry(vpt_shallow, '2203.12119', 'VPT: prompt tokens before the first block'),
@@ -111,6 +114,7 @@ REGISTRY: dict[str, Entry] = {
   'prompt_tuning': Entry(
     prompt_tuning, '2104.08691', 'prompt tuning: rows before the embedded words'
   ),
+  'dept': Entry(dept, '2309.05173', 'DePT: a short prompt, and embedded words changed by position'),
   'velora': Entry(velora, '2405.17991', 'VeLoRA: kernels trained from projections of their inputs'),
   'meft': Entry(
     meft, '2306.00477', 'MEFT: the backbone made reversible; nothing is kept of a layer'

@@ -92,6 +92,7 @@ ROWS: dict[str, Row] = {
   ),
   'pfeiffer': Row(start=0.1),
   'parallel': Row(start=0, on={CONV: {'targets': '{linear}'}}),
+  'mam': Row(start=None, cannot={CONV: 'no role {attention}'}),
   'adaptformer': Row(start=0, cannot={CONV: 'no role {norm2}', 'linen_bert': 'no role {norm2}'}),
   'bi_adaptformer': Row(
     start=1e-2, cannot={CONV: 'no role {norm2}', 'linen_bert': 'no role {norm2}'}
@@ -103,6 +104,15 @@ ROWS: dict[str, Row] = {
   'e2vpt': Row(hp={'kv_tokens': 2}, start=None, cannot={CONV: 'no role {attention}|' + TOKENS}),
   'prefix': Row(start=None, cannot={CONV: 'no role {attention}'}),
   'prompt_tuning': Row(
+    start=None,
+    on=dict.fromkeys(('linen_gemma', 'nnx_raw'), {'lookup': 'encode'}),
+    cannot={
+      **dict.fromkeys((CONV, *IMAGES), 'before words, integers'),
+      'nnx_llama': 'a call of its method',
+    },
+  ),
+  'dept': Row(
+    hp={'length': 64},
     start=None,
     on=dict.fromkeys(('linen_gemma', 'nnx_raw'), {'lookup': 'encode'}),
     cannot={

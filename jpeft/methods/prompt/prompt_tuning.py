@@ -69,11 +69,11 @@ def prompt_tuning(
   whole('prompt_tuning', 'words', words, 1)
   within('prompt_tuning', 'dropout', dropout, 0, 1)
   require(init in STARTS, 'prompt_tuning', 'init', init, f'must be one of {", ".join(STARTS)}')
-  return _PromptTuning(tokens, init, words, dropout, embed, lookup, name).method()
+  return PromptTuning(tokens, init, words, dropout, embed, lookup, name).method()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _PromptTuning:
+class PromptTuning:
   """The rules of `prompt_tuning`; the fields are its arguments."""
 
   tokens: int

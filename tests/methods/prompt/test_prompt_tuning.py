@@ -11,6 +11,7 @@ import pytest
 import jpeft
 from jpeft import models
 from jpeft.methods.prompt.prompt_tuning import prompt_tuning
+from tests.methods.small import TOKENS, t5
 from tests.models.goldens import GOLDEN, golden
 
 P = 3
@@ -79,6 +80,15 @@ def test_no_rows_leave_the_model_as_it_is():
   np.testing.assert_array_equal(
     tuned.apply(theta, loaded.variables, **inputs), loaded.model.apply(loaded.variables, **inputs)
   )
+
+
+def test_one_array_may_be_the_words_of_both_sides():
+  model, variables = t5()
+  tuned = jpeft.attach(model, prompt_tuning(P), variables, TOKENS, TOKENS)
+  theta = tuned.init(jax.random.key(0), variables)
+  one = tuned.apply(theta, variables, TOKENS, TOKENS)
+  two = tuned.apply(theta, variables, TOKENS, jnp.array(TOKENS))
+  np.testing.assert_array_equal(one, two)
 
 
 class Marked(nn.Module):
