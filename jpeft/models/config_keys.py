@@ -15,7 +15,11 @@ _FLAGS = (
   *('use_gated_mlp', 'use_mask_token', 'use_mean_pooling', 'use_relative_position_bias'),
   *('use_shared_relative_position_bias', 'use_sliding_window', 'use_swiglu_ffn'),
 )
-_TEXTS = ('activation', 'feed_forward_proj', 'hidden_act', 'jpeft_pool', 'position_embedding_type')
+_TEXTS = (
+  *('activation', 'feed_forward_proj', 'hidden_act', 'jpeft_pool'),
+  'position_embedding_type',
+)
+_MAYBE_TEXTS = ('hidden_activation',)
 _RATES = (
   *('attention_dropout', 'attention_probs_dropout_prob', 'dropout', 'dropout_rate'),
   'hidden_dropout_prob',
@@ -38,6 +42,7 @@ _COUNTS = {
 }
 _MAYBE_COUNTS = {
   'head_dim': (1, 2**16),
+  'sliding_window_pattern': (1, 2**12),
   'num_decoder_layers': (1, 2**12),
   'num_key_value_heads': (1, 2**16),
   'pad_token_id': (-1, _WIDE),
@@ -49,6 +54,8 @@ _NUMBERS = {
   **dict.fromkeys(('layer_scale_init_value', 'layerscale_value'), (-1e6, 1e6)),
   'mlp_ratio': (1e-3, 1e3),
   'partial_rotary_factor': (0, 1),
+  'query_pre_attn_scalar': (1e-3, 1e6),
+  'rope_local_base_freq': (1e-3, 1e12),
   'rope_theta': (1e-3, 1e12),
 }
 _SIDES = {'image_size': (1, 2**14), 'patch_size': (1, 2**14)}
@@ -64,6 +71,8 @@ _ROPE = {
   **dict.fromkeys(('rope_type?', 'type?'), str),
   'truncate?': bool,
 }
+# Gemma 3 has rotary positions for each type of its layers.
+_ROPES = {**_ROPE, **dict.fromkeys(('full_attention?', 'sliding_attention?'), (_ROPE, None))}
 _SCHEMA = {
   'model_type': str,
   'architectures?': ([str], None),
@@ -71,9 +80,11 @@ _SCHEMA = {
   'label2id?': (dict, None),
   'layer_types?': ([str], None),
   'jpeft_sizes?': dict,
-  **dict.fromkeys(('rope_parameters?', 'rope_scaling?'), (_ROPE, None)),
+  'rope_parameters?': (_ROPES, None),
+  'rope_scaling?': (_ROPE, None),
   **{f'{key}?': (bool, None) for key in _FLAGS},
   **{f'{key}?': str for key in _TEXTS},
+  **{f'{key}?': (str, None) for key in _MAYBE_TEXTS},
   **{f'{key}?': int for key in _COUNTS},
   **{f'{key}?': (int, None) for key in _MAYBE_COUNTS},
   **{f'{key}?': float for key in _NUMBERS},
@@ -95,12 +106,19 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
   for key, (least, most) in bounds.items():
     _check_between(config.get(key), least, most, where, key)
   for name in ('rope_parameters', 'rope_scaling'):
-    for key, (least, most) in _ROPE_NUMBERS.items():
-      _check_between((config.get(name) or {}).get(key), least, most, where, f'{name}.{key}')
+    _check_rope(config.get(name) or {}, where, name)
+    for kind in ('full_attention', 'sliding_attention'):
+      _check_rope((config.get(name) or {}).get(kind) or {}, where, f'{name}.{kind}')
   for key in _SIDES:
     if isinstance(config.get(key), list) and len(config[key]) != 2:
       raise ValueError(f'{where}: {key} must be one number or two, not {config[key]!r:.60}')
   _check_heads(config, where)
+
+
+def _check_rope(rope: Mapping[str, Any], where: str, name: str) -> None:
+  """Raises a ValueError for a number of rotary positions that is not within its bounds."""
+  for key, (least, most) in _ROPE_NUMBERS.items():
+    _check_between(rope.get(key), least, most, where, f'{name}.{key}')
 
 
 def _check_between(value: Any, least: float, most: float, where: str, key: str) -> None:

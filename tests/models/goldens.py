@@ -38,6 +38,8 @@ KIN = (
   'dinov3',
   'dinov3_gated',
   'llama_yarn',
+  'gemma',
+  'gemma3',
 )
 INPUTS = ('images', 'tokens', 'decoder_tokens', 'mask', 'types')
 # What transformers calls them.

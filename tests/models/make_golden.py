@@ -212,6 +212,20 @@ MODELS = {
       rope_theta=10.0,
     ),
   ),
+  'gemma': ('GemmaForCausalLM', transformers.GemmaConfig(**CAUSAL)),
+  'gemma3': (
+    'Gemma3ForCausalLM',
+    transformers.Gemma3TextConfig(
+      **{**CAUSAL, 'num_hidden_layers': 3},
+      query_pre_attn_scalar=9,
+      sliding_window=5,
+      layer_types=['sliding_attention', 'full_attention', 'sliding_attention'],
+      rope_parameters={
+        'full_attention': {'rope_type': 'linear', 'factor': 8.0, 'rope_theta': 1000.0},
+        'sliding_attention': {'rope_type': 'default', 'rope_theta': 100.0},
+      },
+    ),
+  ),
 }
 
 

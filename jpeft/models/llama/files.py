@@ -1,4 +1,4 @@
-"""Llama, Mistral, SmolLM2, Qwen2 and Qwen3 as Hugging Face stores them."""
+"""Llama, Mistral, SmolLM2, Qwen2, Qwen3, Gemma and Gemma 3 as Hugging Face stores them."""
 
 import functools
 import math
@@ -29,16 +29,40 @@ _NORMS = {
   'attention/query_norm': 'self_attn.q_norm',
   'attention/key_norm': 'self_attn.k_norm',
 }
+# Gemma 3 has norms behind each branch too, one of them under the name of another's second norm.
+_BRANCH_NORMS = {
+  'norm2': 'pre_feedforward_layernorm',
+  'branch_norm1': 'post_attention_layernorm',
+  'branch_norm2': 'post_feedforward_layernorm',
+}
 _ROWS = (
   ('embed', 'embed', 'embed_tokens'),
   ('final_norm', 'norm', 'norm'),
   *((f'decoder/block/{ours}', 'dense', _BLOCK + theirs) for ours, theirs in _LINEAR.items()),
-  *((f'decoder/block/{ours}', 'norm', _BLOCK + theirs) for ours, theirs in _NORMS.items()),
 )
+
+
+def _rows(branch_norms: bool) -> tuple[tuple[str, str, str], ...]:
+  """The rows of the table of a model."""
+  norms = _NORMS | _BRANCH_NORMS if branch_norms else _NORMS
+  return (
+    *_ROWS,
+    *((f'decoder/block/{ours}', 'norm', _BLOCK + theirs) for ours, theirs in norms.items()),
+  )
+
+
 _HEAD = 'lm_head.weight'
 # Buffers in files of before 2023.
 _FREQUENCIES = r'layers\.\d+\.self_attn\.rotary_emb\.inv_freq'
-_NAMES = {'llama': 'Llama', 'mistral': 'Mistral', 'qwen2': 'Qwen2', 'qwen3': 'Qwen3'}
+_NAMES = {
+  'llama': 'Llama',
+  'mistral': 'Mistral',
+  'qwen2': 'Qwen2',
+  'qwen3': 'Qwen3',
+  'gemma': 'Gemma',
+  'gemma3_text': 'Gemma3Text',
+}
+_GEMMAS = ('gemma', 'gemma3_text')
 _SCALINGS = ('default', 'linear', 'llama3', 'yarn')
 
 
@@ -64,7 +88,11 @@ def _table(kind: str, model: Llama) -> Table:
   tied = model.head == 'text' and model.tied
   head = () if tied or model.head is None else (('head', 'dense', key),)
   architectures = (f'{_NAMES[kind]}Model', _NAMES[kind] + purpose)
-  return Table(base, _ROWS, head, _IGNORE, architectures, tied=tied, other_bases=(other,))
+  if kind == 'gemma3_text' and model.head in ('text', None):
+    architectures = (architectures[0], 'Gemma3ForCausalLM')
+  return Table(
+    base, _rows(model.branch_norms), head, _IGNORE, architectures, tied=tied, other_bases=(other,)
+  )
 
 
 def _build(kind: str, config: Mapping, checkpoint: Checkpoint | None, request: Request) -> Llama:
@@ -84,7 +112,10 @@ def _build(kind: str, config: Mapping, checkpoint: Checkpoint | None, request: R
     # Whatever the config has: the released weights have these biases and no others.
     qkv_bias = True
     out_bias = False
-  tied = config.get('tie_word_embeddings', False)
+  is_gemma = kind in _GEMMAS
+  if is_gemma:
+    _check_gemma(config)
+  tied = config.get('tie_word_embeddings', is_gemma)
   if checkpoint is not None and not tied and request.head == 'text':
     tied = shape_of(checkpoint, _HEAD) is None
   depth = depth_of(config, 'num_hidden_layers', request)
@@ -95,7 +126,7 @@ def _build(kind: str, config: Mapping, checkpoint: Checkpoint | None, request: R
     config['intermediate_size'],
     config['vocab_size'],
     kv_heads=config.get('num_key_value_heads'),
-    head_dim=config.get('head_dim'),
+    head_dim=config.get('head_dim', 256 if is_gemma else None),
     tied=tied,
     num_classes=classes,
     head=request.head,
@@ -103,14 +134,65 @@ def _build(kind: str, config: Mapping, checkpoint: Checkpoint | None, request: R
     qkv_bias=qkv_bias,
     out_bias=out_bias,
     mlp_bias=config.get('mlp_bias', False),
-    qk_norm=kind == 'qwen3',
-    rope=rope_of(config),
+    qk_norm=kind in ('qwen3', 'gemma3_text'),
+    unit_norms=is_gemma,
+    branch_norms=kind == 'gemma3_text',
+    embed_scale=config['hidden_size'] ** 0.5 if is_gemma else None,
+    query_scale=_query_scale(kind, config),
+    rope=rope_of(_rope_config(kind, config, 'full_attention')),
     window=_window(kind, config, depth),
+    window_rope=_window_rope(kind, config),
     eps=config.get('rms_norm_eps', 1e-6),
-    activation=activation(config.get('hidden_act', 'silu')),
+    activation=activation(_activation(kind, config)),
     attention_dropout=config.get('attention_dropout', 0.0),
     **request.fields,
   )
+
+
+def _check_gemma(config: Mapping) -> None:
+  """Raises a ValueError for what a Gemma may have and is not supported."""
+  for key in ('attn_logit_softcapping', 'final_logit_softcapping', 'use_bidirectional_attention'):
+    if config.get(key):
+      raise ValueError(f'{key}={config[key]!r} is not supported, only models without')
+
+
+def _activation(kind: str, config: Mapping) -> str:
+  if kind not in _GEMMAS:
+    return config.get('hidden_act', 'silu')
+  name = config.get('hidden_activation') or config.get('hidden_act') or 'gelu_pytorch_tanh'
+  # The first Gemmas say 'gelu', and were trained with the approximation.
+  return 'gelu_pytorch_tanh' if name == 'gelu' else name
+
+
+def _query_scale(kind: str, config: Mapping) -> float | None:
+  if kind != 'gemma3_text':
+    return None
+  return float(config.get('query_pre_attn_scalar', 256)) ** -0.5
+
+
+# Of Gemma 3 where the config has none.
+_THETAS = {'full_attention': 1e6, 'sliding_attention': 1e4}
+
+
+def _rope_config(kind: str, config: Mapping, layer_type: str) -> Mapping:
+  """The config as `rope_of` reads it, of one type of layers."""
+  if kind != 'gemma3_text':
+    return config
+  of_types = config.get('rope_parameters') or {}
+  if layer_type in of_types:
+    return {'rope_parameters': {'rope_theta': _THETAS[layer_type], **of_types[layer_type]}}
+  if layer_type == 'sliding_attention':
+    return {'rope_theta': config.get('rope_local_base_freq', _THETAS[layer_type])}
+  return {
+    'rope_theta': config.get('rope_theta', _THETAS[layer_type]),
+    'rope_scaling': config.get('rope_scaling'),
+  }
+
+
+def _window_rope(kind: str, config: Mapping) -> Rope | None:
+  if kind != 'gemma3_text':
+    return None
+  return rope_of(_rope_config(kind, config, 'sliding_attention'))
 
 
 def rope_of(config: Mapping) -> Rope:
@@ -174,15 +256,17 @@ def _yarn_magnitude(factor: float, scale: float | None, all_scale: float | None)
   return 0.1 * log + 1
 
 
-def _window(kind: str, config: Mapping, depth: int) -> int | None:
-  """The window of all layers; None if they attend to everything before.
+def _window(kind: str, config: Mapping, depth: int) -> int | None | tuple[int | None, ...]:
+  """The window of all layers, or of each; None if they attend to everything before.
 
   Raises:
-    ValueError: some layers have a window and others have none.
+    ValueError: some layers of a Qwen have a window and others have none.
   """
   window = config.get('sliding_window')
-  if kind == 'llama' or window is None:
+  if kind in ('llama', 'gemma') or window is None:
     return None
+  if kind == 'gemma3_text':
+    return _windows(config, depth)
   if kind == 'mistral':
     return window
   if not config.get('use_sliding_window', False):
@@ -199,6 +283,18 @@ def _window(kind: str, config: Mapping, depth: int) -> int | None:
       'all layers must be of one type'
     )
   return window if slides.pop() else None
+
+
+def _windows(config: Mapping, depth: int) -> int | None | tuple[int | None, ...]:
+  """The windows of a Gemma 3, in which every sixth layer has none; one value if they are alike."""
+  types = config.get('layer_types')
+  if types is None:
+    every = config.get('sliding_window_pattern', 6)
+    types = ['sliding_attention' if (i + 1) % every else 'full_attention' for i in range(depth)]
+  windows = tuple(
+    config['sliding_window'] if name == 'sliding_attention' else None for name in types[:depth]
+  )
+  return windows if len(set(windows)) > 1 else windows[0]
 
 
 def _describe(config: Mapping, model: Llama) -> dict:

@@ -1,4 +1,4 @@
-"""Decoders of the Llama family (arXiv:2302.13971): Llama, Mistral, SmolLM2, Qwen2, Qwen3.
+"""Decoders of the Llama family (arXiv:2302.13971): Llama, Mistral, SmolLM2, Qwen2, Qwen3, Gemma.
 
 Axes: B batch, N tokens, M tokens with those in the cache, H query heads, J key and value heads,
   K head size, D width.
@@ -64,6 +64,8 @@ class CausalAttention(nn.Module):
     qkv_bias: whether query, key and value have a bias.
     out_bias: whether the output projection has a bias.
     qk_norm: whether each head of queries and keys is normalised (RMSNorm) before the rotation.
+    unit_norms: whether these norms are `UnitRMSNorm`.
+    query_scale: what logits are multiplied by; None for 1 / sqrt(head_dim).
     rope: the rotary positions.
     window: a token sees itself and the window - 1 before it; None for all before it.
     eps: of the norms.
@@ -79,6 +81,8 @@ class CausalAttention(nn.Module):
   qkv_bias: bool = False
   out_bias: bool = False
   qk_norm: bool = False
+  unit_norms: bool = False
+  query_scale: float | None = None
   rope: Rope = Rope()
   window: int | None = None
   eps: float = 1e-6
@@ -121,6 +125,9 @@ class CausalAttention(nn.Module):
     positions = positions_in(seen)
 
     query = self.rope.rotate(query, positions)
+    if self.query_scale is not None:
+      # attention_fn divides by sqrt(head_dim) itself.
+      query = query * jnp.asarray(self.query_scale * self.head_dim**0.5, query.dtype)
     # Keys are stored as rotated: their positions never change.
     key = self.rope.rotate(key, positions)
     if caching:
@@ -153,6 +160,8 @@ class LlamaBlock(Block):
   Attributes:
     kv_heads: None for as many as query heads.
     mlp_bias: whether the layers of the MLP have biases.
+    branch_norms: whether what each branch adds to the stream is normalised too.
+    window_rope: the rotary positions of blocks with a window; None for `rope`.
   """
 
   activation: Callable[[jax.Array], jax.Array] = nn.silu
@@ -162,11 +171,18 @@ class LlamaBlock(Block):
   out_bias: bool = False
   mlp_bias: bool = False
   qk_norm: bool = False
+  unit_norms: bool = False
+  branch_norms: bool = False
+  query_scale: float | None = None
   rope: Rope = Rope()
+  window_rope: Rope | None = None
   window: int | None = None
 
   @nn.compact
   def __call__(self, x, mask=None, bias=None, deterministic=True):
+    rope = self.rope
+    if self.window is not None and self.window_rope is not None:
+      rope = self.window_rope
     types = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
     dropout = nn.Dropout(self.dropout, name='dropout')
     attention = CausalAttention(
@@ -176,7 +192,9 @@ class LlamaBlock(Block):
       qkv_bias=self.qkv_bias,
       out_bias=self.out_bias,
       qk_norm=self.qk_norm,
-      rope=self.rope,
+      unit_norms=self.unit_norms,
+      query_scale=self.query_scale,
+      rope=rope,
       window=self.window,
       eps=self.eps,
       dropout=self.attention_dropout,
@@ -187,10 +205,16 @@ class LlamaBlock(Block):
     mlp = MLP(
       self.mlp_dim, self.activation, gated=True, use_bias=self.mlp_bias, name='mlp', **types
     )
+
+    def added(name, y):
+      if self.branch_norms:
+        y = rms_norm(self, name)(y)
+      return dropout(y, deterministic=deterministic)
+
     y = attention(rms_norm(self, 'norm1')(x), mask=mask, bias=bias, deterministic=deterministic)
-    x = x + dropout(y, deterministic=deterministic)
+    x = x + added('branch_norm1', y)
     y = mlp(rms_norm(self, 'norm2')(x), deterministic=deterministic)
-    return x + dropout(y, deterministic=deterministic)
+    return x + added('branch_norm2', y)
 
 
 class Llama(nn.Module):
@@ -217,9 +241,15 @@ class Llama(nn.Module):
     qkv_bias: whether query, key and value have a bias (Qwen2).
     out_bias: whether the output projection of attention has a bias.
     mlp_bias: whether the layers of the MLP have biases.
-    qk_norm: whether each head of queries and keys is normalised (Qwen3).
+    qk_norm: whether each head of queries and keys is normalised (Qwen3, Gemma 3).
+    unit_norms: whether norms multiply by 1 + scale, see `UnitRMSNorm` (Gemma).
+    branch_norms: whether what each branch adds to the stream is normalised too (Gemma 3).
+    embed_scale: what embedded words are multiplied by (Gemma); None for nothing.
+    query_scale: what the logits of attention are multiplied by; None for 1 / sqrt(head_dim).
     rope: the rotary positions.
-    window: a token sees itself and the window - 1 before it (Mistral); None for all before it.
+    window: a token sees itself and the window - 1 before it (Mistral); None for all before it; a
+      tuple has one of both for each block (Gemma 3), and such blocks cannot be scanned.
+    window_rope: the rotary positions of blocks with a window; None for `rope`.
     eps: of the norms.
     activation: of the MLPs.
     dropout: rate on what each branch adds to the stream.
@@ -246,8 +276,13 @@ class Llama(nn.Module):
   out_bias: bool = False
   mlp_bias: bool = False
   qk_norm: bool = False
+  unit_norms: bool = False
+  branch_norms: bool = False
+  embed_scale: float | None = None
+  query_scale: float | None = None
   rope: Rope = Rope()
-  window: int | None = None
+  window: int | tuple[int | None, ...] | None = None
+  window_rope: Rope | None = None
   eps: float = 1e-6
   activation: Callable[[jax.Array], jax.Array] = nn.silu
   dropout: float = 0.0
@@ -284,11 +319,18 @@ class Llama(nn.Module):
       out_bias=self.out_bias,
       mlp_bias=self.mlp_bias,
       qk_norm=self.qk_norm,
+      unit_norms=self.unit_norms,
+      branch_norms=self.branch_norms,
+      query_scale=self.query_scale,
       rope=self.rope,
       window=self.window,
+      window_rope=self.window_rope,
     )
     decoder = Encoder(block, self.depth, self.scan, self.remat, name='decoder')
-    x = decoder(embed(tokens), mask=mask, deterministic=deterministic)  # [B, N, D]
+    x = embed(tokens)
+    if self.embed_scale is not None:
+      x = x * jnp.asarray(self.embed_scale, x.dtype)
+    x = decoder(x, mask=mask, deterministic=deterministic)  # [B, N, D]
     x = rms_norm(self, 'final_norm')(x)
     if head == 'text' and self.tied:
       return embed.attend(x)

@@ -128,7 +128,8 @@ def run_blocks(
   """
   if scan and isinstance(block, tuple):
     raise ValueError(
-      'scan=True runs one program for all blocks, and these have different sizes: use scan=False'
+      'scan=True runs one program for all blocks, and these differ in their sizes or windows: use '
+      'scan=False'
     )
   # Lambdas, so that interceptors can tell these calls from those of the blocks by their name.
   run = rematted(lambda block, x: block(x, **inputs), remat, scan)
@@ -196,8 +197,8 @@ _SHARED = (
 )
 
 
-# The sizes that may be a tuple, with one value a block.
-_BY_BLOCK = ('heads', 'kv_heads', 'cross_heads', 'bias_heads', 'mlp_dim')
+# The fields that may be a tuple, with one value a block.
+_BY_BLOCK = ('heads', 'kv_heads', 'cross_heads', 'bias_heads', 'mlp_dim', 'window')
 
 
 def block_of(

@@ -252,8 +252,34 @@ def layer_norm(module, name=None):
 
 
 def rms_norm(module, name):
-  """An RMSNorm of a module that has the fields eps, dtype and param_dtype."""
-  return nn.RMSNorm(module.eps, dtype=module.dtype, param_dtype=module.param_dtype, name=name)
+  """An RMSNorm of a module that has the fields eps, dtype and param_dtype.
+
+  Where the module has `unit_norms` and it is true, the norm is a `UnitRMSNorm`.
+  """
+  kind = UnitRMSNorm if getattr(module, 'unit_norms', False) else nn.RMSNorm
+  return kind(module.eps, dtype=module.dtype, param_dtype=module.param_dtype, name=name)
+
+
+class UnitRMSNorm(nn.Module):
+  """RMSNorm that multiplies by 1 + scale, so that a scale of 0 changes nothing (Gemma).
+
+  Attributes:
+    epsilon: added to the mean square.
+    dtype: of the result; the norm and the product with 1 + scale are computed in float32.
+    param_dtype: of the scale.
+  """
+
+  epsilon: float = 1e-6
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    scale = self.param('scale', nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
+    x = x.astype(jnp.float32)
+    mean_square = jnp.square(x).mean(-1, keepdims=True)
+    normal = x * jax.lax.rsqrt(mean_square + self.epsilon)
+    return (normal * (1 + scale.astype(jnp.float32))).astype(self.dtype)
 
 
 def check_pool(pool: str, known: tuple[str, ...], num_classes: int | None = None) -> None:
