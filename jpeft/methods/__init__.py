@@ -34,6 +34,7 @@ from .weight.lamda import lamda
 from .weight.lora import dora, lora, lora_fa, qlora
 from .weight.paca import paca
 from .weight.peqa import peqa
+from .weight.pst import pst
 from .weight.snell import snell
 from .weight.snella import snella
 from .weight.ssf import ssf
@@ -83,6 +84,7 @@ __all__ = [
   'preset',
   'projected',
   'prompt_tuning',
+  'pst',
   'qlora',
   'qst',
   'r2_tuning',

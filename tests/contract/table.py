@@ -77,6 +77,7 @@ ROWS: dict[str, Row] = {
   'ia3': Row(start=0, on={CONV: {'targets_out': '{depthwise}', 'targets_in': '{linear}'}}),
   'lamda': Row(on=KERNELS),
   'paca': Row(start=0, on=KERNELS),
+  'pst': Row(on=KERNELS),
   'snell': Row(start=1e-2),
   'snella': Row(start=1e-1),
   'ssf': Row(

@@ -243,6 +243,7 @@ VISION = {
   'bi_lora': ('--config.method.rank=4',),
   'paca': ('--config.method.rank=4',),
   'lamda': ('--config.method.rank=4',),
+  'pst': ('--config.method.rank=4',),
   'e2vpt': (
     '--config.method.tokens=4',
     '--config.method.prune_tokens=0.5',

@@ -39,6 +39,7 @@ from jpeft.core import Method, Operand, at, factory, matrix
 from ..check import require, whole, within
 from ..nn import drop, drop_path, uniform
 from .lora import required
+from .ranks import of_rank
 
 # The coefficients of the two distances.
 COEFFICIENT = 0.1
@@ -153,7 +154,7 @@ def chosen(values: jax.Array, count, soft: bool = False) -> jax.Array:
   magnitude = jax.lax.stop_gradient(jnp.abs(values)).astype(jnp.float32)
   # Floats that are not negative are ordered as their bits.
   bits = jax.lax.bitcast_convert_type(magnitude, jnp.int32)
-  low = _of_rank(bits, count)
+  low = of_rank(bits, count)
   if soft:
     threshold = jax.lax.bitcast_convert_type(low, jnp.float32)
     return values * jnp.maximum(magnitude - threshold, 0).astype(values.dtype)
@@ -164,16 +165,6 @@ def chosen(values: jax.Array, count, soft: bool = False) -> jax.Array:
   threshold = jnp.where(are_distinct, low + (next_one - low) // 2, low)
   factor = jnp.where(bits > threshold, magnitude, 0)
   return values * factor.astype(values.dtype)
-
-
-def _of_rank(bits: jax.Array, rank) -> jax.Array:
-  """The `rank`-th smallest of integers that are not negative, from 1 on; 0 for rank 0."""
-
-  def with_bit(i, found):
-    larger = found | (1 << (30 - i))
-    return jnp.where(jnp.sum(bits < larger) < rank, larger, found)
-
-  return jax.lax.fori_loop(0, 31, with_bit, jnp.int32(0))
 
 
 def changed_product(
