@@ -29,9 +29,12 @@ def smallest(values: jax.Array, count) -> jax.Array:
   last = of_rank(bits, count, width=32)
   is_below = bits < last
   is_last = bits == last
+  # Of the equal ones those of the lowest numbers: by rank again, since sums along so many entries
+  # take a TPU long.
+  numbers = jnp.arange(values.size, dtype=jnp.uint32).reshape(values.shape)
   room = count - is_below.sum()
-  is_first = jnp.cumsum(is_last.reshape(-1)).reshape(values.shape) <= room
-  return is_below | (is_last & is_first)
+  end = of_rank(jnp.where(is_last, numbers, jnp.uint32(2**32 - 1)), room, width=32)
+  return is_below | (is_last & (numbers <= end) & (room > 0))
 
 
 def _ordered(values: jax.Array) -> jax.Array:
