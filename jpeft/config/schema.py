@@ -210,8 +210,8 @@ FIELDS: dict[str, Field] = {
   'data.name': Field(
     TEXT,
     REQUIRED,
-    'mnist5k, movie_sentiment, emoji_groups, phonemes, folder:PATH, lists:PATH, csv:PATH, '
-    'jsonl:PATH, completions:PATH, conll:PATH, squad:PATH, text:PATH, parquet:PATH, arrow:PATH, '
+    'mnist5k, animal_shapes, emoji_groups, emoji_3d, movie_sentiment, phonemes, folder:PATH, '
+    'lists:PATH, csv:PATH, jsonl:PATH, completions:PATH, conll:PATH, squad:PATH, text:PATH, parquet:PATH, arrow:PATH, '
     'wds:PATH, hf:NAME or tfds:NAME',
   ),
   'data.train': Field(TEXT, 'train', "split to train on, such as 'train[:1000]'"),

@@ -13,6 +13,7 @@ from jpeft.archives import Archive
 from ..source import divided
 from .builder import Example, PackagedBuilder, png
 
+Row = dict[str, str]  # of an emoji, in the table of the package
 TABLE = 'package/emoji.json'
 IMAGES = 'package/img/google/64/'
 GROUPS = [
@@ -51,20 +52,27 @@ class EmojiGroups(PackagedBuilder):
   SUPERVISED = ('image', 'label')
 
   def examples(self, archive: Path) -> dict[str, list[Example]]:
-    files = {}
-    with tarfile.open(archive) as tar:
-      for member in tar:  # in its own order: to go back would unpack it all again
-        if member.name == TABLE or member.name.startswith(IMAGES):
-          files[member.name] = tar.extractfile(member).read()
-    rows = [row for row in json.loads(files[TABLE]) if row['category'] != 'Component']
-    rows.sort(key=lambda row: row['short_name'])  # the order of emoji that have one drawing
-    drawings = [files[IMAGES + row['image']] for row in rows]
     splits = {}
-    for split, order in divided(drawings, tenths=7).items():
-      splits[split] = [_example(rows[i], drawings[i]) for i in order]
+    for split, drawn in drawings(archive).items():
+      splits[split] = [example(row, Image.open(io.BytesIO(file))) for row, file in drawn]
     return splits
 
 
-def _example(row: dict[str, str], file: bytes) -> Example:
-  image = Image.open(io.BytesIO(file)).convert('RGBA')
-  return {'image': png(image), 'label': row['category'], 'name': row['short_name']}
+def drawings(archive: Path) -> dict[str, list[tuple[Row, bytes]]]:
+  """{split: its emoji in their order}, an emoji as its row of the table and the file of an image."""
+  files = {}
+  with tarfile.open(archive) as tar:
+    for member in tar:  # in its own order: to go back would unpack it all again
+      if member.name == TABLE or member.name.startswith(IMAGES):
+        files[member.name] = tar.extractfile(member).read()
+  rows = [row for row in json.loads(files[TABLE]) if row['category'] != 'Component']
+  rows.sort(key=lambda row: row['short_name'])  # the order of emoji that have one drawing
+  drawn = [files[IMAGES + row['image']] for row in rows]
+  splits = {}
+  for split, order in divided(drawn, tenths=7).items():
+    splits[split] = [(rows[i], drawn[i]) for i in order]
+  return splits
+
+
+def example(row: Row, image: Image.Image) -> Example:
+  return {'image': png(image.convert('RGBA')), 'label': row['category'], 'name': row['short_name']}

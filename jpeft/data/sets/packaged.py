@@ -18,6 +18,8 @@ PACKAGED = {
   'mnist5k': 'Mnist5k',
   'movie_sentiment': 'MovieSentiment',
   'emoji_groups': 'EmojiGroups',
+  'emoji_3d': 'Emoji3D',
+  'animal_shapes': 'AnimalShapes',
   'phonemes': 'Phonemes',
 }
 

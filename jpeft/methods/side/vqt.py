@@ -18,9 +18,12 @@ and all summaries, n bringing each to length 1:
   logits = W [n(h); n(vec Z_1); ..; n(vec Z_L)] + b
 
 The block runs a second time on the T tokens, its attention reading the keys and values that it made
-in the first run, so that no gradient of the width of N tokens exists: the backward pass keeps k and
-v, or, with `remat`, x. The official code runs one sequence [q; x] and keeps everything. Both give
-the same numbers.
+in the first run, so that no gradient of the width of N tokens exists. What that attention returns
+changes with the queries alone, each head's output o [e] with that head's query [e], so the backward
+pass needs of N keys and values only their slopes do / dq [B, T, heads, e, e]. It keeps those where
+they are smaller than k and v (2 N > T e), and makes the rest of the run on T tokens
+again; else it keeps k and v, or, with `remat`, x. The official code runs
+one sequence [q; x] and keeps everything. All give the same numbers.
 
 q ~ U(-a, a), a as for prompts; W ~ N(0, 2 / C), b = -log 99, a prior of one hundredth.
 `lasso` and `select` are the paper's compression; dropout falls on q.
@@ -32,21 +35,39 @@ left out.
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jpeft.core import NO_BACKPROP, Call, Method, at, chain, factory
 
 from ..arguments import on_first
-from ..check import at_least, whole, within
+from ..check import at_least, choice, whole, within
 from ..keys import named_options
 from ..masks import has_length, is_of_other_sequence, mask_names
 from ..nn import drop, remat_if, uniform
 from ..prompt.vpt import spread_of
 from . import features
 
+SLOPES = 'slopes'
+KEPT = ('keys', SLOPES)
 _BIAS = -math.log(99)
+
+
+class Seen(NamedTuple):
+  """What an attention made of the tokens of the model, of which its summaries are made.
+
+  Attributes:
+    key, value: [.., N, heads, e].
+    slopes: whether the backward pass keeps slopes instead.
+  """
+
+  key: jax.Array
+  value: jax.Array
+  slopes: bool
 
 
 @factory
@@ -55,6 +76,7 @@ def vqt(
   dropout: float = 0.1,
   norm: bool = True,
   remat: bool = False,
+  keep: str | None = None,
   blocks: str = '{block}',
   attention: str = '{attention}',
   head: str = '{head}',
@@ -68,6 +90,9 @@ def vqt(
     dropout: rate on the entries of the queries.
     norm: whether the feature and each block's summaries are brought to length 1.
     remat: keep the input of each block and make keys and values again in the backward pass.
+    keep: what the backward pass keeps of a block's attention, 'keys' (and values) or 'slopes', for
+      which the attention function must treat each head by itself; None for the smaller of the two,
+      or for nothing with `remat`.
     blocks: pattern of the blocks.
     attention: pattern of the modules in them that call their own `attention_fn`, or compute
       attention inline and have an anatomy that knows how (`Anatomy.attention`).
@@ -80,7 +105,7 @@ def vqt(
     ValueError: a hyperparameter outside its range; at `attach`, attention that is out of reach,
       or a model that does not give one prediction an example.
   """
-  return _VQT(tokens, dropout, norm, remat, blocks, attention, head, lasso, name).method()
+  return _VQT(tokens, dropout, norm, remat, keep, blocks, attention, head, lasso, name).method()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,13 +113,14 @@ class _VQT:
   """The hyperparameters of `vqt`, and its rules as methods.
 
   A block's rule and that of the attention in it share the block's `local`, where the attention
-  finds 'summary', whether the block runs on q_i, and stores its keys and values by its own path.
+  finds 'summary', whether the block runs on q_i, and stores what it has `Seen` by its own path.
   """
 
   tokens: int
   dropout: float
   norm: bool
   remat: bool
+  keep: str | None
   blocks: str
   attention: str
   head: str
@@ -105,6 +131,12 @@ class _VQT:
     whole('vqt', 'tokens', self.tokens, 1)
     within('vqt', 'dropout', self.dropout, 0, 1)
     at_least('vqt', 'lasso', self.lasso, 0)
+    choice('vqt', 'keep', self.keep, (None, *KEPT))
+    if self.remat and self.keep is not None:
+      raise ValueError(
+        f'vqt: keep={self.keep!r} is kept for the backward pass, and remat keeps the input of a '
+        'block instead: leave one of them out'
+      )
 
   def method(self) -> Method:
     """Attention that stores and reads keys and values, blocks that run twice, and the new head."""
@@ -162,7 +194,10 @@ class _VQT:
     queries = t['queries']
     if self.dropout:
       queries = drop(queries, call.rng('query dropout'), self.dropout)
-    z = remat_if(self.remat, summarise)(queries.astype(first.dtype))
+    keeps_slopes = any(seen.slopes for seen in call.local.values() if isinstance(seen, Seen))
+    policy = jax.checkpoint_policies.save_only_these_names(SLOPES) if keeps_slopes else None
+    again = remat_if(self.remat or keeps_slopes, summarise, policy=policy)
+    z = again(queries.astype(first.dtype))
     z = z.reshape(batch, -1)
     if self.norm:
       z = features.unit(z)
@@ -196,9 +231,10 @@ class _VQT:
     def wrap(attention_fn):
       def attend(query, key, value, *rest, **named):
         if not block.get('summary'):
-          block[path] = jax.lax.stop_gradient((key, value))
+          seen = jax.lax.stop_gradient((key, value))
+          block[path] = Seen(*seen, self.keeps_slopes(query, key, value))
           return attention_fn(query, key, value, *rest, **named)
-        key, value = block[path]
+        key, value, keeps_slopes = block[path]
         mask = named_options(rest, named).get('mask')
         made = query.shape[-3], None if mask is None else mask.shape[-1]
         if made not in ((self.tokens, None), (self.tokens, key.shape[-3])):
@@ -207,11 +243,24 @@ class _VQT:
             'own tokens, and a summary has none'
           )
         options = self.options_of_queries(path, named_options(rest, named))
-        return attention_fn(query, key, value, **options)
+
+        def read(query):
+          return attention_fn(query, key, value, **options)
+
+        if keeps_slopes:
+          return along_slopes(read, query)
+        return read(query)
 
       return attend
 
     return call.attend(wrap, *args, **kwargs)
+
+  def keeps_slopes(self, query, key, value) -> bool:
+    """Whether the backward pass keeps the slopes of an attention, not its keys and values."""
+    if self.keep is not None or self.remat:
+      return self.keep == SLOPES
+    of_a_query = query.size // query.shape[-3] * value.shape[-1]  # query: [.., N, heads, e]
+    return self.tokens * of_a_query < key.size + value.size
 
   def options_of_queries(self, path: str, options: dict) -> dict:
     """The further arguments of an attention function, where the queries are q_i.
@@ -230,6 +279,28 @@ class _VQT:
     if mask is not None:  # [.., N, N] to [.., 1, N]: what any token sees
       options['mask'] = jnp.any(mask, -2, keepdims=True)
     return options
+
+
+def along_slopes(read: Callable[[jax.Array], jax.Array], query: jax.Array) -> jax.Array:
+  """read(query), whose gradient keeps nothing of `read` but its slopes at the query.
+
+  Args:
+    read: queries [.., e] -> outputs [.., f], each output of the query at its own place alone.
+    query: [.., e].
+  """
+  start = jax.lax.stop_gradient(query)
+  out, pull = jax.vjp(read, start)
+
+  def row(unit):  # [f] to the slopes [.., e] of one feature of the outputs
+    return pull(jnp.broadcast_to(unit, out.shape))[0]
+
+  slopes = jax.vmap(row, out_axes=-2)(jnp.eye(out.shape[-1], dtype=out.dtype))  # [.., f, e]
+  shape = slopes.shape
+  # Kept flat: rows of a head's width would be padded where the device's rows are wider.
+  flat = slopes.reshape(*shape[:-2], -1)
+  out, flat = checkpoint_name(jax.lax.stop_gradient((out, flat)), SLOPES)
+  # The difference is zero, and its gradient is that of the query.
+  return out + jnp.einsum('...e,...fe->...f', query - start, flat.reshape(shape))
 
 
 def _std(classes: int) -> float:

@@ -4,6 +4,7 @@ import collections
 import gzip
 import io
 import json
+import pickle
 import subprocess
 import sys
 import tarfile
@@ -122,6 +123,74 @@ def test_emoji_groups():
   }
   assert not {e['image'].tobytes() for e in train} & {e['image'].tobytes() for e in test}
   assert {len({e['label'] for e in train}), len({e['label'] for e in test})} == {9}
+
+
+def test_emoji_3d_of_a_stand_in(tmp_path, monkeypatch):
+  """An emoji is in the split of its flat drawing, and one that was not rendered is in none."""
+  flat, solid, rows = {}, {}, []
+  for i in range(40):
+    file = io.BytesIO()
+    Image.new('RGBA', (64, 64), (i, 0, 0, 255)).save(file, 'png')
+    flat[f'package/img/google/64/{i}.png'] = file.getvalue()
+    code = f'1F{i:03X}'
+    rows.append(
+      {'short_name': str(i), 'category': 'Flags', 'image': f'{i}.png', 'unified': code}
+    )
+    if i:
+      file = io.BytesIO()
+      Image.new('RGBA', (256, 264), (0, i, 0, 255)).save(file, 'webp', lossless=True)
+      solid[f'package/assets/{code.lower()}.webp'] = file.getvalue()
+  flat['package/emoji.json'] = json.dumps(rows).encode()
+  for name, files in {'emoji-datasource-google': flat, '@lobehub/fluent-emoji-3d': solid}.items():
+    (tmp_path / archives_name(name)).write_bytes(tar(**files))
+  monkeypatch.setattr(
+    archives, 'fetch', lambda archive: tmp_path / archives_name(archive.package)
+  )
+  where = {}
+  for name, channel in {'emoji_groups': 0, 'emoji_3d': 1}.items():
+    for split in ('train', 'test'):
+      for e in data.load(name, split, tmp_path / 'tfds'):
+        where[name, int(e['image'][0, 0, channel])] = split
+        assert e['label'] == 8
+  assert len(where) == 40 + 39
+  assert all(where['emoji_3d', i] == where['emoji_groups', i] for i in range(1, 40))
+  assert data.load('emoji_3d', 'train', tmp_path / 'tfds')[0]['image'].shape == (128, 128, 3)
+
+
+def archives_name(package):
+  return package.rpartition('/')[2]
+
+
+@pytest.mark.assets
+def test_emoji_3d():
+  train, test = (data.in_memory(data.load('emoji_3d', split)) for split in ('train', 'test'))
+  assert (len(train), len(test)) == (0, 0)
+  assert {len({e['label'] for e in train}), len({e['label'] for e in test})} == {9}
+
+
+def test_animal_shapes_of_a_stand_in(archive, tmp_path):
+  """Equal images are in one split; arrays are read from pickles that are not run."""
+  images = np.zeros((50, 28, 28), np.uint8)
+  images[:, 0, 0] = np.arange(50) // 2  # two of each
+  labels = np.arange(50) // 2 % 10
+  with zipfile.ZipFile(archive, 'w') as wheel:
+    for name, array in {'data': images, 'label': labels}.items():
+      file = f'animal_mnist/data/Animal_MNIST/animal_{name}_version_3.gz'
+      wheel.writestr(file, gzip.compress(pickle.dumps(array, protocol=4)))
+  splits = [data.load('animal_shapes', split, tmp_path / 'tfds') for split in ('train', 'test')]
+  train, test = ([(int(e['image'][0, 0, 0]), e['label']) for e in split] for split in splits)
+  assert sorted(train + test) == [(i // 2, i // 2 % 10) for i in range(50)]
+  assert not set(train) & set(test) and len(train) > len(test) > 0
+  assert splits[0].classes[3] == 'cow'
+
+
+@pytest.mark.assets
+def test_animal_shapes():
+  train, test = (data.in_memory(data.load('animal_shapes', split)) for split in ('train', 'test'))
+  assert (len(train), len(test)) == (0, 0)
+  count = collections.Counter(e['label'] for e in [*train, *test])
+  assert count == dict.fromkeys(range(10), 1000)
+  assert not {e['image'].tobytes() for e in train} & {e['image'].tobytes() for e in test}
 
 
 def test_phonemes_of_a_stand_in(archive, tmp_path):

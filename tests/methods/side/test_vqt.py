@@ -10,6 +10,7 @@ import pytest
 
 import jpeft
 from jpeft.methods.side.features import group_lasso, select
+from jpeft.methods.side.vqt import along_slopes
 from jpeft.models import Bert, ViT
 from tests.fixtures import noisy
 from tests.kept import residuals
@@ -70,10 +71,10 @@ def unit(x):
   return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-@pytest.mark.parametrize('remat', [False, True])
-def test_a_second_stream_is_one_sequence_whose_queries_are_no_keys(remat):
+@pytest.mark.parametrize('options', [{'keep': 'keys'}, {'keep': 'slopes'}, {'remat': True}])
+def test_a_second_stream_is_one_sequence_whose_queries_are_no_keys(options):
   model, held = vit()
-  tuned, theta = attached(model, held, jpeft.vqt(2, remat=remat), IMAGES)
+  tuned, theta = attached(model, held, jpeft.vqt(2, **options), IMAGES)
   logits, inputs = seen(model, held, theta, tuned)
   sites = jpeft.attach(model, jpeft.vqt(2), held, IMAGES).sites
   t = theta['vqt']
@@ -95,10 +96,11 @@ def test_a_second_stream_is_one_sequence_whose_queries_are_no_keys(remat):
   np.testing.assert_allclose(logits, want, atol=1e-4)
 
 
-def test_a_block_has_its_own_queries_and_remat_changes_no_gradient():
+@pytest.mark.parametrize('options', [{'keep': 'slopes'}, {'remat': True}])
+def test_a_block_has_its_own_queries_and_what_is_kept_changes_no_gradient(options):
   model, held = vit()
-  tuned, theta = attached(model, held, jpeft.vqt(2), IMAGES)
-  again = jpeft.attach(model, jpeft.vqt(2, remat=True), held, IMAGES)
+  tuned, theta = attached(model, held, jpeft.vqt(2, keep='keys'), IMAGES)
+  again = jpeft.attach(model, jpeft.vqt(2, **options), held, IMAGES)
   for path in theta['vqt']:
     if path != 'encoder/block_1':
       theta['vqt'][path]['kernel'] = jnp.zeros_like(theta['vqt'][path]['kernel'])
@@ -131,14 +133,40 @@ def test_no_residual_of_full_width_is_kept():
   """The residuals of one sequence with prompts are 28 MB by the paper's code, those of a second
   stream 5.8 MB.
   """
-  stream, lean = kept(jpeft.vqt(1)), kept(jpeft.vqt(1, remat=True))
+  stream, lean = kept(jpeft.vqt(1, keep='keys')), kept(jpeft.vqt(1, remat=True))
   assert stream < 5.81e6 * 65 / 64 and lean < stream  # the class token is one more
-  wide = kept(jpeft.vqt(1), mlp_dim=1024)
+  wide = kept(jpeft.vqt(1, keep='keys'), mlp_dim=1024)
   weights, row = 6 * 2 * 128 * 512 * 4, 6 * 4 * 512 * 4
   assert (
     wide - stream <= weights + 4 * row
   )  # of the MLP its weights and the one token, not N of its hidden layer
   assert kept(jpeft.vpt_deep(1)) > 4 * stream
+
+
+def test_slopes_are_kept_where_they_are_smaller_than_keys_and_values():
+  """Of 65 tokens 2 x 65 numbers a feature, of T queries T x 32, in heads of 32 features."""
+  keys, slopes = (kept(jpeft.vqt(1, keep=keep)) for keep in ('keys', 'slopes'))
+  assert kept(jpeft.vqt(1)) == slopes
+  features = 4 * 6 * 4 * 128  # bytes of a feature's number in 4 images, 6 blocks
+  assert keys - slopes > features * (130 - 32)  # nor what is made again of the run on T tokens
+  assert kept(jpeft.vqt(4)) == kept(jpeft.vqt(4, keep='slopes'))
+  assert kept(jpeft.vqt(5)) == kept(jpeft.vqt(5, keep='keys'))
+
+
+def test_the_slopes_of_masked_attention_in_groups_of_heads_are_its_gradient():
+  key_q, key_k, key_v, key_w = jax.random.split(jax.random.key(0), 4)
+  query = jax.random.normal(key_q, (2, 3, 4, 8))
+  key, value = (jax.random.normal(k, (2, 7, 2, 8)) for k in (key_k, key_v))
+  weights = jax.random.normal(key_w, query.shape)
+  mask = (jnp.arange(7) < 5)[None, None, None]
+
+  def read(query):
+    return jax.nn.dot_product_attention(query, key, value, mask=mask)
+
+  wanted = jax.vjp(read, query)
+  found = jax.vjp(functools.partial(along_slopes, read), query)
+  np.testing.assert_array_equal(found[0], wanted[0])
+  np.testing.assert_allclose(found[1](weights)[0], wanted[1](weights)[0], atol=1e-5)
 
 
 def test_group_lasso_and_selection():
@@ -215,6 +243,8 @@ def test_masks_let_a_summary_see_what_any_token_sees():
   'make, message',
   [
     (lambda: jpeft.vqt(0), 'whole number'),
+    (lambda: jpeft.vqt(keep='key'), "keep='key' is none of None, 'keys', 'slopes'"),
+    (lambda: jpeft.vqt(keep='keys', remat=True), 'leave one of them out'),
     (lambda: jpeft.vqt(lasso=-1), 'lasso=-1 must be at least 0'),
     (lambda: jpeft.head2toe(lasso=-1), 'lasso=-1 must be at least 0'),
     (lambda: jpeft.vqt(head='{norm}'), 'names 6 modules'),
