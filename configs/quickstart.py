@@ -26,7 +26,7 @@ METHODS = {
     remat=False,
   ),
   'unipt': dict(lr=3e-3, epochs=24, cache=True),
-  'vqt': dict(lr=1e-2, epochs=24, cache=True),
+  'vqt': dict(lr=3e-2, epochs=24, cache=True),
   'sherl': dict(lr=3e-3, epochs=24, cache=True),
   'full': dict(lr=1e-4, epochs=4),
   'bitfit': dict(lr=5e-3, epochs=4),

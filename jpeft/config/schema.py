@@ -211,8 +211,8 @@ FIELDS: dict[str, Field] = {
     TEXT,
     REQUIRED,
     'mnist5k, animal_shapes, emoji_groups, emoji_3d, movie_sentiment, phonemes, folder:PATH, '
-    'lists:PATH, csv:PATH, jsonl:PATH, completions:PATH, conll:PATH, squad:PATH, text:PATH, parquet:PATH, arrow:PATH, '
-    'wds:PATH, hf:NAME or tfds:NAME',
+    'lists:PATH, vtab:PATH, fgvc:PATH, csv:PATH, jsonl:PATH, completions:PATH, conll:PATH, '
+    'squad:PATH, text:PATH, parquet:PATH, arrow:PATH, wds:PATH, hf:NAME or tfds:NAME',
   ),
   'data.train': Field(TEXT, 'train', "split to train on, such as 'train[:1000]'"),
   'data.test': Field(TEXT, 'test', 'split to evaluate on'),
@@ -240,6 +240,15 @@ FIELDS: dict[str, Field] = {
   'data.chat': _flag(False, "give prompts and completions as a chat, by the tokenizer's template"),
   'data.augment': _choice('none', 'of training images', 'none', 'vtab', 'flip_crop', 'imagenet'),
   'data.resize': _choice('squash', 'how images get their size', 'squash', 'crop'),
+  'data.pixels': _choice(
+    'checkpoint',
+    'mean and deviation that images are brought to: that of the checkpoint, that of ImageNet, half '
+    '(0.5 and 0.5), or none (pixels from 0 to 1)',
+    'checkpoint',
+    'imagenet',
+    'half',
+    'none',
+  ),
   'data.on_error': _choice(
     'raise',
     'what to do with an example that cannot be read while training: stop after a checkpoint, or '

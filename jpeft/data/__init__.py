@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from jpeft.lazy import on_first_use
 
 from .batches import Batches
-from .conventions import MARGIN, PADS
+from .conventions import MARGIN, PADS, PIXELS
 from .decode import check_files, decode
 from .labels import labels_of
 from .load import load, register_dataset, register_reader, registered_module
@@ -14,6 +14,7 @@ from .readers.files import options_of
 from .readers.folder import images_below
 from .readers.questions import question
 from .readers.tables import Asked, asked, kind_of_table, like_columns
+from .readers.vtab import TASKS as VTAB_TASKS
 from .skipped import UNREADABLE, Skipped, first_example
 from .source import Dataset, Source, in_memory, split_rows
 
@@ -49,11 +50,13 @@ __all__ = [
   'MARGIN',
   'MaskableTexts',
   'PADS',
+  'PIXELS',
   'Packed',
   'Skipped',
   'Source',
   'TaggedWords',
   'UNREADABLE',
+  'VTAB_TASKS',
   'Windows',
   'asked',
   'check_files',

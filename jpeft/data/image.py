@@ -3,8 +3,8 @@
 The published preprocessings of the benchmarks (they change the scores, so say which one was used):
 
     VTAB-1k, most ViT adapters      augment='vtab', which is resize='squash' without augmentation
-    SSF                             resize='crop', mean=0.5, std=0.5
-    [0, 1] pixels, unnormalised     mean=0, std=1
+    SSF                             resize='crop', mean=0.5, std=0.5 (data.pixels='half')
+    [0, 1] pixels, unnormalised     mean=0, std=1 (data.pixels='none')
     FGVC                            augment='flip_crop', resize='crop'; evaluation resize='crop'
     ImageNet                        augment='imagenet'; evaluation resize='crop'
 """
@@ -16,14 +16,12 @@ import numpy as np
 
 from jpeft.lazy import extra
 
-from .conventions import MARGIN
+from .conventions import IMAGENET_MEAN, IMAGENET_STD, MARGIN
 from .source import Example, Transform, suggestion
 
 with extra('quickstart'):
   from PIL import Image
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 FILTERS = {'bicubic': Image.Resampling.BICUBIC, 'bilinear': Image.Resampling.BILINEAR}
 AUGMENTATIONS = ('none', 'vtab', 'flip_crop', 'imagenet')
 RESIZES = ('squash', 'crop')

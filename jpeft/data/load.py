@@ -10,6 +10,7 @@ from . import splits
 from .labels import ANSWERS, CLASSES, NOTHING, TAGS, TASK_OF, of_kind
 from .readers.arrow import arrow, parquet
 from .readers.completions import completions
+from .readers.fgvc import fgvc
 from .readers.folder import folder
 from .readers.hub import hub
 from .readers.lists import lists
@@ -18,6 +19,7 @@ from .readers.questions import questions_jsonl, squad
 from .readers.tables import csv_table, jsonl_table
 from .readers.tags import conll, tagged_jsonl
 from .readers.texts import csv_texts, jsonl_texts, plain_texts
+from .readers.vtab import vtab
 from .readers.webdataset import webdataset
 from .sets.packaged import PACKAGED, packaged
 from .source import Dataset, Source, suggestion
@@ -25,6 +27,8 @@ from .source import Dataset, Source, suggestion
 READERS: dict[str, Callable[..., Dataset]] = {
   'folder': folder,
   'lists': lists,
+  'vtab': vtab,
+  'fgvc': fgvc,
   'csv': csv_table,
   'jsonl': jsonl_table,
   'completions': completions,

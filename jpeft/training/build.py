@@ -1,12 +1,13 @@
 """The tuned model, the method and the optimizer that a configuration names."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 import optax
 
-from jpeft import methods, models, quant, tasks
+from jpeft import data, methods, models, quant, tasks
 from jpeft.core import Tuned, attach
 
 from . import optim
@@ -57,6 +58,21 @@ def optimizer_of(
   return rate, optim.optimizer(tuned, tuned.shapes, rate, **choices)
 
 
+def _with_pixels(pretrained: models.Pretrained, pixels: str) -> models.Pretrained:
+  """The backbone, its images brought to the mean and deviation that `data.pixels` names.
+
+  Raises:
+    ValueError: it reads no images.
+  """
+  if pixels == 'checkpoint':
+    return pretrained
+  if pretrained.preprocess is None:
+    raise ValueError(f'config.data.pixels={pixels!r} is of images, and this model reads texts')
+  mean, std = data.PIXELS[pixels]
+  preprocess = {**pretrained.preprocess, 'mean': mean, 'std': std}
+  return dataclasses.replace(pretrained, preprocess=preprocess)
+
+
 def build(config, num_classes: int, load: Callable = models.load) -> tuple[Any, Any]:
   """(pretrained, tuned): the backbone, and the method attached to it.
 
@@ -84,7 +100,7 @@ def build(config, num_classes: int, load: Callable = models.load) -> tuple[Any, 
   fields['quantize'] = None
   if memory.storage is not None:
     fields['quantize'] = quant.named(memory.storage)
-  pretrained = load(source, **fields)
+  pretrained = _with_pixels(load(source, **fields), config.data.pixels)
   args, kwargs = tasks.inputs(tasks.of(config).example(config, pretrained))
   tuned = attach(
     pretrained.model, method, pretrained.variables, *args, **kwargs, deterministic=True

@@ -11,9 +11,9 @@ Where numbers or sets of classes are learned, a label is one or more of them, se
 without blanks: cat.png 3.5,0.2 or street.png car,tree.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -44,28 +44,24 @@ def lists(spec: str, labels: str = CLASSES) -> Dataset:
   """
   root, options = options_of(spec, 'lists', (OPTION,), {})
   unlabelled = rule(options.get(OPTION), 'label', labels)
-  if not root.is_dir():
-    raise FileNotFoundError(f'there is no folder {root}')
+  check_folder(root)
   files = sorted(root.glob('*.txt'))
   if not files:
     raise ValueError(
       f'no .txt files found in {root}: it needs one for each split, such as test.txt'
     )
-  images: list[Labelled] = []
   splits = {}
   for file in files:
-    found = _labelled(root, file, labels)
+    found = labelled(root, file, labels)
     if unlabelled is not None:
       found = _with_class(file, found, unlabelled)
       if file.stem in unlabelled.left_out:
         continue
-    splits[file.stem] = range(len(images), len(images) + len(found))
-    images += found
-  said = [found.label for found in images]
+    splits[file.stem] = found
+  said = [found.label for images in splits.values() for found in images]
   if labels == CLASSES:
     classes = _classes(set(said), root)
-    numbers = {name: i for i, name in enumerate(classes)}
-    values = [numbers[label] for label in said]
+    values = numbers_of(said, classes)
   elif labels == SETS:
     members = [label.split(',') for label in said]
     classes = in_order({name for names in members for name in names})
@@ -75,16 +71,56 @@ def lists(spec: str, labels: str = CLASSES) -> Dataset:
     classes = [str(i) for i in range(values.shape[1])]
     if len(classes) == 1:
       classes = ['label']
-  check_files(list(dict.fromkeys(found.image for found in images)))
-
-  def read(row: int) -> Example:
-    file = images[row].image
-    return {'image': decode(file, str(file)), 'label': values[row]}
-
-  found = Dataset(read, splits, classes, labels=labels, label_of=values.__getitem__)
+  found = dataset_of(splits, values, classes, labels)
   if unlabelled is None:
     return found
   return found._replace(left_out=unlabelled.left_out, notes=tuple(unlabelled.notes))
+
+
+def check_folder(root: Path) -> None:
+  """Raises a FileNotFoundError if there is no such folder."""
+  if not root.is_dir():
+    beside = []
+    if root.parent.is_dir():
+      beside = [other.name for other in root.parent.iterdir() if other.is_dir()]
+    raise FileNotFoundError(f'there is no folder {root}; {suggestion(root.name, beside)}')
+
+
+def numbers_of(said: Sequence[str], classes: Sequence[str]) -> list[int]:
+  """The number of the class of each label."""
+  numbers = {name: i for i, name in enumerate(classes)}
+  return [numbers[label] for label in said]
+
+
+def dataset_of(
+  splits: Mapping[str, Sequence[Labelled]],
+  values: Sequence[Any],
+  classes: list[str],
+  labels: str = CLASSES,
+) -> Dataset:
+  """The images of all splits as a data set.
+
+  Args:
+    splits: {name: its images in order}.
+    values: the label of each image, through all splits.
+    classes: their names.
+    labels: their kind.
+
+  Raises:
+    ValueError: a file that is no image.
+  """
+  images = [found.image for part in splits.values() for found in part]
+  rows = {}
+  start = 0
+  for name, part in splits.items():
+    rows[name] = range(start, start + len(part))
+    start += len(part)
+  check_files(list(dict.fromkeys(images)))
+
+  def read(row: int) -> Example:
+    return {'image': decode(images[row], str(images[row])), 'label': values[row]}
+
+  return Dataset(read, rows, classes, labels=labels, label_of=values.__getitem__)
 
 
 def _with_class(file: Path, images: list[Labelled], unlabelled: Unlabelled) -> list[Labelled]:
@@ -110,8 +146,18 @@ def _numbers(root: Path, said: Sequence[str]) -> np.ndarray:
   return np.array(rows, np.float32)
 
 
-def _labelled(root: Path, file: Path, labels: str) -> list[Labelled]:
-  """The images of one list."""
+def labelled(root: Path, file: Path, labels: str = CLASSES) -> list[Labelled]:
+  """The images of one list, in its order.
+
+  Args:
+    root: what its paths are relative to.
+    file: the list.
+    labels: their kind.
+
+  Raises:
+    FileNotFoundError: there is no such image.
+    ValueError: a line without a label, or a label of another kind.
+  """
   found = []
   with textfiles.opened(file) as lines:
     for number_of_line, line in enumerate(lines, 1):

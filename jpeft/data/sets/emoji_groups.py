@@ -59,7 +59,7 @@ class EmojiGroups(PackagedBuilder):
 
 
 def drawings(archive: Path) -> dict[str, list[tuple[Row, bytes]]]:
-  """{split: its emoji in their order}, an emoji as its row of the table and the file of an image."""
+  """{split: its emoji in their order}, as a row of the table and the file of a drawing."""
   files = {}
   with tarfile.open(archive) as tar:
     for member in tar:  # in its own order: to go back would unpack it all again

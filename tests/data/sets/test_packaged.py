@@ -133,9 +133,7 @@ def test_emoji_3d_of_a_stand_in(tmp_path, monkeypatch):
     Image.new('RGBA', (64, 64), (i, 0, 0, 255)).save(file, 'png')
     flat[f'package/img/google/64/{i}.png'] = file.getvalue()
     code = f'1F{i:03X}'
-    rows.append(
-      {'short_name': str(i), 'category': 'Flags', 'image': f'{i}.png', 'unified': code}
-    )
+    rows.append({'short_name': str(i), 'category': 'Flags', 'image': f'{i}.png', 'unified': code})
     if i:
       file = io.BytesIO()
       Image.new('RGBA', (256, 264), (0, i, 0, 255)).save(file, 'webp', lossless=True)
@@ -143,9 +141,7 @@ def test_emoji_3d_of_a_stand_in(tmp_path, monkeypatch):
   flat['package/emoji.json'] = json.dumps(rows).encode()
   for name, files in {'emoji-datasource-google': flat, '@lobehub/fluent-emoji-3d': solid}.items():
     (tmp_path / archives_name(name)).write_bytes(tar(**files))
-  monkeypatch.setattr(
-    archives, 'fetch', lambda archive: tmp_path / archives_name(archive.package)
-  )
+  monkeypatch.setattr(archives, 'fetch', lambda archive: tmp_path / archives_name(archive.package))
   where = {}
   for name, channel in {'emoji_groups': 0, 'emoji_3d': 1}.items():
     for split in ('train', 'test'):
