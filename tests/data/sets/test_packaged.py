@@ -160,7 +160,7 @@ def archives_name(package):
 @pytest.mark.assets
 def test_emoji_3d():
   train, test = (data.in_memory(data.load('emoji_3d', split)) for split in ('train', 'test'))
-  assert (len(train), len(test)) == (0, 0)
+  assert (len(train), len(test)) == (1283, 569)
   assert {len({e['label'] for e in train}), len({e['label'] for e in test})} == {9}
 
 
@@ -183,7 +183,7 @@ def test_animal_shapes_of_a_stand_in(archive, tmp_path):
 @pytest.mark.assets
 def test_animal_shapes():
   train, test = (data.in_memory(data.load('animal_shapes', split)) for split in ('train', 'test'))
-  assert (len(train), len(test)) == (0, 0)
+  assert (len(train), len(test)) == (7976, 2024)
   count = collections.Counter(e['label'] for e in [*train, *test])
   assert count == dict.fromkeys(range(10), 1000)
   assert not {e['image'].tobytes() for e in train} & {e['image'].tobytes() for e in test}
