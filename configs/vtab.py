@@ -23,6 +23,7 @@ METHODS = {
   'full': dict(lr=1e-4),
   'bitfit': dict(lr=1e-3),
   'lora': dict(lr=1e-3, rank=8, alpha=8),
+  'pissa': dict(name='lora', lr=3e-4, rank=8, alpha=8, init='pissa'),
   'adaptformer': dict(lr=1e-3, bottleneck=8, scale=0.1),
   'ssf': dict(lr=1e-3),
   'vpt_deep': dict(lr=1e-3, tokens=50),

@@ -50,6 +50,7 @@ TASKS = {
 }
 METHODS = ('linear', 'lst', 'bitfit', 'ssf', 'lora', 'adaptformer', 'vpt_deep', 'full')
 KEY = ('task', 'method', 'seed')
+SETTINGS = ('settings', 'weight_decay')
 COLUMNS = (
   'method',
   'accuracy',
@@ -182,6 +183,7 @@ def cell(task: str, method: str, config, report: dict) -> dict:
     'steps': report['steps'],
     'step_gflop': report['step_cost']['flops'] / 1e9,
     'settings': settings(config),
+    'weight_decay': config.optimizer.weight_decay,
   }
 
 
@@ -248,11 +250,12 @@ def publish(file: pathlib.Path, cells: list[dict]) -> str:
 
 def _stale(recorded: list[dict], cells: list[dict]) -> list[dict]:
   """The recorded runs whose method has other settings in new runs of the task."""
-  now = {(run['task'], run['method']): run['settings'] for run in cells}
+  now = {(run['task'], run['method']): run for run in cells}
   stale = []
   for run in recorded:
-    settings_now = now.get((run['task'], run['method']), run['settings'])
-    if settings_now != run['settings']:
+    new = now.get((run['task'], run['method']), run)
+    # Rows that were recorded before weight decay was do not have it.
+    if any(run.get(key, new[key]) != new[key] for key in SETTINGS if key in new):
       stale.append(run)
   return stale
 

@@ -112,6 +112,14 @@ def test_a_frontier_is_what_nothing_of_its_class_beats():
   assert names == {'full crossing': ['small', 'large'], 'no backbone backprop': ['better']}
 
 
+def test_another_weight_decay_is_another_setting():
+  old, new = ({'task': 't', 'method': 'm', 'seed': seed, 'settings': 'lr=1'} for seed in (0, 1))
+  assert accuracy._stale([old], [{**new, 'weight_decay': 0.5}]) == []
+  old['weight_decay'] = 0.1
+  assert accuracy._stale([old], [{**new, 'weight_decay': 0.5}]) == [old]
+  assert accuracy._stale([old], [new]) == []
+
+
 @pytest.mark.parametrize(
   ('flag', 'message'),
   [
