@@ -62,7 +62,7 @@ def get_config(method='lst'):
     in_memory=True,
     cache_features=chosen.pop('cache', False),
   )
-  config.optimizer = dict(lr=chosen.pop('lr'), weight_decay=chosen.pop('decay', 0.1), clip_norm=1.0)
+  config.optimizer = dict(lr=chosen.pop('lr'), weight_decay=0.1, clip_norm=1.0)
   config.schedule = dict(name='cosine', warmup_fraction=0.1)
   config.epochs = chosen.pop('epochs')
   config.method = {'name': method, **chosen}
