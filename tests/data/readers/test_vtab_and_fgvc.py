@@ -6,7 +6,9 @@ import os
 import pytest
 from PIL import Image
 
-from jpeft import data
+from jpeft import config as config_lib
+from jpeft import data, training
+from jpeft.bench import vtab
 from jpeft.data.readers.vtab import TASKS
 
 CLASSES = {
@@ -105,6 +107,24 @@ def test_lists_that_are_not_those_of_the_task(changed, name, old, new, said):
   file.write_text(text.replace(old, new))
   with pytest.raises(ValueError, match=said):
     data.load(f'vtab:{changed}', 'test')
+
+
+def test_the_config_trains_on_a_task_and_its_row_is_printed(kitti, backbone, tmp_path, capsys):
+  settings = {
+    'model.source': str(backbone),
+    'model.image_size': '8',
+    'data.name': f'vtab:{kitti}',
+    'data.eval_batch_size': '711',
+    'epochs': 'none',
+    'steps': '2',
+    'eval.every': '2',
+  }
+  report = training.train(config_lib.load('vtab:linear', settings), tmp_path / 'run')
+  capsys.readouterr()
+  assert vtab.main([str(tmp_path / 'run')]) == 0
+  row = capsys.readouterr().out
+  assert row.startswith('linear, tested once, at the end\n')
+  assert f'| kitti | {100 * report["eval"]["accuracy"]:.1f} %' in row
 
 
 def test_fewer_test_images_are_told(changed):
