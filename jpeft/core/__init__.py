@@ -39,6 +39,7 @@ from .rules import (
 )
 from .sites import Leaf, Site, Sites
 from .summary import count, summary
+from .task_loss import TaskLoss
 from .token_mask import TokenMask
 from .tuned import Tuned
 
@@ -46,6 +47,7 @@ __all__ = [
   'Multiplied',
   'noting',
   'NotAtHead',
+  'TaskLoss',
   'TokenMask',
   'at_head',
   'dot_product_attention',

@@ -137,7 +137,7 @@ class Weight(_Made):
     stages: ((when, fixed), ...): from then on `fixed` is what is not trained, with the names that
       the field of that name takes. When: a number of updates, or below 1 a share of all.
     loss: (loss, run) -> (value, out): what is minimised in place of loss(out), where run(**takes)
-      is one pass over the batch and gives (out, aux); see `Tuned.objective`.
+      is one pass over the batch and gives (out, aux), and loss a `TaskLoss`; see `Tuned.objective`.
     memory: what the backward pass must keep of the backbone, one of MEMORY_CLASSES.
     head: the rule makes the model's prediction itself, so that no other head has to be trained.
     layers: which layers the rule acts in, see `at`; None for all.

@@ -40,6 +40,7 @@ from .rules import (
 )
 from .sites import Site, Sites
 from .stages import begins, staged
+from .task_loss import TaskLoss, divergence
 
 # The shares of the FLOPs of frozen products above which a backward pass crosses a part of the
 # backbone, or all of it. A frozen head, or a few queries through a block, are below the first.
@@ -368,13 +369,17 @@ class Tuned:
     """Whether the method says what training minimises, beside the task's loss."""
     return any(rule.loss is not None for rule, _ in self.rules)
 
-  def objective(self, run: Callable, loss: Callable) -> tuple[jax.Array, Any, dict]:
+  def objective(
+    self, run: Callable, loss: Callable, between: Callable = divergence
+  ) -> tuple[jax.Array, Any, dict]:
     """(value, output, aux): what training minimises, in one or several passes over one theta.
 
     Args:
       run: (**takes) -> (output, aux), one pass: `apply(..., aux=True)` on a batch, with what the
         method's rules take for themselves.
       loss: output -> a scalar, the task's loss.
+      between: (output, told) -> a scalar, how far an output is from another one; the divergence of
+        classes if left out. Methods that learn from a pass of their own read it (`TaskLoss`).
 
     Returns:
       value: `loss(output)`, or what the method makes of it (`loss=` of a rule).
@@ -391,7 +396,7 @@ class Tuned:
     own = {rule.loss for rule, _ in self.rules if rule.loss is not None}
     if own:
       (minimised,) = own
-      value, out = minimised(loss, recorded)
+      value, out = minimised(TaskLoss(loss, between), recorded)
     else:
       out, _ = recorded()
       value = loss(out)

@@ -2,6 +2,7 @@
 
 from .adapter.binary import bi_adaptformer, bi_head, bi_lora, from_bits, to_bits
 from .adapter.bottleneck import adaptformer, houlsby, parallel, pfeiffer
+from .adapter.dyt import dyt
 from .adapter.mam import mam
 from .arguments import on_first
 from .keys import more_keys
@@ -54,6 +55,7 @@ __all__ = [
   'dist',
   'dora',
   'drop',
+  'dyt',
   'e2vpt',
   'fisher',
   'from_bits',

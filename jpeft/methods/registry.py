@@ -11,6 +11,7 @@ from jpeft.registering import module_of
 
 from .adapter.binary import bi_adaptformer, bi_lora
 from .adapter.bottleneck import adaptformer, houlsby, parallel, pfeiffer
+from .adapter.dyt import dyt
 from .adapter.mam import mam
 from .memory.meft import meft
 from .memory.s2a import packed, s2a
@@ -109,6 +110,7 @@ REGISTRY: dict[str, Entry] = {
   'mam': Entry(mam, '2110.04366', 'MAM: a prefix in attention, a scaled adapter beside the MLP'),
   'adaptformer': Entry(adaptformer, '2205.13535', 'AdaptFormer: adapters beside norm and MLP'),
   'bi_adaptformer': Entry(bi_adaptformer, '2307.16867', 'AdaptFormer with weights of one bit'),
+  'dyt': Entry(dyt, '2403.11808', 'DyT: AdaptFormer, and gates that send tokens past the MLPs'),
   'vpt_shallow': Entry(vpt_shallow, '2203.12119', 'VPT: prompt tokens before the first block'),
   'vpt_deep': Entry(vpt_deep, '2203.12119', 'VPT: fresh prompt tokens before every block'),
   'e2vpt': Entry(e2vpt, '2307.13770', 'E2VPT: prompts, keys and values, and their pruning'),

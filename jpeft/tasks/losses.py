@@ -27,16 +27,33 @@ class Objective:
       not known, or not to be learned, has 0.
     smoothing: of a plain softmax over classes, which can be made in pieces (`in_pieces`); None for
       any other loss.
+    distances: (outputs, told, labels) -> [...] in float32, how far outputs are from other outputs
+      of the same batch, for methods that learn from a pass of their own; None where there is no
+      such measure.
   """
 
   losses: Callable[[Any, jax.Array], jax.Array]
   right: Callable[[Any, jax.Array], jax.Array] | None
   weights: Callable[[jax.Array], jax.Array]
   smoothing: float | None = None
+  distances: Callable[[Any, Any, jax.Array], jax.Array] | None = None
 
   def sum(self, outputs: Any, labels: jax.Array) -> jax.Array:
     """The sum of weights * losses, a scalar."""
     return (self.weights(labels) * self.losses(outputs, labels)).sum()
+
+  def distance(self, outputs: Any, told: Any, labels: jax.Array) -> jax.Array:
+    """The sum of weights * distances from other outputs, a scalar.
+
+    Raises:
+      ValueError: the task has no such measure.
+    """
+    if self.distances is None:
+      raise ValueError(
+        'the method learns from the outputs of a pass of its own, and the loss of this task does '
+        'not say how far two outputs are apart (Objective.distances)'
+      )
+    return (self.weights(labels) * self.distances(outputs, told, labels)).sum()
 
 
 def loss(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
@@ -113,7 +130,9 @@ def softmax(
     return known(labels) * table[jnp.maximum(labels, 0)]
 
   is_plain = class_weights is None and not focal
-  return Objective(losses, likeliest, weights, smoothing if is_plain else None)
+  return Objective(
+    losses, likeliest, weights, smoothing if is_plain else None, distances=loss_of_teacher
+  )
 
 
 def sigmoid(class_weights: Sequence[float] | None = None, focal: float = 0.0) -> Objective:
@@ -137,7 +156,15 @@ def sigmoid(class_weights: Sequence[float] | None = None, focal: float = 0.0) ->
   def right(logits, labels):
     return (logits >= 0) == (labels > 0)
 
-  return Objective(losses, right, given)
+  def distances(logits, told, labels):
+    """KL of the two probabilities of each label."""
+    logits, told = logits.astype(jnp.float32), told.astype(jnp.float32)
+    one = jax.nn.sigmoid(told)
+    of_one = jax.nn.log_sigmoid(told) - jax.nn.log_sigmoid(logits)
+    of_none = jax.nn.log_sigmoid(-told) - jax.nn.log_sigmoid(-logits)
+    return one * of_one + (1 - one) * of_none
+
+  return Objective(losses, right, given, distances=distances)
 
 
 def _power(miss: jax.Array, gamma: float) -> jax.Array:
@@ -157,7 +184,10 @@ def distance(name: str = 'mse') -> Objective:
     there = given(labels) > 0
     return of_difference(jnp.where(there, outputs.astype(jnp.float32) - labels, 0.0))
 
-  return Objective(losses, None, given)
+  def distances(outputs, told, labels):
+    return of_difference(outputs.astype(jnp.float32) - told.astype(jnp.float32))
+
+  return Objective(losses, None, given, distances=distances)
 
 
 def _huber(difference: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import numpy as np
 from jpeft import cli, data
 
 from . import spans
-from .losses import Objective, known, likeliest, loss
+from .losses import Objective, known, likeliest, loss, loss_of_teacher
 from .metrics import further_scores
 from .task import NO_FACTS, Answer, Facts, Task
 from .texts import arrays_of, check_entries, check_unlabelled, encoder_of
@@ -68,7 +68,10 @@ def objective(config, facts: Facts = NO_FACTS) -> Objective:
   def right(logits, labels):
     return likeliest(_by_end(logits), labels)
 
-  return Objective(losses, right, known)
+  def distances(logits, told, labels):
+    return loss_of_teacher(_by_end(logits), _by_end(told), labels)
+
+  return Objective(losses, right, known, distances=distances)
 
 
 def _by_end(logits: jax.Array) -> jax.Array:

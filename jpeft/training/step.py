@@ -214,11 +214,14 @@ def train_step(
     def loss(outputs):
       return objective.sum(outputs, labels) / weight * rounds
 
+    def between(outputs, told):
+      return objective.distance(outputs, told, labels) / weight * rounds
+
     if isinstance(forward, Forward) and not tuned.has_loss:
       (losses, right), aux = forward.losses(theta, backbone, batch, key, objective, aux=True)
       value = (objective.weights(labels) * losses).sum() / weight
     else:
-      value, outputs, aux = tuned.objective(run, loss)
+      value, outputs, aux = tuned.objective(run, loss, between)
       right = None if objective.right is None else objective.right(outputs, labels)
     correct = jnp.zeros((), jnp.int32)
     if right is not None:

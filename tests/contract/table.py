@@ -98,6 +98,7 @@ ROWS: dict[str, Row] = {
   'bi_adaptformer': Row(
     start=1e-2, cannot={CONV: 'no role {norm2}', 'linen_bert': 'no role {norm2}'}
   ),
+  'dyt': Row(start=None, cannot={CONV: 'no role {norm2}', 'linen_bert': 'no role {norm2}'}),
   'vpt_shallow': Row(
     start=None, cannot={CONV: TOKENS, 'linen_gemma': 'no sequence can grow or shrink'}
   ),

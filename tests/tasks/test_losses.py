@@ -146,3 +146,24 @@ def test_labels_are_counted_without_reading_examples():
 
   source = data.Source(read, (2, 0), ['a'], label_of=[5, 6, 7].__getitem__)
   assert data.labels_of(source) == [7, 5]
+
+
+def test_distances_of_outputs():
+  """Of classes and sets the divergence of probabilities, of numbers what their loss is."""
+  out, told = np.random.default_rng(2).normal(size=(2, 4, 3)).astype(np.float32)
+  labels = np.array([0, 2, -1, 1])
+  chance = np.exp(log_softmax(told, -1))
+  each = (chance * (log_softmax(told, -1) - log_softmax(out, -1))).sum(-1)
+  found = losses.softmax(class_weights=(1.0, 2.0, 3.0)).distance(out, told, labels)
+  np.testing.assert_allclose(found, each[0] + 3 * each[1] + 2 * each[3], rtol=1e-5)
+  sets = np.array([[1, 0, 0], [np.nan, 1, 1], [0, 0, np.nan], [0, 1, 1]])
+  p, q = expit(told), expit(out)
+  each = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+  found = losses.sigmoid().distance(out, told, sets)
+  np.testing.assert_allclose(found, np.where(np.isnan(sets), 0, each).sum(), rtol=1e-4)
+  found = losses.distance('mae').distance(out, told, sets)
+  np.testing.assert_allclose(
+    found, np.where(np.isnan(sets), 0, np.abs(out - told)).sum(), rtol=1e-5
+  )
+  with pytest.raises(ValueError, match='does not say how far two outputs are apart'):
+    tasks.Objective(losses.loss, None, losses.known).distance(out, told, labels)

@@ -244,6 +244,7 @@ VISION = {
   'paca': ('--config.method.rank=4',),
   'lamda': ('--config.method.rank=4',),
   'pst': ('--config.method.rank=4',),
+  'dyt': ('--config.method.bottleneck=4', '--config.method.budget=0.75'),
   'e2vpt': (
     '--config.method.tokens=4',
     '--config.method.prune_tokens=0.5',
@@ -284,7 +285,7 @@ def test_methods_for_images_survive_kills_and_are_served(
   code, told = told_by('predict', f'--run={killed}', f'--input={image}')
   assert code == 0 and image.name in told, told
   code, told = told_by('merge', f'--run={killed}', f'--out={tmp_path / "merged"}')
-  if method in ('bi_adaptformer', 'e2vpt'):
+  if method in ('bi_adaptformer', 'dyt', 'e2vpt'):
     assert code != 0 and 'cannot be merged' in told, told
   else:
     assert code == 0 and (tmp_path / 'merged' / 'model.safetensors').is_file(), told

@@ -208,3 +208,33 @@ def test_what_a_method_minimises_does_not_grow_with_micro_batches(accumulate):
   np.testing.assert_allclose(out['loss'], task + 30, rtol=1e-6)
   # Each micro-batch reads the state that the one before has written.
   assert new['theta']['gated']['head']['passes'] == accumulate
+
+
+@pytest.mark.parametrize('accumulate', (1, 2))
+@pytest.mark.parametrize('kind', OBJECTIVES)
+def test_a_method_that_learns_from_a_pass_of_its_own(kind, accumulate):
+  """The distance of two passes is the weighed mean of the whole batch, as the loss is."""
+  objective, labels = OBJECTIVES[kind]
+  labels = np.asarray(labels, np.int32 if np.ndim(labels) == 1 else np.float32)
+  batch = BATCH | {'label': labels}
+
+  def root(t, call, x, half=False, **kwargs):
+    out = call(x, **kwargs)
+    return 0.5 * out if half else out
+
+  def minimised(loss, run):
+    out, _ = run()
+    told, _ = run(half=True)
+    return loss(out) + 3 * loss.between(out, jax.lax.stop_gradient(told)), out
+
+  rule = jpeft.at('', jpeft.Call('halved', root, takes=('half',), loss=minimised))
+  tuned, tx, backbone, state = prepared(jpeft.chain(jpeft.tune('head'), rule))
+  forward = step.Forward(tuned, False)
+  update = jax.jit(step.train_step(tuned, forward, tx, 0, objective, accumulate))
+  _, out = update(state, backbone, batch)
+  outputs = forward(state['theta'], backbone, batch, jax.random.key(0))
+  weights = np.asarray(objective.weights(labels))
+  each = np.asarray(objective.losses(outputs, labels))
+  apart = np.asarray(objective.distances(outputs, 0.5 * outputs, labels))
+  expected = (weights * (each + 3 * apart)).sum() / weights.sum()
+  np.testing.assert_allclose(out['loss'], expected, rtol=1e-5)
