@@ -249,6 +249,16 @@ FIELDS: dict[str, Field] = {
     'half',
     'none',
   ),
+  'data.shots': _positive(
+    int, None, 'examples of each class that are drawn to train on; all of them if left out'
+  ),
+  'data.shots_seed': Field(
+    (int, type(None)),
+    None,
+    'by which they are drawn, the same for all methods; that of the run if left out',
+    'at least 0',
+    lambda v: v is None or v >= 0,
+  ),
   'data.on_error': _choice(
     'raise',
     'what to do with an example that cannot be read while training: stop after a checkpoint, or '
@@ -275,6 +285,9 @@ FIELDS: dict[str, Field] = {
     None,
     'a run folder, or a theta file of one (.safetensors): theta starts as it is there, and what it '
     'lacks, such as the head of other labels, starts fresh',
+  ),
+  'method.start_head': _flag(
+    True, 'take the head of method.start too, where it fits; false for a fresh one, as in PVP'
   ),
   'method.saved_bits': Field(
     (int, type(None)),

@@ -15,6 +15,7 @@ from .readers.folder import images_below
 from .readers.questions import question
 from .readers.tables import Asked, asked, kind_of_table, like_columns
 from .readers.vtab import TASKS as VTAB_TASKS
+from .shots import few_shots
 from .skipped import UNREADABLE, Skipped, first_example
 from .source import Dataset, Source, in_memory, split_rows
 
@@ -63,6 +64,7 @@ __all__ = [
   'check_texts',
   'decode',
   'image_transform',
+  'few_shots',
   'first_example',
   'images_below',
   'in_memory',

@@ -163,9 +163,10 @@ def _mesh(config) -> Mesh:
 
 
 def _model(config, mesh: Mesh) -> Model:
+  _check_shots(config)
   task = tasks.of(config)
   sources = {
-    'train': task.source(config, config.data.train),
+    'train': _drawn(config, task.source(config, config.data.train)),
     'test': task.source(config, config.data.test),
   }
   label_facts = task.facts(config, sources['train'])
@@ -184,6 +185,33 @@ def _model(config, mesh: Mesh) -> Model:
     memory=Memory.of(config),
     layout=Layout(tuned, mesh, config.mesh.backbone, config.mesh.whole_below),
   )
+
+
+def _check_shots(config) -> None:
+  """Raises a ValueError if examples of each class are asked for where that means nothing."""
+  shots = config.data.shots
+  seed = config.data.shots_seed
+  if shots is None and seed is not None:
+    raise ValueError(
+      f'config.data.shots_seed={seed} draws data.shots examples of each class: set that too'
+    )
+  if shots is not None and config.task != 'classification':
+    raise ValueError(
+      f"config.data.shots={shots} are examples of each class, of config.task='classification', and "
+      f'it is {config.task!r}'
+    )
+
+
+def _drawn(config, source: data.Source) -> data.Source:
+  """The training split, or some examples of each class of it (`data.shots`).
+
+  Raises:
+    ValueError: a class has too few.
+  """
+  if config.data.shots is None:
+    return source
+  seed = config.data.shots_seed
+  return data.few_shots(source, config.data.shots, config.seed if seed is None else seed)
 
 
 def _raw(config, model: Model, skipped: Mapping[str, data.Skipped]) -> Examples:

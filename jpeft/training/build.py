@@ -23,7 +23,8 @@ def method_of(config):
   values = config.method.to_dict()
   name = values.pop('name')
   head = values.pop('head')
-  del values['start']  # of training, see `start_of`
+  for key in ('start', 'start_head'):  # of training, see `start_of`
+    del values[key]
   values['saved_bits'] = Memory.of(config).saved_bits
   try:
     return methods.make(name, head=head, **values)

@@ -1,4 +1,9 @@
-"""A run that starts from the theta of another run (`method.start`)."""
+"""A run that starts from the theta of another run (`method.start`).
+
+With `method.start_head=False` the head starts fresh whatever the file has. So a method that was
+trained on one data set starts the next from there: PVP, Song et al., 2023 (arXiv 2304.13639), for
+any method.
+"""
 
 import dataclasses
 import hashlib
@@ -54,6 +59,10 @@ def start_of(config, tuned: Tuned, folder: pathlib.Path) -> Start | None:
       of it agrees with the method, or it is not the one that the run was begun with.
   """
   if config.method.start is None:
+    if not config.method.start_head:
+      raise ValueError(
+        'config.method.start_head=False leaves out the head of method.start: set that'
+      )
     return None
   file = _file(pathlib.Path(config.method.start))
   begun = _digest_of_run(folder)
@@ -66,7 +75,7 @@ def start_of(config, tuned: Tuned, folder: pathlib.Path) -> Start | None:
   sha256 = _digest(file)
   if begun is not None:
     _check_digest(file, sha256, begun, folder)
-  return _matched(file, sha256, arrays, tuned)
+  return _matched(file, sha256, arrays, tuned, config.method.start_head)
 
 
 def _file(place: pathlib.Path) -> pathlib.Path:
@@ -106,11 +115,20 @@ def _check_digest(file: pathlib.Path, found: str, begun: str, folder: pathlib.Pa
     )
 
 
-def _matched(file: pathlib.Path, sha256: str, arrays: dict[str, np.ndarray], tuned: Tuned) -> Start:
+def _matched(
+  file: pathlib.Path,
+  sha256: str,
+  arrays: dict[str, np.ndarray],
+  tuned: Tuned,
+  with_head: bool,
+) -> Start:
   wanted = leaf_paths(tuned.shapes)
   taken = {}
   other_head = []
   for path, x in arrays.items():
+    if not with_head and _is_head(path, tuned):
+      other_head.append(path)
+      continue
     wrong = None
     if path not in wanted:
       wrong = 'which the method has not'
@@ -134,8 +152,10 @@ def _matched(file: pathlib.Path, sha256: str, arrays: dict[str, np.ndarray], tun
   fresh = wanted.keys() - taken.keys()
   if fresh:
     told += f'; fresh: {few(fresh)}'
-  if other_head:
+  if other_head and with_head:
     told += f'; left out, another head: {few(other_head)}'
+  elif other_head:
+    told += f'; left out, as start_head=False says: {few(other_head)}'
   return Start(sha256, taken, told)
 
 
