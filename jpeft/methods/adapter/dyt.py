@@ -96,6 +96,7 @@ def dyt(
       [B, n + N, D].
   """
   within('dyt', 'rate', rate, 0, 1)
+  require(not isinstance(scale, str), 'dyt', 'scale', scale, 'must be a number')
   require(temperature > 0, 'dyt', 'temperature', temperature, 'must be greater than 0')
   whole('dyt', 'experts', experts, 1)
   for factor, value in (('complete', complete), ('distill', distill), ('balance', balance)):

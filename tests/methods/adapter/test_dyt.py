@@ -333,6 +333,7 @@ def test_it_cannot_be_merged():
   ('hyperparameters', 'message'),
   [
     ({'rate': 1.5}, r'dyt: rate=1.5 must lie in \[0, 1\]'),
+    ({'scale': 'learned'}, "dyt: scale='learned' must be a number"),
     ({'budget': 0}, r'dyt: budget=0 must lie in \(0, 1\], or be None'),
     ({'temperature': 0}, 'dyt: temperature=0 must be greater than 0'),
     ({'experts': 0}, 'dyt: experts=0 must be a whole number'),
