@@ -16,6 +16,7 @@ from .frozen import frozen
 from .generated import generated
 from .generator import Place
 from .keys import named_key
+from .layers import Layers, all_but
 from .mode import flags_of
 from .paths import EXTRAS, join_path, leaf_paths, natural
 from .products import Operand
@@ -58,6 +59,7 @@ __all__ = [
   'Call',
   'EXTRAS',
   'FULL_CROSSING',
+  'Layers',
   'Leaf',
   'MEMORY_CLASSES',
   'Method',
@@ -74,6 +76,7 @@ __all__ = [
   'State',
   'Tuned',
   'Weight',
+  'all_but',
   'at',
   'attach',
   'backend_of',

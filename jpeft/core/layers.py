@@ -7,8 +7,27 @@ from collections.abc import Iterable, Sequence
 from .paths import natural
 from .sites import Site, Sites
 
-# What `layers=` takes: numbers, negative from the end; a slice, or a text such as '-4:' or '0,2,5'.
+# What `layers=` takes: numbers, negative from the end; a slice, or a text such as '-4:' or '0,2,5';
+# '!-4:' is everything else, what lies outside of all layers too.
 Layers = int | str | slice | Sequence[int]
+
+
+def text_of(layers: Layers) -> str:
+  """A choice as a text."""
+  if isinstance(layers, str):
+    return layers
+  if isinstance(layers, slice):
+    bounds = (layers.start, layers.stop, layers.step)
+    return ':'.join('' if bound is None else str(bound) for bound in bounds)
+  if isinstance(layers, int):
+    layers = (layers,)
+  return ','.join(str(int(layer)) for layer in layers)
+
+
+def all_but(layers: Layers) -> str:
+  """Everything that a choice leaves out."""
+  text = text_of(layers)
+  return text.removeprefix('!') if text.startswith('!') else f'!{text}'
 
 
 def numbered(sites: Sites) -> None:
@@ -100,10 +119,11 @@ def restricted(site: Site, layers: Layers) -> Site | None:
   Raises:
     ValueError: a number that there is not, or a text that is no choice.
   """
+  inverted = isinstance(layers, str) and layers.startswith('!')
   if not site.numbers:
-    return None
-  wanted = _numbers(layers, site.depth)
-  chosen = tuple(i for i, number in enumerate(site.numbers) if number in wanted)
+    return site if inverted else None
+  wanted = _numbers(all_but(layers) if inverted else layers, site.depth)
+  chosen = tuple(i for i, number in enumerate(site.numbers) if (number in wanted) != inverted)
   if not chosen:
     return None
   if len(chosen) == len(site.numbers):
@@ -137,5 +157,6 @@ def _parsed(text: str) -> slice | tuple[int, ...]:
     return tuple(int(part) for part in text.split(','))
   except (TypeError, ValueError):
     raise ValueError(
-      f"layers={text!r} is no choice of layers: give numbers ('0,2,5') or a slice ('-4:', '::2')"
+      f"layers={text!r} is no choice of layers: give numbers ('0,2,5') or a slice ('-4:', '::2'), "
+      "after '!' what is left out"
     ) from None

@@ -11,7 +11,7 @@ import jax
 
 from .generator import Generator
 from .keys import named_key
-from .layers import Layers
+from .layers import Layers, text_of
 from .sites import Leaf
 
 # What the backward pass must keep of the backbone, from least to most.
@@ -285,7 +285,8 @@ def at(pattern: str, rule: Rule, *, layers: Layers | None = None) -> Method:
       such as '{q}' or '{block}', stand for the names that a model family uses.
     rule: what happens there.
     layers: the layers of the model in which it happens, unrolled or scanned: numbers, negative from
-      the end; a slice; or a text such as '-4:', '::2' or '0,2,5'. None for all.
+      the end; a slice; or a text such as '-4:', '::2' or '0,2,5'. '!-4:' is everything else, also
+      what lies outside of all layers. None for all.
   """
   method = Method(((pattern, rule),))
   return method if layers is None else in_layers(method, layers)
@@ -299,8 +300,7 @@ def in_layers(method: Method, layers: Layers) -> Method:
     layers: which, see `at`.
   """
   if isinstance(layers, slice):
-    bounds = (layers.start, layers.stop, layers.step)
-    layers = ':'.join('' if bound is None else str(bound) for bound in bounds)
+    layers = text_of(layers)
   elif not isinstance(layers, int | str):
     layers = tuple(int(layer) for layer in layers)
   return Method((pattern, dataclasses.replace(rule, layers=layers)) for pattern, rule in method)

@@ -28,6 +28,7 @@ from .side.r2_tuning import r2_tuning
 from .side.sherl import sherl
 from .side.unipt import unipt, unipt_global
 from .side.vqt import vqt
+from .subset.explora import explora
 from .subset.tune import bitfit, full, linear, norm, tune
 from .tokens import Tokens
 from .weight.ia3 import ia3
@@ -57,6 +58,7 @@ __all__ = [
   'drop',
   'dyt',
   'e2vpt',
+  'explora',
   'fisher',
   'from_bits',
   'full',

@@ -28,6 +28,7 @@ from .side.qst import qst
 from .side.sherl import sherl
 from .side.unipt import unipt, unipt_global
 from .side.vqt import vqt
+from .subset.explora import explora
 from .subset.tune import bitfit, full, linear, norm, tune
 from .weight.ia3 import ia3
 from .weight.lamda import lamda
@@ -86,6 +87,9 @@ REGISTRY: dict[str, Entry] = {
   'full': Entry(full, '-', 'full fine-tuning'),
   'bitfit': Entry(bitfit, '2106.10199', 'BitFit: biases'),
   'norm': Entry(norm, '2302.07937', 'norm tuning: scales and shifts'),
+  'explora': Entry(
+    explora, '2406.10973', 'ExPLoRA: some blocks whole, LoRA in the others, all norms'
+  ),
   'lora': Entry(
     lora, '2106.09685', 'LoRA, rsLoRA, PiSSA, OLoRA: a low-rank product beside each matrix'
   ),

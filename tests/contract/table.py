@@ -66,6 +66,7 @@ ROWS: dict[str, Row] = {
   'full': Row(start=0),
   'bitfit': Row(start=0, cannot=NO_BIAS),
   'norm': Row(start=0),
+  'explora': Row(start=0, on=KERNELS),
   'lora': Row(start=0, on=KERNELS),
   # Its dropout, which is on by default, acts between the two factors.
   'bi_lora': Row(start=1e-2, on={**KERNELS, **dict.fromkeys(NO_DOOR, {'dropout': 0})}),

@@ -281,3 +281,21 @@ def test_methods_print_and_compare_their_layers():
   assert repr(method).startswith('in_layers(lora(rank=4') and repr(method).endswith(', (0, 2))')
   assert method == jpeft.in_layers(jpeft.lora(4), (0, 2)) != jpeft.lora(4)
   assert hash(jpeft.in_layers(jpeft.lora(4), slice(-4, None)))
+
+
+@pytest.mark.parametrize('layers', ('!1,-1', '!:2', '!-1'))
+def test_everything_but_a_choice(layers):
+  model = Blocks(DEPTH, 'scan')
+  held = backbone(model)
+  tuned = jpeft.attach(model, jpeft.in_layers(low_rank('blocks/fc'), layers), held, X)
+  ((_, site),) = tuned.rules
+  left_out = set(np.arange(DEPTH)[eval(f'np.r_[{layers[1:]}]')])
+  assert set(site.chosen) == set(range(DEPTH)) - left_out
+
+
+def test_everything_but_a_choice_has_what_lies_outside_of_layers():
+  b = BACKBONES['linen_vit']
+  with described(b):
+    method = jpeft.in_layers(jpeft.norm(), '!-1:')
+    tuned = jpeft.attach(b.model, method, b.backbone, *b.args, **b.kwargs)
+  assert {site.numbers for _, site in tuned.rules} == {(0,), ()}
