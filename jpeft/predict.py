@@ -46,6 +46,11 @@ def main(argv: list[str]) -> int:
     config, info = training.describe(flags.run)
     task = tasks.of(config)
     if task.answer is None and task.answers is None:
+      if task.head is None:
+        raise ValueError(
+          f'{flags.run} learned no labels (config.task={config.task!r}), so there is nothing to '
+          'predict: merge it, and train a method for your labels on the merged folder'
+        )
       raise ValueError(f'{flags.run} writes texts: python -m jpeft.generate --run {flags.run}')
     names = flags.input
     if task.read is None:

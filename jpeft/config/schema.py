@@ -119,6 +119,7 @@ class TaskKeys(NamedTuple):
     losses: keys of the section `loss` that its loss reads.
     head: whether a fresh head is trained if `method.head` is left out.
     written: metrics of texts that the model writes, for `eval.also`.
+    pretraining: keys of the section `pretraining` that it reads.
   """
 
   learns: str
@@ -126,6 +127,7 @@ class TaskKeys(NamedTuple):
   losses: tuple[str, ...]
   head: bool = True
   written: tuple[str, ...] = ()
+  pretraining: tuple[str, ...] = ()
 
 
 TASKS = {
@@ -158,6 +160,25 @@ TASKS = {
   'masked': TaskKeys(
     'words that are hidden', ('perplexity', 'accuracy', 'loss'), ('label_smoothing',), head=False
   ),
+  'mae': TaskKeys(
+    'pixels of patches that are hidden',
+    ('loss',),
+    (),
+    head=False,
+    pretraining=('hidden', 'width', 'depth'),
+  ),
+  'dino': TaskKeys(
+    'views of an image, taught by a moving average of the model',
+    ('loss',),
+    (),
+    head=False,
+    pretraining=('crops', 'prototypes', 'momentum', 'width', 'depth'),
+  ),
+}
+# The sections whose keys are of some tasks alone.
+_OF_TASKS: dict[str, Callable[[TaskKeys], tuple[str, ...]]] = {
+  'loss': lambda task: task.losses,
+  'pretraining': lambda task: task.pretraining,
 }
 # Of all tasks, each once.
 _METRICS = tuple(dict.fromkeys(name for task in TASKS.values() for name in task.metrics))
@@ -295,6 +316,25 @@ FIELDS: dict[str, Field] = {
     'of a value that the backward pass keeps of a block; whole values if left out',
     '4, 8 or None',
     lambda v: v in (4, 8, None),
+  ),
+  # What a task of images alone trains beside the method, and drops at the end.
+  'pretraining.hidden': Field(
+    (float,),
+    0.75,
+    'share of the patches that are hidden, of mae',
+    'between 0 and 1',
+    lambda v: 0 < v < 1,
+  ),
+  'pretraining.crops': _not_negative(int, 2, 'small views beside two large ones, of dino'),
+  'pretraining.prototypes': _positive(int, 4096, 'outputs of the head of dino'),
+  'pretraining.momentum': _within(
+    0.996, 'share of itself that the teacher of dino keeps; it rises to 1', 0.0, 1.0
+  ),
+  'pretraining.width': _positive(
+    int, None, 'of the decoder of mae, 256 if left out; of the head of dino, 2048'
+  ),
+  'pretraining.depth': _positive(
+    int, None, 'blocks of the decoder of mae, 4 if left out; layers of the head of dino, 3'
   ),
   # Training.
   'loss.label_smoothing': _within(0.0, 'share of the target given to all labels alike', 0.0, 1.0),
@@ -510,12 +550,13 @@ def _check_task(out: dict[str, Any]) -> None:
         )
   for key, field in FIELDS.items():
     section, _, name = key.partition('.')
-    if section == 'loss' and name not in task.losses and out[key] != field.default:
-      readers = [other for other, keys in TASKS.items() if name in keys.losses]
-      raise ValueError(
-        f'config.{key}={out[key]!r} says nothing to the loss of config.task={out["task"]!r}; it is '
-        f'for {" and ".join(readers)}'
-      )
+    if section not in _OF_TASKS or name in _OF_TASKS[section](task) or out[key] == field.default:
+      continue
+    readers = [other for other, keys in TASKS.items() if name in _OF_TASKS[section](keys)]
+    raise ValueError(
+      f'config.{key}={out[key]!r} says nothing to the loss of config.task={out["task"]!r}; it is '
+      f'for {" and ".join(readers)}'
+    )
   if out['loss.focal'] and out['loss.label_smoothing']:
     raise ValueError(
       'config.loss.focal and config.loss.label_smoothing both change what is surely right: give one'

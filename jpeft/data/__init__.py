@@ -23,6 +23,7 @@ if TYPE_CHECKING:
   from .image import image_transform
   from .masking import MaskableTexts, mask_of, masking_of
   from .text import Encoder, check_texts, row_of, text_transform
+  from .views import views_transform
   from .windows import Windows
   from .words import TaggedWords
 
@@ -33,6 +34,7 @@ __getattr__ = on_first_use(
     '.image': ('image_transform',),
     '.masking': ('MaskableTexts', 'mask_of', 'masking_of'),
     '.text': ('Encoder', 'check_texts', 'row_of', 'text_transform'),
+    '.views': ('views_transform',),
     '.windows': ('Windows',),
     '.words': ('TaggedWords',),
   },
@@ -83,4 +85,5 @@ __all__ = [
   'row_of',
   'split_rows',
   'text_transform',
+  'views_transform',
 ]

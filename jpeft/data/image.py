@@ -35,6 +35,8 @@ def image_transform(
   augment: str = 'none',
   resize: str = 'squash',
   interpolation: str = 'bicubic',
+  area: tuple[float, float] = (0.08, 1),
+  flip: bool = True,
 ) -> Transform:
   """Turns images of any size into normalised ones of one size.
 
@@ -51,6 +53,8 @@ def image_transform(
     resize: 'squash' both sides, or 'crop': the short side to 256/224 of image_size, then its
       centre.
     interpolation: 'bicubic' or 'bilinear', with antialiasing.
+    area: the least and the largest share of the area that augment='imagenet' takes.
+    flip: whether augment='imagenet' and 'flip_crop' flip.
 
   Returns:
     A transform for `Batches`: (example, rng) -> example.
@@ -75,8 +79,7 @@ def image_transform(
 
   def resized(image: Image.Image, rng: np.random.Generator | None) -> Image.Image:
     if augment == 'imagenet':
-      area = _random_area(image, rng)
-      return area.resize(square, resampling)
+      return _random_area(image, rng, area).resize(square, resampling)
     if augment == 'flip_crop':
       image = _with_margin(image, image_size, resize, resampling)
       return _random_crop(image, image_size, image_size, rng)
@@ -95,7 +98,7 @@ def image_transform(
       pixels = pixels[..., 0]  # Pillow takes grey images without an axis of channels
     image = resized(Image.fromarray(pixels), rng)
     pixels = np.asarray(image.convert('RGB'))  # [image_size, image_size, 3]
-    if augment in ('flip_crop', 'imagenet') and rng.random() < 0.5:
+    if flip and augment in ('flip_crop', 'imagenet') and rng.random() < 0.5:
       pixels = pixels[:, ::-1]
     return example | {'image': pixels * scale - shift}
 
@@ -125,14 +128,16 @@ def _with_margin(
   return image.resize((width, height), resampling)
 
 
-def _random_area(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-  """A random rectangle of 8 to 100 % of the area and aspect 3/4 to 4/3.
+def _random_area(
+  image: Image.Image, rng: np.random.Generator, share: tuple[float, float]
+) -> Image.Image:
+  """A random rectangle of a share of the area in a range, and aspect 3/4 to 4/3.
 
   If 10 of them do not fit into the image, the largest centre of such an aspect.
   """
   image_width, image_height = image.size
   for _ in range(10):
-    area = image_width * image_height * rng.uniform(0.08, 1)
+    area = image_width * image_height * rng.uniform(*share)
     # Uniform in the logarithm: 3/4 and 4/3 are equally likely.
     aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
     width = round(math.sqrt(area * aspect))

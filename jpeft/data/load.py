@@ -11,7 +11,7 @@ from .labels import ANSWERS, CLASSES, NOTHING, TAGS, TASK_OF, of_kind
 from .readers.arrow import arrow, parquet
 from .readers.completions import completions
 from .readers.fgvc import fgvc
-from .readers.folder import folder
+from .readers.folder import folder, images_alone
 from .readers.hub import hub
 from .readers.lists import lists
 from .readers.prepared import prepared
@@ -45,7 +45,12 @@ _OF_EVERY_KIND = {'parquet': parquet, 'arrow': arrow}
 READERS_OF: dict[str, dict[str, Callable[[str], Dataset]]] = {
   TAGS: {'conll': conll, 'jsonl': tagged_jsonl},
   ANSWERS: {'squad': squad, 'jsonl': questions_jsonl},
-  NOTHING: {'text': plain_texts, 'csv': csv_texts, 'jsonl': jsonl_texts},
+  NOTHING: {
+    'text': plain_texts,
+    'csv': csv_texts,
+    'jsonl': jsonl_texts,
+    'folder': images_alone,
+  },
 }
 # Those of data sets that are kept in a folder of their library, for labels of every kind.
 STORES = {'tfds': prepared, 'hf': hub}
@@ -119,8 +124,8 @@ def load(
       those of the libraries.
     labels: the kind that is wanted: 'classes', 'numbers' or 'sets', see `labels`; 'tags' of
       'conll:PATH' or 'jsonl:PATH', 'answers' of 'squad:PATH' or 'jsonl:PATH', or 'nothing' but the
-      texts of 'text:PATH', 'csv:PATH' or 'jsonl:PATH'. 'hf:', 'parquet:' and
-      'arrow:' have all of them.
+      texts of 'text:PATH', 'csv:PATH' or 'jsonl:PATH' and the images of 'folder:PATH'. 'hf:',
+      'parquet:' and 'arrow:' have all of them.
 
   Returns:
     The source: len(source), source[i] -> {'image': uint8 [H, W, C] or 'text': str, 'label': int},
@@ -170,11 +175,16 @@ def _readers_of(labels: str) -> dict[str, Callable[[str], Dataset]]:
 
 def _check_task(kind: str, labels: str) -> None:
   """Raises a ValueError if a reader of files reads labels of other kinds than the one wanted."""
-  tasks = [TASK_OF[other] for other, readers in READERS_OF.items() if kind in readers]
+  tasks = []
+  for other, readers in READERS_OF.items():
+    if kind in readers:
+      tasks.append('mae' if readers[kind] is images_alone else TASK_OF[other])
   if kind in READERS:
     tasks.insert(0, 'language' if kind == 'completions' else 'classification')
   if tasks:
+    wanted = f'for config.task={TASK_OF[labels]!r}'
+    if labels == NOTHING:
+      wanted = 'for texts or images alone'
     raise ValueError(
-      f'{kind}:PATH is not read for config.task={TASK_OF[labels]!r}: set config.task to '
-      f'{" or ".join(map(repr, tasks))}'
+      f'{kind}:PATH is not read {wanted}: set config.task to {" or ".join(map(repr, tasks))}'
     )

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
   from .nn import (
     REMATS,
     Encoder,
+    PatchDecoder,
     PostNormBlock,
     PreNormBlock,
     Remat,
@@ -59,6 +60,7 @@ __all__ = [
   'Keep',
   'Llama',
   'LlamaBlock',
+  'PatchDecoder',
   'Place',
   'PostNormBlock',
   'PreNormBlock',
@@ -116,6 +118,7 @@ __getattr__ = on_first_use(
     '.narrow': ('Keep', 'narrowed', 'narrowed_theta', 'widened_theta'),
     '.nn': (
       'Encoder',
+      'PatchDecoder',
       'PostNormBlock',
       'PreNormBlock',
       'REMATS',

@@ -66,6 +66,8 @@ def _of_config(name: str, config, where: Target, search: bool) -> Plan:
     whole_below=config.mesh.whole_below,
     accumulate=config.optimizer.accumulate,
     objective=task.objective(config, tasks.NO_FACTS),
+    teacher=task.teacher,
+    momentum=task.teacher and task.teacher.momentum(config, STEPS),
   )
 
   def optimizer(tuned):

@@ -59,7 +59,7 @@ def _of_stage(
       f'a batch of {size} does not divide over {work.mesh[0]} devices and {work.accumulate} '
       'micro-batches'
     )
-  shapes = training.state_shapes(tuned, tx, work.variables)
+  shapes = training.state_shapes(tuned, tx, work.variables, work.teacher is not None)
   state, backbone, batch = work.placed(tuned, mesh, shapes, size)
   step = jax.jit(
     work.step(tuned, tx, mesh),

@@ -29,6 +29,8 @@ class Work:
     mesh: (data, model) devices.
     backbone, whole_below: see `training.Layout`.
     accumulate, objective: see `training.train_step`.
+    teacher: a moving average of the model that teaches it; None for none.
+    momentum: of its updates, see `training.Ema`.
   """
 
   model: Any
@@ -41,6 +43,8 @@ class Work:
   whole_below: int = training.WHOLE_BELOW
   accumulate: int = 1
   objective: tasks.Objective = training.PLAIN
+  teacher: tasks.Teacher | None = None
+  momentum: Callable[[Any], Any] | None = None
 
   def mode(self, training: bool) -> dict[str, bool]:
     """The arguments by which the model's call knows whether it trains; empty if it takes none."""
@@ -90,15 +94,21 @@ class Work:
 
   def step(self, tuned: Tuned, tx: optax.GradientTransformation, mesh: Mesh) -> Callable:
     """(state, backbone, batch) -> (state, ...): the trainer's update."""
+    layout = self.layout(tuned, mesh)
+    teaching = None
+    if self.teacher is not None:
+      forward = layout.forward(tuned, False, self.mode(False))
+      teaching = training.Ema(self.teacher, self.momentum, forward)
     return training.train_step(
       tuned,
-      self.layout(tuned, mesh).forward(tuned, True, self.mode(True)),
+      layout.forward(tuned, True, self.mode(True)),
       tx,
       seed=0,
       objective=self.objective,
       accumulate=self.accumulate,
       offload=training.offloads(mesh, self.memory.offload),
       steps=STEPS,
+      teaching=teaching,
     )
 
   def forward(self, size: int) -> float:

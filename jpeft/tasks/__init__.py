@@ -1,8 +1,10 @@
 """What a run learns: classes, sets of classes or numbers of images and texts, or texts to write."""
 
 from .classification import CLASSIFICATION
+from .dino import DINO, dino
 from .language import LANGUAGE
 from .losses import Objective, loss, loss_of_teacher, softmax
+from .mae import MAE, mae
 from .masked import MASKED
 from .metrics import (
   METRICS,
@@ -21,12 +23,13 @@ from .modality import (
   modality_module,
   modality_of,
   register_modality,
+  taken,
 )
 from .multilabel import MULTILABEL
 from .pieces import in_pieces, token_losses
 from .questions import QUESTIONS
 from .regression import REGRESSION
-from .task import NO_FACTS, Answer, Facts, Task
+from .task import NO_FACTS, Answer, Facts, Task, Teacher
 from .teachers import MOST_LOGITS, HeadStates, Taught, head_states
 from .tokens import TOKENS
 
@@ -38,6 +41,8 @@ TASKS: dict[str, Task] = {
   'tokens': TOKENS,
   'questions': QUESTIONS,
   'masked': MASKED,
+  'mae': MAE,
+  'dino': DINO,
 }
 
 
@@ -49,9 +54,11 @@ def of(config) -> Task:
 __all__ = [
   'Answer',
   'CLASSIFICATION',
+  'DINO',
   'Facts',
   'HeadStates',
   'LANGUAGE',
+  'MAE',
   'METRICS',
   'MOST_LOGITS',
   'MULTILABEL',
@@ -63,13 +70,16 @@ __all__ = [
   'TASKS',
   'Task',
   'Taught',
+  'Teacher',
   'best',
   'better',
+  'dino',
   'head_states',
   'in_pieces',
   'inputs',
   'loss',
   'loss_of_teacher',
+  'mae',
   'modality',
   'modality_module',
   'modality_of',
@@ -80,5 +90,6 @@ __all__ = [
   'requested',
   'softmax',
   'stale',
+  'taken',
   'token_losses',
 ]

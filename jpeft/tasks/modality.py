@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jpeft import cli, data, models
+from jpeft.core import Method
 from jpeft.messages import did_you_mean
 from jpeft.registering import module_of
 
@@ -336,6 +337,16 @@ def modality_module(name: str) -> str | None:
   if name in _OWN:
     return None
   return module_of(_REGISTERED[name].call)
+
+
+# The arrays of a batch that are of the trainer, whatever the arguments of rules are called.
+_OF_TRAINER = ('label', 'mask', 'index')
+
+
+def taken(method: Method, batch: Mapping[str, Any]) -> dict[str, Any]:
+  """The arrays of a batch that rules of a method take as arguments of the model's call."""
+  names = {name for _, rule in method for name in rule.takes}
+  return {name: x for name, x in batch.items() if name in names and name not in _OF_TRAINER}
 
 
 def inputs(batch: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:

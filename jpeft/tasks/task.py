@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jpeft.core import Method, chain
+
 from .losses import Objective, softmax
 
 # What a run found out about its labels, as in run.json: numbers, texts, lists and dicts of them.
@@ -36,6 +38,26 @@ def _no_labels(tally, labels, facts: Facts) -> dict[str, dict[str, float]]:
 
 def _tally_itself(config, tally, rows):
   return tally
+
+
+def _no_parts(config, pretrained) -> Method:
+  return chain()
+
+
+class Teacher(NamedTuple):
+  """A teacher that is the moving average of the model: it says what the model is to say.
+
+  Attributes:
+    momentum: (config, updates in all) -> a function: number of updates -> the share of itself that
+      the teacher keeps in the next one.
+    shown: batch -> the batch that it reads.
+    told: its outputs for a whole batch -> arrays [B, ...]. They are in the batch of the update as
+      'told', which a rule of `Task.parts` takes.
+  """
+
+  momentum: Callable[..., Callable[[Any], Any]]
+  shown: Callable[[Mapping[str, Any]], dict[str, Any]]
+  told: Callable[[Any], Any]
 
 
 class Answer(NamedTuple):
@@ -96,6 +118,10 @@ class Task(NamedTuple):
     units: facts -> (shift, scale) [K] by which outputs become what the data have; None where they
       are that already. Merged weights hold it.
     problem: what the config of a Hugging Face model calls the task; None to leave it as it is.
+    parts: (config, pretrained) -> the method that the task itself adds, behind that of the run: its
+      theta, such as a decoder, is trained along and dropped at the end. Arguments that its rules
+      take (`takes=`) are the arrays of a batch that have their names.
+    teacher: a moving average of the model that teaches it; None for none.
   """
 
   source: Callable[..., Any]
@@ -123,3 +149,5 @@ class Task(NamedTuple):
   read: Callable[..., tuple[list[str], list[dict[str, Any]]]] | None = None
   asked: Callable[..., tuple[Any, Callable | None]] | None = None
   answers: Callable[..., list[Answer]] | None = None
+  parts: Callable[..., Method] = _no_parts
+  teacher: Teacher | None = None

@@ -6,6 +6,7 @@ from jpeft.writing import write
 from . import optim
 from .build import build, check_used, hyperparameters, method_of, optimizer_of
 from .checkpoints import Checkpoints, fingerprint, load_theta, save_theta
+from .ema import Ema
 from .endings import resumable
 from .feature_cache import Features, Part, cached
 from .fit import compiled, fitting, step_shardings
@@ -45,6 +46,7 @@ from .writers import Opened, Writer, register_writer
 __all__ = [
   'BACKBONES',
   'Checkpoints',
+  'Ema',
   'Features',
   'Forward',
   'Joining',

@@ -13,6 +13,7 @@ from jpeft.core import Tuned, summary
 
 from . import elastic, feature_cache, hosts, sharding
 from .build import build, check_used, optimizer_of
+from .ema import Ema
 from .feature_cache import Part
 from .layout import Layout
 from .memory import Memory
@@ -35,6 +36,7 @@ class Model:
     tuned: the method attached to it.
     memory: what the config says of it.
     layout: where arrays are.
+    dropped: names in theta of what the task itself trains, see `Task.parts`.
   """
 
   task: tasks.Task
@@ -46,11 +48,28 @@ class Model:
   tuned: Tuned
   memory: Memory
   layout: Layout
+  dropped: tuple[str, ...]
 
   @property
   def classes(self) -> Any:
     """The labels, by their numbers."""
     return self.sources['train'].classes
+
+  @property
+  def taught(self) -> bool:
+    """Whether a moving average of the model teaches it."""
+    return self.task.teacher is not None
+
+  def teaching(self, config, tuned: Tuned, steps: int) -> Ema | None:
+    """How it is taught in a stage of a run of so many updates; None where it is not."""
+    teacher = self.task.teacher
+    if teacher is None:
+      return None
+    return Ema(teacher, teacher.momentum(config, steps), self.layout.forward(tuned, False))
+
+  def kept(self, theta: Any) -> Any:
+    """What is stored of theta at the end: all but what the task itself trains."""
+    return {name: entries for name, entries in theta.items() if name not in self.dropped}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +203,7 @@ def _model(config, mesh: Mesh) -> Model:
     tuned=tuned,
     memory=Memory.of(config),
     layout=Layout(tuned, mesh, config.mesh.backbone, config.mesh.whole_below),
+    dropped=task.parts(config, pretrained).names,
   )
 
 

@@ -166,6 +166,7 @@ def _first_state(run: Asked, start: Start | None, backbone: Backbone) -> Any:
     seed=run.config.seed,
     start=None if start is None else start.put,
     shardings=first.sharding,
+    taught=run.model.taught,
   )
   with cli.inputs_checked():
     return hosts.computed(begun, first.sharding, backbone.arrays)

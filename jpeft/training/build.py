@@ -8,7 +8,7 @@ from typing import Any
 import optax
 
 from jpeft import data, methods, models, quant, tasks
-from jpeft.core import Tuned, attach
+from jpeft.core import Tuned, attach, chain
 
 from . import optim
 from .memory import Memory
@@ -74,13 +74,16 @@ def _with_pixels(pretrained: models.Pretrained, pixels: str) -> models.Pretraine
   return dataclasses.replace(pretrained, preprocess=preprocess)
 
 
-def build(config, num_classes: int, load: Callable = models.load) -> tuple[Any, Any]:
+def build(
+  config, num_classes: int, load: Callable = models.load, parts: bool = True
+) -> tuple[Any, Any]:
   """(pretrained, tuned): the backbone, and the method attached to it.
 
   Args:
     config: of the run.
     num_classes: outputs of a fresh head; 0 for a model that keeps its own, see `Task.outputs`.
     load: `models.load`, or `models.describe` if shapes are enough.
+    parts: whether what the task itself trains is attached too, see `Task.parts`.
 
   Raises:
     ValueError, OSError, RuntimeError: whatever is wrong with weights, method or patterns.
@@ -102,7 +105,11 @@ def build(config, num_classes: int, load: Callable = models.load) -> tuple[Any, 
   if memory.storage is not None:
     fields['quantize'] = quant.named(memory.storage)
   pretrained = _with_pixels(load(source, **fields), config.data.pixels)
-  args, kwargs = tasks.inputs(tasks.of(config).example(config, pretrained))
+  if parts:
+    method = chain(method, task.parts(config, pretrained))
+  example = task.example(config, pretrained)
+  args, kwargs = tasks.inputs(example)
+  kwargs = kwargs | tasks.taken(method, example)
   tuned = attach(
     pretrained.model, method, pretrained.variables, *args, **kwargs, deterministic=True
   )

@@ -58,7 +58,7 @@ def _compile(run: Asked, stage: Stage, shapes: Shapes) -> list:
   """Compiles the update of a stage; returns what is noted of its products, see `core.noting`."""
   update = _update(run, stage, shapes)
   layout = run.model.layout
-  state = step.state_shapes(stage.tuned, stage.tx, run.model.pretrained.variables)
+  state = step.state_shapes(stage.tuned, stage.tx, run.model.pretrained.variables, run.model.taught)
   stage.sharding = layout.of_state(state, shapes.offload)
   stage.shapes = sharding.with_sharding(state, stage.sharding)
   with hosts.together(), noting() as products:
@@ -81,6 +81,7 @@ def _update(run: Asked, stage: Stage, shapes: Shapes) -> Callable:
     run.config.optimizer.accumulate,
     shapes.offload,
     run.steps,
+    model.teaching(run.config, stage.tuned, run.steps),
   )
 
 

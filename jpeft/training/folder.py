@@ -182,7 +182,7 @@ def reopen(folder: pathlib.Path, best: bool = False) -> tuple[Any, Any, Any]:
       f'{folder} has no {file.name}: the run is not complete; start its training '
       'command again, it goes on where it stopped'
     )
-  pretrained, tuned = build(config, tasks.of(config).outputs(info['labels']))
+  pretrained, tuned = build(config, tasks.of(config).outputs(info['labels']), parts=False)
   theta, _ = load_theta(file, tuned.shapes)
   if fingerprint(pretrained.variables) != info['backbone_sha256']:
     raise ValueError(

@@ -87,6 +87,10 @@ class Layout:
     shardings['theta'] = jax.tree_util.tree_map_with_path(
       lambda path, _: self._sharding(cuts[path]), state['theta']
     )
+    if 'teacher' in state:
+      shardings['teacher'] = jax.tree_util.tree_map_with_path(
+        lambda path, _: self._sharding(cuts[path]), state['teacher']
+      )
     shardings['optimizer'] = jax.tree_util.tree_map_with_path(of_optimizer, state['optimizer'])
     return shardings
 

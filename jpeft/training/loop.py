@@ -117,7 +117,7 @@ class Loop:
       return
     if tasks.better(self.run.config.eval.metric, scores, place.metrics.of('test')):
       best = self.run.folder / 'best.safetensors'
-      shared.save_theta(best, theta, step=place.number, **scores)
+      shared.save_theta(best, self.run.model.kept(theta), step=place.number, **scores)
     place.metrics.add(place.number, 'test', **scores, **count_of(self.run.examples.skipped, 'test'))
     self._progress.note(report.line(f'step {place.number}', scores))
 

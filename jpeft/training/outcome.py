@@ -47,7 +47,7 @@ def outcome(
     'processes': hosts.count(),
     'device': f'{run.mesh.size} x {run.mesh.devices.flat[0].device_kind}',
     'backbone_sha256': backbone.sha256,
-    'theta_sha256': shared.fingerprint(place.state['theta']),
+    'theta_sha256': shared.fingerprint(run.model.kept(place.state['theta'])),
   }
   return result | _seldom(run, changes)
 

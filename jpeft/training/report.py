@@ -25,7 +25,7 @@ SHOWN = (
   *('f1', 'perplexity', 'exact_match', 'word_error_rate', 'phoneme_error_rate'),
 )
 # Those of them that are no share of something.
-_NO_SHARES = ('rmse', 'r2')
+_NO_SHARES = ('rmse', 'r2', 'loss')
 # Of report.json: what `table` reads, and what its pages are made of beside that.
 _TABLE = {
   'method': str,
@@ -188,11 +188,11 @@ def _title(name: str, report: dict[str, Any]) -> str:
 
 
 def _drawn(report: dict[str, Any]) -> str:
-  """The metric that is drawn beside the loss: the one that decides, if it is another."""
+  """The metric that is drawn beside the loss; 'loss' of a task that has no other."""
   metric = report['best']['metric']
   if metric != 'loss':
     return metric
-  return next(name for name in SHOWN if name in report['eval'])
+  return next((name for name in SHOWN if name in report['eval']), metric)
 
 
 def _facts(report: dict[str, Any]) -> dict[str, str]:
@@ -240,7 +240,7 @@ def _facts(report: dict[str, Any]) -> dict[str, str]:
 
 def table(reports: list[dict]) -> str:
   """Runs side by side, as a Markdown table."""
-  shown = [name for name in SHOWN if name in reports[0]['eval']]
+  shown = [name for name in SHOWN if name in reports[0]['eval']] or ['loss']
   if 'perplexity' in shown:
     shown.remove('accuracy')  # of single tokens
   names = [name.replace('_', ' ') for name in shown]

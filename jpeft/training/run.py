@@ -93,7 +93,8 @@ def _train(config, folder: pathlib.Path, changes: dict, stack: contextlib.ExitSt
   Loop(run, place, backbone, checkpoints, evaluation, evaluated, clock).make_updates()
 
   backbone.check_unchanged()
-  shared.save_theta(folder / 'theta.safetensors', place.state['theta'], step=place.number)
+  theta = run.model.kept(place.state['theta'])
+  shared.save_theta(folder / 'theta.safetensors', theta, step=place.number)
   result = outcome(run, place, backbone, clock, all_changes)
   if hosts.first():
     missing = report.write_report(folder, result, place.metrics.rows)

@@ -9,7 +9,7 @@ import optax
 
 from jpeft.core import Tuned
 
-from . import hosts, optim
+from . import ema, hosts, optim
 
 
 @dataclasses.dataclass
@@ -63,4 +63,6 @@ def entered(stage: Stage, state: dict) -> dict:
   optimizer = optim.carried(state['optimizer'], stage.tx, trained)
   # Copied: what is carried on would else be donated with the state before.
   state = state | {'optimizer': jax.tree.map(lambda x: x.copy(), optimizer)}
+  if 'teacher' in state:
+    state['teacher'] = ema.entered(stage.tuned, state['teacher'], state['theta'])
   return hosts.placed(state, stage.sharding)

@@ -13,7 +13,7 @@ import optax
 from jpeft import tasks
 from jpeft.core import NotAtHead, Tuned
 
-from . import hosts
+from . import ema, hosts
 
 STREAM_THETA, STREAM_STEP, STREAM_UPDATE = range(3)
 PLAIN = tasks.softmax()
@@ -26,6 +26,7 @@ def initial_state(
   seed: int,
   start: Callable | None = None,
   shardings: Mapping[str, Any] | None = None,
+  taught: bool = False,
 ) -> dict:
   """The arrays that an update changes.
 
@@ -39,6 +40,7 @@ def initial_state(
     start: fresh theta -> theta, such as `Start.put`; theta stays fresh if left out.
     shardings: of the state, from `Layout.of_state`: no device makes more than its part. Where the
       compiler puts them, if left out.
+    taught: whether a moving average of the model teaches it, which is then a part of the state.
   """
   shardings = shardings or {}
   key = jax.random.fold_in(jax.random.key(seed), STREAM_THETA)
@@ -50,12 +52,15 @@ def initial_state(
   if where is not None:
     theta = jax.device_put(theta, where)
   trained, _ = tuned.split(theta)
-  return {
+  state = {
     'theta': theta,
     'optimizer': _begun(tx, trained, shardings.get('optimizer')),
     'step': jnp.zeros((), jnp.int32),
     'sums': zero_sums(),
   }
+  if taught:
+    state['teacher'] = ema.begun(trained)
+  return state
 
 
 def _begun(tx: optax.GradientTransformation, trained, shardings):
@@ -65,9 +70,13 @@ def _begun(tx: optax.GradientTransformation, trained, shardings):
   return jax.device_put(tx.init(trained), shardings)
 
 
-def state_shapes(tuned: Tuned, tx: optax.GradientTransformation, backbone) -> dict:
+def state_shapes(
+  tuned: Tuned, tx: optax.GradientTransformation, backbone, taught: bool = False
+) -> dict:
   """The shapes of `initial_state`; nothing is computed."""
-  return jax.eval_shape(lambda backbone: initial_state(tuned, tx, backbone, 0), backbone)
+  return jax.eval_shape(
+    lambda backbone: initial_state(tuned, tx, backbone, 0, taught=taught), backbone
+  )
 
 
 def zero_sums() -> dict:
@@ -169,6 +178,7 @@ class Forward:
       theta = self.gather(theta)
     options = {'deterministic': not self.training} if self.mode is None else self.mode
     args, kwargs = tasks.inputs(batch)
+    takes = tasks.taken(tuned.method, batch) | takes
     if self.training:
       kwargs = kwargs | {'rngs': {'dropout': key}}
     return tuned.apply(theta, backbone, *args, aux=aux, **kwargs, **options, **takes)
@@ -183,6 +193,7 @@ def train_step(
   accumulate: int = 1,
   offload: bool = False,
   steps: int | None = None,
+  teaching: ema.Ema | None = None,
 ) -> Callable:
   """(state, backbone, batch) -> (state, {'loss', 'grad_norm'}): one update of theta.
 
@@ -198,6 +209,7 @@ def train_step(
     offload: the optimizer's state is in host memory, and on the device only while it is read and
       written.
     steps: updates in all, for edits that follow a share of them.
+    teaching: how a moving average of the model teaches it; the state then has 'teacher'.
   """
 
   # Micro-batches are summed. What a method adds to the loss is a mean, so that it is divided by
@@ -258,6 +270,10 @@ def train_step(
     optimizer = state['optimizer']
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STREAM_STEP), number)
 
+    if teaching is not None:
+      taught_by = ema.theta_of(tuned, state['teacher'], state['theta'])
+      batch = batch | {'told': teaching.told(taught_by, backbone, batch, key, accumulate)}
+
     # Losses are divided by the weight of the whole batch, not of each micro-batch: micro-batches of
     # texts have different numbers of labels, and a mean of means would be another loss.
     weights = objective.weights(batch['label'])
@@ -286,8 +302,11 @@ def train_step(
     new = {'loss': loss * count, 'correct': correct, 'labels': count}
     sums = jax.tree.map(lambda total, x: total + x, state['sums'], new)
     norm = jnp.sqrt(sum(jnp.square(g).sum() for g in jax.tree.leaves(grads)))
-    state = {'theta': theta, 'optimizer': optimizer, 'step': number + 1, 'sums': sums}
-    return state, {'loss': loss, 'grad_norm': norm}
+    new_state = {'theta': theta, 'optimizer': optimizer, 'step': number + 1, 'sums': sums}
+    if teaching is not None:
+      trained, _ = tuned.split(theta)
+      new_state['teacher'] = teaching.moved(state['teacher'], trained, number)
+    return new_state, {'loss': loss, 'grad_norm': norm}
 
   return step
 

@@ -245,6 +245,7 @@ VISION = {
   'lamda': ('--config.method.rank=4',),
   'pst': ('--config.method.rank=4',),
   'dyt': ('--config.method.bottleneck=4', '--config.method.budget=0.75'),
+  'explora': ('--config.method.rank=4',),
   'e2vpt': (
     '--config.method.tokens=4',
     '--config.method.prune_tokens=0.5',
@@ -289,6 +290,45 @@ def test_methods_for_images_survive_kills_and_are_served(
     assert code != 0 and 'cannot be merged' in told, told
   else:
     assert code == 0 and (tmp_path / 'merged' / 'model.safetensors').is_file(), told
+
+
+PRETRAINING = {
+  'mae': ('--config.pretraining.width=32', '--config.pretraining.depth=1'),
+  'dino': (
+    '--config.pretraining.prototypes=16',
+    '--config.pretraining.width=32',
+    '--config.pretraining.crops=1',
+    '--config.pretraining.momentum=0.9',
+  ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('task', PRETRAINING)
+def test_pretraining_survives_kills_and_leaves_a_backbone(
+  start, config_file, images, tmp_path, task
+):
+  explora = ('--config.method.name=explora', '--config.method.rank=2')
+  more = (f'--config.task={task}', *explora, *PRETRAINING[task])
+  alone, killed = killing.run_and_killed_run(start, tmp_path, more, timeout=600)
+  theta = load_file(alone / 'theta.safetensors')
+  assert {name.split('/')[0] for name in theta} == {'explora', 'explora_lora', 'explora_norm'}
+  killing.assert_same(killed, alone, STEPS, arrays=len(theta))
+
+  code, told = told_by('plan', f'--config={config_file}', *more, '--target=cpu')
+  assert code == 0 and 'explora' in told, told
+  image = next(iter(sorted(images.rglob('*.png'))))
+  code, told = told_by('predict', f'--run={killed}', f'--input={image}')
+  assert code != 0 and 'there is nothing to predict: merge it' in told, told
+  code, told = told_by('merge', f'--run={killed}', f'--out={tmp_path / "merged"}')
+  assert code == 0 and (tmp_path / 'merged' / 'model.safetensors').is_file(), told
+
+  second = ('--config.method.name=lora', f'--config.model.source={tmp_path / "merged"}')
+  process = start(tmp_path / 'second', *second, '--config.steps=3')
+  _, told = process.communicate(timeout=300)
+  assert process.returncode == 0, told
+  names = {name.split('/')[0] for name in load_file(tmp_path / 'second/theta.safetensors')}
+  assert names == {'lora', 'head'}
 
 
 METHOD = '''"""An adapter behind a running mean, with a loss of its own, beside a low-rank product.

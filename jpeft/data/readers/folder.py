@@ -10,6 +10,9 @@ files, files whose suffix is none of an image, folders without images. Empty fil
 images in formats that Pillow does not read. In folders of up to 20,000 images the beginning of each
 is read at once, so that a file that is no image is told before training; one that is cut off is
 told when it is read.
+
+Where no labels are wanted, all images below PATH, or below each PATH/<split>, are read: folders are
+no classes, and images may lie beside them.
 """
 
 import collections
@@ -17,6 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..decode import check_files, decode
+from ..labels import NOTHING
 from ..source import Dataset, Example, split_rows, suggestion
 
 Labelled = tuple[Path, str]  # an image file, its class
@@ -36,17 +40,9 @@ def folder(path: str) -> Dataset:
     ValueError: no images in it, a class that 'train' has not, images that are empty or of UNREAD;
       a file that is no image, on reading if not before.
   """
-  root = Path(path).expanduser()
-  if not root.is_dir():
-    beside = []
-    if root.parent.is_dir():
-      beside = [found.name for found in _folders(root.parent)]
-    raise FileNotFoundError(f'there is no folder {root}; {suggestion(root.name, beside)}')
-  train = root
-  parts = {'': root}
-  if (root / 'train').is_dir():
-    train = root / 'train'
-    parts = {part.name: part for part in _folders(root)}
+  root = _root(path)
+  parts = _parts(root)
+  train = parts.get('train', root)
 
   images: list[Labelled] = []
   keys = {}
@@ -80,6 +76,60 @@ def folder(path: str) -> Dataset:
     label_of=label_of,
     notes=tuple(notes),
   )
+
+
+def images_alone(path: str) -> Dataset:
+  """The images under a folder, without labels.
+
+  Raises:
+    FileNotFoundError: no such folder.
+    ValueError: as `folder`.
+  """
+  images = []
+  keys = {}
+  left_out = {}
+  notes = []
+  for split, part in _parts(_root(path)).items():
+    found, others = _files(part)
+    if found or not split:
+      keys[split] = [file.relative_to(part).as_posix() for file in found]
+    else:
+      left_out[split] = f'{part} has no images'
+    images += found
+    if others:
+      notes.append(
+        f'files in {part} are left out, being hidden or of no suffix of an image: {_some(others)}'
+      )
+  if not images:
+    raise ValueError(f'no images found in {path}: it needs files that end in {", ".join(SUFFIXES)}')
+  check_files(images)
+
+  def read(row: int) -> Example:
+    return {'image': decode(images[row], str(images[row]))}
+
+  return Dataset(read, split_rows(keys), [], labels=NOTHING, left_out=left_out, notes=tuple(notes))
+
+
+def _root(path: str) -> Path:
+  """The folder of a path.
+
+  Raises:
+    FileNotFoundError: there is none.
+  """
+  root = Path(path).expanduser()
+  if root.is_dir():
+    return root
+  beside = []
+  if root.parent.is_dir():
+    beside = [found.name for found in _folders(root.parent)]
+  raise FileNotFoundError(f'there is no folder {root}; {suggestion(root.name, beside)}')
+
+
+def _parts(root: Path) -> dict[str, Path]:
+  """{split: its folder}; {'': root} of images that are to be divided."""
+  if not (root / 'train').is_dir():
+    return {'': root}
+  return {part.name: part for part in _folders(root)}
 
 
 def _classes(images: list[Labelled], train: Path) -> list[str]:

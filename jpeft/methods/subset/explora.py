@@ -24,7 +24,7 @@ left to the run. Their name D-[L]-r64 is `explora(layers=-1, rank=64)`, M-[1,L]-
 `explora(layers=(0, -1), rank=32)`.
 """
 
-from jpeft.core import Layers, Method, all_but, at, chain, factory, in_layers
+from jpeft.core import Layers, Method, all_but, chain, factory, in_layers
 
 from ..check import whole
 from ..weight.lora import lora

@@ -25,6 +25,7 @@ from .layers import (
   layer_norm,
   rms_norm,
 )
+from .patch_decoder import PatchDecoder
 from .positions import (
   GridBias,
   PositionBias,
@@ -44,6 +45,7 @@ __all__ = [
   'HEADS',
   'MLP',
   'Maker',
+  'PatchDecoder',
   'PositionBias',
   'PostNormBlock',
   'PreNormBlock',

@@ -140,3 +140,28 @@ def test_a_folder_of_unlabelled_images_is_no_split(tmp_path):
   assert data.load(f'folder:{tmp_path}', 'train').notes == ()
   with pytest.raises(ValueError, match="no split 'test': .*/test has no images in folders of clas"):
     data.load(f'folder:{tmp_path}', 'test')
+
+
+def test_images_without_labels(flat):
+  image(flat / 'beside.png', (7, 0, 0))
+  splits = [data.load(f'folder:{flat}', split, labels='nothing') for split in ('train', 'test')]
+  assert sum(map(len, splits)) == 41 and splits[0].classes == []
+  assert all(set(example) == {'image'} for split in splits for example in split)
+  reds = sorted(int(example['image'][0, 0, 0]) for split in splits for example in split)
+  assert reds == [7] + [10] * 20 + [200] * 20
+  assert any('are left out' in note for note in splits[0].notes)
+
+
+def test_splits_without_labels(tmp_path):
+  image(tmp_path / 'train' / '0.png')
+  image(tmp_path / 'train' / 'a' / 'b' / '1.png')
+  image(tmp_path / 'test' / '2.png')
+  (tmp_path / 'notes').mkdir()
+  sizes = [len(data.load(f'folder:{tmp_path}', s, labels='nothing')) for s in ('train', 'test')]
+  assert sizes == [2, 1]
+  with pytest.raises(ValueError, match='notes has no images'):
+    data.load(f'folder:{tmp_path}', 'notes', labels='nothing')
+  with pytest.raises(ValueError, match='no images found in'):
+    data.load(f'folder:{tmp_path / "notes"}', 'train', labels='nothing')
+  with pytest.raises(FileNotFoundError, match="there is no folder .*; did you mean 'notes'"):
+    data.load(f'folder:{tmp_path / "note"}', 'train', labels='nothing')

@@ -15,7 +15,14 @@ from tests.fixtures import BACKBONES, leaf_paths, noisy
 from tests.methods.golden import full_size
 from tests.methods.small import IMAGES, vit
 
-LAYOUTS = pytest.mark.parametrize('layout', ['unrolled', 'scanned', 'remat'])
+LAYOUTS = pytest.mark.parametrize(
+  'layout',
+  [
+    pytest.param('unrolled', marks=pytest.mark.slow),
+    'scanned',
+    pytest.param('remat', marks=pytest.mark.slow),
+  ],
+)
 FIELDS = {'unrolled': {}, 'scanned': {'scan': True}, 'remat': {'scan': True, 'remat': True}}
 STEPS = 10
 
@@ -208,8 +215,12 @@ def test_no_block_and_no_norm_are_lora():
   np.testing.assert_array_equal(one, other)
 
 
+NAMES = ('linen_vit', 'linen_vit_scan', 'nnx_vit', 'nnx_vit_scan', 'linen_bert', 'nnx_llama')
+QUICK = ('linen_vit_scan', 'nnx_vit')
+
+
 @pytest.mark.parametrize(
-  'name', ['linen_vit', 'linen_vit_scan', 'nnx_vit', 'nnx_vit_scan', 'linen_bert', 'nnx_llama']
+  'name', [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in NAMES]
 )
 def test_blocks_by_number_in_every_naming(name):
   b = BACKBONES[name]
