@@ -66,9 +66,23 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
   return Scheduler(config, log) if config.option.dist == 'load' else None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+  parser.addoption(
+    '--begin',
+    type=int,
+    default=0,
+    metavar='N',
+    help='begin with the test of this number, and end with those before it: what is stopped for '
+    'want of time then runs another part each time',
+  )
+
+
+@pytest.hookimpl(trylast=True)  # of the tests that the markers select
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
   # What takes a minute comes first: at the end one process would wait for the other.
   items.sort(key=lambda item: item.path.name not in LONG)
+  first = config.option.begin % max(len(items), 1)
+  items[:] = items[first:] + items[:first]
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:

@@ -7,6 +7,7 @@ from .backends.choice import backend_of
 from .boxed import Multiplied, noting
 from .boxes import Box
 from .context import Bound
+from .device_heads import heads_over
 from .discover import sites_of
 from .dot_product import dot_product_attention, grouped_attention
 from .edits import State
@@ -89,6 +90,7 @@ __all__ = [
   'frozen',
   'generated',
   'grouped_attention',
+  'heads_over',
   'in_layers',
   'join',
   'join_path',

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from .device_heads import by_devices
 from .token_mask import TokenMask
 
 # Queries times keys of one example, from which on scores are never whole.
@@ -25,7 +26,7 @@ def dot_product_attention(query, key, value, bias=None, mask=None, **options) ->
 
   In long contexts (see LONG) it computes some rows of scores at a time, and computes them again in
   the backward pass: it keeps none, and has derivatives in reverse alone. The numbers are the same,
-  but for those that dropout draws.
+  but for those that dropout draws. On a mesh it may run on each device, see `heads_over`.
 
   Args:
     query: [B, N, H, K].
@@ -38,7 +39,7 @@ def dot_product_attention(query, key, value, bias=None, mask=None, **options) ->
     An array [B, N, H, K].
   """
   if query.ndim == 4 and is_long(query.shape[1], key.shape[1]):
-    return by_rows(query, key, value, bias, mask, **options)
+    return by_devices(by_rows, query, key, value, bias, mask, **options)
   if mask is not None:
     mask = jnp.asarray(mask)
   if key.shape[-2] == query.shape[-2]:

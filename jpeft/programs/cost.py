@@ -51,9 +51,18 @@ def _count(jaxpr) -> Flops:
     rounds = 1
     if name == 'scan':
       rounds = eqn.params['length']
-    all_rounds += rounds * sum(part.all for part in found)
-    once += sum(part.once for part in found)
+    devices = 1
+    if name == 'shard_map':  # its program is what one device does
+      devices = _devices(eqn.params)
+    all_rounds += devices * rounds * sum(part.all for part in found)
+    once += devices * sum(part.once for part in found)
   return Flops(all_rounds, once)
+
+
+def _devices(params: dict) -> int:
+  """How many devices run the program of a shard_map."""
+  axes = params.get('newly_manual_axes', params.get('manual_axes'))  # as JAX's version calls them
+  return math.prod(params['mesh'].shape[axis] for axis in axes)
 
 
 def programs_of(params: dict) -> list:

@@ -26,6 +26,9 @@ from jpeft import jsonfiles, textfiles, writing
 from jpeft.core import leaf_paths
 from jpeft.writing import write
 
+from . import pieces
+from .pieces import bytes_of
+
 # Orbax logs at every start that it finds no sharding files, no process index and the like, and the
 # traceback of every error that it raises besides.
 logging.getLogger('absl').setLevel(logging.CRITICAL)
@@ -41,11 +44,6 @@ def fingerprint(tree) -> str:
     digest.update(f'{name} {leaf.dtype} {leaf.shape}\n'.encode())
     digest.update(bytes_of(leaf))
   return digest.hexdigest()
-
-
-def bytes_of(leaf) -> np.ndarray:
-  """The bytes of an array, in one row."""
-  return np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
 
 
 def _size(leaf) -> int:
@@ -176,7 +174,8 @@ class Checkpoints:
 
   The state is one array of bytes, its leaves one after the other; `about` has their names, dtypes
   and shapes. One array is written in a fraction of the time of hundreds, and has one checksum.
-  Its files are brought to the disk before they get their name.
+  Its files are brought to the disk before they get their name. Several processes may write one in
+  pieces, see pieces.py.
   """
 
   def __init__(self, folder: pathlib.Path, keep: int):
@@ -226,9 +225,17 @@ class Checkpoints:
     with self._told():  # of this one or of the one before, which was written meanwhile
       self._manager.save(step, args=items)
 
+  def finish_pieces(self, step: int, state, about: dict, count: int) -> None:
+    """Names a checkpoint that `count` processes have written in pieces; blocks."""
+    with self._told():
+      self._manager.wait_until_finished()
+      pieces.finished(self.folder, step, about | {'leaves': _layout(state)}, count)
+      self._manager.reload()
+    self.wait()
+
   def newest(
-    self, like: Callable[[int], Any], tell: Callable[[str], None]
-  ) -> tuple[int, list[np.ndarray], dict] | None:
+    self, like: Callable[[int], Any], tell: Callable[[str], None], whole: bool = True
+  ) -> tuple[int, list[np.ndarray] | None, dict] | None:
     """(step, arrays of the state, about) of the latest checkpoint that can be read, else None.
 
     Those that cannot are moved to the folder `damaged` of the run.
@@ -236,6 +243,7 @@ class Checkpoints:
     Args:
       like: the number of updates -> a state of the same structure; shapes are enough.
       tell: called with a sentence for each of them.
+      whole: False: None in place of the arrays of a checkpoint in pieces, which are checked.
 
     Raises:
       ValueError: it is the state of something else.
@@ -243,7 +251,7 @@ class Checkpoints:
     while self.latest is not None:
       step = self.latest
       try:
-        return step, *self.read(like(step))
+        return step, *self.read(like(step), whole)
       except Unreadable as error:
         place = self._set_aside(step)
         tell(f'warning: {error}; it is now {place}, and the run goes on from {self._last()}')
@@ -272,15 +280,17 @@ class Checkpoints:
       PermissionError: its files may not be read.
     """
     arrays, about = self.read(like)
+    assert arrays is not None
     leaves, structure = jax.tree.flatten(like)
     placed = [jax.device_put(x, leaf.sharding) for x, leaf in zip(arrays, leaves, strict=True)]
     return jax.tree.unflatten(structure, placed), about
 
-  def read(self, like) -> tuple[list[np.ndarray], dict]:
+  def read(self, like, whole: bool = True) -> tuple[list[np.ndarray] | None, dict]:
     """(the arrays of the state in their order, about) of the latest checkpoint.
 
     Args:
       like: a state of the same structure; shapes are enough.
+      whole: see `newest`.
 
     Raises:
       Unreadable, ValueError, PermissionError: as `restore`.
@@ -290,6 +300,9 @@ class Checkpoints:
       if path.is_file():
         path.open('rb').close()  # a missing permission is no damage
     try:
+      about = pieces.about_of(place)
+      if about is not None:
+        return self._in_pieces(place, about, like, whole), about
       data, about = self._read(like)
     except (_OfSomethingElse, MemoryError):
       raise
@@ -313,18 +326,28 @@ class Checkpoints:
       return self._manager.restore(self.latest, args=ocp.args.Composite(**what))
 
     about = item(about=ocp.args.JsonRestore())['about']
-    if about['leaves'] != _layout(like):
-      step = self.latest
-      raise _OfSomethingElse(
-        f'the checkpoint {self.folder / str(step)} is of another method or optimizer: delete '
-        f'that folder, and the run goes on from {self._last(before=step)}'
-      )
+    self._check_layout(about, like)
     size = sum(_size(x) for x in jax.tree.leaves(like))
     target = {'bytes': np.zeros(size, np.uint8)}
     data = np.asarray(item(state=ocp.args.StandardRestore(target))['state']['bytes'])
     if hashlib.sha256(data).hexdigest() != about['sha256']:
       raise ValueError('it is not what was written')
     return data, about
+
+  def _in_pieces(self, place, about: dict, like, whole: bool) -> list[np.ndarray] | None:
+    """The arrays of a checkpoint in pieces, checked; None unless `whole`."""
+    self._check_layout(about, like)
+    found = pieces.Pieces(place, about, jax.tree.leaves(like))
+    found.check()
+    return found.whole() if whole else None
+
+  def _check_layout(self, about: dict, like) -> None:
+    if about['leaves'] != _layout(like):
+      step = self.latest
+      raise _OfSomethingElse(
+        f'the checkpoint {self.folder / str(step)} is of another method or optimizer: delete '
+        f'that folder, and the run goes on from {self._last(before=step)}'
+      )
 
   def _last(self, before: int | None = None) -> str:
     """Where a run goes on whose checkpoints are those before a step."""

@@ -29,6 +29,25 @@ def resumable(folder: pathlib.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def written_together(folder: pathlib.Path) -> Iterator[None]:
+  """What is written of the run in `folder`: a disk that takes no more ends all processes.
+
+  What is done inside must not wait for other processes.
+
+  Raises:
+    cli.Mistake: the disk of one of several processes takes no more.
+  """
+  if not hosts.several():
+    yield
+    return
+  with hosts.together():
+    try:
+      yield
+    except writing.NotWritten as error:
+      raise cli.Mistake(f'{error}; {goes_on(folder)}') from error
+
+
+@contextlib.contextmanager
 def saved_first(folder: pathlib.Path, *steps: Callable[[], object], skips: bool) -> Iterator[None]:
   """Where examples are read: before a broken one ends the run in `folder`, its updates are stored.
 

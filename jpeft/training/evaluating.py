@@ -14,6 +14,7 @@ from .beginning import Backbone, Place
 from .by_label import write_by_label
 from .compiling import Shapes, compiled_evaluation
 from .confusion import write_confusion
+from .endings import written_together
 from .feature_cache import Part
 from .progress import Progress, counted
 
@@ -66,11 +67,12 @@ class Evaluation:
     model = self.run.model
     task = model.task
     tally = task.judged(config, tally, self.run.examples.raw_test.source)
-    if 'confusion' in tally:
-      write_confusion(self.run.folder, number, model.classes, tally['confusion'])
     by_label = task.by_label(tally, model.classes, model.label_facts)
-    if by_label:
-      write_by_label(self.run.folder, number, by_label)
+    with written_together(self.run.folder):
+      if 'confusion' in tally:
+        write_confusion(self.run.folder, number, model.classes, tally['confusion'])
+      if by_label:
+        write_by_label(self.run.folder, number, by_label)
     scores = task.scores(tally, tasks.requested(config), model.label_facts)
     if not writes(scores):
       return scores
@@ -125,7 +127,8 @@ def evaluate_untuned(evaluation: Evaluation, shapes: Shapes, place: Place) -> No
   program = compiled_evaluation(run, shapes, part, {})
   scores = evaluation.scores(Evaluated(untuned, part, program), {}, 0, writes=_always)
   if scores is not None:
-    place.metrics.add(0, 'untuned', **scores)
+    with written_together(run.folder):
+      place.metrics.add(0, 'untuned', **scores)
     evaluation.progress.note(report.line('untuned', scores))
 
 

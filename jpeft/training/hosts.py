@@ -131,6 +131,13 @@ def told(value: Any) -> Any:
   return json.loads(multihost_utils.broadcast_one_to_all(padded).tobytes()[:size])
 
 
+def agreed(answer: bool) -> bool:
+  """Whether all processes say yes."""
+  if not several():
+    return answer
+  return bool(multihost_utils.process_allgather(np.int32(answer)).all())
+
+
 def check_equal(what: str, value: str) -> None:
   """Raises a mistake in all processes if they have different values, such as digests of files.
 

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jpeft.core import NO_BACKPROP, Box, Call, Rule, Site, Tuned, Weight, backend_of
+from jpeft.core import NO_BACKPROP, Box, Call, Rule, Site, Tuned, Weight, backend_of, heads_over
 from jpeft.quant import Quantized
 
 from .model_axis import ModelAxis, by_columns, largest
@@ -95,7 +95,7 @@ class Layout:
     return shardings
 
   def exceptions(self) -> list[str]:
-    """The kernels that are not cut as their roles say, in sentences with the reasons."""
+    """What is not cut as its role says, kernels and heads, in sentences with the reasons."""
     if self.backbone == 'replicated':
       return []
     found: dict[str, list[str]] = {}
@@ -108,6 +108,10 @@ class Layout:
         why = self._model.of_array(site, name)[1]
       if why:
         found.setdefault(why, []).append(path)
+    _, whole = self._model.attentions()
+    if whole:
+      why = f'each device attends for all heads, as model={self._model.parts} does not divide them'
+      found[why] = [site.path for site in whole]
     return [f'{why}: {_few(paths)}' for why, paths in found.items()]
 
   # ---- What a step reads.
@@ -140,8 +144,9 @@ class Layout:
 
     Where kernels are cut, the stream of each block, and what {o} and {fc2} add to it, is cut by
     examples and by nothing else: the compiler could as well cut it by features, and gather it at
-    each norm. And 4-bit kernels that are cut over the data axis are gathered as codes: it could as
-    well decode them first.
+    each norm. Attention in long contexts is cut by heads: it would let each device compute all. And
+    4-bit kernels that are cut over the data axis are gathered as codes: it could as well decode
+    them first.
     """
     if not self._cuts_layers(tuned):
       return tuned
@@ -155,6 +160,9 @@ class Layout:
         sites = tuned.sites.find(f'{{{role}}}')
         sites = [site for site in sites if not site.part and site.out is not None]
         rules += [(self._steers(site, role), site) for site in sites]
+    if self.backbone != 'replicated' and self.mesh.shape['model'] > 1:
+      attends = Call('steered', self._attends, memory=NO_BACKPROP)
+      rules += [(attends, site) for site in self._model.attentions()[0]]
     if self.backbone == 'fsdp':
       codes = Weight('gathered', _nothing, self._gathered, memory=NO_BACKPROP)
       rules += [(codes, site) for site in tuned.sites.values() if self._has_codes(site)]
@@ -193,6 +201,10 @@ class Layout:
       return call.site.map_stream(call(*args, **kwargs), returned)
 
     return Call('steered', apply, memory=NO_BACKPROP)
+
+  def _attends(self, t, call, *args, **kwargs):
+    with heads_over(self.mesh, 'data', 'model'):
+      return call(*args, **kwargs)
 
   def _has_codes(self, site: Site) -> bool:
     return any(isinstance(box, Quantized) for box in site.boxes.values())

@@ -9,7 +9,7 @@ from jpeft import cli, tasks
 from . import hosts, report, sharding, shared, step
 from .asked import Asked
 from .beginning import Backbone, Clock, Place
-from .endings import saved_first
+from .endings import saved_first, written_together
 from .evaluating import Evaluated, Evaluation
 from .examples import count_of
 from .progress import Progress
@@ -118,7 +118,9 @@ class Loop:
     if tasks.better(self.run.config.eval.metric, scores, place.metrics.of('test')):
       best = self.run.folder / 'best.safetensors'
       shared.save_theta(best, self.run.model.kept(theta), step=place.number, **scores)
-    place.metrics.add(place.number, 'test', **scores, **count_of(self.run.examples.skipped, 'test'))
+    skipped = count_of(self.run.examples.skipped, 'test')
+    with written_together(self.run.folder):
+      place.metrics.add(place.number, 'test', **scores, **skipped)
     self._progress.note(report.line(f'step {place.number}', scores))
 
   def _save(self) -> None:
@@ -150,14 +152,16 @@ class Loop:
   def _log(self, grad_norm: float) -> None:
     """Logs the sums of the updates since the last line, which begin again."""
     place = self.place
-    place.metrics.add(
-      place.number,
-      'train',
-      **step.means(place.state['sums'], self.run.model.objective),
-      lr=float(place.stage.rate(place.number - 1)),
-      grad_norm=grad_norm,
-      **count_of(self.run.examples.skipped, 'train'),
-    )
+    found = step.means(place.state['sums'], self.run.model.objective)
+    with written_together(self.run.folder):
+      place.metrics.add(
+        place.number,
+        'train',
+        **found,
+        lr=float(place.stage.rate(place.number - 1)),
+        grad_norm=grad_norm,
+        **count_of(self.run.examples.skipped, 'train'),
+      )
     place.state['sums'] = hosts.placed(step.zero_sums(), sharding.replicated(self.run.mesh))
 
   def _tell_end(self) -> None:

@@ -83,6 +83,15 @@ class ModelAxis:
       return True, f'gathered after the product, as model={self.parts} does not divide the heads'
     return True, ''
 
+  def attentions(self) -> tuple[list[Site], list[Site]]:
+    """(the modules whose heads can be cut, those where `parts` does not divide the heads)."""
+    cut = []
+    whole = []
+    for site in self._attentions:
+      where = whole if site.heads[0] % self.parts else cut
+      where.append(site)
+    return cut, whole
+
   def _splits_heads(self, site: Site, role: str | None) -> bool:
     """Whether columns of a projection would be parts of heads, as far as is known."""
     if role not in _OF_HEADS:

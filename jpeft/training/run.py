@@ -20,6 +20,7 @@ from .beginning import (
   placed_backbone,
 )
 from .compiling import compile_updates, compiled_evaluation, shapes_of
+from .endings import written_together
 from .evaluating import Evaluated, Evaluation, evaluate_untuned
 from .examples import skipped_of
 from .feature_cache import Features
@@ -57,11 +58,20 @@ def train(config, folder: pathlib.Path, allow: Sequence[str] = ()) -> dict:
     changes, done = hosts.told([changes, done])
     if done is not None:
       return done
+    stored = None
+    if shared.seen_by_all(folder):
+      stored = folder.absolute() / 'checkpoints'
     folder = stack.enter_context(shared.mirrored(folder))
-    return _train(config, folder, changes, stack)
+    return _train(config, folder, stored, changes, stack)
 
 
-def _train(config, folder: pathlib.Path, changes: dict, stack: contextlib.ExitStack) -> dict:
+def _train(
+  config,
+  folder: pathlib.Path,
+  stored: pathlib.Path | None,
+  changes: dict,
+  stack: contextlib.ExitStack,
+) -> dict:
   progress = Progress(stack.enter_context(shared.console()))
   stack.callback(progress.close)
   skipped = skipped_of(config, progress.note)
@@ -77,7 +87,7 @@ def _train(config, folder: pathlib.Path, changes: dict, stack: contextlib.ExitSt
 
   backbone = placed_backbone(run, shapes)
   all_changes = begin_folder(run, changes, backbone)
-  checkpoints = shared.Checkpoints(folder / 'checkpoints', config.checkpoint.keep)
+  checkpoints = shared.Checkpoints(folder / 'checkpoints', config.checkpoint.keep, stored)
   stack.callback(checkpoints.close)
   place = place_of(run, checkpoints, backbone, progress.note)
   for told in first_lines(run, place, shapes, products, all_changes):
@@ -96,10 +106,11 @@ def _train(config, folder: pathlib.Path, changes: dict, stack: contextlib.ExitSt
   theta = run.model.kept(place.state['theta'])
   shared.save_theta(folder / 'theta.safetensors', theta, step=place.number)
   result = outcome(run, place, backbone, clock, all_changes)
-  if hosts.first():
-    missing = report.write_report(folder, result, place.metrics.rows)
-    if missing:
-      progress.note(missing)
+  with written_together(folder):
+    if hosts.first():
+      missing = report.write_report(folder, result, place.metrics.rows)
+      if missing:
+        progress.note(missing)
   progress.note(report.line(folder, result['eval']))
   return result
 

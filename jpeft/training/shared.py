@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -11,8 +12,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from . import checkpoints
-from .hosts import fetched_by_first, first, placed, sent, several, together, told
+from jpeft import writing
+
+from . import checkpoints, pieces
+from .endings import written_together
+from .hosts import (
+  agreed,
+  fetched_by_first,
+  first,
+  placed,
+  sent,
+  several,
+  together,
+  told,
+)
 
 
 @contextlib.contextmanager
@@ -44,6 +57,21 @@ def mirrored(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     yield own
 
 
+def seen_by_all(folder: pathlib.Path) -> bool:
+  """Whether several processes all see what process 0 writes to a folder, and may write there."""
+  if not several():
+    return False
+  probe = pathlib.Path()
+  with together():
+    if first():
+      probe = folder / f'.seen{writing.PART}{secrets.token_hex(8)}'
+      probe.touch()
+  name = told(probe.name)
+  found = agreed((folder / name).exists() and os.access(folder, os.W_OK))
+  probe.unlink(missing_ok=True)
+  return found
+
+
 def _described(folder: pathlib.Path) -> dict[str, str | None]:
   """{name: text} of the JSON files of a run folder; the text of a checkpoint's folder is None."""
   files = [*folder.glob('*.json'), *folder.glob('*.jsonl')]
@@ -67,8 +95,9 @@ def console() -> Iterator[Any]:
 def save_theta(path: pathlib.Path, theta: Any, **info) -> None:
   """Writes theta by process 0, see `checkpoints.save_theta`."""
   whole = fetched_by_first(theta)
-  if first():
-    checkpoints.save_theta(path, whole, **info)
+  with written_together(path.parent):
+    if first():
+      checkpoints.save_theta(path, whole, **info)
 
 
 def fingerprint(tree: Any) -> str:
@@ -83,15 +112,18 @@ def fingerprint(tree: Any) -> str:
 class Checkpoints:
   """The checkpoints of a run, which process 0 writes and reads for all.
 
-  A checkpoint contains whole arrays, so that any number of processes and devices goes on from it.
+  Where all processes see its folder, each writes what it holds of a state that is cut between
+  them. Any number of processes and devices goes on from a checkpoint of either kind.
 
   Attributes:
     latest: the step of the latest checkpoint; None if there is none.
   """
 
-  def __init__(self, folder: pathlib.Path, keep: int):
+  def __init__(self, folder: pathlib.Path, keep: int, seen: pathlib.Path | None = None):
+    """Args: folder, of this process; keep, how many; seen, the folder of the run if all see it."""
     self.latest: int | None = None
     self._folder = folder
+    self._seen = seen
     self._own: checkpoints.Checkpoints | None = None
     with together():
       if first():
@@ -103,12 +135,28 @@ class Checkpoints:
     """Starts writing a checkpoint, see `checkpoints.Checkpoints.save`."""
     if step == self.latest:
       return
-    whole = fetched_by_first(state)
-    if self._own is not None:
-      self._own.save(step, whole, about)
+    if self._seen is not None and pieces.are_cut(jax.tree.leaves(state)):
+      self._save_pieces(self._seen, step, state, about)
     else:
+      whole = fetched_by_first(state)
+      with written_together(self._folder.parent):
+        if self._own is not None:
+          self._own.save(step, whole, about)
+    if self._own is None:
       (self._folder / str(step)).mkdir(parents=True, exist_ok=True)  # its name, for `goes_on`
     self.latest = step
+
+  def _save_pieces(self, seen: pathlib.Path, step: int, state: Any, about: dict) -> None:
+    """Writes a checkpoint by all processes; returns when it is on the disk."""
+    folder = self._folder.parent
+    with written_together(folder):
+      if first():
+        pieces.begun(seen, step)
+    with written_together(folder), writing.told(seen, permissions=True):
+      pieces.write(seen, step, jax.process_index(), jax.tree.leaves(state))
+    with written_together(folder):
+      if self._own is not None:
+        self._own.finish_pieces(step, state, about, jax.process_count())
 
   def newest(
     self, like: Callable[[int], Any], tell: Callable[[str], None]
@@ -126,18 +174,22 @@ class Checkpoints:
     found = None
     with together():
       if self._own is not None:
-        newest = self._own.newest(like, tell)
+        newest = self._own.newest(like, tell, whole=self._seen is None)
         if newest is not None:
           step, arrays, about = newest
-          found = step, about
+          found = step, about, arrays is None
     found = told(found)
     if found is None:
       self.latest = None
       if self._own is None:
         shutil.rmtree(self._folder, ignore_errors=True)  # names of what process 0 has not
       return None
-    self.latest, about = found
+    self.latest, about, in_pieces = found
     wanted, structure = jax.tree.flatten(like(self.latest))
+    if in_pieces:
+      with together():
+        restored = pieces.Pieces(self._seen / str(self.latest), about, wanted).placed()
+      return self.latest, jax.tree.unflatten(structure, restored), about
     if arrays is None:
       arrays = [np.zeros(x.shape, x.dtype) for x in wanted]
     restored = [placed(sent(x), leaf.sharding) for x, leaf in zip(arrays, wanted, strict=True)]
@@ -145,10 +197,7 @@ class Checkpoints:
 
   def wait(self) -> None:
     """Returns in all processes when all checkpoints are on disk."""
-    if not several():
-      self._own.wait()  # a disk that is full is told with where the run goes on
-      return
-    with together():
+    with written_together(self._folder.parent):
       if self._own is not None:
         self._own.wait()
 

@@ -1,5 +1,6 @@
 """Attention by rows: equal to that of whole scores, which it never makes."""
 
+import functools
 import re
 
 import flax.linen as nn
@@ -11,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jpeft
 from jpeft import planning, programs, training
-from jpeft.core import TokenMask, dot_product, dot_product_attention
+from jpeft.core import TokenMask, dot_product, dot_product_attention, heads_over
 from jpeft.models import Llama
 from jpeft.planning.work import Work
 from tests.fixtures import noisy
@@ -75,6 +76,49 @@ def test_equals_whole_scores(by_rows, bias, mask, key_heads):
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), found, want)
 
 
+@pytest.mark.parametrize(
+  'bias,mask,key_heads',
+  [('of heads', 'window', 2), ('of keys', 'of pairs', 4), ('none', 'causal', 2)],
+)
+def test_each_device_of_a_mesh_attends_for_its_heads(by_rows, bias, mask, key_heads):
+  """Value and gradients are those of one device, and nothing is gathered."""
+  arrays = {
+    'query': normal(0, BATCH, LENGTH, HEADS, SIZE),
+    'key': normal(1, BATCH, LENGTH, key_heads, SIZE),
+    'value': normal(2, BATCH, LENGTH, key_heads, SIZE),
+  }
+  slope = normal(5, BATCH, LENGTH, HEADS, SIZE)
+  mesh = training.mesh(2, 2)
+
+  def loss(arrays, bias, slope):
+    return (dot_product_attention(**arrays, bias=bias, mask=MASKS[mask]) * slope).sum()
+
+  def loss_on_mesh(*inputs):
+    with heads_over(mesh, 'data', 'model'):
+      return loss(*inputs)
+
+  moved = 0 if bias == 'none' else (0, 1)
+  want = jax.jit(jax.value_and_grad(loss, moved))(arrays, BIASES[bias], slope)
+  by_heads = NamedSharding(mesh, PartitionSpec('data', None, 'model'))
+  arrays, slope = jax.device_put((arrays, slope), by_heads)
+  step = jax.jit(jax.value_and_grad(loss_on_mesh, moved))
+  program = step.lower(arrays, BIASES[bias], slope).compile()
+  found = program(arrays, BIASES[bias], slope)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), found, want)
+  sent = programs.collectives(program, mesh.shape)
+  assert all(one.kind == 'all-reduce' and not one.loops for one in sent), sent
+
+
+def test_heads_that_do_not_divide_are_not_cut(by_rows):
+  query = normal(0, BATCH, LENGTH, HEADS, SIZE)
+  key = normal(1, BATCH, LENGTH, 1, SIZE)
+  want = dot_product_attention(query, key, key)
+  with heads_over(training.mesh(2, 2), 'data', 'model'):
+    found = jax.jit(dot_product_attention)(query, key, key)
+  np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-6)
+  assert len(found.sharding.device_set) == 1
+
+
 def test_dropout_is_that_of_its_rate(by_rows):
   ones = jnp.ones((BATCH, 64, HEADS, SIZE))
   options = {'dropout_rng': jax.random.key(0), 'dropout_rate': 0.25, 'deterministic': False}
@@ -83,8 +127,11 @@ def test_dropout_is_that_of_its_rate(by_rows):
   np.testing.assert_array_equal(out, same)
   assert abs(out.mean() - 1) < 0.01 and 0.05 < out.std() < 0.1  # sqrt(1/3 / 64) = 0.072
   numbers = jnp.broadcast_to(normal(0, 1, 64, 1, 1), ones.shape)
-  out = dot_product_attention(ones, ones, numbers, broadcast_dropout=False, **options)
-  assert len(np.unique(out[..., 0])) == BATCH * 64 * HEADS  # no two rows or heads draw alike
+  attend = functools.partial(dot_product_attention, broadcast_dropout=False, **options)
+  with heads_over(training.mesh(2, 2), 'data', 'model'):
+    on_mesh = jax.jit(attend)(ones, ones, numbers)
+  for out in (attend(ones, ones, numbers), on_mesh):
+    assert len(np.unique(out[..., 0])) == BATCH * 64 * HEADS  # no two rows or heads draw alike
 
 
 def test_a_token_mask_is_an_array_where_one_is_read():

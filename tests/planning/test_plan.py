@@ -436,13 +436,14 @@ def test_what_devices_send_and_what_is_whole_is_told():
   options = {'target': 'cpu', 'mesh': (1, 8), 'sharded': True, 'whole_below': 1}
   plans = jpeft.plan(vit(2, scan=True), 'lora', IMAGES, **options)
   (found,) = plans
-  (uncut,) = found.uncut
+  uncut, heads = found.uncut
+  assert heads.startswith('each device attends for all heads, as model=8 does not divide them: ')
   assert uncut.startswith('cut by rows, as model=8 does not divide the heads: ')
   (sums,) = (one for one in found.traffic if one.kind == 'all-reduce' and one.in_layers)
   assert sums.axes == ('model',) and sums.count >= 2 * 2 and sums.bytes >= 4 * 4 * 5 * 32 * 4
   told = str(plans).splitlines()
   assert f'lora: {uncut}' in told and f'lora: {sums}' in told
-  assert found.row()['traffic'][0]['axes'] == ['model'] and found.row()['uncut'] == [uncut]
+  assert found.row()['traffic'][0]['axes'] == ['model'] and found.row()['uncut'] == [uncut, heads]
   with pytest.raises(ValueError, match='one of replicated, sharded, fsdp'):
     jpeft.plan(vit(), 'lora', IMAGES, target='cpu', sharded='cut')
 

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jpeft.programs import collectives
+from jpeft.programs import collectives, flops
 from jpeft.programs.collectives import collectives_of_text
 
 MESH = {'data': 4, 'model': 2}
@@ -86,3 +86,11 @@ def test_a_sum_in_a_loop_counts_once_a_round():
   (found,) = collectives(summed.trace(rows).lower().compile(), mesh.shape)
   assert (found.kind, found.axes, found.bytes) == ('all-reduce', ('model',), 16 * 4)
   assert (found.rounds, found.loops) == (5, 1)
+
+
+def test_flops_are_those_of_all_devices():
+  mesh = jax.make_mesh((4, 2), ('data', 'model'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  x, w = jnp.ones((8, 6)), jnp.ones((6, 10))
+  specs = (P('data'), P(None, 'model'))
+  on_devices = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=specs, out_specs=P('data', 'model'))
+  assert flops(jax.jit(on_devices).trace(x, w)) == flops(jax.jit(jnp.matmul).trace(x, w))

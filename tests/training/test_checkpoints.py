@@ -5,8 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import safe_open
 
+from jpeft.training import mesh, pieces
 from jpeft.training.checkpoints import Checkpoints, fingerprint, load_theta, save_theta
 
 TREE = {
@@ -134,3 +136,102 @@ def test_scalars_and_integers_of_theta_come_back(tmp_path):
   # Files written before had scalars as arrays of one number.
   save_theta(tmp_path / 'old', jax.tree.map(jnp.atleast_1d, theta))
   chex.assert_trees_all_equal(load_theta(tmp_path / 'old', jax.eval_shape(lambda: theta))[0], theta)
+
+
+# ---- In pieces.
+
+
+def cut_state(data, model):
+  """Arrays that are cut in several ways over a mesh, whole, and of one number."""
+  state = {
+    'a': jnp.arange(16 * 12.0).reshape(16, 12),
+    'b': jnp.arange(24, dtype=jnp.bfloat16).reshape(2, 12),
+    'flags': jnp.arange(8) % 3 == 0,
+    'step': jnp.int32(7),
+  }
+  specs = {'a': ('data', 'model'), 'b': (None, 'model'), 'flags': ('data',), 'step': ()}
+  where = {
+    name: NamedSharding(mesh(data, model), PartitionSpec(*spec)) for name, spec in specs.items()
+  }
+  return jax.device_put(state, where)
+
+
+def written(folder, state, step=3):
+  """Checkpoints with one in pieces, by this process alone."""
+  checkpoints = Checkpoints(folder, keep=1)
+  pieces.begun(folder, step)
+  pieces.write(folder, step, 0, jax.tree.leaves(state))
+  checkpoints.finish_pieces(step, state, {'seconds': 2.0}, 1)
+  return checkpoints
+
+
+def test_pieces_are_read_by_any_devices(tmp_path):
+  state = cut_state(4, 2)
+  checkpoints = written(tmp_path / 'c', state)
+  assert {file.name for file in (tmp_path / 'c/3').iterdir()} == {'0.bin', 'about.json'}
+  like = cut_state(2, 2)
+  found, about = checkpoints.restore(like)
+  assert about['seconds'] == 2.0
+  listed = pieces.about_of(tmp_path / 'c/3')
+  placed = pieces.Pieces(tmp_path / 'c/3', listed, jax.tree.leaves(like)).placed()
+  for x, y, old, there in zip(*map(jax.tree.leaves, (found, placed, state, like)), strict=True):
+    assert x.sharding == y.sharding == there.sharding
+    np.testing.assert_array_equal(x, old)
+    np.testing.assert_array_equal(y, old)
+  checkpoints.close()
+
+
+def test_pieces_take_the_place_of_older_checkpoints(tmp_path):
+  state = cut_state(4, 2)
+  checkpoints = written(tmp_path / 'c', state)
+  for step in (5, 7):
+    if step == 5:
+      checkpoints.save(5, state, {})
+      checkpoints.wait()
+    else:
+      pieces.begun(tmp_path / 'c', 7)
+      pieces.write(tmp_path / 'c', 7, 0, jax.tree.leaves(state))
+      checkpoints.finish_pieces(7, state, {}, 1)
+    assert checkpoints.latest == step
+    assert [path.name for path in (tmp_path / 'c').iterdir()] == [str(step)]
+  checkpoints.close()
+
+
+@pytest.mark.parametrize('what', ['changed', 'shorter', 'gone', 'list', 'half written'])
+def test_pieces_that_are_damaged_are_set_aside(tmp_path, what):
+  folder = tmp_path / 'run' / 'c'
+  state = cut_state(4, 2)
+  written(folder, state).close()
+  file = folder / '3/0.bin'
+  data = file.read_bytes()
+  if what == 'changed':
+    file.write_bytes(data[:40] + b'?' + data[41:])
+  elif what == 'shorter':
+    file.write_bytes(data[:-1])
+  elif what == 'gone':
+    file.unlink()
+  elif what == 'list':
+    about = folder / '3/about.json'
+    about.write_text(about.read_text().replace('"parts": [[0', '"parts": [[9', 1))
+  else:
+    (folder / '3').rename(folder / '3.tmp')  # killed before it got its name
+  checkpoints = Checkpoints(folder, keep=1)
+  told = []
+  assert checkpoints.newest(lambda _: state, told.append, whole=False) is None
+  if what == 'half written':
+    assert not told and not list(folder.iterdir())
+  else:
+    assert len(told) == 1 and 'cannot be read' in told[0]
+    assert (tmp_path / 'run/damaged/3').is_dir()
+  checkpoints.close()
+
+
+def test_pieces_of_a_process_that_are_missing_are_told(tmp_path):
+  checkpoints = Checkpoints(tmp_path / 'c', keep=1)
+  state = cut_state(4, 2)
+  pieces.begun(tmp_path / 'c', 3)
+  pieces.write(tmp_path / 'c', 3, 0, jax.tree.leaves(state))
+  with pytest.raises(ValueError, match='what process 1 has written of a checkpoint is not in'):
+    checkpoints.finish_pieces(3, state, {}, 2)
+  assert checkpoints.latest is None
+  checkpoints.close()

@@ -7,6 +7,7 @@ theta is also compared to how far it has moved: QST moves little in a few update
 """
 
 import functools
+import itertools
 import math
 
 import jax
@@ -18,11 +19,12 @@ from jax.sharding import PartitionSpec
 
 import jpeft
 from jpeft import programs, quant, training
-from jpeft.core import backend_of
+from jpeft.core import backend_of, dot_product
 from jpeft.models import Llama
 from jpeft.planning import Work
 from tests.contract.anatomies import described
 from tests.fixtures import BACKBONES
+from tests.params import fast_if
 
 MESHES = ((8, 1), (4, 2), (2, 4))
 ROWS, LENGTH, WORDS = 8, 8, 48
@@ -90,7 +92,11 @@ def prepared(kind, mesh, backbone, **changes):
 
 def trained(kind, mesh, backbone, updates, **changes):
   """theta after some updates."""
-  program, state, arrays, layout = prepared(kind, mesh, backbone, **changes)
+  return updated(*prepared(kind, mesh, backbone, **changes), updates)
+
+
+def updated(program, state, arrays, layout, updates):
+  """theta after some updates, of what was prepared."""
   rng = np.random.default_rng(1)
   state = jax.tree.map(jnp.copy, state)  # it is donated
   for _ in range(updates):
@@ -105,10 +111,37 @@ def assert_same(many, one):
     np.testing.assert_allclose(spread, alone, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(('kind', 'backbone'), [('qlora', 'sharded'), ('full', 'fsdp')])
-def test_updates_on_eight_devices_are_those_of_one(kind, backbone):
-  one = trained(kind, (1, 1), 'replicated', 3)
-  assert_same(trained(kind, (4, 2), backbone, 3), one)
+# Every method on every mesh in every layout; two of them are quick, as other tests need their
+# programs too.
+CELLS = list(itertools.product(METHODS, MESHES, training.BACKBONES))
+QUICK = (('qlora', (4, 2), 'sharded'), ('full', (4, 2), 'fsdp'))
+
+
+@functools.cache
+def begun_and_trained(kind):
+  """theta before and after 16 updates on one device."""
+  return trained(kind, (1, 1), 'replicated', 0), trained(kind, (1, 1), 'replicated', 16)
+
+
+def is_quick(*cell):
+  return cell in QUICK
+
+
+def named(kind, mesh, backbone):
+  return f'{kind}-{mesh[0]}x{mesh[1]}-{backbone}'
+
+
+@pytest.mark.parametrize(('kind', 'mesh', 'backbone'), fast_if(is_quick, CELLS, named))
+def test_every_layout_trains_as_one_device(kind, mesh, backbone):
+  begun, one = begun_and_trained(kind)
+  many = trained(kind, mesh, backbone, 16)
+  assert_same(many, one)
+  assert distance(many, one) < 1e-5 * distance(one, begun)
+
+
+def distance(a, b):
+  parts = jax.tree.map(lambda x, y: np.square(x - y).sum(), a, b)
+  return math.sqrt(sum(jax.tree.leaves(parts)))
 
 
 # What a layout sends within a layer: sums of activations, gathered activations (those of 4-bit
@@ -145,6 +178,20 @@ def test_layers_send_what_their_layout_names(kind, backbone):
     gathered = sum(one.rounds * one.bytes for one in found if one.kind == 'all-gather')
     kernels = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128) * 4 // 2  # half of them a device
     assert gathered == 2 * kernels  # forwards and backwards
+
+
+def test_long_contexts_are_cut_by_heads(monkeypatch):
+  """No query, key or value is gathered, and the updates are those of one device."""
+  monkeypatch.setattr(dot_product, 'LONG', 0)
+  monkeypatch.setattr(dot_product, 'MOST_SCORES', 2 * LENGTH * LENGTH)
+  program, state, arrays, layout = prepared.__wrapped__('lora', (4, 2), 'sharded')
+  found = [one for one in programs.collectives(program, layout.mesh.shape) if one.loops]
+  assert {one.kind for one in found} == {'all-reduce'}, found
+  assert {one.loops for one in found} == {1}  # none in the loops of a layer's attention
+  many = updated(program, state, arrays, layout, 16)
+  monkeypatch.undo()
+  begun, one = begun_and_trained('lora')
+  assert distance(many, one) < 1e-5 * distance(one, begun)
 
 
 @pytest.mark.parametrize('mesh', MESHES)
@@ -195,7 +242,8 @@ def test_what_is_not_cut_by_its_role_is_said():
   _, variables, layout = shapes_of('lora', (2, 4), 'sharded', kv_heads=2)
   assert layout.exceptions() == [
     'cut by rows, as model=4 does not divide the heads: decoder/blocks/attention/key/kernel, '
-    'decoder/blocks/attention/query/kernel, decoder/blocks/attention/value/kernel'
+    'decoder/blocks/attention/query/kernel, decoder/blocks/attention/value/kernel',
+    'each device attends for all heads, as model=4 does not divide them: decoder/blocks/attention',
   ]
   query = variables['params']['decoder']['blocks']['attention']['query']['kernel']
   assert tuple(query.sharding.spec) == (None, 'model', None)
@@ -265,20 +313,3 @@ def test_a_checkpoint_is_restored_onto_another_mesh(tmp_path):
     training.save_theta(tmp_path / name, theta, step=3)
     files.append((tmp_path / name).read_bytes())
   assert files[0] == files[1]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('kind', METHODS)
-def test_every_layout_trains_as_one_device(kind):
-  one = trained(kind, (1, 1), 'replicated', 16)
-  begun = trained(kind, (1, 1), 'replicated', 0)
-  for mesh in MESHES:
-    for backbone in training.BACKBONES:
-      many = trained(kind, mesh, backbone, 16)
-      assert_same(many, one)
-      assert distance(many, one) < 1e-5 * distance(one, begun)
-
-
-def distance(a, b):
-  parts = jax.tree.map(lambda x, y: np.square(x - y).sum(), a, b)
-  return math.sqrt(sum(jax.tree.leaves(parts)))
