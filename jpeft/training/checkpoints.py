@@ -280,7 +280,6 @@ class Checkpoints:
       PermissionError: its files may not be read.
     """
     arrays, about = self.read(like)
-    assert arrays is not None
     leaves, structure = jax.tree.flatten(like)
     placed = [jax.device_put(x, leaf.sharding) for x, leaf in zip(arrays, leaves, strict=True)]
     return jax.tree.unflatten(structure, placed), about

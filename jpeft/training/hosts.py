@@ -1,8 +1,8 @@
 """Several processes as one run.
 
 Each process holds a part of the devices, and all run the same program, each on its rows of a batch.
-Process 0 alone reads and writes the folder of the run: the others get what they need of it from
-process 0, and write to a folder of their own that is thrown away (`shared`).
+Process 0 reads and writes the folder of the run: the others get what they need of it from it, and
+write to a folder of their own that is thrown away, but for checkpoints (`shared`).
 
 With one process each function here does what its name says in one step, and waits for nobody.
 """

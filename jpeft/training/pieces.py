@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jpeft import jsonfiles, writing
+from jpeft import jsonfiles, textfiles, writing
 
 ABOUT = 'about.json'
 _LISTED = {'file': str, 'sha256': str, 'parts': list}
@@ -126,7 +126,11 @@ class Pieces:
   def check(self) -> None:
     """Raises a ValueError if a file is not what was written."""
     for listed in self._files:
-      with (self._place / listed['file']).open('rb') as file:
+      path = self._place / listed['file']
+      if path.parent != self._place:
+        raise ValueError('it is not what was written')
+      textfiles.check_regular(path)
+      with path.open('rb') as file:
         if hashlib.file_digest(file, 'sha256').hexdigest() != listed['sha256']:
           raise ValueError('it is not what was written')
 

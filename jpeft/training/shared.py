@@ -1,4 +1,7 @@
-"""The folder of a run of several processes: process 0 alone reads and writes it."""
+"""The folder of a run of several processes: process 0 reads and writes it.
+
+Of checkpoints the others write what they hold, if they see the folder.
+"""
 
 import contextlib
 import os
@@ -61,14 +64,13 @@ def seen_by_all(folder: pathlib.Path) -> bool:
   """Whether several processes all see what process 0 writes to a folder, and may write there."""
   if not several():
     return False
-  probe = pathlib.Path()
+  probe = folder / told(f'.seen{writing.PART}{secrets.token_hex(8)}')
   with together():
     if first():
-      probe = folder / f'.seen{writing.PART}{secrets.token_hex(8)}'
       probe.touch()
-  name = told(probe.name)
-  found = agreed((folder / name).exists() and os.access(folder, os.W_OK))
-  probe.unlink(missing_ok=True)
+  found = agreed(probe.exists() and os.access(folder, os.W_OK))
+  if first():
+    probe.unlink()
   return found
 
 

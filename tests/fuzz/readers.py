@@ -17,7 +17,7 @@ from jpeft import data, export, models, quant, training
 from jpeft.data import text
 from jpeft.models.io import gguf, onnx, safetensors, template_costs, tokenizer, vit_npz
 from jpeft.models.io.tokenizer import load_tokenizer
-from jpeft.training import by_label, confusion, metrics
+from jpeft.training import by_label, confusion, metrics, pieces
 from tests.fuzz import mutations, seeds
 from tests.fuzz.reader import Files, Folder, Reader
 
@@ -224,9 +224,18 @@ def _stored_checkpoints() -> list[Files]:
     opened = training.Checkpoints(root / 'checkpoints', 1)
     opened.save(3, _STATE, {'epoch': 1})
     opened.wait()
+    whole = _read(root)
+    state = jax.tree.map(jnp.asarray, _STATE)
+    pieces.begun(root / 'checkpoints', 4)
+    pieces.write(root / 'checkpoints', 4, 0, jax.tree.leaves(state))
+    opened.finish_pieces(4, state, {'epoch': 1}, 1)
     opened.close()
-    files = [file for file in root.rglob('*') if file.is_file()]
-    return [{str(file.relative_to(root)): file.read_bytes() for file in files}]
+    return [whole, _read(root)]
+
+
+def _read(root: pathlib.Path) -> Files:
+  files = [file for file in root.rglob('*') if file.is_file()]
+  return {str(file.relative_to(root)): file.read_bytes() for file in files}
 
 
 # ---- Adapters.

@@ -33,6 +33,7 @@ OPTIONS = {
   'data.batch_size': 8,
   'data.eval_batch_size': 4,
   'mesh.data': 2,
+  'mesh.whole_below': 1,  # theta is cut between the processes
 }
 # Seconds after which a process that does not answer counts as dead. One that is killed is missed at
 # once, as its connections end; one that waits for a busy machine must not be.
@@ -130,6 +131,7 @@ def test_features_and_ranks_of_two_processes(start, images, load, tmp_path):
     'eval.metric': 'spearman',
     'mesh.data': 2,
     'mesh.model': 2,
+    'mesh.whole_below': 2**18,  # whole in each process: one writes it
     'steps': 6,
   }
   flags = [f'--config.{key}={value}' for key, value in options.items()]
@@ -139,6 +141,7 @@ def test_features_and_ranks_of_two_processes(start, images, load, tmp_path):
   for name, value in told['eval'].items():
     np.testing.assert_allclose(by_two['eval'][name], value, rtol=1e-5)
   assert_near(tmp_path / 'two', tmp_path / 'one')
+  assert not list((tmp_path / 'two').rglob('about.json'))
 
 
 def test_stopped_and_killed_they_go_on(start, alone, load, tmp_path):
@@ -152,6 +155,8 @@ def test_stopped_and_killed_they_go_on(start, alone, load, tmp_path):
   assert f'stopped by SIGTERM; checkpoint {last} of {STEPS} is in {folder}' in told
   assert 'stopped' not in quiet and 'Traceback' not in told + quiet
   assert last >= 8
+  written = {file.name for file in (folder / f'checkpoints/{last}').iterdir()}
+  assert written == {'0.bin', '1.bin', 'about.json'}
 
   # One process alone goes on as well, if that is allowed.
   copy = shutil.copytree(folder, tmp_path / 'by one')
@@ -171,6 +176,20 @@ def test_stopped_and_killed_they_go_on(start, alone, load, tmp_path):
   first, _ = finished(start(folder))
   assert 'going on after' in first
   killing.assert_same(folder, alone, STEPS)
+
+
+@pytest.mark.slow
+def test_without_a_shared_disk_process_0_writes(start, alone, tmp_path):
+  elsewhere = {1: [f'--workdir={tmp_path / "elsewhere"}']}
+  folder = tmp_path / 'run'
+  processes = start(folder, own=elsewhere)
+  killing.reached(processes[0], folder, 8)
+  processes[1].send_signal(signal.SIGTERM)
+  assert {code for code, _ in ended(processes)} == {128 + signal.SIGTERM}
+  assert not list(folder.rglob('about.json'))
+  finished(start(folder))  # the rest in pieces
+  killing.assert_same(folder, alone, STEPS)
+  assert len(list(folder.rglob('about.json'))) == len(list((folder / 'checkpoints').iterdir()))
 
 
 @pytest.mark.slow

@@ -180,17 +180,34 @@ def test_layers_send_what_their_layout_names(kind, backbone):
     assert gathered == 2 * kernels  # forwards and backwards
 
 
-def test_long_contexts_are_cut_by_heads(monkeypatch):
+LONG_CONTEXTS = [
+  ('lora', (4, 2), 'sharded'),
+  ('qlora', (4, 2), 'sharded'),
+  ('saved_bits', (2, 4), 'sharded'),
+  ('meft', (2, 4), 'sharded'),
+  ('qst', (4, 2), 'sharded'),
+  ('lst', (2, 4), 'fsdp'),
+  ('full', (4, 2), 'fsdp'),
+]
+
+
+def is_lora(kind, mesh, backbone):
+  return kind == 'lora'
+
+
+@pytest.mark.parametrize(('kind', 'mesh', 'backbone'), fast_if(is_lora, LONG_CONTEXTS, named))
+def test_long_contexts_are_cut_by_heads(kind, mesh, backbone, monkeypatch):
   """No query, key or value is gathered, and the updates are those of one device."""
   monkeypatch.setattr(dot_product, 'LONG', 0)
   monkeypatch.setattr(dot_product, 'MOST_SCORES', 2 * LENGTH * LENGTH)
-  program, state, arrays, layout = prepared.__wrapped__('lora', (4, 2), 'sharded')
+  program, state, arrays, layout = prepared.__wrapped__(kind, mesh, backbone)
   found = [one for one in programs.collectives(program, layout.mesh.shape) if one.loops]
-  assert {one.kind for one in found} == {'all-reduce'}, found
+  if kind == 'lora':
+    assert {one.kind for one in found} == {'all-reduce'}, found
   assert {one.loops for one in found} == {1}  # none in the loops of a layer's attention
   many = updated(program, state, arrays, layout, 16)
   monkeypatch.undo()
-  begun, one = begun_and_trained('lora')
+  begun, one = begun_and_trained(kind)
   assert distance(many, one) < 1e-5 * distance(one, begun)
 
 
