@@ -11,6 +11,7 @@ from .entries import unused_name
 from .example import specs_of
 from .layers import restricted
 from .paths import leaf_paths
+from .preparation import unprepared
 from .resolve import changes, plan
 from .rules import Call, Method, Rule, Weight
 from .sites import Site, Sites, overlap, roles_of
@@ -29,8 +30,14 @@ def attach(model, method: Method, backbone, /, *args, **kwargs) -> Tuned:
 
   Raises:
     ValueError: a pattern matches no site, or no site that its rule can adapt; two rules of one
-      name meet at a site.
+      name meet at a site; or the method waits for a pass over training examples.
   """
+  for preparation in unprepared(method):
+    name = next(rule.name for _, rule in method if rule.preparation is preparation)
+    raise ValueError(
+      f'{name} {preparation.what} in a pass over training examples, which has not been made: '
+      f'method = jpeft.prepare(method, model, backbone, batches), and then attach'
+    )
   taken = {name for _, rule in method for name in rule.takes}
   of_model = {name: value for name, value in kwargs.items() if name not in taken}
   sites = sites_of(model, backbone, *args, **of_model)

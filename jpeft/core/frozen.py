@@ -44,7 +44,7 @@ def _frozen(rule: Rule, theta: Mapping[str, Any]) -> Rule:
         f'frozen: theta has no entry {rule.name!r} for {site.path!r}; its sites are {some}, ...'
       )
     given = {name: sites[site.path][name] for name in own if name in sites[site.path]}
-    layer = jax.tree.map(lambda x: _of_layer(x, site, arrays.number), given)
+    layer = jax.tree.map(lambda x: site.of_layer(x, arrays.number), given)
     wanted = jax.tree.map(lambda x: (x.shape, x.dtype), own)
     found = jax.tree.map(lambda x: (x.shape, x.dtype), layer)
     if found != wanted:
@@ -75,13 +75,3 @@ def _frozen_generator(name: str, generator: Generator, given: Mapping[str, Any])
     return kept
 
   return Generator(init, generator.expand, fixed=('*',))
-
-
-def _of_layer(x: jax.Array, site: Site, number) -> jax.Array:
-  """What a theta has for one layer of a stack, by the number of the layer."""
-  x = jnp.asarray(x)
-  if not site.axes:
-    return x
-  numbers = jnp.asarray(site.choose(jnp.asarray(site.number)).reshape(-1))
-  layers = x.reshape(len(numbers), *x.shape[len(site.theta_lengths) :])
-  return layers[jnp.searchsorted(numbers, number)]

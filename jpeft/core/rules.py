@@ -12,6 +12,7 @@ import jax
 from .generator import Generator
 from .keys import named_key
 from .layers import Layers, text_of
+from .preparation import Preparation
 from .sites import Leaf
 
 # What the backward pass must keep of the backbone, from least to most.
@@ -143,6 +144,8 @@ class Weight(_Made):
     layers: which layers the rule acts in, see `at`; None for all.
     hint: what to do where no site has what the rule adapts, for the error.
     generator: how t follows from a smaller tree; set by `generated`.
+    preparation: the pass before training that the rule waits for, or comes from; set by
+      `prepared_by`.
     origin: the factory call that made the rule; set by `factory`.
   """
 
@@ -163,6 +166,7 @@ class Weight(_Made):
   layers: Layers | None = None
   hint: str = ''
   generator: Generator | None = None
+  preparation: Preparation | None = None
   origin: Origin | None = None
 
   def __post_init__(self):
@@ -198,7 +202,8 @@ class Call(_Made):
       are given to `tuned.apply` beside those of the model, and the rule does not pass them on.
     requires: what the rule needs of the module, one of CALL_REQUIREMENTS. 'attention': it calls
       `attend`, so `attach` refuses modules whose attention is out of reach.
-    update, edit, stages, loss, memory, head, layers, hint, generator, origin: as for Weight.
+    update, edit, stages, loss, memory, head, layers, hint, generator, preparation, origin: as for
+      Weight.
     method: the method of the module that is wrapped.
   """
 
@@ -221,6 +226,7 @@ class Call(_Made):
   layers: Layers | None = None
   hint: str = ''
   generator: Generator | None = None
+  preparation: Preparation | None = None
   origin: Origin | None = None
 
   def __post_init__(self):

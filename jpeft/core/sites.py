@@ -280,6 +280,22 @@ class Site:
     layers = x.reshape(self.layers, *x.shape[len(self.lengths) :])
     return layers.at[np.array(self.chosen)].set(new).reshape(x.shape)
 
+  def of_layer(self, x: jax.Array, number) -> jax.Array:
+    """What an array as theta has it, the chosen layers first, has for one layer by its number."""
+    x = jnp.asarray(x)
+    if not self.axes:
+      return x
+    numbers = jnp.asarray(self.choose(jnp.asarray(self.number)).reshape(-1))
+    layers = x.reshape(len(numbers), *x.shape[len(self.theta_lengths) :])
+    return layers[jnp.searchsorted(numbers, number)]
+
+  def one_layer(self, x: jax.Array, number) -> jax.Array:
+    """What an array [chosen layers, ...] has for a layer, by its number."""
+    x = jnp.asarray(x)
+    if not self.axes:
+      return x[0]
+    return self.of_layer(x.reshape(*self.theta_lengths, *x.shape[1:]), number)
+
   @property
   def number(self) -> np.ndarray | int | None:
     """The number of the layer; of a stack [*lengths]; None outside of layers."""

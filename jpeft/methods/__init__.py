@@ -37,6 +37,7 @@ from .weight.lora import dora, lora, lora_fa, qlora
 from .weight.paca import paca
 from .weight.peqa import peqa
 from .weight.pst import pst
+from .weight.sct import sct
 from .weight.snell import snell
 from .weight.snella import snella
 from .weight.ssf import ssf
@@ -95,6 +96,7 @@ __all__ = [
   'reconstruction_error',
   'register_method',
   's2a',
+  'sct',
   'select',
   'sherl',
   'side_tuning',

@@ -36,6 +36,7 @@ from .weight.lora import dora, lora, lora_fa, qlora
 from .weight.paca import paca
 from .weight.peqa import peqa
 from .weight.pst import pst
+from .weight.sct import sct
 from .weight.snell import snell
 from .weight.snella import snella
 from .weight.ssf import ssf
@@ -107,6 +108,7 @@ REGISTRY: dict[str, Entry] = {
   'snell': Entry(snell, '2411.01800', 'SNELL: the largest entries of a kernel of two factors'),
   'snella': Entry(snella, '2510.24037', 'SNELLA: SNELL whose layers compete for their entries'),
   'pst': Entry(pst, '2205.11005', 'PST: kernels made sparse while they are trained at low rank'),
+  'sct': Entry(sct, '2309.08513', 'SCT: some channels of each layer, chosen by class'),
   'ssf': Entry(ssf, '2210.08823', 'SSF: a scale and a shift after every operation'),
   'houlsby': Entry(houlsby, '1902.00751', 'adapters after attention and MLP'),
   'pfeiffer': Entry(pfeiffer, '2005.00247', 'adapters after the MLP'),

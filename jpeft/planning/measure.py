@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from jpeft import programs, quant, training
-from jpeft.core import Tuned, noting, summary
+from jpeft.core import Tuned, bounds, noting, summary
 
 from .devices import Target
 from .result import Plan
@@ -92,6 +92,7 @@ def _of_stage(
     forward=work.forward(size),
     kernels=quant.told(tuned.sites, products, mesh),
     seconds=time.perf_counter() - start,
+    bounds=tuple(bounds(tuned.method)),
     uncut=tuple(work.layout(tuned, mesh).exceptions()),
     **needed,
   )

@@ -42,6 +42,7 @@ class Plan:
     traffic: what the devices of the mesh send each other; None if the program cannot be read.
     uncut: which kernels are not cut as their roles say, see `training.Layout`.
     kernels: what multiplies by 4-bit kernels, and why; '' without any.
+    bounds: what of the plan depends on a pass over the training data, which is not made.
   """
 
   method: str
@@ -69,6 +70,7 @@ class Plan:
   traffic: tuple[Traffic, ...] | None = ()
   uncut: tuple[str, ...] = ()
   kernels: str = ''
+  bounds: tuple[str, ...] = ()
 
   @property
   def fits(self) -> bool | None:
@@ -148,6 +150,7 @@ class Plan:
       'traffic': None if self.traffic is None else [one.row() for one in self.traffic],
       'uncut': list(self.uncut),
       'kernels': self.kernels,
+      'bounds': list(self.bounds),
     }
 
 
@@ -163,7 +166,7 @@ class Plans(tuple[Plan, ...]):
       sent = plan.traffic
       if sent is None:
         sent = ('what devices send is not known: its program cannot be printed, or not be read',)
-      notes += [f'{plan.method}: {one}' for one in (*plan.uncut, *sent)]
+      notes += [f'{plan.method}: {one}' for one in (*plan.bounds, *plan.uncut, *sent)]
     notes += [f'{plan.method}: {plan.kernels}' for plan in self if plan.kernels]
     return '\n'.join([_title(self[0]), *rows, *notes])
 

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from jpeft import programs, quant, tasks, training
-from jpeft.core import Method, Tuned, attach, backend_of, flags_of
+from jpeft.core import Method, Tuned, attach, backend_of, flags_of, stand_in
 from jpeft.training import Memory
 
 # Updates of the run whose step is planned: no schedule or stage is longer.
@@ -75,8 +75,9 @@ class Work:
     )
 
   def tuned(self, method: Method) -> Tuned:
-    """The method attached to the model."""
+    """The method attached to the model, as it is before a pass over data."""
     args, kwargs = tasks.inputs(self.batch(1))
+    method = stand_in(method)
     return attach(self.model, method, self.variables, *args, **kwargs, **self.mode(False))
 
   def layout(self, tuned: Tuned, mesh: Mesh) -> training.Layout:

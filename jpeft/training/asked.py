@@ -9,12 +9,13 @@ from typing import Any
 from jax.sharding import Mesh, NamedSharding
 
 from jpeft import data, tasks
-from jpeft.core import Tuned, summary
+from jpeft.core import Tuned, summary, unprepared
 
 from . import elastic, feature_cache, hosts, sharding
-from .build import build, check_used, optimizer_of
+from .build import build, check_used, method_of, optimizer_of
 from .ema import Ema
 from .feature_cache import Part
+from .found import Prepared
 from .layout import Layout
 from .memory import Memory
 from .stages import Stage, stages_of
@@ -107,6 +108,7 @@ class Asked:
     stages: what is trained from which update on.
     facts: the `summary` of the method at the beginning.
     start: theta of another run that this one starts from; None if there is none.
+    prepared: what its method found in a pass before training; None if it needs none.
   """
 
   config: Any
@@ -120,6 +122,7 @@ class Asked:
   stages: list[Stage]
   facts: Any
   start: Start | None
+  prepared: Prepared | None
 
   @property
   def mesh(self) -> Mesh:
@@ -145,7 +148,26 @@ def asked(config, folder: pathlib.Path, skipped: Mapping[str, data.Skipped]) -> 
   """
   trackers = trackers_of(config) if hosts.first() else ()
   check_trackers(trackers)
-  model = _model(config, _mesh(config))
+  return asked_of(config, folder, skipped, trackers, _model(config, _mesh(config)))
+
+
+def asked_of(
+  config,
+  folder: pathlib.Path,
+  skipped: Mapping[str, data.Skipped],
+  trackers: Any,
+  model: Model,
+  found: Prepared | None = None,
+) -> Asked:
+  """What a configuration asks for, with a model and its method.
+
+  Args:
+    config, folder, skipped: see `asked`.
+    trackers: that the log goes to.
+    model: what is learned. Its method may still wait for a pass over the examples; then nothing is
+      read of a theta to start from.
+    found: what that pass has found.
+  """
   raw = _raw(config, model, skipped)
   examples = raw
   if model.memory.cached_features:
@@ -158,6 +180,9 @@ def asked(config, folder: pathlib.Path, skipped: Mapping[str, data.Skipped]) -> 
   stages = _stages(config, model, steps)
   facts = summary(stages[0].tuned)
   check_used(config, model.tuned)
+  start = None
+  if found is not None or not unprepared(method_of(config)):
+    start = start_of(config, model.tuned, folder)
   return Asked(
     config=config,
     folder=folder,
@@ -169,7 +194,8 @@ def asked(config, folder: pathlib.Path, skipped: Mapping[str, data.Skipped]) -> 
     steps=steps,
     stages=stages,
     facts=facts,
-    start=start_of(config, model.tuned, folder),
+    start=start,
+    prepared=found,
   )
 
 

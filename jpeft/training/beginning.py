@@ -76,6 +76,7 @@ def begin_folder(run: Asked, changes: Mapping[str, list], backbone: Backbone) ->
       run.folder,
       run.config,
       changes,
+      run.prepared,
       data=data,
       processes=hosts.count(),
       labels=model.classes,

@@ -8,7 +8,7 @@ from typing import Any
 import optax
 
 from jpeft import data, methods, models, quant, tasks
-from jpeft.core import Tuned, attach, chain
+from jpeft.core import Found, Tuned, attach, chain, stand_in, with_found
 
 from . import optim
 from .memory import Memory
@@ -75,7 +75,11 @@ def _with_pixels(pretrained: models.Pretrained, pixels: str) -> models.Pretraine
 
 
 def build(
-  config, num_classes: int, load: Callable = models.load, parts: bool = True
+  config,
+  num_classes: int,
+  load: Callable = models.load,
+  parts: bool = True,
+  found: Found | None = None,
 ) -> tuple[Any, Any]:
   """(pretrained, tuned): the backbone, and the method attached to it.
 
@@ -84,11 +88,16 @@ def build(
     num_classes: outputs of a fresh head; 0 for a model that keeps its own, see `Task.outputs`.
     load: `models.load`, or `models.describe` if shapes are enough.
     parts: whether what the task itself trains is attached too, see `Task.parts`.
+    found: what the method found before training; without it a method that needs a pass over
+      training examples is attached as it is before, which is enough for shapes alone.
 
   Raises:
     ValueError, OSError, RuntimeError: whatever is wrong with weights, method or patterns.
   """
   method = method_of(config)
+  if found is not None:
+    method = with_found(method, found)
+  method = stand_in(method)
   memory = Memory.of(config)
   fields = config.model.to_dict()
   source = fields.pop('source')

@@ -3,10 +3,11 @@
 config.json      the whole configuration; the same command goes on with the run
 run.json         labels, what was found out about them (`Task.facts`), modules to import; SHA-256
                  of the data (see `examples`), of the backbone, of the files it came from and of
-                 the theta file that the run started from; what was changed since by `--allow`, and
-                 after which update
+                 the theta file that the run started from, and of what was found before training;
+                 what was changed since by `--allow`, and after which update
 checkpoints/     the training state, by step
 labels.json      scores of each label, of tasks that have them
+prepared.safetensors     what the method found in a pass before training, if it needs one
 metrics.jsonl    one line a log interval and an evaluation
 trackers.json    ids by which the trackers of `log.to` go on with the run, if there are such
 best.safetensors, theta.safetensors     theta of the best evaluation, and of the end
@@ -29,6 +30,7 @@ from . import elastic, hosts
 from .build import build
 from .checkpoints import fingerprint, load_theta, steps_of
 from .examples import check_same
+from .found import Prepared, kept_in
 from .imports import check_imported
 
 # Of run.json.
@@ -101,7 +103,13 @@ def _visible(folder: pathlib.Path) -> list[pathlib.Path]:
   return [path for path in folder.iterdir() if not path.name.startswith('.')]
 
 
-def begin(folder: pathlib.Path, config, changes: Mapping[str, list], **facts) -> list[dict]:
+def begin(
+  folder: pathlib.Path,
+  config,
+  changes: Mapping[str, list],
+  prepared: Prepared | None = None,
+  **facts,
+) -> list[dict]:
   """Writes config.json and run.json, or checks that backbone and data of the run are the same.
 
   To be called when everything that can be wrong with a config has been tried: then a corrected
@@ -111,6 +119,7 @@ def begin(folder: pathlib.Path, config, changes: Mapping[str, list], **facts) ->
     folder: of the run.
     config: complete.
     changes: from `claimed`.
+    prepared: what its method found before training; None if it needs nothing.
     **facts: what run.json gets.
 
   Returns:
@@ -122,6 +131,9 @@ def begin(folder: pathlib.Path, config, changes: Mapping[str, list], **facts) ->
   file = folder / 'run.json'
   if not file.exists():
     write(folder / 'config.json', config_lib.to_json(config))
+    if prepared is not None:
+      prepared.save(folder)
+      facts['prepared_sha256'] = prepared.sha256
     write(file, json.dumps(facts, indent=2) + '\n')
     return []
   kept = jsonfiles.read(file, _RUN)
@@ -182,7 +194,8 @@ def reopen(folder: pathlib.Path, best: bool = False) -> tuple[Any, Any, Any]:
       f'{folder} has no {file.name}: the run is not complete; start its training '
       'command again, it goes on where it stopped'
     )
-  pretrained, tuned = build(config, tasks.of(config).outputs(info['labels']), parts=False)
+  outputs = tasks.of(config).outputs(info['labels'])
+  pretrained, tuned = build(config, outputs, parts=False, found=kept_in(folder))
   theta, _ = load_theta(file, tuned.shapes)
   if fingerprint(pretrained.variables) != info['backbone_sha256']:
     raise ValueError(

@@ -27,6 +27,7 @@ from .feature_cache import Features
 from .folder import claimed
 from .loop import Loop
 from .outcome import outcome
+from .preparing import prepared
 from .progress import Progress
 from .watch import Signals
 from .writers import Writers
@@ -77,6 +78,7 @@ def _train(
   skipped = skipped_of(config, progress.note)
   with hosts.together():
     run = asked(config, folder, skipped)
+  run = prepared(run, progress)
 
   # From shapes: an update that cannot fit is refused before anything is put on a device.
   progress.stage('compiling')

@@ -12,7 +12,7 @@ import jpeft
 from jpeft.contract import distance as far
 from jpeft.contract import largest
 from tests.contract.anatomies import described
-from tests.contract.table import made, row, stored
+from tests.contract.table import prepared, row, stored
 from tests.fixtures import BACKBONES, noisy, plain
 
 
@@ -34,7 +34,7 @@ class Pair:
     self.b = stored(method, BACKBONES[backbone])
     with described(self.b):
       self.tuned = jpeft.attach(
-        self.b.model, made(method, backbone, **hp), self.b.backbone, *self.b.args, **self.b.kwargs
+        self.b.model, prepared(method, self.b, **hp), self.b.backbone, *self.b.args, **self.b.kwargs
       )
     self.init = jax.jit(self.tuned.init)
     self.theta = self.init(jax.random.key(1), self.b.backbone)

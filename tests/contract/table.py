@@ -11,9 +11,12 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from jpeft import Method, quantize
+from jpeft import Method, prepare, quantize, stand_in
 from jpeft.methods import REGISTRY
 from jpeft.quant import named
 from tests.contract.anatomies import described
@@ -79,6 +82,11 @@ ROWS: dict[str, Row] = {
   'lamda': Row(on=KERNELS),
   'paca': Row(start=0, on=KERNELS),
   'pst': Row(on=KERNELS),
+  'sct': Row(
+    hp={'channels': 4},
+    start=None,
+    cannot={CONV: 'no role {norm2}', 'linen_bert': 'no role {norm2}'},
+  ),
   'snell': Row(start=1e-2),
   'snella': Row(start=1e-1),
   'ssf': Row(
@@ -174,7 +182,26 @@ def error_of(method: str, backbone: str) -> str | None:
 
 
 def made(method: str, backbone: str, **hp) -> Method:
-  """A method of the registry for a backbone, alone (without a trained head) and small."""
+  """A method of the registry for a backbone, alone (without a trained head) and small.
+
+  One that waits for a pass over examples is as before the pass.
+  """
+  return stand_in(_made(method, backbone, **hp))
+
+
+def prepared(method: str, b: Backbone, **hp) -> Method:
+  """The same after its pass over examples, if it needs one."""
+
+  def loss(out, labels):
+    return sum(jnp.square(y.astype(jnp.float32)).mean() for y in jax.tree.leaves(out))
+
+  args = (*b.args,)
+  batches = [(args, np.arange(len(args[0])))]
+  made = _made(method, b.name, **hp)
+  return prepare(made, b.model, b.backbone, batches, loss=loss, **b.kwargs)
+
+
+def _made(method: str, backbone: str, **hp) -> Method:
   takes = inspect.signature(REGISTRY[method].make).parameters
   small = {name: value for name, value in SMALL.items() if name in takes}
   there = row(method).on.get(backbone, {})

@@ -239,6 +239,7 @@ def test_numbers_survive_kills(start, images, tmp_path):
 VISION = {
   'snell': (),
   'snella': ('--config.method.every=7', '--config.method.rounds=6'),
+  'sct': ('--config.method.channels=4',),
   'bi_adaptformer': ('--config.method.bottleneck=4',),
   'bi_lora': ('--config.method.rank=4',),
   'paca': ('--config.method.rank=4',),
@@ -286,7 +287,7 @@ def test_methods_for_images_survive_kills_and_are_served(
   code, told = told_by('predict', f'--run={killed}', f'--input={image}')
   assert code == 0 and image.name in told, told
   code, told = told_by('merge', f'--run={killed}', f'--out={tmp_path / "merged"}')
-  if method in ('bi_adaptformer', 'dyt', 'e2vpt'):
+  if method in ('bi_adaptformer', 'dyt', 'e2vpt', 'sct'):
     assert code != 0 and 'cannot be merged' in told, told
   else:
     assert code == 0 and (tmp_path / 'merged' / 'model.safetensors').is_file(), told

@@ -1,0 +1,53 @@
+"""What a method needs of a pass over training examples before training."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+# {name: array} of what a pass found.
+Found = Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Preparation:
+  """A pass over training examples before training, and the method that follows from it.
+
+  Attributes:
+    what: it finds out, as a sentence goes on behind the method's name: 'chooses channels'.
+    find: (a `Pass`) -> {name: array}, what is found.
+    resolve: {name: array} -> the method with it.
+    told: {name: array} -> a sentence about what was found.
+    size: examples in a batch of the pass, where nobody says otherwise.
+    batches: how many batches are read at most; None for all examples once.
+    bound: how the method's shapes before the pass relate to those after it, for plans; '' where
+      they are the same.
+    found: what was found; None before the pass, and {} where the shapes before it are enough, see
+      `stand_in`.
+  """
+
+  what: str
+  find: Callable[[Any], Found]
+  resolve: Callable[[Found], Any]
+  told: Callable[[Found], str]
+  size: int = 32
+  batches: int | None = None
+  bound: str = ''
+  found: Found | None = None
+
+
+def unprepared(method: Iterable[tuple[str, Any]]) -> list[Preparation]:
+  """The passes that a method waits for, each once."""
+  found = [rule.preparation for _, rule in method if rule.preparation is not None]
+  return list(dict.fromkeys(one for one in found if one.found is None))
+
+
+def bounds(method: Iterable[tuple[str, Any]]) -> list[str]:
+  """How the shapes of a method relate to those after its passes, a sentence each."""
+  found = {}
+  for _, rule in method:
+    preparation = rule.preparation
+    if preparation is not None and preparation.found == {} and preparation.bound:
+      found[preparation.bound] = None
+  return list(found)

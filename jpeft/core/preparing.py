@@ -1,0 +1,323 @@
+"""The pass over training examples that a method may need before training.
+
+A method that needs one is a method all the same: its rules have the shapes that plans need, and say
+by `preparation` what is missing. `attach` refuses them until `prepare` has made the pass, or
+`with_found` has put in what an earlier pass found.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from .attach import attach
+from .discover import sites_of
+from .example import specs_of, taken_apart
+from .layers import restricted
+from .preparation import Found, Preparation, unprepared
+from .rules import Call, Method, at, chain, in_layers
+from .sites import Site, Sites
+from .tuned import Tuned
+
+# (output, labels) -> a scalar, the loss of each label, or (these losses, their weights).
+Loss = Callable[[Any, Any], Any]
+
+
+class Examples(NamedTuple):
+  """A batch of a pass.
+
+  Attributes:
+    args: positional arguments of the model's call.
+    labels: what the loss compares the output with; they lead with the examples, as args do.
+    kwargs: further arguments by name.
+    mask: [B], 0 for rows that only fill up; None where all count.
+  """
+
+  args: tuple
+  labels: Any
+  kwargs: Mapping[str, Any] = {}
+  mask: Any = None
+
+
+def cross_entropy(outputs: jax.Array, labels: jax.Array) -> jax.Array:
+  """The softmax cross-entropy of each label, from logits [..., C] and integers [...]."""
+  return optax.softmax_cross_entropy_with_integer_labels(outputs.astype(jnp.float32), labels)
+
+
+class Pass:
+  """What `Preparation.find` gets: a model, and training examples to go over once.
+
+  Attributes:
+    model: the user's module.
+    backbone: its arrays.
+    key: of what is drawn.
+    layers: of the model in which the method acts, see `at`; None for all.
+    fetch: a tree of arrays on devices -> the same as NumPy arrays.
+  """
+
+  def __init__(
+    self,
+    model,
+    backbone,
+    examples: Iterable[Examples],
+    *,
+    loss: Loss = cross_entropy,
+    key: jax.Array | None = None,
+    layers=None,
+    fetch: Callable[[Any], Any] = jax.device_get,
+  ):
+    """See `prepare`.
+
+    Raises:
+      ValueError: there is no batch.
+    """
+    batches = iter(examples)
+    first = next(batches, None)
+    if first is None:
+      raise ValueError('a pass before training needs batches of training examples: there is none')
+    self.model = model
+    self.backbone = backbone
+    self.key = jax.random.key(0) if key is None else key
+    self.layers = layers
+    self.fetch = fetch
+    self._loss = loss
+    self._first = first
+    self._examples = itertools.chain([first], batches)
+
+  def __iter__(self) -> Iterator[Examples]:
+    return self._examples
+
+  @functools.cached_property
+  def sites(self) -> Sites:
+    """All sites of the model."""
+    args, kwargs = self._specs
+    return sites_of(self.model, self.backbone, *args, **kwargs)
+
+  def find(self, pattern: str) -> list[Site]:
+    """The sites that a pattern names, with the layers in which the method acts."""
+    found: Iterable[Site | None] = self.sites.find(pattern)
+    if self.layers is not None:
+      found = [restricted(site, self.layers) for site in found if site is not None]
+    return [site for site in found if site is not None]
+
+  def attached(self, method: Method) -> Tuned:
+    """A method attached to the model, in the layers of the pass."""
+    args, kwargs = self._specs
+    return attach(self.model, method, self.backbone, *args, **kwargs)
+
+  def tapped(self, taps: Method) -> Iterator[tuple[Examples, dict[str, dict[str, np.ndarray]]]]:
+    """(batch, {path: {name: array}}) of what rules tap in one forward pass of each batch.
+
+    Args:
+      taps: Calls of one name without theta, which record by `call.tap`. Of a stack an array leads
+        with the layers in which they act.
+    """
+    (name,) = taps.names
+
+    def read(t, call, *args, **kwargs):
+      call(*args, **kwargs)
+      return call.taps()
+
+    if self.layers is not None:
+      taps = in_layers(taps, self.layers)
+    tuned = self.attached(chain(taps, at('', Call(name, read, taps=True))))
+
+    @jax.jit
+    def run(backbone, arrays):
+      args, kwargs = self._put(arrays)
+      return tuned.apply({}, backbone, *args, **kwargs)
+
+    for batch in self:
+      yield batch, self.fetch(run(self.backbone, self.arrays_of(batch)))
+
+  def loss(self, tuned: Tuned, theta, backbone, arrays, labels, mask) -> jax.Array:
+    """The mean loss of a batch under a method, for `jax.jit` and `jax.grad`.
+
+    Args:
+      tuned: from `attached`.
+      theta: of it.
+      backbone: which may be another than that of the pass.
+      arrays: from `arrays_of`.
+      labels, mask: of the batch.
+
+    Raises:
+      ValueError: the loss is one number for the batch, and some of its rows only fill up.
+    """
+    args, kwargs = self._put(arrays)
+    outputs = tuned.apply(theta, backbone, *args, **kwargs)
+    found = self._loss(outputs, labels)
+    losses, weights = found if isinstance(found, tuple) else (found, jnp.ones(jnp.shape(found)))
+    if mask is not None:
+      if not jnp.ndim(losses):
+        raise ValueError('a batch has rows that only fill up: loss must give that of each label')
+      weights = weights * mask.reshape(-1, *(1,) * (jnp.ndim(losses) - 1))
+    return (weights * losses).sum() / weights.sum()
+
+  @staticmethod
+  def arrays_of(batch: Examples) -> dict[int, Any]:
+    """The arrays among the arguments of a batch, to be given to a compiled function."""
+    leaves = jax.tree.leaves((batch.args, dict(batch.kwargs)))
+    return {i: x for i, x in enumerate(leaves) if hasattr(x, 'shape')}
+
+  @functools.cached_property
+  def _specs(self) -> tuple[tuple, dict]:
+    return specs_of((self._first.args, dict(self._first.kwargs)))
+
+  @functools.cached_property
+  def _put(self) -> Callable[[dict[int, Any]], Any]:
+    return taken_apart((self._first.args, dict(self._first.kwargs)))[1]
+
+
+def prepare(
+  method: Method,
+  model,
+  backbone,
+  batches: Iterable[Any],
+  *,
+  loss: Loss = cross_entropy,
+  key: jax.Array | None = None,
+  **kwargs,
+) -> Method:
+  """The method with what a pass over training examples finds; one that needs none as it is.
+
+  `method = jpeft.prepare(jpeft.sct(), model, variables, batches, train=False)`, then `attach`.
+
+  Args:
+    method: such as `sct()`, or a chain with it.
+    model: a Linen or an NNX module, in evaluation.
+    backbone: what it stores.
+    batches: of training examples, each (inputs, labels): inputs are the first argument of the
+      model, a tuple of arguments, or a dict of them by name. They are gone over once a pass.
+    loss: (output, labels) -> a scalar, the loss of each label, or (losses, weights); by default the
+      softmax cross-entropy of classes. Methods that need no gradient do not read it.
+    key: of what a pass draws, such as a fresh head.
+    **kwargs: further arguments of every call of the model, such as train=False.
+
+  Raises:
+    ValueError: there are no batches, or the pass cannot serve the model or the labels.
+  """
+  waiting = unprepared(method)
+  if len(waiting) > 1:
+    batches = list(batches)
+  for preparation in waiting:
+    examples = itertools.islice(batches, preparation.batches)
+    layers = layers_of(method, preparation)
+    own = Pass(
+      model,
+      backbone,
+      (_examples(batch, kwargs) for batch in examples),
+      loss=loss,
+      key=key,
+      layers=layers,
+    )
+    own.attached(stand_in(method))  # what is wrong with patterns is said before the pass
+    method = resolved(method, preparation, preparation.find(own))
+  return method
+
+
+def _examples(batch: Any, kwargs: Mapping[str, Any]) -> Examples:
+  """A batch of `prepare`.
+
+  Raises:
+    ValueError: it is no pair.
+  """
+  if isinstance(batch, Examples):
+    return batch._replace(kwargs={**kwargs, **batch.kwargs})
+  if not isinstance(batch, Sequence) or len(batch) != 2:
+    raise ValueError(
+      f'a batch of a pass before training must be (inputs, labels), not {type(batch).__name__}'
+    )
+  inputs, labels = batch
+  if isinstance(inputs, Mapping):
+    return Examples((), labels, {**kwargs, **inputs})
+  args = inputs if isinstance(inputs, tuple) else (inputs,)
+  return Examples(args, labels, kwargs)
+
+
+# What was found, put into a method and taken out of it.
+
+
+def layers_of(method: Method, preparation: Preparation):
+  """The layers in which a method acts that waits for a pass; None for all."""
+  return next(rule.layers for _, rule in method if rule.preparation is preparation)
+
+
+def resolved(method: Method, preparation: Preparation, found: Found) -> Method:
+  """The method with the rules that follow from a pass in place of those that wait for it."""
+  name = next(rule.name for _, rule in method if rule.preparation is preparation)
+  layers = layers_of(method, preparation)
+  found = {key: np.asarray(x) for key, x in found.items()}
+  made = preparation.resolve(found)
+  if layers is not None:
+    made = in_layers(made, layers)
+  done = dataclasses.replace(preparation, found=found)
+  pairs: list = []
+  for pattern, rule in method:
+    if rule.preparation is not preparation:
+      pairs.append((pattern, rule))
+    elif made:
+      # All that waits for one pass comes from one factory, and stands together.
+      pairs += [(p, dataclasses.replace(new, preparation=done)) for p, new in made]
+      made = Method()
+  if not any(rule.preparation is done for _, rule in pairs):
+    raise ValueError(f'{name}: the pass before training found nothing to train')
+  return Method(pairs)
+
+
+def found_in(method: Method) -> dict[str, np.ndarray]:
+  """What the passes of a prepared method found, {'method name/name': array}, to be stored."""
+  found = {}
+  for _, rule in method:
+    if rule.preparation is not None:
+      for key, x in (rule.preparation.found or {}).items():
+        found[f'{_owner(method, rule.preparation)}/{key}'] = x
+  return found
+
+
+def with_found(method: Method, found: Found) -> Method:
+  """A method with what an earlier pass found, see `found_in`: no data are needed.
+
+  Raises:
+    ValueError: there is nothing for one of its passes.
+  """
+  for preparation in unprepared(method):
+    name = _owner(method, preparation)
+    own = {
+      key.removeprefix(f'{name}/'): x for key, x in found.items() if key.startswith(f'{name}/')
+    }
+    if not own:
+      raise ValueError(f'{name}: nothing was found for it; there are {", ".join(found) or "none"}')
+    method = resolved(method, preparation, own)
+  return method
+
+
+def _owner(method: Method, preparation: Preparation) -> str:
+  """The name of the first rule of a preparation, which stands for all of them."""
+  return next(rule.name for _, rule in method if rule.preparation is preparation)
+
+
+def stand_in(method: Method) -> Method:
+  """A method as it is before its passes, for shapes: plans, and checks of patterns."""
+  before = {one: dataclasses.replace(one, found={}) for one in unprepared(method)}
+  return Method(
+    (pattern, dataclasses.replace(rule, preparation=before.get(rule.preparation, rule.preparation)))
+    for pattern, rule in method
+  )
+
+
+def prepared_by(method: Method, preparation: Preparation) -> Method:
+  """A method that waits for a pass.
+
+  Args:
+    method: its rules before the pass. Their shapes are what plans show.
+    preparation: what finds the rest.
+  """
+  return Method(
+    (pattern, dataclasses.replace(rule, preparation=preparation)) for pattern, rule in method
+  )
