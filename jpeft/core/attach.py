@@ -33,10 +33,9 @@ def attach(model, method: Method, backbone, /, *args, **kwargs) -> Tuned:
       name meet at a site; or the method waits for a pass over training examples.
   """
   for preparation in unprepared(method):
-    name = next(rule.name for _, rule in method if rule.preparation is preparation)
     raise ValueError(
-      f'{name} {preparation.what} in a pass over training examples, which has not been made: '
-      f'method = jpeft.prepare(method, model, backbone, batches), and then attach'
+      f'{preparation.name} {preparation.what} in a pass over training examples, which has not been '
+      'made: method = jpeft.prepare(method, model, backbone, batches), and then attach'
     )
   taken = {name for _, rule in method for name in rule.takes}
   of_model = {name: value for name, value in kwargs.items() if name not in taken}

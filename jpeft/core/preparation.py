@@ -23,6 +23,7 @@ class Preparation:
     batches: how many batches are read at most; None for all examples once.
     bound: how the method's shapes before the pass relate to those after it, for plans; '' where
       they are the same.
+    name: of the method; set by `prepared_by`.
     found: what was found; None before the pass, and {} where the shapes before it are enough, see
       `stand_in`.
   """
@@ -34,6 +35,7 @@ class Preparation:
   size: int = 32
   batches: int | None = None
   bound: str = ''
+  name: str = ''
   found: Found | None = None
 
 

@@ -250,7 +250,6 @@ def layers_of(method: Method, preparation: Preparation):
 
 def resolved(method: Method, preparation: Preparation, found: Found) -> Method:
   """The method with the rules that follow from a pass in place of those that wait for it."""
-  name = next(rule.name for _, rule in method if rule.preparation is preparation)
   layers = layers_of(method, preparation)
   found = {key: np.asarray(x) for key, x in found.items()}
   made = preparation.resolve(found)
@@ -266,7 +265,7 @@ def resolved(method: Method, preparation: Preparation, found: Found) -> Method:
       pairs += [(p, dataclasses.replace(new, preparation=done)) for p, new in made]
       made = Method()
   if not any(rule.preparation is done for _, rule in pairs):
-    raise ValueError(f'{name}: the pass before training found nothing to train')
+    raise ValueError(f'{done.name}: the pass before training found nothing to train')
   return Method(pairs)
 
 
@@ -276,7 +275,7 @@ def found_in(method: Method) -> dict[str, np.ndarray]:
   for _, rule in method:
     if rule.preparation is not None:
       for key, x in (rule.preparation.found or {}).items():
-        found[f'{_owner(method, rule.preparation)}/{key}'] = x
+        found[f'{rule.preparation.name}/{key}'] = x
   return found
 
 
@@ -287,7 +286,7 @@ def with_found(method: Method, found: Found) -> Method:
     ValueError: there is nothing for one of its passes.
   """
   for preparation in unprepared(method):
-    name = _owner(method, preparation)
+    name = preparation.name
     own = {
       key.removeprefix(f'{name}/'): x for key, x in found.items() if key.startswith(f'{name}/')
     }
@@ -295,11 +294,6 @@ def with_found(method: Method, found: Found) -> Method:
       raise ValueError(f'{name}: nothing was found for it; there are {", ".join(found) or "none"}')
     method = resolved(method, preparation, own)
   return method
-
-
-def _owner(method: Method, preparation: Preparation) -> str:
-  """The name of the first rule of a preparation, which stands for all of them."""
-  return next(rule.name for _, rule in method if rule.preparation is preparation)
 
 
 def stand_in(method: Method) -> Method:
@@ -318,6 +312,5 @@ def prepared_by(method: Method, preparation: Preparation) -> Method:
     method: its rules before the pass. Their shapes are what plans show.
     preparation: what finds the rest.
   """
-  return Method(
-    (pattern, dataclasses.replace(rule, preparation=preparation)) for pattern, rule in method
-  )
+  named = dataclasses.replace(preparation, name=method.names[0])
+  return Method((pattern, dataclasses.replace(rule, preparation=named)) for pattern, rule in method)

@@ -40,6 +40,7 @@ from .weight.pst import pst
 from .weight.sct import sct
 from .weight.snell import snell
 from .weight.snella import snella
+from .weight.spt import spt
 from .weight.ssf import ssf
 from .weight.vera import vera, vera_pair
 
@@ -102,6 +103,7 @@ __all__ = [
   'side_tuning',
   'snell',
   'snella',
+  'spt',
   'ssf',
   'to_bits',
   'tune',

@@ -39,6 +39,7 @@ from .weight.pst import pst
 from .weight.sct import sct
 from .weight.snell import snell
 from .weight.snella import snella
+from .weight.spt import spt
 from .weight.ssf import ssf
 from .weight.vera import vera
 
@@ -109,6 +110,7 @@ REGISTRY: dict[str, Entry] = {
   'snella': Entry(snella, '2510.24037', 'SNELLA: SNELL whose layers compete for their entries'),
   'pst': Entry(pst, '2205.11005', 'PST: kernels made sparse while they are trained at low rank'),
   'sct': Entry(sct, '2309.08513', 'SCT: some channels of each layer, chosen by class'),
+  'spt': Entry(spt, '2303.08566', 'SPT: a budget is spent where a task is sensitive'),
   'ssf': Entry(ssf, '2210.08823', 'SSF: a scale and a shift after every operation'),
   'houlsby': Entry(houlsby, '1902.00751', 'adapters after attention and MLP'),
   'pfeiffer': Entry(pfeiffer, '2005.00247', 'adapters after the MLP'),

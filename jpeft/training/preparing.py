@@ -94,7 +94,7 @@ def _with_method(run: Asked, method: Method, found: Prepared) -> Asked:
 
 def _passed(run: Asked, method: Method, preparation: Preparation, progress: Progress) -> Method:
   """The method with what one of its passes finds."""
-  name = next(rule.name for _, rule in method if rule.preparation is preparation)
+  name = preparation.name
   part = _part(run, progress)
   rows = _rows(run, preparation)
   count = -(-len(part.source) // rows.size)

@@ -89,6 +89,10 @@ ROWS: dict[str, Row] = {
   ),
   'snell': Row(start=1e-2),
   'snella': Row(start=1e-1),
+  'spt': Row(
+    hp={'budget': 600, 'step': 20, 'rank': 1},
+    on={CONV: {'targets': '{conv}'}},
+  ),
   'ssf': Row(
     start=None, dead=('.*/key/.*/shift',), on={CONV: {'targets': '{conv}|{bn}|{final_norm}'}}
   ),

@@ -6,7 +6,7 @@ import jpeft
 from jpeft.methods import REGISTRY
 from tests.contract.anatomies import described
 from tests.contract.pair import far
-from tests.contract.table import error_of, made, over, takes_dropout
+from tests.contract.table import error_of, over, prepared, takes_dropout
 from tests.fixtures import BACKBONES, leaves_equal, noisy
 
 # Scans that a flag or a mode tells, and a model without dropout of its own, where a key alone says
@@ -22,11 +22,9 @@ def test_dropout(names):
   method, name = names
   b = BACKBONES[name]
   with described(b):
+    methods = [prepared(method, b, dropout=rate) for rate in (0.5, 0.0)]
     trains, evaluates = (
-      [
-        jpeft.attach(model, made(method, name, dropout=rate), b.backbone, *b.args, **b.kwargs)
-        for rate in (0.5, 0.0)
-      ]
+      [jpeft.attach(model, one, b.backbone, *b.args, **b.kwargs) for one in methods]
       for model in (b.train_model, b.model)
     )
   (dropping, sure), shapes = trains, evaluates[1].shapes

@@ -240,6 +240,7 @@ VISION = {
   'snell': (),
   'snella': ('--config.method.every=7', '--config.method.rounds=6'),
   'sct': ('--config.method.channels=4',),
+  'spt': ('--config.method.budget=600', '--config.method.step=50', '--config.method.rank=1'),
   'bi_adaptformer': ('--config.method.bottleneck=4',),
   'bi_lora': ('--config.method.rank=4',),
   'paca': ('--config.method.rank=4',),
