@@ -1,9 +1,14 @@
 """What a budget of trained numbers is spent on, from the most sensitive numbers: see `spt`."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from jpeft.core import Found
+
+from ..ragged import Live
 
 # A kernel is tuned whole from a tenth of the cost on, a vector from a fifth of its length on.
 ALPHA = 10
@@ -93,3 +98,46 @@ def closest(
     if tau == len(tensor):
       break
   return min(plans, key=lambda plan: abs(plan.total - budget))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+  """What the pass found, by kind, path and array.
+
+  Attributes:
+    entries: {(path, array): [c, 3], layer, row and column of each entry}.
+    structured, vector: {(path, array): the layers that are tuned whole}.
+    token: (path, array) of class tokens.
+    layers: {path of a stacked site: its number of layers}.
+  """
+
+  entries: Mapping[tuple[str, str], np.ndarray]
+  structured: Mapping[tuple[str, str], np.ndarray]
+  vector: Mapping[tuple[str, str], np.ndarray]
+  token: Mapping[tuple[str, str], np.ndarray]
+  layers: Mapping[str, int]
+
+  @classmethod
+  def of(cls, found: Found) -> 'Chosen':
+    kinds: dict[str, dict] = {'entries': {}, 'structured': {}, 'vector': {}, 'token': {}}
+    layers = {}
+    for key, x in found.items():
+      kind, _, place = key.partition(' ')
+      if kind == 'layers':
+        layers[place] = int(x)
+      elif kind in kinds:
+        path, _, array = place.rpartition(' ')
+        kinds[kind][path, array] = x
+    return cls(**kinds, layers=layers)
+
+  def kernels(self, with_structured: bool) -> list[tuple[str, str]]:
+    """(path, array) of the kernels that `_Kernels` changes."""
+    return list(dict.fromkeys([*self.entries, *(self.structured if with_structured else ())]))
+
+  def stacks(self, per_place: Mapping[tuple[str, str], Live]) -> dict[str, Live]:
+    """`live` of `ragged`, from that of each array of the sites in stacks."""
+    live: dict[str, dict] = {}
+    for (path, array), own in per_place.items():
+      if path in self.layers:
+        live.setdefault(path, {}).update({f'{array}/{key}': x for key, x in own.items()})
+    return live

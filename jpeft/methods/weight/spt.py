@@ -24,7 +24,6 @@ backbone in 4 bits keeps, of a kernel with single entries, the decoded kernel fo
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -51,7 +50,7 @@ from ..nn import drop, drop_path, uniform
 from ..ragged import Live, ragged
 from ..subset.tune import tune
 from . import sparse
-from .budget import STRUCTURES, Allocation, allocated, closest
+from .budget import STRUCTURES, Allocation, Chosen, allocated, closest
 from .lora import required
 from .sensitivity import Tensor, sensitive
 
@@ -250,49 +249,6 @@ class _Spt:
     keys = (None, None) if key is None else jax.random.split(key)
     added = (x.map(lambda v: drop(v, keys[0], self.dropout)) @ own['a']) @ own['b']
     return y + drop_path(added, keys[1], self.path_dropout)
-
-
-@dataclasses.dataclass(frozen=True)
-class Chosen:
-  """What the pass found, by kind, path and array.
-
-  Attributes:
-    entries: {(path, array): [c, 3], layer, row and column of each entry}.
-    structured, vector: {(path, array): the layers that are tuned whole}.
-    token: (path, array) of class tokens.
-    layers: {path of a stacked site: its number of layers}.
-  """
-
-  entries: Mapping[tuple[str, str], np.ndarray]
-  structured: Mapping[tuple[str, str], np.ndarray]
-  vector: Mapping[tuple[str, str], np.ndarray]
-  token: Mapping[tuple[str, str], np.ndarray]
-  layers: Mapping[str, int]
-
-  @classmethod
-  def of(cls, found: Found) -> 'Chosen':
-    kinds: dict[str, dict] = {'entries': {}, 'structured': {}, 'vector': {}, 'token': {}}
-    layers = {}
-    for key, x in found.items():
-      kind, _, place = key.partition(' ')
-      if kind == 'layers':
-        layers[place] = int(x)
-      elif kind in kinds:
-        path, _, array = place.rpartition(' ')
-        kinds[kind][path, array] = x
-    return cls(**kinds, layers=layers)
-
-  def kernels(self, with_structured: bool) -> list[tuple[str, str]]:
-    """(path, array) of the kernels that `_Kernels` changes."""
-    return list(dict.fromkeys([*self.entries, *(self.structured if with_structured else ())]))
-
-  def stacks(self, per_place: Mapping[tuple[str, str], Live]) -> dict[str, Live]:
-    """`live` of `ragged`, from that of each array of the sites in stacks."""
-    live: dict[str, dict] = {}
-    for (path, array), own in per_place.items():
-      if path in self.layers:
-        live.setdefault(path, {}).update({f'{array}/{key}': x for key, x in own.items()})
-    return live
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -9,9 +9,9 @@ import pytest
 import jpeft
 from jpeft.core import Examples, Pass, leaf_paths
 from jpeft.methods.weight import sparse
-from jpeft.methods.weight.budget import allocated, closest, cost
+from jpeft.methods.weight.budget import Chosen, allocated, closest, cost
 from jpeft.methods.weight.sensitivity import Sensitive, Tensor, accumulated, fresh_head, sensitive
-from jpeft.methods.weight.spt import Chosen, spt
+from jpeft.methods.weight.spt import spt
 from jpeft.models import ViT
 from tests.fixtures import noisy
 from tests.methods.golden import full_size
