@@ -192,6 +192,17 @@ def test_hidden_patches_equal_transformers(name, kind):
   close(outputs(loaded, {'images': images, 'masked': masked}), want, 5e-6)
 
 
+def test_transformers_opens_what_the_original_code_stored(tmp_path):
+  from tests.models.io.test_vit_npz import arrays_of
+
+  np.savez(tmp_path / 'vit.npz', **arrays_of())
+  inputs, _ = golden('vit')
+  loaded = models.load(tmp_path / 'vit.npz')
+  models.save_pretrained(tmp_path / 'hf', loaded.model, loaded.variables, loaded.config)
+  want = their('ViTForImageClassification', tmp_path / 'hf', inputs).logits.numpy()
+  close(outputs(loaded, inputs), want)
+
+
 def test_new_classes_open_in_transformers(tmp_path):
   inputs, _ = golden('dinov2')
   loaded = models.load(GOLDEN / 'dinov2', num_classes=7, image_size=28, layers=1)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jpeft import models
-from tests.models.goldens import GOLDEN, golden, outputs
+from tests.models.goldens import GOLDEN, close, golden, outputs
 
 HEADS = 4
 IN_BLOCK = {
@@ -69,6 +69,68 @@ def test_a_file_of_the_original_code_is_the_same_model(scan, tmp_path):
   assert fresh.variables['params']['embed']['position'].shape == (1, 37, 24)
   described = models.describe(tmp_path / 'vit.npz', scan=scan)
   assert described.model == loaded.model
+
+
+def original(arrays, images):
+  """What the original code computes, written for its own names and shapes, in float64."""
+  arrays = {name: x.astype('float64') for name, x in arrays.items()}
+
+  def norm(name, x):
+    x = x - x.mean(-1, keepdims=True)
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+    return x * arrays[f'{name}/scale'] + arrays[f'{name}/bias']
+
+  def dense(name, x, spec):
+    return np.einsum(spec, x, arrays[f'{name}/kernel']) + arrays[f'{name}/bias']
+
+  patches = images.reshape(len(images), 4, 7, 4, 7, 3)
+  x = dense('embedding', patches, 'brhcwi,hwid->brcd').reshape(len(images), 16, -1)
+  x = np.concatenate([np.broadcast_to(arrays['cls'], (len(x), 1, x.shape[-1])), x], 1)
+  x = x + arrays['Transformer/posembed_input/pos_embedding']
+  for layer in range(2):
+    block = f'Transformer/encoderblock_{layer}'
+    attention = f'{block}/MultiHeadDotProductAttention_1'
+    y = norm(f'{block}/LayerNorm_0', x)
+    query, key, value = (
+      dense(f'{attention}/{name}', y, 'bnd,dhk->bnhk') for name in ('query', 'key', 'value')
+    )
+    weights = np.exp(np.einsum('bnhk,bmhk->bhnm', query, key) / np.sqrt(query.shape[-1]))
+    weights /= weights.sum(-1, keepdims=True)
+    y = np.einsum('bhnm,bmhk->bnhk', weights, value)
+    x = x + dense(f'{attention}/out', y, 'bnhk,hkd->bnd')
+    y = dense(f'{block}/MlpBlock_3/Dense_0', norm(f'{block}/LayerNorm_2', x), 'bnd,dm->bnm')
+    y = y / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
+    x = x + dense(f'{block}/MlpBlock_3/Dense_1', y, 'bnm,md->bnd')
+  x = norm('Transformer/encoder_norm', x)[:, 0]
+  if 'pre_logits/kernel' in arrays:
+    x = np.tanh(dense('pre_logits', x, 'bd,de->be'))
+  return dense('head', x, 'bd,dc->bc') if 'head/kernel' in arrays else x
+
+
+@pytest.mark.parametrize('head,pre_logits', [(True, False), (False, True), (False, False)])
+def test_outputs_equal_those_of_the_original_code(head, pre_logits, tmp_path):
+  arrays = arrays_of(head, pre_logits)
+  if pre_logits:
+    kernel = np.random.default_rng(0).normal(size=(24, 24)).astype('f') / 5
+    arrays['pre_logits/kernel'] = kernel
+  np.savez(tmp_path / 'vit.npz', **arrays)
+  inputs, _ = golden('vit')
+  close(outputs(models.load(tmp_path / 'vit.npz'), inputs), original(arrays, inputs['images']))
+
+
+def test_a_table_of_another_image_size_is_resized_on_request_alone(tmp_path):
+  np.savez(tmp_path / 'vit.npz', **arrays_of())
+  large = golden('vit')[1]['large_images']
+  with pytest.raises(ValueError, match='images of 42x42 pixels do not fit a model made for 28x28'):
+    outputs(models.load(tmp_path / 'vit.npz'), {'images': large})
+  # The same table as in the file of Hugging Face, whose resizing is compared with transformers.
+  got = models.load(tmp_path / 'vit.npz', image_size=42).variables['params']['embed']['position']
+  want = models.load(GOLDEN / 'vit', image_size=42).variables['params']['embed']['position']
+  np.testing.assert_array_equal(got, want)
+  wide = arrays_of() | {'Transformer/posembed_input/pos_embedding': np.ones((1, 21, 24), 'f')}
+  np.savez(tmp_path / 'vit.npz', **wide)
+  with pytest.raises(ValueError, match=r'has the shape \[1, 21, 24\], the model needs'):
+    models.load(tmp_path / 'vit.npz')
 
 
 def test_a_classifier_behind_pre_logits_is_refused_by_name(tmp_path):
