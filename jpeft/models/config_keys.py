@@ -14,6 +14,7 @@ _FLAGS = (
   *('scale_decoder_outputs', 'tie_word_embeddings', 'use_absolute_position_embeddings'),
   *('use_gated_mlp', 'use_mask_token', 'use_mean_pooling', 'use_relative_position_bias'),
   *('use_shared_relative_position_bias', 'use_sliding_window', 'use_swiglu_ffn'),
+  'vision_use_head',
 )
 _TEXTS = (
   *('activation', 'feed_forward_proj', 'hidden_act', 'jpeft_pool'),
@@ -80,6 +81,7 @@ _SCHEMA = {
   'label2id?': (dict, None),
   'layer_types?': ([str], None),
   'jpeft_sizes?': dict,
+  'vision_config?': dict,
   'rope_parameters?': (_ROPES, None),
   'rope_scaling?': (_ROPE, None),
   **{f'{key}?': (bool, None) for key in _FLAGS},
@@ -113,6 +115,8 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     if isinstance(config.get(key), list) and len(config[key]) != 2:
       raise ValueError(f'{where}: {key} must be one number or two, not {config[key]!r:.60}')
   _check_heads(config, where)
+  if 'vision_config' in config:
+    check_config({'model_type': '', **config['vision_config']}, f'{where}: vision_config')
 
 
 def _check_rope(rope: Mapping[str, Any], where: str, name: str) -> None:

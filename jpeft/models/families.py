@@ -47,6 +47,8 @@ class Family(NamedTuple):
     sizes: {field of the model: key of transformers} of the sizes that `narrowed` changes, where
       there is a key for them: one number for all blocks.
     heads: those that its models can have.
+    their_pool: what the classes of transformers with labels read, where a fresh head reads another
+      feature here.
   """
 
   build: Callable[[Mapping, Checkpoint | None, Request], nn.Module]
@@ -57,6 +59,7 @@ class Family(NamedTuple):
   colours: Mapping[str, tuple[float, ...]] | None = None
   sizes: Mapping[str, str] = {}
   heads: Heads = Heads({})
+  their_pool: str | None = None
 
 
 # The fields that hold the sizes of blocks, and our own key for those that transformers has no key

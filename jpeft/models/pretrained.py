@@ -40,10 +40,16 @@ from .kin import KIN
 from .llama import LLAMA_FAMILIES, Llama
 from .nn import Remat
 from .t5 import T5, T5_FAMILIES
-from .vit import VIT_FAMILIES
+from .vit import TOWER_FAMILIES, VIT_FAMILIES
 
 _COLOURS = {'image_mean?': ([float], None), 'image_std?': ([float], None)}
-FAMILIES: dict[str, Family] = {**VIT_FAMILIES, **BERT_FAMILIES, **T5_FAMILIES, **LLAMA_FAMILIES}
+FAMILIES: dict[str, Family] = {
+  **VIT_FAMILIES,
+  **TOWER_FAMILIES,
+  **BERT_FAMILIES,
+  **T5_FAMILIES,
+  **LLAMA_FAMILIES,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,9 +115,10 @@ def load(
     seed: of the fresh weights.
     layers: keep the first so many blocks (T5: of each stack).
     pool: what a head of one label an input reads, or what is returned without one: 'cls', 'mean',
-      'cls_mean' (images only), 'last' (decoders only) or 'tokens', all hidden states. None for the
-      family's own: 'cls_mean' for a head of DINOv2 and DINOv3, 'mean' for BEiT and for sentence
-      encoders such as MiniLM, 'last' for decoders, else 'cls'.
+      'cls_mean' (images only), 'attention' (SigLIP only), 'last' (decoders only) or 'tokens', all
+      hidden states. None for the family's own: 'cls_mean' for a head of DINOv2 and DINOv3, 'mean'
+      for BEiT and for sentence encoders such as MiniLM, 'attention' for SigLIP, 'last' for
+      decoders, else 'cls'; a stored head reads what transformers gives it.
     dropout: every dropout rate of the model; None for those of the checkpoint's config.
     quantize: store kernels in 4 bits, such as `jpeft.nf4()`; they are read and coded one at a time.
     targets: pattern of the modules whose kernels are stored so.
@@ -405,8 +412,9 @@ def departure(pretrained: Pretrained) -> str | None:
     return f'transformers has no class for a {pretrained.family} encoder with labels'
   config = {key: value for key, value in pretrained.config.items() if key != 'jpeft_pool'}
   plain = from_config(config, num_classes=model.num_classes)
-  if plain.pool != model.pool:
-    return f'the classes of transformers read pool={plain.pool!r}, and this run {model.pool!r}'
+  theirs = family_of(pretrained.config).their_pool or plain.pool
+  if theirs != model.pool:
+    return f'the classes of transformers read pool={theirs!r}, and this run {model.pool!r}'
   if isinstance(model, Bert) and not model.pooler:
     return 'the class of transformers has a pooler before the head, and this backbone has none'
   return None

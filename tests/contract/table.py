@@ -51,7 +51,8 @@ class Row:
 
 
 CONV = 'linen_cnn'
-IMAGES = tuple(b for b in BACKBONES if 'vit' in b) + ('linen_fused',)
+TOWERS = ('linen_clip', 'linen_siglip')
+IMAGES = (*(b for b in BACKBONES if 'vit' in b), 'linen_fused', *TOWERS)
 DECODERS = ('linen_gemma', 'nnx_llama', 'nnx_raw')
 NO_BIAS = dict.fromkeys(DECODERS, 'bitfit: .* match, but none has what it adapts')
 NO_DOOR = dict.fromkeys(

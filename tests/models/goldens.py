@@ -38,6 +38,10 @@ KIN = (
   'dinov3',
   'dinov3_gated',
   'llama_yarn',
+  'clip',
+  'clip_labels',
+  'siglip',
+  'siglip_labels',
   'gemma',
   'gemma3',
 )

@@ -73,6 +73,13 @@ TINY_CAUSAL = {**TINY, 'num_key_value_heads': 1, 'head_dim': 6, 'pad_token_id': 
 TINY_T5 = {**T5, **LABELS, 'd_model': 12, 'd_ff': 16, 'num_heads': 2, 'vocab_size': 30}
 # Heads of 12 features: three frequencies each way.
 DINOV3 = {**{k: v for k, v in TINY_IMAGES.items() if k not in LABELS}, 'hidden_size': 24}
+# Towers of images, and of text beside them.
+TOWER = {k: v for k, v in TINY_IMAGES.items() if k not in LABELS}
+TOWERS = {
+  'vision_config': TOWER,
+  'text_config': {k: v for k, v in TINY.items() if k not in LABELS}
+  | {'bos_token_id': 1, 'eos_token_id': 2},
+}
 YARN = {
   'rope_type': 'yarn',
   'rope_theta': 100.0,
@@ -212,6 +219,11 @@ MODELS = {
       rope_theta=10.0,
     ),
   ),
+  # Both towers, of which that of images is read; and those with labels.
+  'clip': ('CLIPModel', transformers.CLIPConfig(**TOWERS, projection_dim=8)),
+  'clip_labels': ('CLIPForImageClassification', transformers.CLIPConfig(**TOWERS, **LABELS)),
+  'siglip': ('SiglipVisionModel', transformers.SiglipVisionConfig(**TOWER)),
+  'siglip_labels': ('SiglipForImageClassification', transformers.SiglipConfig(**TOWERS, **LABELS)),
   'gemma': ('GemmaForCausalLM', transformers.GemmaConfig(**CAUSAL)),
   'gemma3': (
     'Gemma3ForCausalLM',
@@ -228,6 +240,11 @@ MODELS = {
   ),
 }
 
+RESIZED = (
+  *('vit', 'dinov2', 'beit', 'beit_shared', 'dinov3', 'dinov3_gated'),
+  *('clip', 'siglip'),
+)
+
 
 def perturbed(kind, config):
   model = getattr(transformers, kind)(config)
@@ -243,7 +260,7 @@ def perturbed(kind, config):
 def inputs(kind, config):
   """Our inputs by name; images are channels last."""
   rng = np.random.default_rng(0)
-  if hasattr(config, 'patch_size'):
+  if hasattr(config, 'patch_size') or hasattr(config, 'vision_config'):
     return {'images': rng.normal(size=(2, 28, 28, 3)).astype('float32')}
   tokens = rng.integers(3, config.vocab_size, (3, 18))
   mask = np.arange(18) < np.array([[18], [11], [6]])
@@ -280,8 +297,12 @@ def logits(model, given, **options):
   }
   if model.config.model_type == 'vit_mae':
     options['noise'] = torch.arange(16.0).tile(2, 1)  # so that the patches keep their order
+  if type(model).__name__ == 'CLIPModel':
+    model = model.vision_model
   with torch.no_grad():
     out = model(**given, **options)
+  if type(model).__name__ in ('CLIPVisionModel', 'SiglipVisionModel'):
+    return out.pooler_output.numpy()
   if 'start_logits' in out:
     return torch.stack([out.start_logits, out.end_logits], -1).numpy()
   return out.get('logits', out.get('last_hidden_state')).numpy()
@@ -300,9 +321,9 @@ def main(wanted: list[str]):
     arrays = {**given, 'logits': logits(model, given)}
     if 'num_key_value_heads' in config.to_dict() and arrays['logits'].ndim == 3:
       arrays['logits'] *= given['mask'][..., None]  # what follows padding is nobody's business
-    if config.model_type in ('vit', 'dinov2', 'beit', 'dinov3_vit'):
+    if name in RESIZED:
       large = np.random.default_rng(1).normal(size=(1, 42, 42, 3)).astype('float32')
-      options = {'interpolate_pos_encoding': True} if name == 'vit' else {}
+      options = {'interpolate_pos_encoding': True} if name in ('vit', 'clip', 'siglip') else {}
       arrays |= {'large_images': large, 'large_logits': logits(model, {'images': large}, **options)}
     np.savez_compressed(folder / 'golden.npz', **arrays)
 

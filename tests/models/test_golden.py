@@ -31,7 +31,9 @@ def test_scan_and_remat_change_nothing(name, options):
   assert ('blocks' in stack) == options.get('scan', False)
 
 
-@pytest.mark.parametrize('name', ('vit', 'dinov2', 'beit', 'beit_shared', 'dinov3'))
+@pytest.mark.parametrize(
+  'name', ('vit', 'dinov2', 'beit', 'beit_shared', 'dinov3', 'clip', 'siglip')
+)
 @pytest.mark.parametrize('scan', (False, True))
 def test_resized_position_tables_equal_transformers(name, scan):
   _, arrays = golden(name)

@@ -203,6 +203,29 @@ def test_transformers_opens_what_the_original_code_stored(tmp_path):
   close(outputs(loaded, inputs), want)
 
 
+@pytest.mark.parametrize(
+  'name,bare', (('clip', 'CLIPVisionModel'), ('siglip', 'SiglipVisionModel'))
+)
+@pytest.mark.parametrize('pool', (None, 'mean', 'tokens'))
+def test_transformers_opens_the_towers_that_we_save(name, bare, pool, tmp_path):
+  inputs, _ = golden(name)
+  labels = {'num_classes': 4} if pool == 'mean' else {}
+  loaded = models.load(GOLDEN / name, scan=True, pool=pool, **labels)
+  moved = jax.tree.map(lambda x: x + 0.01, loaded.variables)
+  models.save_pretrained(tmp_path, loaded.model, moved, loaded.config)
+  got = outputs(dataclasses.replace(loaded, variables=moved), inputs)
+  kind = bare.replace('VisionModel', 'ForImageClassification') if labels else bare
+  model, report = getattr(transformers, kind).from_pretrained(tmp_path, output_loading_info=True)
+  # What the chosen output does not read.
+  unread = {(None, 'clip'): (), (None, 'siglip'): ()}.get((pool, name), ('post_l', 'head.'))
+  missing = [key.removeprefix('vision_model.') for key in report['missing_keys']]
+  assert all(key.startswith(unread) for key in missing) and not report['unexpected_keys']
+  with torch.no_grad():
+    out = model.eval()(torch.tensor(inputs['images'].transpose(0, 3, 1, 2)))
+  key = {None: 'pooler_output', 'mean': 'logits', 'tokens': 'last_hidden_state'}[pool]
+  close(got, out[key].numpy(), 5e-6)
+
+
 def test_new_classes_open_in_transformers(tmp_path):
   inputs, _ = golden('dinov2')
   loaded = models.load(GOLDEN / 'dinov2', num_classes=7, image_size=28, layers=1)

@@ -202,8 +202,8 @@ def test_the_table_of_models_names_every_family_and_its_heads():
 
 
 WELL_KNOWN = """
-siglip siglip2 clip swin convnext dinov3_convnext vit_msn data2vec-vision ijepa videomae
-mobilevit deberta deberta-v2 modernbert xlnet albert longformer gpt2 gemma2 gemma3 phi
+siglip2 chinese_clip swin convnext dinov3_convnext vit_msn data2vec-vision ijepa videomae mobilevit deberta
+deberta-v2 modernbert xlnet albert longformer gpt2 gemma2 gemma3 phi
 phi3 mixtral opt bloom falcon gpt_neox mamba deepseek_v3 bart mbart pegasus whisper wav2vec2
 hubert
 """

@@ -94,11 +94,11 @@ def to_tensors(params: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]
 def keyed(table: Table, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[Place, list[str]]]:
   """The place of each array of a whole model, and its keys on disk as a file of the model has them.
 
-  The keys of the base model have a prefix if the file also has a head.
+  The keys of the base model have a prefix if the file also has a head, or the table says so.
   """
   found = list(places(table, shapes))
   prefix = ''
-  if table.tied or any(place.head for place in found):
+  if table.tied or table.prefixed or any(place.head for place in found):
     prefix = table.base
   pairs = []
   for place in found:

@@ -37,6 +37,11 @@ KINDS: dict[str, dict[str, Leaf]] = {
   'param': {'': Leaf('')},
   # One token, [1, D] here.
   'token': {'': Leaf('', lambda x: x.reshape(1, -1), lambda x: x.reshape(1, 1, -1))},
+  # One vector on disk, [1, 1, D] here; a table [N, D] on disk, [1, N, D] here.
+  'vector': {'': Leaf('', lambda x: x.reshape(1, 1, -1), lambda x: x.reshape(-1))},
+  'positions': {'': Leaf('.weight', lambda x: x[None], lambda x: x[0])},
+  # Query, key and value of torch.nn.MultiheadAttention in one layer.
+  'in_proj': {'kernel': Leaf('_weight', np.transpose, np.transpose), 'bias': Leaf('_bias')},
   'dense': {'kernel': Leaf('.weight', np.transpose, np.transpose), 'bias': Leaf('.bias')},
   'conv': {
     'kernel': Leaf(
@@ -63,6 +68,7 @@ class Table(NamedTuple):
     architectures: the names in transformers of the bare model and of the one with a head.
     tied: whether the head is an array of the base model; the keys of a file then have the prefix
       although no head is stored.
+    prefixed: whether the keys of a file have the prefix also where it holds no head.
     other_bases: prefixes that files of this family have in place of `base` where they have another
       head than the model.
     fresh: modules that a new head makes fresh where files lack them.
@@ -76,6 +82,7 @@ class Table(NamedTuple):
   ignore: tuple[str, ...]
   architectures: tuple[str, str]
   tied: bool = False
+  prefixed: bool = False
   other_bases: tuple[str, ...] = ()
   fresh: tuple[str, ...] = ('pooler',)
   renamed: tuple[tuple[str, str], ...] = ()

@@ -21,11 +21,18 @@ default_init = nn.initializers.normal(0.02)
 gelu = functools.partial(nn.gelu, approximate=False)
 gelu_tanh = functools.partial(nn.gelu, approximate=True)
 
+
+def quick_gelu(x):
+  """x * sigmoid(1.702 x): the approximation of GELU that CLIP was trained with."""
+  return x * nn.sigmoid(1.702 * x)
+
+
 # By the names in Hugging Face configs, where plain 'gelu' is the exact form.
 ACTIVATIONS = {
   'gelu': gelu,
   'gelu_new': gelu_tanh,
   'gelu_pytorch_tanh': gelu_tanh,
+  'quick_gelu': quick_gelu,
   'relu': nn.relu,
   'silu': nn.silu,
   'swish': nn.silu,

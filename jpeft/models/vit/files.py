@@ -168,8 +168,9 @@ _HEADS = Heads(
 )
 
 
-def _size(size) -> int | tuple[int, int]:
-  """An image size of a config: its side, or [height, width]."""
+def image_size_of(config: Mapping) -> int | tuple[int, int]:
+  """The image size of a config: its side, or (height, width)."""
+  size = config['image_size']
   if isinstance(size, int):
     return size
   return tuple(size)
@@ -189,7 +190,7 @@ def _classes(config: Mapping, checkpoint: Checkpoint | None, request: Request) -
   return None
 
 
-def _patch_size(config: Mapping) -> int:
+def patch_size_of(config: Mapping) -> int:
   """The side of a patch, of a config with images of three colours in square patches.
 
   Raises:
@@ -231,8 +232,8 @@ def _build(config: Mapping, checkpoint: Checkpoint | None, request: Request) -> 
     depth_of(config, 'num_hidden_layers', request),
     config['num_attention_heads'],
     mlp_dim=config.get('intermediate_size') or int(width * config.get('mlp_ratio', 4)),
-    patch_size=_patch_size(config),
-    image_size=request.image_size or _size(config['image_size']),
+    patch_size=patch_size_of(config),
+    image_size=request.image_size or image_size_of(config),
     num_classes=classes,
     pool=pool,
     pooler=has_pooler and classes is None and pool == 'cls' and not dinov2,
@@ -269,8 +270,8 @@ def _build_beit(config: Mapping, checkpoint: Checkpoint | None, request: Request
     depth_of(config, 'num_hidden_layers', request),
     config['num_attention_heads'],
     mlp_dim=config.get('intermediate_size', 3072),
-    patch_size=_patch_size(config),
-    image_size=request.image_size or _size(config['image_size']),
+    patch_size=patch_size_of(config),
+    image_size=request.image_size or image_size_of(config),
     num_classes=_classes(config, checkpoint, request),
     pool=request.pool or config.get('jpeft_pool', pool),
     mask_token=config.get('use_mask_token', False),
@@ -301,8 +302,8 @@ def _build_dinov3(config: Mapping, checkpoint: Checkpoint | None, request: Reque
     depth_of(config, 'num_hidden_layers', request),
     config['num_attention_heads'],
     mlp_dim=config['intermediate_size'],
-    patch_size=_patch_size(config),
-    image_size=request.image_size or _size(config.get('image_size', 224)),
+    patch_size=patch_size_of(config),
+    image_size=request.image_size or image_size_of({'image_size': 224, **config}),
     num_classes=_classes(config, checkpoint, request),
     pool=request.pool or config.get('jpeft_pool', pool),
     registers=registers,
@@ -330,14 +331,18 @@ def _describe(config: Mapping, model: ViT) -> dict:
   if model.depth != config['num_hidden_layers']:
     for key in ('stage_names', 'out_features', 'out_indices'):
       config.pop(key, None)  # these name layers that may be gone
-  size = model.image_size
-  if not isinstance(size, int):
-    size = list(size)
   return config | {
     'num_hidden_layers': model.depth,
     'jpeft_pool': model.pool,  # our own key, which transformers ignores
-    'image_size': size,
+    'image_size': size_in_config(model),
   }
+
+
+def size_in_config(model: ViT) -> int | list[int]:
+  """The image size of a model as a config has it."""
+  if isinstance(model.image_size, int):
+    return model.image_size
+  return list(model.image_size)
 
 
 def _describe_mae(config: Mapping, model: ViT) -> dict:
@@ -349,14 +354,17 @@ def _describe_mae(config: Mapping, model: ViT) -> dict:
   return _describe(config | {'model_type': 'vit'}, model)
 
 
-def _edits(config: Mapping, model: ViT) -> dict:
-  old = grid(_size(config['image_size']), model.patch_size)
+def position_edits(config: Mapping, model: ViT) -> dict:
+  """{path: function of an array} that resizes positions to the image size of a model."""
+  old = grid(image_size_of(config), model.patch_size)
   new = grid(model.image_size, model.patch_size)
   if old == new:
     return {}
   distances = functools.partial(resize_distances, old=old, new=new)
+  learned = functools.partial(resize_grid, old=old, new=new)
   edits = {
-    'embed/position': functools.partial(resize_grid, old=old, new=new),
+    'embed/position': learned,
+    'patches/position': learned,
     'encoder/position_bias/embedding': distances,
   }
   for block in ('blocks', *(f'block_{i}' for i in range(model.depth))):
@@ -387,7 +395,7 @@ _family = functools.partial(
   Family,
   example=example,
   describe=_describe,
-  edits=_edits,
+  edits=position_edits,
   sizes={'heads': 'num_attention_heads', 'mlp_dim': 'intermediate_size'},
   heads=_HEADS,
 )

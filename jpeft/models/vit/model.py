@@ -1,7 +1,8 @@
 """ViT (arXiv:2010.11929) and its kin in one module.
 
 DeiT (arXiv:2012.12877), DINOv2 (arXiv:2304.07193), with registers (arXiv:2309.16588), DINOv3
-(arXiv:2508.10104), BEiT (arXiv:2106.08254), and the encoder of ViT-MAE (arXiv:2111.06377).
+(arXiv:2508.10104), BEiT (arXiv:2106.08254), the encoder of ViT-MAE (arXiv:2111.06377), and the
+towers of images of CLIP (arXiv:2103.00020) and SigLIP (arXiv:2303.15343).
 """
 
 import functools
@@ -25,11 +26,13 @@ from ..nn import (
   check_pool,
   default_init,
   gelu,
+  head_dim_of,
   layer_norm,
   shared_bias_heads,
 )
+from .pooling import AttentionPool
 
-POOLS = ('cls', 'mean', 'cls_mean', 'tokens')
+POOLS = ('cls', 'mean', 'cls_mean', 'attention', 'tokens')
 POSITION_BIASES = (None, 'own', 'shared')
 
 
@@ -53,16 +56,18 @@ def grid(image_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
 
 
 class PatchEmbed(nn.Module):
-  """Images to tokens [class, (distillation,) (registers,) patches].
+  """Images to tokens [(class,) (distillation,) (registers,) patches].
 
   Attributes:
     width: D of the tokens.
     patch_size: side of a patch in pixels.
     grid: rows and columns of patches.
+    cls: whether there is a class token.
     distill: whether a distillation token follows the class token.
     registers: number of tokens without a position between the class token and the patches.
     mask_token: whether there is a token that stands for hidden patches.
     position: whether a learned position is added to each token.
+    patch_bias: whether the layer that makes tokens of patches has a bias.
     dropout: rate on the tokens.
     dtype: of the computation.
     param_dtype: of the parameters.
@@ -71,10 +76,12 @@ class PatchEmbed(nn.Module):
   width: int
   patch_size: int
   grid: tuple[int, int]
+  cls: bool = True
   distill: bool = False
   registers: int = 0
   mask_token: bool = False
   position: bool = True
+  patch_bias: bool = True
   dropout: float = 0.0
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
@@ -88,6 +95,7 @@ class PatchEmbed(nn.Module):
       kernel_size=patch,
       strides=patch,
       padding='VALID',
+      use_bias=self.patch_bias,
       kernel_init=default_init,
       dtype=self.dtype,
       param_dtype=self.param_dtype,
@@ -111,7 +119,9 @@ class PatchEmbed(nn.Module):
       if masked is not None:
         x = jnp.where(masked[..., None], mask.astype(x.dtype), x)
     # The order of the rows in the position table: class, distillation, patches.
-    first = [param('cls', 1, 1, self.width)]
+    first = []
+    if self.cls:
+      first.append(param('cls', 1, 1, self.width))
     if self.distill:
       first.append(param('distill', 1, 1, self.width))
     tokens = [jnp.broadcast_to(token, (x.shape[0], 1, self.width)) for token in first]
@@ -149,19 +159,26 @@ class ViT(nn.Module):
     image_size: side of the images, or (height, width).
     num_classes: outputs of the head; None for no head.
     pool: what the head reads: 'cls', 'mean' (of the patches), 'cls_mean' (both, concatenated: 2D),
-      or 'tokens' (all normalised tokens [B, N, D], no head).
+      'attention' (of a learned query to all tokens, see `AttentionPool`), or 'tokens' (all
+      normalised tokens [B, N, D], no head).
+    pool_mlp_dim: hidden width of the MLP of the pool 'attention'; None where there is no such layer.
     pooler: whether tanh(Dense) follows the pooling, as in a bare ViTModel.
+    cls: whether there is a class token. Without one the embedding is called `patches` in place of
+      `embed`, from which naming schemes know how many tokens stand before the patches.
     distill: whether there is a distillation token (DeiT).
     distill_head: whether a second head reads it; the logits are then the mean of both.
     registers: number of register tokens, which no head reads (DINOv2 with registers).
     mask_token: whether the embedding has a token for hidden patches.
     position: whether the embedding adds a learned position to each token.
+    patch_bias: whether the layer that makes tokens of patches has a bias.
+    first_norm: whether a norm stands before the blocks (CLIP).
     rope_theta: the base of rotary positions of patches (DINOv3); None for none.
     position_bias: a learned logit for each distance of patches: 'own' of each block, or 'shared' by
       all (BEiT); None for none.
     bias_heads: for each block the heads of the shared position bias that its heads read; None for
       all in their order.
-    norm_pooled: whether the last norm reads what is pooled in place of all tokens (BEiT); all
+    last_norm: whether there is a last norm.
+    norm_pooled: whether the last norm reads what is pooled in place of all tokens (BEiT, CLIP); all
       tokens, as pool='tokens' returns them, are then not normalised.
     layer_scale: initial value of the LayerScale of each branch, None for none.
     qkv_bias: whether query, key and value have a bias; three of them where they differ.
@@ -188,15 +205,20 @@ class ViT(nn.Module):
   image_size: int | tuple[int, int] = 224
   num_classes: int | None = None
   pool: str = 'cls'
+  pool_mlp_dim: int | None = None
   pooler: bool = False
+  cls: bool = True
   distill: bool = False
   distill_head: bool = False
   registers: int = 0
   mask_token: bool = False
   position: bool = True
+  patch_bias: bool = True
+  first_norm: bool = False
   rope_theta: float | None = None
   position_bias: str | None = None
   bias_heads: tuple[tuple[int, ...], ...] | None = None
+  last_norm: bool = True
   norm_pooled: bool = False
   layer_scale: float | None = None
   qkv_bias: bool | tuple[bool, bool, bool] = True
@@ -227,6 +249,10 @@ class ViT(nn.Module):
       Logits [B, num_classes], or the pooled feature.
     """
     check_pool(self.pool, POOLS, self.num_classes)
+    if not self.cls and self.pool.startswith('cls'):
+      raise ValueError(f"pool {self.pool!r} reads a class token, and there is none: choose 'mean'")
+    if self.pool == 'attention' and self.pool_mlp_dim is None:
+      raise ValueError("pool 'attention' reads a layer that this model has not: choose 'mean'")
     if self.position_bias not in POSITION_BIASES:
       known = ', '.join(map(repr, POSITION_BIASES))
       raise ValueError(f'position_bias {self.position_bias!r} is none of {known}')
@@ -236,15 +262,19 @@ class ViT(nn.Module):
       self.width,
       self.patch_size,
       patches,
+      cls=self.cls,
       distill=self.distill,
       registers=self.registers,
       mask_token=self.mask_token,
       position=self.position,
+      patch_bias=self.patch_bias,
       dropout=self.dropout,
-      name='embed',
+      name='embed' if self.cls else 'patches',
       **types,
     )
     x = embed(images, masked=masked, deterministic=deterministic)  # [B, N, D]
+    if self.first_norm:
+      x = layer_norm(self, 'first_norm')(x)
     bias = functools.partial(GridBias, grid=patches, **types)
     block = block_of(
       self,
@@ -263,13 +293,11 @@ class ViT(nn.Module):
       shared = functools.partial(bias, shared_bias_heads(self.heads, self.bias_heads, self.depth))
     encoder = Encoder(block, self.depth, self.scan, self.remat, shared, name='encoder')
     x = encoder(x, deterministic=deterministic)
-    if self.norm_pooled:
-      x = Same(name='final_norm')(x)
-    else:
+    if self.last_norm and not self.norm_pooled:
       x = layer_norm(self, 'final_norm')(x)
-    feature = _pooled(x, self.pool, first_patch=1 + int(self.distill) + self.registers)
-    if self.norm_pooled and self.pool != 'tokens':
-      feature = layer_norm(self, 'pool_norm')(feature)
+    else:
+      x = Same(name='final_norm')(x)
+    feature = _feature(self, x)
     dense = functools.partial(nn.Dense, kernel_init=default_init, **types)
     if self.pooler:
       feature = jnp.tanh(dense(self.width, name='pooler')(feature))
@@ -282,13 +310,27 @@ class ViT(nn.Module):
     return logits
 
 
-def _pooled(tokens, pool: str, first_patch: int):
-  """What a head reads of all tokens [B, N, D]; for `pool` see `ViT`."""
-  match pool:
-    case 'cls':
-      return tokens[:, 0]
-    case 'mean':
-      return tokens[:, first_patch:].mean(1)
-    case 'cls_mean':
-      return jnp.concatenate([tokens[:, 0], tokens[:, first_patch:].mean(1)], -1)
-  return tokens
+def _feature(model: ViT, tokens):
+  """What the head of a model reads of all its tokens [B, N, D]; for `pool` see `ViT`."""
+  feature = tokens
+  first_patch = int(model.cls) + int(model.distill) + model.registers
+  if model.pool in ('cls', 'cls_mean'):
+    feature = tokens[:, 0]
+  if model.pool in ('mean', 'cls_mean'):
+    mean = tokens[:, first_patch:].mean(1)
+    feature = mean if model.pool == 'mean' else jnp.concatenate([feature, mean], -1)
+  if model.pool == 'attention':
+    pool = AttentionPool(
+      model.width // head_dim_of(model),
+      model.pool_mlp_dim,
+      model.activation,
+      model.eps,
+      model.attention_fn,
+      model.dtype,
+      model.param_dtype,
+      name='attention_pool',
+    )
+    feature = pool(tokens)
+  if model.last_norm and model.norm_pooled and model.pool != 'tokens':
+    feature = layer_norm(model, 'pool_norm')(feature)
+  return feature
