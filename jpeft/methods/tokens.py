@@ -23,6 +23,31 @@ _AGAIN = (
 )
 
 
+def check_no_windows(site: Site, sequence: jax.ShapeDtypeStruct) -> None:
+  """Checks that attention in a module sees its whole sequence, so that tokens can be added to it.
+
+  Args:
+    site: the module.
+    sequence: [B, N, D] that it is called with.
+
+  Raises:
+    ValueError: attention in it is called with pieces of the sequence, each a row of a larger batch.
+  """
+  anatomy = site.model.anatomy
+  if anatomy is None or 'attention' not in anatomy.roles:
+    return
+  for found in site.model.find('{attention}'):
+    inside = found.path.startswith(f'{site.path}/') and found.inputs and len(found.input.shape) == 3
+    if not inside:
+      continue
+    rows, length = found.input.shape[:2]
+    if rows > sequence.shape[0] and length < sequence.shape[1]:
+      raise ValueError(
+        f'tokens of a method have no place in {site.path!r}: its sequence has '
+        f'{sequence.shape[1]} tokens, and {found.path!r} attends within windows of {length}'
+      )
+
+
 @dataclasses.dataclass(frozen=True)
 class Tokens:
   """p tokens of a method at one place of a sequence [B, N, D].

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     shapes_of,
     untied,
   )
+  from .swin import Swin
   from .t5 import T5, T5Block, shift_right
   from .vit import ViT
 
@@ -67,6 +68,7 @@ __all__ = [
   'Pretrained',
   'REMATS',
   'Remat',
+  'Swin',
   'T5',
   'T5Block',
   'Tokenizer',
@@ -142,6 +144,7 @@ __getattr__ = on_first_use(
       'shapes_of',
       'untied',
     ),
+    '.swin': ('Swin',),
     '.t5': ('T5', 'T5Block', 'shift_right'),
     '.vit': ('ViT',),
   },

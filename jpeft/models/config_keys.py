@@ -12,7 +12,8 @@ from jpeft import jsonfiles
 _FLAGS = (
   *('attention_bias', 'key_bias', 'mlp_bias', 'proj_bias', 'qkv_bias', 'query_bias', 'value_bias'),
   *('scale_decoder_outputs', 'tie_word_embeddings', 'use_absolute_position_embeddings'),
-  *('use_gated_mlp', 'use_mask_token', 'use_mean_pooling', 'use_relative_position_bias'),
+  *('use_absolute_embeddings', 'use_gated_mlp', 'use_mask_token', 'use_mean_pooling'),
+  'use_relative_position_bias',
   *('use_shared_relative_position_bias', 'use_sliding_window', 'use_swiglu_ffn'),
   'vision_use_head',
 )
@@ -28,7 +29,7 @@ _RATES = (
 _WIDE = 2**24  # of a table or matrix, in rows
 # {key: (least, most)} of integers, and of numbers.
 _COUNTS = {
-  **dict.fromkeys(('hidden_size', 'dim', 'd_model', 'embedding_size'), (1, 2**20)),
+  **dict.fromkeys(('hidden_size', 'dim', 'd_model', 'embedding_size', 'embed_dim'), (1, 2**20)),
   **dict.fromkeys(('num_attention_heads', 'n_heads', 'num_heads'), (1, 2**16)),
   **dict.fromkeys(('num_hidden_layers', 'n_layers', 'num_layers'), (1, 2**12)),
   **dict.fromkeys(('intermediate_size', 'hidden_dim', 'd_ff', 'vocab_size'), (1, _WIDE)),
@@ -40,6 +41,7 @@ _COUNTS = {
   'num_channels': (1, 2**16),
   'num_register_tokens': (0, 2**16),
   'type_vocab_size': (0, _WIDE),
+  'window_size': (1, 2**14),
 }
 _MAYBE_COUNTS = {
   'head_dim': (1, 2**16),
@@ -59,6 +61,13 @@ _NUMBERS = {
   'rope_local_base_freq': (1e-3, 1e12),
   'rope_theta': (1e-3, 1e12),
 }
+# Of models in stages, one number a stage. Elsewhere 'num_heads' is one number.
+_STAGES = {
+  'depths': (1, 2**12),
+  'hidden_sizes': (1, 2**20),
+  'num_heads': (1, 2**16),
+}
+_STAGED = ('swin', 'convnext', 'convnextv2')
 _SIDES = {'image_size': (1, 2**14), 'patch_size': (1, 2**14)}
 # Of the rotary positions, a dict of their own.
 _ROPE_NUMBERS = {
@@ -103,14 +112,21 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     config: as in config.json.
     where: the file, or what else has it.
   """
-  jsonfiles.check(dict(config), _SCHEMA, where)
+  schema = _SCHEMA
   bounds = _COUNTS | _MAYBE_COUNTS | _NUMBERS | _SIDES
+  if config.get('model_type') in _STAGED:
+    schema = schema | {f'{key}?': [int] for key in _STAGES}
+    bounds = bounds | _STAGES
+  jsonfiles.check(dict(config), schema, where)
   for key, (least, most) in bounds.items():
     _check_between(config.get(key), least, most, where, key)
   for name in ('rope_parameters', 'rope_scaling'):
     _check_rope(config.get(name) or {}, where, name)
     for kind in ('full_attention', 'sliding_attention'):
       _check_rope((config.get(name) or {}).get(kind) or {}, where, f'{name}.{kind}')
+  stages = {key: len(config[key]) for key in _STAGES if isinstance(config.get(key), list)}
+  if len(set(stages.values())) > 1 or not all(1 <= count <= 16 for count in stages.values()):
+    raise ValueError(f'{where}: {", ".join(stages)} must have one number a stage, of 1 to 16')
   for key in _SIDES:
     if isinstance(config.get(key), list) and len(config[key]) != 2:
       raise ValueError(f'{where}: {key} must be one number or two, not {config[key]!r:.60}')

@@ -176,6 +176,26 @@ def shape_of(checkpoint: Checkpoint | None, key: str) -> tuple[int, ...] | None:
   return None
 
 
+def classes_of(checkpoint: Checkpoint | None, request: Request) -> int | None:
+  """The number of classes: that of the request, else that of `classifier` in the files.
+
+  None where there is no head.
+  """
+  if request.head is None or request.num_classes is not None:
+    return request.num_classes
+  stored = shape_of(checkpoint, 'classifier.weight')
+  return stored[0] if stored else None
+
+
+def check_whole(request: Request) -> None:
+  """Raises a ValueError if the request asks for the first blocks of a model in stages."""
+  if request.layers is not None:
+    raise ValueError(
+      f'layers={request.layers}: blocks of this model lie in stages of several widths, and what '
+      'follows them reads the last one: load it whole'
+    )
+
+
 def depth_of(config: Mapping, key: str, request: Request) -> int:
   """The number of blocks to build.
 

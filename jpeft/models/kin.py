@@ -114,6 +114,5 @@ KIN = {
   'aimv2_vision_model': ('vit', 'has RMSNorm and gated MLPs'),
   'siglip2': ('siglip', 'reads images of any shape'),
   'siglip2_vision_model': ('siglip_vision_model', 'reads images of any shape'),
-  'swin': ('vit', 'attends within windows and merges patches'),
-  'swinv2': ('vit', 'attends within windows and merges patches'),
+  'swinv2': ('swin', 'attends by cosines, and has its norms behind each branch'),
 }

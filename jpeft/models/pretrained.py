@@ -39,6 +39,7 @@ from .io import (
 from .kin import KIN
 from .llama import LLAMA_FAMILIES, Llama
 from .nn import Remat
+from .swin import SWIN_FAMILIES
 from .t5 import T5, T5_FAMILIES
 from .vit import TOWER_FAMILIES, VIT_FAMILIES
 
@@ -46,6 +47,7 @@ _COLOURS = {'image_mean?': ([float], None), 'image_std?': ([float], None)}
 FAMILIES: dict[str, Family] = {
   **VIT_FAMILIES,
   **TOWER_FAMILIES,
+  **SWIN_FAMILIES,
   **BERT_FAMILIES,
   **T5_FAMILIES,
   **LLAMA_FAMILIES,

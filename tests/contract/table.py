@@ -52,7 +52,8 @@ class Row:
 
 CONV = 'linen_cnn'
 TOWERS = ('linen_clip', 'linen_siglip')
-IMAGES = (*(b for b in BACKBONES if 'vit' in b), 'linen_fused', *TOWERS)
+SWIN = 'linen_swin'
+IMAGES = (*(b for b in BACKBONES if 'vit' in b), 'linen_fused', *TOWERS, SWIN)
 DECODERS = ('linen_gemma', 'nnx_llama', 'nnx_raw')
 NO_BIAS = dict.fromkeys(DECODERS, 'bitfit: .* match, but none has what it adapts')
 NO_DOOR = dict.fromkeys(
@@ -63,7 +64,11 @@ KERNELS = {CONV: {'targets': '{conv}'}}
 WHOLE = dict.fromkeys(('linen_gemma', 'nnx_raw'), {'taps': '{embed}|{attention}|{mlp}'})
 TOKENS = r'prompts need tokens \[B, N, D\], and ConvBlock'
 ONE = 'none has what it adapts|modules that are called|give one prediction|a pooled embedding'
+WINDOWS = 'tokens of a method have no place in .* attends within windows of 4'
 STREAM = r'reads one stream of tokens \[B, N, d\]'
+
+# Of models whose blocks lie in stages of several widths.
+STAGES = dict.fromkeys((CONV, SWIN), STREAM)
 
 ROWS: dict[str, Row] = {
   'linear': Row(start=0),
@@ -114,10 +119,13 @@ ROWS: dict[str, Row] = {
   ),
   'dyt': Row(start=None, cannot={CONV: 'no role {norm2}', 'linen_bert': 'no role {norm2}'}),
   'vpt_shallow': Row(
-    start=None, cannot={CONV: TOKENS, 'linen_gemma': 'no sequence can grow or shrink'}
+    start=None,
+    cannot={CONV: TOKENS, SWIN: WINDOWS, 'linen_gemma': 'no sequence can grow or shrink'},
   ),
-  'vpt_deep': Row(start=None, cannot={CONV: TOKENS}),
-  'e2vpt': Row(hp={'kv_tokens': 2}, start=None, cannot={CONV: 'no role {attention}|' + TOKENS}),
+  'vpt_deep': Row(start=None, cannot={CONV: TOKENS, SWIN: WINDOWS}),
+  'e2vpt': Row(
+    hp={'kv_tokens': 2}, start=None, cannot={CONV: 'no role {attention}|' + TOKENS, SWIN: WINDOWS}
+  ),
   'prefix': Row(start=None, cannot={CONV: 'no role {attention}'}),
   'prompt_tuning': Row(
     start=None,
@@ -136,18 +144,18 @@ ROWS: dict[str, Row] = {
       'nnx_llama': 'a call of its method',
     },
   ),
-  'lst': Row(start=None, cannot={CONV: STREAM}),
-  'qst': Row(start=0, cannot={CONV: STREAM}),
-  'side_tuning': Row(start=None, cannot={CONV: STREAM}),
+  'lst': Row(start=None, cannot=STAGES),
+  'qst': Row(start=0, cannot=STAGES),
+  'side_tuning': Row(start=None, cannot=STAGES),
   'head2toe': Row(
     hp={'target': 64},
     start=None,
-    on={CONV: {'taps': '{embed}|{conv}|{linear}'}, **WHOLE},
+    on={CONV: {'taps': '{embed}|{conv}|{linear}'}, SWIN: {'taps': '{embed}|{mlp}'}, **WHOLE},
     cannot=dict.fromkeys(DECODERS, ONE),
   ),
   'vqt': Row(
     start=None,
-    cannot={**dict.fromkeys(DECODERS, ONE), CONV: 'no role {attention}'},
+    cannot={**dict.fromkeys(DECODERS, ONE), CONV: 'no role {attention}', SWIN: WINDOWS},
   ),
   'hst': Row(
     hp={'widths': (8, 8, 12, 12), 'heads': (2, 2, 4, 4)},
@@ -155,19 +163,21 @@ ROWS: dict[str, Row] = {
     dead=('.*/k/bias',),
     cannot={
       **dict.fromkeys(('linen_bert', *DECODERS), 'a pyramid is built on images'),
-      CONV: STREAM,
+      **STAGES,
     },
   ),
   # In two blocks there is one early state, whose share of itself is 1 whatever its score.
-  'sherl': Row(start=None, dead=('.*/score/.*',), cannot={CONV: STREAM}),
-  'unipt': Row(start=None, dead=('.*/gate/bias',), cannot={CONV: STREAM}),
+  'sherl': Row(start=None, dead=('.*/score/.*',), cannot=STAGES),
+  'unipt': Row(start=None, dead=('.*/gate/bias',), cannot=STAGES),
   'unipt_global': Row(
     hp={'width': 4},
     start=None,
     dead=('.*/gate/bias',),
-    cannot={**dict.fromkeys(DECODERS, ONE), CONV: f'{STREAM}|pooled embedding'},
+    cannot={**dict.fromkeys(DECODERS, ONE), CONV: f'{STREAM}|pooled embedding', SWIN: STREAM},
   ),
-  'meft': Row(start=None, cannot={CONV: 'no role {mlp}'}),
+  'meft': Row(
+    start=None, cannot={CONV: 'no role {mlp}', SWIN: 'all layers read the same two streams'}
+  ),
   'velora': Row(hp={'groups': 4}, start=0, cannot={CONV: 'no role {v}', **NO_DOOR}),
   's2a': Row(
     hp={'side': 4},

@@ -42,9 +42,11 @@ KIN = (
   'clip_labels',
   'siglip',
   'siglip_labels',
+  'swin',
   'gemma',
   'gemma3',
 )
+UNSCANNED = ('swin', 'gemma3')  # whose blocks differ
 INPUTS = ('images', 'tokens', 'decoder_tokens', 'mask', 'types')
 # What transformers calls them.
 THEIRS = {

@@ -80,6 +80,7 @@ TOWERS = {
   'text_config': {k: v for k, v in TINY.items() if k not in LABELS}
   | {'bos_token_id': 1, 'eos_token_id': 2},
 }
+STAGED = {'depths': [2, 2], 'patch_size': 4, 'image_size': 20}
 YARN = {
   'rope_type': 'yarn',
   'rope_theta': 100.0,
@@ -224,6 +225,20 @@ MODELS = {
   'clip_labels': ('CLIPForImageClassification', transformers.CLIPConfig(**TOWERS, **LABELS)),
   'siglip': ('SiglipVisionModel', transformers.SiglipVisionConfig(**TOWER)),
   'siglip_labels': ('SiglipForImageClassification', transformers.SiglipConfig(**TOWERS, **LABELS)),
+  # The first stage has shifted windows, and rows and columns that fill its last ones; the second
+  # has a single window.
+  'swin': (
+    'SwinForImageClassification',
+    transformers.SwinConfig(
+      **LABELS,
+      **STAGED,
+      embed_dim=8,
+      num_heads=[2, 4],
+      window_size=3,
+      mlp_ratio=2.0,
+      use_absolute_embeddings=True,
+    ),
+  ),
   'gemma': ('GemmaForCausalLM', transformers.GemmaConfig(**CAUSAL)),
   'gemma3': (
     'Gemma3ForCausalLM',
@@ -242,8 +257,9 @@ MODELS = {
 
 RESIZED = (
   *('vit', 'dinov2', 'beit', 'beit_shared', 'dinov3', 'dinov3_gated'),
-  *('clip', 'siglip'),
+  *('clip', 'siglip', 'swin'),
 )
+INTERPOLATED = ('vit', 'clip', 'siglip', 'swin')  # on request
 
 
 def perturbed(kind, config):
@@ -261,7 +277,8 @@ def inputs(kind, config):
   """Our inputs by name; images are channels last."""
   rng = np.random.default_rng(0)
   if hasattr(config, 'patch_size') or hasattr(config, 'vision_config'):
-    return {'images': rng.normal(size=(2, 28, 28, 3)).astype('float32')}
+    size = getattr(config, 'image_size', 28)
+    return {'images': rng.normal(size=(2, size, size, 3)).astype('float32')}
   tokens = rng.integers(3, config.vocab_size, (3, 18))
   mask = np.arange(18) < np.array([[18], [11], [6]])
   tokens = np.where(mask, tokens, 1 if config.pad_token_id == 1 else 0)
@@ -322,8 +339,11 @@ def main(wanted: list[str]):
     if 'num_key_value_heads' in config.to_dict() and arrays['logits'].ndim == 3:
       arrays['logits'] *= given['mask'][..., None]  # what follows padding is nobody's business
     if name in RESIZED:
-      large = np.random.default_rng(1).normal(size=(1, 42, 42, 3)).astype('float32')
-      options = {'interpolate_pos_encoding': True} if name in ('vit', 'clip', 'siglip') else {}
+      size = 28 if name == 'swin' else 42
+      large = np.random.default_rng(1).normal(size=(1, size, size, 3)).astype('float32')
+      options = {'interpolate_pos_encoding': True} if name in INTERPOLATED else {}
+      # Opened anew, since a Swin keeps the windows of the first images that it is called with.
+      model = getattr(transformers, kind).from_pretrained(folder).eval()
       arrays |= {'large_images': large, 'large_logits': logits(model, {'images': large}, **options)}
     np.savez_compressed(folder / 'golden.npz', **arrays)
 

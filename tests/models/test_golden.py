@@ -39,7 +39,14 @@ def test_resized_position_tables_equal_transformers(name, scan):
   _, arrays = golden(name)
   pool = 'tokens' if name == 'dinov3' else None
   loaded = models.load(GOLDEN / name, image_size=42, scan=scan, pool=pool)
-  assert loaded.preprocess['image_size'] == loaded.config['image_size'] == 42
+  tower = loaded.config.get('vision_config', loaded.config)
+  assert loaded.preprocess['image_size'] == tower['image_size'] == 42
+  close(outputs(loaded, {'images': arrays['large_images']}), arrays['large_logits'])
+
+
+def test_a_swin_of_larger_images_equals_transformers():
+  _, arrays = golden('swin')
+  loaded = models.load(GOLDEN / 'swin', image_size=28)  # windows that shift, and others filled up
   close(outputs(loaded, {'images': arrays['large_images']}), arrays['large_logits'])
 
 

@@ -11,12 +11,10 @@ import pytest
 import jpeft
 from jpeft import models
 from jpeft.methods.registry import make
-from tests.models.goldens import GOLDEN, HEADS, KIN, close, golden, outputs
+from tests.models.goldens import GOLDEN, HEADS, KIN, UNSCANNED, close, golden, outputs
 
 # What is asked for besides the head of the files.
 HIDDEN = {'pool': 'tokens'}
-# Blocks of several kinds, which no scan runs.
-UNROLLED = ('gemma3',)
 OPTIONS = {'vit_mae': HIDDEN, 'dinov3': HIDDEN, 'dinov3_gated': HIDDEN}
 
 
@@ -28,13 +26,13 @@ def loaded_golden(name, **options):
 @pytest.mark.parametrize('name', (*HEADS, *KIN))
 def test_outputs_equal_transformers(name, scan):
   inputs, arrays = golden(name)
-  loaded = loaded_golden(name, scan=scan and name not in UNROLLED, remat=scan)
+  loaded = loaded_golden(name, scan=scan and name not in UNSCANNED, remat=scan)
   close(outputs(loaded, inputs), arrays['logits'])
 
 
 @pytest.mark.parametrize('name', (*HEADS, *KIN))
 def test_what_is_saved_loads_the_same(name, tmp_path):
-  scan = name not in UNROLLED
+  scan = name not in UNSCANNED
   loaded = loaded_golden(name, scan=scan)
   models.save_pretrained(tmp_path, loaded.model, loaded.variables, loaded.config)
   again = models.load(tmp_path, scan=scan)

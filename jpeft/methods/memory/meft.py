@@ -188,7 +188,13 @@ class _MEFT:
       ValueError: the blocks or their number do not fit.
     """
     net = Stack(site, self.blocks, self.exit)
+    first = net.stack[0]
     for block in net.stack:
+      if block.input.shape != first.input.shape:
+        raise ValueError(
+          f'{self.name}: all layers read the same two streams, and the block {block.path!r} is '
+          f'called with {block.input.shape}, {first.path!r} with {first.input.shape}'
+        )
       if block.input.shape != block.out.shape:
         raise ValueError(
           f'{self.name}: streams keep their shape, and the block {block.path!r} maps '

@@ -35,7 +35,7 @@ from jpeft.core import Bound, Call, Method, Site, at, factory
 from ..arguments import first_array, on_first
 from ..check import whole, within
 from ..nn import drop, uniform
-from ..tokens import Tokens
+from ..tokens import Tokens, check_no_windows
 
 
 @factory
@@ -177,6 +177,7 @@ def init_prompts(key, tokens: int, site: Site, sequence: jax.ShapeDtypeStruct | 
     shape = sequence.shape
   if shape is None or len(shape) != 3:
     raise ValueError(f'prompts need tokens [B, N, D], and {site.kind} at {site.path!r} has {shape}')
+  check_no_windows(site, sequence)
   width = shape[-1]
   return {'prompts': uniform(key, (tokens, width), spread_of(site, width))}
 

@@ -80,12 +80,17 @@ class _Head2Toe:
     return chain(at(self.taps, part), head)
 
   def init(self, key, site, arrays):
-    classes = features.head_of(site, self.head, self.name).out.shape[-1]
+    rows, classes = features.head_of(site, self.head, self.name).out.shape
     if site.out is None or len(site.out.shape) not in (2, 3, 4):
       shape = None if site.out is None else site.out.shape
       raise ValueError(
         f'{self.name}: {site.path!r} gives {shape}, and activations are [B, c], [B, N, c] or '
         '[B, h, w, c]'
+      )
+    if site.out.shape[0] > rows:
+      raise ValueError(
+        f'{self.name}: {site.path!r} gives {site.out.shape}, pieces of the {rows} examples as rows '
+        'of a larger batch: leave it out of taps='
       )
     pooled = jax.eval_shape(lambda x: averaged(x, self.target), site.out)
     return features.begin(key, pooled.shape[-1], classes, self.std)

@@ -50,6 +50,7 @@ from ..keys import named_options
 from ..masks import has_length, is_of_other_sequence, mask_names
 from ..nn import drop, remat_if, uniform
 from ..prompt.vpt import spread_of
+from ..tokens import check_no_windows
 from . import features
 
 SLOPES = 'slopes'
@@ -165,6 +166,7 @@ class _VQT:
       raise ValueError(
         f'{self.name}: no module of the block {site.path!r} is its attention {self.attention!r}'
       )
+    check_no_windows(site, site.input)
     key_queries, key_kernel = jax.random.split(key)
     return {
       'queries': uniform(key_queries, (self.tokens, width), spread_of(site, width)),

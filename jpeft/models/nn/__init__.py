@@ -12,6 +12,7 @@ from .blocks import (
   shared_bias_heads,
 )
 from .heads import HEADS, WordBias, head_of, last_token, masked_mean, outputs_of
+from .images import check_images, grid, image_example, image_size_of, patch_size_of, size_in_config
 from .layers import (
   MLP,
   Attention,
@@ -35,6 +36,7 @@ from .positions import (
 )
 from .recompute import REMATS, Remat
 from .rope import GridRope, Rope
+from .windows import WindowBias, Windows
 
 __all__ = [
   'Attention',
@@ -52,25 +54,33 @@ __all__ = [
   'REMATS',
   'Remat',
   'Rope',
+  'WindowBias',
+  'Windows',
   'WordBias',
   'activation',
   'attend',
   'bias_of_heads',
   'block_of',
   'by_block',
+  'check_images',
   'check_pool',
   'default_init',
   'gelu',
   'gelu_tanh',
+  'grid',
   'head_dim_of',
   'head_of',
+  'image_example',
+  'image_size_of',
   'last_token',
   'layer_norm',
   'masked_mean',
   'outputs_of',
+  'patch_size_of',
   'resize_distances',
   'resize_grid',
   'rms_norm',
   'run_blocks',
   'shared_bias_heads',
+  'size_in_config',
 ]

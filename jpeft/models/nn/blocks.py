@@ -10,6 +10,7 @@ from .layers import MLP, Attention, Block, LayerScale, layer_norm
 from .positions import bias_of_heads
 from .recompute import Remat, rematted
 from .rope import GridRope
+from .windows import Windows
 
 # Makes a module: of a block, block(name=...). Blocks of several sizes have a maker each.
 Maker = Callable[..., nn.Module]
@@ -45,6 +46,8 @@ class PreNormBlock(Block):
       for none.
     bias_heads: for each head the head that it reads of a bias that the block is called with; None
       for all in their order.
+    windows: cut the tokens into windows, within which they attend to each other; None for all to
+      all. The block then takes neither mask nor bias.
   """
 
   qkv_bias: bool | tuple[bool, bool, bool] = True
@@ -55,6 +58,7 @@ class PreNormBlock(Block):
   rope: GridRope | None = None
   position_bias: Maker | None = None
   bias_heads: tuple[int, ...] | None = None
+  windows: Windows | None = None
 
   @nn.compact
   def __call__(self, x, mask=None, bias=None, deterministic=True):
@@ -65,8 +69,12 @@ class PreNormBlock(Block):
     )
     if bias is not None:
       bias = bias_of_heads(bias, self.heads, self.bias_heads)
+    y = layer_norm(self, 'norm1')(x)
+    if self.windows is not None:
+      y = self.windows.split(y)  # [B W, S S, D]
+      mask = self.windows.mask(len(x))
     if self.position_bias is not None:
-      own = self.position_bias(self.heads, name='position_bias')(x.shape[-2])
+      own = self.position_bias(self.heads, name='position_bias')(y.shape[-2])
       bias = own if bias is None else bias + own
 
     def scale(name, y):
@@ -74,7 +82,9 @@ class PreNormBlock(Block):
         return y
       return LayerScale(self.layer_scale, self.dtype, self.param_dtype, name=name)(y)
 
-    y = attention(layer_norm(self, 'norm1')(x), mask=mask, bias=bias, deterministic=deterministic)
+    y = attention(y, mask=mask, bias=bias, deterministic=deterministic)
+    if self.windows is not None:
+      y = self.windows.join(y)
     x = x + scale('scale1', dropout(y, deterministic=deterministic))
     y = mlp(layer_norm(self, 'norm2')(x), deterministic=deterministic)
     return x + scale('scale2', dropout(y, deterministic=deterministic))

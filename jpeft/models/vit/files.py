@@ -3,14 +3,20 @@
 import functools
 from collections.abc import Mapping
 
-import jax
-import jax.numpy as jnp
-
 from ..families import HALF, IMAGENET, Family, Request, depth_of, shape_of, with_labels
 from ..heads import Heads
 from ..io import Checkpoint, Table
-from ..nn import activation, resize_distances, resize_grid
-from .model import ViT, grid
+from ..nn import (
+  activation,
+  grid,
+  image_example,
+  image_size_of,
+  patch_size_of,
+  resize_distances,
+  resize_grid,
+  size_in_config,
+)
+from .model import ViT
 
 _EMBED = (
   ('embed/cls', 'param', 'embeddings.cls_token'),
@@ -168,14 +174,6 @@ _HEADS = Heads(
 )
 
 
-def image_size_of(config: Mapping) -> int | tuple[int, int]:
-  """The image size of a config: its side, or (height, width)."""
-  size = config['image_size']
-  if isinstance(size, int):
-    return size
-  return tuple(size)
-
-
 def _classes(config: Mapping, checkpoint: Checkpoint | None, request: Request) -> int | None:
   """The number of classes: that of the request, else that of the head in the files."""
   if request.head is None or request.num_classes is not None:
@@ -188,24 +186,6 @@ def _classes(config: Mapping, checkpoint: Checkpoint | None, request: Request) -
     if shape:
       return shape[0]
   return None
-
-
-def patch_size_of(config: Mapping) -> int:
-  """The side of a patch, of a config with images of three colours in square patches.
-
-  Raises:
-    ValueError: it has others.
-  """
-  if config.get('num_channels', 3) != 3:
-    raise ValueError(
-      f'num_channels={config["num_channels"]}: images have three colours, others are not supported'
-    )
-  sides = config['patch_size']
-  if isinstance(sides, int):
-    return sides
-  if len(set(sides)) != 1:
-    raise ValueError(f'patch_size={list(sides)}: patches that are no squares are not supported')
-  return sides[0]
 
 
 def _build(config: Mapping, checkpoint: Checkpoint | None, request: Request) -> ViT:
@@ -338,13 +318,6 @@ def _describe(config: Mapping, model: ViT) -> dict:
   }
 
 
-def size_in_config(model: ViT) -> int | list[int]:
-  """The image size of a model as a config has it."""
-  if isinstance(model.image_size, int):
-    return model.image_size
-  return list(model.image_size)
-
-
 def _describe_mae(config: Mapping, model: ViT) -> dict:
   """That of a ViT, which the encoder of a ViT-MAE is."""
   own = ('mask_ratio', 'norm_pix_loss')
@@ -372,13 +345,6 @@ def position_edits(config: Mapping, model: ViT) -> dict:
   return edits
 
 
-def example(model: ViT) -> tuple:
-  """Abstract inputs of one call."""
-  rows, columns = grid(model.image_size, model.patch_size)
-  size = rows * model.patch_size, columns * model.patch_size
-  return (jax.ShapeDtypeStruct((1, *size, 3), jnp.float32),)
-
-
 def _deit_table(model: ViT) -> Table:
   if model.distill_head:
     return DEIT_TEACHER
@@ -393,7 +359,7 @@ def _beit_table(model: ViT) -> Table:
 
 _family = functools.partial(
   Family,
-  example=example,
+  example=image_example,
   describe=_describe,
   edits=position_edits,
   sizes={'heads': 'num_attention_heads', 'mlp_dim': 'intermediate_size'},

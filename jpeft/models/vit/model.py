@@ -23,9 +23,11 @@ from ..nn import (
   PreNormBlock,
   Remat,
   block_of,
+  check_images,
   check_pool,
   default_init,
   gelu,
+  grid,
   head_dim_of,
   layer_norm,
   shared_bias_heads,
@@ -34,25 +36,6 @@ from .pooling import AttentionPool
 
 POOLS = ('cls', 'mean', 'cls_mean', 'attention', 'tokens')
 POSITION_BIASES = (None, 'own', 'shared')
-
-
-def grid(image_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
-  """Rows and columns of patches.
-
-  Raises:
-    ValueError: the image does not split into whole patches.
-  """
-  if isinstance(image_size, int):
-    height = width = image_size
-  else:
-    height, width = image_size
-  if height % patch_size or width % patch_size:
-    near = max(1, round(height / patch_size)) * patch_size
-    raise ValueError(
-      f'image_size {image_size} is no multiple of the patch size {patch_size}; '
-      f'the nearest that is: {near}'
-    )
-  return height // patch_size, width // patch_size
 
 
 class PatchEmbed(nn.Module):
@@ -102,13 +85,7 @@ class PatchEmbed(nn.Module):
       name='patch',
     )
     x = patches(images)  # [B, rows, columns, D]
-    if x.shape[1:3] != self.grid:
-      rows, columns = self.grid
-      raise ValueError(
-        f'images of {images.shape[1]}x{images.shape[2]} pixels do not fit a model '
-        f'made for {rows * self.patch_size}x{columns * self.patch_size}; load it with image_size='
-        f'{images.shape[1]}'
-      )
+    check_images(images, x.shape[1:3], self.grid, self.patch_size)
     x = rearrange(x, 'b r c d -> b (r c) d')
 
     def param(name, *shape):
@@ -161,7 +138,7 @@ class ViT(nn.Module):
     pool: what the head reads: 'cls', 'mean' (of the patches), 'cls_mean' (both, concatenated: 2D),
       'attention' (of a learned query to all tokens, see `AttentionPool`), or 'tokens' (all
       normalised tokens [B, N, D], no head).
-    pool_mlp_dim: hidden width of the MLP of the pool 'attention'; None where there is no such layer.
+    pool_mlp_dim: hidden width of the MLP of the pool 'attention'; None where there is none.
     pooler: whether tanh(Dense) follows the pooling, as in a bare ViTModel.
     cls: whether there is a class token. Without one the embedding is called `patches` in place of
       `embed`, from which naming schemes know how many tokens stand before the patches.

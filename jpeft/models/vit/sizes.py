@@ -2,9 +2,8 @@
 
 from collections.abc import Mapping
 
-from ..nn import by_block
+from ..nn import by_block, image_example
 from ..sizes import Sized, Sizes, common, head_dim_with, read_heads
-from .files import example
 from .model import ViT
 from .naming import VIT_NAMING
 
@@ -31,4 +30,4 @@ def _resized(model: ViT, sizes: Mapping[str, Sizes], vocab: int | None) -> ViT:
   )
 
 
-VIT_SIZES = Sized(ViT, VIT_NAMING, _sizes, _resized, example)
+VIT_SIZES = Sized(ViT, VIT_NAMING, _sizes, _resized, image_example)

@@ -10,11 +10,11 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from ..families import HALF, Family, Request, depth_of, shape_of, with_labels
+from ..families import HALF, Family, Request, classes_of, depth_of, with_labels
 from ..heads import Heads
 from ..io import Checkpoint, Table
-from ..nn import activation
-from .files import example, image_size_of, patch_size_of, position_edits, size_in_config
+from ..nn import activation, image_example, image_size_of, patch_size_of, size_in_config
+from .files import position_edits
 from .model import ViT
 
 _CLIP_COLOURS = {
@@ -102,10 +102,6 @@ def _tower(config: Mapping, defaults: Mapping) -> dict[str, Any]:
 
 def _fields(config: Mapping, checkpoint: Checkpoint | None, request: Request) -> dict[str, Any]:
   """The fields that both have in common, of the config of a tower."""
-  classes = request.num_classes
-  stored = shape_of(checkpoint, 'classifier.weight')
-  if classes is None and request.head is not None and stored:
-    classes = stored[0]
   return {
     'width': config['hidden_size'],
     'depth': depth_of(config, 'num_hidden_layers', request),
@@ -113,7 +109,7 @@ def _fields(config: Mapping, checkpoint: Checkpoint | None, request: Request) ->
     'mlp_dim': config['intermediate_size'],
     'patch_size': patch_size_of(config),
     'image_size': request.image_size or image_size_of(config),
-    'num_classes': classes,
+    'num_classes': classes_of(checkpoint, request),
     'eps': config['layer_norm_eps'],
     'activation': activation(config['hidden_act']),
     'attention_dropout': config.get('attention_dropout') or 0.0,
@@ -179,7 +175,7 @@ def _family(build, table: Table, defaults: Mapping, colours: Mapping) -> Family:
   return Family(
     build,
     lambda model: table,
-    example,
+    image_example,
     _describe,
     functools.partial(_edits, defaults=defaults),
     colours=colours,

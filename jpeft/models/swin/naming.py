@@ -1,0 +1,22 @@
+"""The naming scheme of Swin."""
+
+from jpeft.core import Anatomy
+
+from ..roles import BLOCK, PRE_NORM_ROLES, ROLES
+
+_BLOCKS = {role: path for role, path in ROLES.items() if not role.endswith('coder_block')}
+
+SWIN_NAMING = Anatomy(
+  'swin',
+  {
+    **_BLOCKS,
+    **PRE_NORM_ROLES,
+    'embed': r'embed',
+    'patch': r'embed/patch',
+    'encoder': r'encoder',
+    'final_norm': r'final_norm',
+    'norm': rf'{ROLES["norm"]}|embed/norm|encoder/stage_\d+/merge/norm',
+    'position_bias': rf'{BLOCK}/position_bias',
+    'merge': r'encoder/stage_\d+/merge',
+  },
+)
