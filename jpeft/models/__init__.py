@@ -11,6 +11,7 @@ from . import naming as naming
 
 if TYPE_CHECKING:
   from .bert import Bert
+  from .convnext import ConvNeXt
   from .io import (
     FILES,
     Place,
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 
 __all__ = [
   'Bert',
+  'ConvNeXt',
   'Encoder',
   'FILES',
   'Keep',
@@ -105,6 +107,7 @@ __getattr__ = on_first_use(
   __name__,
   {
     '.bert': ('Bert',),
+    '.convnext': ('ConvNeXt',),
     '.io': (
       'FILES',
       'Place',

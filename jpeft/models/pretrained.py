@@ -18,6 +18,7 @@ from jpeft.quant import quantize as quantized
 
 from .bert import BERT_FAMILIES, Bert
 from .config_keys import check_config
+from .convnext import CONVNEXT_FAMILIES
 from .families import Family, Request, built, described
 from .heads import STORED, chosen, stored_heads
 from .io import (
@@ -48,6 +49,7 @@ FAMILIES: dict[str, Family] = {
   **VIT_FAMILIES,
   **TOWER_FAMILIES,
   **SWIN_FAMILIES,
+  **CONVNEXT_FAMILIES,
   **BERT_FAMILIES,
   **T5_FAMILIES,
   **LLAMA_FAMILIES,
@@ -313,7 +315,8 @@ def from_config(
     ) from error
   if dropout is None:
     return model
-  return model.clone(dropout=dropout, attention_dropout=dropout)
+  rates = ('dropout', 'attention_dropout')
+  return model.clone(**{rate: dropout for rate in rates if hasattr(model, rate)})
 
 
 def untied(pretrained: Pretrained) -> Pretrained:

@@ -52,23 +52,27 @@ class Row:
 
 CONV = 'linen_cnn'
 TOWERS = ('linen_clip', 'linen_siglip')
-SWIN = 'linen_swin'
-IMAGES = (*(b for b in BACKBONES if 'vit' in b), 'linen_fused', *TOWERS, SWIN)
+SWIN, CONVNEXT = 'linen_swin', 'linen_convnext'
+CONVS = (CONV, CONVNEXT)
+IMAGES = (*(b for b in BACKBONES if 'vit' in b), 'linen_fused', *TOWERS, SWIN, CONVNEXT)
 DECODERS = ('linen_gemma', 'nnx_llama', 'nnx_raw')
 NO_BIAS = dict.fromkeys(DECODERS, 'bitfit: .* match, but none has what it adapts')
 NO_DOOR = dict.fromkeys(
   ('linen_gemma', 'nnx_raw'), 'acts on the input of a layer, and .* offers no injection point'
 )
-KERNELS = {CONV: {'targets': '{conv}'}}
+KERNELS = {CONV: {'targets': '{conv}'}, CONVNEXT: {'targets': '{conv}|{linear}'}}
 # Where {fc1} and {fc2} are arrays of one module, whose call alone can be wrapped.
 WHOLE = dict.fromkeys(('linen_gemma', 'nnx_raw'), {'taps': '{embed}|{attention}|{mlp}'})
-TOKENS = r'prompts need tokens \[B, N, D\], and ConvBlock'
+TOKENS = r'prompts need tokens \[B, N, D\], and (?:ConvBlock|Stages)'
 ONE = 'none has what it adapts|modules that are called|give one prediction|a pooled embedding'
 WINDOWS = 'tokens of a method have no place in .* attends within windows of 4'
 STREAM = r'reads one stream of tokens \[B, N, d\]'
 
+NO_TOKENS = {**dict.fromkeys(CONVS, TOKENS), SWIN: WINDOWS}
+NO_ATTENTION = dict.fromkeys(CONVS, 'no role {attention}')
+NO_NORM2 = dict.fromkeys((*CONVS, 'linen_bert'), 'no role {norm2}')
 # Of models whose blocks lie in stages of several widths.
-STAGES = dict.fromkeys((CONV, SWIN), STREAM)
+STAGES = dict.fromkeys((*CONVS, SWIN), STREAM)
 
 ROWS: dict[str, Row] = {
   'linear': Row(start=0),
@@ -84,14 +88,17 @@ ROWS: dict[str, Row] = {
   'peqa': Row(stored=True),
   'dora': Row(on=KERNELS),
   'vera': Row(start=0, on=KERNELS),
-  'ia3': Row(start=0, on={CONV: {'targets_out': '{depthwise}', 'targets_in': '{linear}'}}),
+  'ia3': Row(
+    start=0,
+    on=dict.fromkeys(CONVS, {'targets_out': '{depthwise}', 'targets_in': '{linear}'}),
+  ),
   'lamda': Row(on=KERNELS),
   'paca': Row(start=0, on=KERNELS),
   'pst': Row(on=KERNELS),
   'sct': Row(
     hp={'channels': 4},
     start=None,
-    cannot={CONV: 'no role {norm2}', 'linen_bert': 'no role {norm2}'},
+    cannot=NO_NORM2,
   ),
   'snell': Row(start=1e-2),
   'snella': Row(start=1e-1),
@@ -105,28 +112,24 @@ ROWS: dict[str, Row] = {
   'houlsby': Row(
     start=1e-3,
     on={
-      CONV: {'targets': '{linear}'},
+      **dict.fromkeys(CONVS, {'targets': '{linear}'}),
       'linen_gemma': {'targets': '{o}|{mlp}'},
       'nnx_raw': {'targets': '{attention}|{mlp}'},
     },
   ),
   'pfeiffer': Row(start=0.1),
-  'parallel': Row(start=0, on={CONV: {'targets': '{linear}'}}),
-  'mam': Row(start=None, cannot={CONV: 'no role {attention}'}),
-  'adaptformer': Row(start=0, cannot={CONV: 'no role {norm2}', 'linen_bert': 'no role {norm2}'}),
-  'bi_adaptformer': Row(
-    start=1e-2, cannot={CONV: 'no role {norm2}', 'linen_bert': 'no role {norm2}'}
-  ),
-  'dyt': Row(start=None, cannot={CONV: 'no role {norm2}', 'linen_bert': 'no role {norm2}'}),
+  'parallel': Row(start=0, on=dict.fromkeys(CONVS, {'targets': '{linear}'})),
+  'mam': Row(start=None, cannot=NO_ATTENTION),
+  'adaptformer': Row(start=0, cannot=NO_NORM2),
+  'bi_adaptformer': Row(start=1e-2, cannot=NO_NORM2),
+  'dyt': Row(start=None, cannot=NO_NORM2),
   'vpt_shallow': Row(
     start=None,
-    cannot={CONV: TOKENS, SWIN: WINDOWS, 'linen_gemma': 'no sequence can grow or shrink'},
+    cannot={**NO_TOKENS, 'linen_gemma': 'no sequence can grow or shrink'},
   ),
-  'vpt_deep': Row(start=None, cannot={CONV: TOKENS, SWIN: WINDOWS}),
-  'e2vpt': Row(
-    hp={'kv_tokens': 2}, start=None, cannot={CONV: 'no role {attention}|' + TOKENS, SWIN: WINDOWS}
-  ),
-  'prefix': Row(start=None, cannot={CONV: 'no role {attention}'}),
+  'vpt_deep': Row(start=None, cannot=NO_TOKENS),
+  'e2vpt': Row(hp={'kv_tokens': 2}, start=None, cannot={**NO_ATTENTION, SWIN: WINDOWS}),
+  'prefix': Row(start=None, cannot=NO_ATTENTION),
   'prompt_tuning': Row(
     start=None,
     on=dict.fromkeys(('linen_gemma', 'nnx_raw'), {'lookup': 'encode'}),
@@ -150,12 +153,16 @@ ROWS: dict[str, Row] = {
   'head2toe': Row(
     hp={'target': 64},
     start=None,
-    on={CONV: {'taps': '{embed}|{conv}|{linear}'}, SWIN: {'taps': '{embed}|{mlp}'}, **WHOLE},
+    on={
+      **dict.fromkeys(CONVS, {'taps': '{embed}|{conv}|{linear}'}),
+      SWIN: {'taps': '{embed}|{mlp}'},
+      **WHOLE,
+    },
     cannot=dict.fromkeys(DECODERS, ONE),
   ),
   'vqt': Row(
     start=None,
-    cannot={**dict.fromkeys(DECODERS, ONE), CONV: 'no role {attention}', SWIN: WINDOWS},
+    cannot={**dict.fromkeys(DECODERS, ONE), **NO_ATTENTION, SWIN: WINDOWS},
   ),
   'hst': Row(
     hp={'widths': (8, 8, 12, 12), 'heads': (2, 2, 4, 4)},
@@ -173,16 +180,25 @@ ROWS: dict[str, Row] = {
     hp={'width': 4},
     start=None,
     dead=('.*/gate/bias',),
-    cannot={**dict.fromkeys(DECODERS, ONE), CONV: f'{STREAM}|pooled embedding', SWIN: STREAM},
+    cannot={**dict.fromkeys(DECODERS, ONE), **STAGES, CONV: f'{STREAM}|pooled embedding'},
   ),
   'meft': Row(
-    start=None, cannot={CONV: 'no role {mlp}', SWIN: 'all layers read the same two streams'}
+    start=None,
+    cannot={
+      CONV: 'no role {mlp}',
+      **dict.fromkeys((SWIN, CONVNEXT), 'all layers read the same two streams'),
+    },
   ),
-  'velora': Row(hp={'groups': 4}, start=0, cannot={CONV: 'no role {v}', **NO_DOOR}),
+  'velora': Row(
+    hp={'groups': 4}, start=0, cannot={**dict.fromkeys(CONVS, 'no role {v}'), **NO_DOOR}
+  ),
   's2a': Row(
     hp={'side': 4},
     start=0,
-    on={**dict.fromkeys(DECODERS, {'biases': None}), CONV: {'rank': 0, 'side': 0}},
+    on={
+      **dict.fromkeys(DECODERS, {'biases': None}),
+      **dict.fromkeys(CONVS, {'rank': 0, 'side': 0}),
+    },
   ),
 }
 

@@ -43,6 +43,8 @@ KIN = (
   'siglip',
   'siglip_labels',
   'swin',
+  'convnext',
+  'convnextv2',
   'gemma',
   'gemma3',
 )

@@ -239,6 +239,14 @@ MODELS = {
       use_absolute_embeddings=True,
     ),
   ),
+  'convnext': (
+    'ConvNextForImageClassification',
+    transformers.ConvNextConfig(**LABELS, **STAGED, num_stages=2, hidden_sizes=[6, 10]),
+  ),
+  'convnextv2': (
+    'ConvNextV2ForImageClassification',
+    transformers.ConvNextV2Config(**LABELS, **STAGED, num_stages=2, hidden_sizes=[6, 10]),
+  ),
   'gemma': ('GemmaForCausalLM', transformers.GemmaConfig(**CAUSAL)),
   'gemma3': (
     'Gemma3ForCausalLM',

@@ -27,7 +27,7 @@ def their(kind, folder, inputs):
     return model.eval()(**{THEIRS[k]: tensor(v) for k, v in inputs.items()})
 
 
-@pytest.mark.parametrize('name', (*NAMES, 'beit', 'beit_shared', 'swin'))
+@pytest.mark.parametrize('name', (*NAMES, 'beit', 'beit_shared', 'swin', 'convnext', 'convnextv2'))
 def test_transformers_opens_what_we_save(name, tmp_path):
   inputs, _ = golden(name)
   loaded = models.load(GOLDEN / name, scan=name not in UNSCANNED)

@@ -40,6 +40,11 @@ KINDS: dict[str, dict[str, Leaf]] = {
   # One vector on disk, [1, 1, D] here; a table [N, D] on disk, [1, N, D] here.
   'vector': {'': Leaf('', lambda x: x.reshape(1, 1, -1), lambda x: x.reshape(-1))},
   'positions': {'': Leaf('.weight', lambda x: x[None], lambda x: x[0])},
+  # Numbers of channels, [1, 1, 1, D] on disk.
+  'channels': {
+    name: Leaf(suffix, lambda x: x.reshape(-1), lambda x: x.reshape(1, 1, 1, -1))
+    for name, suffix in (('scale', '.weight'), ('bias', '.bias'))
+  },
   # Query, key and value of torch.nn.MultiheadAttention in one layer.
   'in_proj': {'kernel': Leaf('_weight', np.transpose, np.transpose), 'bias': Leaf('_bias')},
   'dense': {'kernel': Leaf('.weight', np.transpose, np.transpose), 'bias': Leaf('.bias')},

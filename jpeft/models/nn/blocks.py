@@ -194,6 +194,22 @@ class Encoder(nn.Module):
     )
 
 
+class Stages(nn.Module):
+  """Stages of blocks, one after the other: stage_0, stage_1, ...
+
+  Attributes:
+    stages: makers of the stages.
+  """
+
+  stages: tuple[Maker, ...]
+
+  @nn.compact
+  def __call__(self, x, deterministic=True):
+    for i, stage in enumerate(self.stages):
+      x = stage(name=f'stage_{i}')(x, deterministic=deterministic)
+    return x
+
+
 _SHARED = (
   'heads',
   'mlp_dim',

@@ -169,6 +169,7 @@ class MLP(nn.Module):
     gated: whether a third layer, `gate`, carries the activation.
     use_bias: whether the layers have biases.
     dropout: rate on the hidden layer.
+    hidden_norm: makes a norm of the hidden layer: hidden_norm(name=...); None for none.
     kernel_init: initialiser of the kernels.
     dtype: of the computation.
     param_dtype: of the parameters.
@@ -179,6 +180,7 @@ class MLP(nn.Module):
   gated: bool = False
   use_bias: bool = True
   dropout: float = 0.0
+  hidden_norm: Callable[..., nn.Module] | None = None
   kernel_init: Callable[..., jax.Array] = default_init
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
@@ -197,6 +199,8 @@ class MLP(nn.Module):
       y = self.activation(dense(self.mlp_dim, name='gate')(x)) * y
     else:
       y = self.activation(y)
+    if self.hidden_norm is not None:
+      y = self.hidden_norm(name='hidden_norm')(y)
     y = nn.Dropout(self.dropout, name='dropout')(y, deterministic=deterministic)
     return dense(x.shape[-1], name='fc2')(y)
 

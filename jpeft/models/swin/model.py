@@ -15,6 +15,7 @@ from ..nn import (
   Maker,
   PreNormBlock,
   Remat,
+  Stages,
   WindowBias,
   Windows,
   check_images,
@@ -129,22 +130,6 @@ class Stage(nn.Module):
     if self.merge is None:
       return x
     return self.merge(name='merge')(x)
-
-
-class Stages(nn.Module):
-  """Stages, one after the other.
-
-  Attributes:
-    stages: makers of the stages.
-  """
-
-  stages: tuple[Maker, ...]
-
-  @nn.compact
-  def __call__(self, x, deterministic=True):
-    for i, stage in enumerate(self.stages):
-      x = stage(name=f'stage_{i}')(x, deterministic=deterministic)
-    return x
 
 
 class Swin(nn.Module):

@@ -4,13 +4,12 @@ from jpeft.core import Anatomy
 
 from ..roles import BLOCK, PRE_NORM_ROLES, ROLES
 
-_BLOCKS = {role: path for role, path in ROLES.items() if not role.endswith('coder_block')}
-
 SWIN_NAMING = Anatomy(
   'swin',
   {
-    **_BLOCKS,
+    **ROLES,
     **PRE_NORM_ROLES,
+    'encoder_block': r'encoder/stage_\d+/block_\d+',
     'embed': r'embed',
     'patch': r'embed/patch',
     'encoder': r'encoder',

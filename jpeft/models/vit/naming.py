@@ -10,16 +10,8 @@ _ROLES = {
   'encoder': r'encoder',
   'final_norm': r'final_norm',
   'norm': rf'{ROLES["norm"]}|first_norm|pool_norm|attention_pool/norm',
+  'position_bias': rf'(?:encoder|{BLOCK})/position_bias',
 }
-VIT_NAMING = Anatomy(
-  'vit',
-  {
-    **_ROLES,
-    'embed': r'embed',
-    'patch': r'embed/patch',
-    'position_bias': rf'(?:encoder|{BLOCK})/position_bias',
-  },
-  lead=1,
-)
+VIT_NAMING = Anatomy('vit', {**_ROLES, 'embed': r'embed', 'patch': r'embed/patch'}, lead=1)
 # Without a class token: no token stands before the patches.
 PATCHES_NAMING = Anatomy('vit_patches', {**_ROLES, 'embed': r'patches', 'patch': r'patches/patch'})
