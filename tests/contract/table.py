@@ -82,7 +82,14 @@ ROWS: dict[str, Row] = {
   'explora': Row(start=0, on=KERNELS),
   'lora': Row(start=0, on=KERNELS),
   # Its dropout, which is on by default, acts between the two factors.
-  'bi_lora': Row(start=1e-2, on={**KERNELS, **dict.fromkeys(NO_DOOR, {'dropout': 0})}),
+  'bi_lora': Row(
+    start=1e-2,
+    on={
+      **KERNELS,
+      CONVNEXT: {'targets': '{linear}'},
+      **dict.fromkeys(NO_DOOR, {'dropout': 0}),
+    },
+  ),
   'lora_fa': Row(start=0, on=KERNELS),
   'qlora': Row(start=0, on=KERNELS),
   'peqa': Row(stored=True),
