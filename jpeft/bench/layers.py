@@ -4,12 +4,12 @@
       [--remat=none,block,packed4] [--layers=unroll,scan] [--target=tpu:v5e]
 
 Compiles whole steps of few layers ahead of time, as `jpeft.bench.memory` does; nothing is run. Of
-unrolled layers a row is two layers less one. Of a scan, which XLA's analysis of bytes counts one
-round of, cycles are those of one round of its loops, and bytes those of one round and of what is
-around the loops.
+unrolled layers a row is a step of two less one of one; of a scan, which XLA unrolls where it has
+one round, of three less two.
 
 Cycles are libtpu's own estimate of its schedule, a model of the chip: to be compared within a
-table, not to be read as a time. Moved is what XLA's cost analysis says is read and written.
+table, not to be read as a time. Moved is what is read from and written to the device's memory, by
+the text of the program; both count every round of loops (`jpeft.programs.schedule`).
 """
 
 import argparse
@@ -18,12 +18,9 @@ import itertools
 import sys
 from typing import NamedTuple
 
-import jax
-import optax
+from jpeft import cli, methods, planning, programs
 
-from jpeft import cli, methods, planning, programs, training
-
-from .memory import REMATS, planned_work
+from .memory import REMATS, planned_work, traced_step
 from .works import WORKS
 
 
@@ -47,19 +44,20 @@ def layer(work: str, method: str, remat: str, layers: str, where: planning.Targe
   Raises:
     ValueError: the method does not act on the work's model, or the compiler estimates no cycles.
   """
-  two = step(work, method, remat, layers, 2, where)
-  if layers == 'scan':
-    inside = [op for op in _operations(two) if op.rounds > 1]
-    return Cost(sum(op.cycles for op in inside), _moved(two))
-  one = step(work, method, remat, layers, 1, where)
-  found = [sum(op.cycles * op.rounds for op in _operations(program)) for program in (two, one)]
-  return Cost(found[0] - found[1], _moved(two) - _moved(one))
+  deep = 3 if layers == 'scan' else 2  # XLA writes out a scan of one round
+  more = step(work, method, remat, layers, deep, where)
+  fewer = step(work, method, remat, layers, deep - 1, where)
+  return Cost(more.cycles - fewer.cycles, more.moved - fewer.moved)
 
 
 def step(
   work: str, method: str, remat: str, layers: str, depth: int, where: planning.Target
-) -> jax.stages.Compiled:
-  """A compiled step of a work's model with so many layers."""
+) -> programs.Schedule:
+  """What a step of a work's model with so many layers does.
+
+  Raises:
+    ValueError: the compiler estimates no cycles, or its text cannot be read.
+  """
   name, hyperparameters = methods.preset(method)
   chosen = WORKS[work]
 
@@ -70,24 +68,11 @@ def step(
   planned = planned_work(short, layers == 'scan', REMATS[remat])
   planned = planned.stored(methods.REGISTRY[name].storage)
   tuned = planned.tuned(methods.make(name, head=chosen.head, **hyperparameters))
-  tx = training.optimizer(tuned, tuned.shapes, optax.constant_schedule(1e-3))
-  state = training.state_shapes(tuned, tx, planned.variables)
-  shapes = planned.placed(where.mesh(), state, planned.size)
-  forward = training.Forward(tuned, True, planned.mode(True))
-  step = training.train_step(tuned, forward, tx, 0, steps=planning.STEPS)
-  traced = jax.jit(step, donate_argnums=0).trace(*shapes)
-  return programs.compiled(traced, where.options, programs.nbytes(shapes))
-
-
-def _operations(program) -> list[programs.Operation]:
-  found = programs.operations(program.as_text())
-  if not found:
+  traced, arguments = traced_step(planned, tuned, where)
+  found = programs.schedule(programs.compiled(traced, where.options, arguments))
+  if found is None or found.cycles is None:
     raise ValueError('the compiler estimates no cycles: give --target=tpu:v5e, or another TPU')
   return found
-
-
-def _moved(program) -> float:
-  return program.cost_analysis()['bytes accessed']
 
 
 def main(argv: list[str]) -> int:

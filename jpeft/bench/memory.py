@@ -118,13 +118,7 @@ def measure(
 
 def _costs(planned: planning.Work, tuned, where: planning.Target) -> dict[str, float | None]:
   """MiB, GFLOP and time of a training step, which is compiled and not run."""
-  tx = training.optimizer(tuned, tuned.shapes, optax.constant_schedule(1e-3))
-  state = training.state_shapes(tuned, tx, planned.variables)
-  shapes = planned.placed(tuned, where.mesh(), state, planned.size)
-  forward = training.Forward(tuned, True, planned.mode(True))
-  step = training.train_step(tuned, forward, tx, 0, planned.objective, steps=planning.STEPS)
-  traced = jax.jit(step, donate_argnums=0).trace(*shapes)
-  arguments = programs.nbytes(shapes)
+  traced, arguments = traced_step(planned, tuned, where)
   try:
     program = programs.compiled(traced, where.options, arguments)
   except programs.TooLarge as refused:
@@ -147,6 +141,18 @@ def _costs(planned: planning.Work, tuned, where: planning.Target) -> dict[str, f
     'gflop': round(flops / 1e9, 1),
     **planning.timing.entries(found),
   }
+
+
+def traced_step(
+  planned: planning.Work, tuned, where: planning.Target
+) -> tuple[jax.stages.Traced, int]:
+  """(a training step with AdamW, traced for a target; bytes of its arguments)."""
+  tx = training.optimizer(tuned, tuned.shapes, optax.constant_schedule(1e-3))
+  state = training.state_shapes(tuned, tx, planned.variables)
+  shapes = planned.placed(tuned, where.mesh(), state, planned.size)
+  forward = training.Forward(tuned, True, planned.mode(True))
+  step = training.train_step(tuned, forward, tx, 0, planned.objective, steps=planning.STEPS)
+  return jax.jit(step, donate_argnums=0).trace(*shapes), programs.nbytes(shapes)
 
 
 def _flops(program, traced) -> float:

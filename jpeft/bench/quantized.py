@@ -5,8 +5,8 @@
 Programs of one and of two blocks are compiled, unrolled, and the difference is taken for every
 further block. Cycles are those that XLA's text says of its operations, and of a kernel those of its
 profile, compiled alone at the same shapes (libtpu's profile of kernels aborts on whole programs).
-Gathers have no estimate; they are the same in both forms. Of a loop, such as that of attention in
-long contexts, one round counts, in both forms.
+Gathers have no estimate; they are the same in both forms. Loops, such as that of attention in long
+contexts, count with all their rounds.
 """
 
 import argparse
@@ -22,11 +22,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jpeft import cli, models
+from jpeft import cli, models, programs
 from jpeft.core import attach, chain
 from jpeft.methods import lora
 from jpeft.planning import target
-from jpeft.programs import operations
 from jpeft.quant import nf4, quantize
 
 from . import kernels
@@ -57,10 +56,10 @@ class Kernel(NamedTuple):
 class Found(NamedTuple):
   """The cycles of a compiled program without its kernels, and how often it runs each of these."""
 
-  cycles: int
+  cycles: float
   kernels: collections.Counter
 
-  def total(self, each: dict[Kernel, int]) -> int:
+  def total(self, each: dict[Kernel, int]) -> float:
     """The cycles with those of the kernels, one run each."""
     return self.cycles + sum(each[kernel] * count for kernel, count in self.kernels.items())
 
@@ -105,20 +104,40 @@ def _tuned(layers: int, implementation: str, method, batch: tuple[int, int], rem
 
 
 def found_in(text: str) -> Found:
-  """What the text of a compiled program says of its cost."""
-  cycles = sum(op.cycles for op in operations(text))
+  """What the text of a compiled program says of its cost, with all rounds of its loops.
+
+  Raises:
+    ValueError: the text cannot be read, or has kernels that are not those of 4-bit products.
+  """
+  schedule = programs.scheduled(text)
+  if schedule is None:
+    raise ValueError('the rounds of the loops of a compiled program cannot be read')
+  program = programs.parsed(text)
   found = collections.Counter()
-  for line in text.splitlines():
-    match = _KERNEL.search(line)
-    if match:
-      name, sizes = match.groups()
-      rows = int(sizes.split(',')[0])
-      half, fan_out = map(int, _CODES.search(line).groups())
-      found[Kernel(rows, 2 * half, fan_out, name.endswith('transposed'))] += 1
-  return Found(cycles, found)
+  for run in program.runs():
+    for instruction in program.computations[run.name].values():
+      kernel = _kernel(instruction.text)
+      if kernel is not None:
+        found[kernel] += run.rounds
+  if sum(found.values()) != schedule.kernels:
+    raise ValueError(
+      f'a program has {schedule.kernels:.0f} calls of kernels, {sum(found.values())} of them known'
+    )
+  return Found(schedule.cycles, found)
 
 
-def programs() -> Iterator[tuple[str, Callable]]:
+def _kernel(line: str) -> Kernel | None:
+  """The kernel that an instruction calls."""
+  match = _KERNEL.search(line)
+  if match is None:
+    return None
+  name, sizes = match.groups()
+  rows = int(sizes.split(',')[0])
+  half, fan_out = map(int, _CODES.search(line).groups())
+  return Kernel(rows, 2 * half, fan_out, name.endswith('transposed'))
+
+
+def compared() -> Iterator[tuple[str, Callable]]:
   """(title, (layers, implementation) -> program) of what is measured."""
   yield 'one token', decoding
   for batch in ((1, 512), (4, 2048)):
@@ -157,7 +176,7 @@ def compare(name: str, only: str) -> None:
   sharding = jax.sharding.SingleDeviceSharding(target(name).devices[0])
   print('| program | XLA, Mcycles | kernels, Mcycles | ratio | kernels in a block |')
   print('| --- | ---: | ---: | ---: | ---: |')
-  for title, make in programs():
+  for title, make in compared():
     if not re.search(only, title):
       continue
     totals = []

@@ -2,10 +2,10 @@
 
 from .collectives import Collective, collectives, collectives_of_text
 from .compile import TooLarge, compiled, memory, mib, nbytes
+from .compiled_text import parsed
 from .cost import flops, uncounted
 from .crossing import Crossing, crossing
 from .cut import Halves, cut
-from .cycles import Operation, cycles, operations
 from .equations import evaluated, hoisted, inside, reader, variables
 from .printed import compiled_with_text
 from .schedule import Schedule, schedule, scheduled
@@ -16,7 +16,6 @@ __all__ = [
   'Crossing',
   'Halves',
   'Schedule',
-  'Operation',
   'Static',
   'TooLarge',
   'Traced',
@@ -26,7 +25,6 @@ __all__ = [
   'compiled_with_text',
   'crossing',
   'cut',
-  'cycles',
   'evaluated',
   'flops',
   'has_gradient',
@@ -35,7 +33,7 @@ __all__ = [
   'memory',
   'mib',
   'nbytes',
-  'operations',
+  'parsed',
   'reader',
   'schedule',
   'scheduled',

@@ -1,7 +1,7 @@
 """The text of a compiled program: its computations, their instructions, and how often they run.
 
 Whatever is read off a compiled program beyond XLA's own analysis (which counts the body of a loop
-once) is read here: cycles and moved bytes (`schedule`, `cycles`) and what devices send each other
+once) is read here: cycles and moved bytes (`schedule`) and what devices send each other
 (`collectives`).
 """
 

@@ -1,49 +1,30 @@
 """`python -m jpeft.bench.layers`: what one layer costs."""
 
-import jax
 import pytest
 
-from jpeft import planning
+from jpeft import planning, programs
 from jpeft.bench import layers
+from tests.bench.tiny import WORK
 
 
-class Program:
-  """A compiled program of so many layers: each 5 cycles and 7 bytes, and 100 around them."""
+def test_a_layer_is_a_step_less_one_with_a_layer_less(monkeypatch):
+  depths = []
 
-  def __init__(self, depth: int, scan: bool):
-    self.depth = depth
-    self.scan = scan
-
-  def as_text(self) -> str:
-    operation = '  %a{} = f32[] fusion(%x), backend_config={{"estimated_cycles":"{}"}}'
-    layers = [operation.format(number, 5) for number in range(self.depth)]
-    around = operation.format('round', 100)
-    lines = [around, *layers]
-    loop = []
-    if self.scan:
-      lines = [around, '  %w = (s32[]) while(%t), condition=%until, body=%body']
-      loop = ['%body (x: s32[]) -> s32[] {', layers[0], '}']
-      loop += ['%until (x: s32[]) -> pred[] {', f'  %n = s32[] constant({self.depth})', '}']
-    return '\n'.join([*loop, 'ENTRY %main (x: f32[]) -> f32[] {', *lines, '}'])
-
-  def cost_analysis(self) -> dict[str, float]:
-    rounds = 1 if self.scan else self.depth
-    return {'bytes accessed': 100.0 + 7 * rounds}
-
-
-def test_a_layer_is_two_less_one_or_a_round_of_the_loops(monkeypatch):
   def step(work, method, remat, kind, depth, where):
-    return Program(depth, kind == 'scan')
+    depths.append(depth)
+    return programs.Schedule(100.0 + 5 * depth, 0.0, 1000.0 + 7 * depth, 0.0)
 
   monkeypatch.setattr(layers, 'step', step)
-  assert layers.layer('w1', 'lora', 'none', 'unroll', None) == (5, 7)
-  assert layers.layer('w1', 'lora', 'none', 'scan', None) == (5, 107)
+  for kind, expected in (('unroll', [2, 1]), ('scan', [3, 2])):
+    depths.clear()
+    assert layers.layer('w1', 'lora', 'none', kind, None) == (5, 7)
+    assert depths == expected
 
 
 def test_a_platform_without_estimates_is_refused(monkeypatch):
-  monkeypatch.setattr(layers, 'step', lambda *args: jax.jit(abs).lower(1.0).compile())
+  monkeypatch.setattr(layers, 'WORKS', {'tiny': WORK})
   with pytest.raises(ValueError, match='estimates no cycles: give --target=tpu:v5e'):
-    layers.layer('w1', 'lora', 'none', 'unroll', planning.target('cpu'))
+    layers.layer('tiny', 'lora', 'none', 'unroll', planning.target('cpu'))
 
 
 def test_unknown_names_are_told(capsys):

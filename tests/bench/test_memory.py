@@ -3,8 +3,6 @@
 import json
 import sys
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 from jpeft import cli, planning
@@ -15,6 +13,7 @@ from jpeft.methods.presets import PRESETS, names, preset
 from jpeft.planning import devices as targets
 from jpeft.programs import compile
 from jpeft.training import optim, step
+from tests.bench.tiny import WORK
 from tests.params import fast_if
 
 KEYS = {
@@ -37,21 +36,8 @@ KEYS = {
 def tiny(monkeypatch):
   """A work of seconds, 'tiny', in place of all others."""
 
-  def model(scan, remat):
-    return works.TokenEncoder(
-      width=16, depth=2, heads=2, mlp_dim=32, num_classes=3, scan=scan, remat=remat
-    )
-
-  def batch(size):
-    return {
-      'image': jax.ShapeDtypeStruct((size, 4, 16), jnp.float32),
-      'label': jax.ShapeDtypeStruct((size,), jnp.int32),
-    }
-
   for module in (works, memory):
-    monkeypatch.setattr(
-      module, 'WORKS', {'tiny': works.Work('a toy', model, batch, 4, ('unroll', 'scan'))}
-    )
+    monkeypatch.setattr(module, 'WORKS', {'tiny': WORK})
 
 
 @pytest.fixture

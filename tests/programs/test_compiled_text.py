@@ -1,7 +1,4 @@
-"""Cycles, read from the text of a compiled TPU program."""
-
-import jax
-import jax.numpy as jnp
+"""The text of a compiled program: what it runs, and how often."""
 
 from jpeft import programs
 
@@ -38,18 +35,11 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 """
 
 
-class Program:
-  """A compiled program of which the text is all that there is."""
-
-  def as_text(self) -> str:
-    return TEXT
-
-
-def test_loops_count_with_their_rounds_and_the_inside_of_a_fusion_not():
-  assert programs.cycles(Program()) == 100 + 12 * (10 + 5)
-  found = [(op.cycles, op.rounds) for op in programs.operations(TEXT)]
-  assert found == [(100, 1), (10, 12), (5, 12)]
-
-
-def test_of_another_platform_nothing_is_known():
-  assert programs.cycles(jax.jit(jnp.sin).lower(1.0).compile()) is None
+def test_loops_run_with_the_rounds_of_those_around_them_and_fusions_are_parts():
+  runs = list(programs.parsed(TEXT).runs())
+  assert [(run.name, run.rounds, run.loops) for run in runs if not run.part] == [
+    ('main', 1, 0),
+    ('body', 12, 1),
+    ('twice', 12, 2),
+  ]
+  assert {run.name for run in runs if run.part} == {'fused', 'other', 'condition', 'unknown'}
