@@ -205,6 +205,7 @@ class Call(_Made):
     update, edit, stages, loss, memory, head, layers, hint, generator, preparation, origin: as for
       Weight.
     method: the method of the module that is wrapped.
+    saved_bits: of a value that the backward pass stores of what is wrapped; None for whole values.
   """
 
   name: str
@@ -222,6 +223,7 @@ class Call(_Made):
   loss: Callable[..., Any] | None = None
   memory: str = FULL_CROSSING
   method: str = '__call__'
+  saved_bits: int | None = None
   head: bool = False
   layers: Layers | None = None
   hint: str = ''

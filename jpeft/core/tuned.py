@@ -485,6 +485,12 @@ class Tuned:
     return programs.crossing(forward, self.shapes, self.backbone, arrays)
 
   @property
+  def saved_bits(self) -> int | None:
+    """The fewest bits of a value that the backward pass stores; None for whole values."""
+    found = [rule.saved_bits for rule, _ in self.rules if isinstance(rule, Call)]
+    return min((bits for bits in found if bits is not None), default=None)
+
+  @property
   def memory(self) -> str:
     """The memory class: what the backward pass must keep of the backbone.
 

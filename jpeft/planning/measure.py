@@ -81,7 +81,11 @@ def _of_stage(
     batch=size,
     devices=mesh.size,
     remat=work.memory.remat,
-    saved_bits=work.memory.saved_bits,
+    saved_bits=tuned.saved_bits,
+    storage=work.memory.storage,
+    narrow=_is_narrow(backbone),
+    backbone=work.backbone,
+    offload=work.memory.offload,
     trainable=facts.trainable,
     memory_class=facts.memory,
     weights=programs.nbytes(backbone),
@@ -96,6 +100,12 @@ def _of_stage(
     uncut=tuple(work.layout(tuned, mesh).exceptions()),
     **needed,
   )
+
+
+def _is_narrow(backbone) -> bool:
+  """Whether most of a backbone's bytes are of numbers of two bytes or fewer."""
+  wide = [x for x in jax.tree.leaves(backbone) if x.dtype.itemsize > 2]
+  return 2 * programs.nbytes(wide) < programs.nbytes(backbone)
 
 
 def compiled(traced, known: int, options: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:

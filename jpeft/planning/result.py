@@ -38,6 +38,10 @@ class Plan:
     largest: the largest batch that fits, if it was searched for; 0 if none does.
     why: why this target was taken, if nobody named it.
     saved_bits: of a value that the backward pass stores; None for whole values.
+    storage: name of the 4-bit format of the backbone's kernels; None for whole numbers.
+    narrow: whether numbers of the backbone take two bytes at most.
+    backbone: how it is cut over the mesh, see `training.Layout`.
+    offload: whether the optimizer's state is in host memory.
     schedule: cycles and moved bytes of a step on one device, where it was compiled.
     traffic: what the devices of the mesh send each other; None if the program cannot be read.
     uncut: which kernels are not cut as their roles say, see `training.Layout`.
@@ -66,6 +70,10 @@ class Plan:
   largest: int | None = None
   why: str = ''
   saved_bits: int | None = None
+  storage: str | None = None
+  narrow: bool = False
+  backbone: str = 'replicated'
+  offload: bool = False
   schedule: programs.Schedule | None = None
   traffic: tuple[Traffic, ...] | None = ()
   uncut: tuple[str, ...] = ()
@@ -102,7 +110,7 @@ class Plan:
   @property
   def advice(self) -> str:
     """What to do about the part that dominates."""
-    return advice(self.dominant, self.memory_class, self.remat)
+    return advice(self)
 
   @property
   def time_advice(self) -> str | None:
@@ -110,7 +118,7 @@ class Plan:
     if self.schedule is None or not self.schedule.cycles:
       return None
     share = self.schedule.products / self.schedule.cycles
-    return time_advice(share, self.memory_class, self.remat, self.saved_bits)
+    return time_advice(share, self)
 
   def row(self) -> dict[str, Any]:
     """As JSON: sizes in MiB (2**20 bytes), FLOPs in 1e9."""

@@ -260,7 +260,9 @@ def test_described_backbones_are_those_that_are_loaded(backbone, tmp_path):
   ('products', 'facts', 'told'),
   [
     (60.0, {}, '60% of its cycles are of products: storing residuals takes time'),
-    (60.0, {'saved_bits': 4}, 'packing residuals takes time'),
+    (60.0, {'saved_bits': 4}, 'packing residuals takes time, of which recomputing'),
+    (60.0, {'saved_bits': 4, 'remat': True}, 'packing residuals takes time'),
+    (60.0, {'remat': 'packed'}, 'coding the inputs of blocks takes time'),
     (60.0, {'remat': True}, 'the rest is of norms, softmax'),
     (60.0, {'memory_class': NO_BACKPROP}, 'the rest is of norms, softmax'),
     (90.0, {}, '90% of its cycles are of products; to take less time, a method without'),
@@ -275,6 +277,35 @@ def test_what_costs_time_is_named(uncompiled, products, facts, told):
   assert told in timed.time_advice and timed.row()['time_advice'] == timed.time_advice
   text = str(result.Plans([timed]))
   assert told in text and '100.0 + 7' in text and '3,072' in text and 'Mcycles' in text
+
+
+@pytest.mark.parametrize(
+  ('facts', 'told', 'left_out'),
+  [
+    ({'weights': 9e9}, 'in bfloat16 (model.param_dtype) or in 4 bits', 'more chips'),
+    ({'weights': 9e9, 'narrow': True}, 'hold the backbone in 4 bits', 'bfloat16'),
+    ({'weights': 9e9, 'storage': 'nf4', 'backbone': 'fsdp'}, 'over more chips', 'nf4'),
+    ({'optimizer': 9e9, 'theta': 4e9}, 'less state (lion, adafactor), hold its state', 'more'),
+    ({'optimizer': 9e9, 'theta': 9e9}, '(lora, lst), hold its state in host memory', 'lion'),
+    ({'optimizer': 9e9, 'theta': 4e9, 'offload': True, 'devices': 2}, 'over more chips', 'host'),
+    ({'temp': 9e9}, 'recompute blocks in the backward pass (--remat', 'packed4'),
+    ({'temp': 9e9, 'saved_bits': 4}, 'from inputs in 8 or 4 bits', 'in the backward pass'),
+    ({'temp': 9e9, 'remat': True}, 'from inputs in 8 or 4 bits', 'in the backward pass'),
+    ({'temp': 9e9, 'remat': 'packed'}, 'take a smaller batch', 'recompute'),
+  ],
+)
+def test_nothing_is_proposed_that_is_already_on(uncompiled, facts, told, left_out):
+  found = jpeft.plan(vit(), 'lora', IMAGES, target='cpu')[0]
+  plan = dataclasses.replace(found, **facts)
+  assert told in plan.advice and left_out not in plan.advice
+  assert told in str(result.Plans([plan]))
+
+
+@pytest.mark.parametrize(
+  ('method', 'bits'), [('lora', None), ('lora_packed', 4), ('s2a', 4), ('head2toe', None)]
+)
+def test_a_plan_knows_what_a_method_stores_in_few_bits(uncompiled, method, bits):
+  assert jpeft.plan(vit(), method, IMAGES, target='cpu')[0].saved_bits == bits
 
 
 # ---- The command.

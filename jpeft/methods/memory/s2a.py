@@ -71,7 +71,7 @@ def packed(
       run = residuals.compressed(fn, bits, operand_bits, _is_unrolled(call.site))
     return run(arrays, *args, **kwargs)
 
-  return at(blocks, Call(name, apply))
+  return at(blocks, Call(name, apply, saved_bits=bits))
 
 
 @factory
@@ -129,7 +129,7 @@ class _S2A:
   name: str
 
   def method(self) -> Method:
-    return at(self.blocks, Call(self.name, self.apply, self.init))
+    return at(self.blocks, Call(self.name, self.apply, self.init, saved_bits=self.bits))
 
   def init(self, key, site: Site, arrays) -> dict:
     """Starts as the backbone: B and W2 are zero."""
