@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 from jax.extend import core as jex
 
 from jpeft.programs import variables
@@ -11,6 +12,8 @@ from .activations import Activation, find_activations, is_float
 from .codes import decode, encode
 
 _PRODUCTS = {'dot_general', 'conv_general_dilated', 'ragged_dot_general'}
+# Of a wide array, one number for many: cheap to store, and a pass over the array to compute again.
+_REDUCTIONS = {'reduce_sum', 'reduce_max', 'reduce_min'}
 # Programs of their own, or expensive to compute again: their outputs are stored.
 _OPAQUE = {
   'scan',
@@ -51,10 +54,13 @@ class Storage:
   Attributes:
     aval: its shape and dtype.
     bits: of codes in groups; None for the value as it is.
+    once: whether it is unpacked once, before any of the products that read it. Fused into each of
+      them, unpacking costs a TPU more than the pass that it saves.
   """
 
   aval: Any
   bits: int | None
+  once: bool = False
 
   def pack(self, x):
     if self.bits is None:
@@ -64,7 +70,10 @@ class Storage:
   def unpack(self, packed):
     if self.bits is None:
       return packed
-    return decode(packed, self.aval.shape, self.aval.dtype, self.bits)
+    value = decode(packed, self.aval.shape, self.aval.dtype, self.bits)
+    if self.once:
+      value = jax.lax.optimization_barrier(value)
+    return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,12 +121,13 @@ def choose(jaxpr, n_weights: int, bits: int, operand_bits: int) -> Choice:
       outs = [v for v in eqn.outvars if v in active]
       anchors |= dict.fromkeys(_followed(v, consumers, finished) for v in outs)
 
-  operands = _sources(jaxpr, again, {*anchors, *jaxpr.invars})
   widest = _widest(inputs)
+  anchors |= dict.fromkeys(_statistics(jaxpr, again, active, widest))
+  operands = _sources(jaxpr, again, {*anchors, *jaxpr.invars})
 
   def storage(variable) -> Storage:
     if variable in operands:
-      return _storage(variable, widest, operand_bits)
+      return dataclasses.replace(_storage(variable, widest, operand_bits), once=True)
     return _storage(variable, widest, bits)
 
   return Choice(
@@ -148,9 +158,13 @@ def _widest(inputs) -> int:
 
 def _storage(variable, widest: int, bits: int) -> Storage:
   """How a value is stored: as it is, if it is small beside the widest input."""
-  if not is_float(variable) or variable.aval.size * _SMALL <= widest:
+  if not is_float(variable) or _is_small(variable, widest):
     return Storage(variable.aval, None)
   return Storage(variable.aval, bits)
+
+
+def _is_small(variable, widest: int) -> bool:
+  return variable.aval.size * _SMALL <= widest
 
 
 def _active(jaxpr, inputs) -> set:
@@ -175,6 +189,25 @@ def _of_activations(eqn, active: set) -> bool:
   """Whether an equation is a product of activations, which is computed again."""
   operands = variables(eqn.invars)
   return eqn.primitive.name in _PRODUCTS and len(operands) > 1 and set(operands) <= active
+
+
+def _statistics(jaxpr, again: list, active: set, widest: int) -> list:
+  """The small results of sums and maxima over wide arrays, such as those of a norm.
+
+  Not of what follows from products that are computed again, such as the sums of a softmax: XLA
+  would make these in a pass of their own, where it has them within a product.
+  """
+  found = []
+  again = {v for eqn in again for v in eqn.outvars}
+  for eqn in jaxpr.eqns:
+    if again & set(variables(eqn.invars)) and eqn.primitive.name not in _PRODUCTS:
+      again.update(eqn.outvars)
+    elif eqn.primitive.name in _REDUCTIONS:
+      (read,) = eqn.invars
+      (out,) = eqn.outvars
+      if out in active and is_float(out) and _is_small(out, widest) and not _is_small(read, widest):
+        found.append(out)
+  return found
 
 
 def _followed(variable, consumers: dict, finished: set):

@@ -102,10 +102,39 @@ def encode(x: jax.Array, bits: int = 4) -> Grouped:
   start = low.astype(jnp.float32)
   step = ((high - start) / most).astype(jnp.bfloat16)
   scale = 1 / jnp.where(step > 0, step, 1).astype(jnp.float32)
+  planes = [_rounded(*plane, most) for plane in _planes(cut, bits, groups, start, scale)]
+  if len(planes) == 1:
+    packed = pack(cut.together(planes[0]), bits)
+  else:
+    packed = _joined([cut.together(codes) for codes in planes], bits)
+  return Grouped(packed, step.squeeze(cut.axis), low.squeeze(cut.axis))
+
+
+def _rounded(groups: jax.Array, start: jax.Array, scale: jax.Array, most: int) -> jax.Array:
+  """The nearest code of each value, as integers of 32 bits."""
   # A division a group, not one a value; truncation of what is above zero rounds down.
   raised = (groups.astype(jnp.float32) - start) * scale + 0.5
-  codes = jnp.clip(raised, 0, most).astype(jnp.int32)
-  return Grouped(pack(cut.together(codes), bits), step.squeeze(cut.axis), low.squeeze(cut.axis))
+  return jnp.clip(raised, 0, most).astype(jnp.int32)
+
+
+def _planes(cut: '_Cut', bits: int, *arrays: jax.Array) -> list[list[jax.Array]]:
+  """The parts of arrays along their features of which `pack` has one a byte's place.
+
+  Coded apart, and then put together, they are one pass over memory; codes of all features, packed
+  later, are two.
+  """
+  count = 8 // bits
+  if cut.axis == -1 or cut.merged[-1] % count:
+    count = 1
+  return [list(parts) for parts in zip(*(jnp.split(x, count, -1) for x in arrays), strict=True)]
+
+
+def _joined(planes: list[jax.Array], bits: int) -> jax.Array:
+  """`pack` of codes that are in their planes already."""
+  packed = planes[0]
+  for place, plane in enumerate(planes[1:], 1):
+    packed = packed | (plane << (bits * place))
+  return packed.astype(jnp.uint8)
 
 
 def decode(grouped: Grouped, shape: tuple[int, ...], dtype, bits: int = 4) -> jax.Array:
