@@ -60,6 +60,7 @@ from .peft_folder import (
   read_folder,
   tied_head,
 )
+from .peft_kin import KIN, Adapted, Making, config_of, making_of
 from .peft_names import NEW, UNWRAPPED, Arrays, Fold, joined, layers_of, module_of
 from .peft_prompts import ROWS, read_rows, taken_apart, write_rows
 
@@ -84,10 +85,10 @@ def save_adapter(
 ) -> None:
   """Writes theta as peft does: of one method, and of modules trained whole beside it.
 
-  The method is LoRA, DoRA, VeRA, (IA)^3, prompt tuning, or prefix tuning of a decoder. Norms that
-  are trained without any of them are written as peft's LN_TUNING, and rows of a table as
-  TRAINABLE_TOKENS. VeRA of kernels of several shapes, each around a random pair of its own, is
-  written as VeRA of as many times the rank around one.
+  The method is LoRA, DoRA, VeRA, (IA)^3, prompt tuning, prefix tuning of a decoder, or one of
+  `peft_kin`, such as LoHa. Norms that are trained without any of them are written as peft's
+  LN_TUNING, and rows of a table as TRAINABLE_TOKENS. VeRA of kernels of several shapes, each
+  around a random pair of its own, is written as VeRA of as many times the rank around one.
 
   Rules at different sites may differ in rank and scale: the folder says so in rank_pattern and
   alpha_pattern. A start that takes the matrix apart (PiSSA, OLoRA) is written as LoRA of twice the
@@ -145,6 +146,7 @@ class _Content:
     tensors: {name in the file: array}.
     kind: peft_type of the folder.
     adapted: {module: (rank, alpha)} of LoRA and DoRA.
+    kin: {module: its kind and hyperparameters} of kinds with tensors of their own.
     scaled: {module: whether its outputs are scaled} of (IA)^3.
     whole: modules that are trained whole.
     norms: those of them that are norms, of LN_TUNING.
@@ -158,6 +160,7 @@ class _Content:
   kind: str
   tensors: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   scaled: dict[str, bool] = dataclasses.field(default_factory=dict)
+  kin: dict[str, Making] = dataclasses.field(default_factory=dict)
   adapted: dict[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
   whole: set[str] = dataclasses.field(default_factory=set)
   norms: set[str] = dataclasses.field(default_factory=set)
@@ -179,7 +182,7 @@ def _content(
   """What theta is in a folder."""
   prompts, title, sites, theta = taken_apart(theta)
   _check_places(arrays, theta)
-  content = _Content(_kind(theta, arrays, prompts))
+  content = _Content(_kind(theta, arrays, prompts, tuned))
   if prompts is not None:
     if tuned is None:
       raise ValueError(f'save_adapter: give tuned=, which says what {title!r} does with its rows')
@@ -206,6 +209,10 @@ def _content(
     if not adapts:
       trained[where] = keys, layers_of(values, place)
       continue
+    making = _making(tuned, name, path)
+    if making is not None:
+      _add_kin(content, making, place, [module_of(key) for key in keys], values)
+      continue
     if _is_vera(values):
       rule = _drawing_rule(tuned, name, path)
       pairs.add(rule, place, [module_of(key) for key in keys], values)
@@ -214,6 +221,8 @@ def _content(
     _add_factors(content, arrays, where, values, keys, scale, rslora)
   if content.kind == VERA:
     pairs.write(content)
+  if content.kin:
+    content.told = config_of(content.kin)
   _add_trained(content, arrays, trained)
   return content
 
@@ -228,7 +237,7 @@ def _check_places(arrays: Arrays, theta: Mapping) -> None:
       )
 
 
-def _kind(theta: Mapping, arrays: Arrays, prompts: str | None) -> str:
+def _kind(theta: Mapping, arrays: Arrays, prompts: str | None, tuned: Tuned | None) -> str:
   """peft_type of the folder that holds theta, beside prompts or a prefix if there are some.
 
   Raises:
@@ -236,9 +245,12 @@ def _kind(theta: Mapping, arrays: Arrays, prompts: str | None) -> str:
   """
   kinds = set() if prompts is None else {prompts}
   norms = tables = False
-  for _, path, array, values in _entries(theta):
+  for name, path, array, values in _entries(theta):
     place, _ = arrays.places[f'{path}/{array}']
-    if _is_scales(values, place):
+    making = _making(tuned, name, path)
+    if making is not None:
+      kinds.add(making.kind)
+    elif _is_scales(values, place):
       kinds.add('(IA)^3')
     elif not isinstance(values, Mapping):
       norms = norms or _is_norm(place)
@@ -249,8 +261,10 @@ def _kind(theta: Mapping, arrays: Arrays, prompts: str | None) -> str:
     elif _is_vera(values):
       kinds.add('VeRA')
     else:
+      listed = ', '.join(kin.factory for kin in KIN.values())
       raise ValueError(
-        f'theta holds {", ".join(values)} for {path!r}: an adapter folder holds LoRA or DoRA'
+        f'theta holds {", ".join(values)} for {path!r}: an adapter folder holds LoRA or DoRA, or '
+        f'with tuned= one of {listed}'
       )
   if len(kinds) > 1:
     raise ValueError(
@@ -268,6 +282,36 @@ def _kind(theta: Mapping, arrays: Arrays, prompts: str | None) -> str:
     'theta holds neither LoRA nor DoRA, VeRA, (IA)^3, prompts, a prefix, norms or rows of a table: '
     'an adapter folder is of one of them'
   )
+
+
+def _making(tuned: Tuned | None, name: str, path: str) -> Making | None:
+  """The kind and hyperparameters of the rule of a name at a site, if peft has tensors for it."""
+  if tuned is None:
+    return None
+  for rule, site in tuned.rules:
+    if (rule.name, site.path) == (name, path) and isinstance(rule, Weight):
+      return making_of(rule)
+  return None
+
+
+def _add_kin(
+  content: _Content, making: Making, place: Place, modules: Sequence[str], values: Mapping
+) -> None:
+  """Adds the tensors of one array.
+
+  Raises:
+    ValueError: peft has no such adapter of the array, or there are two.
+  """
+  kin = making.kin
+  if len(place.shape) != 2:
+    raise ValueError(f'{kin.factory} of {place.path!r}: it is written of linear layers alone')
+  split = {part: layers_of(values[part], place) for part in values if part in kin.parts}
+  for number, module in enumerate(modules):
+    if module in content.kin:
+      raise ValueError(f'theta has {kin.factory} twice at {module!r}: a folder holds one')
+    content.kin[module] = making
+    tensors = kin.theirs({part: layers[number] for part, layers in split.items()})
+    content.tensors |= {f'{module}.{kin.parts[part]}': x for part, x in tensors.items()}
 
 
 def _is_vera(values: Mapping) -> bool:
@@ -528,7 +572,12 @@ def _add_trained(content: _Content, arrays: Arrays, trained: Mapping) -> None:
   for path, (_, keys) in arrays.places.items():
     for key in keys:
       owned.setdefault(module_of(key), set()).add(path)
-  adapted = {*content.adapted, *content.scaled, *content.told.get('target_modules', ())}
+  adapted = {
+    *content.adapted,
+    *content.scaled,
+    *content.kin,
+    *content.told.get('target_modules', ()),
+  }
   for path, (keys, layers) in trained.items():
     place, _ = arrays.places[path]
     rows = _rows_of(content, arrays, path, layers)
@@ -606,7 +655,7 @@ def _adapter_config(
 ) -> dict[str, Any]:
   """The values of adapter_config.json."""
   task = _task_type(content, arrays)
-  targets = sorted(content.norms or content.scaled or content.adapted)
+  targets = sorted(content.norms or content.scaled or content.kin or content.adapted)
   config: dict[str, Any] = {
     'peft_type': content.kind,
     'task_type': task,
@@ -675,7 +724,12 @@ def _task_type(content: _Content, arrays: Arrays) -> str | None:
     return None
   head = {path: (place, keys) for path, (place, keys) in arrays.places.items() if place.head}
   modules = {module_of(key) for _, keys in head.values() for key in keys}
-  adapted = {*content.adapted, *content.scaled, *content.told.get('target_modules', ())}
+  adapted = {
+    *content.adapted,
+    *content.scaled,
+    *content.kin,
+    *content.told.get('target_modules', ()),
+  }
   if modules & adapted:
     return None
   if not modules & content.whole and content.kind not in PROMPTS:
@@ -725,7 +779,10 @@ def _draws(rule: Weight, said: Any) -> bool:
 
 def _matrix(folder: Folder, where: str) -> Any:
   """What a folder says of each layer of a matrix; None if it is trained whole."""
-  return folder.factors.get(where) or folder.scales.get(where) or folder.vectors.get(where)
+  for found in (folder.factors, folder.scales, folder.vectors, folder.kin):
+    if where in found:
+      return found[where]
+  return None
 
 
 def _check_outputs(
@@ -826,6 +883,10 @@ def _as_rules(
     place, _ = arrays.places[where]
     entries = {part: jnp.asarray(joined([v.parts[part] for v in ordered], place)) for part in 'de'}
     rules.setdefault(SHARED, {}).setdefault(site, {})[array] = entries
+  for where, adapted in found.kin.items():
+    making, values = _of_kin(found, arrays, where, adapted)
+    site, _, array = where.rpartition('/')
+    rules.setdefault(making, {}).setdefault(site, {})[array] = values
   for where, whole in _whole(found, arrays).items():
     site, _, array = where.rpartition('/')
     kind = 'modules'
@@ -836,7 +897,8 @@ def _as_rules(
     kind = PREFIX_TUNING if config['peft_type'] == PREFIX_TUNING else PROMPT_TUNING
     read = read_rows(found.where, kind, found.rows, config, arrays)
     rules[kind] = jax.tree.map(jnp.asarray, read)
-  titles = {kind: _title(kind, name, pairs) for kind in rules}
+  makings = [kind for kind in rules if isinstance(kind, Making)]
+  titles = {kind: _title(kind, name, pairs, makings) for kind in rules}
   method = _method(rules, titles, config, found.pair)
   theta: dict[str, dict] = {}
   for kind, sites in rules.items():
@@ -861,6 +923,27 @@ def _assembled(
     part: jnp.asarray(joined([parts[part] for parts in padded], place), jnp.float32)
     for part in padded[0]
   }
+
+
+def _of_kin(
+  found: Folder, arrays: Arrays, where: str, layers: Mapping[int, Adapted]
+) -> tuple[Making, dict[str, jax.Array]]:
+  """(the kind and hyperparameters of a rule, its theta) of all layers of an array.
+
+  Raises:
+    ValueError: layers of a stack differ in their hyperparameters.
+  """
+  ordered = _complete(found, arrays, where, layers)
+  making = ordered[0].making
+  for other in ordered:
+    if other.making != making:
+      raise ValueError(
+        f'{found.where} has {dict(other.making.told)} at {other.module!r} and {dict(making.told)} '
+        f'at {ordered[0].module!r}, which share a rule: load the backbone with scan=False'
+      )
+  each = [adapted.theta(found.where) for adapted in ordered]
+  place, _ = arrays.places[where]
+  return making, {part: jnp.asarray(joined([t[part] for t in each], place)) for part in each[0]}
 
 
 def _padded(factors: Factors, rank: int, scale: float) -> dict[str, np.ndarray]:
@@ -914,6 +997,8 @@ def _method(rules: Mapping, titles: Mapping, config: Mapping, pair: Mapping) -> 
     elif kind == SHARED:
       projections = jnp.asarray(pair['a']), jnp.asarray(pair['b'])
       methods.append(vera(config['r'], targets, projections=projections, name=titles[kind]))
+    elif isinstance(kind, Making):
+      methods.append(kind.method(targets, titles[kind]))
     elif kind == PREFIX_TUNING:
       methods.append(prefix(config['num_virtual_tokens'], targets=targets, name=titles[kind]))
     elif kind == PROMPT_TUNING:
@@ -930,10 +1015,14 @@ def _method(rules: Mapping, titles: Mapping, config: Mapping, pair: Mapping) -> 
   return chain(*methods)
 
 
-def _title(kind: Any, name: str | None, pairs: Sequence) -> str:
+def _title(kind: Any, name: str | None, pairs: Sequence, makings: Sequence[Making]) -> str:
   """The name of a rule: the first of several ranks has that of the adapter, others add theirs."""
   if kind in (OUTPUTS, INPUTS):
     return name or 'ia3'
+  if isinstance(kind, Making):
+    number = makings.index(kind)
+    own = name or kind.kin.factory
+    return own if number == 0 else f'{own}_{number + 1}'
   named = {SHARED: 'vera', PREFIX_TUNING: 'prefix', PROMPT_TUNING: 'prompt_tuning'}
   if kind in named:
     return name or named[kind]

@@ -31,6 +31,9 @@ READ = (
   'trainable_token_indices',
   'token_indices',
   'num_virtual_tokens',
+  'alpha',
+  'decompose_both',
+  'decompose_factor',
 )
 # What makes no difference to what is computed from the tensors: who made them, how they were
 # trained, and which modules were picked (the tensors have their names).
@@ -56,6 +59,11 @@ WITHOUT_EFFECT = (
   'runtime_config',
   'megatron_core',
   'qalora_group_size',
+  'hira_dropout',
+  'rank_dropout',
+  'rank_dropout_scale',
+  'module_dropout',
+  'use_effective_conv2d',  # of convolutions, whose tensors tell it by their shapes
 )
 # What has to be unused, and why.
 UNUSED = {
@@ -92,13 +100,17 @@ _OF_PROMPTS = (
 )
 KNOWN = (*READ, *WITHOUT_EFFECT, *UNUSED, *_OF_IA3, *_OF_VERA, *_OF_PROMPTS)
 LORA, IA3, LN_TUNING, VERA, TOKENS = 'LORA', 'IA3', 'LN_TUNING', 'VERA', 'TRAINABLE_TOKENS'
+LOHA, LOKR, HIRA = 'LOHA', 'LOKR', 'HIRA'
 PROMPT_TUNING, P_TUNING, PREFIX_TUNING = 'PROMPT_TUNING', 'P_TUNING', 'PREFIX_TUNING'
 PROMPTS = (PROMPT_TUNING, P_TUNING, PREFIX_TUNING)
-KINDS = (LORA, IA3, LN_TUNING, VERA, TOKENS, *PROMPTS)
+KINDS = (LORA, IA3, LN_TUNING, VERA, TOKENS, LOHA, LOKR, HIRA, *PROMPTS)
 # What a config of each kind must have.
 _NEEDED = {
   LORA: {'r', 'lora_alpha'},
   VERA: {'r'},
+  LOHA: {'r', 'alpha'},
+  LOKR: {'r', 'alpha'},
+  HIRA: {'r'},
   TOKENS: {'token_indices'},
   **dict.fromkeys(PROMPTS, {'num_virtual_tokens'}),
 }
@@ -108,6 +120,9 @@ _SCHEMA = {
   'peft_type?': str,
   'r?': (int, None),
   'lora_alpha?': (float, None),
+  'alpha?': (float, None),
+  'decompose_both?': (bool, None),
+  'decompose_factor?': int,
   'rank_pattern?': ({str: int}, None),
   'alpha_pattern?': ({str: float}, None),
   'bias?': str,
@@ -202,9 +217,9 @@ def rank_of(config: Mapping, module: str) -> int:
   return _of(config.get('rank_pattern'), module, config['r'])
 
 
-def alpha_of(config: Mapping, module: str) -> float:
-  """The alpha that a config has for a module."""
-  return _of(config.get('alpha_pattern'), module, config['lora_alpha'])
+def alpha_of(config: Mapping, module: str, field: str = 'lora_alpha') -> float:
+  """The alpha that a config has for a module, in a field that some kinds call otherwise."""
+  return _of(config.get('alpha_pattern'), module, config[field])
 
 
 def scaled(rank: int, alpha: float, rslora: bool) -> float:

@@ -26,6 +26,7 @@ from .peft_config import (
   scaled,
   start_of,
 )
+from .peft_kin import KIN, Adapted, Making
 from .peft_names import BASE, UNWRAPPED, Arrays, Fold, module_of
 from .peft_prompts import ROWS
 
@@ -181,6 +182,7 @@ class Folder:
     factors: {path of an array: {layer: its factors}}.
     scales: {path of an array: {layer: its scales}}.
     vectors: {path of an array: {layer: its vectors}}.
+    kin: {path of an array: {layer: what is said of it}}, of kinds with tensors of their own.
     pair: a [largest fan_in, r] and b [r, largest fan_out] that the vectors share.
     whole: {path of an array: {layer: array}} of what was trained whole.
     rows: `prompt_embeddings` of prompts and prefixes; else None.
@@ -190,6 +192,7 @@ class Folder:
   factors: dict[str, dict[int, Factors]] = dataclasses.field(default_factory=dict)
   scales: dict[str, dict[int, Scales]] = dataclasses.field(default_factory=dict)
   vectors: dict[str, dict[int, Vectors]] = dataclasses.field(default_factory=dict)
+  kin: dict[str, dict[int, Adapted]] = dataclasses.field(default_factory=dict)
   pair: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   whole: dict[str, dict[int, np.ndarray]] = dataclasses.field(default_factory=dict)
   rows: np.ndarray | None = None
@@ -234,7 +237,11 @@ def read_folder(
       continue
     match = _FACTOR.fullmatch(key)
     _check_kind(where, key, bool(match), config)
-    if match:
+    kin = KIN.get(config.get('peft_type', LORA))
+    own = kin and kin.split(key)
+    if own:
+      _add_kin(found, *own, x, config, arrays)
+    elif match:
       _add_factor(found, match[1], _PART_OF[match[2]], x, config, arrays)
     elif name in _PAIR:
       found.pair[_PAIR[name]] = x.T
@@ -281,7 +288,10 @@ def _check_kind(where: Any, key: str, factor: bool, config: Mapping) -> None:
   elif 'vera_' in key:
     kind = VERA
   elif not factor:
-    return  # trained whole, beside any kind
+    kinds = [kin.kind for kin in KIN.values() if kin.split(key)]
+    if not kinds:
+      return  # trained whole, beside any kind
+    (kind,) = kinds
   told = config.get('peft_type', LORA)
   if kind != told:
     raise ValueError(f'{where}: {key!r} is of {kind}, and adapter_config.json says {told}')
@@ -297,6 +307,24 @@ def _add_factor(
     scale = scaled(rank, alpha, bool(config.get('use_rslora')))
     layers[layer] = Factors(module, rank, alpha, scale, {})
   layers[layer].parts[part] = Fold(arrays.places[path][0]).ours(part, x)
+
+
+def _add_kin(
+  found: Folder, module: str, part: str, x: np.ndarray, config: Mapping, arrays: Arrays
+) -> None:
+  path, layer = arrays.home(f'{module}.weight', found.where)
+  layers = found.kin.setdefault(path, {})
+  if layer not in layers:
+    shape = arrays.places[path][0].shape
+    kin = KIN[config['peft_type']]
+    if len(shape) != 2 or path.endswith('/embedding'):
+      raise ValueError(
+        f'{found.where}: {kin.kind} of {path!r}: kinds other than LoRA are read of linear layers '
+        'alone'
+      )
+    making = Making(kin.kind, tuple(kin.told(config, module).items()))
+    layers[layer] = Adapted(module, making, (shape[0], shape[1]), {})
+  layers[layer].parts[part] = x
 
 
 def _check_factors(found: Folder, path: str, factors: Factors, config: Mapping) -> None:
@@ -511,7 +539,12 @@ def lone_site(path: str, array: str, shape: tuple[int, int]) -> Site:
 
 
 def check_same(
-  where: Any, stored: Factors | Scales | Vectors, rule: Weight, site: Site, array: str, t: Any
+  where: Any,
+  stored: Factors | Scales | Vectors | Adapted,
+  rule: Weight,
+  site: Site,
+  array: str,
+  t: Any,
 ) -> None:
   """Raises a ValueError unless a rule makes of matrices what a folder says.
 

@@ -31,7 +31,9 @@ from .side.vqt import vqt
 from .subset.explora import explora
 from .subset.tune import bitfit, full, linear, norm, tune
 from .tokens import Tokens
+from .weight.hadamard import hira, loha
 from .weight.ia3 import ia3
+from .weight.kronecker import lokr
 from .weight.lamda import lamda
 from .weight.lora import dora, lora, lora_fa, qlora
 from .weight.paca import paca
@@ -46,6 +48,9 @@ from .weight.vera import vera, vera_pair
 
 __all__ = [
   'Entry',
+  'hira',
+  'loha',
+  'lokr',
   'REGISTRY',
   'Tokens',
   'adaptformer',

@@ -30,7 +30,9 @@ from .side.unipt import unipt, unipt_global
 from .side.vqt import vqt
 from .subset.explora import explora
 from .subset.tune import bitfit, full, linear, norm, tune
+from .weight.hadamard import hira, loha
 from .weight.ia3 import ia3
+from .weight.kronecker import lokr
 from .weight.lamda import lamda
 from .weight.lora import dora, lora, lora_fa, qlora
 from .weight.paca import paca
@@ -103,6 +105,9 @@ REGISTRY: dict[str, Entry] = {
   'peqa': Entry(peqa, '2305.14152', 'PEQA: the scales of integer kernels', storage='affine'),
   'dora': Entry(dora, '2402.09353', 'DoRA: LoRA for directions, a magnitude a column'),
   'vera': Entry(vera, '2310.11454', 'VeRA: two vectors around a shared random pair'),
+  'loha': Entry(loha, '2108.06098', 'LoHa: the entrywise product of two low-rank products'),
+  'lokr': Entry(lokr, '2309.14859', 'LoKr: the Kronecker product of two small matrices'),
+  'hira': Entry(hira, '-', 'HiRA: kernels times low-rank products, entrywise'),
   'lamda': Entry(lamda, '2406.12832', 'LaMDA: a small square between two soon frozen factors'),
   'paca': Entry(paca, '2503.01905', 'PaCA: some rows of every kernel, trained in place'),
   'ia3': Entry(ia3, '2205.05638', '(IA)^3: scales keys, values and inner activations'),

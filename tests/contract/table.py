@@ -95,6 +95,9 @@ ROWS: dict[str, Row] = {
   'peqa': Row(stored=True),
   'dora': Row(on=KERNELS),
   'vera': Row(start=0, on=KERNELS),
+  'loha': Row(start=0, on=KERNELS),
+  'lokr': Row(start=0, on=KERNELS),
+  'hira': Row(start=0, on=KERNELS),
   'ia3': Row(
     start=0,
     on=dict.fromkeys(CONVS, {'targets_out': '{depthwise}', 'targets_in': '{linear}'}),

@@ -309,6 +309,29 @@ def test_vera_around_pairs_of_its_own_opens_in_peft(name, tmp_path):
   close(reopened(name, tmp_path), ours(loaded, tuned, theta, name), 1e-5)
 
 
+# {case: a config by the names of its modules}, of kinds with tensors of their own
+KIN = {
+  'loha': lambda names: peft.LoHaConfig(r=2, alpha=3, target_modules=names),
+  'lokr': lambda names: peft.LoKrConfig(r=2, alpha=3, target_modules=names),
+  'hira': lambda names: peft.HiraConfig(r=2, target_modules=names),
+  'lokr_of_both': lambda names: peft.LoKrConfig(
+    r=1, alpha=3, target_modules=names, decompose_both=True, decompose_factor=4
+  ),
+}
+
+
+@pytest.mark.parametrize('name', ('bert', 'vit', 'llama', 't5'))
+@pytest.mark.parametrize('case', KIN)
+def test_kinds_with_tensors_of_their_own_compute_the_same_both_ways(case, name, tmp_path):
+  config = KIN[case]([PARTS[name][0], SCALED[name][1]])
+  want = trained_by(config, name, tmp_path / 'peft')
+  loaded = models.load(GOLDEN / name, scan=True)
+  tuned, theta = put_on(loaded, tmp_path / 'peft', name)
+  close(ours(loaded, tuned, theta, name), want, 1e-5)
+  jpeft.save_adapter(tmp_path / 'ours', loaded, theta, tuned=tuned)
+  close(reopened(name, tmp_path / 'ours'), want, 1e-6)
+
+
 TABLES = {'bert': 'word_embeddings', 'roberta': 'word_embeddings', 't5': 'shared'}
 TEXT = ('bert', 'roberta', 't5', 'llama', 'qwen2')
 
@@ -378,6 +401,9 @@ def test_the_fields_of_peft_are_known():
     peft.IA3Config(),
     peft.LNTuningConfig(),
     peft.VeraConfig(),
+    peft.LoHaConfig(),
+    peft.LoKrConfig(),
+    peft.HiraConfig(),
     peft.TrainableTokensConfig(),
     peft.PromptTuningConfig(),
     peft.PromptEncoderConfig(),

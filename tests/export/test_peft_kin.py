@@ -1,0 +1,136 @@
+"""Kinds of peft with tensors of their own: folders compute what the formulas of peft say.
+
+Those formulas are here once more, on the tensors of the file alone.
+"""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import jpeft
+from tests.fixtures import noisy
+from tests.methods.golden import peft
+
+FILE, CONFIG = 'adapter_model.safetensors', 'adapter_config.json'
+QUERY = 'base_model.model.bert.encoder.layer.1.attention.self.query'
+
+
+@pytest.fixture(scope='module')
+def bert(tmp_path_factory):
+  """bert(**options) -> (the loaded backbone, the arguments of a call)."""
+  folder = tmp_path_factory.mktemp('bert')
+  _, _, args = peft.bert(folder)
+  return lambda **options: (jpeft.load(folder, **options), args)
+
+
+def loha(file):
+  one = file['hada_w1_a'] @ file['hada_w1_b']
+  return 3 / 2 * one * (file['hada_w2_a'] @ file['hada_w2_b'])
+
+
+def lokr(file):
+  return 3 / 2 * np.kron(file['lokr_w1'], file['lokr_w2_a'] @ file['lokr_w2_b'])
+
+
+def lokr_of_both(file):
+  one = file['lokr_w1_a'] @ file['lokr_w1_b']
+  return 3 * np.kron(one, file['lokr_w2_a'] @ file['lokr_w2_b'])
+
+
+def hira(file):
+  return file['hira_B'] @ file['hira_A']
+
+
+# {case: (method, what is told, the change of a kernel [out, in] of a layer's tensors)}
+CASES = {
+  'loha': (jpeft.loha(2, 3, '{q}|{fc1}'), {'r': 2, 'alpha': 3}, loha),
+  'lokr': (jpeft.lokr(2, 3, '{q}|{fc1}', 2), {'r': 2, 'alpha': 3, 'decompose_factor': 2}, lokr),
+  'hira': (jpeft.hira(2, '{q}|{fc1}'), {'r': 2}, hira),
+  'lokr_of_both': (
+    jpeft.lokr(1, 3, '{q}|{fc1}', both=True),
+    {'r': 1, 'decompose_both': True, 'decompose_factor': -1},
+    lokr_of_both,
+  ),
+}
+
+
+def written(case, bert, folder, **options):
+  """(backbone, arguments, tuned, theta) of a case, which was written to a folder."""
+  method, *_ = CASES[case]
+  loaded, args = bert(**options)
+  tuned = jpeft.attach(loaded.model, method, loaded.variables, *args)
+  theta = noisy(jax.jit(tuned.init)(jax.random.key(0), loaded.variables))
+  jpeft.save_adapter(folder, loaded, theta, tuned=tuned)
+  return loaded, args, tuned, theta
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_a_folder_holds_what_the_method_computes(case, bert, tmp_path):
+  loaded, args, tuned, theta = written(case, bert, tmp_path, scan=True)
+  _, told, change = CASES[case]
+  config = json.loads((tmp_path / CONFIG).read_text())
+  assert {key: config[key] for key in told} == told
+  tensors = load_file(tmp_path / FILE)
+  of_query = {
+    key.removeprefix(f'{QUERY}.'): x for key, x in tensors.items() if key.startswith(QUERY)
+  }
+  kernel = lambda held: held['params']['encoder']['blocks']['attention']['query']['kernel'][1]
+  merged = tuned.merge(theta, loaded.variables)
+  difference = kernel(merged) - kernel(loaded.variables)
+  assert np.abs(difference).max() > 0
+  wanted = change(of_query).T
+  if case == 'hira':
+    wanted = wanted * kernel(loaded.variables)
+  np.testing.assert_allclose(difference, wanted, atol=1e-6)
+
+  method, again = jpeft.load_adapter(tmp_path, loaded)
+  opened = jpeft.attach(loaded.model, method, loaded.variables, *args)
+  trained, _ = tuned.split(theta)
+  jax.tree.map(np.testing.assert_array_equal, opened.split(again)[0], trained)
+  np.testing.assert_allclose(
+    jax.jit(opened.apply)(again, loaded.variables, *args),
+    jax.jit(tuned.apply)(theta, loaded.variables, *args),
+    atol=1e-6,
+  )
+
+
+def test_ranks_that_differ_are_told_by_patterns(bert, tmp_path):
+  loaded, args = bert()
+  method = jpeft.chain(
+    jpeft.loha(2, 3, '{q}'), jpeft.loha(3, 3, 'encoder/block_1/attention/value', name='v')
+  )
+  tuned = jpeft.attach(loaded.model, method, loaded.variables, *args)
+  theta = noisy(jax.jit(tuned.init)(jax.random.key(0), loaded.variables))
+  jpeft.save_adapter(tmp_path, loaded, theta, tuned=tuned)
+  config = json.loads((tmp_path / CONFIG).read_text())
+  assert config['rank_pattern'] == {'bert.encoder.layer.1.attention.self.value': 3}
+  method, again = jpeft.load_adapter(tmp_path, loaded)
+  assert again.keys() == {'loha', 'loha_2'}
+  opened = jpeft.attach(loaded.model, method, loaded.variables, *args)
+  np.testing.assert_allclose(
+    jax.jit(opened.apply)(again, loaded.variables, *args),
+    jax.jit(tuned.apply)(theta, loaded.variables, *args),
+    atol=1e-6,
+  )
+
+
+def test_what_such_a_folder_cannot_hold_is_told(bert, tmp_path):
+  loaded, _, tuned, theta = written('loha', bert, tmp_path / 'right')
+  with pytest.raises(ValueError, match='adapter folder holds LoRA or DoRA, or with tuned= one of'):
+    jpeft.save_adapter(tmp_path / 'out', loaded, theta)
+  tensors = load_file(tmp_path / 'right' / FILE)
+  config = json.loads((tmp_path / 'right' / CONFIG).read_text())
+
+  def refused(match, tensors=tensors, **fields):
+    save_file(tensors, tmp_path / FILE)
+    (tmp_path / CONFIG).write_text(json.dumps(config | fields))
+    with pytest.raises(ValueError, match=match):
+      jpeft.load_adapter(tmp_path, loaded)
+
+  refused(r'hada_w1_a is \[16, 2\], here \[2, 16\].* has \[3, 16\]', r=3)
+  refused('of LOHA, and adapter_config.json says LORA', peft_type='LORA', lora_alpha=4)
+  name = f'{QUERY}.hada_w2_b'
+  refused("query' lacks hada_w2_b", {key: x for key, x in tensors.items() if key != name})
