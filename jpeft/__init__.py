@@ -55,6 +55,7 @@ from jpeft.methods import (
   REGISTRY,
   Entry,
   Tokens,
+  adalora,
   adaptformer,
   bi_adaptformer,
   bi_head,
@@ -170,6 +171,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+  'adalora',
   'ANATOMIES',
   'Anatomy',
   'Bound',

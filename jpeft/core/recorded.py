@@ -16,13 +16,20 @@ from .sites import Site
 SitesOfTheta = Mapping[tuple[str, str], Site]
 
 
-def beside_output(records: Mapping[str, Any], sites: SitesOfTheta) -> dict[str, Any]:
+def beside_output(
+  records: Mapping[str, Any], sites: SitesOfTheta, of_theta: Mapping[str, list]
+) -> dict[str, Any]:
   """{name: array [layers, ...]} of `call.aux`, and under 'written' what `call.write` wrote.
+
+  Args:
+    records: of one call of the model.
+    sites: of all rules.
+    of_theta: {name: [array [layers, ...]]} of rules that give something of their theta alone.
 
   Raises:
     ValueError: layers gave arrays of unlike shapes under one name.
   """
-  values: dict[str, list] = {}
+  values = {name: list(layers) for name, layers in of_theta.items()}
   written: dict[str, dict] = {}
   for path in sorted(records, key=natural):
     for rule, by_name in records[path].get(AUX, {}).items():

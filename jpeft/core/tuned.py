@@ -310,13 +310,26 @@ class Tuned:
       out, recorded = self._traced(theta, backbone, args, kwargs, aux)
       if not aux:
         return out
-      return out, beside_output(recorded, self._sites_of_theta)
+      return out, beside_output(recorded, self._sites_of_theta, self._aux_of_theta(theta))
     except jax.errors.UnexpectedTracerError as error:
       error.add_note(
         'a rule recorded (tap, aux or write) inside a branch or a loop of the model, out of which '
         'nothing recorded comes: record outside of it'
       )
       raise
+
+  def _aux_of_theta(self, theta) -> dict[str, list]:
+    """{name: [array [layers, ...]]} of the rules that give something of their theta alone."""
+    found: dict[str, list] = {}
+    for rule, site in self.rules:
+      if not isinstance(rule, Weight) or rule.aux is None:
+        continue
+      given = rule.aux
+      for _ in site.theta_lengths:
+        given = jax.vmap(given)
+      for name, x in given(self._entry(theta, rule, site)).items():
+        found.setdefault(name, []).append(x.reshape(-1, *x.shape[len(site.theta_lengths) :]))
+    return found
 
   def apply_each(self, thetas, index: jax.Array, backbone, *args, rngs=None, **kwargs):
     """The output with a theta for each example of a batch, such as the adapter of each user.

@@ -32,6 +32,7 @@ READ = (
   'token_indices',
   'num_virtual_tokens',
   'alpha',
+  'init_r',
   'decompose_both',
   'decompose_factor',
 )
@@ -82,6 +83,16 @@ UNUSED = {
 _OF_IA3 = ('feedforward_modules', 'init_ia3_weights')  # what the shapes of the tensors tell
 # Of VeRA, whose tensors tell what these would draw.
 _OF_VERA = ('projection_prng_key', 'save_projection', 'vera_dropout', 'd_initial', 'init_weights')
+_OF_ADALORA = (  # how its budget fell in training
+  'target_r',
+  'tinit',
+  'tfinal',
+  'deltaT',
+  'beta1',
+  'beta2',
+  'orth_reg_weight',
+  'total_step',
+)
 # Of prompts, prefixes and P-tuning, whose rows are in the file as their encoders made them.
 _OF_PROMPTS = (
   'token_dim',
@@ -98,12 +109,12 @@ _OF_PROMPTS = (
   'encoder_num_layers',
   'encoder_dropout',
 )
-KNOWN = (*READ, *WITHOUT_EFFECT, *UNUSED, *_OF_IA3, *_OF_VERA, *_OF_PROMPTS)
+KNOWN = (*READ, *WITHOUT_EFFECT, *UNUSED, *_OF_IA3, *_OF_VERA, *_OF_ADALORA, *_OF_PROMPTS)
 LORA, IA3, LN_TUNING, VERA, TOKENS = 'LORA', 'IA3', 'LN_TUNING', 'VERA', 'TRAINABLE_TOKENS'
-LOHA, LOKR, HIRA = 'LOHA', 'LOKR', 'HIRA'
+LOHA, LOKR, HIRA, ADALORA = 'LOHA', 'LOKR', 'HIRA', 'ADALORA'
 PROMPT_TUNING, P_TUNING, PREFIX_TUNING = 'PROMPT_TUNING', 'P_TUNING', 'PREFIX_TUNING'
 PROMPTS = (PROMPT_TUNING, P_TUNING, PREFIX_TUNING)
-KINDS = (LORA, IA3, LN_TUNING, VERA, TOKENS, LOHA, LOKR, HIRA, *PROMPTS)
+KINDS = (LORA, IA3, LN_TUNING, VERA, TOKENS, LOHA, LOKR, HIRA, ADALORA, *PROMPTS)
 # What a config of each kind must have.
 _NEEDED = {
   LORA: {'r', 'lora_alpha'},
@@ -111,6 +122,7 @@ _NEEDED = {
   LOHA: {'r', 'alpha'},
   LOKR: {'r', 'alpha'},
   HIRA: {'r'},
+  ADALORA: {'init_r', 'lora_alpha'},
   TOKENS: {'token_indices'},
   **dict.fromkeys(PROMPTS, {'num_virtual_tokens'}),
 }
@@ -123,7 +135,8 @@ _SCHEMA = {
   'alpha?': (float, None),
   'decompose_both?': (bool, None),
   'decompose_factor?': int,
-  'rank_pattern?': ({str: int}, None),
+  'rank_pattern?': ({str: (int, [bool])}, None),
+  'init_r?': int,
   'alpha_pattern?': ({str: float}, None),
   'bias?': str,
   'use_rslora?': (bool, None),

@@ -5,6 +5,7 @@ what peft computes by both. peft keeps matrices as torch does, [fan_out, fan_in]
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpeft.core import Leaf, Method, Site, Sites, Weight
-from jpeft.methods import hira, loha, lokr
+from jpeft.methods import adalora, hira, loha, lokr
 
-from .peft_config import HIRA, LOHA, LOKR, alpha_of, rank_of
+from .peft_config import ADALORA, HIRA, LOHA, LOKR, alpha_of, rank_of
 
 Tensors = Mapping[str, np.ndarray]
 # Hyperparameters of a factory: ((name, value), ...).
@@ -120,7 +121,8 @@ class Adapted:
       ValueError: tensors are missing, or are of other shapes than the config says.
     """
     kin = self.making.kin
-    wanted = _shapes(self.making, self.shape)
+    begun = _start(self.making, self.shape)
+    wanted = {part: x.shape for part, x in begun.items()}
     missing = [kin.parts[part] for part in wanted if part in kin.parts and part not in self.parts]
     if missing:
       raise ValueError(f'{where}: {self.module!r} lacks {", ".join(sorted(missing))}')
@@ -132,18 +134,17 @@ class Adapted:
           f'{where}: {self.module}.{kin.parts[part]} is {list(self.parts[part].shape)}, here '
           f'{list(np.shape(x))}, and by adapter_config.json a kernel {list(self.shape)} {say}'
         )
-    return found
+    return {**begun, **found}
 
 
-def _shapes(making: Making, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-  """The shapes of theta of one kernel."""
+@functools.cache
+def _start(making: Making, shape: tuple[int, int]) -> dict[str, np.ndarray]:
+  """theta of one kernel at the start: what is state beside the tensors stays so."""
   ((_, rule),) = making.method('', 'adapter')
   leaf = Leaf(shape, jnp.dtype('float32'), 'dot_general', ins=(0,))
   site = Site('', '', {'kernel': leaf}, {}, None, (), (), (), None, None, (), {}, Sites())
-  begun = jax.eval_shape(
-    lambda: rule.init(jax.random.key(0), site, {'kernel': jnp.zeros(shape, jnp.float32)})
-  )
-  return {part: x.shape for part, x in begun['kernel'].items()}
+  begun = rule.init(jax.random.key(0), site, {'kernel': jnp.zeros(shape, jnp.float32)})
+  return {part: np.asarray(x) for part, x in begun['kernel'].items()}
 
 
 def making_of(rule: Weight) -> Making | None:
@@ -310,4 +311,59 @@ _HIRA = Kin(
 )
 
 
-KIN = {kin.kind: kin for kin in (_LOHA, _LOKR, _HIRA)}
+# ---- AdaLoRA.
+
+
+def _adalora_told(config: Mapping, module: str) -> dict[str, Any]:
+  if not config:
+    return {'rank': None, 'alpha': None}
+  rank, alpha = config['init_r'], config['lora_alpha']
+  return {'rank': rank, 'alpha': alpha if alpha > 0 else rank}
+
+
+def _adalora_fields(told: Mapping) -> dict[str, Any]:
+  return {
+    'init_r': told['rank'],
+    'lora_alpha': told['alpha'],
+    'lora_dropout': 0.0,
+    'fan_in_fan_out': False,
+    'init_lora_weights': True,
+    'total_step': 1,  # peft opens no folder without it
+    'tinit': 0,
+    'tfinal': 0,
+  }
+
+
+def _adalora_change(tensors: Tensors, w: np.ndarray, told: Mapping) -> np.ndarray:
+  scale = told['alpha'] / (told['rank'] + 1e-5)
+  return w + scale * tensors['b'] @ (tensors['e'] * tensors['a'])
+
+
+def _adalora_ours(tensors: Tensors, told: Mapping) -> dict[str, np.ndarray]:
+  """peft leaves out of the file what rank_pattern leaves out."""
+  left_out = max(0, told['rank'] - len(tensors['a']))
+  return {
+    'a': np.pad(tensors['a'].T, ((0, 0), (0, left_out))),
+    'e': np.pad(tensors['e'][:, 0], (0, left_out)),
+    'b': np.pad(tensors['b'].T, ((0, left_out), (0, 0))),
+  }
+
+
+def _adalora_theirs(t: Tensors) -> dict[str, np.ndarray]:
+  return {**_transposed({'a': t['a'], 'b': t['b']}), 'e': t['e'][:, None]}
+
+
+_ADALORA = Kin(
+  ADALORA,
+  adalora,
+  {'a': 'lora_A', 'e': 'lora_E', 'b': 'lora_B'},
+  _adalora_told,
+  _adalora_fields,
+  _adalora_change,
+  {},
+  _adalora_ours,
+  _adalora_theirs,
+)
+
+
+KIN = {kin.kind: kin for kin in (_LOHA, _LOKR, _HIRA, _ADALORA)}

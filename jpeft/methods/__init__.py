@@ -31,6 +31,7 @@ from .side.vqt import vqt
 from .subset.explora import explora
 from .subset.tune import bitfit, full, linear, norm, tune
 from .tokens import Tokens
+from .weight.adalora import adalora
 from .weight.hadamard import hira, loha
 from .weight.ia3 import ia3
 from .weight.kronecker import lokr
@@ -47,6 +48,7 @@ from .weight.ssf import ssf
 from .weight.vera import vera, vera_pair
 
 __all__ = [
+  'adalora',
   'Entry',
   'hira',
   'loha',

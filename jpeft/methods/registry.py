@@ -30,6 +30,7 @@ from .side.unipt import unipt, unipt_global
 from .side.vqt import vqt
 from .subset.explora import explora
 from .subset.tune import bitfit, full, linear, norm, tune
+from .weight.adalora import adalora
 from .weight.hadamard import hira, loha
 from .weight.ia3 import ia3
 from .weight.kronecker import lokr
@@ -99,6 +100,7 @@ REGISTRY: dict[str, Entry] = {
   ),
   'bi_lora': Entry(bi_lora, '2307.16867', 'LoRA with weights of one bit'),
   'lora_fa': Entry(lora_fa, '2308.03303', 'LoRA-FA: LoRA whose first factor stays as drawn'),
+  'adalora': Entry(adalora, '2303.10512', 'AdaLoRA: singular triplets, the least of which go'),
   'qlora': Entry(
     qlora, '2305.14314', 'QLoRA: LoRA on every linear map of a 4-bit backbone', storage='nf4_double'
   ),

@@ -91,6 +91,7 @@ ROWS: dict[str, Row] = {
     },
   ),
   'lora_fa': Row(start=0, on=KERNELS),
+  'adalora': Row(start=0, on=KERNELS),
   'qlora': Row(start=0, on=KERNELS),
   'peqa': Row(stored=True),
   'dora': Row(on=KERNELS),

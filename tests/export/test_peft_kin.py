@@ -44,11 +44,16 @@ def hira(file):
   return file['hira_B'] @ file['hira_A']
 
 
+def adalora(file):
+  return 3 / 2 * file['lora_B'] @ (file['lora_E'] * file['lora_A'])
+
+
 # {case: (method, what is told, the change of a kernel [out, in] of a layer's tensors)}
 CASES = {
   'loha': (jpeft.loha(2, 3, '{q}|{fc1}'), {'r': 2, 'alpha': 3}, loha),
   'lokr': (jpeft.lokr(2, 3, '{q}|{fc1}', 2), {'r': 2, 'alpha': 3, 'decompose_factor': 2}, lokr),
   'hira': (jpeft.hira(2, '{q}|{fc1}'), {'r': 2}, hira),
+  'adalora': (jpeft.adalora(2, 1, 3, '{q}|{fc1}'), {'init_r': 2, 'lora_alpha': 3}, adalora),
   'lokr_of_both': (
     jpeft.lokr(1, 3, '{q}|{fc1}', both=True),
     {'r': 1, 'decompose_both': True, 'decompose_factor': -1},
@@ -115,6 +120,24 @@ def test_ranks_that_differ_are_told_by_patterns(bert, tmp_path):
     jax.jit(tuned.apply)(theta, loaded.variables, *args),
     atol=1e-6,
   )
+
+
+def test_triplets_that_peft_left_out_are_zero(bert, tmp_path):
+  loaded, _, _, theta = written('adalora', bert, tmp_path)
+  tensors = load_file(tmp_path / FILE)
+  cut = {'lora_A': np.s_[1:], 'lora_E': np.s_[1:], 'lora_B': np.s_[:, 1:]}
+  for part, kept in cut.items():
+    name = f'{QUERY}.{part}'
+    tensors[name] = np.ascontiguousarray(tensors[name][kept])
+  save_file(tensors, tmp_path / FILE)
+  config = json.loads((tmp_path / CONFIG).read_text())
+  config['rank_pattern'] = {f'{QUERY}.lora_E'.removeprefix('base_model.model.'): [False, True]}
+  (tmp_path / CONFIG).write_text(json.dumps(config))
+  _, again = jpeft.load_adapter(tmp_path, loaded)
+  t = again['adalora']['encoder/block_1/attention/query']['kernel']
+  of_file = theta['adalora']['encoder/block_1/attention/query']['kernel']
+  assert t['e'][1] == 0 and t['e'][0] == of_file['e'][1]
+  np.testing.assert_array_equal(t['a'][:, 0], of_file['a'][:, 1])
 
 
 def test_what_such_a_folder_cannot_hold_is_told(bert, tmp_path):

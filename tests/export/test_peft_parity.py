@@ -314,6 +314,9 @@ KIN = {
   'loha': lambda names: peft.LoHaConfig(r=2, alpha=3, target_modules=names),
   'lokr': lambda names: peft.LoKrConfig(r=2, alpha=3, target_modules=names),
   'hira': lambda names: peft.HiraConfig(r=2, target_modules=names),
+  'adalora': lambda names: peft.AdaLoraConfig(
+    init_r=3, lora_alpha=5, target_modules=names, total_step=9
+  ),
   'lokr_of_both': lambda names: peft.LoKrConfig(
     r=1, alpha=3, target_modules=names, decompose_both=True, decompose_factor=4
   ),
@@ -403,6 +406,7 @@ def test_the_fields_of_peft_are_known():
     peft.VeraConfig(),
     peft.LoHaConfig(),
     peft.LoKrConfig(),
+    peft.AdaLoraConfig(total_step=9),
     peft.HiraConfig(),
     peft.TrainableTokensConfig(),
     peft.PromptTuningConfig(),

@@ -243,6 +243,7 @@ VISION = {
   'spt': ('--config.method.budget=600', '--config.method.step=50', '--config.method.rank=1'),
   'bi_adaptformer': ('--config.method.bottleneck=4',),
   'bi_lora': ('--config.method.rank=4',),
+  'adalora': ('--config.method.rank=4', '--config.method.every=2'),
   'paca': ('--config.method.rank=4',),
   'lamda': ('--config.method.rank=4',),
   'pst': ('--config.method.rank=4',),
