@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .generator import Generator
-from .rules import Method, Rule
+from .rules import Method, Rule, Weight
 from .sites import Site
 
 # A schedule has run its course, and the equality of factories does not see theta.
@@ -54,6 +54,8 @@ def _frozen(rule: Rule, theta: Mapping[str, Any]) -> Rule:
       )
     return layer
 
+  if isinstance(rule, Weight):
+    rule = dataclasses.replace(rule, penalty=None)
   generator = rule.generator
   if generator is not None:
     kept = _frozen_generator(rule.name, generator, sites)

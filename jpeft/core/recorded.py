@@ -17,19 +17,19 @@ SitesOfTheta = Mapping[tuple[str, str], Site]
 
 
 def beside_output(
-  records: Mapping[str, Any], sites: SitesOfTheta, of_theta: Mapping[str, list]
+  records: Mapping[str, Any], sites: SitesOfTheta, penalties: Mapping[str, list]
 ) -> dict[str, Any]:
   """{name: array [layers, ...]} of `call.aux`, and under 'written' what `call.write` wrote.
 
   Args:
     records: of one call of the model.
     sites: of all rules.
-    of_theta: {name: [array [layers, ...]]} of rules that give something of their theta alone.
+    penalties: {name: [numbers of layers]} of rules.
 
   Raises:
     ValueError: layers gave arrays of unlike shapes under one name.
   """
-  values = {name: list(layers) for name, layers in of_theta.items()}
+  values = {name: list(layers) for name, layers in penalties.items()}
   written: dict[str, dict] = {}
   for path in sorted(records, key=natural):
     for rule, by_name in records[path].get(AUX, {}).items():

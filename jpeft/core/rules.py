@@ -139,8 +139,8 @@ class Weight(_Made):
       the field of that name takes. When: a number of updates, or below 1 a share of all.
     loss: (loss, run) -> (value, out): what is minimised in place of loss(out), where run(**takes)
       is one pass over the batch and gives (out, aux), and loss a `TaskLoss`; see `Tuned.objective`.
-    aux: t -> {name: array}, of one layer: what stands beside the output with `aux=True`, as what a
-      Call gives by `call.aux` does, so that `loss` can read it.
+    penalty: t -> a number, of one layer: the mean over all layers of the rule's name is added to
+      what is minimised.
     memory: what the backward pass must keep of the backbone, one of MEMORY_CLASSES.
     head: the rule makes the model's prediction itself, so that no other head has to be trained.
     layers: which layers the rule acts in, see `at`; None for all.
@@ -163,7 +163,7 @@ class Weight(_Made):
   edit: Callable[..., Any] | None = None
   stages: Stages = ()
   loss: Callable[..., Any] | None = None
-  aux: Callable[..., dict] | None = None
+  penalty: Callable[..., jax.Array] | None = None
   memory: str = FULL_CROSSING
   head: bool = False
   layers: Layers | None = None

@@ -310,7 +310,7 @@ class Tuned:
       out, recorded = self._traced(theta, backbone, args, kwargs, aux)
       if not aux:
         return out
-      return out, beside_output(recorded, self._sites_of_theta, self._aux_of_theta(theta))
+      return out, beside_output(recorded, self._sites_of_theta, self._penalties(theta))
     except jax.errors.UnexpectedTracerError as error:
       error.add_note(
         'a rule recorded (tap, aux or write) inside a branch or a loop of the model, out of which '
@@ -318,17 +318,17 @@ class Tuned:
       )
       raise
 
-  def _aux_of_theta(self, theta) -> dict[str, list]:
-    """{name: [array [layers, ...]]} of the rules that give something of their theta alone."""
+  def _penalties(self, theta) -> dict[str, list]:
+    """{'penalty of NAME': [numbers of layers]} of the rules that have one."""
     found: dict[str, list] = {}
     for rule, site in self.rules:
-      if not isinstance(rule, Weight) or rule.aux is None:
+      if not isinstance(rule, Weight) or rule.penalty is None:
         continue
-      given = rule.aux
+      of_layers = rule.penalty
       for _ in site.theta_lengths:
-        given = jax.vmap(given)
-      for name, x in given(self._entry(theta, rule, site)).items():
-        found.setdefault(name, []).append(x.reshape(-1, *x.shape[len(site.theta_lengths) :]))
+        of_layers = jax.vmap(of_layers)
+      numbers = of_layers(self._entry(theta, rule, site))
+      found.setdefault(_penalty_of(rule), []).append(jnp.reshape(numbers, -1))
     return found
 
   def apply_each(self, thetas, index: jax.Array, backbone, *args, rngs=None, **kwargs):
@@ -380,7 +380,12 @@ class Tuned:
   @property
   def has_loss(self) -> bool:
     """Whether the method says what training minimises, beside the task's loss."""
-    return any(rule.loss is not None for rule, _ in self.rules)
+    own = any(rule.loss is not None for rule, _ in self.rules)
+    return own or any(rule.penalty is not None for rule in self._weights)
+
+  @property
+  def _weights(self) -> list[Weight]:
+    return [rule for rule, _ in self.rules if isinstance(rule, Weight)]
 
   def objective(
     self, run: Callable, loss: Callable, between: Callable = divergence
@@ -395,7 +400,8 @@ class Tuned:
         classes if left out. Methods that learn from a pass of their own read it (`TaskLoss`).
 
     Returns:
-      value: `loss(output)`, or what the method makes of it (`loss=` of a rule).
+      value: `loss(output)`, or what the method makes of it (`loss=` of a rule), and the penalties
+        of rules.
       output: of the pass that counts for metrics.
       aux: of all passes, the last one's where several give the same; for `write_back`.
     """
@@ -413,6 +419,9 @@ class Tuned:
     else:
       out, _ = recorded()
       value = loss(out)
+    penalties = {_penalty_of(rule) for rule in self._weights if rule.penalty is not None}
+    for name in sorted(penalties):
+      value = value + jnp.mean(together[name])
     return value, out, together
 
   def _kwargs_of_model(self, kwargs: dict) -> dict:
@@ -622,3 +631,8 @@ def _layer_keys(key, site: Site):
   if not site.axes:
     return key
   return site.choose(jax.random.split(key, site.lengths))
+
+
+def _penalty_of(rule: Rule) -> str:
+  """What the penalties of the layers of a rule are called beside the output."""
+  return f'penalty of {rule.name}'

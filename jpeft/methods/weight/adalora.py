@@ -119,6 +119,10 @@ def adalora(
 
     return state._replace(theta=_mapped(masked, theta, chosen))
 
+  def penalty(arrays):
+    distances = [_distance(t[part], part) for t in arrays.values() for part in 'ab']
+    return orth * sum(distances) / len(distances)
+
   rule = matrix(
     name,
     init,
@@ -127,8 +131,7 @@ def adalora(
     fixed=(*_MEANS, *_DOUBTS, 'kept'),
     requires=required(dropout),
     edit=edit,
-    loss=_Penalised(orth, name) if orth else None,
-    aux=_Penalty(name) if orth else None,
+    penalty=penalty if orth else None,
   )
   return at(targets, rule)
 
@@ -213,17 +216,6 @@ def _most_important(theta, count):
   return jax.tree.unflatten(structure, kept)
 
 
-class _Penalty:
-  """How far a and b of the kernels of a site are from orthogonal, beside the output."""
-
-  def __init__(self, name: str):
-    self.name = f'{name}_orthogonality'
-
-  def __call__(self, arrays) -> dict:
-    distances = [_distance(t[part], part) for t in arrays.values() for part in 'ab']
-    return {self.name: sum(distances) / len(distances)}
-
-
 def _distance(x, part: str):
   """|x^T x - I| of a, |x x^T - I| of b; the mean over kernels that are a batch."""
   if part == 'b':
@@ -233,15 +225,3 @@ def _distance(x, part: str):
   square = jnp.sum(jnp.square(apart), (-1, -2))
   # The root has no gradient at 0.
   return jnp.mean(jnp.sqrt(square + 1e-12))
-
-
-class _Penalised:
-  """The task's loss and the penalty."""
-
-  def __init__(self, factor: float, name: str):
-    self.factor = factor
-    self.name = f'{name}_orthogonality'
-
-  def __call__(self, loss, run):
-    out, aux = run()
-    return loss(out) + self.factor * jnp.mean(aux[self.name]), out

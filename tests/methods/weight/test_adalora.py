@@ -131,6 +131,21 @@ def test_the_penalty_is_added_once():
     apart += [np.linalg.norm(a.T @ a - np.eye(4)), np.linalg.norm(b @ b.T - np.eye(4))]
   np.testing.assert_allclose(value, jnp.sum(out) + 2 * np.mean(apart), rtol=1e-5)
   assert not attached(orth=0).has_loss
+  at_rest = jpeft.frozen(adalora(4, 2, targets='first|second'), theta)
+  assert not jpeft.attach(MODEL, at_rest, VARIABLES, X).has_loss
+
+
+def test_two_of_them_are_two_means():
+  first, second = (adalora(4, 2, targets=site, orth=1, name=site) for site in ('first', 'second'))
+  tuned = jpeft.attach(MODEL, jpeft.chain(first, second), VARIABLES, X)
+  theta = noisy(tuned.init(jax.random.key(0), VARIABLES))
+
+  def penalty(tuned, theta):
+    run = lambda: tuned.apply(theta, VARIABLES, X, aux=True)
+    return tuned.objective(run, lambda out: 0.0)[0]
+
+  alone = [penalty(tuned.only(site), {site: theta[site]}) for site in ('first', 'second')]
+  np.testing.assert_allclose(penalty(tuned, theta), sum(alone), rtol=1e-6)
 
 
 def test_counts_on_llama_7b():
