@@ -77,12 +77,24 @@ UNUSED = {
   'target_parameters': 'it adapts arrays that are no modules',
   'use_bdlora': 'BD-LoRA stores the blocks of block-diagonal factors',
   'arrow_config': 'Arrow picks an adapter for each token',
+  'coft': 'its rotations are made smaller in each call',
+  'boft_block_num': 'blocks are read by their size, boft_block_size',
   'kasa_config': 'KaSA changes the base model and has a diagonal between the factors',
 }
 # The fields of other kinds are among these and the following.
 _OF_IA3 = ('feedforward_modules', 'init_ia3_weights')  # what the shapes of the tensors tell
 # Of VeRA, whose tensors tell what these would draw.
 _OF_VERA = ('projection_prng_key', 'save_projection', 'vera_dropout', 'd_initial', 'init_weights')
+_OF_ROTATIONS = (
+  'oft_block_size',
+  'block_share',
+  'use_cayley_neumann',
+  'num_cayley_neumann_terms',
+  'boft_block_size',
+  'boft_n_butterfly_factor',
+  'boft_dropout',
+  'eps',
+)
 _OF_ADALORA = (  # how its budget fell in training
   'target_r',
   'tinit',
@@ -109,12 +121,22 @@ _OF_PROMPTS = (
   'encoder_num_layers',
   'encoder_dropout',
 )
-KNOWN = (*READ, *WITHOUT_EFFECT, *UNUSED, *_OF_IA3, *_OF_VERA, *_OF_ADALORA, *_OF_PROMPTS)
+KNOWN = (
+  *READ,
+  *WITHOUT_EFFECT,
+  *UNUSED,
+  *_OF_IA3,
+  *_OF_VERA,
+  *_OF_ADALORA,
+  *_OF_ROTATIONS,
+  *_OF_PROMPTS,
+)
 LORA, IA3, LN_TUNING, VERA, TOKENS = 'LORA', 'IA3', 'LN_TUNING', 'VERA', 'TRAINABLE_TOKENS'
 LOHA, LOKR, HIRA, ADALORA = 'LOHA', 'LOKR', 'HIRA', 'ADALORA'
+OFT, BOFT = 'OFT', 'BOFT'
 PROMPT_TUNING, P_TUNING, PREFIX_TUNING = 'PROMPT_TUNING', 'P_TUNING', 'PREFIX_TUNING'
 PROMPTS = (PROMPT_TUNING, P_TUNING, PREFIX_TUNING)
-KINDS = (LORA, IA3, LN_TUNING, VERA, TOKENS, LOHA, LOKR, HIRA, ADALORA, *PROMPTS)
+KINDS = (LORA, IA3, LN_TUNING, VERA, TOKENS, LOHA, LOKR, HIRA, ADALORA, OFT, BOFT, *PROMPTS)
 # What a config of each kind must have.
 _NEEDED = {
   LORA: {'r', 'lora_alpha'},
@@ -137,6 +159,10 @@ _SCHEMA = {
   'decompose_factor?': int,
   'rank_pattern?': ({str: (int, [bool])}, None),
   'init_r?': int,
+  'oft_block_size?': int,
+  'num_cayley_neumann_terms?': int,
+  'boft_block_size?': int,
+  'boft_n_butterfly_factor?': int,
   'alpha_pattern?': ({str: float}, None),
   'bias?': str,
   'use_rslora?': (bool, None),

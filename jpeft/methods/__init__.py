@@ -37,6 +37,7 @@ from .weight.ia3 import ia3
 from .weight.kronecker import lokr
 from .weight.lamda import lamda
 from .weight.lora import dora, lora, lora_fa, qlora
+from .weight.orthogonal import boft, oft
 from .weight.paca import paca
 from .weight.peqa import peqa
 from .weight.pst import pst
@@ -49,10 +50,12 @@ from .weight.vera import vera, vera_pair
 
 __all__ = [
   'adalora',
+  'boft',
   'Entry',
   'hira',
   'loha',
   'lokr',
+  'oft',
   'REGISTRY',
   'Tokens',
   'adaptformer',

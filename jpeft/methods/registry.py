@@ -36,6 +36,7 @@ from .weight.ia3 import ia3
 from .weight.kronecker import lokr
 from .weight.lamda import lamda
 from .weight.lora import dora, lora, lora_fa, qlora
+from .weight.orthogonal import boft, oft
 from .weight.paca import paca
 from .weight.peqa import peqa
 from .weight.pst import pst
@@ -110,6 +111,8 @@ REGISTRY: dict[str, Entry] = {
   'loha': Entry(loha, '2108.06098', 'LoHa: the entrywise product of two low-rank products'),
   'lokr': Entry(lokr, '2309.14859', 'LoKr: the Kronecker product of two small matrices'),
   'hira': Entry(hira, '-', 'HiRA: kernels times low-rank products, entrywise'),
+  'oft': Entry(oft, '2306.07280', "OFT: blocks of a kernel's inputs are rotated"),
+  'boft': Entry(boft, '2311.06243', 'BOFT: inputs are rotated by butterflies, outputs scaled'),
   'lamda': Entry(lamda, '2406.12832', 'LaMDA: a small square between two soon frozen factors'),
   'paca': Entry(paca, '2503.01905', 'PaCA: some rows of every kernel, trained in place'),
   'ia3': Entry(ia3, '2205.05638', '(IA)^3: scales keys, values and inner activations'),

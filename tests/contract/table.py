@@ -99,6 +99,8 @@ ROWS: dict[str, Row] = {
   'loha': Row(start=0, on=KERNELS),
   'lokr': Row(start=0, on=KERNELS),
   'hira': Row(start=0, on=KERNELS),
+  'oft': Row(hp={'block': 4}, on=KERNELS),
+  'boft': Row(hp={'factors': 2}, on=KERNELS),
   'ia3': Row(
     start=0,
     on=dict.fromkeys(CONVS, {'targets_out': '{depthwise}', 'targets_in': '{linear}'}),

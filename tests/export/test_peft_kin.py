@@ -48,12 +48,53 @@ def adalora(file):
   return 3 / 2 * file['lora_B'] @ (file['lora_E'] * file['lora_A'])
 
 
+def rotations(q):
+  """(I - Q) (I + Q)^-1 of one block."""
+  return (np.eye(len(q)) - q) @ np.linalg.inv(np.eye(len(q)) + q)
+
+
+def block_diagonal(blocks):
+  size = len(blocks[0])
+  found = np.zeros((size * len(blocks),) * 2)
+  for i, x in enumerate(blocks):
+    found[i * size : (i + 1) * size, i * size : (i + 1) * size] = x
+  return found
+
+
+def oft(file):
+  blocks = []
+  for numbers in file['oft_R.weight']:
+    q = np.zeros((4, 4))
+    q[np.triu_indices(4, 1)] = numbers
+    blocks.append(rotations(q - q.T))
+  return block_diagonal(blocks).T
+
+
+def oft_by_series(file):
+  q = np.zeros((8, 8))
+  q[np.triu_indices(8, 1)] = file['oft_R.weight'][0]
+  q = q - q.T
+  one = np.eye(8) + 2 * q + 2 * q @ q + 2 * q @ q @ q + q @ q @ q @ q
+  return block_diagonal([one, one]).T
+
+
+def boft(file):
+  first, second = (
+    block_diagonal([rotations((r - r.T) / 2) for r in rows]) for rows in file['boft_R']
+  )
+  moved = np.eye(16)[[0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]]
+  return (moved @ second @ moved.T @ first).T, file['boft_s']
+
+
 # {case: (method, what is told, the change of a kernel [out, in] of a layer's tensors)}
 CASES = {
   'loha': (jpeft.loha(2, 3, '{q}|{fc1}'), {'r': 2, 'alpha': 3}, loha),
   'lokr': (jpeft.lokr(2, 3, '{q}|{fc1}', 2), {'r': 2, 'alpha': 3, 'decompose_factor': 2}, lokr),
   'hira': (jpeft.hira(2, '{q}|{fc1}'), {'r': 2}, hira),
   'adalora': (jpeft.adalora(2, 1, 3, '{q}|{fc1}'), {'init_r': 2, 'lora_alpha': 3}, adalora),
+  'oft': (jpeft.oft(4, '{q}|{fc1}', terms=0), {'oft_block_size': 4, 'r': 0}, oft),
+  'oft_by_series': (jpeft.oft(targets='{q}|{fc1}', blocks=2, shared=True), {'r': 2}, oft_by_series),
+  'boft': (jpeft.boft(4, '{q}|{fc1}', 2), {'boft_n_butterfly_factor': 2}, boft),
   'lokr_of_both': (
     jpeft.lokr(1, 3, '{q}|{fc1}', both=True),
     {'r': 1, 'decompose_both': True, 'decompose_factor': -1},
@@ -86,9 +127,12 @@ def test_a_folder_holds_what_the_method_computes(case, bert, tmp_path):
   merged = tuned.merge(theta, loaded.variables)
   difference = kernel(merged) - kernel(loaded.variables)
   assert np.abs(difference).max() > 0
-  wanted = change(of_query).T
+  wanted = None if 'oft' in case else change(of_query).T
   if case == 'hira':
     wanted = wanted * kernel(loaded.variables)
+  if 'oft' in case:
+    turn, gains = change(of_query) if case == 'boft' else (change(of_query), 1)
+    wanted = (kernel(loaded.variables).T @ turn * gains).T - kernel(loaded.variables)
   np.testing.assert_allclose(difference, wanted, atol=1e-6)
 
   method, again = jpeft.load_adapter(tmp_path, loaded)

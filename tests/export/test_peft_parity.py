@@ -317,6 +317,11 @@ KIN = {
   'adalora': lambda names: peft.AdaLoraConfig(
     init_r=3, lora_alpha=5, target_modules=names, total_step=9
   ),
+  'oft': lambda names: peft.OFTConfig(oft_block_size=4, target_modules=names),
+  'oft_shared': lambda names: peft.OFTConfig(
+    r=2, oft_block_size=0, block_share=True, use_cayley_neumann=False, target_modules=names
+  ),
+  'boft': lambda names: peft.BOFTConfig(boft_block_size=4, target_modules=names),
   'lokr_of_both': lambda names: peft.LoKrConfig(
     r=1, alpha=3, target_modules=names, decompose_both=True, decompose_factor=4
   ),
@@ -406,6 +411,8 @@ def test_the_fields_of_peft_are_known():
     peft.VeraConfig(),
     peft.LoHaConfig(),
     peft.LoKrConfig(),
+    peft.OFTConfig(),
+    peft.BOFTConfig(),
     peft.AdaLoraConfig(total_step=9),
     peft.HiraConfig(),
     peft.TrainableTokensConfig(),
