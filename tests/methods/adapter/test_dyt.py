@@ -396,4 +396,6 @@ def test_the_compiled_program_has_these_flops():
     fn, shapes = forward(method, scan=False)
     counts.append(fn.trace(*shapes).lower().compile().cost_analysis()['flops'] / 2e9)
   plain, gathered = counts
-  assert 17.5 < plain < 17.8 and gathered / plain < 0.71
+  print(f'{plain:.2f} GFLOP, gathered {gathered:.2f}')
+  assert plain == pytest.approx(17.57, rel=0.02)  # XLA counts what is no product too
+  assert gathered / plain < 0.71
