@@ -135,7 +135,12 @@ ROWS: dict[str, Row] = {
   'mam': Row(start=None, cannot=NO_ATTENTION),
   'adaptformer': Row(start=0, cannot=NO_NORM2),
   'bi_adaptformer': Row(start=1e-2, cannot=NO_NORM2),
-  'dyt': Row(start=None, cannot=NO_NORM2),
+  # The head reads the class token alone, which no gate of the last block masks.
+  'dyt': Row(
+    start=None,
+    dead=(r'dyt/(.*/)?(encoder)?blocks?[/_]1/(mlp|MlpBlock_0)/(kernel|bias)',),
+    cannot=NO_NORM2,
+  ),
   'vpt_shallow': Row(
     start=None,
     cannot={**NO_TOKENS, 'linen_gemma': 'no sequence can grow or shrink'},

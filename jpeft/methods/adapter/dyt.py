@@ -16,8 +16,9 @@ theta, y and the complete one y', with M = 1 and no gate, and minimises, L being
 
   L(y) + L(y') + KL(y' without gradient, y) + 2 (mean(M) - r)^2
 
-The mean is over images, the N tokens and all layers. y' is the backbone at the start; y is not,
-since about half of the tokens skip the MLP. Evaluation is y without noise.
+The mean is over images, the N tokens and all layers. Where the head reads the class token alone,
+this last term is all that moves the gate of the last block. y' is the backbone at the start; y is
+not, since about half of the tokens skip the MLP. Evaluation is y without noise.
 
 Served, M is a mask, and no arithmetic is saved. With a budget b the MLP runs on n + ceil(b N)
 tokens of each image alone, those of the highest logits, and the others get 0. That is the same
