@@ -328,7 +328,7 @@ def test_pretraining_survives_kills_and_leaves_a_backbone(
 
   second = ('--config.method.name=lora', f'--config.model.source={tmp_path / "merged"}')
   process = start(tmp_path / 'second', *second, '--config.steps=3')
-  _, told = process.communicate(timeout=300)
+  _, told = process.communicate(timeout=600)
   assert process.returncode == 0, told
   names = {name.split('/')[0] for name in load_file(tmp_path / 'second/theta.safetensors')}
   assert names == {'lora', 'head'}
