@@ -93,6 +93,10 @@ _OF_ROTATIONS = (
   'boft_block_size',
   'boft_n_butterfly_factor',
   'boft_dropout',
+  'n_frequency',
+  'n_frequency_pattern',
+  'scaling',
+  'random_loc_seed',
   'eps',
 )
 _OF_ADALORA = (  # how its budget fell in training
@@ -133,10 +137,24 @@ KNOWN = (
 )
 LORA, IA3, LN_TUNING, VERA, TOKENS = 'LORA', 'IA3', 'LN_TUNING', 'VERA', 'TRAINABLE_TOKENS'
 LOHA, LOKR, HIRA, ADALORA = 'LOHA', 'LOKR', 'HIRA', 'ADALORA'
-OFT, BOFT = 'OFT', 'BOFT'
+OFT, BOFT, FOURIERFT = 'OFT', 'BOFT', 'FOURIERFT'
 PROMPT_TUNING, P_TUNING, PREFIX_TUNING = 'PROMPT_TUNING', 'P_TUNING', 'PREFIX_TUNING'
 PROMPTS = (PROMPT_TUNING, P_TUNING, PREFIX_TUNING)
-KINDS = (LORA, IA3, LN_TUNING, VERA, TOKENS, LOHA, LOKR, HIRA, ADALORA, OFT, BOFT, *PROMPTS)
+KINDS = (
+  LORA,
+  IA3,
+  LN_TUNING,
+  VERA,
+  TOKENS,
+  LOHA,
+  LOKR,
+  HIRA,
+  ADALORA,
+  OFT,
+  BOFT,
+  FOURIERFT,
+  *PROMPTS,
+)
 # What a config of each kind must have.
 _NEEDED = {
   LORA: {'r', 'lora_alpha'},
@@ -159,6 +177,10 @@ _SCHEMA = {
   'decompose_factor?': int,
   'rank_pattern?': ({str: (int, [bool])}, None),
   'init_r?': int,
+  'n_frequency?': int,
+  'n_frequency_pattern?': ({str: int}, None),
+  'scaling?': float,
+  'random_loc_seed?': int,
   'oft_block_size?': int,
   'num_cayley_neumann_terms?': int,
   'boft_block_size?': int,
@@ -259,6 +281,11 @@ def rank_of(config: Mapping, module: str) -> int:
 def alpha_of(config: Mapping, module: str, field: str = 'lora_alpha') -> float:
   """The alpha that a config has for a module, in a field that some kinds call otherwise."""
   return _of(config.get('alpha_pattern'), module, config[field])
+
+
+def count_of(config: Mapping, module: str) -> int:
+  """The number of frequencies that a config has for a module."""
+  return _of(config.get('n_frequency_pattern'), module, config.get('n_frequency', 1000))
 
 
 def scaled(rank: int, alpha: float, rslora: bool) -> float:

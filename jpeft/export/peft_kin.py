@@ -14,9 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpeft.core import Leaf, Method, Site, Sites, Weight
-from jpeft.methods import adalora, boft, hira, loha, lokr, oft
+from jpeft.methods import adalora, boft, drawn_places, fourierft, hira, loha, lokr, oft
 
-from .peft_config import ADALORA, BOFT, HIRA, LOHA, LOKR, OFT, alpha_of, rank_of
+from .peft_config import (
+  ADALORA,
+  BOFT,
+  FOURIERFT,
+  HIRA,
+  LOHA,
+  LOKR,
+  OFT,
+  alpha_of,
+  count_of,
+  rank_of,
+)
 
 Tensors = Mapping[str, np.ndarray]
 # Hyperparameters of a factory: ((name, value), ...).
@@ -486,4 +497,45 @@ _BOFT = Kin(
 )
 
 
-KIN = {kin.kind: kin for kin in (_LOHA, _LOKR, _HIRA, _ADALORA, _OFT, _BOFT)}
+# ---- FourierFT.
+
+
+def _fourierft_told(config: Mapping, module: str) -> dict[str, Any]:
+  return {
+    'count': count_of(config, module),
+    'scale': config.get('scaling', 150.0),
+    'seed': config.get('random_loc_seed', 777),
+  }
+
+
+def _fourierft_fields(told: Mapping) -> dict[str, Any]:
+  return {
+    'n_frequency': told['count'],
+    'scaling': told['scale'],
+    'random_loc_seed': told['seed'],
+    'fan_in_fan_out': False,
+    'init_weights': True,
+    'bias': 'none',
+  }
+
+
+def _fourierft_change(tensors: Tensors, w: np.ndarray, told: Mapping) -> np.ndarray:
+  spectrum = np.zeros(w.size)
+  spectrum[drawn_places(told['seed'], w.size, told['count'])] = tensors['c']
+  return w + told['scale'] * np.fft.ifft2(spectrum.reshape(w.shape)).real
+
+
+_FOURIERFT = Kin(
+  FOURIERFT,
+  fourierft,
+  {'c': 'fourierft_spectrum'},
+  _fourierft_told,
+  _fourierft_fields,
+  _fourierft_change,
+  {'count': 'n_frequency_pattern'},
+  _as_stored,
+  _as_stored,
+)
+
+
+KIN = {kin.kind: kin for kin in (_LOHA, _LOKR, _HIRA, _ADALORA, _OFT, _BOFT, _FOURIERFT)}

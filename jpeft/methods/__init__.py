@@ -32,6 +32,7 @@ from .subset.explora import explora
 from .subset.tune import bitfit, full, linear, norm, tune
 from .tokens import Tokens
 from .weight.adalora import adalora
+from .weight.fourierft import drawn_places, fourierft
 from .weight.hadamard import hira, loha
 from .weight.ia3 import ia3
 from .weight.kronecker import lokr
@@ -52,6 +53,7 @@ __all__ = [
   'adalora',
   'boft',
   'Entry',
+  'fourierft',
   'hira',
   'loha',
   'lokr',
@@ -67,6 +69,7 @@ __all__ = [
   'directed',
   'dist',
   'dora',
+  'drawn_places',
   'drop',
   'dyt',
   'e2vpt',

@@ -31,6 +31,7 @@ from .side.vqt import vqt
 from .subset.explora import explora
 from .subset.tune import bitfit, full, linear, norm, tune
 from .weight.adalora import adalora
+from .weight.fourierft import fourierft
 from .weight.hadamard import hira, loha
 from .weight.ia3 import ia3
 from .weight.kronecker import lokr
@@ -113,6 +114,7 @@ REGISTRY: dict[str, Entry] = {
   'hira': Entry(hira, '-', 'HiRA: kernels times low-rank products, entrywise'),
   'oft': Entry(oft, '2306.07280', "OFT: blocks of a kernel's inputs are rotated"),
   'boft': Entry(boft, '2311.06243', 'BOFT: inputs are rotated by butterflies, outputs scaled'),
+  'fourierft': Entry(fourierft, '2405.03003', 'FourierFT: an update that is a few frequencies'),
   'lamda': Entry(lamda, '2406.12832', 'LaMDA: a small square between two soon frozen factors'),
   'paca': Entry(paca, '2503.01905', 'PaCA: some rows of every kernel, trained in place'),
   'ia3': Entry(ia3, '2205.05638', '(IA)^3: scales keys, values and inner activations'),

@@ -101,6 +101,7 @@ ROWS: dict[str, Row] = {
   'hira': Row(start=0, on=KERNELS),
   'oft': Row(hp={'block': 4}, on=KERNELS),
   'boft': Row(hp={'factors': 2}, on=KERNELS),
+  'fourierft': Row(hp={'count': 8}, start=0, on=KERNELS),
   'ia3': Row(
     start=0,
     on=dict.fromkeys(CONVS, {'targets_out': '{depthwise}', 'targets_in': '{linear}'}),

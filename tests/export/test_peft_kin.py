@@ -16,6 +16,7 @@ from tests.methods.golden import peft
 
 FILE, CONFIG = 'adapter_model.safetensors', 'adapter_config.json'
 QUERY = 'base_model.model.bert.encoder.layer.1.attention.self.query'
+PLACES = [106, 204, 47, 105]
 
 
 @pytest.fixture(scope='module')
@@ -86,6 +87,13 @@ def boft(file):
   return (moved @ second @ moved.T @ first).T, file['boft_s']
 
 
+def fourierft(file):
+  """Of peft's FourierFT: torch.randperm(256) by seed 3 begins with these."""
+  spectrum = np.zeros(256)
+  spectrum[PLACES] = file['fourierft_spectrum']
+  return 90 * np.fft.ifft2(spectrum.reshape(16, 16)).real
+
+
 # {case: (method, what is told, the change of a kernel [out, in] of a layer's tensors)}
 CASES = {
   'loha': (jpeft.loha(2, 3, '{q}|{fc1}'), {'r': 2, 'alpha': 3}, loha),
@@ -95,6 +103,11 @@ CASES = {
   'oft': (jpeft.oft(4, '{q}|{fc1}', terms=0), {'oft_block_size': 4, 'r': 0}, oft),
   'oft_by_series': (jpeft.oft(targets='{q}|{fc1}', blocks=2, shared=True), {'r': 2}, oft_by_series),
   'boft': (jpeft.boft(4, '{q}|{fc1}', 2), {'boft_n_butterfly_factor': 2}, boft),
+  'fourierft': (
+    jpeft.fourierft(4, 90, '{q}|{fc1}', seed=3),
+    {'n_frequency': 4, 'scaling': 90, 'random_loc_seed': 3},
+    fourierft,
+  ),
   'lokr_of_both': (
     jpeft.lokr(1, 3, '{q}|{fc1}', both=True),
     {'r': 1, 'decompose_both': True, 'decompose_factor': -1},

@@ -322,6 +322,9 @@ KIN = {
     r=2, oft_block_size=0, block_share=True, use_cayley_neumann=False, target_modules=names
   ),
   'boft': lambda names: peft.BOFTConfig(boft_block_size=4, target_modules=names),
+  'fourierft': lambda names: peft.FourierFTConfig(
+    n_frequency=9, target_modules=names, random_loc_seed=5
+  ),
   'lokr_of_both': lambda names: peft.LoKrConfig(
     r=1, alpha=3, target_modules=names, decompose_both=True, decompose_factor=4
   ),
@@ -411,6 +414,7 @@ def test_the_fields_of_peft_are_known():
     peft.VeraConfig(),
     peft.LoHaConfig(),
     peft.LoKrConfig(),
+    peft.FourierFTConfig(),
     peft.OFTConfig(),
     peft.BOFTConfig(),
     peft.AdaLoraConfig(total_step=9),
