@@ -834,6 +834,8 @@ def load_adapter(
 ) -> tuple[Method, dict]:
   """(method, theta) of an adapter folder: LoRA, DoRA, (IA)^3, VeRA, prompts, a prefix, modules.
 
+  Further kinds, such as LoHa, OFT and AdaLoRA, are read of linear layers alone.
+
   Layers of a scanned stack share a rule: where the folder has other ranks or alphas in some of
   them, factors are padded by zeros and b is scaled.
 
@@ -843,7 +845,8 @@ def load_adapter(
     pretrained: the backbone to put it on. Of PiSSA, OLoRA, lora_bias and trained rows of a
       table its weights are read.
     name: of the adapter in theta; another for each of several that are chained. Left out it is
-      'lora', 'ia3', 'vera', 'prefix' or 'prompt_tuning', and modules saved whole are 'modules'.
+      'lora', 'ia3', 'vera', 'loha' and so on, 'prefix' or 'prompt_tuning', and modules saved whole
+      are 'modules'.
 
   Returns:
     The method to `attach` to `pretrained.model`, and its theta in float32.

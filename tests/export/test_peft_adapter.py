@@ -215,7 +215,7 @@ KEY = 'base_model.model.bert.encoder.layer.0.attention.self.query.lora_B.weight'
 @pytest.mark.parametrize(
   ('change', 'config', 'message'),
   [
-    ({}, {'peft_type': 'LOHA'}, "peft_type='LOHA' is not supported, only LORA, IA3, LN_TUNING"),
+    ({}, {'peft_type': 'MISS'}, "peft_type='MISS' is not supported, only LORA, IA3, LN_TUNING"),
     ({}, {'peft_type': 'IA3'}, "lora_A.weight' is of LORA, and adapter_config.json says IA3"),
     ({}, {'bias': 'some'}, "bias='some' is none of none, all, lora_only"),
     ({}, {'init_lora_weights': 'pissa_niter_4'}, 'have peft convert it to plain LoRA'),
