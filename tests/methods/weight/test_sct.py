@@ -105,7 +105,7 @@ def test_zero_is_the_identity(mode):
   theta = jax.jit(tuned.init)(jax.random.key(0), held)
   apply = jax.jit(tuned.apply)
   plain = jax.jit(model.apply)(held, IMAGES)
-  np.testing.assert_allclose(apply(theta, held, IMAGES), plain, rtol=1e-6)
+  np.testing.assert_allclose(apply(theta, held, IMAGES), plain, rtol=1e-6, atol=1e-6)
   assert jnp.abs(apply(noisy(theta), held, IMAGES) - plain).max() > 1e-3
 
 
