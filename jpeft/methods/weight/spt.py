@@ -100,8 +100,8 @@ def spt(
   within('spt', 'path_dropout', path_dropout, 0, 1)
   made = _Spt(budget, structured, rank, step, steps, targets, norms, dropout, path_dropout, name)
   bound = (
-    f'planned as {budget:,} single entries, the budget, in all kernels alike; which numbers are '
-    'trained depends on a pass over the training examples'
+    f'planned as all vectors of norms and single entries in all kernels alike, {budget:,}; what '
+    'is trained depends on a pass over the training examples'
   )
   preparation = Preparation(
     'chooses what is trained', made.find, made.resolved, told, size=32, batches=batches, bound=bound
@@ -141,11 +141,14 @@ class _Spt:
   # Before the pass: entries in all kernels alike.
 
   def before(self) -> Method:
-    return at(self.targets, self.kernels(self.init_before))
+    vectors = Weight(self.name, _all_vectors, _with_vectors)
+    return chain(at(self.targets, self.kernels(self.init_before)), at(self.norms, vectors))
 
   def init_before(self, key, site: Site, arrays) -> dict:
     kernels = [(one, name) for one in site.model.find(self.targets) for name in _kernels(one)]
-    count = self.budget // sum(one.layers for one, _ in kernels)
+    vectors = [one for one in site.model.find(self.norms) if one.leaves]
+    rest = self.budget - sum(one.layers * sum(_lengths(one).values()) for one in vectors)
+    count = rest // sum(one.layers for one, _ in kernels)
     t = {}
     for array in _kernels(site):
       m, n = site.leaves[array].fan_in, site.leaves[array].fan_out
@@ -366,10 +369,25 @@ class _Vectors:
     return {array: jnp.zeros(math.prod(site.leaves[array].shape)) for array in names}
 
   def apply(self, t, site: Site, arrays) -> dict:
-    return {
-      array: arrays[array] + x.reshape(arrays[array].shape).astype(arrays[array].dtype)
-      for array, x in t.items()
-    }
+    return _with_vectors(t, site, arrays)
+
+
+def _with_vectors(t, site: Site, arrays) -> dict:
+  return {
+    array: arrays[array] + x.reshape(arrays[array].shape).astype(arrays[array].dtype)
+    for array, x in t.items()
+  }
+
+
+def _all_vectors(key, site: Site, arrays) -> dict:
+  return {array: jnp.zeros(length) for array, length in _lengths(site).items()}
+
+
+def _lengths(site: Site) -> dict[str, int]:
+  """{array: numbers} of the vectors of a norm."""
+  rest = {array: leaf for array, leaf in site.leaves.items() if not leaf.is_matrix}
+  floats = {a: x for a, x in rest.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+  return {array: math.prod(leaf.shape) for array, leaf in floats.items()}
 
 
 # Of a model.

@@ -300,7 +300,8 @@ def test_before_the_pass_it_is_as_large_as_the_budget():
     x,
   )
   tuned = jpeft.attach(model, jpeft.stand_in(spt()), *shapes)
-  assert jpeft.summary(tuned).trainable == 72 * (400_000 // 72)
+  norms = 25 * 2 * 768
+  assert jpeft.summary(tuned).trainable == norms + 72 * ((400_000 - norms) // 72)
 
 
 def test_the_head_is_drawn_anew_for_the_pass():
