@@ -139,7 +139,8 @@ class _Mae:
     try:
       call(*args, **kwargs)
     except (TypeError, ValueError) as error:
-      if 'shapes' not in str(error):  # something else, which says so itself
+      of_places = ('shapes', 'knows the positions of')
+      if not any(part in str(error) for part in of_places):  # something else, which says so itself
         raise
       raise ValueError(
         'mae: the blocks of this model run on all patches of an image alone, as they know patches '

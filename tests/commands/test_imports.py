@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import jpeft
 
 
-def hira(rank: int = 2, targets: str = '{q}|{v}', name: str = 'hira'):
+def mine(rank: int = 2, targets: str = '{q}|{v}', name: str = 'mine'):
   """w * (1 + a b)."""
 
   def init(key, w):
@@ -24,7 +24,7 @@ def hira(rank: int = 2, targets: str = '{q}|{v}', name: str = 'hira'):
   return jpeft.at(targets, jpeft.matrix(name, init, lambda t, w: w * (1 + t['a'] @ t['b'])))
 
 
-jpeft.register_method('hira', hira, title='HiRA')
+jpeft.register_method('mine', mine, title='mine')
 jpeft.register_metric('constant', lambda tally: 0.25)
 '''
 
@@ -46,8 +46,8 @@ def test_a_method_of_a_config_file(config_file, images, tmp_path):
   mine, run = tmp_path / 'mine.py', tmp_path / 'run'
   mine.write_text(config_file.read_text() + HIRA)
   flags = ['--config.steps=2', '--config.eval.every=2', '--config.eval.metric=constant']
-  code, out, err = jpeft('train', f'--config={mine}:hira', *flags, f'--workdir={run}')
-  assert code == 0 and '| hira ' in out, err
+  code, out, err = jpeft('train', f'--config={mine}:mine', *flags, f'--workdir={run}')
+  assert code == 0 and '| mine ' in out, err
   assert json.loads((run / 'run.json').read_text())['imports'] == [str(mine.resolve())]
   assert json.loads((run / 'report.json').read_text())['best']['value'] == 0.25
 

@@ -333,7 +333,10 @@ def test_what_cannot_be_narrowed_is_one_sentence():
 @pytest.mark.parametrize(
   'model,problem',
   (
-    (VIT(scan=True, heads=(1, 2, 4), head_dim=4), 'these have different sizes: use scan=False'),
+    (
+      VIT(scan=True, heads=(1, 2, 4), head_dim=4),
+      'differ in their sizes or windows: use scan=False',
+    ),
     (VIT(heads=(1, 2, 4)), r'heads=\(1, 2, 4\) head_dim must say'),
     (VIT(mlp_dim=(1, 2)), r'mlp_dim=\(1, 2\) has 2 values, one a block, and there are 3'),
     (T5(heads=(1, 2, 4)), r'heads=\(1, 2, 4\) share one position bias: bias_heads must say'),
@@ -381,7 +384,7 @@ def test_a_narrow_model_is_saved_and_loaded(name, tmp_path):
     if keep is even:
       assert models.load(tmp_path, scan=True).model == narrow.clone(scan=True)
     else:
-      with pytest.raises(ValueError, match='these have different sizes: use scan=False'):
+      with pytest.raises(ValueError, match='differ in their sizes or windows: use scan=False'):
         models.load(tmp_path, scan=True)
     if keep is uneven and isinstance(narrow, models.T5):
       with pytest.raises(ValueError, match='different heads of a shared position bias'):

@@ -150,8 +150,8 @@ def test_missing_files_and_options(reviews):
     ('csv:', "unknown data set 'csv:'; did you mean 'csv:PATH'"),
     (
       'qqq',
-      "there is 'mnist5k', 'movie_sentiment', 'emoji_groups', 'phonemes', 'folder:PATH', "
-      "'lists:PATH', 'csv:PATH', 'jsonl:PATH'",
+      "there is 'mnist5k', 'movie_sentiment', 'emoji_groups', 'emoji_3d', 'animal_shapes', "
+      "'phonemes', 'folder:PATH', 'lists:PATH', 'vtab:PATH', 'fgvc:PATH', 'csv:PATH', ",
     ),
   ],
 )
