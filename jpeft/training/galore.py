@@ -88,12 +88,13 @@ def scale_by_galore(
       basis, projected = (m, r), (r, n)
     else:
       basis, projected = (n, r), (m, r)
-    zeros = jnp.zeros(projected)
     past = None
     if history is not None:
-      past = jnp.zeros((history, zeros.size))
+      past = jnp.zeros((history, projected[0] * projected[1]))
       _warn_of_history(m, n, basis, projected, history)
-    return GaLoreState(jnp.zeros((), jnp.int32), jnp.zeros(basis), zeros, zeros, past)
+    # An array each: an update is given their memory for its results.
+    mean, square = jnp.zeros(projected), jnp.zeros(projected)
+    return GaLoreState(jnp.zeros((), jnp.int32), jnp.zeros(basis), mean, square, past)
 
   def update(g, state, w=None):
     gradient = g.astype(jnp.float32)

@@ -71,6 +71,12 @@ def test_the_state_has_no_array_of_the_matrix(side, basis, projected):
     assert 2 * w.size == 90_177_536
 
 
+def test_no_two_parts_of_the_state_share_memory():
+  state = scale_by_galore(2, history=1).init(jnp.zeros((30, 40)))
+  places = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)]
+  assert len(set(places)) == len(places) == 5
+
+
 def test_the_natural_step_is_that_of_the_dense_system():
   with jax.enable_x64(True):
     history = jnp.asarray(RNG.normal(size=(5, 30)))
