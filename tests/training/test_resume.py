@@ -283,7 +283,7 @@ def test_methods_for_images_survive_kills_and_are_served(
     (tokens,) = (x for name, x in theta.items() if name.endswith('/tokens') and x.max() == 1)
     assert sorted(tokens) == [0, 0, 1, 1]
 
-  code, told = told_by('plan', f'--config={config_file}', f'--methods={method}', '--target=cpu')
+  code, told = told_by('plan', f'--config={config_file}', *more, '--target=cpu')
   assert code == 0 and method in told, told
   image = next(iter(sorted(images.rglob('*.png'))))
   code, told = told_by('predict', f'--run={killed}', f'--input={image}')
