@@ -25,7 +25,7 @@ An evaluation takes the model itself as the teacher.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -67,13 +67,8 @@ def dino(prototypes: int = 4096, width: int = WIDTH, depth: int = DEPTH) -> Meth
     ValueError: at `attach`, a model that returns no feature for each image.
   """
   rules = _Dino(prototypes, width, depth)
-  rule = Call(NAME, rules.model, rules.init, merge=_dropped, takes=('views', 'told'))
+  rule = Call(NAME, rules.model, rules.init, merge=images.not_merged, takes=('views', 'told'))
   return at('', rule)
-
-
-def _dropped(t, site, arrays) -> dict:
-  """Nothing of it is in merged weights."""
-  return {}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -219,19 +214,12 @@ def tally(outputs, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
   return {'loss': (losses(outputs['logits'], told) * kept).sum(), 'images': kept.sum()}
 
 
-def scores(
-  tally: dict[str, np.ndarray], names: Sequence[str] = (), facts: Facts = NO_FACTS
-) -> dict[str, float]:
-  """The mean loss."""
-  return {'loss': float(tally['loss'] / tally['images'])}
-
-
 DINO = Task(
   images.source,
   rows,
   example,
   tally,
-  scores,
+  images.scores,
   check=images.check,
   head=None,
   outputs=images.no_outputs,

@@ -1,7 +1,7 @@
 """What the tasks share that learn from images alone."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,3 +91,15 @@ def losses(outputs, labels):
 def objective(config, facts: Facts) -> Objective:
   """The mean of the losses that the task's parts make."""
   return Objective(losses, None, known)
+
+
+def scores(
+  tally: dict[str, np.ndarray], names: Sequence[str] = (), facts: Facts = NO_FACTS
+) -> dict[str, float]:
+  """The mean loss, from its sum over images."""
+  return {'loss': float(tally['loss'] / tally['images'])}
+
+
+def not_merged(t, site, arrays) -> dict:
+  """The `merge` of parts of a task: nothing of them is in merged weights."""
+  return {}

@@ -21,19 +21,17 @@ end. Deviations: it is smaller than the published one (8 blocks of width 512), w
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jpeft import models
 from jpeft.core import Call, Method, Site, at, chain
 from jpeft.methods import on_first
 
 from . import images
-from .task import NO_FACTS, Facts, Task
+from .task import Task
 
 NAME = 'mae'
 WIDTH, DEPTH = 256, 4  # of the decoder
@@ -71,14 +69,9 @@ def mae(hidden: float = 0.75, width: int = WIDTH, depth: int = DEPTH) -> Method:
     )
   rules = _Mae(hidden, width, depth)
   return chain(
-    at('', Call(NAME, rules.model, rules.init, merge=_dropped, takes=('hidden',))),
-    at('{stack}|{final_norm}', Call(NAME, rules.module, merge=_dropped)),
+    at('', Call(NAME, rules.model, rules.init, merge=images.not_merged, takes=('hidden',))),
+    at('{stack}|{final_norm}', Call(NAME, rules.module, merge=images.not_merged)),
   )
-
-
-def _dropped(t, site, arrays) -> dict:
-  """Nothing of it is in merged weights."""
-  return {}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -227,19 +220,12 @@ def tally(outputs, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
   return {'loss': (outputs['losses'] * kept).sum(), 'images': kept.sum()}
 
 
-def scores(
-  tally: dict[str, np.ndarray], names: Sequence[str] = (), facts: Facts = NO_FACTS
-) -> dict[str, float]:
-  """The mean loss."""
-  return {'loss': float(tally['loss'] / tally['images'])}
-
-
 MAE = Task(
   images.source,
   images.rows,
   images.example,
   tally,
-  scores,
+  images.scores,
   check=images.check,
   head=None,
   outputs=images.no_outputs,
