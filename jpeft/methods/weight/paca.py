@@ -31,9 +31,9 @@ import jax
 import jax.numpy as jnp
 
 from jpeft.core import Method, Operand, at, factory, matrix
-from jpeft.residuals import tied
 
 from ..check import choice, require, whole
+from . import changed_rows
 
 
 @factory
@@ -92,29 +92,16 @@ def _copies(shape: tuple[int, ...], fan_in: int) -> bool:
 
 
 def _product(x: Operand, w, rows, change) -> jax.Array:
-  """x w' with change [r, fan_out] added to some rows of w; kept are those columns of x."""
+  """x w' with change [r, fan_out] added to some rows of w."""
 
-  def multiplied(v, w, rows, change):
-    changed = w.at[rows].add(change.astype(w.dtype), indices_are_sorted=True, unique_indices=True)
-    return x.map(lambda _: v) @ changed
+  def changed(w, change, state):
+    change = change.astype(w.dtype)
+    return w.at[state['inputs']].add(change, indices_are_sorted=True, unique_indices=True)
 
-  def forward(v, w, rows, change):
-    columns = x.map(lambda _: v).columns(rows)
-    return multiplied(v, w, rows, change), (columns, w, rows, change)
+  def gradient(columns, g, state):
+    return jnp.dot(columns.T, g, preferred_element_type=jnp.float32)
 
-  def backward(kept, g):
-    # Tied to the cotangent: XLA could else keep the kernel of the forward pass.
-    (columns, w, rows, change), g = tied(kept, g)
-    shape = jax.ShapeDtypeStruct(x.x.shape, x.x.dtype)
-    (d_x,) = jax.linear_transpose(lambda v: multiplied(v, w, rows, change), shape)(g)
-    columns = columns.reshape(-1, columns.shape[-1])
-    d_out = g.reshape(-1, g.shape[-1])
-    d_change = jnp.dot(columns.T, d_out, preferred_element_type=jnp.float32)
-    return d_x, None, None, d_change.astype(change.dtype)
-
-  product = jax.custom_vjp(multiplied)
-  product.defvjp(forward, backward)
-  return product(x.x, w, rows, change)
+  return changed_rows.product(x, w, change, {'inputs': rows}, changed, gradient)
 
 
 # Orders of the rows of a kernel, the first to be chosen in front.

@@ -6,17 +6,18 @@ one column of x and one of the cotangent g,
   d delta_k = sum over tokens of x[:, i_k] g[:, o_k]
 
 so that the backward pass stores the columns of x that some entry reads, each once, and forms no
-gradient of the size of w. dx = g (w + D)^T.
+gradient of the size of w.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jpeft.core import Operand
+
+from . import changed_rows
 
 # Entries whose columns are multiplied at a time.
 _CHUNK = 256
@@ -51,29 +52,15 @@ def product(t: Mapping[str, jax.Array], x: Operand, w: jax.Array) -> jax.Array:
     x: the input of the layer.
     w: its kernel, which gets no gradient.
   """
+
+  def changed(w, delta, state):
+    return added({**state, 'delta': delta}, w)
+
+  def of_entries(columns, g, state):
+    return gradient(columns, g, state['at'], state['out'])
+
   state = {name: t[name] for name in ('inputs', 'at', 'out')}
-  like = jax.ShapeDtypeStruct(x.x.shape, x.x.dtype)
-
-  def multiply(v, kernel):
-    return x.multiply(v, kernel.astype(v.dtype))
-
-  @jax.custom_vjp
-  def run(v, delta, columns, kernel, state):
-    return multiply(v, added({**state, 'delta': delta}, kernel))
-
-  def forward(v, delta, columns, kernel, state):
-    return run(v, delta, columns, kernel, state), (delta, columns, kernel, state)
-
-  def backward(stored: Any, g):
-    delta, columns, kernel, state = stored
-    whole = added({**state, 'delta': delta}, kernel)
-    (dv,) = jax.linear_transpose(lambda v: multiply(v, whole), like)(g)
-    d_delta = gradient(columns, g, state['at'], state['out']).astype(delta.dtype)
-    return dv, d_delta, None, None, None
-
-  run.defvjp(forward, backward)
-  columns = jax.lax.stop_gradient(x.columns(state['inputs']))
-  return run(x.x, t['delta'], columns, jax.lax.stop_gradient(w), state)
+  return changed_rows.product(x, w, t['delta'], state, changed, of_entries)
 
 
 def gradient(columns: jax.Array, g: jax.Array, at: jax.Array, out: jax.Array) -> jax.Array:
