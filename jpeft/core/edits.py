@@ -31,6 +31,21 @@ class State(NamedTuple):
   moments: tuple[Mapping[str, Any], ...]
   steps: int | None = None
 
+  def updates(self, what: str) -> int:
+    """How many updates are made in all.
+
+    Args:
+      what: of the method depends on it, for the error.
+
+    Raises:
+      ValueError: that is not known.
+    """
+    if self.steps is None:
+      raise ValueError(
+        f'{what} depends on how many updates are made in all: give Tuned.edit the number, as steps='
+      )
+    return self.steps
+
 
 def edited(
   rules: Sequence[tuple[Rule, Site]],

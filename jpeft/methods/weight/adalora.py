@@ -105,7 +105,7 @@ def adalora(
     return y + scale * ((low * t['e']) @ t['b'])
 
   def edit(state: State, grads, step, key) -> State:
-    begin, end = _bounds(warmup, settle, state.steps, name)
+    begin, end = _bounds(warmup, settle, state, name)
     theta = _with_importance(state, grads, beta1, beta2)
     count = sum(t['e'].size for t in _kernels(theta))
     left = budget(step, begin, end, count, count // rank * target)
@@ -150,12 +150,9 @@ def budget(step, begin: int, end: int, first: int, last: int):
   return last + jnp.floor((first - last) * left**3).astype(jnp.int32)
 
 
-def _bounds(warmup: float, settle: float, steps: int | None, name: str) -> tuple[int, int]:
+def _bounds(warmup: float, settle: float, state: State, name: str) -> tuple[int, int]:
   """(the last update that keeps all triplets, that of the last choice)."""
-  if steps is None:
-    raise ValueError(
-      f'{name}: its budget falls over all updates: give their number to Tuned.edit, as steps='
-    )
+  steps = state.updates(f'{name}: its budget')
   begin, after = (int(n * steps) if n < 1 else int(n) for n in (warmup, settle))
   if begin >= steps - after:
     raise ValueError(

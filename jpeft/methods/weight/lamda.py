@@ -91,7 +91,9 @@ def lamda(
     return y + scale * (low @ factor(t).astype(low.dtype))
 
   def edit(state: State, grads, step, key) -> State:
-    length = _length(freeze, state.steps, name)
+    length = begin
+    if freeze < 1:
+      length = max(1, round(freeze * state.updates(f'{name}: freeze={freeze}')))
     count = frozen_rows(rank, length, schedule, step - 1)
     return state._replace(theta=_held_rows(state, count))
 
@@ -140,18 +142,6 @@ def frozen_rows(rank: int, length: int, schedule: str, update):
   """
   rows = rank * update if schedule == 'paper' else update
   return jnp.minimum(rank, rows // length)
-
-
-def _length(freeze: float, steps: int | None, name: str) -> int:
-  """f: a number of updates, or a share of all."""
-  if freeze >= 1:
-    return int(freeze)
-  if steps is None:
-    raise ValueError(
-      f'{name}: freeze={freeze} is a share of all updates: give their number to Tuned.edit, as '
-      'steps=, or a number of updates as freeze='
-    )
-  return max(1, round(freeze * steps))
 
 
 def _held_rows(state: State, count) -> dict:

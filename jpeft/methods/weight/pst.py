@@ -107,9 +107,7 @@ def pst(
     return product(x.x, t)
 
   def edit(state: State, grads, step, key) -> State:
-    if state.steps is None:
-      raise ValueError(f'{name}: sparsity follows the share of all updates: give Tuned.edit steps=')
-    share = share_at(step / state.steps, sparsity, begin, end)
+    share = share_at(step / state.updates(f'{name}: sparsity={sparsity}'), sparsity, begin, end)
 
     def of_site(entries):
       return {

@@ -177,7 +177,7 @@ def test_a_share_of_an_unknown_number_of_updates_is_refused():
   theta = noisy(tuned.init(jax.random.key(0), variables))
   trained, _ = tuned.split(theta)
   state = optax.adam(1e-3).init(trained)
-  with pytest.raises(ValueError, match='lamda: freeze=0.3 is a share of all updates'):
+  with pytest.raises(ValueError, match='lamda: freeze=0.3 depends on how many updates'):
     tuned.edit(theta, theta, state, trained, 1, jax.random.key(0))
   counted, _ = dense(rank=4, freeze=10)
   counted.edit(theta, theta, state, trained, 1, jax.random.key(0))
