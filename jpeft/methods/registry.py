@@ -48,6 +48,10 @@ from .weight.spt import spt
 from .weight.ssf import ssf
 from .weight.vera import vera
 
+# Keys of the method section of a configuration that are not of the factory. So is `head`; factories
+# that have a pattern of that name take it from the model's naming scheme there.
+RESERVED = ('start', 'start_head', 'saved_bits')
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
@@ -186,13 +190,20 @@ def register_method(
     storage: the 4-bit format that it is made for, if any.
 
   Raises:
-    ValueError: a name of jpeft's, or none that a config could use.
+    ValueError: a name of jpeft's, or none that a config could use; a hyperparameter called as
+      something else in the method section of a config.
     TypeError: `make()` returns no Method.
   """
   if name in REGISTRY and REGISTRY[name].module is None:
     raise ValueError(f'{name!r} is a method of jpeft: choose another name')
   if not name.isidentifier():
     raise ValueError(f'the name {name!r} of a method must be a Python identifier')
+  for taken in RESERVED:
+    if taken in inspect.signature(make).parameters:
+      raise ValueError(
+        f'{name}: no config could set the hyperparameter {taken!r}, as config.method.{taken} is '
+        'something else: give it another name'
+      )
   method = make()
   if not isinstance(method, Method):
     raise TypeError(f'{name}: make() must return a Method, not {type(method).__name__}')

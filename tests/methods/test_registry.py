@@ -1,8 +1,11 @@
 """The registry: what it says of a method, and methods from outside jpeft."""
 
+import inspect
+
 import pytest
 
 import jpeft
+from jpeft.config.schema import FIELDS
 from jpeft.methods import REGISTRY, registry
 from tests.core.small import gain, shift
 
@@ -45,12 +48,20 @@ def test_it_is_made_by_name_with_the_head(registered):
   (
     ('lora', scaled, ValueError, "'lora' is a method of jpeft"),
     ('my-method', scaled, ValueError, 'must be a Python identifier'),
+    ('mine', lambda start=1: None, ValueError, "no config could set the hyperparameter 'start'"),
     ('mine', lambda: None, TypeError, r'make\(\) must return a Method, not NoneType'),
   ),
 )
 def test_what_cannot_be_registered(registered, name, make, error, message):
   with pytest.raises(error, match=message):
     jpeft.register_method(name, make, title='')
+
+
+def test_a_config_can_set_every_hyperparameter():
+  of_configs = {key.removeprefix('method.') for key in FIELDS if key.startswith('method.')}
+  assert of_configs == {'name', 'head', *registry.RESERVED}
+  for name, entry in REGISTRY.items():
+    assert not set(registry.RESERVED) & set(inspect.signature(entry.make).parameters), name
 
 
 def test_a_method_by_name_acts_in_some_layers():

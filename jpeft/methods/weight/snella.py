@@ -66,7 +66,7 @@ _STATE = ('kept', 'importance', 'uncertainty')
 def snella(
   rank: int = 8,
   sparsity: float = 0.8,
-  start: float = 0.01,
+  sparsity_start: float = 0.01,
   every: int = 32,
   rounds: int = 100,
   targets: str = '{linear}',
@@ -78,9 +78,9 @@ def snella(
 
   Args:
     rank: r, an even number.
-    sparsity: s, the share of entries of all kernels that is left out in the end; 0, with start=0,
-      for all of K.
-    start: s_0, the share of each kernel at first.
+    sparsity: s, the share of entries of all kernels that is left out in the end; 0, with
+      sparsity_start=0, for all of K.
+    sparsity_start: s_0, the share of each kernel at first.
     every: updates in a round.
     rounds: E, after which the share is `sparsity`; every * rounds updates should fit in the run.
     targets: pattern of sites; every kernel they own is adapted, and competes.
@@ -94,8 +94,10 @@ def snella(
   """
   check_factors('snella', rank, dropout, path_dropout)
   check_share('snella', 'sparsity', sparsity)
-  check_share('snella', 'start', start)
-  require(start <= sparsity, 'snella', 'start', start, f'must not exceed sparsity={sparsity}')
+  check_share('snella', 'sparsity_start', sparsity_start)
+  within_end = sparsity_start <= sparsity
+  at_most = f'must not exceed sparsity={sparsity}'
+  require(within_end, 'snella', 'sparsity_start', sparsity_start, at_most)
   whole('snella', 'every', every, 1)
   whole('snella', 'rounds', rounds, 1)
   competes = sparsity > 0
@@ -106,7 +108,7 @@ def snella(
     t |= {'alpha': jnp.ones(()), 'gamma': jnp.ones(()), 'beta': jnp.zeros(())}
     if not competes:
       return t
-    kept = float(w.size - left_out(start, *w.shape))
+    kept = float(w.size - left_out(sparsity_start, *w.shape))
     return {**t, **means, 'kept': jnp.asarray(kept, jnp.float32)}
 
   def update(t):
@@ -130,7 +132,7 @@ def snella(
     dot,
     fixed=state,
     exact=('p', 'q', 'alpha', 'gamma', 'beta', *state),
-    edit=Competition(sparsity, start, every, rounds) if competes else None,
+    edit=Competition(sparsity, sparsity_start, every, rounds) if competes else None,
     requires=required(max(dropout, path_dropout)),
   )
   return at(targets, rule)
@@ -153,7 +155,7 @@ class Competition:
   """What happens to the state of all kernels after an update; the fields are those of `snella`."""
 
   sparsity: float
-  start: float
+  sparsity_start: float
   every: int
   rounds: int
 
@@ -230,7 +232,7 @@ def averaged(t, before, grads) -> dict:
 def budget(size: float, schedule: Competition, number) -> jax.Array:
   """V: how many of `size` entries are kept after a round."""
   left = 1 - jnp.minimum(number, schedule.rounds) / schedule.rounds
-  more = (schedule.sparsity - schedule.start) * left**3
+  more = (schedule.sparsity - schedule.sparsity_start) * left**3
   return size * (1 - schedule.sparsity + more)
 
 

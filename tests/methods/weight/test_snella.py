@@ -47,7 +47,7 @@ def kernels(theta, entry):
 
 
 def test_without_the_second_kernel_it_is_snell():
-  method = snella(rank=4, sparsity=0.6, start=0.6)
+  method = snella(rank=4, sparsity=0.6, sparsity_start=0.6)
   model, tuned, variables, theta = attached(method, depth=1)
   theta = moved(theta, 0.3)
   plain = jpeft.attach(model, snell(rank=4, sparsity=0.6), variables, IMAGES)
@@ -77,7 +77,7 @@ def test_gamma_is_guarded_and_can_leave():
 
 
 def test_the_budget_falls_from_the_start_to_the_end():
-  schedule = Competition(sparsity=0.8, start=0.01, every=1, rounds=100)
+  schedule = Competition(sparsity=0.8, sparsity_start=0.01, every=1, rounds=100)
   size = 84_934_656.0
   volumes = [float(budget(size, schedule, e)) for e in range(0, 102)]
   assert volumes[0] == pytest.approx(size * 0.99) and volumes[100] == pytest.approx(size * 0.2)
@@ -170,7 +170,7 @@ def kept_of(theta):
 @LAYOUTS
 def test_layers_compete_and_merge(fields):
   """Four kernels, a round each second update, and sparsity 0.5 after two rounds."""
-  method = snella(4, 0.5, start=0.0, every=2, rounds=2, targets='{q}|{fc1}')
+  method = snella(4, 0.5, sparsity_start=0.0, every=2, rounds=2, targets='{q}|{fc1}')
   model, tuned, variables, theta = attached(method, depth=2, **fields)
   sizes = kept_of(theta)
   assert sorted(sizes.values()) == [32 * 32, 32 * 32, 32 * 64, 32 * 64]
@@ -200,7 +200,7 @@ def test_a_stack_is_shared_out_as_its_layers():
     return {**t, 'importance': means, 'uncertainty': means, 'kept': jnp.float32(30)}
 
   layers = [layer(key) for key in jax.random.split(jax.random.key(0), 3)]
-  competition = Competition(sparsity=0.6, start=0.1, every=1, rounds=2)
+  competition = Competition(sparsity=0.6, sparsity_start=0.1, every=1, rounds=2)
   apart = competition.shared_out({str(i): {'kernel': t} for i, t in enumerate(layers)}, 1)
   stack = jax.tree.map(lambda *xs: jnp.stack(xs), *layers)
   together = competition.shared_out({'stack': {'kernel': stack}}, 1)
@@ -217,7 +217,7 @@ def test_the_counts_on_vit_base():
 
 
 def test_all_of_the_kernel_without_a_competition():
-  method = snella(rank=4, sparsity=0.0, start=0.0)
+  method = snella(rank=4, sparsity=0.0, sparsity_start=0.0)
   assert method[0][1].edit is None
   model, tuned, variables, theta = attached(method, depth=1)
   t = theta['snella']['encoder/block_0/mlp/fc1']['kernel']
@@ -233,7 +233,10 @@ def test_all_of_the_kernel_without_a_competition():
   [
     ({'rank': 5}, 'snella: rank=5 must be even'),
     ({'sparsity': 1.0}, r'snella: sparsity=1.0 must lie in \[0, 1\)'),
-    ({'sparsity': 0.1, 'start': 0.2}, 'snella: start=0.2 must not exceed sparsity=0.1'),
+    (
+      {'sparsity': 0.1, 'sparsity_start': 0.2},
+      'snella: sparsity_start=0.2 must not exceed sparsity=0.1',
+    ),
     ({'every': 0}, 'snella: every=0 must be a whole number, at least 1'),
     ({'rounds': 0}, 'snella: rounds=0 must be a whole number, at least 1'),
   ],
