@@ -1,8 +1,8 @@
 """Trained methods in the adapter folders of Hugging Face's peft and of the `adapters` library.
 
-LoRA, DoRA, VeRA, (IA)^3, norms, prompts and prefixes are written for peft; houlsby, pfeiffer,
-parallel and adaptformer for adapters. Such a folder holds adapter_config.json and a file of
-safetensors.
+LoRA, DoRA, VeRA, (IA)^3, LoHa, LoKr, HiRA, AdaLoRA, OFT, BOFT, FourierFT, VB-LoRA, RandLoRA, norms,
+prompts and prefixes are written for peft; houlsby, pfeiffer, parallel and adaptformer for adapters.
+Such a folder holds adapter_config.json and a file of safetensors.
 
     python -m jpeft.adapter --run runs/a --out adapter
 
@@ -15,10 +15,10 @@ or scanned.
 import sys
 
 from jpeft import cli, training
-from jpeft.export import BOTTLENECK_FILE, CONFIG, FILE, save_adapter
+from jpeft.export import BOTTLENECK_FILE, CONFIG, FILE, PEFT_KINDS, save_adapter
 
 # Methods that such folders hold beside those with an alpha.
-WITHOUT_ALPHA = ('ia3', 'norm', 'vera', 'prefix', 'prompt_tuning')
+WITHOUT_ALPHA = ('ia3', 'norm', 'vera', 'prefix', 'prompt_tuning', *PEFT_KINDS)
 # Methods that folders of the adapters library hold.
 BOTTLENECKS = ('houlsby', 'pfeiffer', 'parallel', 'adaptformer')
 

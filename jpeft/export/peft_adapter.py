@@ -25,7 +25,7 @@ from .peft_fields import adapter_config
 from .peft_folder import FILE, base_of, read_folder
 from .peft_names import NEW, Arrays
 from .peft_rules import as_rules
-from .peft_writing import content_of
+from .peft_writing import as_stored_in, content_of
 from .peft_written import check_run, check_written
 
 PEFT, ADAPTERS = LAYOUTS = ('peft', 'adapters')
@@ -83,7 +83,8 @@ def save_adapter(
   if tuned is not None:
     theta = tuned.expand(theta)
   folder = pathlib.Path(folder)
-  content = content_of(folder / FILE, arrays, theta, alpha, rslora, tuned)
+  kept = theta if tuned is None else as_stored_in(trained, theta, tuned)
+  content = content_of(folder / FILE, arrays, kept, alpha, rslora, tuned)
   config = adapter_config(content, arrays, rslora, base)
   start = base_of(config)
   tensors = {start + key: x for key, x in content.tensors.items()} | content.shared

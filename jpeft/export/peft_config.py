@@ -99,6 +99,20 @@ _OF_ROTATIONS = (
   'random_loc_seed',
   'eps',
 )
+# Of VB-LoRA and RandLoRA; how what they share was drawn makes no difference to what is in the file.
+_OF_SHARED = (
+  'num_vectors',
+  'vector_length',
+  'topk',
+  'save_only_topk_weights',
+  'vblora_dropout',
+  'init_vector_bank_bound',
+  'init_logits_std',
+  'randlora_alpha',
+  'randlora_dropout',
+  'sparse',
+  'very_sparse',
+)
 _OF_ADALORA = (  # how its budget fell in training
   'target_r',
   'tinit',
@@ -133,11 +147,13 @@ KNOWN = (
   *_OF_VERA,
   *_OF_ADALORA,
   *_OF_ROTATIONS,
+  *_OF_SHARED,
   *_OF_PROMPTS,
 )
 LORA, IA3, LN_TUNING, VERA, TOKENS = 'LORA', 'IA3', 'LN_TUNING', 'VERA', 'TRAINABLE_TOKENS'
 LOHA, LOKR, HIRA, ADALORA = 'LOHA', 'LOKR', 'HIRA', 'ADALORA'
 OFT, BOFT, FOURIERFT = 'OFT', 'BOFT', 'FOURIERFT'
+VBLORA, RANDLORA = 'VBLORA', 'RANDLORA'
 PROMPT_TUNING, P_TUNING, PREFIX_TUNING = 'PROMPT_TUNING', 'P_TUNING', 'PREFIX_TUNING'
 PROMPTS = (PROMPT_TUNING, P_TUNING, PREFIX_TUNING)
 KINDS = (
@@ -153,6 +169,8 @@ KINDS = (
   OFT,
   BOFT,
   FOURIERFT,
+  VBLORA,
+  RANDLORA,
   *PROMPTS,
 )
 # What a config of each kind must have.
@@ -162,6 +180,8 @@ _NEEDED = {
   LOHA: {'r', 'alpha'},
   LOKR: {'r', 'alpha'},
   HIRA: {'r'},
+  VBLORA: {'r', 'num_vectors', 'vector_length', 'topk'},
+  RANDLORA: {'r', 'randlora_alpha'},
   ADALORA: {'init_r', 'lora_alpha'},
   TOKENS: {'token_indices'},
   **dict.fromkeys(PROMPTS, {'num_virtual_tokens'}),
@@ -177,6 +197,11 @@ _SCHEMA = {
   'decompose_factor?': int,
   'rank_pattern?': ({str: (int, [bool])}, None),
   'init_r?': int,
+  'num_vectors?': int,
+  'vector_length?': int,
+  'topk?': int,
+  'save_only_topk_weights?': bool,
+  'randlora_alpha?': float,
   'n_frequency?': int,
   'n_frequency_pattern?': ({str: int}, None),
   'scaling?': float,

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .peft_bases import whole_logits
 from .peft_config import IA3, LN_TUNING, LORA, PROMPTS, VERA, start_of
 from .peft_found import Folder
 from .peft_kin import KIN
@@ -17,6 +18,7 @@ from .peft_parts import (
   add_factor,
   add_kin_part,
   add_pair,
+  add_shared,
   add_start,
   add_tokens,
   check_base,
@@ -57,6 +59,9 @@ def read_folder(
   head: dict[str, np.ndarray] = {}  # tensors of the head of a tied model, by what follows its name
   tokens: dict[str, np.ndarray] = {}  # new rows of tables, by their modules
   base = base_of(config)
+  kin = KIN.get(config.get('peft_type', LORA))
+  if config.get('save_only_topk_weights'):
+    tensors = whole_logits(where, tensors, config)
   for name, x in tensors.items():
     key = name.removeprefix(base)
     x = np.asarray(x, np.float32)
@@ -72,7 +77,11 @@ def read_folder(
       continue
     match = _FACTOR.fullmatch(key)
     check_kind(where, key, bool(match), config)
-    kin = KIN.get(config.get('peft_type', LORA))
+    part = kin and kin.shared_part(name)
+    if part:
+      if not np.array_equal(found.shared.setdefault(part, x), x):
+        raise ValueError(f'{where}: {name} differs from that of other kernels, which share it')
+      continue
     own = kin and kin.split(key)
     if own:
       add_kin_part(found, *own, x, config, arrays)
@@ -105,6 +114,7 @@ def read_folder(
       if 'bias' in factors.parts:
         add_bias(found, path, layer, factors, arrays)
   add_pair(found, config, arrays)
+  add_shared(found, kin)
   add_tokens(found, tokens, config, arrays)
   if base == UNWRAPPED and found.rows is None:
     raise ValueError(f'{where} lacks {ROWS}, the rows of {config["peft_type"]}')
@@ -123,7 +133,7 @@ def check_kind(where: Any, key: str, factor: bool, config: Mapping) -> None:
   elif 'vera_' in key:
     kind = VERA
   elif not factor:
-    kinds = [kin.kind for kin in KIN.values() if kin.split(key)]
+    kinds = [kin.kind for kin in KIN.values() if kin.split(key) or kin.shared_part(key)]
     if not kinds:
       return  # trained whole, beside any kind
     (kind,) = kinds

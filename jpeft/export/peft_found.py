@@ -19,6 +19,7 @@ class Folder:
     scales: {path of an array: {layer: its scales}}.
     vectors: {path of an array: {layer: its vectors}}.
     kin: {path of an array: {layer: what is said of it}}, of kinds with tensors of their own.
+    shared: {part: tensor} of what the kernels of one kind share.
     pair: a [largest fan_in, r] and b [r, largest fan_out] that the vectors share.
     whole: {path of an array: {layer: array}} of what was trained whole.
     rows: `prompt_embeddings` of prompts and prefixes; else None.
@@ -29,6 +30,7 @@ class Folder:
   scales: dict[str, dict[int, Scales]] = dataclasses.field(default_factory=dict)
   vectors: dict[str, dict[int, Vectors]] = dataclasses.field(default_factory=dict)
   kin: dict[str, dict[int, Adapted]] = dataclasses.field(default_factory=dict)
+  shared: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   pair: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   whole: dict[str, dict[int, np.ndarray]] = dataclasses.field(default_factory=dict)
   rows: np.ndarray | None = None

@@ -9,15 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpeft.core import Leaf, Method, Site, Sites, Weight
+from jpeft.core import Leaf, Method, Place, Site, Sites, Weight
 
+from .peft_bases import RANDLORAS, VBLORAS
 from .peft_kind import Kin, Told
 from .peft_low_rank import ADALORAS, HIRAS, LOHAS, LOKRS
 from .peft_rotations import BOFTS, OFTS
 from .peft_spectra import FOURIERFTS
 
-# {peft_type: the kind}.
-KIN = {kin.kind: kin for kin in (LOHAS, LOKRS, HIRAS, ADALORAS, OFTS, BOFTS, FOURIERFTS)}
+_ALL = LOHAS, LOKRS, HIRAS, ADALORAS, OFTS, BOFTS, FOURIERFTS, VBLORAS, RANDLORAS
+KIN = {kin.kind: kin for kin in _ALL}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +32,13 @@ class Making:
   def kin(self) -> Kin:
     return KIN[self.kind]
 
-  def method(self, targets: str, name: str) -> Method:
-    """The rule.
+  def method(self, targets: str, name: str, **given) -> Method:
+    """The rule, with further hyperparameters that no config tells.
 
     Raises:
       ValueError: hyperparameters that its factory refuses.
     """
-    return self.kin.make(targets=targets, name=name, **dict(self.told))
+    return self.kin.make(targets=targets, name=name, **dict(self.told), **given)
 
 
 @dataclasses.dataclass
@@ -49,16 +50,19 @@ class Adapted:
     making: the kind and the hyperparameters, by the config.
     shape: of w.
     parts: the tensors as they are stored, by parts of theta.
+    shared: the tensors that all kernels share, by parts.
   """
 
   module: str
   making: Making
   shape: tuple[int, int]
   parts: dict[str, np.ndarray]
+  shared: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
   def weight(self, w: np.ndarray) -> np.ndarray:
     """What peft computes in place of w."""
-    return self.making.kin.change(self.parts, w.T, dict(self.making.told)).T
+    tensors = {**self.parts, **self.shared}
+    return self.making.kin.change(tensors, w.T, dict(self.making.told)).T
 
   def probe(self) -> tuple[np.ndarray, np.ndarray]:
     """Rows and columns of w on which it is compared: all, since none stands for others."""
@@ -71,6 +75,13 @@ class Adapted:
   def cut_theta(self, theta: Any, rows: np.ndarray, columns: np.ndarray) -> Any:
     """theta of a rule for some rows and columns of w."""
     return theta
+
+  def read(self, t: Any) -> Any:
+    """What the rule reads, of theta of this matrix as it is trained."""
+    shared = self.making.kin.shared
+    if shared is None:
+      return t
+    return shared.expand(t, self.shared, dict(self.making.told))
 
   def theta(self, where: Any) -> dict[str, np.ndarray]:
     """theta of the rule for this matrix.
@@ -101,7 +112,10 @@ def _start(making: Making, shape: tuple[int, int]) -> dict[str, np.ndarray]:
   ((_, rule),) = making.method('', 'adapter')
   leaf = Leaf(shape, jnp.dtype('float32'), 'dot_general', ins=(0,))
   site = Site('', '', {'kernel': leaf}, {}, None, (), (), (), None, None, (), {}, Sites())
-  begun = rule.init(jax.random.key(0), site, {'kernel': jnp.zeros(shape, jnp.float32)})
+  key = jax.random.key(0)
+  begun = rule.init(key, site, {'kernel': jnp.zeros(shape, jnp.float32)})
+  if rule.generator is not None:
+    begun = rule.generator.start('adapter', key, {'kernel': Place(site, begun)})['kernel']
   return {part: np.asarray(x) for part, x in begun['kernel'].items()}
 
 

@@ -10,13 +10,14 @@ from jpeft.core import Method, chain
 from jpeft.methods import dora, ia3, lora, prefix, prompt_tuning, tune, vera
 
 from .peft_config import PREFIX_TUNING, PROMPT_TUNING, start_of
+from .peft_found import Folder
 from .peft_kin import Making
 
 # Names of the two forms of (IA)^3, and of VeRA, among the rules that are read.
 OUTPUTS, INPUTS, SHARED = 'outputs', 'inputs', 'shared'
 
 
-def method_of(rules: Mapping, titles: Mapping, config: Mapping, pair: Mapping) -> Method:
+def method_of(rules: Mapping, titles: Mapping, config: Mapping, found: Folder) -> Method:
   """The method whose theta this is."""
   start = start_of(config)
   options: dict[str, Any] = {'rslora': bool(config.get('use_rslora'))}
@@ -29,10 +30,12 @@ def method_of(rules: Mapping, titles: Mapping, config: Mapping, pair: Mapping) -
     if kind == OUTPUTS:
       methods.append(ia3(targets, None, name=titles[kind]))
     elif kind == SHARED:
-      projections = jnp.asarray(pair['a']), jnp.asarray(pair['b'])
+      projections = jnp.asarray(found.pair['a']), jnp.asarray(found.pair['b'])
       methods.append(vera(config['r'], targets, projections=projections, name=titles[kind]))
     elif isinstance(kind, Making):
-      methods.append(kind.method(targets, titles[kind]))
+      shared = kind.kin.shared
+      given = {} if shared is None else shared.given(found.shared)
+      methods.append(kind.method(targets, titles[kind], **given))
     elif kind == PREFIX_TUNING:
       methods.append(prefix(config['num_virtual_tokens'], targets=targets, name=titles[kind]))
     elif kind == PROMPT_TUNING:

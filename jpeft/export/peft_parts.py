@@ -7,6 +7,7 @@ import numpy as np
 from .peft_config import CONFIG, alpha_of, rank_of, rows_trained, scaled
 from .peft_found import Folder
 from .peft_kin import KIN, Adapted, Making
+from .peft_kind import Kin
 from .peft_matrices import Factors
 from .peft_names import Arrays, Fold
 
@@ -132,6 +133,25 @@ def add_pair(found: Folder, config: Mapping, arrays: Arrays) -> None:
         raise ValueError(f'{found.where}: {path!r} is not of the rank {config["r"]} of {CONFIG}')
       fan_in, fan_out = arrays.places[path][0].shape
       vectors.parts |= {'a': a[:fan_in], 'b': b[:, :fan_out]}
+
+
+def add_shared(found: Folder, kin: Kin | None) -> None:
+  """Gives each kernel of a kind what all of them share.
+
+  Raises:
+    ValueError: it is not in the folder.
+  """
+  if kin is None or kin.shared is None or not found.kin:
+    return
+  missing = [name for part, name in kin.shared.tensors.items() if part not in found.shared]
+  if missing:
+    raise ValueError(
+      f'{found.where} lacks {" and ".join(missing)}, which all kernels of {kin.kind} share: have '
+      'peft save it (save_projection=True, where there is this choice)'
+    )
+  for layers in found.kin.values():
+    for adapted in layers.values():
+      adapted.shared = found.shared
 
 
 def add_tokens(

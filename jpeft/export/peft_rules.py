@@ -58,10 +58,14 @@ def as_rules(
     rules[kind] = jax.tree.map(jnp.asarray, read)
   makings = [kind for kind in rules if isinstance(kind, Making)]
   titles = {kind: title_of(kind, name, pairs, makings) for kind in rules}
-  method = method_of(rules, titles, config, found.pair)
+  method = method_of(rules, titles, config, found)
   theta: dict[str, dict] = {}
   for kind, sites in rules.items():
     theta.setdefault(titles[kind], {}).update(sites)
+    if isinstance(kind, Making) and kind.kin.shared is not None:
+      common = kind.kin.shared.theta(found.shared)
+      if common:
+        theta[titles[kind]][''] = jax.tree.map(jnp.asarray, common)
   check_read(found, arrays, method, theta)
   return method, theta
 
@@ -151,6 +155,8 @@ def check_read(found: Folder, arrays: Arrays, method: Method, theta: Mapping) ->
     site = lone_site(path, array, (1, 1))
     rule = _acting(method, name, path)
     for layer, t in enumerate(each_layer(values, arrays, where)):
+      if isinstance(stored[layer], Adapted):
+        t = stored[layer].read(t)
       check_same(found.where, stored[layer], rule, site, array, t)
 
 

@@ -15,7 +15,7 @@ from .peft_ia3 import add_scales, is_scales, of_outputs
 from .peft_kin import KIN, Making, config_of, making_of
 from .peft_names import Arrays, layers_of, module_of
 from .peft_prompts import ROWS, taken_apart, write_rows
-from .peft_theta import check_layers, chosen_keys, entries
+from .peft_theta import check_layers, chosen_keys, entries, rule_of
 from .peft_trained import add_trained, check_shape, is_norm
 from .peft_vera import Pairs, drawing_rule, is_vera
 
@@ -29,6 +29,7 @@ def content_of(
   tuned: Tuned | None,
 ) -> Content:
   """What theta is in a folder."""
+  theta, common = _without_common(theta, tuned)
   prompts, title, sites, theta = taken_apart(theta)
   _check_places(arrays, theta)
   content = Content(kind_of(theta, arrays, prompts, tuned))
@@ -39,6 +40,7 @@ def content_of(
     content.shared[ROWS] = rows
   check_scales(theta, alpha, tuned)
   pairs = Pairs(arrays)
+  sharing: dict[str, list] = {}  # {name of a rule: (making, path, shape) of its kernels}
   trained: dict[str, tuple[Sequence[str], list[np.ndarray]]] = {}  # {path: (keys, layers)}
   for name, path, array, values in entries(theta):
     where = f'{path}/{array}'
@@ -60,7 +62,9 @@ def content_of(
       continue
     making = making_at(tuned, name, path)
     if making is not None:
-      _add_kin(content, making, place, [module_of(key) for key in keys], values)
+      modules = [module_of(key) for key in keys]
+      _add_kin(content, making, place, modules, values)
+      sharing.setdefault(name, []).append((making, path, place.shape))
       continue
     if is_vera(values):
       rule = drawing_rule(tuned, name, path)
@@ -72,8 +76,61 @@ def content_of(
     pairs.write(content)
   if content.kin:
     content.told = config_of(content.kin)
+    _add_shared(content, sharing, common, tuned)
   add_trained(content, arrays, trained)
   return content
+
+
+def as_stored_in(trained: Mapping, theta: Mapping, tuned: Tuned) -> dict:
+  """theta with the smaller trees of kinds that are stored so, and all others as rules read them.
+
+  Args:
+    trained: what `tuned.apply` takes.
+    theta: what rules read.
+    tuned: the method.
+  """
+  kept = dict(theta)
+  for rule, _ in tuned.rules:
+    making = making_of(rule) if isinstance(rule, Weight) else None
+    if making is not None and making.kin.shared is not None and rule.name in trained:
+      kept[rule.name] = trained[rule.name]
+  return kept
+
+
+def _without_common(theta: Mapping, tuned: Tuned | None) -> tuple[dict, dict[str, Mapping]]:
+  """(theta, {name: what its kernels share}) of smaller trees, which have the latter at ''."""
+  rest, common = dict(theta), {}
+  for name in tuned.generators if tuned is not None else ():
+    if '' in rest.get(name, {}):
+      rest[name] = dict(rest[name])
+      common[name] = rest[name].pop('')
+  return rest, common
+
+
+def _add_shared(
+  content: Content, sharing: Mapping[str, list], common: Mapping[str, Mapping], tuned: Tuned | None
+) -> None:
+  """Adds what the kernels of a kind share.
+
+  Raises:
+    ValueError: rules share different arrays.
+  """
+  shapes = [shape for kernels in sharing.values() for _, _, shape in kernels]
+  for name, kernels in sharing.items():
+    making, path, _ = kernels[0]
+    shared = making.kin.shared
+    if shared is None or tuned is None:
+      continue
+    rule, _ = rule_of(tuned, name, path)
+    hyper = rule.origin.hyperparameters if rule.origin else {}
+    for part, x in shared.written(hyper, common.get(name, {}), shapes).items():
+      x = np.asarray(x, np.float32)
+      known = content.shared.setdefault(shared.tensors[part], x)
+      if not np.array_equal(known, x):
+        raise ValueError(
+          f'theta has several {making.kin.factory} of different {part!r}, of which {name!r} is '
+          'one: an adapter folder has one for all kernels'
+        )
 
 
 def _check_places(arrays: Arrays, theta: Mapping) -> None:

@@ -42,15 +42,18 @@ from .weight.orthogonal import boft, oft
 from .weight.paca import paca
 from .weight.peqa import peqa
 from .weight.pst import pst
+from .weight.randlora import bases_of, randlora
 from .weight.sct import sct
 from .weight.snell import snell
 from .weight.snella import snella
 from .weight.spt import spt
 from .weight.ssf import ssf
+from .weight.vb_lora import mixed, vb_lora
 from .weight.vera import vera, vera_pair
 
 __all__ = [
   'adalora',
+  'bases_of',
   'boft',
   'Entry',
   'fourierft',
@@ -99,6 +102,7 @@ __all__ = [
   'parallel',
   'peqa',
   'pfeiffer',
+  'mixed',
   'prefix',
   'preset',
   'projected',
@@ -107,6 +111,7 @@ __all__ = [
   'qlora',
   'qst',
   'r2_tuning',
+  'randlora',
   'reconstruction_error',
   'register_method',
   's2a',
@@ -122,6 +127,7 @@ __all__ = [
   'tune',
   'unipt',
   'unipt_global',
+  'vb_lora',
   'velora',
   'vera',
   'vera_pair',

@@ -41,11 +41,13 @@ from .weight.orthogonal import boft, oft
 from .weight.paca import paca
 from .weight.peqa import peqa
 from .weight.pst import pst
+from .weight.randlora import randlora
 from .weight.sct import sct
 from .weight.snell import snell
 from .weight.snella import snella
 from .weight.spt import spt
 from .weight.ssf import ssf
+from .weight.vb_lora import vb_lora
 from .weight.vera import vera
 
 # Keys of the method section of a configuration that are not of the factory. So is `head`; factories
@@ -113,6 +115,10 @@ REGISTRY: dict[str, Entry] = {
   'peqa': Entry(peqa, '2305.14152', 'PEQA: the scales of integer kernels', storage='affine'),
   'dora': Entry(dora, '2402.09353', 'DoRA: LoRA for directions, a magnitude a column'),
   'vera': Entry(vera, '2310.11454', 'VeRA: two vectors around a shared random pair'),
+  'vb_lora': Entry(vb_lora, '2405.15179', 'VB-LoRA: LoRA mixed from one bank of short vectors'),
+  'randlora': Entry(
+    randlora, '2502.00987', 'RandLoRA: full rank, from random bases and trained diagonals'
+  ),
   'loha': Entry(loha, '2108.06098', 'LoHa: the entrywise product of two low-rank products'),
   'lokr': Entry(lokr, '2309.14859', 'LoKr: the Kronecker product of two small matrices'),
   'hira': Entry(hira, '-', 'HiRA: kernels times low-rank products, entrywise'),

@@ -219,6 +219,16 @@ ROWS: dict[str, Row] = {
       **dict.fromkeys(CONVS, {'rank': 0, 'side': 0}),
     },
   ),
+  # A bank divides both sides of every kernel.
+  'vb_lora': Row(
+    hp={'vectors': 6, 'length': 4},
+    start=1e-1,
+    on={
+      CONV: {'targets': '{conv}', 'length': 1},
+      CONVNEXT: {'targets': '{conv}|{linear}', 'length': 1},
+    },
+  ),
+  'randlora': Row(hp={'alpha': 4}, start=0, on=KERNELS),
 }
 
 

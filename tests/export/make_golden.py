@@ -1,6 +1,7 @@
 """Makes golden/<library>/<model>_<case>/ with torch, transformers 4.5x, peft and adapters.
 
-Run it as `python tests/export/make_golden.py`; the folders are committed, no test needs those
+Run it as `python tests/export/make_golden.py`, or with the names of folders of peft, which then are
+made alone, with a transformers of any age; the folders are committed, no test needs those
 packages. golden/VERSIONS says which were used. The base models and the inputs are those of
 tests/models/golden. Adapters look trained: every number of them is moved by noise.
 
@@ -13,7 +14,6 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-import adapters
 import numpy as np
 import peft
 import torch
@@ -31,6 +31,17 @@ THEIRS = {
 PEFT = {
   'lora': peft.LoraConfig(r=2, target_modules=['query', 'fc1'], modules_to_save=['classifier']),
   'dora': peft.LoraConfig(r=2, target_modules=['value', 'dense'], use_dora=True),
+}
+SHARED = {
+  'bert_vblora': peft.VBLoRAConfig(
+    r=2, num_vectors=7, vector_length=4, topk=3, target_modules=['query', 'output.dense']
+  ),
+  'bert_topk': peft.VBLoRAConfig(
+    r=2, num_vectors=7, vector_length=4, save_only_topk_weights=True, target_modules=['query']
+  ),
+  'bert_randlora': peft.RandLoraConfig(
+    r=5, randlora_alpha=2, target_modules=['query', 'output.dense']
+  ),
 }
 PROMPTS = {
   'bert_prompts': peft.PromptTuningConfig(num_virtual_tokens=3, task_type='SEQ_CLS'),
@@ -102,9 +113,11 @@ def write(folder, model, name, save):
   np.save(folder / 'logits.npy', logits(model, name))
 
 
-def of_peft():
+def of_peft(only=()):
   cases = {f'{name}_{case}': config for name in ('vit', 'dinov2') for case, config in PEFT.items()}
-  for case, config in {**cases, **PROMPTS}.items():
+  for case, config in {**cases, **PROMPTS, **SHARED}.items():
+    if only and case not in only:
+      continue
     name = case.partition('_')[0]
     model = peft.get_peft_model(base_of(name), config)
     moved(model)
@@ -112,6 +125,8 @@ def of_peft():
 
 
 def of_adapters():
+  import adapters  # it wants a transformers 4.5x
+
   for name in ('bert', 'roberta', 'vit', 't5', 'llama'):
     for case, (kind, options) in BOTTLENECKS.items():
       if options and name not in ('bert', 'vit'):
@@ -135,7 +150,9 @@ def of_adapters():
 
 
 if __name__ == '__main__':
-  of_peft()
+  of_peft(sys.argv[1:])
+  if sys.argv[1:]:
+    sys.exit()
   of_adapters()
   versions = [f'python {sys.version.split()[0]}']
   versions += [

@@ -94,6 +94,31 @@ def fourierft(file):
   return 90 * np.fft.ifft2(spectrum.reshape(16, 16)).real
 
 
+def vblora(file):
+  bank = file['base_model.vblora_vector_bank']
+
+  def pieces(name):
+    found = []
+    for logits in file[name].reshape(-1, 5):
+      kept = np.where(logits >= np.sort(logits)[-2], np.exp(logits), 0)
+      found.append(kept / kept.sum() @ bank)
+    return np.array(found).reshape(*file[name].shape[:-1], 4)
+
+  a = pieces('vblora_logits_A').reshape(2, -1)
+  b = np.concatenate([x.T for x in pieces('vblora_logits_B')])
+  return b @ a
+
+
+def randlora(file):
+  a, b = file['base_model.randlora_A'][:, 0, :16], file['base_model.randlora_B'][:16, :4]
+  assert a.shape == (5, 16) and b.shape == (16, 4, 5)
+  rows = [
+    file['randlora_lambda'][k // 4, k % 4] * a[k // 4] * file['randlora_gamma'][k % 4]
+    for k in range(20)
+  ]
+  return 3 / 5 * b.reshape(16, 20) @ np.array(rows)
+
+
 # {case: (method, what is told, the change of a kernel [out, in] of a layer's tensors)}
 CASES = {
   'loha': (jpeft.loha(2, 3, '{q}|{fc1}'), {'r': 2, 'alpha': 3}, loha),
@@ -107,6 +132,16 @@ CASES = {
     jpeft.fourierft(4, 90, '{q}|{fc1}', seed=3),
     {'n_frequency': 4, 'scaling': 90, 'random_loc_seed': 3},
     fourierft,
+  ),
+  'vblora': (
+    jpeft.vb_lora(2, 5, 4, targets='{q}|{fc1}'),
+    {'r': 2, 'num_vectors': 5, 'vector_length': 4, 'topk': 2, 'save_only_topk_weights': False},
+    vblora,
+  ),
+  'randlora': (
+    jpeft.randlora(5, 3, '{q}|{fc1}'),
+    {'r': 5, 'randlora_alpha': 3, 'save_projection': True},
+    randlora,
   ),
   'lokr_of_both': (
     jpeft.lokr(1, 3, '{q}|{fc1}', both=True),
@@ -136,6 +171,8 @@ def test_a_folder_holds_what_the_method_computes(case, bert, tmp_path):
   of_query = {
     key.removeprefix(f'{QUERY}.'): x for key, x in tensors.items() if key.startswith(QUERY)
   }
+  shared = ('base_model.vblora', 'base_model.randlora')
+  of_query |= {key: x for key, x in tensors.items() if key.startswith(shared)}
   kernel = lambda held: held['params']['encoder']['blocks']['attention']['query']['kernel'][1]
   merged = tuned.merge(theta, loaded.variables)
   difference = kernel(merged) - kernel(loaded.variables)
@@ -177,6 +214,35 @@ def test_ranks_that_differ_are_told_by_patterns(bert, tmp_path):
     jax.jit(tuned.apply)(theta, loaded.variables, *args),
     atol=1e-6,
   )
+
+
+@pytest.mark.parametrize('case,lost', (('vblora', 'vector_bank'), ('randlora', 'randlora_B')))
+def test_what_kernels_share_must_be_in_the_folder_and_one(case, lost, bert, tmp_path):
+  loaded, args, _, _ = written(case, bert, tmp_path / 'right')
+  tensors = load_file(tmp_path / 'right' / FILE)
+  (tmp_path / CONFIG).write_text((tmp_path / 'right' / CONFIG).read_text())
+  save_file({name: x for name, x in tensors.items() if lost not in name}, tmp_path / FILE)
+  with pytest.raises(ValueError, match=f'lacks base_model.*{lost}, which all kernels of'):
+    jpeft.load_adapter(tmp_path, loaded)
+  name = next(name for name in tensors if lost in name)
+  copy = name.replace('base_model', QUERY)
+  save_file(tensors | {copy: tensors[name] + 1}, tmp_path / FILE)
+  with pytest.raises(ValueError, match='differs from that of other kernels'):
+    jpeft.load_adapter(tmp_path, loaded)
+
+  makes = {'vblora': lambda i: {'std': 0.1 + i}, 'randlora': lambda i: {'seed': i}}
+  own = {'vblora': dict(vectors=5, length=4), 'randlora': {}}[case]
+  factory = {'vblora': jpeft.vb_lora, 'randlora': jpeft.randlora}[case]
+  method = jpeft.chain(
+    *(
+      factory(2, targets=role, name=role[1], **own, **makes[case](i))
+      for i, role in enumerate(('{q}', '{v}'))
+    )
+  )
+  tuned = jpeft.attach(loaded.model, method, loaded.variables, *args)
+  theta = tuned.init(jax.random.key(0), loaded.variables)
+  with pytest.raises(ValueError, match="several .* of different .*, of which 'v' is one"):
+    jpeft.save_adapter(tmp_path / 'two', loaded, theta, tuned=tuned)
 
 
 def test_triplets_that_peft_left_out_are_zero(bert, tmp_path):

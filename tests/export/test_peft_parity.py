@@ -325,6 +325,21 @@ KIN = {
   'fourierft': lambda names: peft.FourierFTConfig(
     n_frequency=9, target_modules=names, random_loc_seed=5
   ),
+  'vblora': lambda names: peft.VBLoRAConfig(
+    r=2, num_vectors=7, vector_length=4, topk=3, target_modules=names
+  ),
+  'vblora_topk': lambda names: peft.VBLoRAConfig(
+    r=2,
+    num_vectors=7,
+    vector_length=4,
+    topk=2,
+    save_only_topk_weights=True,
+    target_modules=names,
+  ),
+  'randlora': lambda names: peft.RandLoraConfig(r=3, randlora_alpha=2, target_modules=names),
+  'randlora_sparse': lambda names: peft.RandLoraConfig(
+    r=4, randlora_alpha=2, sparse=True, projection_prng_key=3, target_modules=names
+  ),
   'lokr_of_both': lambda names: peft.LoKrConfig(
     r=1, alpha=3, target_modules=names, decompose_both=True, decompose_factor=4
   ),
@@ -341,6 +356,17 @@ def test_kinds_with_tensors_of_their_own_compute_the_same_both_ways(case, name, 
   close(ours(loaded, tuned, theta, name), want, 1e-5)
   jpeft.save_adapter(tmp_path / 'ours', loaded, theta, tuned=tuned)
   close(reopened(name, tmp_path / 'ours'), want, 1e-6)
+
+
+@pytest.mark.parametrize('name', ('bert', 'vit', 'llama', 't5'))
+def test_bases_of_our_own_open_in_peft(name, tmp_path):
+  inputs, _ = golden(name)
+  loaded = models.load(GOLDEN / name, scan=True)
+  method = jpeft.randlora(3, 2, '{q}|{fc2}', seed=4)
+  tuned = jpeft.attach(loaded.model, method, loaded.variables, **inputs)
+  theta = noisy(tuned.init(jax.random.key(0), loaded.variables))
+  jpeft.save_adapter(tmp_path, loaded, theta, tuned=tuned)
+  close(reopened(name, tmp_path), ours(loaded, tuned, theta, name), 1e-5)
 
 
 TABLES = {'bert': 'word_embeddings', 'roberta': 'word_embeddings', 't5': 'shared'}
@@ -419,6 +445,8 @@ def test_the_fields_of_peft_are_known():
     peft.BOFTConfig(),
     peft.AdaLoraConfig(total_step=9),
     peft.HiraConfig(),
+    peft.VBLoRAConfig(),
+    peft.RandLoraConfig(),
     peft.TrainableTokensConfig(),
     peft.PromptTuningConfig(),
     peft.PromptEncoderConfig(),
