@@ -61,7 +61,10 @@ def from_files(
     )
 
   def layer(place: Place, key: str) -> np.ndarray:
-    array = place.leaf.ours(checkpoint.read(names[key]))
+    tensor = checkpoint.read(names[key])
+    if place.part is not None:
+      tensor = place.part.of(tensor)
+    array = place.leaf.ours(tensor)
     if place.path in edits:
       array = edits[place.path](array)
     return array
@@ -82,12 +85,18 @@ def from_files(
 def to_tensors(params: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
   """{key on disk: array} of our arrays {path: array}; the layers of scanned stacks are split."""
   shapes = {path: tuple(np.shape(array)) for path, array in params.items()}
-  tensors = {}
+  tensors: dict[str, np.ndarray] = {}
   for place, keys in keyed(table, shapes):
     array = np.asarray(params[place.path])
     layers = array if place.stacked else [array]
     for key, layer in zip(keys, layers, strict=True):
-      tensors[key] = place.leaf.theirs(layer)
+      theirs = place.leaf.theirs(layer)
+      if place.part is None:
+        tensors[key] = theirs
+        continue
+      if key not in tensors:
+        tensors[key] = np.empty(place.part.whole(theirs.shape), theirs.dtype)
+      place.part.of(tensors[key])[...] = theirs
   return tensors
 
 
@@ -96,7 +105,7 @@ def keyed(table: Table, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[Pla
 
   The keys of the base model have a prefix if the file also has a head, or the table says so.
   """
-  found = list(places(table, shapes))
+  found = places(table, shapes)
   prefix = ''
   if table.tied or table.prefixed or any(place.head for place in found):
     prefix = table.base
@@ -164,8 +173,9 @@ def _unexpected(
 
 
 def _shape_on_disk(place: Place) -> tuple[int, ...]:
-  # No data is allocated: broadcasting a scalar gives an array of stride zero.
-  return place.leaf.theirs(np.broadcast_to(np.float32(0), place.shape)).shape
+  """The shape of the tensor that has an array, or a part of it."""
+  shape = place.shape_on_disk
+  return shape if place.part is None else place.part.whole(shape)
 
 
 def _beyond(key: str, table: Table, layers: int | None) -> bool:

@@ -2,12 +2,13 @@
 
 A table has rows (path of our module, kind, key on disk). A path has `block` for the blocks of a
 stack, its key `{i}` for their number, whether our stack is unrolled or scanned. The same rows serve
-for loading and for saving.
+for loading and for saving. Rows of one key are parts of one tensor, one behind the other.
 """
 
+import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from einops import rearrange
@@ -24,11 +25,13 @@ class Leaf(NamedTuple):
     suffix: of its key, behind the key of the module.
     ours: array on disk -> our array.
     theirs: our array -> array on disk.
+    outputs: the axis on disk along which the outputs of several layers lie in one tensor.
   """
 
   suffix: str
   ours: Callable[[np.ndarray], np.ndarray] = _same
   theirs: Callable[[np.ndarray], np.ndarray] = _same
+  outputs: int = 0
 
 
 # Dense kernels are [outputs, inputs] on disk and [inputs, outputs] here. Convolutions are [outputs,
@@ -48,6 +51,8 @@ KINDS: dict[str, dict[str, Leaf]] = {
   # Query, key and value of torch.nn.MultiheadAttention in one layer.
   'in_proj': {'kernel': Leaf('_weight', np.transpose, np.transpose), 'bias': Leaf('_bias')},
   'dense': {'kernel': Leaf('.weight', np.transpose, np.transpose), 'bias': Leaf('.bias')},
+  # Dense of GPT-2, which is on disk as it is here.
+  'conv1d': {'kernel': Leaf('.weight', outputs=1), 'bias': Leaf('.bias')},
   'conv': {
     'kernel': Leaf(
       '.weight',
@@ -123,6 +128,29 @@ class Table(NamedTuple):
     return any(re.fullmatch(pattern, key) for pattern in self.ignore)
 
 
+class Part(NamedTuple):
+  """Where an array lies in a tensor on disk that has others too.
+
+  Attributes:
+    axis: of the tensor, along which they lie.
+    start, stop: of this array.
+    size: of the tensor along the axis.
+  """
+
+  axis: int
+  start: int
+  stop: int
+  size: int
+
+  def of(self, tensor: np.ndarray) -> np.ndarray:
+    """The array of a tensor."""
+    return tensor[(slice(None),) * self.axis + (slice(self.start, self.stop),)]
+
+  def whole(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the tensor, of that of the array on disk."""
+    return (*shape[: self.axis], self.size, *shape[self.axis + 1 :])
+
+
 class Place(NamedTuple):
   """Where one of our arrays is stored on disk.
 
@@ -133,6 +161,7 @@ class Place(NamedTuple):
     leaf: how each layer is stored.
     head: whether the array belongs to the head, so that its keys have no prefix.
     stacked: whether our array is a stack of layers.
+    part: where in a tensor that it shares with others; None where it has one of its own.
   """
 
   path: str
@@ -141,22 +170,32 @@ class Place(NamedTuple):
   leaf: Leaf
   head: bool
   stacked: bool
+  part: Part | None = None
+
+  @property
+  def shape_on_disk(self) -> tuple[int, ...]:
+    """The shape of what `leaf.theirs` makes of one layer."""
+    # No data is allocated: broadcasting a scalar gives an array of stride zero.
+    return self.leaf.theirs(np.broadcast_to(np.float32(0), self.shape)).shape
 
 
-def places(table: Table, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Place]:
+def places(table: Table, shapes: Mapping[str, tuple[int, ...]]) -> list[Place]:
   """Finds the place of each of our arrays.
 
   Args:
     table: of the family.
-    shapes: {path: shape} of our arrays.
+    shapes: {path: shape} of our arrays; all of a tensor that several share.
 
-  Yields:
-    Places, keys without prefix.
+  Returns:
+    Places in the order of shapes, keys without prefix.
 
   Raises:
     ValueError: a path that the table does not know.
   """
   leaves = table.leaves()
+  found = []
+  order = {path: number for number, path in enumerate(leaves)}
+  sharing: dict[Any, list[tuple[int, Place]]] = {}
   for path, shape in shapes.items():
     generic = re.sub(r'(^|/)(?:block_\d+|blocks)(?=/)', r'\1block', path)
     if generic not in leaves:
@@ -173,4 +212,22 @@ def places(table: Table, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Plac
       keys = (key.format(i=block[1]),)
     else:
       keys = (key,)
-    yield Place(path, shape, keys, leaf, head, stacked)
+    place = Place(path, shape, keys, leaf, head, stacked)
+    found.append(place)
+    sharing.setdefault((head, keys), []).append((order[generic], place))
+  parts = {}
+  for members in sharing.values():
+    if len(members) > 1:
+      parts |= _parts([place for _, place in sorted(members, key=lambda member: member[0])])
+  return [place._replace(part=parts.get(place.path)) for place in found]
+
+
+def _parts(members: list[Place]) -> dict[str, Part]:
+  """{path: its part} of the arrays of one tensor, in the order in which they lie there."""
+  axis = members[0].leaf.outputs
+  sizes = [place.shape_on_disk[axis] for place in members]
+  ends = list(itertools.accumulate(sizes))
+  return {
+    place.path: Part(axis, end - size, end, ends[-1])
+    for place, size, end in zip(members, sizes, ends, strict=True)
+  }
