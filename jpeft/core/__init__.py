@@ -9,7 +9,7 @@ from .boxes import Box
 from .context import Bound
 from .device_heads import heads_over
 from .discover import sites_of
-from .dot_product import dot_product_attention, grouped_attention
+from .dot_product import dot_product_attention, grouped_attention, soft_cap
 from .edits import State
 from .entries import entry_path
 from .freeze import freeze, join, mask, split
@@ -132,6 +132,7 @@ __all__ = [
   'register_anatomy',
   'resolved',
   'sites_of',
+  'soft_cap',
   'split',
   'stand_in',
   'summary',

@@ -4,6 +4,7 @@ Axes: B batch, N queries, M keys, H query heads, J key and value heads, K head s
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,11 @@ LONG = 2**20
 MOST_SCORES = 2**24
 
 
+def soft_cap(logits: jax.Array, cap: float) -> jax.Array:
+  """cap * tanh(logits / cap): nearly the same where small, and never beyond the cap (Gemma 2)."""
+  return cap * jnp.tanh(logits / cap)
+
+
 def dot_product_attention(query, key, value, bias=None, mask=None, **options) -> jax.Array:
   """`nn.dot_product_attention`, with as many or fewer key and value heads than query heads.
 
@@ -33,7 +39,8 @@ def dot_product_attention(query, key, value, bias=None, mask=None, **options) ->
     key, value: [B, M, J, K]; J divides H.
     bias: added to the logits, broadcastable to [B, H, N, M].
     mask: boolean, broadcastable to [B, H, N, M], or a `TokenMask`; False hides a key.
-    **options: as `nn.dot_product_attention` takes them.
+    **options: as `nn.dot_product_attention` takes them; and logit_cap, the `soft_cap` of the logits
+      before bias and mask, None for none.
 
   Returns:
     An array [B, N, H, K].
@@ -43,8 +50,26 @@ def dot_product_attention(query, key, value, bias=None, mask=None, **options) ->
   if mask is not None:
     mask = jnp.asarray(mask)
   if key.shape[-2] == query.shape[-2]:
-    return nn.dot_product_attention(query, key, value, bias, mask, **options)
+    return _capped_attention(query, key, value, bias, mask, **options)
   return grouped_attention(query, key, value, bias, mask, **options)
+
+
+def _capped_attention(query, key, value, bias, mask, *, logit_cap=None, **options) -> jax.Array:
+  """`nn.dot_product_attention`, whose logits may have a soft cap before bias and mask."""
+  if logit_cap is None:
+    return nn.dot_product_attention(query, key, value, bias, mask, **options)
+  # Flax takes both products or none; these two are its own, so that nothing else changes.
+  plain = functools.partial(
+    jnp.einsum,
+    precision=options.pop('precision', None),
+    _dot_general=options.pop('einsum_dot_general', None) or jax.lax.dot_general,
+  )
+
+  def logits(spec, query, key):
+    return soft_cap(plain(spec, query, key), logit_cap)
+
+  einsums = {'qk_attn_weights_einsum': logits, 'attn_weights_value_einsum': plain}
+  return nn.dot_product_attention(query, key, value, bias, mask, **options, **einsums)
 
 
 def is_long(queries: int, keys: int) -> bool:
@@ -216,7 +241,7 @@ def grouped_attention(
     bias: added to the logits, broadcastable to [B, H, N, M].
     mask: boolean, broadcastable to [B, H, N, M]; False hides a key.
     dropout_rng: key of the dropout, if any.
-    **options: as `nn.dot_product_attention` takes them.
+    **options: as `dot_product_attention` takes them.
 
   Returns:
     An array [B, N, H, K].
@@ -234,7 +259,7 @@ def grouped_attention(
 
   def attention(query, bias, mask, rng):
     """One query head of every group, [B, N, J, K]."""
-    return nn.dot_product_attention(query, key, value, bias, mask, dropout_rng=rng, **options)
+    return _capped_attention(query, key, value, bias, mask, dropout_rng=rng, **options)
 
   axes = (-2, bias_axis, mask_axis, rng_axis)
   out = jax.vmap(attention, in_axes=axes, out_axes=-2)(query, bias, mask, rngs)

@@ -249,8 +249,15 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, *args, **kwarg
     query: [.., N, H, K].
     key, value: [.., M, H, K].
     *args, **kwargs: as of `flax.linen.dot_product_attention`.
-  """
 
+  Raises:
+    ValueError: logits are to have a soft cap, as those of Gemma 2 do.
+  """
+  if kwargs.pop('logit_cap', None) is not None:
+    raise ValueError(
+      'residuals.attention has no logit_cap, which this model needs: take '
+      'jpeft.dot_product_attention, which caps logits and stores as little'
+    )
   length, keys = query.shape[-3], key.shape[-3]
   if length * keys >= _LONG:
     warnings.warn(

@@ -16,6 +16,7 @@ from jpeft.core import TokenMask, dot_product, dot_product_attention, heads_over
 from jpeft.models import Llama
 from jpeft.planning.work import Work
 from tests.fixtures import noisy
+from tests.traced import variables_of
 
 BATCH, LENGTH, HEADS, SIZE = 2, 13, 4, 4
 TEXTS = jnp.array([[1] * 5 + [2] * 6 + [0] * 2, [0] * 3 + [1] * 10])
@@ -74,6 +75,38 @@ def test_equals_whole_scores(by_rows, bias, mask, key_heads):
 
   want, found = (jax.jit(jax.value_and_grad(fn))(arrays) for fn in (whole, rows))
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), found, want)
+
+
+@pytest.mark.parametrize('key_heads', [2, 4])
+@pytest.mark.parametrize('long', [False, True], ids=['short', 'long'])
+def test_a_soft_cap_bends_logits_before_bias_and_mask(monkeypatch, long, key_heads):
+  """Value and gradients equal those of the formula; in long contexts no scores are whole."""
+  if long:
+    monkeypatch.setattr(dot_product, 'LONG', 0)
+    monkeypatch.setattr(dot_product, 'MOST_SCORES', 100)
+  cap, bias, mask = 0.5, BIASES['of heads'], MASKS['window']
+  arrays = {
+    'query': normal(0, BATCH, LENGTH, HEADS, SIZE),
+    'key': normal(1, BATCH, LENGTH, key_heads, SIZE),
+    'value': normal(2, BATCH, LENGTH, key_heads, SIZE),
+  }
+  slope = normal(5, BATCH, LENGTH, HEADS, SIZE)
+
+  def whole(arrays):
+    key, value = (jnp.repeat(arrays[name], HEADS // key_heads, 2) for name in ('key', 'value'))
+    logits = jnp.einsum('bnhk,bmhk->bhnm', arrays['query'], key) / SIZE**0.5
+    logits = jnp.where(jnp.asarray(mask), cap * jnp.tanh(logits / cap) + bias, -jnp.inf)
+    return (jnp.einsum('bhnm,bmhk->bnhk', jax.nn.softmax(logits), value) * slope).sum()
+
+  def capped(arrays):
+    return (dot_product_attention(**arrays, bias=bias, mask=mask, logit_cap=cap) * slope).sum()
+
+  want, found = (jax.jit(jax.value_and_grad(fn))(arrays) for fn in (whole, capped))
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), found, want)
+  if long:
+    shapes = [v.aval.shape for v in variables_of(jax.make_jaxpr(jax.grad(capped))(arrays).jaxpr)]
+    scores = [shape for shape in shapes if shape[-2:] == (LENGTH, LENGTH)]
+    assert all(shape == bias.shape for shape in scores), set(scores)  # that which is given
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ class Attention(nn.Module):
     return out(joined)
 
 
-def attend(module, query, key, value, *, mask, bias, deterministic):
+def attend(module, query, key, value, *, mask, bias, deterministic, logit_cap=None):
   """Calls the `attention_fn` of an attention module, with the module's dropout, and joins heads.
 
   Args:
@@ -137,10 +137,12 @@ def attend(module, query, key, value, *, mask, bias, deterministic):
     mask: see `Attention`.
     bias: see `Attention`.
     deterministic: no dropout.
+    logit_cap: the `soft_cap` of the logits; None for none, of which attention_fn is not told.
 
   Returns:
     An array [B, N, H * K].
   """
+  options = {} if logit_cap is None else {'logit_cap': logit_cap}
   dropping = module.dropout > 0 and not deterministic
   dropout = {'dropout_rng': None, 'dropout_rate': 0.0}
   if dropping:
@@ -156,6 +158,7 @@ def attend(module, query, key, value, *, mask, bias, deterministic):
     deterministic=not dropping,
     dtype=module.dtype,
     **dropout,
+    **options,
   )
   return rearrange(out, '... h k -> ... (h k)')
 
