@@ -68,7 +68,7 @@ WITHOUT_EFFECT = (
 )
 # What has to be unused, and why.
 UNUSED = {
-  'fan_in_fan_out': 'no model here stores kernels so',
+  'fan_in_fan_out': 'kernels [in, out], as GPT-2 stores them, are not read',
   'megatron_config': 'its layers are split over devices',
   'alora_invocation_tokens': 'an aLoRA acts only behind the tokens that invoke it',
   'use_qalora': 'QA-LoRA pools what enters a',

@@ -66,7 +66,17 @@ class Arrays:
       near = nearest(key.removeprefix(self.table.base), self._homes)
       hint = '' if near is None else f'; the nearest is {near!r}'
       raise ValueError(f'{where}: {key!r} has no place in this backbone{hint}')
+    self.check_own_tensor(found[0], where)
     return found
+
+  def check_own_tensor(self, path: str, where: Any) -> None:
+    """Raises a ValueError for an array that is a part of a tensor, which peft adapts as a whole."""
+    place, keys = self.places[path]
+    if place.part is not None:
+      raise ValueError(
+        f'{where}: {path!r} is a part of {keys[0]!r}, which peft adapts as one matrix: adapter '
+        'folders hold layers with a tensor of their own, such as targets={o}|{fc2}'
+      )
 
   @functools.cached_property
   def tied(self) -> str | None:

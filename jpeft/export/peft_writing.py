@@ -141,6 +141,7 @@ def _check_places(arrays: Arrays, theta: Mapping) -> None:
         f'theta has {name!r} at {path or "the model"!r}, and no array {array!r} of the pretrained '
         'files is there: an adapter folder holds whole modules; of a generated method, give tuned='
       )
+    arrays.check_own_tensor(f'{path}/{array}', f'theta has {name!r} at {path!r}')
 
 
 def kind_of(theta: Mapping, arrays: Arrays, prompts: str | None, tuned: Tuned | None) -> str:

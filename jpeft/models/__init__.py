@@ -12,6 +12,7 @@ from . import naming as naming
 if TYPE_CHECKING:
   from .bert import Bert
   from .convnext import ConvNeXt
+  from .gpt import Gpt
   from .io import (
     FILES,
     Place,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     family_of,
     from_config,
     has_head,
+    is_decoder,
     load,
     save_pretrained,
     shapes_of,
@@ -60,6 +62,7 @@ __all__ = [
   'ConvNeXt',
   'Encoder',
   'FILES',
+  'Gpt',
   'Keep',
   'Llama',
   'LlamaBlock',
@@ -86,6 +89,7 @@ __all__ = [
   'gelu_tanh',
   'has_head',
   'grown',
+  'is_decoder',
   'keyed',
   'layer_norm',
   'load',
@@ -108,6 +112,7 @@ __getattr__ = on_first_use(
   {
     '.bert': ('Bert',),
     '.convnext': ('ConvNeXt',),
+    '.gpt': ('Gpt',),
     '.io': (
       'FILES',
       'Place',
@@ -142,6 +147,7 @@ __getattr__ = on_first_use(
       'family_of',
       'from_config',
       'has_head',
+      'is_decoder',
       'load',
       'save_pretrained',
       'shapes_of',

@@ -16,26 +16,33 @@ _FLAGS = (
   'use_relative_position_bias',
   *('use_shared_relative_position_bias', 'use_sliding_window', 'use_swiglu_ffn'),
   'vision_use_head',
+  *('add_cross_attention', 'do_layer_norm_before', '_remove_final_layer_norm', 'enable_bias'),
+  *('layer_norm_elementwise_affine', 'scale_attn_by_inverse_layer_idx', 'scale_attn_weights'),
 )
 _TEXTS = (
-  *('activation', 'feed_forward_proj', 'hidden_act', 'jpeft_pool'),
+  *('activation', 'activation_function', 'feed_forward_proj', 'hidden_act', 'jpeft_pool'),
   'position_embedding_type',
 )
 _MAYBE_TEXTS = ('hidden_activation',)
 _RATES = (
   *('attention_dropout', 'attention_probs_dropout_prob', 'dropout', 'dropout_rate'),
   'hidden_dropout_prob',
+  *('attn_pdrop', 'embd_pdrop', 'resid_pdrop', 'layerdrop'),
 )
 _WIDE = 2**24  # of a table or matrix, in rows
 # {key: (least, most)} of integers, and of numbers.
 _COUNTS = {
   **dict.fromkeys(('hidden_size', 'dim', 'd_model', 'embedding_size', 'embed_dim'), (1, 2**20)),
-  **dict.fromkeys(('num_attention_heads', 'n_heads', 'num_heads'), (1, 2**16)),
-  **dict.fromkeys(('num_hidden_layers', 'n_layers', 'num_layers'), (1, 2**12)),
+  'n_embd': (1, 2**20),
+  **dict.fromkeys(('num_attention_heads', 'n_heads', 'num_heads', 'n_head'), (1, 2**16)),
+  **dict.fromkeys(('num_hidden_layers', 'n_layers', 'num_layers', 'n_layer'), (1, 2**12)),
   **dict.fromkeys(('intermediate_size', 'hidden_dim', 'd_ff', 'vocab_size'), (1, _WIDE)),
   'd_kv': (1, 2**16),
+  'ffn_dim': (1, _WIDE),
+  'n_positions': (1, 2**28),
   'relative_attention_num_buckets': (4, 2**16),
   'max_position_embeddings': (1, 2**28),
+  'original_max_position_embeddings': (1, 2**28),
   'relative_attention_max_distance': (1, 2**28),
   'max_window_layers': (0, 2**31),
   'num_channels': (1, 2**16),
@@ -45,6 +52,8 @@ _COUNTS = {
 }
 _MAYBE_COUNTS = {
   'head_dim': (1, 2**16),
+  'n_inner': (1, _WIDE),
+  'word_embed_proj_dim': (1, 2**20),
   'sliding_window_pattern': (1, 2**12),
   'num_decoder_layers': (1, 2**12),
   'num_key_value_heads': (1, 2**16),
@@ -61,6 +70,7 @@ _NUMBERS = {
   'rope_local_base_freq': (1e-3, 1e12),
   'rope_theta': (1e-3, 1e12),
 }
+_MAYBE_NUMBERS = dict.fromkeys(('attn_logit_softcapping', 'final_logit_softcapping'), (1e-3, 1e6))
 # Of models in stages, one number a stage. Elsewhere 'num_heads' is one number.
 _STAGES = {
   'depths': (1, 2**12),
@@ -79,6 +89,7 @@ _ROPE_NUMBERS = {
 _ROPE = {
   **{f'{key}?': (float, None) for key in _ROPE_NUMBERS},
   **dict.fromkeys(('rope_type?', 'type?'), str),
+  **dict.fromkeys(('long_factor?', 'short_factor?'), ([float], None)),
   'truncate?': bool,
 }
 # Gemma 3 has rotary positions for each type of its layers.
@@ -99,10 +110,11 @@ _SCHEMA = {
   **{f'{key}?': int for key in _COUNTS},
   **{f'{key}?': (int, None) for key in _MAYBE_COUNTS},
   **{f'{key}?': float for key in _NUMBERS},
+  **{f'{key}?': (float, None) for key in _MAYBE_NUMBERS},
   **{f'{key}?': (int, [int]) for key in _SIDES},
 }
-_WIDTHS = ('hidden_size', 'dim')
-_HEADS = ('num_attention_heads', 'n_heads')
+_WIDTHS = ('hidden_size', 'dim', 'n_embd')
+_HEADS = ('num_attention_heads', 'n_heads', 'n_head')
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:
@@ -113,7 +125,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     where: the file, or what else has it.
   """
   schema = _SCHEMA
-  bounds = _COUNTS | _MAYBE_COUNTS | _NUMBERS | _SIDES
+  bounds = _COUNTS | _MAYBE_COUNTS | _NUMBERS | _MAYBE_NUMBERS | _SIDES
   if config.get('model_type') in _STAGED:
     schema = schema | {f'{key}?': [int] for key in _STAGES}
     bounds = bounds | _STAGES
@@ -139,6 +151,8 @@ def _check_rope(rope: Mapping[str, Any], where: str, name: str) -> None:
   """Raises a ValueError for a number of rotary positions that is not within its bounds."""
   for key, (least, most) in _ROPE_NUMBERS.items():
     _check_between(rope.get(key), least, most, where, f'{name}.{key}')
+  for key in ('long_factor', 'short_factor'):
+    _check_between(rope.get(key), 1e-3, 1e6, where, f'{name}.{key}')
 
 
 def _check_between(value: Any, least: float, most: float, where: str, key: str) -> None:

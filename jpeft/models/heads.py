@@ -106,7 +106,9 @@ def _stored(heads: Heads, config: Mapping, checkpoint: Checkpoint | None) -> str
   name = (config.get('architectures') or [''])[0]
   head = _CLASSES.get(name.partition('For')[2])
   without = heads.default
-  if name.endswith('Model'):
+  if name.endswith('LMHeadModel'):  # of GPT-2
+    head = 'text'
+  elif name.endswith('Model'):
     without = None
   if checkpoint is None:
     return without

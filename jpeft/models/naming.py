@@ -4,6 +4,7 @@ from jpeft.core import register_anatomy
 
 from .bert.naming import BERT_NAMING
 from .convnext.naming import CONVNEXT_NAMING
+from .gpt.naming import GPT_NAMING, POST_NORM_GPT_NAMING
 from .llama.naming import LLAMA_NAMING
 from .swin.naming import SWIN_NAMING
 from .t5.naming import T5_NAMING
@@ -17,6 +18,8 @@ SCHEMES = (
   BERT_NAMING,
   T5_NAMING,
   LLAMA_NAMING,
+  GPT_NAMING,
+  POST_NORM_GPT_NAMING,
 )
 
 # Backwards, since the scheme that is registered last is the first among those that fit equally.

@@ -20,6 +20,7 @@ from .bert import BERT_FAMILIES, Bert
 from .config_keys import check_config
 from .convnext import CONVNEXT_FAMILIES
 from .families import Family, Request, built, described
+from .gpt import GPT_FAMILIES, Gpt
 from .heads import STORED, chosen, stored_heads
 from .io import (
   GGUF_FILE,
@@ -53,6 +54,7 @@ FAMILIES: dict[str, Family] = {
   **BERT_FAMILIES,
   **T5_FAMILIES,
   **LLAMA_FAMILIES,
+  **GPT_FAMILIES,
 }
 
 
@@ -315,7 +317,7 @@ def from_config(
     ) from error
   if dropout is None:
     return model
-  rates = ('dropout', 'attention_dropout')
+  rates = ('dropout', 'attention_dropout', 'embed_dropout')
   return model.clone(**{rate: dropout for rate in rates if hasattr(model, rate)})
 
 
@@ -345,9 +347,14 @@ def untied(pretrained: Pretrained) -> Pretrained:
   )
 
 
+def is_decoder(model: nn.Module) -> bool:
+  """Whether a model is a decoder, whatever its head."""
+  return isinstance(model, (Llama, Gpt))
+
+
 def check_decoder(pretrained: Pretrained) -> None:
   """Raises a ValueError if a backbone writes no text."""
-  if isinstance(pretrained.model, Llama):
+  if is_decoder(pretrained.model):
     if pretrained.model.head != 'text':
       raise ValueError(
         f'a {pretrained.family} model with the head {pretrained.model.head!r} writes no text: load '
@@ -355,7 +362,8 @@ def check_decoder(pretrained: Pretrained) -> None:
       )
   else:
     raise ValueError(
-      f'a {pretrained.family} model writes no text; decoders are {", ".join(LLAMA_FAMILIES)}, '
+      f'a {pretrained.family} model writes no text; decoders are '
+      f'{", ".join((*LLAMA_FAMILIES, *GPT_FAMILIES))}, '
       "such as 'smollm2-135m'"
     )
 

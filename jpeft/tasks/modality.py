@@ -168,7 +168,7 @@ def padding(pretrained) -> str | None:
   else the token that ends a text: it is masked, so that any will do. Without that file the padding
   is a token that tokenizer.json knows.
   """
-  if not isinstance(pretrained.model, models.Llama):
+  if not models.is_decoder(pretrained.model):
     return None
   path = pathlib.Path(pretrained.tokenizer)
   if path.suffix == '.json' and not path.with_name('tokenizer_config.json').exists():
@@ -187,7 +187,8 @@ def _check_text_source(pretrained, source, transform: Transform) -> None:
 def check_length(config, pretrained) -> None:
   """Raises a ValueError if rows of tokens are longer than the backbone has positions for."""
   length = config.data.max_length
-  positions = pretrained.config.get('max_position_embeddings')
+  known = pretrained.config
+  positions = known.get('max_position_embeddings', known.get('n_positions'))
   if positions is not None and length > positions:
     raise ValueError(
       f'config.data.max_length is {length}, more than the {positions} positions that the model was '

@@ -47,8 +47,14 @@ KIN = (
   'convnextv2',
   'gemma',
   'gemma3',
+  'gemma2',
+  'phi3',
+  'phi3_longrope',
+  'gpt2',
+  'opt',
+  'opt_350m',
 )
-UNSCANNED = ('swin', 'gemma3')  # whose blocks differ
+UNSCANNED = ('swin', 'gemma3', 'gemma2')  # whose blocks differ
 INPUTS = ('images', 'tokens', 'decoder_tokens', 'mask', 'types')
 # What transformers calls them.
 THEIRS = {
@@ -71,7 +77,7 @@ def outputs(loaded, inputs, **kwargs):
   out = np.asarray(
     jax.jit(lambda v, x: loaded.model.apply(v, **x, **kwargs))(loaded.variables, inputs)
   )
-  decodes = isinstance(loaded.model, models.Llama) and out.ndim == 3
+  decodes = models.is_decoder(loaded.model) and out.ndim == 3
   return out * inputs['mask'][..., None] if decodes else out
 
 

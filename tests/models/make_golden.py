@@ -70,6 +70,33 @@ TINY_DISTILBERT = {
   'max_position_embeddings': 24,
 }
 TINY_CAUSAL = {**TINY, 'num_key_value_heads': 1, 'head_dim': 6, 'pad_token_id': 0}
+# Heads of 8 features.
+PHI3 = {
+  **{k: v for k, v in TINY_CAUSAL.items() if k not in (*LABELS, 'head_dim')},
+  'hidden_size': 16,
+  'num_key_value_heads': 1,
+  'max_position_embeddings': 64,
+}
+TINY_GPT2 = {
+  'n_embd': 12,
+  'n_layer': 2,
+  'n_head': 2,
+  'n_inner': 16,
+  'vocab_size': 30,
+  'n_positions': 24,
+  'bos_token_id': 1,
+  'eos_token_id': 2,
+  'pad_token_id': 0,
+}
+TINY_OPT = {
+  'hidden_size': 12,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 2,
+  'ffn_dim': 16,
+  'vocab_size': 30,
+  'max_position_embeddings': 24,
+  'pad_token_id': 0,
+}
 TINY_T5 = {**T5, **LABELS, 'd_model': 12, 'd_ff': 16, 'num_heads': 2, 'vocab_size': 30}
 # Heads of 12 features: three frequencies each way.
 DINOV3 = {**{k: v for k, v in TINY_IMAGES.items() if k not in LABELS}, 'hidden_size': 24}
@@ -261,6 +288,52 @@ MODELS = {
       },
     ),
   ),
+  # Both caps bend what they cap: logits are of that order here.
+  'gemma2': (
+    'Gemma2ForCausalLM',
+    transformers.Gemma2Config(
+      **{**TINY_CAUSAL, 'num_hidden_layers': 3},
+      query_pre_attn_scalar=9,
+      sliding_window=5,
+      attn_logit_softcapping=2.0,
+      final_logit_softcapping=3.0,
+    ),
+  ),
+  # Half of a head turns.
+  'phi3': (
+    'Phi3ForCausalLM',
+    transformers.Phi3Config(
+      **PHI3,
+      sliding_window=5,
+      rope_parameters={
+        'rope_type': 'default',
+        'rope_theta': 100.0,
+        'partial_rotary_factor': 0.5,
+      },
+    ),
+  ),
+  # Rows are longer than the original context.
+  'phi3_longrope': (
+    'Phi3ForCausalLM',
+    transformers.Phi3Config(
+      **PHI3,
+      original_max_position_embeddings=16,
+      tie_word_embeddings=True,
+      rope_parameters={
+        'rope_type': 'longrope',
+        'rope_theta': 100.0,
+        'short_factor': [1.0, 1.1, 1.2, 1.4],
+        'long_factor': [1.5, 2.0, 3.0, 4.0],
+      },
+    ),
+  ),
+  'gpt2': ('GPT2LMHeadModel', transformers.GPT2Config(**TINY_GPT2)),
+  'opt': ('OPTForCausalLM', transformers.OPTConfig(**TINY_OPT)),
+  # As that of 350M parameters: norms behind the branches, a narrow word table.
+  'opt_350m': (
+    'OPTForCausalLM',
+    transformers.OPTConfig(**TINY_OPT, do_layer_norm_before=False, word_embed_proj_dim=8),
+  ),
 }
 
 RESIZED = (
@@ -320,6 +393,8 @@ def logits(model, given, **options):
     names[k]: torch.tensor(v.transpose(0, 3, 1, 2) if k == 'images' else v.astype('int64'))
     for k, v in given.items()
   }
+  if model.config.model_type == 'gpt2':  # else it counts padding too
+    options['position_ids'] = (given['attention_mask'].cumsum(-1) - 1).clip(0)
   if model.config.model_type == 'vit_mae':
     options['noise'] = torch.arange(16.0).tile(2, 1)  # so that the patches keep their order
   if type(model).__name__ == 'CLIPModel':
@@ -344,7 +419,8 @@ def main(wanted: list[str]):
     model = getattr(transformers, kind).from_pretrained(folder).eval()
     given = inputs(kind, config)
     arrays = {**given, 'logits': logits(model, given)}
-    if 'num_key_value_heads' in config.to_dict() and arrays['logits'].ndim == 3:
+    decodes = 'num_key_value_heads' in config.to_dict() or config.model_type in ('gpt2', 'opt')
+    if decodes and arrays['logits'].ndim == 3:
       arrays['logits'] *= given['mask'][..., None]  # what follows padding is nobody's business
     if name in RESIZED:
       size = 28 if name == 'swin' else 42

@@ -1,4 +1,4 @@
-"""Gemma and Gemma 3: configs of two ages, windows by block, caches, methods and what is refused."""
+"""Gemma, Gemma 2 and 3: configs, windows by block, soft caps, caches, methods, what is refused."""
 
 import json
 
@@ -9,8 +9,9 @@ import pytest
 
 import jpeft
 from jpeft import models
+from jpeft.core import dot_product
 from jpeft.decoding import generate
-from tests.models.goldens import GOLDEN, golden
+from tests.models.goldens import GOLDEN, close, golden, outputs
 
 CONFIG = json.loads((GOLDEN / 'gemma3' / 'config.json').read_text())
 
@@ -51,7 +52,7 @@ def test_the_first_gemma_says_gelu_and_means_the_approximation():
   assert models.from_config({**config, 'hidden_act': 'gelu'}) == plain
 
 
-@pytest.mark.parametrize('name', ['gemma', 'gemma3'])
+@pytest.mark.parametrize('name', ['gemma', 'gemma3', 'gemma2'])
 def test_a_cache_changes_no_word(name):
   loaded = models.load(GOLDEN / name)
   inputs, _ = golden(name)
@@ -101,6 +102,62 @@ def test_what_is_not_supported_is_refused(change, message):
     models.from_config({**CONFIG, **change})
 
 
-def test_blocks_of_several_kinds_are_not_scanned():
+@pytest.mark.parametrize('name', ['gemma3', 'gemma2'])
+def test_blocks_of_several_kinds_are_not_scanned(name):
   with pytest.raises(ValueError, match='differ in their sizes or windows: use scan=False'):
-    models.load(GOLDEN / 'gemma3', scan=True)
+    models.load(GOLDEN / name, scan=True)
+
+
+GEMMA2_2B = {
+  'model_type': 'gemma2',
+  'hidden_size': 2304,
+  'num_hidden_layers': 26,
+  'num_attention_heads': 8,
+  'num_key_value_heads': 4,
+  'head_dim': 256,
+  'intermediate_size': 9216,
+  'vocab_size': 256000,
+}
+
+
+def test_a_gemma2_is_that_of_its_defaults_and_has_the_published_size():
+  model = models.from_config(GEMMA2_2B)
+  assert (model.logit_cap, model.final_cap, model.query_scale) == (50.0, 30.0, 1 / 16)
+  assert model.window == (4096, None) * 13 and model.tied and not model.qk_norm
+  tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+  tree = jax.eval_shape(model.init, jax.random.key(0), tokens)
+  assert sum(x.size for x in jax.tree.leaves(tree)) == 2_614_341_888
+  plain = {'attn_logit_softcapping': None, 'final_logit_softcapping': None}
+  model = models.from_config({**GEMMA2_2B, **plain})
+  assert model.logit_cap is None and model.final_cap is None
+  with pytest.raises(ValueError, match='attn_logit_softcapping must be from 0.001'):
+    models.from_config({**GEMMA2_2B, 'attn_logit_softcapping': 0.0})
+
+
+def test_both_caps_bend_what_they_cap():
+  loaded = models.load(GOLDEN / 'gemma2')
+  tokens = golden('gemma2')[0]['tokens']
+  model = loaded.model
+  assert (model.logit_cap, model.final_cap) == (2.0, 3.0)
+  logits, straight, wild = (
+    model.clone(**change).apply(loaded.variables, tokens)
+    for change in ({}, {'final_cap': None}, {'logit_cap': None})
+  )
+  np.testing.assert_allclose(logits, 3 * np.tanh(straight / 3), atol=1e-6)
+  assert np.abs(logits - straight).max() > 1e-2
+  assert np.abs(logits - wild).max() > 1e-4
+
+
+def test_a_gemma2_of_long_contexts_equals_transformers(monkeypatch):
+  """Scores are never whole, and are capped all the same."""
+  monkeypatch.setattr(dot_product, 'LONG', 0)
+  monkeypatch.setattr(dot_product, 'MOST_SCORES', 100)
+  inputs, arrays = golden('gemma2')
+  close(outputs(models.load(GOLDEN / 'gemma2'), inputs), arrays['logits'])
+
+
+def test_an_attention_that_has_no_cap_is_refused():
+  loaded = models.load(GOLDEN / 'gemma2')
+  model = loaded.model.clone(attention_fn=jpeft.residuals.attention)
+  with pytest.raises(ValueError, match='residuals.attention has no logit_cap'):
+    jax.eval_shape(model.apply, loaded.variables, jnp.ones((1, 4), jnp.int32))

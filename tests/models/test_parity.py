@@ -84,7 +84,19 @@ CLASSES = (
   ('DeiT', 'DeiTForImageClassification'),
   ('Dinov2WithRegisters', 'Dinov2WithRegistersForImageClassification'),
   ('Beit', 'BeitForImageClassification'),
+  *(
+    (name, f'{name}For{head}')
+    for name in ('Gemma2', 'Phi3')
+    for head in ('SequenceClassification', 'TokenClassification', 'CausalLM')
+  ),
+  *(
+    ('GPT2', f'GPT2{head}')
+    for head in ('LMHeadModel', *(f'For{head}' for head in CAUSAL_HEADS if head != 'CausalLM'))
+  ),
+  *(('OPT', f'OPTFor{head}') for head in CAUSAL_HEADS if head != 'TokenClassification'),
 )
+# transformers finds the last token by the padding before it.
+BY_PADDING = ('Mistral', 'Qwen2', 'Qwen3', 'Gemma2', 'Phi3', 'GPT2', 'OPT')
 
 
 def tiny(name, kind):
@@ -100,8 +112,14 @@ def tiny(name, kind):
     sizes = {**make.TINY, 'pad_token_id': 1}
   elif name == 'Electra':
     sizes = {**make.TINY, 'embedding_size': 8}
-  elif name in ('Llama', 'Mistral', 'Qwen2', 'Qwen3'):
+  elif name in ('Llama', 'Mistral', 'Qwen2', 'Qwen3', 'Gemma2'):
     sizes = make.TINY_CAUSAL
+  elif name == 'Phi3':
+    sizes = {**make.PHI3, **make.LABELS}
+  elif name == 'GPT2':
+    sizes = {**make.TINY_GPT2, **make.LABELS}
+  elif name == 'OPT':
+    sizes = {**make.TINY_OPT, **make.LABELS, 'word_embed_proj_dim': 8}
   elif name in ('T5', 'MT5'):
     sizes = make.TINY_T5
   elif name in ('ViT', 'DeiT', 'Beit'):
@@ -123,7 +141,7 @@ def test_every_head_of_every_family_equals_transformers(name, kind, tmp_path):
   config = tiny(name, kind)
   make.perturbed(kind, config).save_pretrained(tmp_path / 'theirs')
   inputs = make.inputs(kind, config)
-  if name in ('Mistral', 'Qwen2', 'Qwen3') and kind.endswith('SequenceClassification'):
+  if name in BY_PADDING and kind.endswith('SequenceClassification'):
     inputs['tokens'][2] = inputs['tokens'][2, ::-1]
   loaded = models.load(tmp_path / 'theirs')
   models.save_pretrained(tmp_path / 'ours', loaded.model, loaded.variables, loaded.config)
@@ -134,7 +152,7 @@ def test_every_head_of_every_family_equals_transformers(name, kind, tmp_path):
     )
     assert not any(report[key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys'))
     want = make.logits(model.eval(), inputs)
-    if name in ('Llama', 'Mistral', 'Qwen2', 'Qwen3') and want.ndim == 3:
+    if name in ('Llama', *BY_PADDING) and want.ndim == 3:
       want = want * inputs['mask'][..., None]
     close(got, want, 5e-6)
 

@@ -97,6 +97,15 @@ def test_of_a_tied_table_that_is_trained():
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), whole, cut)
 
 
+@pytest.mark.parametrize('method', [jpeft.full(), jpeft.lora(2)], ids=['full', 'lora'])
+@pytest.mark.parametrize('tied', [False, True], ids=['head', 'tied'])
+def test_of_logits_with_a_soft_cap(tied, method):
+  """The cap is within what runs on some tokens at a time."""
+  caps = {'final_cap': 0.2, 'logit_cap': 0.5}
+  whole, cut = losses_and_gradients(method, *model_of(tied=tied, **caps), 0.1)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), whole, cut)
+
+
 MASKED = models.from_config({**BERT, 'vocab_size': 50}, head='masked')
 
 

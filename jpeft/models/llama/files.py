@@ -1,4 +1,4 @@
-"""Llama, Mistral, SmolLM2, Qwen2, Qwen3, Gemma and Gemma 3 as Hugging Face stores them."""
+"""Llama, Mistral, SmolLM2, Qwen2, Qwen3 and the Gemmas as Hugging Face stores them."""
 
 import functools
 import math
@@ -29,7 +29,8 @@ _NORMS = {
   'attention/query_norm': 'self_attn.q_norm',
   'attention/key_norm': 'self_attn.k_norm',
 }
-# Gemma 3 has norms behind each branch too, one of them under the name of another's second norm.
+# Gemma 2 and 3 have norms behind each branch too, one of them under the name of another's second
+# norm.
 _BRANCH_NORMS = {
   'norm2': 'pre_feedforward_layernorm',
   'branch_norm1': 'post_attention_layernorm',
@@ -38,15 +39,28 @@ _BRANCH_NORMS = {
 _ROWS = (
   ('embed', 'embed', 'embed_tokens'),
   ('final_norm', 'norm', 'norm'),
-  *((f'decoder/block/{ours}', 'dense', _BLOCK + theirs) for ours, theirs in _LINEAR.items()),
 )
 
 
-def _rows(branch_norms: bool) -> tuple[tuple[str, str, str], ...]:
+# Phi-3 has several layers in one tensor each, in this order.
+_FUSED = {
+  'attention/query': 'self_attn.qkv_proj',
+  'attention/key': 'self_attn.qkv_proj',
+  'attention/value': 'self_attn.qkv_proj',
+  'attention/out': 'self_attn.o_proj',
+  'mlp/gate': 'mlp.gate_up_proj',
+  'mlp/fc1': 'mlp.gate_up_proj',
+  'mlp/fc2': 'mlp.down_proj',
+}
+
+
+def _rows(kind: str, branch_norms: bool) -> tuple[tuple[str, str, str], ...]:
   """The rows of the table of a model."""
   norms = _NORMS | _BRANCH_NORMS if branch_norms else _NORMS
+  linear = _FUSED if kind == 'phi3' else _LINEAR
   return (
     *_ROWS,
+    *((f'decoder/block/{ours}', 'dense', _BLOCK + theirs) for ours, theirs in linear.items()),
     *((f'decoder/block/{ours}', 'norm', _BLOCK + theirs) for ours, theirs in norms.items()),
   )
 
@@ -61,8 +75,12 @@ _NAMES = {
   'qwen3': 'Qwen3',
   'gemma': 'Gemma',
   'gemma3_text': 'Gemma3Text',
+  'gemma2': 'Gemma2',
+  'phi3': 'Phi3',
 }
-_GEMMAS = ('gemma', 'gemma3_text')
+_GEMMAS = ('gemma', 'gemma3_text', 'gemma2')
+# Those with norms behind each branch, a query_pre_attn_scalar and layers of two types.
+_LATER_GEMMAS = ('gemma3_text', 'gemma2')
 _SCALINGS = ('default', 'linear', 'llama3', 'yarn')
 
 
@@ -91,7 +109,13 @@ def _table(kind: str, model: Llama) -> Table:
   if kind == 'gemma3_text' and model.head in ('text', None):
     architectures = (architectures[0], 'Gemma3ForCausalLM')
   return Table(
-    base, _rows(model.branch_norms), head, _IGNORE, architectures, tied=tied, other_bases=(other,)
+    base,
+    _rows(kind, model.branch_norms),
+    head,
+    _IGNORE,
+    architectures,
+    tied=tied,
+    other_bases=(other,),
   )
 
 
@@ -106,7 +130,7 @@ def _build(kind: str, config: Mapping, checkpoint: Checkpoint | None, request: R
   elif request.head in ('classification', 'tokens') and classes is None:
     shape = shape_of(checkpoint, 'score.weight')
     classes = shape[0] if shape else None
-  qkv_bias = config.get('attention_bias', False)
+  qkv_bias = config.get('attention_bias', False) and kind != 'phi3'
   out_bias = qkv_bias
   if kind == 'qwen2':
     # Whatever the config has: the released weights have these biases and no others.
@@ -114,7 +138,7 @@ def _build(kind: str, config: Mapping, checkpoint: Checkpoint | None, request: R
     out_bias = False
   is_gemma = kind in _GEMMAS
   if is_gemma:
-    _check_gemma(config)
+    _check_gemma(kind, config)
   tied = config.get('tie_word_embeddings', is_gemma)
   if checkpoint is not None and not tied and request.head == 'text':
     tied = shape_of(checkpoint, _HEAD) is None
@@ -136,24 +160,41 @@ def _build(kind: str, config: Mapping, checkpoint: Checkpoint | None, request: R
     mlp_bias=config.get('mlp_bias', False),
     qk_norm=kind in ('qwen3', 'gemma3_text'),
     unit_norms=is_gemma,
-    branch_norms=kind == 'gemma3_text',
+    branch_norms=kind in _LATER_GEMMAS,
     embed_scale=config['hidden_size'] ** 0.5 if is_gemma else None,
     query_scale=_query_scale(kind, config),
-    rope=rope_of(_rope_config(kind, config, 'full_attention')),
+    logit_cap=_cap(kind, config, 'attn_logit_softcapping'),
+    final_cap=_cap(kind, config, 'final_logit_softcapping'),
+    rope=_phi3_rope(config) if kind == 'phi3' else rope_of(_rope_config(kind, config)),
     window=_window(kind, config, depth),
     window_rope=_window_rope(kind, config),
-    eps=config.get('rms_norm_eps', 1e-6),
+    eps=config.get('rms_norm_eps', 1e-5 if kind == 'phi3' else 1e-6),
     activation=activation(_activation(kind, config)),
+    dropout=config.get('resid_pdrop', 0.0) if kind == 'phi3' else 0.0,
     attention_dropout=config.get('attention_dropout', 0.0),
     **request.fields,
   )
 
 
-def _check_gemma(config: Mapping) -> None:
+def _check_gemma(kind: str, config: Mapping) -> None:
   """Raises a ValueError for what a Gemma may have and is not supported."""
-  for key in ('attn_logit_softcapping', 'final_logit_softcapping', 'use_bidirectional_attention'):
+  keys: tuple[str, ...] = ('use_bidirectional_attention',)
+  if kind != 'gemma2':
+    keys = (*_CAPS, *keys)
+  for key in keys:
     if config.get(key):
       raise ValueError(f'{key}={config[key]!r} is not supported, only models without')
+
+
+# The soft caps of Gemma 2 where the config has none; null says that there is no cap.
+_CAPS = {'attn_logit_softcapping': 50.0, 'final_logit_softcapping': 30.0}
+
+
+def _cap(kind: str, config: Mapping, key: str) -> float | None:
+  if kind != 'gemma2':
+    return None
+  cap = config.get(key, _CAPS[key])
+  return None if cap is None else float(cap)
 
 
 def _activation(kind: str, config: Mapping) -> str:
@@ -165,7 +206,7 @@ def _activation(kind: str, config: Mapping) -> str:
 
 
 def _query_scale(kind: str, config: Mapping) -> float | None:
-  if kind != 'gemma3_text':
+  if kind not in _LATER_GEMMAS:
     return None
   return float(config.get('query_pre_attn_scalar', 256)) ** -0.5
 
@@ -174,7 +215,7 @@ def _query_scale(kind: str, config: Mapping) -> float | None:
 _THETAS = {'full_attention': 1e6, 'sliding_attention': 1e4}
 
 
-def _rope_config(kind: str, config: Mapping, layer_type: str) -> Mapping:
+def _rope_config(kind: str, config: Mapping, layer_type: str = 'full_attention') -> Mapping:
   """The config as `rope_of` reads it, of one type of layers."""
   if kind != 'gemma3_text':
     return config
@@ -203,7 +244,7 @@ def rope_of(config: Mapping) -> Rope:
   """
   rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
   kind = rope.get('rope_type', rope.get('type', 'default'))
-  theta = float(rope.get('rope_theta', config.get('rope_theta', 10000.0)))
+  theta = _theta(rope, config)
   part = rope.get('partial_rotary_factor', config.get('partial_rotary_factor', 1.0))
   if kind not in _SCALINGS:
     raise ValueError(f'rope type {kind!r} is none of {", ".join(_SCALINGS)}')
@@ -256,18 +297,55 @@ def _yarn_magnitude(factor: float, scale: float | None, all_scale: float | None)
   return 0.1 * log + 1
 
 
+def _phi3_rope(config: Mapping) -> Rope:
+  """The rotary positions of a Phi-3: part of a head turns, by LongRoPE in long contexts."""
+  rope = dict(config.get('rope_parameters') or config.get('rope_scaling') or {})
+  kind = rope.get('rope_type', rope.get('type', 'default'))
+  part = float(rope.get('partial_rotary_factor', config.get('partial_rotary_factor', 1.0)))
+  # The first files call LongRoPE so.
+  if kind in ('su', 'yarn', 'longrope'):
+    return _longrope(rope, config, part)
+  if kind != 'default':
+    raise ValueError(f'rope type {kind!r} of a phi3 is none of default, longrope')
+  return Rope(_theta(rope, config), part=part)
+
+
+def _longrope(rope: Mapping, config: Mapping, part: float) -> Rope:
+  """The rotary positions of LongRoPE, arXiv:2402.13753."""
+  original = config.get('original_max_position_embeddings', 4096)
+  factor = rope.get('factor')
+  if factor is None:
+    factor = config.get('max_position_embeddings', 4096) / original
+  magnitude = rope.get('attention_factor')
+  if magnitude is None:
+    magnitude = math.sqrt(1 + math.log(max(factor, 1)) / math.log(original))
+  return Rope(
+    _theta(rope, config),
+    'longrope',
+    original=int(original),
+    magnitude=float(magnitude),
+    part=part,
+    short=tuple(map(float, rope['short_factor'])),
+    long=tuple(map(float, rope['long_factor'])),
+  )
+
+
+def _theta(rope: Mapping, config: Mapping) -> float:
+  return float(rope.get('rope_theta', config.get('rope_theta', 10000.0)))
+
+
 def _window(kind: str, config: Mapping, depth: int) -> int | None | tuple[int | None, ...]:
   """The window of all layers, or of each; None if they attend to everything before.
 
   Raises:
     ValueError: some layers of a Qwen have a window and others have none.
   """
-  window = config.get('sliding_window')
+  window = config.get('sliding_window', 4096 if kind in _LATER_GEMMAS else None)
   if kind in ('llama', 'gemma') or window is None:
     return None
-  if kind == 'gemma3_text':
-    return _windows(config, depth)
-  if kind == 'mistral':
+  if kind in _LATER_GEMMAS:
+    return _windows(config, window, depth, 6 if kind == 'gemma3_text' else 2)
+  if kind in ('mistral', 'phi3'):
     return window
   if not config.get('use_sliding_window', False):
     return None
@@ -285,15 +363,18 @@ def _window(kind: str, config: Mapping, depth: int) -> int | None | tuple[int | 
   return window if slides.pop() else None
 
 
-def _windows(config: Mapping, depth: int) -> int | None | tuple[int | None, ...]:
-  """The windows of a Gemma 3, in which every sixth layer has none; one value if they are alike."""
+def _windows(
+  config: Mapping, window: int, depth: int, every: int
+) -> int | None | tuple[int | None, ...]:
+  """The windows of a Gemma 2 or 3, in which every second or sixth layer has none.
+
+  One value if all are alike.
+  """
   types = config.get('layer_types')
   if types is None:
-    every = config.get('sliding_window_pattern', 6)
+    every = config.get('sliding_window_pattern') or every
     types = ['sliding_attention' if (i + 1) % every else 'full_attention' for i in range(depth)]
-  windows = tuple(
-    config['sliding_window'] if name == 'sliding_attention' else None for name in types[:depth]
-  )
+  windows = tuple(window if name == 'sliding_attention' else None for name in types[:depth])
   return windows if len(set(windows)) > 1 else windows[0]
 
 

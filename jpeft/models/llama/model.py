@@ -22,19 +22,14 @@ from ..nn import (
   Encoder,
   Remat,
   Rope,
+  WordTable,
   attend,
   block_of,
-  check_pool,
+  decoder_head,
   default_init,
-  head_of,
-  last_token,
-  masked_mean,
-  outputs_of,
+  read_out,
   rms_norm,
 )
-
-POOLS = ('last', 'mean', 'tokens')
-LLAMA_HEADS = ('classification', 'tokens', 'questions', 'text')
 
 
 def positions_in(mask: TokenMask) -> jax.Array:
@@ -50,12 +45,52 @@ def positions_in(mask: TokenMask) -> jax.Array:
   return before[:, 0].sum(-1) - 1
 
 
+def is_caching(module: nn.Module) -> bool:
+  """Whether a call of a module writes what later calls read, in the collection 'cache'.
+
+  The first call makes room for as many tokens as it is called with; later calls write theirs behind
+  those that came before.
+  """
+  return module.is_mutable_collection('cache') and not module.is_initializing()
+
+
+def seen_tokens(
+  module: nn.Module, shape: tuple[int, int], mask: jax.Array | None, window: int | None = None
+) -> TokenMask:
+  """Which tokens those of a call see, and where they stand; the module's cache counts them.
+
+  Args:
+    module: bound; it counts its own calls.
+    shape: (B, N) of the call.
+    mask: [B, N] as `Llama` takes it.
+    window: see `CausalAttention`.
+  """
+  start = module.get_variable('cache', 'length', 0)
+  texts = None
+  if mask is not None:
+    texts = mask.astype(jnp.int32)
+  elif is_caching(module):
+    texts = jnp.ones(shape, jnp.int32)
+  key_texts = texts
+  if is_caching(module):
+    key_texts = _cached(module, 'texts', texts, start)
+    module.put_variable('cache', 'length', jnp.asarray(start + shape[1], jnp.int32))
+  keys = shape[1] if key_texts is None else key_texts.shape[1]
+  return TokenMask(start + jnp.arange(shape[1]), texts, key_texts, keys, window)
+
+
+def _cached(module: nn.Module, name: str, new: jax.Array, start) -> jax.Array:
+  """Writes `new` behind the first `start` tokens of a cached array, and returns all of it."""
+  cached = module.get_variable('cache', name, jnp.zeros_like(new))
+  cached = jax.lax.dynamic_update_slice_in_dim(cached, new.astype(cached.dtype), start, axis=1)
+  module.put_variable('cache', name, cached)
+  return cached
+
+
 class CausalAttention(nn.Module):
   """Self-attention of tokens to those before them, with rotary positions and a cache.
 
-  Called with the collection 'cache' mutable, it writes its keys and values there. The first call
-  makes room for as many tokens as it is called with; later calls write theirs behind those that
-  came before.
+  For the cache see `is_caching`.
 
   Attributes:
     heads: query heads H.
@@ -66,11 +101,13 @@ class CausalAttention(nn.Module):
     qk_norm: whether each head of queries and keys is normalised (RMSNorm) before the rotation.
     unit_norms: whether these norms are `UnitRMSNorm`.
     query_scale: what logits are multiplied by; None for 1 / sqrt(head_dim).
-    rope: the rotary positions.
+    logit_cap: the `soft_cap` of the logits; None for none.
+    rope: the rotary positions; None for none.
     window: a token sees itself and the window - 1 before it; None for all before it.
     eps: of the norms.
     dropout: rate on the attention probabilities.
-    attention_fn: called as `dot_product_attention`, with J heads of keys and values.
+    attention_fn: called as `dot_product_attention`, with J heads of keys and values, and with
+      logit_cap if there is one.
     dtype: of the computation.
     param_dtype: of the parameters.
   """
@@ -83,7 +120,8 @@ class CausalAttention(nn.Module):
   qk_norm: bool = False
   unit_norms: bool = False
   query_scale: float | None = None
-  rope: Rope = Rope()
+  logit_cap: float | None = None
+  rope: Rope | None = Rope()
   window: int | None = None
   eps: float = 1e-6
   dropout: float = 0.0
@@ -109,40 +147,30 @@ class CausalAttention(nn.Module):
     key = heads('key', self.kv_heads, self.qk_norm)  # [B, N, J, K]
     value = heads('value', self.kv_heads, False)  # [B, N, J, K]
 
-    caching = self.is_mutable_collection('cache') and not self.is_initializing()
     start = self.get_variable('cache', 'length', 0)
-    texts = None
-    if mask is not None:
-      texts = mask.astype(jnp.int32)
-    elif caching:
-      texts = jnp.ones(x.shape[:2], jnp.int32)
-    key_texts = texts
-    if caching:
-      key_texts = self._write_cache('texts', texts, start)
-    places = start + jnp.arange(x.shape[1])
-    keys = x.shape[1] if key_texts is None else key_texts.shape[1]
-    seen = TokenMask(places, texts, key_texts, keys, self.window)
-    positions = positions_in(seen)
-
-    query = self.rope.rotate(query, positions)
+    seen = seen_tokens(self, x.shape[:2], mask, self.window)
+    if self.rope is not None:
+      positions = positions_in(seen)
+      query = self.rope.rotate(query, positions, seen.keys)
+      # Keys are stored as rotated: their positions never change.
+      key = self.rope.rotate(key, positions, seen.keys)
     if self.query_scale is not None:
       # attention_fn divides by sqrt(head_dim) itself.
       query = query * jnp.asarray(self.query_scale * self.head_dim**0.5, query.dtype)
-    # Keys are stored as rotated: their positions never change.
-    key = self.rope.rotate(key, positions)
-    if caching:
-      key = self._write_cache('key', key, start)  # [B, M, J, K]
-      value = self._write_cache('value', value, start)
-      self.put_variable('cache', 'length', jnp.asarray(start + x.shape[1], jnp.int32))
-    joined = attend(self, query, key, value, mask=seen, bias=bias, deterministic=deterministic)
+    if is_caching(self):
+      key = _cached(self, 'key', key, start)  # [B, M, J, K]
+      value = _cached(self, 'value', value, start)
+    joined = attend(
+      self,
+      query,
+      key,
+      value,
+      mask=seen,
+      bias=bias,
+      deterministic=deterministic,
+      logit_cap=self.logit_cap,
+    )
     return dense(x.shape[-1], use_bias=self.out_bias, name='out')(joined)
-
-  def _write_cache(self, name, new, start):
-    """Writes `new` behind the first `start` tokens of a cached array, and returns all of it."""
-    cached = self.get_variable('cache', name, jnp.zeros_like(new))
-    cached = jax.lax.dynamic_update_slice_in_dim(cached, new.astype(cached.dtype), start, axis=1)
-    self.put_variable('cache', name, cached)
-    return cached
 
 
 def grown(cache, length: int) -> bool:
@@ -174,6 +202,7 @@ class LlamaBlock(Block):
   unit_norms: bool = False
   branch_norms: bool = False
   query_scale: float | None = None
+  logit_cap: float | None = None
   rope: Rope = Rope()
   window_rope: Rope | None = None
   window: int | None = None
@@ -194,6 +223,7 @@ class LlamaBlock(Block):
       qk_norm=self.qk_norm,
       unit_norms=self.unit_norms,
       query_scale=self.query_scale,
+      logit_cap=self.logit_cap,
       rope=rope,
       window=self.window,
       eps=self.eps,
@@ -243,12 +273,14 @@ class Llama(nn.Module):
     mlp_bias: whether the layers of the MLP have biases.
     qk_norm: whether each head of queries and keys is normalised (Qwen3, Gemma 3).
     unit_norms: whether norms multiply by 1 + scale, see `UnitRMSNorm` (Gemma).
-    branch_norms: whether what each branch adds to the stream is normalised too (Gemma 3).
+    branch_norms: whether what each branch adds to the stream is normalised too (Gemma 2 and 3).
     embed_scale: what embedded words are multiplied by (Gemma); None for nothing.
     query_scale: what the logits of attention are multiplied by; None for 1 / sqrt(head_dim).
+    logit_cap: the `soft_cap` of the logits of attention (Gemma 2); None for none.
+    final_cap: the `soft_cap` of the logits of words (Gemma 2); None for none.
     rope: the rotary positions.
     window: a token sees itself and the window - 1 before it (Mistral); None for all before it; a
-      tuple has one of both for each block (Gemma 3), and such blocks cannot be scanned.
+      tuple has one of both for each block (Gemma 2 and 3), and such blocks cannot be scanned.
     window_rope: the rotary positions of blocks with a window; None for `rope`.
     eps: of the norms.
     activation: of the MLPs.
@@ -280,6 +312,8 @@ class Llama(nn.Module):
   branch_norms: bool = False
   embed_scale: float | None = None
   query_scale: float | None = None
+  logit_cap: float | None = None
+  final_cap: float | None = None
   rope: Rope = Rope()
   window: int | tuple[int | None, ...] | None = None
   window_rope: Rope | None = None
@@ -307,10 +341,16 @@ class Llama(nn.Module):
     Returns:
       What the head gives, see the field `head`, or the pooled feature.
     """
-    head = head_of(self, LLAMA_HEADS)
-    check_pool(self.pool, POOLS, self.num_classes if head == 'classification' else None)
+    head = decoder_head(self)
     types = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
-    embed = nn.Embed(self.vocab, self.width, embedding_init=default_init, name='embed', **types)
+    embed = WordTable(
+      self.vocab,
+      self.width,
+      cap=self.final_cap,
+      embedding_init=default_init,
+      name='embed',
+      **types,
+    )
     block = block_of(
       self,
       LlamaBlock,
@@ -322,6 +362,7 @@ class Llama(nn.Module):
       unit_norms=self.unit_norms,
       branch_norms=self.branch_norms,
       query_scale=self.query_scale,
+      logit_cap=self.logit_cap,
       rope=self.rope,
       window=self.window,
       window_rope=self.window_rope,
@@ -332,16 +373,4 @@ class Llama(nn.Module):
       x = x * jnp.asarray(self.embed_scale, x.dtype)
     x = decoder(x, mask=mask, deterministic=deterministic)  # [B, N, D]
     x = rms_norm(self, 'final_norm')(x)
-    if head == 'text' and self.tied:
-      return embed.attend(x)
-    if head in (None, 'classification'):
-      if self.pool == 'last':
-        x = last_token(x, mask)
-      elif self.pool == 'mean':
-        x = masked_mean(x, mask)
-    if head is None:
-      return x
-    outputs = self.vocab if head == 'text' else outputs_of(self, head)
-    use_bias = head in ('tokens', 'questions')
-    dense = nn.Dense(outputs, use_bias, kernel_init=default_init, name='head', **types)
-    return dense(x)
+    return read_out(self, head, x, mask, embed)

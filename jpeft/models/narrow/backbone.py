@@ -20,7 +20,7 @@ def narrowed(model, backbone, keep: Keep) -> tuple[Any, Any]:
   (scan=False), and layers are no longer stacked in its backbone.
 
   Args:
-    model: a ViT, Bert, T5 or Llama of jpeft.models; it is read, never changed.
+    model: a ViT, Bert, T5, Llama or Gpt of jpeft.models; it is read, never changed.
     backbone: its variables; under jax.eval_shape nothing is computed.
     keep: what stays. Arrays that are not cut are shared with the wide backbone.
 

@@ -11,13 +11,14 @@ from jpeft.core import Site, Sites, sites_of
 from jpeft.cutting import Indices, kernel_of, spans
 
 from ..bert import BERT_SIZES
+from ..gpt import GPT_SIZES
 from ..llama import LLAMA_SIZES
 from ..sizes import Sized, Sizes
 from ..t5 import T5_SIZES
 from ..vit import VIT_SIZES
 from .keep import Block, Keep, checked, kept_blocks, unless_all
 
-_FAMILIES: tuple[Sized, ...] = (VIT_SIZES, BERT_SIZES, T5_SIZES, LLAMA_SIZES)
+_FAMILIES: tuple[Sized, ...] = (VIT_SIZES, BERT_SIZES, T5_SIZES, LLAMA_SIZES, GPT_SIZES)
 
 
 class Source(NamedTuple):

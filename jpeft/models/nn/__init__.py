@@ -12,7 +12,18 @@ from .blocks import (
   run_blocks,
   shared_bias_heads,
 )
-from .heads import HEADS, WordBias, head_of, last_token, masked_mean, outputs_of
+from .heads import (
+  DECODER_HEADS,
+  HEADS,
+  WordBias,
+  WordTable,
+  decoder_head,
+  head_of,
+  last_token,
+  masked_mean,
+  outputs_of,
+  read_out,
+)
 from .images import check_images, grid, image_example, image_size_of, patch_size_of, size_in_config
 from .layers import (
   MLP,
@@ -43,6 +54,7 @@ from .windows import WindowBias, Windows
 __all__ = [
   'Attention',
   'Block',
+  'DECODER_HEADS',
   'Encoder',
   'GridBias',
   'GridRope',
@@ -61,6 +73,7 @@ __all__ = [
   'WindowBias',
   'Windows',
   'WordBias',
+  'WordTable',
   'activation',
   'attend',
   'bias_of_heads',
@@ -68,6 +81,7 @@ __all__ = [
   'by_block',
   'check_images',
   'check_pool',
+  'decoder_head',
   'default_init',
   'gelu',
   'gelu_tanh',
@@ -81,6 +95,7 @@ __all__ = [
   'masked_mean',
   'outputs_of',
   'patch_size_of',
+  'read_out',
   'resize_distances',
   'resize_grid',
   'rms_norm',

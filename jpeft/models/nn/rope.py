@@ -16,15 +16,19 @@ class Rope(NamedTuple):
 
   Attributes:
     theta: the slowest feature has a wavelength of nearly 2 pi theta positions.
-    scaling: 'default'; 'linear', all slower by `factor`; or 'llama3' and 'yarn' (arXiv:2309.00071),
+    scaling: 'default'; 'linear', all slower by `factor`; 'llama3' and 'yarn' (arXiv:2309.00071),
       slow features slower by `factor`, fast ones as they were, those between interpolated: by their
-      frequencies in 'llama3', by their numbers in 'yarn'.
+      frequencies in 'llama3', by their numbers in 'yarn'; or 'longrope' (arXiv:2402.13753), each
+      slower by a factor of its own.
     factor: of the scaling.
     low: llama3, yarn: features that turn less often than this in the original context are slow.
     high: llama3, yarn: features that turn more often than this are fast.
-    original: llama3, yarn: the context length of the first training.
-    magnitude: yarn: queries and keys are multiplied by it.
+    original: llama3, yarn, longrope: the context length of the first training.
+    magnitude: yarn, longrope: what turns of queries and keys is multiplied by it.
     whole: yarn: whether the first and last feature between slow and fast are whole numbers.
+    part: the share of the features of a head that turn, from the first; the others stay.
+    short: longrope: the factors of each pair of features in rows of up to `original` tokens.
+    long: longrope: the same in longer rows.
   """
 
   theta: float = 10000.0
@@ -35,12 +39,19 @@ class Rope(NamedTuple):
   original: int = 8192
   magnitude: float = 1.0
   whole: bool = True
+  part: float = 1.0
+  short: tuple[float, ...] = ()
+  long: tuple[float, ...] = ()
 
-  def frequencies(self, size: int) -> np.ndarray:
-    """Radians a position, float32 [size / 2], for heads of an even size.
+  def frequencies(self, size: int, room: int = 0) -> np.ndarray:
+    """Radians a position, float32 [size / 2].
+
+    Args:
+      size: features that turn, an even number.
+      room: see `rotate`.
 
     Raises:
-      ValueError: an unknown scaling, or an odd size.
+      ValueError: an unknown scaling, an odd size, or factors of another number of features.
     """
     if size % 2:
       raise ValueError(f'rotary positions turn pairs of features: a head size of {size} is odd')
@@ -49,6 +60,13 @@ class Rope(NamedTuple):
       return plain.astype(np.float32)
     if self.scaling == 'linear':
       return (plain / self.factor).astype(np.float32)
+    if self.scaling == 'longrope':
+      factors = self.long if room > self.original else self.short
+      if len(factors) != size // 2:
+        raise ValueError(
+          f'longrope has {len(factors)} factors, and {size // 2} pairs of features turn'
+        )
+      return (plain / np.asarray(factors)).astype(np.float32)
     if self.scaling == 'llama3':
       turns = self.original * plain / (2 * math.pi)  # full turns within the original context
       fast = np.clip((turns - self.low) / (self.high - self.low), 0, 1)  # 1: fast, 0: slow
@@ -57,7 +75,7 @@ class Rope(NamedTuple):
     else:
       raise ValueError(
         f'the RoPE scaling {self.scaling!r} is not supported, only '
-        "'default', 'linear', 'llama3' and 'yarn'"
+        "'default', 'linear', 'llama3', 'yarn' and 'longrope'"
       )
     return (plain * (fast + (1 - fast) / self.factor)).astype(np.float32)
 
@@ -80,10 +98,22 @@ class Rope(NamedTuple):
       last += 0.001
     return 1 - np.clip((np.arange(size // 2) - first) / (last - first), 0, 1)
 
-  def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-    """Turns x [.., N, H, K] by its positions [.., N], in float32; returns the dtype of x."""
-    angle = positions[..., None, None] * self.frequencies(x.shape[-1])  # [.., N, 1, K / 2]
-    return _turned(x, jnp.cos(angle) * self.magnitude, jnp.sin(angle) * self.magnitude)
+  def rotate(self, x: jax.Array, positions: jax.Array, room: int = 0) -> jax.Array:
+    """Turns x [.., N, H, K] by its positions [.., N], in float32; returns the dtype of x.
+
+    Args:
+      x: queries or keys.
+      positions: integers.
+      room: how many tokens a row has, those that a cache has room for included. By that longrope
+        chooses its factors, so that keys in a cache never turn again. For whole rows it is the
+        choice of transformers, which in generation turns to the long factors on the way.
+    """
+    size = int(x.shape[-1] * self.part)
+    angle = positions[..., None, None] * self.frequencies(size, room)  # [.., N, 1, size / 2]
+    cos, sin = jnp.cos(angle) * self.magnitude, jnp.sin(angle) * self.magnitude
+    if size == x.shape[-1]:
+      return _turned(x, cos, sin)
+    return jnp.concatenate([_turned(x[..., :size], cos, sin), x[..., size:]], -1)
 
 
 class GridRope(NamedTuple):
