@@ -55,8 +55,11 @@ TOWERS = ('linen_clip', 'linen_siglip')
 SWIN, CONVNEXT = 'linen_swin', 'linen_convnext'
 CONVS = (CONV, CONVNEXT)
 IMAGES = (*(b for b in BACKBONES if 'vit' in b), 'linen_fused', *TOWERS, SWIN, CONVNEXT)
-DECODERS = ('linen_gemma', 'nnx_llama', 'nnx_raw')
-NO_BIAS = dict.fromkeys(DECODERS, 'bitfit: .* match, but none has what it adapts')
+DECODERS = ('linen_gemma', 'nnx_llama', 'nnx_raw', 'linen_gemma2', 'linen_opt')
+NO_BIAS = dict.fromkeys(
+  [name for name in DECODERS if name != 'linen_opt'],
+  'bitfit: .* match, but none has what it adapts',
+)
 NO_DOOR = dict.fromkeys(
   ('linen_gemma', 'nnx_raw'), 'acts on the input of a layer, and .* offers no injection point'
 )
@@ -70,7 +73,7 @@ STREAM = r'reads one stream of tokens \[B, N, d\]'
 
 NO_TOKENS = {**dict.fromkeys(CONVS, TOKENS), SWIN: WINDOWS}
 NO_ATTENTION = dict.fromkeys(CONVS, 'no role {attention}')
-NO_NORM2 = dict.fromkeys((*CONVS, 'linen_bert'), 'no role {norm2}')
+NO_NORM2 = dict.fromkeys((*CONVS, 'linen_bert', 'linen_opt'), 'no role {norm2}')
 # Of models whose blocks lie in stages of several widths.
 STAGES = dict.fromkeys((*CONVS, SWIN), STREAM)
 
@@ -292,6 +295,8 @@ def takes_dropout(method: str) -> bool:
 
 LINEN_SCAN, NNX_SCAN = ('linen_vit_scan',), ('nnx_vit_scan',)
 OTHERS = tuple(n for n in BACKBONES if n not in (*LINEN_SCAN, *NNX_SCAN, *DECODERS))
+# Backbones that resemble others, and the pair with each of them that every run has.
+ALIKE = {'linen_gemma2': 'lora', 'linen_opt': 'bitfit'}
 
 
 def spread() -> list[tuple[str, str]]:
@@ -302,11 +307,12 @@ def spread() -> list[tuple[str, str]]:
   for method in sorted(REGISTRY, key=lambda m: -len(row(m).cannot)):  # the choosiest first
     mine = []
     for group, upto in ((LINEN_SCAN + NNX_SCAN, 1), (DECODERS, 2), (OTHERS, 3)):
-      fit = sorted((b for b in group if error_of(method, b) is None), key=lambda b: load[b])
+      fit = [b for b in group if b not in ALIKE and error_of(method, b) is None]
+      fit = sorted(fit, key=lambda b: load[b])
       mine += [b for i, b in enumerate(fit[: upto - len(mine)]) if len(mine) + i < 2 or load[b] < 2]
     chosen += [(method, backbone) for backbone in mine]
     load.update(mine)
-  return chosen
+  return [*chosen, *((method, backbone) for backbone, method in ALIKE.items())]
 
 
 ALL = [(m, b) for m in REGISTRY for b in BACKBONES]
