@@ -16,6 +16,7 @@ from .freeze import freeze, join, mask, split
 from .frozen import frozen
 from .generated import generated
 from .generator import Place
+from .grouped import grouped_dot
 from .keys import named_key
 from .layers import Layers, all_but
 from .mode import flags_of
@@ -115,6 +116,7 @@ __all__ = [
   'frozen',
   'generated',
   'grouped_attention',
+  'grouped_dot',
   'heads_over',
   'in_layers',
   'join',

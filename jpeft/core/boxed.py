@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from .boxes import Box, Lazy
 from .injection import PRODUCTS
@@ -119,10 +120,13 @@ def _computed(call: Callable, box: Box, x: jax.Array, dtype) -> jax.Array:
 
   if isinstance(box, Lazy):
     return jax.checkpoint(product)(x, box)
-  spec = jax.ShapeDtypeStruct(x.shape, x.dtype)
+  spec = jax.typeof(x)
 
   def transposed(cotangent, box):
-    (d_x,) = jax.linear_transpose(lambda x: product(x, box), spec)(cotangent)
+    # Not jax.linear_transpose, which has no rule for functions with a gradient of their own. The
+    # product is linear: what it returns for zeros is not needed, and not computed.
+    _, backward = jax.vjp(lambda x: product(x, box), jnp.zeros(spec.shape, spec.dtype))
+    (d_x,) = backward(cotangent)
     return d_x
 
   return _keeping_the_box(product, transposed)(x, box)

@@ -14,7 +14,7 @@ from .context import check_scalars
 from .entries import cast
 from .injection import PRODUCTS, inject
 from .merging import changed
-from .products import product_of
+from .products import Operand, product_of, rows_operand
 from .rules import Weight
 from .sites import Site
 
@@ -27,7 +27,10 @@ def field_of(site: Site) -> str | None:
     return None
   kernel = site.leaves[site.matrices[0]]
   # A kernel that is masked or scaled before the product is not what the layer multiplies by.
-  if kernel.batch or not kernel.direct:
+  if not kernel.direct:
+    return None
+  # Of a stack of matrices there is a field for a stack of one axis, one matrix a tile of rows.
+  if kernel.batch and (len(kernel.batch) > 1 or fields[0] != 'grouped_dot'):
     return None
   return fields[0]
 
@@ -74,7 +77,10 @@ def fused(
       old = y[..., columns]
       with blame(rule, own, 'dot'):
         kernel = Kernel(own, name, arrays, plain=box is None and i == 0)
-        new = rule.dot(t, product.operand, old, kernel, _fold_in(key, i))
+        dot = rule.dot
+        if product.groups is not None and own.leaves[name].batch:
+          dot = _of_tiles(dot, product.groups)
+        new = dot(t, product.operand, old, kernel, _fold_in(key, i))
       if new.shape != old.shape:
         raise ValueError(
           f'dot of {rule.name!r} at {own.path!r} makes {new.shape} of an output {old.shape}'
@@ -103,16 +109,42 @@ class Kernel:
     arrays: those of the site, as the rules before leave them.
     plain: whether it is the backbone's own array. Else it is computed, from a box or by a rule
       before: that takes time and memory, and may have a gradient.
+    group: which matrix of a stack; None where there is one.
   """
 
   site: Site
   name: str
   arrays: Mapping[str, Any]
   plain: bool
+  group: Any = None
 
   def __call__(self) -> jax.Array:
     leaf = self.site.leaves[self.name]
-    return leaf.fold(self.site.narrow(self.name, self.arrays[self.name]))
+    kernel = leaf.fold(self.site.narrow(self.name, self.arrays[self.name]))
+    return kernel if self.group is None else kernel[self.group]
+
+
+def _of_tiles(dot: Callable, groups: jax.Array) -> Callable:
+  """A `dot` of one matrix, for tiles of rows that are multiplied by a matrix of a stack each.
+
+  The entries of theta, which have one part a matrix, are small: each tile gets a copy of its own.
+  A rule that reads `w` gets one matrix a tile too, which takes memory.
+
+  Args:
+    dot: of a rule with `by_matrix`.
+    groups: [G], which matrix each tile is multiplied by.
+  """
+
+  def run(t, x: Operand, y, w: Kernel, key):
+    keys = None if key is None else jax.random.split(key, len(groups))
+
+    def tile(t, x, y, group, key):
+      return dot(t, rows_operand(x), y, dataclasses.replace(w, group=group), key)
+
+    own = jax.tree.map(lambda entry: entry[groups], t)
+    return jax.vmap(tile)(own, x.x, y, groups, keys)
+
+  return run
 
 
 def _fold_in(key, number: int):

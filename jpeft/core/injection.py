@@ -5,11 +5,14 @@ import contextlib
 import jax
 import jax.numpy as jnp
 
+from .grouped import grouped_dot
+
 # The fields through which a layer multiplies by its kernel, and what it calls without them.
 PRODUCTS = {
   'dot_general': jax.lax.dot_general,
   'einsum_op': jnp.einsum,
   'conv_general_dilated': jax.lax.conv_general_dilated,
+  'grouped_dot': grouped_dot,
 }
 FIELDS = (*PRODUCTS, 'attention_fn')
 

@@ -59,12 +59,15 @@ class Product(NamedTuple):
     kernel: the array that it is multiplied by.
     to_rows: output of the layer -> y [..., fan_out].
     from_rows: (y, shape of the output) -> the output.
+    groups: of a stack of kernels [E, fan_in, fan_out] the one that each tile of rows, the first
+      axis of x, is multiplied by; None for a single kernel.
   """
 
   operand: Operand
   kernel: jax.Array
   to_rows: Callable[[jax.Array], jax.Array]
   from_rows: Callable[[jax.Array, tuple[int, ...]], jax.Array]
+  groups: jax.Array | None = None
 
 
 def product_of(field: str, operation, leaf: Leaf, *args, **kwargs) -> Product:
@@ -78,7 +81,12 @@ def product_of(field: str, operation, leaf: Leaf, *args, **kwargs) -> Product:
   Raises:
     NotImplementedError: a `dot_general` with batch axes.
   """
-  read = {'dot_general': _dot, 'einsum_op': _einsum, 'conv_general_dilated': _conv}[field]
+  read = {
+    'dot_general': _dot,
+    'einsum_op': _einsum,
+    'conv_general_dilated': _conv,
+    'grouped_dot': _grouped,
+  }[field]
   return read(operation, leaf, *args, **kwargs)
 
 
@@ -155,3 +163,21 @@ def _conv(operation, leaf: Leaf, lhs, rhs, *args, **kwargs) -> Product:
     return jnp.moveaxis(y, -1, channel)
 
   return Product(Operand(lhs, multiply, None, leaf.fan_in), rhs, to_rows, from_rows)
+
+
+def _grouped(operation, leaf: Leaf, lhs, rhs, groups) -> Product:
+  def multiply(x, m):
+    return operation(x, m, groups)
+
+  def same(x):
+    return x
+
+  def from_rows(y, shape):
+    return y.reshape(shape)
+
+  return Product(Operand(lhs, multiply, same, leaf.fan_in), rhs, same, from_rows, groups)
+
+
+def rows_operand(x: jax.Array) -> Operand:
+  """Rows [..., fan_in] that multiply matrices as they are."""
+  return Operand(x, jnp.matmul, lambda x: x, x.shape[-1])

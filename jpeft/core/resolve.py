@@ -108,6 +108,9 @@ def _has_dot(rule: Weight, site: Site) -> bool:
   """Whether a Weight can act on the product of its site instead of the kernel."""
   if rule.dot is None or field_of(site) is None:
     return False
+  batched = any(site.leaves[name].batch for name in site.matrices)
+  if batched and (rule.outer or not rule.by_matrix):
+    return False
   return set(site.matrices) <= set(changes(rule, site))
 
 

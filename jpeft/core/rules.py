@@ -149,6 +149,8 @@ class Weight(_Made):
     preparation: the pass before training that the rule waits for, or comes from; set by
       `prepared_by`.
     origin: the factory call that made the rule; set by `factory`.
+    by_matrix: whether `init`, `apply` and `dot` are those of one matrix, so that of a stack of them
+      each entry of t has one part a matrix, first; set by `matrix`.
   """
 
   name: str
@@ -171,6 +173,7 @@ class Weight(_Made):
   generator: Generator | None = None
   preparation: Preparation | None = None
   origin: Origin | None = None
+  by_matrix: bool = False
 
   def __post_init__(self):
     _check_choice(self.name, self.requires, REQUIREMENTS)
@@ -415,4 +418,5 @@ def matrix(
   options['fixed'] = of_each(fixed)
   options['exact'] = of_each(exact)
   options['stages'] = tuple((when, of_each(entries)) for when, entries in stages)
+  options['by_matrix'] = True
   return Weight(name, init_site, apply_site, dot and dot_site, outer=outer, **options)

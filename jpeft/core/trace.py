@@ -34,7 +34,7 @@ class Use(NamedTuple):
   Attributes:
     primitive: the name of the operation.
     ins: the axes that it sums over, or looks up.
-    batch: its batch axes.
+    batch: its batch axes, and those of which one entry at a time is taken, such as an expert's.
     scanned: the axes that scans around the operation have sliced off, outermost first.
     offset: a constant that is added to the array before.
     direct: whether the operation reads the array itself, moved at most; else the array is scaled,
@@ -59,6 +59,7 @@ class _Traced(NamedTuple):
   scanned: tuple[int, ...] = ()
   offset: float = 0.0
   direct: bool = True
+  picked: tuple[int, ...] = ()  # stored axes of which the program takes one entry at a time
 
 
 class _Value(NamedTuple):
@@ -202,7 +203,7 @@ def _operation(eqn, operands, known: dict, found: _Found) -> None:
       use = Use(
         primitive=eqn.primitive.name,
         ins=_stored_axes(traced, ins),
-        batch=_stored_axes(traced, batch),
+        batch=tuple(sorted({*traced.picked, *_stored_axes(traced, batch)})),
         scanned=traced.scanned,
         offset=traced.offset,
         direct=traced.direct,
@@ -278,6 +279,12 @@ def _moved(eqn, operands: Sequence[_Value], position: int, traced: _Traced) -> _
   if name == 'reshape':
     reshaped = _reshaped(shape, params['new_sizes'], dims)
     return None if reshaped is None else traced._replace(dims=reshaped)
+  if name == 'dynamic_slice' and not all(value.static for value in operands[1:]):
+    picked = _picked(shape, params['slice_sizes'])
+    if picked is not None:
+      stored = _stored_axes(traced, picked)
+      rest = tuple(() if axis in picked else of_axis for axis, of_axis in enumerate(dims))
+      return traced._replace(dims=rest, picked=(*traced.picked, *stored))
   changed = traced._replace(offset=traced.offset + _added(eqn), direct=False)
   if name in _LIKE:
     return changed
@@ -291,6 +298,14 @@ def _moved(eqn, operands: Sequence[_Value], position: int, traced: _Traced) -> _
   # Standardised, masked, normalised, rounded, ...: an array of the same shape made of constants.
   keeps_shape = len(eqn.outvars) == 1 and eqn.outvars[0].aval.shape == shape
   return changed if keeps_shape and shape else None
+
+
+def _picked(shape, sizes) -> tuple[int, ...] | None:
+  """The axes of which a slice has one entry; None if it cuts another axis short."""
+  cut = [axis for axis, (whole, size) in enumerate(zip(shape, sizes, strict=True)) if size < whole]
+  if all(sizes[axis] == 1 for axis in cut):
+    return tuple(cut)
+  return None
 
 
 def _others_are_scalars(eqn, operands: Sequence[_Value]) -> bool:
