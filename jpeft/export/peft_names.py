@@ -28,7 +28,9 @@ class Arrays:
   Attributes:
     pretrained: the backbone.
     table: the rows of its family.
-    places: {path: (place, keys in one naming, one a layer)}.
+    places: {path: (place, keys in one naming, one a layer)}; without those of experts.
+    experts: the paths of experts' kernels, which transformers from 5 on has as one array of all
+      experts, and peft adapts in another layout than that of linear layers.
   """
 
   def __init__(self, pretrained: Pretrained, naming: str = NEW):
@@ -47,8 +49,12 @@ class Arrays:
     self.pretrained = pretrained
     self.table = family.table(pretrained.model)
     self.places: dict[str, tuple[Place, list[str]]] = {}
+    self.experts: set[str] = set()
     self._homes: dict[str, tuple[str, int]] = {}
     for place, keys in keyed(self.table, shapes_of(pretrained.model, family)):
+      if place.experts is not None:
+        self.experts.add(place.path)
+        continue
       renamed = [self.table.in_memory(key) for key in keys]
       self.places[place.path] = (place, renamed if naming == NEW else keys)
       for names in (keys, renamed):

@@ -136,6 +136,11 @@ def _add_shared(
 def _check_places(arrays: Arrays, theta: Mapping) -> None:
   """Raises a ValueError if theta is of other things than arrays of the backbone."""
   for name, path, array, _ in entries(theta):
+    if f'{path}/{array}' in arrays.experts:
+      raise ValueError(
+        f'theta has {name!r} at the experts {path!r}, which peft adapts in a layout that is not '
+        'written: merge theta, or keep our own file of it'
+      )
     if f'{path}/{array}' not in arrays.places:
       raise ValueError(
         f'theta has {name!r} at {path or "the model"!r}, and no array {array!r} of the pretrained '

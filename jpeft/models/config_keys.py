@@ -18,6 +18,7 @@ _FLAGS = (
   'vision_use_head',
   *('add_cross_attention', 'do_layer_norm_before', '_remove_final_layer_norm', 'enable_bias'),
   *('layer_norm_elementwise_affine', 'scale_attn_by_inverse_layer_idx', 'scale_attn_weights'),
+  'norm_topk_prob',
 )
 _TEXTS = (
   *('activation', 'activation_function', 'feed_forward_proj', 'hidden_act', 'jpeft_pool'),
@@ -49,6 +50,9 @@ _COUNTS = {
   'num_register_tokens': (0, 2**16),
   'type_vocab_size': (0, _WIDE),
   'window_size': (1, 2**14),
+  **dict.fromkeys(('num_experts', 'num_local_experts', 'num_experts_per_tok'), (1, 2**16)),
+  **dict.fromkeys(('moe_intermediate_size', 'shared_expert_intermediate_size'), (1, _WIDE)),
+  'decoder_sparse_step': (1, 2**16),
 }
 _MAYBE_COUNTS = {
   'head_dim': (1, 2**16),
@@ -58,7 +62,7 @@ _MAYBE_COUNTS = {
   'num_decoder_layers': (1, 2**12),
   'num_key_value_heads': (1, 2**16),
   'pad_token_id': (-1, _WIDE),
-  'sliding_window': (1, 2**31),
+  'sliding_window': (0, 2**31),
 }
 _NUMBERS = {
   **dict.fromkeys(('layer_norm_eps', 'layer_norm_epsilon', 'rms_norm_eps'), (0, 1)),
@@ -69,6 +73,7 @@ _NUMBERS = {
   'query_pre_attn_scalar': (1e-3, 1e6),
   'rope_local_base_freq': (1e-3, 1e12),
   'rope_theta': (1e-3, 1e12),
+  'router_jitter_noise': (0, 1),
 }
 _MAYBE_NUMBERS = dict.fromkeys(('attn_logit_softcapping', 'final_logit_softcapping'), (1e-3, 1e6))
 # Of models in stages, one number a stage. Elsewhere 'num_heads' is one number.
@@ -100,6 +105,7 @@ _SCHEMA = {
   'id2label?': (dict, None),
   'label2id?': (dict, None),
   'layer_types?': ([str], None),
+  'mlp_only_layers?': ([int], None),
   'jpeft_sizes?': dict,
   'vision_config?': dict,
   'rope_parameters?': (_ROPES, None),

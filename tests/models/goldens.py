@@ -9,6 +9,7 @@ from jpeft import models
 
 GOLDEN = Path(__file__).parent / 'golden'
 CAUSAL = ('llama', 'mistral', 'qwen2', 'qwen3')
+EXPERTS = ('mixtral', 'qwen2_moe', 'qwen3_moe')
 NAMES = ('vit', 'deit', 'dinov2', 'bert', 'roberta', 't5', 't5_gated', *CAUSAL)
 # Smaller ones: heads, and families near those above.
 HEADS = (
@@ -53,8 +54,9 @@ KIN = (
   'gpt2',
   'opt',
   'opt_350m',
+  *EXPERTS,
 )
-UNSCANNED = ('swin', 'gemma3', 'gemma2')  # whose blocks differ
+UNSCANNED = ('swin', 'gemma3', 'gemma2', 'qwen3_moe')  # whose blocks differ
 INPUTS = ('images', 'tokens', 'decoder_tokens', 'mask', 'types')
 # What transformers calls them.
 THEIRS = {

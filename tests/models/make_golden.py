@@ -97,6 +97,12 @@ TINY_OPT = {
   'max_position_embeddings': 24,
   'pad_token_id': 0,
 }
+TINY_EXPERTS = {
+  **TINY_CAUSAL,
+  'num_experts': 5,
+  'num_experts_per_tok': 2,
+  'moe_intermediate_size': 8,
+}
 TINY_T5 = {**T5, **LABELS, 'd_model': 12, 'd_ff': 16, 'num_heads': 2, 'vocab_size': 30}
 # Heads of 12 features: three frequencies each way.
 DINOV3 = {**{k: v for k, v in TINY_IMAGES.items() if k not in LABELS}, 'hidden_size': 24}
@@ -333,6 +339,21 @@ MODELS = {
   'opt_350m': (
     'OPTForCausalLM',
     transformers.OPTConfig(**TINY_OPT, do_layer_norm_before=False, word_embed_proj_dim=8),
+  ),
+  'mixtral': (
+    'MixtralForCausalLM',
+    transformers.MixtralConfig(**TINY_CAUSAL, num_local_experts=4, num_experts_per_tok=2),
+  ),
+  'qwen2_moe': (
+    'Qwen2MoeForCausalLM',
+    transformers.Qwen2MoeConfig(**TINY_EXPERTS, shared_expert_intermediate_size=10),
+  ),
+  # One of its blocks has a single MLP.
+  'qwen3_moe': (
+    'Qwen3MoeForCausalLM',
+    transformers.Qwen3MoeConfig(
+      **{**TINY_EXPERTS, 'num_hidden_layers': 3}, norm_topk_prob=True, mlp_only_layers=[1]
+    ),
   ),
 }
 

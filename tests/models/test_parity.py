@@ -11,7 +11,17 @@ import pytest
 import jpeft
 from jpeft import models
 from jpeft.models.nn.positions import relative_buckets
-from tests.models.goldens import CAUSAL, GOLDEN, NAMES, THEIRS, UNSCANNED, close, golden, outputs
+from tests.models.goldens import (
+  CAUSAL,
+  EXPERTS,
+  GOLDEN,
+  NAMES,
+  THEIRS,
+  UNSCANNED,
+  close,
+  golden,
+  outputs,
+)
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
@@ -27,7 +37,9 @@ def their(kind, folder, inputs):
     return model.eval()(**{THEIRS[k]: tensor(v) for k, v in inputs.items()})
 
 
-@pytest.mark.parametrize('name', (*NAMES, 'beit', 'beit_shared', 'swin', 'convnext', 'convnextv2'))
+@pytest.mark.parametrize(
+  'name', (*NAMES, 'beit', 'beit_shared', 'swin', 'convnext', 'convnextv2', *EXPERTS)
+)
 def test_transformers_opens_what_we_save(name, tmp_path):
   inputs, _ = golden(name)
   loaded = models.load(GOLDEN / name, scan=name not in UNSCANNED)
@@ -35,7 +47,7 @@ def test_transformers_opens_what_we_save(name, tmp_path):
   models.save_pretrained(tmp_path, loaded.model, moved, loaded.config)
   kind = models.load(tmp_path).config['architectures'][0]
   want = their(kind, tmp_path, inputs).logits.numpy()
-  want = want * inputs['mask'][..., None] if name in CAUSAL else want
+  want = want * inputs['mask'][..., None] if name in (*CAUSAL, *EXPERTS) else want
   close(outputs(dataclasses.replace(loaded, variables=moved), inputs), want, 5e-6)
 
 
@@ -65,6 +77,7 @@ def test_bare_models_equal_transformers(name, kind, tmp_path):
 
 TEXT_HEADS = ('SequenceClassification', 'TokenClassification', 'QuestionAnswering', 'MaskedLM')
 CAUSAL_HEADS = ('SequenceClassification', 'TokenClassification', 'QuestionAnswering', 'CausalLM')
+SPARSE = ('Mixtral', 'Qwen2Moe', 'Qwen3Moe')
 CLASSES = (
   *(
     (name, f'{name}For{head}')
@@ -94,9 +107,10 @@ CLASSES = (
     for head in ('LMHeadModel', *(f'For{head}' for head in CAUSAL_HEADS if head != 'CausalLM'))
   ),
   *(('OPT', f'OPTFor{head}') for head in CAUSAL_HEADS if head != 'TokenClassification'),
+  *((name, f'{name}For{head}') for name in SPARSE for head in CAUSAL_HEADS),
 )
 # transformers finds the last token by the padding before it.
-BY_PADDING = ('Mistral', 'Qwen2', 'Qwen3', 'Gemma2', 'Phi3', 'GPT2', 'OPT')
+BY_PADDING = ('Mistral', 'Qwen2', 'Qwen3', 'Gemma2', 'Phi3', 'GPT2', 'OPT', *SPARSE)
 
 
 def tiny(name, kind):
@@ -120,6 +134,10 @@ def tiny(name, kind):
     sizes = {**make.TINY_GPT2, **make.LABELS}
   elif name == 'OPT':
     sizes = {**make.TINY_OPT, **make.LABELS, 'word_embed_proj_dim': 8}
+  elif name == 'Mixtral':
+    sizes = {**make.TINY_CAUSAL, 'num_local_experts': 4}
+  elif name in SPARSE:
+    sizes = make.TINY_EXPERTS
   elif name in ('T5', 'MT5'):
     sizes = make.TINY_T5
   elif name in ('ViT', 'DeiT', 'Beit'):

@@ -179,7 +179,7 @@ def test_unknown_sources_name_the_nearest(tmp_path):
   (
     ('deberta-v2', "kin that loads is 'roberta': deberta-v2 attends to relative positions apart"),
     ('gemma3', "kin that loads is 'gemma3_text': gemma3 reads images"),
-    ('mixtral', "kin that loads is 'mistral': mixtral has experts"),
+    ('phimoe', "kin that loads is 'phi3': phimoe has experts"),
     ('swinv2', "kin that loads is 'swin'"),
     ('dinov3_convnext', "kin that loads is 'convnext': dinov3_convnext has a layout of its own"),
     ('data2vec-vision', "kin that loads is 'beit'"),
@@ -204,7 +204,7 @@ def test_the_table_of_models_names_every_family_and_its_heads():
 WELL_KNOWN = """
 siglip2 chinese_clip swinv2 resnet dinov3_convnext vit_msn data2vec-vision ijepa videomae
 mobilevit deberta deberta-v2 modernbert xlnet albert longformer gemma3 phi
-mixtral bloom falcon gpt_neox mamba deepseek_v3 bart mbart pegasus whisper wav2vec2
+phimoe bloom falcon gpt_neox mamba deepseek_v3 bart mbart pegasus whisper wav2vec2
 hubert
 """
 

@@ -1,8 +1,9 @@
 """Between our parameter trees and the tensors of Hugging Face files, by a family's table."""
 
 import functools
+import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -73,6 +74,8 @@ def from_files(
   for place in wanted:
     # One layer is read at a time, and none is given a name: it would stay while the next is read.
     arrays = map(functools.partial(layer, place), place.keys)
+    if place.experts is not None:
+      arrays = _stacks(arrays, place.experts)
     if place.path in coded:
       params[place.path] = coded[place.path](arrays)
     elif place.stacked:
@@ -89,6 +92,8 @@ def to_tensors(params: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]
   for place, keys in keyed(table, shapes):
     array = np.asarray(params[place.path])
     layers = array if place.stacked else [array]
+    if place.experts is not None:
+      layers = [expert for layer in layers for expert in layer]
     for key, layer in zip(keys, layers, strict=True):
       theirs = place.leaf.theirs(layer)
       if place.part is None:
@@ -98,6 +103,12 @@ def to_tensors(params: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]
         tensors[key] = np.empty(place.part.whole(theirs.shape), theirs.dtype)
       place.part.of(tensors[key])[...] = theirs
   return tensors
+
+
+def _stacks(arrays: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
+  """Stacks of so many arrays each; no more than one stack is read at a time."""
+  while stack := list(itertools.islice(arrays, count)):
+    yield np.stack(stack)
 
 
 def keyed(table: Table, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[Place, list[str]]]:

@@ -1,8 +1,9 @@
 """Which tensor of a Hugging Face file is which parameter of ours, for all families.
 
 A table has rows (path of our module, kind, key on disk). A path has `block` for the blocks of a
-stack, its key `{i}` for their number, whether our stack is unrolled or scanned. The same rows serve
-for loading and for saving. Rows of one key are parts of one tensor, one behind the other.
+stack, its key `{i}` for their number, whether our stack is unrolled or scanned, and `{e}` for the
+number of an expert. The same rows serve for loading and for saving. Rows of one key are parts of
+one tensor, one behind the other.
 """
 
 import itertools
@@ -156,12 +157,13 @@ class Place(NamedTuple):
 
   Attributes:
     path: of our array.
-    shape: of one layer of it.
-    keys: one key, or one per layer of a scanned stack.
-    leaf: how each layer is stored.
+    shape: of what one key has of it.
+    keys: one key, or one per layer of a scanned stack; of experts one each, layer by layer.
+    leaf: how what a key has is stored.
     head: whether the array belongs to the head, so that its keys have no prefix.
     stacked: whether our array is a stack of layers.
     part: where in a tensor that it shares with others; None where it has one of its own.
+    experts: how many a layer has that have a key each, the first axis of a layer; None for none.
   """
 
   path: str
@@ -171,6 +173,7 @@ class Place(NamedTuple):
   head: bool
   stacked: bool
   part: Part | None = None
+  experts: int | None = None
 
   @property
   def shape_on_disk(self) -> tuple[int, ...]:
@@ -205,14 +208,17 @@ def places(table: Table, shapes: Mapping[str, tuple[int, ...]]) -> list[Place]:
     key, leaf, head = leaves[generic]
     block = re.search(r'(?:^|/)block_(\d+)/', path)
     stacked = re.search(r'(?:^|/)blocks/', path) is not None
+    layers = range(1)
     if stacked:
-      keys = tuple(key.format(i=i) for i in range(shape[0]))
+      layers = range(shape[0])
       shape = shape[1:]
     elif block:
-      keys = (key.format(i=block[1]),)
-    else:
-      keys = (key,)
-    place = Place(path, shape, keys, leaf, head, stacked)
+      layers = range(int(block[1]), int(block[1]) + 1)
+    experts = None
+    if '{e}' in key:
+      experts, *shape = shape
+    keys = tuple(key.format(i=i, e=e) for i in layers for e in range(experts or 1))
+    place = Place(path, tuple(shape), keys, leaf, head, stacked, experts=experts)
     found.append(place)
     sharing.setdefault((head, keys), []).append((order[generic], place))
   parts = {}

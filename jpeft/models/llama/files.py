@@ -1,4 +1,4 @@
-"""Llama, Mistral, SmolLM2, Qwen2, Qwen3 and the Gemmas as Hugging Face stores them."""
+"""Llama, Mistral, Mixtral, SmolLM2, Qwen, the Gemmas and Phi-3 as Hugging Face stores them."""
 
 import functools
 import math
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ..families import Family, Request, depth_of, shape_of, with_labels
 from ..heads import Heads
 from ..io import Checkpoint, Table
-from ..nn import Rope, activation
+from ..nn import Experts, Rope, activation
 from .model import Llama
 
 _BLOCK = 'layers.{i}.'
@@ -54,6 +54,30 @@ _FUSED = {
 }
 
 
+# Of models with experts: what files call the MLP, its router and the maps of an expert.
+_EXPERTS = {
+  'mixtral': ('block_sparse_moe', {'gate': 'w1', 'fc1': 'w3', 'fc2': 'w2'}),
+  'qwen2_moe': ('mlp', {'gate': 'gate_proj', 'fc1': 'up_proj', 'fc2': 'down_proj'}),
+  'qwen3_moe': ('mlp', {'gate': 'gate_proj', 'fc1': 'up_proj', 'fc2': 'down_proj'}),
+}
+
+
+def _expert_rows(kind: str) -> tuple[tuple[str, str, str], ...]:
+  """The rows of routers, of experts, and of the MLP beside them that sees every token."""
+  if kind not in _EXPERTS:
+    return ()
+  mlp, maps = _EXPERTS[kind]
+  ours, theirs = 'decoder/block/mlp/', f'{_BLOCK}{mlp}.'
+  rows = [
+    (f'{ours}router', 'dense', f'{theirs}gate'),
+    (f'{ours}shared_gate', 'dense', f'{theirs}shared_expert_gate'),
+  ]
+  for name, key in maps.items():
+    rows.append((f'{ours}experts/{name}', 'dense', f'{theirs}experts.{{e}}.{key}'))
+    rows.append((f'{ours}shared/{name}', 'dense', f'{theirs}shared_expert.{key}'))
+  return tuple(rows)
+
+
 def _rows(kind: str, branch_norms: bool) -> tuple[tuple[str, str, str], ...]:
   """The rows of the table of a model."""
   norms = _NORMS | _BRANCH_NORMS if branch_norms else _NORMS
@@ -61,6 +85,7 @@ def _rows(kind: str, branch_norms: bool) -> tuple[tuple[str, str, str], ...]:
   return (
     *_ROWS,
     *((f'decoder/block/{ours}', 'dense', _BLOCK + theirs) for ours, theirs in linear.items()),
+    *_expert_rows(kind),
     *((f'decoder/block/{ours}', 'norm', _BLOCK + theirs) for ours, theirs in norms.items()),
   )
 
@@ -77,6 +102,15 @@ _NAMES = {
   'gemma3_text': 'Gemma3Text',
   'gemma2': 'Gemma2',
   'phi3': 'Phi3',
+  'mixtral': 'Mixtral',
+  'qwen2_moe': 'Qwen2Moe',
+  'qwen3_moe': 'Qwen3Moe',
+}
+# What transformers takes where a config leaves it out, if that is not what most families have.
+_DEFAULTS: dict[str, dict] = {
+  'mixtral': {'rope_theta': 1e6, 'rms_norm_eps': 1e-5, 'num_key_value_heads': 8},
+  'qwen2_moe': {'num_key_value_heads': 16},
+  'qwen3_moe': {'num_key_value_heads': 4},
 }
 _GEMMAS = ('gemma', 'gemma3_text', 'gemma2')
 # Those with norms behind each branch, a query_pre_attn_scalar and layers of two types.
@@ -101,22 +135,15 @@ def _table(kind: str, model: Llama) -> Table:
   key, purpose = _PURPOSES[model.head or 'text']
   # transformers has the decoder under another name in most classes that answer questions.
   base, other = 'model.', 'transformer.'
-  if model.head == 'questions' and kind != 'mistral':
+  if model.head == 'questions' and kind not in ('mistral', 'mixtral', 'qwen2_moe'):
     base, other = other, base
   tied = model.head == 'text' and model.tied
   head = () if tied or model.head is None else (('head', 'dense', key),)
   architectures = (f'{_NAMES[kind]}Model', _NAMES[kind] + purpose)
   if kind == 'gemma3_text' and model.head in ('text', None):
     architectures = (architectures[0], 'Gemma3ForCausalLM')
-  return Table(
-    base,
-    _rows(kind, model.branch_norms),
-    head,
-    _IGNORE,
-    architectures,
-    tied=tied,
-    other_bases=(other,),
-  )
+  rows = _rows(kind, model.branch_norms)
+  return Table(base, rows, head, _IGNORE, architectures, tied=tied, other_bases=(other,))
 
 
 def _build(kind: str, config: Mapping, checkpoint: Checkpoint | None, request: Request) -> Llama:
@@ -124,6 +151,7 @@ def _build(kind: str, config: Mapping, checkpoint: Checkpoint | None, request: R
     raise ValueError(
       f'head {request.head!r} reads every token: it takes no pool, got {request.pool!r}'
     )
+  config = _DEFAULTS.get(kind, {}) | dict(config)
   classes = request.num_classes
   if request.head == 'questions':
     classes = None
@@ -136,6 +164,9 @@ def _build(kind: str, config: Mapping, checkpoint: Checkpoint | None, request: R
     # Whatever the config has: the released weights have these biases and no others.
     qkv_bias = True
     out_bias = False
+  elif kind == 'qwen2_moe':
+    qkv_bias = config.get('qkv_bias', True)
+    out_bias = False
   is_gemma = kind in _GEMMAS
   if is_gemma:
     _check_gemma(kind, config)
@@ -143,11 +174,12 @@ def _build(kind: str, config: Mapping, checkpoint: Checkpoint | None, request: R
   if checkpoint is not None and not tied and request.head == 'text':
     tied = shape_of(checkpoint, _HEAD) is None
   depth = depth_of(config, 'num_hidden_layers', request)
+  experts = _experts(kind, config, depth)
   return Llama(
     config['hidden_size'],
     depth,
     config['num_attention_heads'],
-    config['intermediate_size'],
+    _mlp_dim(config, experts),
     config['vocab_size'],
     kv_heads=config.get('num_key_value_heads'),
     head_dim=config.get('head_dim', 256 if is_gemma else None),
@@ -158,7 +190,7 @@ def _build(kind: str, config: Mapping, checkpoint: Checkpoint | None, request: R
     qkv_bias=qkv_bias,
     out_bias=out_bias,
     mlp_bias=config.get('mlp_bias', False),
-    qk_norm=kind in ('qwen3', 'gemma3_text'),
+    qk_norm=kind in ('qwen3', 'gemma3_text', 'qwen3_moe'),
     unit_norms=is_gemma,
     branch_norms=kind in _LATER_GEMMAS,
     embed_scale=config['hidden_size'] ** 0.5 if is_gemma else None,
@@ -168,12 +200,50 @@ def _build(kind: str, config: Mapping, checkpoint: Checkpoint | None, request: R
     rope=_phi3_rope(config) if kind == 'phi3' else rope_of(_rope_config(kind, config)),
     window=_window(kind, config, depth),
     window_rope=_window_rope(kind, config),
+    experts=experts,
     eps=config.get('rms_norm_eps', 1e-5 if kind == 'phi3' else 1e-6),
     activation=activation(_activation(kind, config)),
     dropout=config.get('resid_pdrop', 0.0) if kind == 'phi3' else 0.0,
     attention_dropout=config.get('attention_dropout', 0.0),
     **request.fields,
   )
+
+
+def _experts(kind: str, config: Mapping, depth: int) -> Experts | tuple[Experts | None, ...] | None:
+  """How the experts of all blocks are chosen, or of each; None of blocks with one MLP.
+
+  Raises:
+    ValueError: routers are trained with noise.
+  """
+  if kind not in _EXPERTS:
+    return None
+  if kind == 'mixtral':
+    if config.get('router_jitter_noise'):
+      raise ValueError(
+        f'router_jitter_noise={config["router_jitter_noise"]} is not supported, only 0: it is noise'
+        ' of the training of routers, which are frozen here'
+      )
+    return Experts(config['num_local_experts'], config['num_experts_per_tok'])
+  count = config['num_experts'] if 'num_experts' in config else config['num_local_experts']
+  experts = Experts(
+    count,
+    config['num_experts_per_tok'],
+    normalised=config.get('norm_topk_prob', False),
+    shared_dim=config['shared_expert_intermediate_size'] if kind == 'qwen2_moe' else None,
+  )
+  step = config.get('decoder_sparse_step', 1)
+  dense = set(config.get('mlp_only_layers') or ())
+  by_block = tuple(None if i in dense or (i + 1) % step else experts for i in range(depth))
+  return by_block if len(set(by_block)) > 1 else by_block[0]
+
+
+def _mlp_dim(config: Mapping, experts) -> int | tuple[int, ...]:
+  """The hidden width of the MLPs, or of the experts in their place."""
+  dense = config.get('intermediate_size')
+  sparse = config.get('moe_intermediate_size', dense)
+  if not isinstance(experts, tuple):
+    return config['intermediate_size'] if experts is None else sparse
+  return tuple(config['intermediate_size'] if own is None else sparse for own in experts)
 
 
 def _check_gemma(kind: str, config: Mapping) -> None:
@@ -340,15 +410,22 @@ def _window(kind: str, config: Mapping, depth: int) -> int | None | tuple[int | 
   Raises:
     ValueError: some layers of a Qwen have a window and others have none.
   """
-  window = config.get('sliding_window', 4096 if kind in _LATER_GEMMAS else None)
+  # 0 stands for none.
+  window = config.get('sliding_window', 4096 if kind in _LATER_GEMMAS else None) or None
   if kind in ('llama', 'gemma') or window is None:
     return None
   if kind in _LATER_GEMMAS:
     return _windows(config, window, depth, 6 if kind == 'gemma3_text' else 2)
-  if kind in ('mistral', 'phi3'):
+  if kind in ('mistral', 'mixtral', 'phi3'):
     return window
   if not config.get('use_sliding_window', False):
     return None
+  if kind == 'qwen3_moe':
+    return window
+  if kind == 'qwen2_moe' and not config.get('layer_types'):
+    raise ValueError(
+      'use_sliding_window=True needs layer_types, which say the layers that have a window'
+    )
   if config.get('layer_types'):
     slides = {name == 'sliding_attention' for name in config['layer_types'][:depth]}
   else:

@@ -20,8 +20,10 @@ from ..nn import (
   MLP,
   Block,
   Encoder,
+  Experts,
   Remat,
   Rope,
+  SparseMLP,
   WordTable,
   attend,
   block_of,
@@ -190,6 +192,7 @@ class LlamaBlock(Block):
     mlp_bias: whether the layers of the MLP have biases.
     branch_norms: whether what each branch adds to the stream is normalised too.
     window_rope: the rotary positions of blocks with a window; None for `rope`.
+    experts: how experts of the width mlp_dim are chosen in place of one MLP; None for one.
   """
 
   activation: Callable[[jax.Array], jax.Array] = nn.silu
@@ -206,6 +209,7 @@ class LlamaBlock(Block):
   rope: Rope = Rope()
   window_rope: Rope | None = None
   window: int | None = None
+  experts: Experts | None = None
 
   @nn.compact
   def __call__(self, x, mask=None, bias=None, deterministic=True):
@@ -232,9 +236,12 @@ class LlamaBlock(Block):
       name='attention',
       **types,
     )
-    mlp = MLP(
-      self.mlp_dim, self.activation, gated=True, use_bias=self.mlp_bias, name='mlp', **types
-    )
+    if self.experts is None:
+      mlp = MLP(
+        self.mlp_dim, self.activation, gated=True, use_bias=self.mlp_bias, name='mlp', **types
+      )
+    else:
+      mlp = SparseMLP(self.mlp_dim, self.experts, self.activation, name='mlp', **types)
 
     def added(name, y):
       if self.branch_norms:
@@ -282,6 +289,8 @@ class Llama(nn.Module):
     window: a token sees itself and the window - 1 before it (Mistral); None for all before it; a
       tuple has one of both for each block (Gemma 2 and 3), and such blocks cannot be scanned.
     window_rope: the rotary positions of blocks with a window; None for `rope`.
+    experts: how experts of the width mlp_dim are chosen in place of one MLP (Mixtral); None for
+      one; a tuple has one of both for each block (Qwen3-MoE), and such blocks cannot be scanned.
     eps: of the norms.
     activation: of the MLPs.
     dropout: rate on what each branch adds to the stream.
@@ -317,6 +326,7 @@ class Llama(nn.Module):
   rope: Rope = Rope()
   window: int | tuple[int | None, ...] | None = None
   window_rope: Rope | None = None
+  experts: Experts | tuple[Experts | None, ...] | None = None
   eps: float = 1e-6
   activation: Callable[[jax.Array], jax.Array] = nn.silu
   dropout: float = 0.0
@@ -366,6 +376,7 @@ class Llama(nn.Module):
       rope=self.rope,
       window=self.window,
       window_rope=self.window_rope,
+      experts=self.experts,
     )
     decoder = Encoder(block, self.depth, self.scan, self.remat, name='decoder')
     x = embed(tokens)

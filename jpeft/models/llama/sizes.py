@@ -18,6 +18,9 @@ def _sizes(model: Llama) -> dict[str, Sizes]:
 def _resized(model: Llama, sizes: Mapping[str, Sizes], vocab: int | None) -> Llama:
   stack = sizes['decoder']
   group = _group(model)
+  widths = by_block('mlp_dim', model.mlp_dim, model.depth)
+  if model.experts is not None and not set(stack.mlp_dim) <= set(widths):
+    raise ValueError('mlp: hidden units of experts are not cut; cut layers, heads or words')
   heads = common(tuple(kv_heads * group for kv_heads in stack.heads))
   kv_heads = None
   if model.kv_heads is not None:

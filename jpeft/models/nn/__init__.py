@@ -12,6 +12,7 @@ from .blocks import (
   run_blocks,
   shared_bias_heads,
 )
+from .experts import Experts, SparseMLP
 from .heads import (
   DECODER_HEADS,
   HEADS,
@@ -56,6 +57,7 @@ __all__ = [
   'Block',
   'DECODER_HEADS',
   'Encoder',
+  'Experts',
   'GridBias',
   'GridRope',
   'HEADS',
@@ -69,6 +71,7 @@ __all__ = [
   'REMATS',
   'Remat',
   'Rope',
+  'SparseMLP',
   'Stages',
   'WindowBias',
   'Windows',

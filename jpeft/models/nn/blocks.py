@@ -224,7 +224,7 @@ _SHARED = (
 
 
 # The fields that may be a tuple, with one value a block.
-_BY_BLOCK = ('heads', 'kv_heads', 'cross_heads', 'bias_heads', 'mlp_dim', 'window')
+_BY_BLOCK = ('heads', 'kv_heads', 'cross_heads', 'bias_heads', 'mlp_dim', 'window', 'experts')
 
 
 def block_of(
