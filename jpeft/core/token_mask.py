@@ -27,7 +27,7 @@ class TokenMask:
     texts: [B, N], number of the text that each query belongs to; None if every row is one text.
     key_texts: the same of the keys, [B, M - before]; None if every row is one text.
     keys: M, of which all but `before` have a place.
-    window: a query sees no key that stands further before it than window - 1; None for all.
+    window: a query sees no key that stands further from it than window - 1; None for all.
     causal: whether a query sees no key behind its own place.
     before: keys in front of the first place, which every query sees.
   """
@@ -69,7 +69,7 @@ class TokenMask:
     if self.causal:
       seen = seen & (distances >= 0)
     if self.window is not None:
-      seen = seen & (distances < self.window)
+      seen = seen & (abs(distances) < self.window)
     if self.texts is not None:
       seen = seen & (self.texts[:, :, None] == self.key_texts[:, None])
     seen = jnp.pad(seen, ((0, 0), (0, 0), (self.before, 0)), constant_values=True)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     write_tensors,
   )
   from .llama import Llama, LlamaBlock, grown
+  from .modernbert import ModernBert
   from .narrow import Keep, narrowed, narrowed_theta, widened_theta
   from .nn import (
     REMATS,
@@ -66,6 +67,7 @@ __all__ = [
   'Keep',
   'Llama',
   'LlamaBlock',
+  'ModernBert',
   'PatchDecoder',
   'Place',
   'PostNormBlock',
@@ -125,6 +127,7 @@ __getattr__ = on_first_use(
       'write_tensors',
     ),
     '.llama': ('Llama', 'LlamaBlock', 'grown'),
+    '.modernbert': ('ModernBert',),
     '.narrow': ('Keep', 'narrowed', 'narrowed_theta', 'widened_theta'),
     '.nn': (
       'Encoder',

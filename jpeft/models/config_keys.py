@@ -19,16 +19,19 @@ _FLAGS = (
   *('add_cross_attention', 'do_layer_norm_before', '_remove_final_layer_norm', 'enable_bias'),
   *('layer_norm_elementwise_affine', 'scale_attn_by_inverse_layer_idx', 'scale_attn_weights'),
   'norm_topk_prob',
+  *('classifier_bias', 'decoder_bias', 'norm_bias'),
 )
 _TEXTS = (
   *('activation', 'activation_function', 'feed_forward_proj', 'hidden_act', 'jpeft_pool'),
   'position_embedding_type',
+  *('classifier_activation', 'classifier_pooling'),
 )
 _MAYBE_TEXTS = ('hidden_activation',)
 _RATES = (
   *('attention_dropout', 'attention_probs_dropout_prob', 'dropout', 'dropout_rate'),
   'hidden_dropout_prob',
   *('attn_pdrop', 'embd_pdrop', 'resid_pdrop', 'layerdrop'),
+  *('classifier_dropout', 'embedding_dropout', 'mlp_dropout'),
 )
 _WIDE = 2**24  # of a table or matrix, in rows
 # {key: (least, most)} of integers, and of numbers.
@@ -53,6 +56,8 @@ _COUNTS = {
   **dict.fromkeys(('num_experts', 'num_local_experts', 'num_experts_per_tok'), (1, 2**16)),
   **dict.fromkeys(('moe_intermediate_size', 'shared_expert_intermediate_size'), (1, _WIDE)),
   'decoder_sparse_step': (1, 2**16),
+  'global_attn_every_n_layers': (1, 2**12),
+  'local_attention': (1, 2**31),
 }
 _MAYBE_COUNTS = {
   'head_dim': (1, 2**16),
@@ -65,7 +70,7 @@ _MAYBE_COUNTS = {
   'sliding_window': (0, 2**31),
 }
 _NUMBERS = {
-  **dict.fromkeys(('layer_norm_eps', 'layer_norm_epsilon', 'rms_norm_eps'), (0, 1)),
+  **dict.fromkeys(('layer_norm_eps', 'layer_norm_epsilon', 'norm_eps', 'rms_norm_eps'), (0, 1)),
   **dict.fromkeys(_RATES, (0, 1)),
   **dict.fromkeys(('layer_scale_init_value', 'layerscale_value'), (-1e6, 1e6)),
   'mlp_ratio': (1e-3, 1e3),
@@ -73,6 +78,7 @@ _NUMBERS = {
   'query_pre_attn_scalar': (1e-3, 1e6),
   'rope_local_base_freq': (1e-3, 1e12),
   'rope_theta': (1e-3, 1e12),
+  **dict.fromkeys(('global_rope_theta', 'local_rope_theta'), (1e-3, 1e12)),
   'router_jitter_noise': (0, 1),
 }
 _MAYBE_NUMBERS = dict.fromkeys(('attn_logit_softcapping', 'final_logit_softcapping'), (1e-3, 1e6))
@@ -117,6 +123,7 @@ _SCHEMA = {
   **{f'{key}?': (int, None) for key in _MAYBE_COUNTS},
   **{f'{key}?': float for key in _NUMBERS},
   **{f'{key}?': (float, None) for key in _MAYBE_NUMBERS},
+  'classifier_dropout?': (float, None),
   **{f'{key}?': (int, [int]) for key in _SIDES},
 }
 _WIDTHS = ('hidden_size', 'dim', 'n_embd')

@@ -6,7 +6,6 @@ KIN = {
   'xlnet': ('bert', 'attends to relative positions, in orders of its own'),
   'deberta': ('roberta', 'attends to relative positions apart from words'),
   'deberta-v2': ('roberta', 'attends to relative positions apart from words'),
-  'modernbert': ('bert', 'has rotary positions, gated MLPs and windows'),
   'eurobert': ('llama', 'is a decoder whose tokens see each other'),
   'neobert': ('bert', 'has rotary positions, gated MLPs and RMSNorm'),
   'nomic_bert': ('bert', 'has rotary positions and gated MLPs'),

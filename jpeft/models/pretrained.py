@@ -40,6 +40,7 @@ from .io import (
 )
 from .kin import KIN
 from .llama import LLAMA_FAMILIES, Llama
+from .modernbert import MODERNBERT_FAMILIES
 from .nn import Remat
 from .swin import SWIN_FAMILIES
 from .t5 import T5, T5_FAMILIES
@@ -55,6 +56,7 @@ FAMILIES: dict[str, Family] = {
   **T5_FAMILIES,
   **LLAMA_FAMILIES,
   **GPT_FAMILIES,
+  **MODERNBERT_FAMILIES,
 }
 
 
@@ -317,7 +319,7 @@ def from_config(
     ) from error
   if dropout is None:
     return model
-  rates = ('dropout', 'attention_dropout', 'embed_dropout')
+  rates = ('dropout', 'attention_dropout', 'embed_dropout', 'head_dropout')
   return model.clone(**{rate: dropout for rate in rates if hasattr(model, rate)})
 
 

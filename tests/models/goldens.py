@@ -9,6 +9,7 @@ from jpeft import models
 
 GOLDEN = Path(__file__).parent / 'golden'
 CAUSAL = ('llama', 'mistral', 'qwen2', 'qwen3')
+MODERNBERT = ('modernbert', 'modernbert_masked')
 EXPERTS = ('mixtral', 'qwen2_moe', 'qwen3_moe')
 NAMES = ('vit', 'deit', 'dinov2', 'bert', 'roberta', 't5', 't5_gated', *CAUSAL)
 # Smaller ones: heads, and families near those above.
@@ -55,8 +56,9 @@ KIN = (
   'opt',
   'opt_350m',
   *EXPERTS,
+  *MODERNBERT,
 )
-UNSCANNED = ('swin', 'gemma3', 'gemma2', 'qwen3_moe')  # whose blocks differ
+UNSCANNED = ('swin', 'gemma3', 'gemma2', 'qwen3_moe', *MODERNBERT)  # whose blocks differ
 INPUTS = ('images', 'tokens', 'decoder_tokens', 'mask', 'types')
 # What transformers calls them.
 THEIRS = {
@@ -75,11 +77,12 @@ def golden(name):
 
 
 def outputs(loaded, inputs, **kwargs):
-  """What a model returns; zero at the padding of a decoder, where nothing is promised."""
+  """What a model returns; zero at padding where nothing is promised there."""
   out = np.asarray(
     jax.jit(lambda v, x: loaded.model.apply(v, **x, **kwargs))(loaded.variables, inputs)
   )
-  decodes = models.is_decoder(loaded.model) and out.ndim == 3
+  decodes = models.is_decoder(loaded.model) or isinstance(loaded.model, models.ModernBert)
+  decodes = decodes and out.ndim == 3
   return out * inputs['mask'][..., None] if decodes else out
 
 

@@ -103,6 +103,13 @@ TINY_EXPERTS = {
   'num_experts_per_tok': 2,
   'moe_intermediate_size': 8,
 }
+TINY_MODERNBERT = {
+  **TINY,
+  'local_attention': 6,
+  'layer_types': ['full_attention', 'sliding_attention'],
+  **dict.fromkeys(('pad_token_id', 'bos_token_id', 'cls_token_id'), 0),
+  **dict.fromkeys(('eos_token_id', 'sep_token_id'), 2),
+}
 TINY_T5 = {**T5, **LABELS, 'd_model': 12, 'd_ff': 16, 'num_heads': 2, 'vocab_size': 30}
 # Heads of 12 features: three frequencies each way.
 DINOV3 = {**{k: v for k, v in TINY_IMAGES.items() if k not in LABELS}, 'hidden_size': 24}
@@ -355,6 +362,12 @@ MODELS = {
       **{**TINY_EXPERTS, 'num_hidden_layers': 3}, norm_topk_prob=True, mlp_only_layers=[1]
     ),
   ),
+  # Both with a block that sees all, one that sees a window, and no other.
+  'modernbert': (
+    'ModernBertForSequenceClassification',
+    transformers.ModernBertConfig(**TINY_MODERNBERT, classifier_pooling='mean'),
+  ),
+  'modernbert_masked': ('ModernBertForMaskedLM', transformers.ModernBertConfig(**TINY_MODERNBERT)),
 }
 
 RESIZED = (
@@ -391,7 +404,7 @@ def inputs(kind, config):
     return {'tokens': tokens, 'mask': mask, 'decoder_tokens': words}
   if kind == 'LlamaForSequenceClassification':
     tokens[2] = tokens[2, ::-1]  # transformers finds the last token by the padding before it
-  if config.model_type in ('distilbert', 'mpnet'):
+  if config.model_type in ('distilbert', 'mpnet', 'modernbert'):
     return {'tokens': tokens, 'mask': mask}
   if not hasattr(config, 'type_vocab_size'):
     return {
@@ -440,8 +453,9 @@ def main(wanted: list[str]):
     model = getattr(transformers, kind).from_pretrained(folder).eval()
     given = inputs(kind, config)
     arrays = {**given, 'logits': logits(model, given)}
-    decodes = 'num_key_value_heads' in config.to_dict() or config.model_type in ('gpt2', 'opt')
-    if decodes and arrays['logits'].ndim == 3:
+    of_tokens = 'num_key_value_heads' in config.to_dict()
+    of_tokens |= config.model_type in ('gpt2', 'opt') or name == 'modernbert_masked'
+    if of_tokens and arrays['logits'].ndim == 3:
       arrays['logits'] *= given['mask'][..., None]  # what follows padding is nobody's business
     if name in RESIZED:
       size = 28 if name == 'swin' else 42

@@ -15,6 +15,7 @@ from tests.models.goldens import (
   CAUSAL,
   EXPERTS,
   GOLDEN,
+  MODERNBERT,
   NAMES,
   THEIRS,
   UNSCANNED,
@@ -38,7 +39,7 @@ def their(kind, folder, inputs):
 
 
 @pytest.mark.parametrize(
-  'name', (*NAMES, 'beit', 'beit_shared', 'swin', 'convnext', 'convnextv2', *EXPERTS)
+  'name', (*NAMES, 'beit', 'beit_shared', 'swin', 'convnext', 'convnextv2', *EXPERTS, *MODERNBERT)
 )
 def test_transformers_opens_what_we_save(name, tmp_path):
   inputs, _ = golden(name)
@@ -47,7 +48,9 @@ def test_transformers_opens_what_we_save(name, tmp_path):
   models.save_pretrained(tmp_path, loaded.model, moved, loaded.config)
   kind = models.load(tmp_path).config['architectures'][0]
   want = their(kind, tmp_path, inputs).logits.numpy()
-  want = want * inputs['mask'][..., None] if name in (*CAUSAL, *EXPERTS) else want
+  want = (
+    want * inputs['mask'][..., None] if name in (*CAUSAL, *EXPERTS, 'modernbert_masked') else want
+  )
   close(outputs(dataclasses.replace(loaded, variables=moved), inputs), want, 5e-6)
 
 
@@ -108,6 +111,7 @@ CLASSES = (
   ),
   *(('OPT', f'OPTFor{head}') for head in CAUSAL_HEADS if head != 'TokenClassification'),
   *((name, f'{name}For{head}') for name in SPARSE for head in CAUSAL_HEADS),
+  *(('ModernBert', f'ModernBertFor{head}') for head in TEXT_HEADS),
 )
 # transformers finds the last token by the padding before it.
 BY_PADDING = ('Mistral', 'Qwen2', 'Qwen3', 'Gemma2', 'Phi3', 'GPT2', 'OPT', *SPARSE)
@@ -138,6 +142,8 @@ def tiny(name, kind):
     sizes = {**make.TINY_CAUSAL, 'num_local_experts': 4}
   elif name in SPARSE:
     sizes = make.TINY_EXPERTS
+  elif name == 'ModernBert':
+    sizes = make.TINY_MODERNBERT
   elif name in ('T5', 'MT5'):
     sizes = make.TINY_T5
   elif name in ('ViT', 'DeiT', 'Beit'):
@@ -170,7 +176,7 @@ def test_every_head_of_every_family_equals_transformers(name, kind, tmp_path):
     )
     assert not any(report[key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys'))
     want = make.logits(model.eval(), inputs)
-    if name in ('Llama', *BY_PADDING) and want.ndim == 3:
+    if name in ('Llama', 'ModernBert', *BY_PADDING) and want.ndim == 3:
       want = want * inputs['mask'][..., None]
     close(got, want, 5e-6)
 

@@ -203,7 +203,7 @@ def test_the_table_of_models_names_every_family_and_its_heads():
 
 WELL_KNOWN = """
 siglip2 chinese_clip swinv2 resnet dinov3_convnext vit_msn data2vec-vision ijepa videomae
-mobilevit deberta deberta-v2 modernbert xlnet albert longformer gemma3 phi
+mobilevit deberta deberta-v2 xlnet albert longformer gemma3 phi
 phimoe bloom falcon gpt_neox mamba deepseek_v3 bart mbart pegasus whisper wav2vec2
 hubert
 """

@@ -177,7 +177,7 @@ class Place(NamedTuple):
 
   @property
   def shape_on_disk(self) -> tuple[int, ...]:
-    """The shape of what `leaf.theirs` makes of one layer."""
+    """The shape of what `leaf.theirs` makes of what one key has."""
     # No data is allocated: broadcasting a scalar gives an array of stride zero.
     return self.leaf.theirs(np.broadcast_to(np.float32(0), self.shape)).shape
 

@@ -49,7 +49,7 @@ from .positions import (
   resize_grid,
 )
 from .recompute import REMATS, Remat
-from .rope import GridRope, Rope
+from .rope import GridRope, Rope, RowRope
 from .windows import WindowBias, Windows
 
 __all__ = [
@@ -71,6 +71,7 @@ __all__ = [
   'REMATS',
   'Remat',
   'Rope',
+  'RowRope',
   'SparseMLP',
   'Stages',
   'WindowBias',

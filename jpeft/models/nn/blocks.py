@@ -224,7 +224,16 @@ _SHARED = (
 
 
 # The fields that may be a tuple, with one value a block.
-_BY_BLOCK = ('heads', 'kv_heads', 'cross_heads', 'bias_heads', 'mlp_dim', 'window', 'experts')
+_BY_BLOCK = (
+  'heads',
+  'kv_heads',
+  'cross_heads',
+  'bias_heads',
+  'mlp_dim',
+  'window',
+  'experts',
+  'first',
+)
 
 
 def block_of(

@@ -14,7 +14,7 @@ from einops import rearrange
 
 from jpeft.core import dot_product_attention
 
-from .rope import GridRope
+from .rope import GridRope, RowRope
 
 default_init = nn.initializers.normal(0.02)
 
@@ -72,7 +72,7 @@ class Attention(nn.Module):
   qkv_bias: bool | tuple[bool, bool, bool] = True
   out_bias: bool = True
   scaled: bool = True
-  rope: GridRope | None = None
+  rope: GridRope | RowRope | None = None
   dropout: float = 0.0
   attention_fn: Callable[..., jax.Array] = dot_product_attention
   kernel_init: Callable[..., jax.Array] = default_init
@@ -86,7 +86,7 @@ class Attention(nn.Module):
     Args:
       x: where the queries come from.
       context: where the keys and values come from; None for self-attention.
-      mask: boolean, broadcastable to [B, H, N, M]; False hides a key.
+      mask: boolean, broadcastable to [B, H, N, M], or a `TokenMask`; False hides a key.
       bias: added to the logits, broadcastable to [B, H, N, M].
       deterministic: no dropout.
 
@@ -253,13 +253,15 @@ class Block(nn.Module):
 def layer_norm(module, name=None):
   """A LayerNorm of a module that has the fields eps, dtype and param_dtype.
 
-  It has no name of its own in `setup`, where attributes give names.
+  Where the module has `norm_bias` and it is false, the norm has no bias. It has no name of its own
+  in `setup`, where attributes give names.
   """
   # The fast variance, mean(x^2) - mean(x)^2, loses digits that published checkpoints need.
   return nn.LayerNorm(
     module.eps,
     dtype=module.dtype,
     param_dtype=module.param_dtype,
+    use_bias=getattr(module, 'norm_bias', True),
     use_fast_variance=False,
     name=name,
   )

@@ -116,6 +116,22 @@ class Rope(NamedTuple):
     return jnp.concatenate([_turned(x[..., :size], cos, sin), x[..., size:]], -1)
 
 
+class RowRope(NamedTuple):
+  """Rotary positions of all tokens of a row, counted from its first.
+
+  In rows of several texts the distances within each text are the same, and no other turns up.
+
+  Attributes:
+    rope: how fast the features turn.
+  """
+
+  rope: Rope
+
+  def rotate(self, x: jax.Array) -> jax.Array:
+    """Turns x [.., N, H, K], in float32; returns the dtype of x."""
+    return self.rope.rotate(x, jnp.arange(x.shape[-3]))
+
+
 class GridRope(NamedTuple):
   """Rotary positions of the patches of an image (DINOv3, arXiv:2508.10104).
 
