@@ -295,24 +295,21 @@ def takes_dropout(method: str) -> bool:
 
 LINEN_SCAN, NNX_SCAN = ('linen_vit_scan',), ('nnx_vit_scan',)
 OTHERS = tuple(n for n in BACKBONES if n not in (*LINEN_SCAN, *NNX_SCAN, *DECODERS))
-# Backbones that resemble others, and the pair with each of them that every run has.
-ALIKE = {'linen_gemma2': 'lora', 'linen_opt': 'bitfit'}
 
 
 def spread() -> list[tuple[str, str]]:
   """Pairs for every run: each method on a scan and a decoder, or on as many others; each other one
-  with two methods.
+  with one method.
   """
   chosen, load = [], Counter()
   for method in sorted(REGISTRY, key=lambda m: -len(row(m).cannot)):  # the choosiest first
     mine = []
     for group, upto in ((LINEN_SCAN + NNX_SCAN, 1), (DECODERS, 2), (OTHERS, 3)):
-      fit = [b for b in group if b not in ALIKE and error_of(method, b) is None]
-      fit = sorted(fit, key=lambda b: load[b])
-      mine += [b for i, b in enumerate(fit[: upto - len(mine)]) if len(mine) + i < 2 or load[b] < 2]
+      fit = sorted((b for b in group if error_of(method, b) is None), key=lambda b: load[b])
+      mine += [b for i, b in enumerate(fit[: upto - len(mine)]) if len(mine) + i < 2 or load[b] < 1]
     chosen += [(method, backbone) for backbone in mine]
     load.update(mine)
-  return [*chosen, *((method, backbone) for backbone, method in ALIKE.items())]
+  return chosen
 
 
 ALL = [(m, b) for m in REGISTRY for b in BACKBONES]

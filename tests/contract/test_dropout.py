@@ -17,7 +17,7 @@ PAIRS = [(m, (*TOLD, KEYED)[i % 3]) for i, m in enumerate(METHODS)]
 PAIRS = [(m, next(x for x in (b, *TOLD, 'linen_bert') if error_of(m, x) is None)) for m, b in PAIRS]
 
 
-@over(PAIRS, always=PAIRS[::4], fixture='names')
+@over(PAIRS, always=PAIRS[::6], fixture='names')
 def test_dropout(names):
   method, name = names
   b = BACKBONES[name]

@@ -7,6 +7,7 @@ from tests.contract.anatomies import described
 from tests.contract.table import REFUSED, error_of, made, one_each, over, patterns, stored
 from tests.fixtures import BACKBONES
 
+# Each method meets one of the three mistakes in every run.
 EACH = one_each()
 
 
@@ -23,7 +24,7 @@ def test_a_method_that_cannot_serve_a_backbone_says_so(names):
     attach(backbone, made(method, backbone), method)
 
 
-@over([p for p in EACH if patterns(p[0])], always=EACH, fixture='names')
+@over([p for p in EACH if patterns(p[0])], always=EACH[::3], fixture='names')
 def test_a_pattern_without_a_match_names_what_is_near(names):
   method, backbone = names
   for name in patterns(method):
@@ -31,7 +32,7 @@ def test_a_pattern_without_a_match_names_what_is_near(names):
       attach(backbone, made(method, backbone, **{name: 'no/such/module'}), method)
 
 
-@over(EACH, always=EACH, fixture='names')
+@over(EACH, always=EACH[1::3], fixture='names')
 def test_the_same_site_twice_under_one_name(names):
   method, backbone = names
   with pytest.raises(
@@ -40,7 +41,7 @@ def test_the_same_site_twice_under_one_name(names):
     attach(backbone, jpeft.chain(made(method, backbone), made(method, backbone)), method)
 
 
-@over(EACH, always=EACH, fixture='names')
+@over(EACH, always=EACH[2::3], fixture='names')
 def test_two_of_a_kind_under_two_names(names):
   method, backbone = names
   two = jpeft.chain(made(method, backbone), made(method, backbone, name='other'))

@@ -17,7 +17,7 @@ CHOSEN = [p for p in SERVED if p[1] in UNROLLED and (p[0], UNROLLED[p[1]][0]) in
 # Prompts of vpt_shallow are held by another module there. What spt trains depends on the backbone,
 # and of a stack it has what is trained alone; tests/methods/weight/test_spt.py compares it.
 CHOSEN = [p for p in CHOSEN if p[0] not in ('vpt_shallow', 'spt')]
-ALWAYS = [p for p in CHOSEN if p in DEFAULT][::5]
+ALWAYS = [p for p in CHOSEN if p in DEFAULT][::8]
 
 
 @over(CHOSEN, always=ALWAYS)

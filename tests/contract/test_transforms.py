@@ -13,7 +13,7 @@ from tests.contract.table import one_each, over
 EACH = one_each()
 
 
-@over(EACH, always=EACH[::4])
+@over(EACH, always=EACH[::8])
 def test_vmap_over_thetas_and_checkpoint(pair):
   theta, out, grads = pair.moved
   floats, args = pair.start['backbone'], pair.b.args
@@ -29,7 +29,7 @@ def test_vmap_over_thetas_and_checkpoint(pair):
   assert far(again, grads['theta']) < 1e-4
 
 
-@over(EACH, always=EACH[1::4])
+@over(EACH, always=EACH[4::8])
 def test_two_by_four_devices(pair):
   theta, out, grads = pair.moved
   mesh = jax.make_mesh((2, 4), ('data', 'model'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
