@@ -38,6 +38,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault('XLA_FLAGS', QUICK)
   # Imported here and not above: fixtures of runs import JAX programs, which the flags must precede.
   config.pluginmanager.import_plugin('tests.runs')
+  os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+  os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
   # Two runs may share the folder: an entry read while another run writes it is only compiled again.
   config.addinivalue_line('filterwarnings', 'ignore:Error (reading|writing) persistent compilation')
   cache = getattr(config, 'cache', None)
@@ -46,6 +48,10 @@ def pytest_configure(config: pytest.Config) -> None:
   jax.config.update('jax_compilation_cache_dir', str(cache.mkdir('jax')))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+  # The processes that tests start keep theirs too; apart for each worker, as an entry that another
+  # one is just writing gives a warning, which is an error to some of them.
+  worker = os.environ.get('PYTEST_XDIST_WORKER', 'alone')
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = str(cache.mkdir(f'jax_started_by_{worker}'))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -39,6 +39,12 @@ def backbone(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope='session')
+def compilations(tmp_path_factory) -> pathlib.Path:
+  """Where runs that are killed keep what they compile: for one session, as files may be broken."""
+  return tmp_path_factory.mktemp('compilations')
+
+
+@pytest.fixture(scope='session')
 def images(tmp_path_factory) -> pathlib.Path:
   """Two classes of 8x8 images, one reddish and one bluish: 24 to train on, 10 to test."""
   root, rng = tmp_path_factory.mktemp('images'), np.random.default_rng(0)

@@ -18,7 +18,7 @@ LOOP, TABLE = re.findall(r'^```bash\n(.*?)^```$', SECTION, re.S | re.M)
 
 
 @pytest.fixture
-def shell(config_file, tmp_path):
+def shell(config_file, compilations, tmp_path):
   """shell(script) -> its process, in which `jpeft` is the command, on a config of seconds."""
   command = tmp_path / 'bin' / 'jpeft'
   command.parent.mkdir()
@@ -28,7 +28,7 @@ def shell(config_file, tmp_path):
     'PATH': f'{command.parent}:{os.environ["PATH"]}',
     'PYTHONPATH': str(ROOT),
     'JAX_PLATFORMS': 'cpu',
-    'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'jax'),
+    'JAX_COMPILATION_CACHE_DIR': str(compilations),
   }
 
   def started(script):

@@ -26,10 +26,16 @@ def watched(folder):
   What the log has of processes before it does not count: it is cut when the run goes on.
   """
   log = folder / 'metrics.jsonl'
-  before = written(log)
+  before = read = written(log)
+  last = 0
 
   def made(step):
-    return written(log) != before and any(row['step'] >= step for row in read_metrics(log))
+    nonlocal read, last
+    now = written(log)
+    if now not in (before, read):
+      read = now
+      last = max((row['step'] for row in read_metrics(log)), default=0)
+    return last >= step
 
   return made
 
@@ -51,7 +57,6 @@ def environment(cache):
     'JAX_PLATFORMS': 'cpu',
     'PYTHONPATH': str(ROOT),
     'JAX_COMPILATION_CACHE_DIR': str(cache),
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
   }
 
 

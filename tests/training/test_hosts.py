@@ -47,10 +47,11 @@ def free_port():
 
 
 @pytest.fixture(scope='module')
-def start(config_file, tmp_path_factory):
+def start(config_file, compilations):
   """start(folder, *flags, own={number: its flags}, devices=of each) -> two processes of a run."""
-  cache = tmp_path_factory.mktemp('jax')
-  env = killing.environment(cache)
+  env = killing.environment(compilations)
+  # One would often read what the other is just writing, and warn.
+  env['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
   flags = [f'--config.{key}={value}' for key, value in OPTIONS.items()]
 
   def started(folder, *more, own=None, devices=1):

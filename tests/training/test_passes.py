@@ -19,9 +19,9 @@ METHODS = {
 
 
 @pytest.fixture(scope='module')
-def start(config_file, tmp_path_factory):
+def start(config_file, compilations):
   """start(folder, method) -> the process of a training run; compilations are shared."""
-  env = killing.environment(tmp_path_factory.mktemp('jax'))
+  env = killing.environment(compilations)
 
   def started(folder, method):
     flags = [f'--config.{flag}' for flag in (*FLAGS, *METHODS[method])]

@@ -41,10 +41,9 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 
 
 @pytest.fixture(scope='module')
-def start(config_file, tmp_path_factory):
+def start(config_file, compilations):
   """start(folder) -> the process of a training run; compilations are shared."""
-  cache = tmp_path_factory.mktemp('jax')
-  env = killing.environment(cache)
+  env = killing.environment(compilations)
   flags = [f'--config.{key}={value}' for key, value in OPTIONS.items()]
 
   def started(folder, *more, **options):
