@@ -1,6 +1,7 @@
 """Whole runs of numbers and of sets of classes: what they learn, predict and leave."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -55,6 +56,17 @@ def made(backbone, pictures):
 
 def lines_of(capsys):
   return capsys.readouterr().out.strip().splitlines()
+
+
+def test_the_same_command_on_other_labels_is_another_run(made, pictures, tmp_path):
+  table = shutil.copytree(pictures.parent, tmp_path / 'pictures') / pictures.name
+  name = f'csv:{table}?image=file&label=amount'
+  whole = made('regression', 'amount', **{'data.name': name, 'steps': 2, 'eval.every': 2})
+  training.train(whole, tmp_path / 'run')
+  (tmp_path / 'run/report.json').unlink()
+  table.write_text(table.read_text().replace('.png,1', '.png,2'))
+  with pytest.raises(cli.Mistake, match='was begun with other labels to train on'):
+    training.train(whole, tmp_path / 'run')
 
 
 def test_numbers_are_learned_and_predicted_in_their_units(made, pictures, tmp_path, capsys):
