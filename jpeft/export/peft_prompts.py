@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from jpeft.models import T5, Bert, is_decoder
+from jpeft.models import T5, Bert, Gpt, Llama, is_decoder
 
 from .peft_config import PREFIX_TUNING, PROMPT_TUNING
 from .peft_names import Arrays, joined, layers_of
@@ -61,7 +61,12 @@ def check_served(where: Any, kind: str, arrays: Arrays) -> None:
   model = arrays.pretrained.model
   architecture = arrays.table.architectures[1]
   if kind == PREFIX_TUNING:
-    serves = is_decoder(model) and architecture.endswith('ForCausalLM')
+    if isinstance(model, Gpt):
+      raise ValueError(
+        f'{where}: peft passes a prefix as a cache, behind which {architecture} counts its '
+        'positions, and jpeft.prefix moves no token: such a folder is not supported'
+      )
+    serves = isinstance(model, Llama) and architecture.endswith('ForCausalLM')
     if serves and model.window is not None:
       raise ValueError(
         f'{where}: {architecture} with a window of {model.window} tokens loses a prefix of peft as '
@@ -74,7 +79,7 @@ def check_served(where: Any, kind: str, arrays: Arrays) -> None:
       )
     return
   reads_first = isinstance(model, Bert) and architecture.endswith('ForSequenceClassification')
-  writes = is_decoder(model) and architecture.endswith('ForCausalLM')
+  writes = is_decoder(model) and architecture.endswith(('ForCausalLM', 'LMHeadModel'))
   translates = isinstance(model, T5) and architecture.endswith('ForConditionalGeneration')
   if not (reads_first or writes or translates):
     raise ValueError(

@@ -8,6 +8,7 @@ one tensor, one behind the other.
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -193,12 +194,13 @@ def places(table: Table, shapes: Mapping[str, tuple[int, ...]]) -> list[Place]:
     Places in the order of shapes, keys without prefix.
 
   Raises:
-    ValueError: a path that the table does not know.
+    ValueError: a path that the table does not know, or some arrays of a tensor without the others.
   """
   leaves = table.leaves()
-  found = []
   order = {path: number for number, path in enumerate(leaves)}
-  sharing: dict[Any, list[tuple[int, Place]]] = {}
+  sharers = Counter((key, head) for key, _, head in leaves.values())
+  found = []
+  shared: dict[Any, list[tuple[int, Place]]] = {}
   for path, shape in shapes.items():
     generic = re.sub(r'(^|/)(?:block_\d+|blocks)(?=/)', r'\1block', path)
     if generic not in leaves:
@@ -220,11 +222,17 @@ def places(table: Table, shapes: Mapping[str, tuple[int, ...]]) -> list[Place]:
     keys = tuple(key.format(i=i, e=e) for i in layers for e in range(experts or 1))
     place = Place(path, tuple(shape), keys, leaf, head, stacked, experts=experts)
     found.append(place)
-    sharing.setdefault((head, keys), []).append((order[generic], place))
+    if sharers[key, head] > 1:
+      shared.setdefault((key, head, keys), []).append((order[generic], place))
   parts = {}
-  for members in sharing.values():
-    if len(members) > 1:
-      parts |= _parts([place for _, place in sorted(members, key=lambda member: member[0])])
+  for (key, head, _), members in shared.items():
+    together = [place for _, place in sorted(members, key=lambda member: member[0])]
+    if len(together) != sharers[key, head]:
+      raise ValueError(
+        f'{", ".join(place.path for place in together)}: {key!r} has {sharers[key, head]} arrays, '
+        'and can be read or written with all of them alone'
+      )
+    parts |= _parts(together)
   return [place._replace(part=parts.get(place.path)) for place in found]
 
 

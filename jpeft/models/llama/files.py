@@ -40,8 +40,6 @@ _ROWS = (
   ('embed', 'embed', 'embed_tokens'),
   ('final_norm', 'norm', 'norm'),
 )
-
-
 # Phi-3 has several layers in one tensor each, in this order.
 _FUSED = {
   'attention/query': 'self_attn.qkv_proj',
