@@ -116,11 +116,12 @@ class Pass:
 
     Args:
       taps: Calls of one name without theta, which record by `call.tap`. Of a stack an array leads
-        with the layers in which they act.
+        with the layers in which they act. `call.root` has what the model is called with, by name.
     """
     (name,) = taps.names
 
     def read(t, call, *args, **kwargs):
+      call.local.update(call.inputs(*args, **kwargs))
       call(*args, **kwargs)
       return call.taps()
 

@@ -32,6 +32,7 @@ from .subset.explora import explora
 from .subset.tune import bitfit, full, linear, norm, tune
 from .tokens import Tokens
 from .weight.adalora import adalora
+from .weight.eva import eva
 from .weight.fourierft import drawn_places, fourierft
 from .weight.hadamard import hira, loha
 from .weight.ia3 import ia3
@@ -56,6 +57,7 @@ __all__ = [
   'bases_of',
   'boft',
   'Entry',
+  'eva',
   'fourierft',
   'hira',
   'loha',

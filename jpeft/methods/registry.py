@@ -31,6 +31,7 @@ from .side.vqt import vqt
 from .subset.explora import explora
 from .subset.tune import bitfit, full, linear, norm, tune
 from .weight.adalora import adalora
+from .weight.eva import eva
 from .weight.fourierft import fourierft
 from .weight.hadamard import hira, loha
 from .weight.ia3 import ia3
@@ -108,6 +109,7 @@ REGISTRY: dict[str, Entry] = {
   ),
   'bi_lora': Entry(bi_lora, '2307.16867', 'LoRA with weights of one bit'),
   'lora_fa': Entry(lora_fa, '2308.03303', 'LoRA-FA: LoRA whose first factor stays as drawn'),
+  'eva': Entry(eva, '2410.07170', 'EVA: LoRA of ranks and starts by what enters the layers'),
   'adalora': Entry(adalora, '2303.10512', 'AdaLoRA: singular triplets, the least of which go'),
   'qlora': Entry(
     qlora, '2305.14314', 'QLoRA: LoRA on every linear map of a 4-bit backbone', storage='nf4_double'

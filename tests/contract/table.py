@@ -232,6 +232,10 @@ ROWS: dict[str, Row] = {
     },
   ),
   'randlora': Row(hp={'alpha': 4}, start=0, on=KERNELS),
+  'eva': Row(
+    start=0,
+    cannot={**NO_DOOR, **dict.fromkeys(CONVS, 'no role')},
+  ),
 }
 
 

@@ -245,6 +245,29 @@ def test_what_kernels_share_must_be_in_the_folder_and_one(case, lost, bert, tmp_
     jpeft.save_adapter(tmp_path / 'two', loaded, theta, tuned=tuned)
 
 
+def test_eva_is_written_as_lora_of_its_ranks(bert, tmp_path):
+  loaded, args = bert()
+  batch = (tuple(args), np.zeros(len(args[0]), np.int32))
+  method = jpeft.prepare(jpeft.eva(2, 3, '{q}|{fc1}'), loaded.model, loaded.variables, [batch])
+  tuned = jpeft.attach(loaded.model, method, loaded.variables, *args)
+  theta = noisy(jax.jit(tuned.init)(jax.random.key(0), loaded.variables))
+  jpeft.save_adapter(tmp_path, loaded, theta, tuned=tuned)
+  config = json.loads((tmp_path / CONFIG).read_text())
+  ranks = {site: t['kernel']['a'].shape[1] for site, t in theta['eva'].items()}
+  assert (
+    config['peft_type'] == 'LORA' and sum(ranks.values()) == 2 * 4 and len({*ranks.values()}) > 1
+  )
+  for module, rank in config['rank_pattern'].items():  # one scale in all layers
+    np.testing.assert_allclose(config['alpha_pattern'][module], rank * 3 / 2)
+  method, again = jpeft.load_adapter(tmp_path, loaded)
+  opened = jpeft.attach(loaded.model, method, loaded.variables, *args)
+  np.testing.assert_allclose(
+    jax.jit(opened.apply)(again, loaded.variables, *args),
+    jax.jit(tuned.apply)(theta, loaded.variables, *args),
+    atol=1e-6,
+  )
+
+
 def test_triplets_that_peft_left_out_are_zero(bert, tmp_path):
   loaded, _, _, theta = written('adalora', bert, tmp_path)
   tensors = load_file(tmp_path / FILE)

@@ -15,6 +15,7 @@ FLAGS = ('log.every=1', 'eval.every=7', 'checkpoint.every=5', f'steps={STEPS}')
 METHODS = {
   'sct': ('method.channels=4',),
   'spt': ('method.budget=600', 'method.step=50', 'method.rank=1'),
+  'eva': ('method.rank=2', 'method.batches=3'),
 }
 
 

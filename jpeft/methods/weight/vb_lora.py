@@ -15,7 +15,7 @@ h] and vblora_logits_B [fan_out / b, r, h], the layout that theta has here as we
 
 The paper starts from random logits and vectors: a b is of the order of the square of `bound`, and
 the function starts near the backbone and not at it. It trains the bank with a tenth of the logits'
-learning rate, 0.001 beside 0.01: optimizer.rates does so.
+learning rate, 0.001 beside 0.01: optimizer.groups=(('.*/bank', 0.1),) does so.
 
 Deviations. A convolution is folded to a matrix as for LoRA. Logits are trained and stored whole;
 peft's `save_only_topk_weights` is read, and such a theta can be used but not trained on: logits
