@@ -19,8 +19,15 @@ METHODS = {
   'qst': dict(lr=5e-3, reduction=4, alpha_init=0.9, normalize=True),
   'lst': dict(lr=5e-3, reduction=4, block='own', merge='add', normalize=True),
   'peqa': dict(lr=1e-4),
+  'paca': dict(lr=1e-3, rank=64, alpha=64),
+  'qpaca': dict(name='paca', lr=1e-3, rank=64, alpha=64, quantize='nf4_double'),
+  'lamda': dict(lr=1e-3, rank=64, alpha=64),
+  # The prompt learns fast, the low-rank change of the words slowly.
+  'dept': dict(lr=3e-1, tokens=20, rank=16, length=128, groups=(('.*/(a|b)', 1e-2),)),
+  'vb_lora': dict(lr=1e-2, length=64, vectors=512, targets='{linear}'),
   'norm': dict(lr=1e-2),
   'full': dict(lr=1e-4),
+  'galore': dict(name='full', lr=4e-4, update=dict(name='galore', rank=128, every=50)),
 }
 
 
@@ -28,7 +35,7 @@ def get_config(method='qlora'):
   chosen = {'lr': 2e-3, **METHODS.get(method, {})}
   config = ConfigDict()
   config.task = 'language'
-  config.model = dict(source='smollm2-135m', scan=True)
+  config.model = dict(source='smollm2-135m', scan=True, quantize=chosen.pop('quantize', None))
   config.data = dict(
     name='phonemes',
     train='train[:10000]',
@@ -37,7 +44,12 @@ def get_config(method='qlora'):
     eval_batch_size=4,
     max_length=128,
   )
-  config.optimizer = dict(lr=chosen.pop('lr'), clip_norm=1.0)
+  config.optimizer = dict(
+    lr=chosen.pop('lr'),
+    clip_norm=1.0,
+    groups=chosen.pop('groups', ()),
+    **chosen.pop('update', {}),
+  )
   config.schedule = dict(name='cosine', warmup_fraction=0.05)
   config.steps = 300
   config.method = {'name': method, **chosen}

@@ -30,6 +30,9 @@ METHODS = {
     name='lora', lr=2e-3, epochs=1, rank=8, alpha=16, targets='{linear}', saved_bits=4
   ),
   'pissa': dict(name='lora', lr=3e-4, epochs=1, rank=8, alpha=8, init='pissa', targets='{linear}'),
+  'pst': dict(lr=1e-3, epochs=2, rank=8, sparsity=0.5, targets='{linear}'),
+  'mam': dict(lr=1e-3, epochs=1, tokens=16, bottleneck=16, scale=2.0),
+  'vb_lora': dict(lr=1e-2, epochs=1, length=128, vectors=64, targets='{linear}'),
   'houlsby': dict(lr=1e-3, epochs=1),
 }
 

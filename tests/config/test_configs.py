@@ -19,6 +19,17 @@ def test_every_method_by_name(file):
     assert loaded.method.name == ('lora' if name == 'pissa' else name)
 
 
+def test_rows_of_the_language_config_that_are_more_than_a_method():
+  def of(name):
+    return config.load(f'configs/llm.py:{name}')
+
+  galore = of('galore')
+  assert (galore.method.name, galore.optimizer.name) == ('full', 'galore')
+  assert (of('qpaca').method.name, of('qpaca').model.quantize) == ('paca', 'nf4_double')
+  assert of('dept').optimizer.groups == (('.*/(a|b)', 1e-2),)
+  assert of('qlora').model.quantize is None
+
+
 @pytest.mark.parametrize('file', FILES, ids=lambda file: file.stem)
 def test_the_docstring_holds_the_command(file):
   whole = config.load(str(file))
