@@ -40,22 +40,25 @@ INT4 = np.arange(-8, 8, dtype=np.float32)
 VALUES = {'nf4': NF4, 'fp4': FP4, 'int4': INT4}
 
 
-def dynamic_map() -> np.ndarray:
+def dynamic_map(signed: bool = True) -> np.ndarray:
   """The 256 values of the 8-bit code with a dynamic exponent (arXiv:2110.02861), ascending.
 
   Between powers of ten, the means of neighbouring points of an even grid, finer for larger powers;
   each grid point is rounded once, from the nearer end.
+
+  Args:
+    signed: from -1 to 1; else from 0 on, with twice as many values between two powers.
   """
   values = [np.float32(0), np.float32(1)]
   for i in range(7):
-    count = 2**i
+    count = 2**i if signed else 2 ** (i + 1)
     step = float(np.float32((np.float32(1) - np.float32(0.1)) / np.float32(count)))
     low, high, place = float(np.float32(0.1)), 1.0, np.arange(count + 1)
     grid = np.where(
       place < (count + 1) // 2, low + place * step, high - (count - place) * step
     ).astype(np.float32)
     means = (grid[:-1] + grid[1:]) / np.float32(2) * np.float32(10.0 ** (i - 6))
-    values += [*means, *-means]
+    values += [*means, *-means] if signed else [*means]
   return np.sort(np.array(values, np.float32))
 
 

@@ -363,6 +363,7 @@ FIELDS: dict[str, Field] = {
     'adamw',
     'update rule',
     'adamw',
+    'adamw_8bit',
     'adam',
     'sgd',
     'lion',

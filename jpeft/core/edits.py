@@ -189,6 +189,11 @@ class Moments:
             'an edit needs moments in the shape of each entry, and the optimizer keeps '
             f'{jnp.shape(x)} for {path!r}: take one that does, such as adamw or sgd'
           )
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+          raise ValueError(
+            f'an edit needs moments, and the optimizer keeps codes of {x.dtype} for {path!r}: take '
+            'one that keeps floats, such as adamw or sgd'
+          )
       # Optax has other nodes than None in the places of what is masked.
       trees.append(jax.tree.unflatten(jax.tree.structure(trained), jax.tree.leaves(node)))
       rest.append(None)

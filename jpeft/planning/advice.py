@@ -57,7 +57,7 @@ def _leaner_state(plan: Plan) -> list[str]:
   """How an optimizer has less on a chip."""
   found = []
   if plan.optimizer > 1.5 * plan.theta:  # two numbers for each that is trained, as Adam has
-    found.append('take an optimizer with less state (lion, adafactor)')
+    found.append('take an optimizer with less state (adamw_8bit, lion, adafactor)')
   if plan.optimizer and not plan.offload:
     found.append('hold its state in host memory (optimizer.offload)')
   return found

@@ -52,7 +52,7 @@ def plan(
     target: 'tpu:v5e', 'tpu:v5p', 'tpu:v6e', a slice such as 'tpu:v5p:4x4x4', 'gpu:a100', 'gpu:h100'
       or 'cpu'. If left out, the TPU that JAX runs on, else 'tpu:v5e' where libtpu, the TPU
       compiler, is installed, else 'cpu'; the table says which, and why.
-    optimizer: 'adamw', 'adam', 'sgd', 'lion' or 'adafactor'.
+    optimizer: 'adamw', 'adamw_8bit', 'adam', 'sgd', 'lion' or 'adafactor'.
     accumulate: micro-batches that a batch is cut into.
     mesh: (data, model) devices.
     sharded: how the backbone is cut over the mesh, 'replicated', 'sharded' or 'fsdp'; True for

@@ -19,6 +19,7 @@ import optax
 from jpeft.core import Site, Tuned, freeze, leaf_paths
 from jpeft.messages import did_you_mean
 
+from .adam_8bit import scale_by_adam_8bit as scale_by_adam_8bit
 from .galore import scale_by_galore as scale_by_galore
 from .matrix_view import axes_of
 from .matrix_view import fold as fold
@@ -227,6 +228,9 @@ def rule(
   """
   adam = optax.scale_by_adam(b1, b2, eps)
 
+  def leading(path, x):
+    return x.ndim - axes_of(tuned, path, x)
+
   def of_matrices(tx):
     return on_matrices(tuned, tx, adam, matrices)
 
@@ -236,6 +240,7 @@ def rule(
 
   known = {
     'adamw': lambda: adam,
+    'adamw_8bit': lambda: scale_by_adam_8bit(b1, b2, eps, leading),
     'adam': lambda: adam,
     'sgd': lambda: optax.trace(b1) if b1 else optax.identity(),
     'lion': lambda: optax.scale_by_lion(b1, b2),

@@ -285,7 +285,11 @@ def test_what_costs_time_is_named(uncompiled, products, facts, told):
     ({'weights': 9e9}, 'in bfloat16 (model.param_dtype) or in 4 bits', 'more chips'),
     ({'weights': 9e9, 'narrow': True}, 'hold the backbone in 4 bits', 'bfloat16'),
     ({'weights': 9e9, 'storage': 'nf4', 'backbone': 'fsdp'}, 'over more chips', 'nf4'),
-    ({'optimizer': 9e9, 'theta': 4e9}, 'less state (lion, adafactor), hold its state', 'more'),
+    (
+      {'optimizer': 9e9, 'theta': 4e9},
+      'less state (adamw_8bit, lion, adafactor), hold its state',
+      'more',
+    ),
     ({'optimizer': 9e9, 'theta': 9e9}, '(lora, lst), hold its state in host memory', 'lion'),
     ({'optimizer': 9e9, 'theta': 4e9, 'offload': True, 'devices': 2}, 'over more chips', 'host'),
     ({'temp': 9e9}, 'recompute blocks in the backward pass (--remat', 'packed4'),

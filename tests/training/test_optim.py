@@ -151,7 +151,7 @@ def test_what_a_method_holds_fixed_stays_and_is_not_in_the_norm():
     np.testing.assert_allclose(u, -factor / count**0.5, rtol=1e-5)
 
 
-@pytest.mark.parametrize('name', ['adamw', 'adam', 'sgd', 'lion', 'adafactor'])
+@pytest.mark.parametrize('name', ['adamw', 'adamw_8bit', 'adam', 'sgd', 'lion', 'adafactor'])
 def test_every_optimizer_descends(name):
   tuned, theta = tuned_of(jpeft.tune('head'))
   tx = optim.optimizer(tuned, theta, optax.constant_schedule(1e-2), name=name, weight_decay=1e-4)
