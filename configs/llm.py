@@ -26,6 +26,7 @@ METHODS = {
   'dept': dict(lr=3e-1, tokens=20, rank=16, length=128, groups=(('.*/(a|b)', 1e-2),)),
   'vb_lora': dict(lr=1e-2, length=64, vectors=512, targets='{linear}'),
   'norm': dict(lr=1e-2),
+  'lamda_pp': dict(lr=2e-3, rank=16),
   'full': dict(lr=1e-4),
   'galore': dict(name='full', lr=4e-4, update=dict(name='galore', rank=128, every=50)),
 }

@@ -21,9 +21,10 @@ class Preparation:
     told: {name: array} -> a sentence about what was found.
     size: examples in a batch of the pass, where nobody says otherwise.
     batches: how many batches are read at most; None for all examples once.
+    again: whether examples are gone over again, in another order, until there are `batches`.
     bound: how the method's shapes before the pass relate to those after it, for plans; '' where
       they are the same.
-    name: of the method; set by `prepared_by`.
+    name: of the method, the first of its names where it is left out; see `prepared_by`.
     found: what was found; None before the pass, and {} where the shapes before it are enough, see
       `stand_in`.
   """
@@ -34,6 +35,7 @@ class Preparation:
   told: Callable[[Found], str]
   size: int = 32
   batches: int | None = None
+  again: bool = False
   bound: str = ''
   name: str = ''
   found: Found | None = None

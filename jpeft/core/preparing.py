@@ -194,7 +194,8 @@ def prepare(
     model: a Linen or an NNX module, in evaluation.
     backbone: what it stores.
     batches: of training examples, each (inputs, labels): inputs are the first argument of the
-      model, a tuple of arguments, or a dict of them by name. They are gone over once a pass.
+      model, a tuple of arguments, or a dict of them by name. They are gone over once a pass, or
+      as often as a pass wants (`Preparation.again`).
     loss: (output, labels) -> a scalar, the loss of each label, or (losses, weights); by default the
       softmax cross-entropy of classes. Methods that need no gradient do not read it.
     key: of what a pass draws, such as a fresh head.
@@ -207,7 +208,8 @@ def prepare(
   if len(waiting) > 1:
     batches = list(batches)
   for preparation in waiting:
-    examples = itertools.islice(batches, preparation.batches)
+    source = itertools.cycle(batches) if preparation.again else batches
+    examples = itertools.islice(source, preparation.batches)
     layers = layers_of(method, preparation)
     own = Pass(
       model,
@@ -254,8 +256,10 @@ def resolved(method: Method, preparation: Preparation, found: Found) -> Method:
   layers = layers_of(method, preparation)
   found = {key: np.asarray(x) for key, x in found.items()}
   made = preparation.resolve(found)
-  if layers is not None:
-    made = in_layers(made, layers)
+  if layers is not None:  # what chooses layers by itself has chosen among these
+    made = Method(
+      pair if pair[1].layers is not None else in_layers(Method((pair,)), layers)[0] for pair in made
+    )
   done = dataclasses.replace(preparation, found=found)
   pairs: list = []
   for pattern, rule in method:
@@ -313,5 +317,5 @@ def prepared_by(method: Method, preparation: Preparation) -> Method:
     method: its rules before the pass. Their shapes are what plans show.
     preparation: what finds the rest.
   """
-  named = dataclasses.replace(preparation, name=method.names[0])
+  named = dataclasses.replace(preparation, name=preparation.name or method.names[0])
   return Method((pattern, dataclasses.replace(rule, preparation=named)) for pattern, rule in method)

@@ -38,7 +38,9 @@ from .weight.hadamard import hira, loha
 from .weight.ia3 import ia3
 from .weight.kronecker import lokr
 from .weight.lamda import lamda
+from .weight.lamda_pp import lamda_pp
 from .weight.lora import dora, lora, lora_fa, qlora
+from .weight.lt_sft import lt_sft
 from .weight.orthogonal import boft, oft
 from .weight.paca import paca
 from .weight.peqa import peqa
@@ -88,10 +90,12 @@ __all__ = [
   'hst',
   'ia3',
   'lamda',
+  'lamda_pp',
   'linear',
   'lora',
   'lora_fa',
   'lst',
+  'lt_sft',
   'make',
   'mam',
   'meft',

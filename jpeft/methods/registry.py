@@ -37,7 +37,9 @@ from .weight.hadamard import hira, loha
 from .weight.ia3 import ia3
 from .weight.kronecker import lokr
 from .weight.lamda import lamda
+from .weight.lamda_pp import lamda_pp
 from .weight.lora import dora, lora, lora_fa, qlora
+from .weight.lt_sft import lt_sft
 from .weight.orthogonal import boft, oft
 from .weight.paca import paca
 from .weight.peqa import peqa
@@ -128,6 +130,7 @@ REGISTRY: dict[str, Entry] = {
   'boft': Entry(boft, '2311.06243', 'BOFT: inputs are rotated by butterflies, outputs scaled'),
   'fourierft': Entry(fourierft, '2405.03003', 'FourierFT: an update that is a few frequencies'),
   'lamda': Entry(lamda, '2406.12832', 'LaMDA: a small square between two soon frozen factors'),
+  'lamda_pp': Entry(lamda_pp, '2406.12832', 'LaMDA++: its ranks follow the singular values'),
   'paca': Entry(paca, '2503.01905', 'PaCA: some rows of every kernel, trained in place'),
   'ia3': Entry(ia3, '2205.05638', '(IA)^3: scales keys, values and inner activations'),
   'snell': Entry(snell, '2411.01800', 'SNELL: the largest entries of a kernel of two factors'),
@@ -135,6 +138,7 @@ REGISTRY: dict[str, Entry] = {
   'pst': Entry(pst, '2205.11005', 'PST: kernels made sparse while they are trained at low rank'),
   'sct': Entry(sct, '2309.08513', 'SCT: some channels of each layer, chosen by class'),
   'spt': Entry(spt, '2303.08566', 'SPT: a budget is spent where a task is sensitive'),
+  'lt_sft': Entry(lt_sft, '2110.07560', 'LT-SFT: the entries that full tuning moves the most'),
   'ssf': Entry(ssf, '2210.08823', 'SSF: a scale and a shift after every operation'),
   'houlsby': Entry(houlsby, '1902.00751', 'adapters after attention and MLP'),
   'pfeiffer': Entry(pfeiffer, '2005.00247', 'adapters after the MLP'),

@@ -97,10 +97,12 @@ def _passed(run: Asked, method: Method, preparation: Preparation, progress: Prog
   name = preparation.name
   part = _part(run, progress)
   rows = _rows(run, preparation)
-  count = -(-len(part.source) // rows.size)
-  if preparation.batches is not None:
-    count = min(count, preparation.batches)
-  read = min(count * rows.size, len(part.source))
+  epoch = -(-len(part.source) // rows.size)
+  count = epoch if preparation.batches is None else preparation.batches
+  if not preparation.again:
+    count = min(count, epoch)
+  rounds, rest = divmod(count, epoch)
+  read = rounds * len(part.source) + rest * rows.size
   progress.note(f'{name} {preparation.what}: a pass over {read:,} training examples')
   shown = progress.stage('preparing', read)
   examples = _examples(part, rows, run.config.seed, count, shown.add)
@@ -154,7 +156,7 @@ def _examples(
     rows.size,
     part.transform,
     seed,
-    epochs=1,
+    epochs=-(-count // -(-len(part.source) // rows.size)),
     drop_remainder=False,
     skipped=part.skipped,
     rows=rows.here,

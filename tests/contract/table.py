@@ -236,6 +236,12 @@ ROWS: dict[str, Row] = {
     start=0,
     cannot={**NO_DOOR, **dict.fromkeys(CONVS, 'no role')},
   ),
+  # Of words and positions many are not read; a bias of keys moves all logits alike.
+  'lt_sft': Row(
+    hp={'count': 400, 'first_steps': 2, 'first_lr': 1e-2, 'targets': '{block}(?:/.*)?'},
+    dead=('.*bias/delta',),
+  ),
+  'lamda_pp': Row(on=KERNELS),
 }
 
 

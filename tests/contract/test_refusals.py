@@ -52,7 +52,7 @@ def test_two_of_a_kind_under_two_names(names):
     return
   both = attach(backbone, two, method)
   others = {'other'}
-  if method in one.shapes:  # explora has three names
+  if any(name.startswith(method) for name in one.shapes):  # explora has three names
     others = {name.replace(method, 'other', 1) for name in one.shapes}
   assert set(both.shapes) == {*one.shapes, *others}
   assert jpeft.count(both.shapes) == 2 * jpeft.count(one.shapes)

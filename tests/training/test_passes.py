@@ -14,6 +14,7 @@ STEPS = 14
 FLAGS = ('log.every=1', 'eval.every=7', 'checkpoint.every=5', f'steps={STEPS}')
 METHODS = {
   'sct': ('method.channels=4',),
+  'lt_sft': ('method.count=300', 'method.first_steps=3', 'method.first_batch=8'),
   'spt': ('method.budget=600', 'method.step=50', 'method.rank=1'),
   'eva': ('method.rank=2', 'method.batches=3'),
 }

@@ -242,6 +242,13 @@ VISION = {
   'eva': ('--config.method.rank=2', '--config.method.batches=3'),
   'lamda': ('--config.method.rank=4',),
   'pst': ('--config.method.rank=4',),
+  'lt_sft': (
+    '--config.method.count=300',
+    '--config.method.first_steps=4',
+    '--config.method.first_lr=1e-3',
+    '--config.optimizer.name=adamw_8bit',
+  ),
+  'lamda_pp': ('--config.method.rank=4',),
   'dyt': ('--config.method.bottleneck=4', '--config.method.budget=0.75'),
   'explora': ('--config.method.rank=4',),
   'e2vpt': (

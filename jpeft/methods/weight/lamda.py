@@ -21,7 +21,7 @@ that almost all of b is trained to the end; `schedule='official'` is that rule.
 Deviations. The paper takes the top triplets off the backbone; here it is never edited, and theta
 has m0 and b0 beside m and b. m b - m0 b0 [r, fan_out] is computed before it meets the tokens, which
 is the same function with one product of r x r numbers a token less. Which triplets are taken is not
-stated by the paper: the top ones, as PiSSA does.
+stated by the paper: the top ones, as PiSSA does. LaMDA++ is `lamda_pp`.
 """
 
 import jax

@@ -9,7 +9,7 @@ so that the backward pass stores the columns of x that some entry reads, each on
 gradient of the size of w.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,28 @@ def entries_of(rows: np.ndarray, columns: np.ndarray) -> dict[str, np.ndarray]:
   inputs, at = np.unique(rows, return_inverse=True)
   state = {'inputs': inputs, 'at': at.reshape(-1), 'out': columns}
   return {name: np.asarray(x, np.int32) for name, x in state.items()}
+
+
+def slots(layer: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Where the entries of a stack are among those of their layers, as `filled` puts them.
+
+  Args:
+    layer: of each entry, rising.
+
+  Returns:
+    (layer, its number among the entries of that layer).
+  """
+  counts = np.unique(layer, return_counts=True)[1]
+  return layer, np.concatenate([np.arange(count) for count in counts])
+
+
+def filled(states: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+  """The state of the entries of all layers, [layers, ...]; what fills up a layer is 0."""
+  whole = {}
+  for name in states[0]:
+    most = max(len(state[name]) for state in states)
+    whole[name] = np.stack([np.pad(state[name], (0, most - len(state[name]))) for state in states])
+  return whole
 
 
 def added(t: Mapping[str, jax.Array], w: jax.Array) -> jax.Array:

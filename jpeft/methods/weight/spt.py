@@ -287,8 +287,7 @@ class _Kernels:
   def live(self) -> dict[str, Live]:
     per_place: dict[tuple[str, str], dict] = {}
     for place, x in self.chosen.entries.items():
-      layers, slots = x[:, 0], np.concatenate([np.arange(c) for c in _counts(x)])
-      per_place.setdefault(place, {})['delta'] = layers, slots
+      per_place.setdefault(place, {})['delta'] = sparse.slots(x[:, 0])
     if self.spt.structured == 'lora':
       for place, layers in self.chosen.structured.items():
         per_place.setdefault(place, {}).update(a=(layers,), b=(layers,))
@@ -301,16 +300,7 @@ class _Kernels:
     for layer in range(self.chosen.layers.get(place[0], 1)):
       own = x[x[:, 0] == layer]
       states.append(sparse.entries_of(own[:, 1], own[:, 2]))
-    filled = {}
-    for name in states[0]:
-      most = max(len(state[name]) for state in states)
-      filled[name] = np.stack([np.pad(s[name], (0, most - len(s[name]))) for s in states])
-    return filled
-
-
-def _counts(entries: np.ndarray) -> np.ndarray:
-  """How many entries each layer has that has some, in the order of the layers."""
-  return np.unique(entries[:, 0], return_counts=True)[1]
+    return sparse.filled(states)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
