@@ -257,9 +257,13 @@ def test_counts_on_mbert():
   for k in (14_174_208, 7_091_712, 3_550_464, 1_779_840, 894_528, 451_872, 7_387_776, 14_155_776):
     tuned = jpeft.attach(model, jpeft.stand_in(lt_sft(k)), *shapes)
     assert abs(jpeft.summary(tuned).trainable - k) <= 200  # one rounding for each of 199 arrays
-  path = 'encoder/block_0/mlp/fc1'
+  path = 'encoder/blocks/mlp/fc1'
   x = np.stack([np.zeros(451_872, int), np.arange(451_872)], 1)
-  found = {f'entries {path} kernel': x, 'chosen': np.array([451_872, 451_872, 1, 1, 1])}
+  found = {
+    f'layers {path}': np.array(12),
+    f'entries {path} kernel': x,
+    'chosen': np.array([451_872, 451_872, 1, 1, 1]),
+  }
   named = {f'lt_sft/{key}': value for key, value in found.items()}
   tuned = jpeft.attach(model, jpeft.with_found(lt_sft(451_872), named), *shapes)
   trained, _ = tuned.split(tuned.shapes)
