@@ -16,6 +16,8 @@ METHODS = {
   'lora': dict(lr=2e-3, rank=8, alpha=16, targets='{linear}'),
   'pissa': dict(name='lora', lr=3e-4, rank=8, alpha=8, init='pissa', targets='{linear}'),
   'qlora': dict(lr=2e-3, rank=8, alpha=16),
+  # Vectors are switched while the run is young; more candidates would stay unused.
+  'switchlora': dict(lr=5e-3, rank=8, candidates=64),
   'qst': dict(lr=5e-3, reduction=4, alpha_init=0.9, normalize=True),
   'lst': dict(lr=5e-3, reduction=4, block='own', merge='add', normalize=True),
   'peqa': dict(lr=1e-4),

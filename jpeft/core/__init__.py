@@ -11,12 +11,13 @@ from .device_heads import heads_over
 from .discover import sites_of
 from .dot_product import dot_product_attention, grouped_attention, soft_cap
 from .edits import State
-from .entries import entry_path
+from .entries import entry_path, names_entry
 from .freeze import freeze, join, mask, split
 from .frozen import frozen
 from .generated import generated
 from .generator import Place
 from .grouped import grouped_dot
+from .idle import read_row, write_row
 from .keys import named_key
 from .layers import Layers, all_but
 from .mode import flags_of
@@ -127,10 +128,12 @@ __all__ = [
   'matrix',
   'memory_class',
   'named_key',
+  'names_entry',
   'natural',
   'noting',
   'prepare',
   'prepared_by',
+  'read_row',
   'register_anatomy',
   'resolved',
   'sites_of',
@@ -140,4 +143,5 @@ __all__ = [
   'summary',
   'unprepared',
   'with_found',
+  'write_row',
 ]

@@ -318,7 +318,10 @@ def _check_entries(tuned: Tuned) -> None:
       )
   for rule, trees in thetas.items():
     staged = [name for _, names in rule.stages for name in names]
-    for field, names in (('fixed', rule.fixed), ('exact', rule.exact), ('stages', staged)):
+    fields = {'fixed': rule.fixed, 'exact': rule.exact, 'stages': staged}
+    if isinstance(rule, Weight):
+      fields |= {'idle': rule.idle, 'restarts': [name for name, _ in rule.restarts]}
+    for field, names in fields.items():
       name = unused_name(names, trees)
       if name is not None:
         raise ValueError(

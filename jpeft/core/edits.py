@@ -1,7 +1,7 @@
 """Edits of theta and of the optimizer's state, after an update."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from .blame import blame
 from .keys import named_key
 from .paths import leaf_paths
-from .rules import Rule
+from .rules import Rule, Weight
 from .sites import Site
 
 
@@ -22,7 +22,8 @@ class State(NamedTuple):
       first. Of a method that `generated` made it is the smaller tree.
     before: the same before the update. What is returned here is not read.
     moments: trees like theta, of what the optimizer keeps for each number, such as the mean and the
-      variance of Adam in this order; None in the places of what is not trained.
+      variance of Adam in this order; None in the places of what is not trained. What it keeps for
+      each vector (`Weight.restarts`) has axes of one number.
     steps: how many updates are made in all; None where that is not known.
   """
 
@@ -80,10 +81,22 @@ def edited(
     return theta, optimizer
   moments = Moments.of(optimizer, trained)
   trees = moments.trees
+  _check_counts(edits.values(), moments)
   for rule, site in edits.values():
     own_key = named_key(key, f'edit of {rule.name}')
     theta, trees = _edited(rule, site, before, theta, trees, grads, step, own_key, steps)
   return theta, moments.put_back(trees)
+
+
+def _check_counts(edits: Iterable[tuple[Rule, Site]], moments: 'Moments') -> None:
+  """Raises a ValueError if single vectors restart under a count of updates that all share."""
+  for rule, _ in edits:
+    if isinstance(rule, Weight) and rule.restarts and moments.one_count:
+      raise ValueError(
+        f'{rule.name} clears the moments of single vectors, and the optimizer counts the updates '
+        'of all together: give tuned to it, jpeft.optim.by_vector(tuned, optax.scale_by_adam()), '
+        'in place of optax.scale_by_adam()'
+      )
 
 
 def _edited(
@@ -150,12 +163,14 @@ class Moments:
     rest: the state as a list, with None in place of those trees.
     structure: of that list.
     own: the structure that each tree has in the state.
+    one_count: whether a count of updates stands beside trees, one for all numbers.
   """
 
   trees: list
   rest: list
   structure: Any
   own: list
+  one_count: bool
 
   @classmethod
   def of(cls, optimizer, trained) -> 'Moments':
@@ -178,13 +193,18 @@ class Moments:
     trees = []
     rest = []
     own = []
+    beside = {keys[:-1] for keys, node in nodes if is_like(node)}
+    one_count = False
     for keys, node in nodes:
       if not is_like(node):
-        _check_whole(jax.tree_util.keystr(keys, simple=True, separator='/'), paths)
+        place = jax.tree_util.keystr(keys, simple=True, separator='/')
+        _check_whole(place, paths)
+        is_count = place.split('/')[-1] == 'count'
+        one_count = one_count or (is_count and keys[:-1] in beside)
         rest.append(node)
         continue
       for path, x in leaf_paths(node).items():
-        if jnp.shape(x) != shapes[path]:
+        if not _spreads(jnp.shape(x), shapes[path]):
           raise ValueError(
             'an edit needs moments in the shape of each entry, and the optimizer keeps '
             f'{jnp.shape(x)} for {path!r}: take one that does, such as adamw or sgd'
@@ -198,7 +218,7 @@ class Moments:
       trees.append(jax.tree.unflatten(jax.tree.structure(trained), jax.tree.leaves(node)))
       rest.append(None)
       own.append(jax.tree.structure(node))
-    return cls(trees, rest, structure, own)
+    return cls(trees, rest, structure, own, one_count)
 
   def put_back(self, trees: list):
     """The state with other trees."""
@@ -209,6 +229,13 @@ class Moments:
     return jax.tree.unflatten(
       self.structure, [next(nodes) if node is None else node for node in self.rest]
     )
+
+
+def _spreads(shape: tuple[int, ...], over: tuple[int, ...]) -> bool:
+  """Whether an array spreads over a shape, one number over many: of as many axes, or of none."""
+  if not shape:
+    return True
+  return len(shape) == len(over) and all(a in (1, b) for a, b in zip(shape, over, strict=True))
 
 
 def _check_whole(place: str, paths: list[str]) -> None:

@@ -85,6 +85,21 @@ def trained(theta, fixed) -> Any:
   return jax.tree_util.tree_map_with_path(is_trained, theta)
 
 
+def named(theta, names) -> Any:
+  """A tree of bools: True for the entries that are named.
+
+  Args:
+    theta: {name of a rule: {path: entries}}.
+    names: {(name of a rule, path): names of entries}.
+  """
+
+  def is_named(path, x):
+    rule, site, *entry = entry_path(path)
+    return any(names_entry(name, entry) for name in names.get((rule, site), ()))
+
+  return jax.tree_util.tree_map_with_path(is_named, theta)
+
+
 def stop_where(theta, is_trained):
   """theta with stop_gradient where a tree of bools is False."""
   return jax.tree.map(lambda x, keeps: x if keeps else stop_gradient(x), theta, is_trained)

@@ -137,6 +137,10 @@ class Weight(_Made):
       gradients and the optimizer's moments, see `edits.State`.
     stages: ((when, fixed), ...): from then on `fixed` is what is not trained, with the names that
       the field of that name takes. When: a number of updates, or below 1 a share of all.
+    idle: entries of t, named as in `fixed` and among those, that `edit` alone reads: they do not
+      enter the model, and a run has them in host memory where it can. See `jpeft.core.idle`.
+    restarts: ((entry, axis), ...): entries of which `edit` clears the moments vector by vector, and
+      the axis that numbers the vectors. The optimizer then counts the updates of each vector.
     loss: (loss, run) -> (value, out): what is minimised in place of loss(out), where run(**takes)
       is one pass over the batch and gives (out, aux), and loss a `TaskLoss`; see `Tuned.objective`.
     penalty: t -> a number, of one layer: the mean over all layers of the rule's name is added to
@@ -164,6 +168,8 @@ class Weight(_Made):
   update: Callable[..., Any] | None = None
   edit: Callable[..., Any] | None = None
   stages: Stages = ()
+  idle: tuple[str, ...] = ()
+  restarts: tuple[tuple[str, int], ...] = ()
   loss: Callable[..., Any] | None = None
   penalty: Callable[..., jax.Array] | None = None
   memory: str = FULL_CROSSING
@@ -178,6 +184,8 @@ class Weight(_Made):
   def __post_init__(self):
     _check_choice(self.name, self.requires, REQUIREMENTS)
     _check_stages(self)
+    if not set(self.idle) <= set(self.fixed):
+      raise ValueError(f'{self.name}: idle={self.idle} must be among what is fixed, {self.fixed}')
 
   # A Weight acts on the call of its module, and takes no arguments of that call.
   method: ClassVar[str] = '__call__'
@@ -359,6 +367,8 @@ def matrix(
   exact: Iterable[str] = (),
   outer: Iterable[str] = (),
   stages: Stages = (),
+  idle: Iterable[str] = (),
+  restarts: Iterable[tuple[str, int]] = (),
   **options,
 ) -> Weight:
   """A Weight written for one [fan_in, fan_out] matrix, for every kernel of a site.
@@ -371,7 +381,7 @@ def matrix(
     init: (key, w) -> t.
     weight: (t, w) -> w'.
     dot: (t, x, y, w, key) -> y', see Weight.
-    fixed, exact, stages: entries of the t of one matrix, see Weight.
+    fixed, exact, stages, idle, restarts: entries of the t of one matrix, see Weight.
     outer: further entries that t gets from a call around, see Weight.
     **options: further fields of Weight.
   """
@@ -419,4 +429,6 @@ def matrix(
   options['exact'] = of_each(exact)
   options['stages'] = tuple((when, of_each(entries)) for when, entries in stages)
   options['by_matrix'] = True
+  options['idle'] = of_each(idle)
+  options['restarts'] = tuple((f'*/{entry}', axis) for entry, axis in restarts)
   return Weight(name, init_site, apply_site, dot and dot_site, outer=outer, **options)

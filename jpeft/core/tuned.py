@@ -17,7 +17,7 @@ from .boxes import Arrays, Lazy, read
 from .context import NeedsRecording, Recording, check_scalars, with_outer
 from .each import apply_each
 from .edits import edited
-from .entries import combine, partition, stop_gradient, stop_where, trained
+from .entries import combine, named, partition, stop_gradient, stop_where, trained
 from .example import taken_apart
 from .generator import Generator, Place
 from .hooks import Hooks
@@ -194,6 +194,28 @@ class Tuned:
   def join(trained, held):
     """The theta that `split` took apart."""
     return combine(trained, held)
+
+  def idle(self, theta) -> Any:
+    """A tree of bools: True for entries that `edit` alone reads (`Weight.idle`)."""
+    return named(theta, self._idle_of_rules)
+
+  def active(self, theta) -> tuple[Any, Any]:
+    """(what the model reads, what `edit` alone reads) of theta, or of a part of it.
+
+    There is None in the other's places, and `join` puts them together.
+    """
+    if not self._idle_of_rules:
+      return theta, jax.tree.map(lambda _: None, theta)
+    idle, active = partition(theta, self.idle(theta))
+    return active, idle
+
+  @functools.cached_property
+  def _idle_of_rules(self) -> dict[tuple[str, str], tuple[str, ...]]:
+    found = {}
+    for rule, site in self.rules:
+      if isinstance(rule, Weight) and rule.idle:
+        found[rule.name, site.path] = rule.idle
+    return found
 
   # ---- After an update of the optimizer.
 
@@ -487,7 +509,7 @@ class Tuned:
 
   def _read(self, theta):
     """theta as the rules read it, with stop_gradient on the entries that are not trained."""
-    theta = self.expand(theta)
+    theta, _ = self.active(self.expand(theta))
     if not any(rule.fixed for rule, _ in self.rules):
       return theta
     return stop_where(theta, trained(theta, self._fixed_of_rules))
@@ -589,7 +611,10 @@ class Tuned:
   @functools.cached_property
   def _hooks(self) -> Hooks:
     backend = backend_of(self.model)
-    return Hooks(backend, self.sites, self._plan, self._sites_of_theta, lambda: self.read_shapes)
+    return Hooks(backend, self.sites, self._plan, self._sites_of_theta, self._entry_shapes)
+
+  def _entry_shapes(self):
+    return self.active(self.read_shapes)[0]
 
   @functools.cached_property
   def _taps_are_declared(self) -> bool:

@@ -51,6 +51,7 @@ from .weight.snell import snell
 from .weight.snella import snella
 from .weight.spt import spt
 from .weight.ssf import ssf
+from .weight.switchlora import switchlora
 from .weight.vb_lora import mixed, vb_lora
 from .weight.vera import vera, vera_pair
 
@@ -129,6 +130,7 @@ __all__ = [
   'snella',
   'spt',
   'ssf',
+  'switchlora',
   'to_bits',
   'tune',
   'unipt',

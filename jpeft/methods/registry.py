@@ -50,6 +50,7 @@ from .weight.snell import snell
 from .weight.snella import snella
 from .weight.spt import spt
 from .weight.ssf import ssf
+from .weight.switchlora import switchlora
 from .weight.vb_lora import vb_lora
 from .weight.vera import vera
 
@@ -129,6 +130,9 @@ REGISTRY: dict[str, Entry] = {
   'oft': Entry(oft, '2306.07280', "OFT: blocks of a kernel's inputs are rotated"),
   'boft': Entry(boft, '2311.06243', 'BOFT: inputs are rotated by butterflies, outputs scaled'),
   'fourierft': Entry(fourierft, '2405.03003', 'FourierFT: an update that is a few frequencies'),
+  'switchlora': Entry(
+    switchlora, '2406.06564', 'SwitchLoRA: LoRA whose vectors are switched, one after the other'
+  ),
   'lamda': Entry(lamda, '2406.12832', 'LaMDA: a small square between two soon frozen factors'),
   'lamda_pp': Entry(lamda_pp, '2406.12832', 'LaMDA++: its ranks follow the singular values'),
   'paca': Entry(paca, '2503.01905', 'PaCA: some rows of every kernel, trained in place'),

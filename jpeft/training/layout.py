@@ -27,7 +27,7 @@ from jpeft.core import NO_BACKPROP, Box, Call, Rule, Site, Tuned, Weight, backen
 from jpeft.quant import Quantized
 
 from .model_axis import ModelAxis, by_columns, largest
-from .sharding import over_data, replicated
+from .sharding import idles_in_host, over_data, replicated
 from .step import Forward
 
 BACKBONES = ('replicated', 'sharded', 'fsdp')
@@ -84,9 +84,13 @@ class Layout:
       return self._sharding(cut, 'pinned_host' if offload else None)
 
     shardings = {name: jax.tree.map(lambda _: whole, part) for name, part in state.items()}
-    shardings['theta'] = jax.tree_util.tree_map_with_path(
-      lambda path, _: self._sharding(cuts[path]), state['theta']
-    )
+
+    def of_theta(path, _, is_idle):
+      memory = 'pinned_host' if is_idle and idles_in_host(self.mesh) else None
+      return self._sharding(cuts[path], memory)
+
+    is_idle = self.tuned.idle(state['theta'])
+    shardings['theta'] = jax.tree_util.tree_map_with_path(of_theta, state['theta'], is_idle)
     if 'teacher' in state:
       shardings['teacher'] = jax.tree_util.tree_map_with_path(
         lambda path, _: self._sharding(cuts[path]), state['teacher']

@@ -20,12 +20,16 @@ from jpeft.core import Site, Tuned, freeze, leaf_paths
 from jpeft.messages import did_you_mean
 
 from .adam_8bit import scale_by_adam_8bit as scale_by_adam_8bit
+from .by_vector import by_vector as by_vector
+from .by_vector import restarts
 from .galore import scale_by_galore as scale_by_galore
 from .matrix_view import axes_of
 from .matrix_view import fold as fold
 from .matrix_view import name_of as _name
 from .matrix_view import on_matrices as on_matrices
 from .matrix_view import unfold as unfold
+
+_OF_MATRICES = ('galore', 'natural_galore', 'muon')
 
 # The number of a block in the path of a leaf.
 _BLOCK_NUMBER = re.compile(r'(?:block|layer)s?[_/](\d+)(?:/|$)')
@@ -317,7 +321,16 @@ def optimizer(
     history=history,
     matrices=matrices,
   )
-  parts.append(rule(tuned, name, **hyperparameters))
+  direction = rule(tuned, name, **hyperparameters)
+  restarted = restarts(tuned)
+  if restarted and name in _OF_MATRICES:
+    raise ValueError(
+      f'{restarted} clears the moments of single vectors, and {name!r} keeps those of matrices: '
+      "take 'adamw', 'lion' or 'sgd'"
+    )
+  if restarted:
+    direction = by_vector(tuned, direction)
+  parts.append(direction)
   if weight_decay and not coupled:
     parts.append(decay)
   if not all(isinstance(f, float) and math.isclose(f, 1.0) for f in scales.values()):

@@ -43,6 +43,11 @@ def over_data(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec('data'))
 
 
+def idles_in_host(mesh: Mesh) -> bool:
+  """Whether what `edit` alone reads is in host memory: on one device that is no CPU."""
+  return mesh.size == 1 and mesh.devices.flat[0].platform != 'cpu'
+
+
 def offloads(mesh: Mesh, wanted: bool) -> bool:
   """Whether the optimizer's state goes to host memory: if wanted, and the devices are no CPUs."""
   return wanted and mesh.devices.flat[0].platform != 'cpu'

@@ -46,7 +46,8 @@ def initial_state(
   key = jax.random.fold_in(jax.random.key(seed), STREAM_THETA)
   # Copied: a theta that starts as the backbone's own array would be donated with it.
   where = shardings.get('theta')
-  theta = jax.tree.map(jnp.copy, jax.jit(tuned.init, out_shardings=where)(key, backbone))
+  made = jax.jit(tuned.init, out_shardings=_on_device(where))(key, backbone)
+  theta = jax.tree.map(jnp.copy, made)
   if start is not None:
     theta = start(theta)
   if where is not None:
@@ -61,6 +62,16 @@ def initial_state(
   if taught:
     state['teacher'] = ema.begun(trained)
   return state
+
+
+def _on_device(shardings):
+  """The same shardings in the memory of the device."""
+
+  def moved(sharding):
+    is_host = sharding.memory_kind == 'pinned_host'
+    return sharding.with_memory_kind('device') if is_host else sharding
+
+  return jax.tree.map(moved, shardings)
 
 
 def _begun(tx: optax.GradientTransformation, trained, shardings):
@@ -267,6 +278,7 @@ def train_step(
   def step(state, backbone, batch):
     number = state['step']
     trained, held = tuned.split(state['theta'])
+    held, idle = tuned.active(held)
     optimizer = state['optimizer']
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STREAM_STEP), number)
 
@@ -285,7 +297,7 @@ def train_step(
     if offload:
       optimizer = jax.device_put(optimizer, jax.memory.Space.Device)
     updates, optimizer = tx.update(grads, optimizer, trained)
-    theta = tuned.join(optax.apply_updates(trained, updates), held)
+    theta = tuned.join(optax.apply_updates(trained, updates), tuned.join(held, idle))
     if tuned.edits:
       theta, optimizer = tuned.edit(
         state['theta'],

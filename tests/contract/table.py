@@ -242,6 +242,7 @@ ROWS: dict[str, Row] = {
     dead=('.*bias/delta',),
   ),
   'lamda_pp': Row(on=KERNELS),
+  'switchlora': Row(on=KERNELS),
 }
 
 

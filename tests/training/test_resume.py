@@ -241,6 +241,7 @@ VISION = {
   'randlora': ('--config.method.rank=4', '--config.method.alpha=8'),
   'eva': ('--config.method.rank=2', '--config.method.batches=3'),
   'lamda': ('--config.method.rank=4',),
+  'switchlora': ('--config.method.rank=4', '--config.method.interval=10'),
   'pst': ('--config.method.rank=4',),
   'lt_sft': (
     '--config.method.count=300',
