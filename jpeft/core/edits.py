@@ -209,7 +209,8 @@ class Moments:
             'an edit needs moments in the shape of each entry, and the optimizer keeps '
             f'{jnp.shape(x)} for {path!r}: take one that does, such as adamw or sgd'
           )
-        if not jnp.issubdtype(x.dtype, jnp.floating):
+        # Integers of more bits are counts of updates.
+        if x.dtype.itemsize == 1:
           raise ValueError(
             f'an edit needs moments, and the optimizer keeps codes of {x.dtype} for {path!r}: take '
             'one that keeps floats, such as adamw or sgd'

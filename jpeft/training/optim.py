@@ -30,6 +30,8 @@ from .matrix_view import on_matrices as on_matrices
 from .matrix_view import unfold as unfold
 
 _OF_MATRICES = ('galore', 'natural_galore', 'muon')
+# Those whose state has no part for each vector of a matrix.
+_MIXED = (*_OF_MATRICES, 'adamw_8bit')
 
 # The number of a block in the path of a leaf.
 _BLOCK_NUMBER = re.compile(r'(?:block|layer)s?[_/](\d+)(?:/|$)')
@@ -323,9 +325,9 @@ def optimizer(
   )
   direction = rule(tuned, name, **hyperparameters)
   restarted = restarts(tuned)
-  if restarted and name in _OF_MATRICES:
+  if restarted and name in _MIXED:
     raise ValueError(
-      f'{restarted} clears the moments of single vectors, and {name!r} keeps those of matrices: '
+      f'{restarted} clears the moments of single vectors, and {name!r} keeps those of many in one: '
       "take 'adamw', 'lion' or 'sgd'"
     )
   if restarted:
