@@ -142,9 +142,11 @@ if TYPE_CHECKING:
   from jpeft.export import load_adapter, save_adapter
   from jpeft.models import (
     Keep,
+    keep_of,
     load,
     narrowed,
     narrowed_theta,
+    pruned,
     save_pretrained,
     widened_theta,
   )
@@ -160,9 +162,11 @@ _LATER = {
   '.export': ('export', 'load_adapter', 'save_adapter'),
   '.models': (
     'Keep',
+    'keep_of',
     'load',
     'narrowed',
     'narrowed_theta',
+    'pruned',
     'save_pretrained',
     'widened_theta',
   ),
@@ -249,6 +253,7 @@ __all__ = [
   'in_layers',
   'int4',
   'join',
+  'keep_of',
   'lamda',
   'lamda_pp',
   'linear',
@@ -282,6 +287,7 @@ __all__ = [
   'prepared_by',
   'projected',
   'prompt_tuning',
+  'pruned',
   'pst',
   'qlora',
   'qst',

@@ -10,6 +10,7 @@ from .context import Bound
 from .device_heads import heads_over
 from .discover import sites_of
 from .dot_product import dot_product_attention, grouped_attention, soft_cap
+from .early import Update, early_updates, falling_adam, weights_of
 from .edits import State
 from .entries import entry_path, names_entry
 from .freeze import freeze, join, mask, split
@@ -22,10 +23,11 @@ from .keys import named_key
 from .layers import Layers, all_but
 from .mode import flags_of
 from .paths import EXTRAS, join_path, leaf_paths, natural
-from .preparation import Found, Preparation, bounds, unprepared
+from .preparation import Found, Moved, MovedLayer, Preparation, bounds, unprepared
 from .preparing import (
   Examples,
   Pass,
+  beside,
   cross_entropy,
   found_in,
   layers_of,
@@ -68,6 +70,7 @@ __all__ = [
   'TokenMask',
   'at_head',
   'dot_product_attention',
+  'early_updates',
   'ANATOMIES',
   'Anatomy',
   'Bound',
@@ -81,6 +84,8 @@ __all__ = [
   'Leaf',
   'MEMORY_CLASSES',
   'Method',
+  'Moved',
+  'MovedLayer',
   'Multiplied',
   'NO_BACKPROP',
   'NotAtHead',
@@ -98,12 +103,14 @@ __all__ = [
   'State',
   'TokenMask',
   'Tuned',
+  'Update',
   'Weight',
   'all_but',
   'at',
   'at_head',
   'attach',
   'backend_of',
+  'beside',
   'bounds',
   'chain',
   'count',
@@ -111,6 +118,7 @@ __all__ = [
   'dot_product_attention',
   'entry_path',
   'factory',
+  'falling_adam',
   'flags_of',
   'found_in',
   'freeze',
@@ -142,6 +150,7 @@ __all__ = [
   'stand_in',
   'summary',
   'unprepared',
+  'weights_of',
   'with_found',
   'write_row',
 ]

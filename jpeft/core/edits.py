@@ -1,7 +1,7 @@
 """Edits of theta and of the optimizer's state, after an update."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,12 +25,18 @@ class State(NamedTuple):
       variance of Adam in this order; None in the places of what is not trained. What it keeps for
       each vector (`Weight.restarts`) has axes of one number.
     steps: how many updates are made in all; None where that is not known.
+    sites: {site path: Site} of theta.
+    each_layer: (site path, fn, *trees) -> fn(arrays, *what the trees have of a layer) for all
+      layers of the site, one after the other, with the stack in front. `arrays` are those of the
+      backbone, as `init` gets them; None where the backbone is not given.
   """
 
   theta: Mapping[str, Any]
   before: Mapping[str, Any]
   moments: tuple[Mapping[str, Any], ...]
   steps: int | None = None
+  sites: Mapping[str, Site] = {}
+  each_layer: Callable[..., Any] | None = None
 
   def updates(self, what: str) -> int:
     """How many updates are made in all.
@@ -58,6 +64,7 @@ def edited(
   step,
   key,
   steps: int | None = None,
+  each_layer: Callable[..., Any] | None = None,
 ) -> tuple[Any, Any]:
   """(theta, optimizer) after the `edit` of each rule, once for each name.
 
@@ -71,6 +78,7 @@ def edited(
     step: how many updates were made.
     key: a random key.
     steps: how many are made in all, if that is known.
+    each_layer: (site, fn, *trees), see `State`; None without a backbone.
 
   Raises:
     ValueError: an edit returns something else than it got, or the optimizer keeps no moments in the
@@ -84,7 +92,9 @@ def edited(
   _check_counts(edits.values(), moments)
   for rule, site in edits.values():
     own_key = named_key(key, f'edit of {rule.name}')
-    theta, trees = _edited(rule, site, before, theta, trees, grads, step, own_key, steps)
+    sites = {own.path: own for other, own in rules if other.name == rule.name}
+    around = _Around(steps, sites, each_layer)
+    theta, trees = _edited(rule, site, before, theta, trees, grads, step, own_key, around)
   return theta, moments.put_back(trees)
 
 
@@ -99,8 +109,21 @@ def _check_counts(edits: Iterable[tuple[Rule, Site]], moments: 'Moments') -> Non
       )
 
 
+class _Around(NamedTuple):
+  """What an edit may ask beside theta, see `State`."""
+
+  steps: int | None
+  sites: Mapping[str, Site]
+  each_layer: Callable[..., Any] | None
+
+  def of(self, path: str, fn: Callable, *trees):
+    """`State.each_layer`."""
+    assert self.each_layer is not None
+    return self.each_layer(self.sites[path], fn, *trees)
+
+
 def _edited(
-  rule: Rule, site: Site, before, theta, moments: list, grads, step, key, steps: int | None
+  rule: Rule, site: Site, before, theta, moments: list, grads, step, key, around: _Around
 ) -> tuple[Any, list]:
   """(theta, moments) after the `edit` of a rule.
 
@@ -113,13 +136,15 @@ def _edited(
     grads: of what is trained of theta.
     step: how many updates were made.
     key: a random key.
-    steps: how many are made in all, if that is known.
+    around: what the edit may ask beside.
 
   Raises:
     ValueError: the edit returns something else than it got, or changes shapes.
   """
   name = rule.name
-  state = State(theta[name], before[name], tuple(tree[name] for tree in moments), steps)
+  own_moments = tuple(tree[name] for tree in moments)
+  each_layer = None if around.each_layer is None else around.of
+  state = State(theta[name], before[name], own_moments, around.steps, around.sites, each_layer)
   with blame(rule, site, 'edit'):
     new = rule.edit(state, grads[name], step, key)
   if not isinstance(new, State):

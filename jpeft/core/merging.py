@@ -23,6 +23,29 @@ def narrowed(site: Site, stored: Mapping[str, Any]) -> dict[str, Any]:
   return {name: site.narrow(name, stored[name]) for name in site.leaves}
 
 
+def layer_by_layer(flat: Mapping[str, Any], site: Site, fn: Callable, *trees):
+  """fn(arrays, *own) of each layer of a site in turn, so that one layer is in use at a time.
+
+  Args:
+    flat: {'path/name': array or box} of the whole model.
+    site: where.
+    fn: of the arrays of one layer, and of what each tree has of it.
+    *trees: as theta, with the stack in front.
+  """
+  whole = arrays_of(site, flat)
+
+  def one_layer(arrays, *own):
+    return fn(Reader(narrowed(site, arrays)), *own)
+
+  if not site.axes:
+    return one_layer(whole, *trees)
+  stacked = jax.tree.map(lambda x: site.choose(site.stack_first(x)), whole)
+  stack = len(site.theta_lengths)
+  layers = jax.tree.map(lambda x: x.reshape(-1, *x.shape[stack:]), (stacked, *trees))
+  found = jax.lax.map(lambda own: one_layer(*own), layers)
+  return jax.tree.map(lambda x: x.reshape(*site.theta_lengths, *x.shape[1:]), found)
+
+
 def changed(change: Callable, t, site: Site, arrays: Reader) -> dict[str, Any]:
   """{name: new array or box of the module} of what a rule makes of one layer's arrays.
 

@@ -2,12 +2,39 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 # {name: array} of what a pass found.
 Found = Mapping[str, np.ndarray]
+
+
+class MovedLayer(NamedTuple):
+  """Where one layer of a narrow module was in the wide model.
+
+  Attributes:
+    path: of the wide module.
+    layer: its position in the stack.
+    ins, outs: which inputs and outputs of its linear map stayed; None for all.
+  """
+
+  path: str
+  layer: int
+  ins: np.ndarray | None
+  outs: np.ndarray | None
+
+
+class Moved(NamedTuple):
+  """A module of a narrow model.
+
+  Attributes:
+    stacked: whether its layers are stacked.
+    layers: the origin of each.
+  """
+
+  stacked: bool
+  layers: tuple[MovedLayer, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,6 +51,8 @@ class Preparation:
     again: whether examples are gone over again, in another order, until there are `batches`.
     bound: how the method's shapes before the pass relate to those after it, for plans; '' where
       they are the same.
+    moved: (what was found, {path in a narrow model: where its layers come from}) -> what was found,
+      for that model. None where the method cuts no parts off.
     name: of the method, the first of its names where it is left out; see `prepared_by`.
     found: what was found; None before the pass, and {} where the shapes before it are enough, see
       `stand_in`.
@@ -37,6 +66,7 @@ class Preparation:
   batches: int | None = None
   again: bool = False
   bound: str = ''
+  moved: Callable[[Found, Mapping[str, 'Moved']], Found] | None = None
   name: str = ''
   found: Found | None = None
 

@@ -59,6 +59,7 @@ class Pass:
     key: of what is drawn.
     layers: of the model in which the method acts, see `at`; None for all.
     fetch: a tree of arrays on devices -> the same as NumPy arrays.
+    beside: what else is trained, such as the head: the method without what waits for a pass.
   """
 
   def __init__(
@@ -71,6 +72,7 @@ class Pass:
     key: jax.Array | None = None,
     layers=None,
     fetch: Callable[[Any], Any] = jax.device_get,
+    beside: Method | None = None,
   ):
     """See `prepare`.
 
@@ -86,6 +88,7 @@ class Pass:
     self.key = jax.random.key(0) if key is None else key
     self.layers = layers
     self.fetch = fetch
+    self.beside = Method() if beside is None else beside
     self._loss = loss
     self._first = first
     self._examples = itertools.chain([first], batches)
@@ -131,7 +134,7 @@ class Pass:
 
     @jax.jit
     def run(backbone, arrays):
-      args, kwargs = self._put(arrays)
+      args, kwargs = self.call_of(arrays)
       return tuned.apply({}, backbone, *args, **kwargs)
 
     for batch in self:
@@ -150,8 +153,11 @@ class Pass:
     Raises:
       ValueError: the loss is one number for the batch, and some of its rows only fill up.
     """
-    args, kwargs = self._put(arrays)
-    outputs = tuned.apply(theta, backbone, *args, **kwargs)
+    args, kwargs = self.call_of(arrays)
+    return self.loss_of(tuned.apply(theta, backbone, *args, **kwargs), labels, mask)
+
+  def loss_of(self, outputs, labels, mask) -> jax.Array:
+    """The mean loss of the outputs for a batch; raises as `loss` does."""
     found = self._loss(outputs, labels)
     losses, weights = found if isinstance(found, tuple) else (found, jnp.ones(jnp.shape(found)))
     if mask is not None:
@@ -165,6 +171,10 @@ class Pass:
     """The arrays among the arguments of a batch, to be given to a compiled function."""
     leaves = jax.tree.leaves((batch.args, dict(batch.kwargs)))
     return {i: x for i, x in enumerate(leaves) if hasattr(x, 'shape')}
+
+  def call_of(self, arrays: dict[int, Any]) -> tuple[tuple, dict]:
+    """(args, kwargs) of the model's call with the arrays of a batch, from `arrays_of`."""
+    return self._put(arrays)
 
   @functools.cached_property
   def _specs(self) -> tuple[tuple, dict]:
@@ -218,6 +228,7 @@ def prepare(
       loss=loss,
       key=key,
       layers=layers,
+      beside=beside(method),
     )
     own.attached(stand_in(method))  # what is wrong with patterns is said before the pass
     method = resolved(method, preparation, preparation.find(own))
@@ -244,6 +255,12 @@ def _examples(batch: Any, kwargs: Mapping[str, Any]) -> Examples:
 
 
 # What was found, put into a method and taken out of it.
+
+
+def beside(method: Method) -> Method:
+  """The rules of a method that wait for no pass."""
+  waiting = unprepared(method)
+  return Method((pattern, rule) for pattern, rule in method if rule.preparation not in waiting)
 
 
 def layers_of(method: Method, preparation: Preparation):

@@ -143,6 +143,8 @@ class Weight(_Made):
       the axis that numbers the vectors. The optimizer then counts the updates of each vector.
     loss: (loss, run) -> (value, out): what is minimised in place of loss(out), where run(**takes)
       is one pass over the batch and gives (out, aux), and loss a `TaskLoss`; see `Tuned.objective`.
+    cuts: an entry of the t of a kernel, a number for each of the equal parts that its inputs fall
+      into, such as heads or hidden units; parts of 0 may be cut off the model. '' for none.
     penalty: t -> a number, of one layer: the mean over all layers of the rule's name is added to
       what is minimised.
     memory: what the backward pass must keep of the backbone, one of MEMORY_CLASSES.
@@ -165,6 +167,7 @@ class Weight(_Made):
   exact: tuple[str, ...] = ()
   requires: str = REQUIREMENTS[0]
   outer: tuple[str, ...] = ()
+  cuts: str = ''
   update: Callable[..., Any] | None = None
   edit: Callable[..., Any] | None = None
   stages: Stages = ()

@@ -22,7 +22,7 @@ from .example import taken_apart
 from .generator import Generator, Place
 from .hooks import Hooks
 from .keys import named_key
-from .merging import arrays_of, changed, merged, narrowed
+from .merging import arrays_of, changed, layer_by_layer, merged, narrowed
 from .mode import mode_of
 from .paths import join_path, leaf_paths
 from .recorded import beside_output, write_back
@@ -230,7 +230,15 @@ class Tuned:
     return any(rule.update or rule.edit for rule, _ in self.rules)
 
   def edit(
-    self, before, theta, optimizer, grads, step, key, steps: int | None = None
+    self,
+    before,
+    theta,
+    optimizer,
+    grads,
+    step,
+    key,
+    steps: int | None = None,
+    backbone: Any = None,
   ) -> tuple[Any, Any]:
     """(theta, optimizer) after the schedules and periodic edits that the method's rules make.
 
@@ -244,6 +252,7 @@ class Tuned:
       step: how many updates were made, a scalar (it may be traced).
       key: a random key.
       steps: how many are made in all; methods whose edits follow a share of all need it.
+      backbone: as given to `attach`; methods whose edits read its kernels need it.
 
     Raises:
       ValueError: an edit returns something else than it got, or the optimizer keeps no moments in
@@ -251,7 +260,14 @@ class Tuned:
     """
     theta = self.update(theta, step, key)
     trained_before = self.split(before)[0]
-    return edited(self.rules, before, theta, trained_before, optimizer, grads, step, key, steps)
+    each_layer = None
+    if backbone is not None:
+      each_layer = functools.partial(
+        layer_by_layer, backend_of(self.model).arrays(self.model, backbone)
+      )
+    return edited(
+      self.rules, before, theta, trained_before, optimizer, grads, step, key, steps, each_layer
+    )
 
   def stages(self, steps: int) -> tuple[int, ...]:
     """After how many updates other entries are trained: 0, and when the rules' stages begin.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpeft import models, tasks
-from jpeft.core import Method, Tuned, leaf_paths
+from jpeft.core import Method, Tuned, Weight, leaf_paths
 from jpeft.writing import filled
 
 from .beside import save_preprocessing, save_tokenizer
@@ -38,6 +38,8 @@ def save_merged(
 ) -> float:
   """Writes what AutoModelFor... of transformers opens: a merged backbone and all beside it.
 
+  Heads and hidden units that a method prunes are cut off.
+
   Args:
     folder: new or empty.
     pretrained: the backbone.
@@ -63,7 +65,8 @@ def save_merged(
     shift, scale = units
     merged = _in_units(merged, tuned, shift, scale)
     tuned_logits = tuned_logits * scale + shift
-  plain_logits = pretrained.model.apply(merged, *args, **kwargs, deterministic=True)
+  model, merged = _without_zeros(pretrained.model, merged, tuned, theta)
+  plain_logits = model.apply(merged, *args, **kwargs, deterministic=True)
 
   about = dict(pretrained.config)
   if labels:
@@ -78,9 +81,22 @@ def save_merged(
   about['dtype'] = str(jax.tree.leaves(merged)[0].dtype)
   with filled(folder) as part:
     about |= save_tokenizer(part, pretrained, max_length)
-    models.save_pretrained(part, pretrained.model, merged, about)
+    models.save_pretrained(part, model, merged, about)
     save_preprocessing(part, pretrained, config.data.resize)
   return float(jnp.abs(tuned_logits - plain_logits).max())
+
+
+def _without_zeros(model: Any, merged: Any, tuned: Tuned, theta: Any) -> tuple[Any, Any]:
+  """(model, weights) without the heads and hidden units that a method has multiplied by zero."""
+  if not any(isinstance(rule, Weight) and rule.cuts for rule, _ in tuned.rules):
+    return model, merged
+  try:
+    keep = models.keep_of(tuned, theta)
+  except TypeError as error:  # not a model whose sizes jpeft knows
+    raise ValueError(f'{tuned.method.names[0]}: {error}') from error
+  if not models.cuts_anything(keep):
+    return model, merged
+  return models.narrowed(model, merged, keep)
 
 
 def _in_units(merged: Any, tuned: Tuned, shift: np.ndarray, scale: np.ndarray) -> Any:

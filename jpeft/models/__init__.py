@@ -26,7 +26,17 @@ if TYPE_CHECKING:
   )
   from .llama import Llama, LlamaBlock, grown
   from .modernbert import ModernBert
-  from .narrow import Keep, narrowed, narrowed_theta, widened_theta
+  from .narrow import (
+    Keep,
+    Pruned,
+    cuts_anything,
+    keep_of,
+    narrowed,
+    narrowed_theta,
+    pruned,
+    prunes,
+    widened_theta,
+  )
   from .nn import (
     REMATS,
     Encoder,
@@ -73,6 +83,7 @@ __all__ = [
   'PostNormBlock',
   'PreNormBlock',
   'Pretrained',
+  'Pruned',
   'REMATS',
   'Remat',
   'Swin',
@@ -82,6 +93,7 @@ __all__ = [
   'ViT',
   'block_of',
   'check_decoder',
+  'cuts_anything',
   'decoder_tokenizer',
   'departure',
   'default_init',
@@ -92,12 +104,15 @@ __all__ = [
   'has_head',
   'grown',
   'is_decoder',
+  'keep_of',
   'keyed',
   'layer_norm',
   'load',
   'load_tokenizer',
   'narrowed',
   'narrowed_theta',
+  'pruned',
+  'prunes',
   'read_json',
   'read_tensors',
   'save_pretrained',
@@ -128,7 +143,17 @@ __getattr__ = on_first_use(
     ),
     '.llama': ('Llama', 'LlamaBlock', 'grown'),
     '.modernbert': ('ModernBert',),
-    '.narrow': ('Keep', 'narrowed', 'narrowed_theta', 'widened_theta'),
+    '.narrow': (
+      'Keep',
+      'Pruned',
+      'cuts_anything',
+      'keep_of',
+      'narrowed',
+      'narrowed_theta',
+      'pruned',
+      'prunes',
+      'widened_theta',
+    ),
     '.nn': (
       'Encoder',
       'PatchDecoder',

@@ -8,7 +8,7 @@ from typing import Any
 import optax
 
 from jpeft import data, methods, models, quant, tasks
-from jpeft.core import Found, Tuned, attach, chain, stand_in, with_found
+from jpeft.core import Found, Method, Tuned, attach, chain, stand_in, with_found
 
 from . import optim
 from .memory import Memory
@@ -74,6 +74,29 @@ def _with_pixels(pretrained: models.Pretrained, pixels: str) -> models.Pretraine
   return dataclasses.replace(pretrained, preprocess=preprocess)
 
 
+def pruned(
+  config, pretrained: models.Pretrained, method: Method
+) -> tuple[models.Pretrained, Method]:
+  """The backbone without the parts that a method leaves out, and the method for it.
+
+  Both are as they were where it leaves none out, or waits for its pass.
+
+  Raises:
+    ValueError: the backbone cannot be cut, see `models.narrowed`.
+  """
+  if not models.prunes(method):
+    return pretrained, method
+  args, kwargs = tasks.inputs(tasks.of(config).example(config, pretrained))
+  try:
+    small = models.pruned(
+      method, pretrained.model, pretrained.variables, *args, **kwargs, deterministic=True
+    )
+  except TypeError as error:  # not a model whose sizes jpeft knows
+    raise ValueError(f'{method.names[0]}: {error}') from error
+  cut = dataclasses.replace(pretrained, model=small.model, variables=small.backbone)
+  return cut, small.method
+
+
 def build(
   config,
   num_classes: int,
@@ -114,6 +137,7 @@ def build(
   if memory.storage is not None:
     fields['quantize'] = quant.named(memory.storage)
   pretrained = _with_pixels(load(source, **fields), config.data.pixels)
+  pretrained, method = pruned(config, pretrained, method)
   if parts:
     method = chain(method, task.parts(config, pretrained))
   example = task.example(config, pretrained)

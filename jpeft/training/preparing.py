@@ -20,6 +20,7 @@ from jpeft.core import (
   Pass,
   Preparation,
   attach,
+  beside,
   found_in,
   layers_of,
   named_key,
@@ -30,7 +31,7 @@ from jpeft.core import (
 
 from . import hosts
 from .asked import Asked, asked_of
-from .build import method_of
+from .build import method_of, pruned
 from .feature_cache import Part
 from .found import Prepared, kept_in
 from .progress import Progress
@@ -79,13 +80,13 @@ def _sent(found: Found | None) -> dict[str, np.ndarray] | None:
 def _with_method(run: Asked, method: Method, found: Prepared) -> Asked:
   """The same run with another method."""
   model = run.model
-  pretrained = model.pretrained
+  pretrained, method = pruned(run.config, model.pretrained, method)
   args, kwargs = tasks.inputs(model.task.example(run.config, pretrained))
   tuned = attach(
     pretrained.model, method, pretrained.variables, *args, **kwargs, deterministic=True
   )
   layout = dataclasses.replace(model.layout, tuned=tuned)
-  model = dataclasses.replace(model, tuned=tuned, layout=layout)
+  model = dataclasses.replace(model, pretrained=pretrained, tuned=tuned, layout=layout)
   return asked_of(run.config, run.folder, run.examples.skipped, run.trackers, model, found)
 
 
@@ -120,6 +121,7 @@ def _passed(run: Asked, method: Method, preparation: Preparation, progress: Prog
     key=named_key(jax.random.key(run.config.seed), f'{_STREAM} of {name}'),
     layers=layers_of(method, preparation),
     fetch=hosts.fetched,
+    beside=beside(method),
   )
   with hosts.together():
     found = preparation.find(own)

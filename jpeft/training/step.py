@@ -307,6 +307,7 @@ def train_step(
         number + 1,
         jax.random.fold_in(key, STREAM_UPDATE),
         steps,
+        backbone,
       )
     if offload:
       optimizer = jax.device_put(optimizer, jax.memory.Space.Host)

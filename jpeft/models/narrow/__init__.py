@@ -6,6 +6,17 @@ narrow model computes what the wide one would compute with zeros in the cut plac
 
 from .backbone import narrowed
 from .keep import Keep
+from .method import Pruned, cuts_anything, keep_of, pruned, prunes
 from .theta import narrowed_theta, widened_theta
 
-__all__ = ['Keep', 'narrowed', 'narrowed_theta', 'widened_theta']
+__all__ = [
+  'Keep',
+  'Pruned',
+  'cuts_anything',
+  'keep_of',
+  'narrowed',
+  'narrowed_theta',
+  'pruned',
+  'prunes',
+  'widened_theta',
+]

@@ -10,7 +10,7 @@ from jpeft.core import Box, Site, backend_of, join_path
 from jpeft.cutting import cut_map
 
 from .keep import Keep
-from .plan import Source, plan_of
+from .plan import Plan, Source, plan_of
 
 
 def narrowed(model, backbone, keep: Keep) -> tuple[Any, Any]:
@@ -33,7 +33,11 @@ def narrowed(model, backbone, keep: Keep) -> tuple[Any, Any]:
     >>> keep = jpeft.Keep(layers=(0, 2), heads={0: (1,)})  # doctest: +SKIP
     >>> model, variables = jpeft.narrowed(model, variables, keep)  # doctest: +SKIP
   """
-  plan = plan_of(model, keep)
+  return cut_by(plan_of(model, keep), model, backbone)
+
+
+def cut_by(plan: Plan, model, backbone) -> tuple[Any, Any]:
+  """`narrowed`, by the plan of a narrow model."""
   arrays = backend_of(model).arrays(model, backbone)
   _check_backbone(backbone, arrays, plan.wide.arrays)
   params = {}

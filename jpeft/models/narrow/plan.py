@@ -62,7 +62,7 @@ def plan_of(model, keep: Keep) -> Plan:
     TypeError: a model whose sizes jpeft does not know.
     ValueError: what is kept is not in the model.
   """
-  family = _family_of(model)
+  family = family_of(model)
   wide_sizes = family.sizes(model)
   blocks = kept_blocks(keep, wide_sizes)
   words = _words(family, model, keep)
@@ -75,9 +75,9 @@ def plan_of(model, keep: Keep) -> Plan:
   _, wide = _traced(family, model)
   shapes, narrow = _traced(family, narrow_model)
 
-  wide_blocks = _by_layer(family, wide)
+  wide_blocks = layers_of_blocks(family, wide)
   sources: dict[str, list[Source]] = {path: [] for path in narrow}
-  for (stack, number), (path, _) in _by_layer(family, narrow).items():
+  for (stack, number), (path, _) in layers_of_blocks(family, narrow).items():
     block = blocks[stack][number]
     wide_path, layer = wide_blocks[stack, block.number]
     for local in _inside(narrow, path):
@@ -90,7 +90,8 @@ def plan_of(model, keep: Keep) -> Plan:
   return Plan(narrow_model, shapes, wide, narrow, sources)
 
 
-def _family_of(model) -> Sized:
+def family_of(model) -> Sized:
+  """The family of a model whose sizes jpeft knows; raises a TypeError for another one."""
   for family in _FAMILIES:
     if isinstance(model, family.kind):
       return family
@@ -169,18 +170,18 @@ def _traced(family: Sized, model) -> tuple[Any, Sites]:
   return shapes, sites_of(model, shapes, *example)
 
 
-def _by_layer(family: Sized, sites: Sites) -> dict[tuple[str, int], tuple[str, int]]:
+def layers_of_blocks(family: Sized, sites: Sites) -> dict[tuple[str, int], tuple[str, int]]:
   """{(path of a stack, number of a layer): (path of its block, index there)}."""
   found = {}
   for path, site in sites.items():
-    if _plays(family, 'block', path):
+    if plays(family, 'block', path):
       stack = path.rpartition('/')[0]
       for index, number in enumerate(site.numbers):
         found[stack, number] = path, index
   return found
 
 
-def _plays(family: Sized, role: str, path: str) -> bool:
+def plays(family: Sized, role: str, path: str) -> bool:
   """Whether a module has a role in the family."""
   pattern = family.anatomy.roles.get(role)
   return pattern is not None and re.fullmatch(pattern, path) is not None
@@ -197,17 +198,17 @@ def _block_cut(
   family: Sized, sites: Sites, path: str, site: Site, block: Block
 ) -> tuple[Indices, Indices]:
   """(inputs, outputs) that stay of a module of a block."""
-  if _plays(family, 'fc1', site.path):
+  if plays(family, 'fc1', site.path):
     return None, block.mlp
-  if _plays(family, 'fc2', site.path):
+  if plays(family, 'fc2', site.path):
     return block.mlp, None
-  if _plays(family, 'position_bias', site.path):  # of the block's own, a column for each head
+  if plays(family, 'position_bias', site.path):  # of the block's own, a column for each head
     return None, block.heads[0]
-  reads_heads = _plays(family, 'o', site.path)
-  if not reads_heads and not any(_plays(family, role, site.path) for role in ('q', 'k', 'v')):
+  reads_heads = plays(family, 'o', site.path)
+  if not reads_heads and not any(plays(family, role, site.path) for role in ('q', 'k', 'v')):
     return None, None
   attentions = [path + rest for rest in _inside(sites, path)]
-  attentions = [path for path in attentions if _plays(family, 'attention', path)]
+  attentions = [path for path in attentions if plays(family, 'attention', path)]
   which = attentions.index(site.path.rpartition('/')[0])
   heads = block.heads[which]
   if heads is None:
@@ -224,7 +225,7 @@ def _source_outside(
   family: Sized, model, site: Site, words: Indices, columns: Mapping[str, Indices]
 ) -> Source:
   """Where a module outside of blocks comes from: the wide module of the same path."""
-  if _plays(family, 'position_bias', site.path):
+  if plays(family, 'position_bias', site.path):
     return Source(site, outs=columns.get(site.path.rpartition('/')[0]))
   if site.path in family.words(model):
     # The head has a column for each word (and may be a bias alone), the table of words a row.
