@@ -39,6 +39,7 @@ from .weight.ia3 import ia3
 from .weight.kronecker import lokr
 from .weight.lamda import lamda
 from .weight.lamda_pp import lamda_pp
+from .weight.light_peft import light_peft
 from .weight.lora import dora, lora, lora_fa, qlora
 from .weight.lt_sft import lt_sft
 from .weight.orthogonal import boft, oft
@@ -92,6 +93,7 @@ __all__ = [
   'ia3',
   'lamda',
   'lamda_pp',
+  'light_peft',
   'linear',
   'lora',
   'lora_fa',

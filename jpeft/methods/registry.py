@@ -38,6 +38,7 @@ from .weight.ia3 import ia3
 from .weight.kronecker import lokr
 from .weight.lamda import lamda
 from .weight.lamda_pp import lamda_pp
+from .weight.light_peft import light_peft
 from .weight.lora import dora, lora, lora_fa, qlora
 from .weight.lt_sft import lt_sft
 from .weight.orthogonal import boft, oft
@@ -143,6 +144,9 @@ REGISTRY: dict[str, Entry] = {
   'sct': Entry(sct, '2309.08513', 'SCT: some channels of each layer, chosen by class'),
   'spt': Entry(spt, '2303.08566', 'SPT: a budget is spent where a task is sensitive'),
   'lt_sft': Entry(lt_sft, '2110.07560', 'LT-SFT: the entries that full tuning moves the most'),
+  'light_peft': Entry(
+    light_peft, '2406.03792', 'Light-PEFT: heads, hidden units and ranks are pruned early'
+  ),
   'ssf': Entry(ssf, '2210.08823', 'SSF: a scale and a shift after every operation'),
   'houlsby': Entry(houlsby, '1902.00751', 'adapters after attention and MLP'),
   'pfeiffer': Entry(pfeiffer, '2005.00247', 'adapters after the MLP'),

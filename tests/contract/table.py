@@ -243,6 +243,15 @@ ROWS: dict[str, Row] = {
   ),
   'lamda_pp': Row(on=KERNELS),
   'switchlora': Row(on=KERNELS),
+  'light_peft': Row(
+    start=None,
+    cannot={
+      **dict.fromkeys(CONVS, 'no role {q}'),
+      **dict.fromkeys(
+        ('linen_gemma', 'linen_fused', 'nnx_raw'), 'is measured at linear layers that are called'
+      ),
+    },
+  ),
 }
 
 

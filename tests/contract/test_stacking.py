@@ -14,9 +14,12 @@ UNROLLED = {
   'nnx_vit_scan': ('nnx_vit', 'blocks', r'blocks/{}'),
 }
 CHOSEN = [p for p in SERVED if p[1] in UNROLLED and (p[0], UNROLLED[p[1]][0]) in SERVED]
-# Prompts of vpt_shallow are held by another module there. What spt, lt_sft and lamda_pp train
-# depends on the backbone, and of a stack they have what is trained alone; their tests compare it.
-CHOSEN = [p for p in CHOSEN if p[0] not in ('vpt_shallow', 'spt', 'lt_sft', 'lamda_pp')]
+# Prompts of vpt_shallow are held by another module there. What spt, lt_sft, lamda_pp and
+# light_peft train depends on the backbone, and of a stack they have what is trained alone; their
+# tests compare it.
+CHOSEN = [
+  p for p in CHOSEN if p[0] not in ('vpt_shallow', 'spt', 'lt_sft', 'lamda_pp', 'light_peft')
+]
 ALWAYS = [p for p in CHOSEN if p in DEFAULT][::8]
 
 

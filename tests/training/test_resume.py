@@ -250,6 +250,12 @@ VISION = {
     '--config.optimizer.name=adamw_8bit',
   ),
   'lamda_pp': ('--config.method.rank=4',),
+  'light_peft': (
+    '--config.method.rank=4',
+    '--config.method.updates=4',
+    '--config.method.batch_size=6',
+    '--config.method.rate=1e-2',
+  ),
   'dyt': ('--config.method.bottleneck=4', '--config.method.budget=0.75'),
   'explora': ('--config.method.rank=4',),
   'e2vpt': (
