@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 # their keys and values when they write.
 METHODS = {
   'lora': dict(lr=2e-3, rank=8, alpha=16, targets='{linear}'),
+  'loraprune': dict(lr=2e-3, rank=8, alpha=16, sparsity=0.2),
   'pissa': dict(name='lora', lr=3e-4, rank=8, alpha=8, init='pissa', targets='{linear}'),
   'qlora': dict(lr=2e-3, rank=8, alpha=16),
   # Vectors are switched while the run is young; more candidates would stay unused.

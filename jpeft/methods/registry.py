@@ -40,6 +40,7 @@ from .weight.lamda import lamda
 from .weight.lamda_pp import lamda_pp
 from .weight.light_peft import light_peft
 from .weight.lora import dora, lora, lora_fa, qlora
+from .weight.loraprune import loraprune
 from .weight.lt_sft import lt_sft
 from .weight.orthogonal import boft, oft
 from .weight.paca import paca
@@ -146,6 +147,9 @@ REGISTRY: dict[str, Entry] = {
   'lt_sft': Entry(lt_sft, '2110.07560', 'LT-SFT: the entries that full tuning moves the most'),
   'light_peft': Entry(
     light_peft, '2406.03792', 'Light-PEFT: heads, hidden units and ranks are pruned early'
+  ),
+  'loraprune': Entry(
+    loraprune, '2305.18403', 'LoRAPrune: heads and hidden units are pruned while LoRA learns'
   ),
   'ssf': Entry(ssf, '2210.08823', 'SSF: a scale and a shift after every operation'),
   'houlsby': Entry(houlsby, '1902.00751', 'adapters after attention and MLP'),

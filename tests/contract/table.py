@@ -252,6 +252,7 @@ ROWS: dict[str, Row] = {
       ),
     },
   ),
+  'loraprune': Row(start=0, cannot=dict.fromkeys(CONVS, 'no role {q}')),
 }
 
 

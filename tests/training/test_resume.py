@@ -256,6 +256,7 @@ VISION = {
     '--config.method.batch_size=6',
     '--config.method.rate=1e-2',
   ),
+  'loraprune': ('--config.method.rank=4',),
   'dyt': ('--config.method.bottleneck=4', '--config.method.budget=0.75'),
   'explora': ('--config.method.rank=4',),
   'e2vpt': (
