@@ -14,6 +14,7 @@ from jpeft.programs import evaluated, inside, reader, variables
 from .activations import Activation
 from .choose import Choice
 from .codes import bits_of, derivative_codes, look_up, pack, unpack
+from .derivatives import Table
 from .ops import tied
 
 
@@ -97,29 +98,46 @@ class _Program:
     plan = self.plan(moved)
     values = {}
     codes = {}
+    activations = {}  # by what they read
+    for out in plan.codes:
+      activations.setdefault(plan.choice.codes[out].source, []).append(out)
+
+    def caught(variable, value):
+      """A value, when what is stored of it is packed."""
+      if variable in plan.values:
+        packed = plan.choice.values[variable].pack(value)
+        value, values[variable] = self._in_order(packed, value)
+      for out in activations.get(variable, ()):
+        code = _encoded(value, plan.choice.codes[out].table)
+        value, codes[out] = self._in_order(code, value)
+      return value
 
     def catch(variable):
-      def see(value, read):
-        if variable in plan.values:
-          values[variable] = value
-        if variable in plan.codes:
-          codes[variable] = _encoded(plan.choice.codes[variable], read)
-        return value
+      return lambda value, read: caught(variable, value)
 
-      return see
-
-    outs = evaluate(self.jaxpr, inputs, {v: catch(v) for v in (*plan.values, *plan.codes)})
-    values = [plan.choice.values[v].pack(values[v]) for v in plan.values]
-    codes = [codes[v] for v in plan.codes]
-    packed = {}
+    given = list(inputs)
+    stored_inputs = []
     for i in plan.inputs:
+      kept = inputs[i]
       if self._is_packed(i, moved):
-        packed[i] = self.choice.inputs[i].pack(inputs[i])
-    if self.prevent_cse:
-      # Packed before anybody reads the output: later, what is packed would have to wait in full.
-      outs, values, codes, packed = jax.lax.optimization_barrier((outs, values, codes, packed))
-    stored_inputs = [packed.get(i, inputs[i]) for i in plan.inputs]
+        given[i], kept = self._in_order(self.choice.inputs[i].pack(kept), kept)
+      stored_inputs.append(kept)
+    given = [caught(v, x) for v, x in zip(self.jaxpr.invars, given, strict=True)]
+    outs = evaluate(self.jaxpr, given, {v: catch(v) for v in (*plan.values, *activations)})
+    values = [values[v] for v in plan.values]
+    codes = [codes[v] for v in plan.codes]
     return outs, (plan, values, codes, stored_inputs)
+
+  def _in_order(self, packed, value):
+    """(value, packed), of which the value is read on only when it is packed.
+
+    Packed later, it would have to wait in full. One barrier at the end of a block would do as well,
+    but none of the next block's sums over its input could then be made within the product that the
+    input comes from.
+    """
+    if not self.prevent_cse or packed is value:
+      return value, packed
+    return jax.lax.optimization_barrier((value, packed))
 
   def backward(self, residuals, cotangents):
     plan, *residuals = residuals
@@ -260,10 +278,9 @@ def _(primals, tangents):
   return y, (slope * tangents[0].astype(slope.dtype)).astype(y.dtype)
 
 
-def _encoded(activation: Activation, read):
-  """The packed codes of an activation's derivative."""
-  codes = derivative_codes(read(activation.source), activation.table)
-  return pack(codes, bits_of(activation.table))
+def _encoded(x, table: Table):
+  """The packed codes of the derivative of an activation of x."""
+  return pack(derivative_codes(x, table), bits_of(table))
 
 
 def _slope(code, variable, activation: Activation):

@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jpeft.residuals import ops
 from jpeft.residuals.compress import compressed
+from tests.traced import equations_of
 
 RNG = np.random.default_rng(0)
 B, N, D = 2, 32, 128
@@ -218,3 +219,28 @@ def test_under_jit_scan_remat_and_vmap():
   grad = jax.grad(lambda x: (compressed(fn)(one, x) * g).sum())
   rows = jax.vmap(grad)(jnp.stack([X, 2 * X]))
   np.testing.assert_allclose(rows[1], grad(2 * X), atol=1e-4)
+
+
+def barriers(fn, *args) -> list[list]:
+  """The shapes that the barriers of a program tie together, one barrier after the other."""
+  found = equations_of(jax.make_jaxpr(fn)(*args).jaxpr)
+  return [
+    [v.aval for v in equation.outvars]
+    for equation in found
+    if equation.primitive.name == 'optimization_barrier'
+  ]
+
+
+def test_what_is_stored_is_packed_before_it_is_read_on():
+  """The input and the hidden layer; the output waits for nothing else."""
+  held = weights(*WIDE)
+
+  def forward(held, x, **how):
+    return jax.vjp(compressed(mlp(jax.nn.gelu), **how), held, x)[0]
+
+  tied = barriers(forward, held, X)
+  assert [(avals[0].shape, avals[1].dtype) for avals in tied] == [
+    ((B, N, D), jnp.uint8),
+    ((B, N, 4 * D), jnp.uint8),
+  ]
+  assert not barriers(lambda *args: forward(*args, prevent_cse=False), held, X)
