@@ -156,12 +156,11 @@ class _LoraPrune:
     return {array: t}
 
   def edit(self, state: State, grads, step, key) -> State:
-    if state.steps is None:
-      raise ValueError(f'{self.name}: pruning follows all updates: give Tuned.edit steps=')
+    steps = state.updates(f'{self.name}: what is pruned when')
     if state.each_layer is None:
       raise ValueError(f'{self.name}: importance reads the kernels: give Tuned.edit backbone=')
-    chooses = self.schedule.chooses(step, state.steps)
-    share = self.schedule.share(step, state.steps)
+    chooses = self.schedule.chooses(step, steps)
+    share = self.schedule.share(step, steps)
     theta = dict(state.theta)
     for path, members in groups_of(state.sites).items():
       ((array, t),) = theta[path].items()

@@ -134,12 +134,9 @@ def switchlora(
     return x @ t['w'] + scale * ((x @ a) @ b)
 
   def edit(state: State, grads, step, key) -> State:
-    if state.steps is None:
-      raise ValueError(
-        f'{name}: switches grow rare over all updates: give their number to Tuned.edit, as steps='
-      )
+    steps = state.updates(f'{name}: how often vectors are switched')
     # Before the update that comes, whose number from 0 on is `step`.
-    wanted = rank / interval * frequency(step, ratio * state.steps)
+    wanted = rank / interval * frequency(step, ratio * steps)
     state = _mapped(_rested, state)
     for part in 'ab':
       sure = jnp.floor(wanted)

@@ -211,7 +211,7 @@ def test_refusals():
   trained_part = tuned.split(thetas[0])[0]
   state = optax.adam(1e-3).init(trained_part)
   common = (thetas[0], thetas[0], state, trained_part, 1, jax.random.key(0))
-  with pytest.raises(ValueError, match='give Tuned.edit steps='):
+  with pytest.raises(ValueError, match='give Tuned.edit the number, as steps='):
     tuned.edit(*common)
   with pytest.raises(ValueError, match='give Tuned.edit backbone='):
     tuned.edit(*common, 10)

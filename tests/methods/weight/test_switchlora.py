@@ -273,7 +273,7 @@ def test_what_is_refused():
   grads, _ = tuned.split(theta)
   key = jax.random.key(0)
   own = optim.by_vector(tuned, optax.scale_by_adam()).init(grads)
-  with pytest.raises(ValueError, match='give their number to Tuned.edit'):
+  with pytest.raises(ValueError, match='give Tuned.edit the number, as steps='):
     tuned.edit(theta, theta, own, grads, 1, key)
   for tx in (optax.adam(1e-3), optax.adamw(1e-3)):
     with pytest.raises(ValueError, match='counts the updates of all together'):
