@@ -27,7 +27,7 @@ METHODS = {
   'lamda': dict(lr=1e-3, rank=64, alpha=64),
   # The prompt learns fast, the low-rank change of the words slowly.
   'dept': dict(lr=3e-1, tokens=20, rank=16, length=128, groups=(('.*/(a|b)', 1e-2),)),
-  'vb_lora': dict(lr=1e-2, length=64, vectors=512, targets='{linear}'),
+  'vb_lora': dict(lr=1e-2, length=64, vectors=90, targets='{linear}'),
   'norm': dict(lr=1e-2),
   'lamda_pp': dict(lr=2e-3, rank=16),
   'full': dict(lr=1e-4),

@@ -211,10 +211,11 @@ def test_a_loss_of_two_passes(name):
 
   value, out, _ = objective(theta, held)
   gates = tuned.apply(theta, held, X, aux=True)[1]['gate']
-  np.testing.assert_allclose(out, tuned.apply(theta, held, X), rtol=1e-5)
-  np.testing.assert_allclose(
-    tuned.apply(theta, held, X, complete=True), plain(model, held, X), rtol=1e-5
-  )
+  # Outputs are of order 1; some are nearly 0, and compiled sums round otherwise.
+  near = dict(rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(out, tuned.apply(theta, held, X), **near)
+  complete = tuned.apply(theta, held, X, complete=True)
+  np.testing.assert_allclose(complete, plain(model, held, X), **near)
   wanted = loss(out) + loss(plain(model, held, X)) + (gates.mean() - 0.3) ** 2
   np.testing.assert_allclose(value, wanted, rtol=1e-5)
 
