@@ -14,6 +14,24 @@ from .rules import Rule, Weight
 from .sites import Site
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
+class Around:
+  """What an edit may ask beside theta; without leaves, so that a State may pass through `cond`.
+
+  Attributes:
+    sites, backbone: see `State.sites` and `State.each_layer`; the latter takes a Site here.
+  """
+
+  sites: Mapping[str, Site]
+  backbone: Callable[..., Any] | None
+
+  def each_layer(self, path: str, fn: Callable, *trees):
+    """`State.each_layer`."""
+    assert self.backbone is not None
+    return self.backbone(self.sites[path], fn, *trees)
+
+
 class State(NamedTuple):
   """What an `edit` gets and returns: one method's part of a training state.
 
@@ -25,18 +43,31 @@ class State(NamedTuple):
       variance of Adam in this order; None in the places of what is not trained. What it keeps for
       each vector (`Weight.restarts`) has axes of one number.
     steps: how many updates are made in all; None where that is not known.
-    sites: {site path: Site} of theta.
-    each_layer: (site path, fn, *trees) -> fn(arrays, *what the trees have of a layer) for all
-      layers of the site, one after the other, with the stack in front. `arrays` are those of the
-      backbone, as `init` gets them; None where the backbone is not given.
+    around: what `sites` and `each_layer` read.
   """
 
   theta: Mapping[str, Any]
   before: Mapping[str, Any]
   moments: tuple[Mapping[str, Any], ...]
   steps: int | None = None
-  sites: Mapping[str, Site] = {}
-  each_layer: Callable[..., Any] | None = None
+  around: Around | None = None
+
+  @property
+  def sites(self) -> Mapping[str, Site]:
+    """{site path: Site} of theta."""
+    return {} if self.around is None else self.around.sites
+
+  @property
+  def each_layer(self) -> Callable[..., Any] | None:
+    """Reads kernels; None where the backbone is not given.
+
+    It is (site path, fn, *trees) -> fn(arrays, *what the trees have of a layer) for all layers of
+    the site, one after the other, with the stack in front. `arrays` are those of the backbone, as
+    `init` gets them.
+    """
+    if self.around is None or self.around.backbone is None:
+      return None
+    return self.around.each_layer
 
   def updates(self, what: str) -> int:
     """How many updates are made in all.
@@ -93,8 +124,8 @@ def edited(
   for rule, site in edits.values():
     own_key = named_key(key, f'edit of {rule.name}')
     sites = {own.path: own for other, own in rules if other.name == rule.name}
-    around = _Around(steps, sites, each_layer)
-    theta, trees = _edited(rule, site, before, theta, trees, grads, step, own_key, around)
+    around = Around(sites, each_layer)
+    theta, trees = _edited(rule, site, before, theta, trees, grads, step, own_key, steps, around)
   return theta, moments.put_back(trees)
 
 
@@ -109,21 +140,17 @@ def _check_counts(edits: Iterable[tuple[Rule, Site]], moments: 'Moments') -> Non
       )
 
 
-class _Around(NamedTuple):
-  """What an edit may ask beside theta, see `State`."""
-
-  steps: int | None
-  sites: Mapping[str, Site]
-  each_layer: Callable[..., Any] | None
-
-  def of(self, path: str, fn: Callable, *trees):
-    """`State.each_layer`."""
-    assert self.each_layer is not None
-    return self.each_layer(self.sites[path], fn, *trees)
-
-
 def _edited(
-  rule: Rule, site: Site, before, theta, moments: list, grads, step, key, around: _Around
+  rule: Rule,
+  site: Site,
+  before,
+  theta,
+  moments: list,
+  grads,
+  step,
+  key,
+  steps: int | None,
+  around: Around,
 ) -> tuple[Any, list]:
   """(theta, moments) after the `edit` of a rule.
 
@@ -136,6 +163,7 @@ def _edited(
     grads: of what is trained of theta.
     step: how many updates were made.
     key: a random key.
+    steps: how many are made in all, if that is known.
     around: what the edit may ask beside.
 
   Raises:
@@ -143,8 +171,7 @@ def _edited(
   """
   name = rule.name
   own_moments = tuple(tree[name] for tree in moments)
-  each_layer = None if around.each_layer is None else around.of
-  state = State(theta[name], before[name], own_moments, around.steps, around.sites, each_layer)
+  state = State(theta[name], before[name], own_moments, steps, around)
   with blame(rule, site, 'edit'):
     new = rule.edit(state, grads[name], step, key)
   if not isinstance(new, State):
