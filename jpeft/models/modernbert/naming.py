@@ -2,7 +2,7 @@
 
 from jpeft.core import Anatomy
 
-from ..roles import PRE_NORM_ROLES, ROLES
+from ..roles import BLOCK, PRE_NORM_ROLES, ROLES
 
 MODERNBERT_NAMING = Anatomy(
   'modernbert',
@@ -14,6 +14,8 @@ MODERNBERT_NAMING = Anatomy(
     'pooler': r'head_dense',
     'word': r'embed/word',
     'final_norm': r'final_norm',
+    # With it a BERT, whose other parts have the same names, fits less well.
+    'gate': rf'{BLOCK}/mlp/gate',
   },
   lead=1,
   exit='final_norm',
