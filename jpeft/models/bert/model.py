@@ -23,12 +23,13 @@ from ..nn import (
   WordBias,
   block_of,
   check_pool,
+  check_positions,
   default_init,
   gelu,
   head_of,
   layer_norm,
-  masked_mean,
   outputs_of,
+  pooled,
 )
 
 POOLS = ('cls', 'mean', 'tokens')
@@ -80,11 +81,7 @@ class TokenEmbed(nn.Module):
     longest = self.positions
     if self.pad_id is not None:
       longest -= self.pad_id + 1
-    if tokens.shape[1] > longest:
-      raise ValueError(
-        f'{tokens.shape[1]} tokens are more than the {longest} positions that the '
-        'model knows; truncate the text (data.max_length of a config)'
-      )
+    check_positions(tokens.shape[1], longest)
     if self.pad_id is None:
       positions = jnp.arange(tokens.shape[1])[None]  # [1, N]
     else:
@@ -214,10 +211,7 @@ class Bert(nn.Module):
       x = layer_norm(self, 'head_norm')(self.head_activation(x))
       return WordBias(name='head', **dtypes)(embed.word.attend(x))
     if head in (None, 'classification'):
-      if self.pool == 'mean':
-        x = masked_mean(x, mask)
-      elif self.pool == 'cls':
-        x = x[:, 0]
+      x = pooled(x, mask, self.pool)
       if self.pooler:
         x = self.pooler_activation(dense(self.width, name='pooler')(x))
     if head is None:

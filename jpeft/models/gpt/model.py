@@ -20,6 +20,7 @@ from ..nn import (
   Remat,
   WordTable,
   block_of,
+  check_positions,
   decoder_head,
   default_init,
   gelu_tanh,
@@ -53,11 +54,7 @@ class LearnedPositions(nn.Module):
       ValueError: there are more tokens than places, those in the cache included.
     """
     seen = seen_tokens(self, tokens.shape, mask)
-    if seen.keys > self.count:
-      raise ValueError(
-        f'{seen.keys} tokens are more than the {self.count} positions that the model knows; '
-        'truncate the text (data.max_length of a config), or write fewer new tokens'
-      )
+    check_positions(seen.keys, self.count, ', or write fewer new tokens')
     table = self.param(
       'embedding', default_init, (self.count + self.offset, self.width), self.param_dtype
     )

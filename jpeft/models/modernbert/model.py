@@ -24,12 +24,13 @@ from ..nn import (
   WordBias,
   block_of,
   check_pool,
+  check_positions,
   default_init,
   gelu,
   head_of,
   layer_norm,
-  masked_mean,
   outputs_of,
+  pooled,
 )
 
 POOLS = ('cls', 'mean', 'tokens')
@@ -207,11 +208,7 @@ class ModernBert(nn.Module):
     """
     head = head_of(self, MODERNBERT_HEADS)
     check_pool(self.pool, POOLS, self.num_classes if head == 'classification' else None)
-    if tokens.shape[1] > self.positions:
-      raise ValueError(
-        f'{tokens.shape[1]} tokens are more than the {self.positions} positions that the '
-        'model knows; truncate the text (data.max_length of a config)'
-      )
+    check_positions(tokens.shape[1], self.positions)
     types = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
     embed = WordEmbed(
       self.width,
@@ -244,10 +241,7 @@ class ModernBert(nn.Module):
 
     dense = functools.partial(nn.Dense, kernel_init=default_init, **types)
     if head in (None, 'classification'):
-      if self.pool == 'mean':
-        x = masked_mean(x, mask)
-      elif self.pool == 'cls':
-        x = x[:, 0]
+      x = pooled(x, mask, self.pool)
     if head is None:
       return x
     x = self.head_activation(dense(self.width, use_bias=self.head_bias, name='head_dense')(x))

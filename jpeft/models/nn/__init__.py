@@ -23,6 +23,7 @@ from .heads import (
   last_token,
   masked_mean,
   outputs_of,
+  pooled,
   read_out,
 )
 from .images import check_images, grid, image_example, image_size_of, patch_size_of, size_in_config
@@ -45,6 +46,7 @@ from .positions import (
   GridBias,
   PositionBias,
   bias_of_heads,
+  check_positions,
   resize_distances,
   resize_grid,
 )
@@ -85,6 +87,7 @@ __all__ = [
   'by_block',
   'check_images',
   'check_pool',
+  'check_positions',
   'decoder_head',
   'default_init',
   'gelu',
@@ -99,6 +102,7 @@ __all__ = [
   'masked_mean',
   'outputs_of',
   'patch_size_of',
+  'pooled',
   'read_out',
   'resize_distances',
   'resize_grid',

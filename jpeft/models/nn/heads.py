@@ -105,6 +105,17 @@ def masked_mean(x, mask=None):
   return (x * weight).sum(1) / jnp.maximum(weight.sum(1), 1)  # a row without tokens gives zero
 
 
+def pooled(x, mask, pool: str):
+  """What `pool` names of hidden states x [B, N, D] under mask [B, N]; all of them for 'tokens'."""
+  if pool == 'last':
+    return last_token(x, mask)
+  if pool == 'mean':
+    return masked_mean(x, mask)
+  if pool == 'cls':
+    return x[:, 0]
+  return x
+
+
 # What the head of a decoder reads, or what is returned without one.
 DECODER_POOLS = ('last', 'mean', 'tokens')
 DECODER_HEADS = ('classification', 'tokens', 'questions', 'text')
@@ -137,10 +148,7 @@ def read_out(model, head: str | None, x, mask, table: WordTable):
   if head == 'text' and model.tied:
     return table.attend(x)
   if head in (None, 'classification'):
-    if model.pool == 'last':
-      x = last_token(x, mask)
-    elif model.pool == 'mean':
-      x = masked_mean(x, mask)
+    x = pooled(x, mask, model.pool)
   if head is None:
     return x
   fields = {

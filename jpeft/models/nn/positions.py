@@ -14,6 +14,15 @@ from .rope import check_grid
 _SPECIAL = 3
 
 
+def check_positions(tokens: int, longest: int, more: str = '') -> None:
+  """Raises a ValueError if a text has more tokens than positions; `more` is another way out."""
+  if tokens > longest:
+    raise ValueError(
+      f'{tokens} tokens are more than the {longest} positions that the model knows; truncate the '
+      f'text (data.max_length of a config){more}'
+    )
+
+
 def resize_grid(table: np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> np.ndarray:
   """Resizes the patches of a position table; the rows of its first tokens (class, ..) stay.
 
