@@ -72,10 +72,9 @@ def _head_of(sites: Sites) -> tuple[Site | None, str, str]:
   out = sites[''].out
   if out is None or not hasattr(out, 'shape') or len(out.shape) != 3:
     return None, '', 'the model does not return logits [B, N, V] alone'
-  anatomy = sites.anatomy
-  if anatomy is None:
+  if sites.anatomy is None:
     return None, '', 'the model is of no known family: describe it by jpeft.register_anatomy'
-  for site in sites.find('{head}') if 'head' in anatomy.roles else []:
+  for site in sites.of_role('head'):
     if site.out is not None and site.out.shape == out.shape and not site.axes:
       return site, '__call__', ''
   # A tied head is another method of the module that embeds, called after that which does.

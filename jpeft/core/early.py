@@ -32,11 +32,14 @@ def early_updates(
   theta: Any,
   transform: optax.GradientTransformation,
   *,
-  penalty: Callable[[Any], jax.Array],
-  read: Callable[[Update], Any],
-  takes: Callable[[Examples], Mapping[str, Any]],
+  penalty: Callable[[Any], Any],
+  read: Callable[[Update], Any] = lambda update: None,
+  takes: Callable[[Examples], Mapping[str, Any]] = lambda batch: {},
 ) -> Iterator[tuple[Any, Any]]:
   """(theta after an update, what was read of it), one batch of a pass after the other.
+
+  What is trained of a theta, the first one too, is gone after the next update, so that memory holds
+  one of them.
 
   Args:
     examples: the pass.
@@ -44,8 +47,8 @@ def early_updates(
     theta: to begin with.
     transform: the optimizer of what is trained.
     penalty: theta -> a number that is added to the loss.
-    read: of an update, within the compiled step.
-    takes: of a batch, further arguments that rules of the method take.
+    read: of an update, within the compiled step; nothing if left out.
+    takes: of a batch, further arguments that rules of the method take; none if left out.
   """
 
   def step(trained, held, state, backbone, arrays, labels, mask, more):
@@ -60,9 +63,9 @@ def early_updates(
     updates, state = transform.update(grads, state, trained)
     return optax.apply_updates(trained, updates), state, found
 
-  compiled = jax.jit(step)
+  compiled = jax.jit(step, donate_argnums=(0, 2))
   trained, held = tuned.split(theta)
-  state = transform.init(trained)
+  state = jax.jit(transform.init)(trained)
   for batch in examples:
     arrays = examples.arrays_of(batch)
     trained, state, found = compiled(

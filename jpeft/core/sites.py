@@ -381,6 +381,12 @@ class Sites(dict[str, Site]):
 
     return re.sub(_ROLE, role, pattern)
 
+  def of_role(self, role: str) -> list[Site]:
+    """The sites of a role; none where the model is of no family, or its family has no such role."""
+    if self.anatomy is None or role not in self.anatomy.roles:
+      return []
+    return self.find(f'{{{role}}}')
+
   def find(self, pattern: str) -> list[Site]:
     """The sites whose whole path matches.
 

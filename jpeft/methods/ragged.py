@@ -20,6 +20,19 @@ from jpeft.core import Method, Site, generated
 Live = Mapping[str, tuple[np.ndarray, ...]]
 
 
+def slots(layer: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Where the numbers of a stack are, of which each layer's stand at its front.
+
+  Args:
+    layer: of each number, rising.
+
+  Returns:
+    (layer, its number among those of that layer).
+  """
+  counts = np.unique(layer, return_counts=True)[1]
+  return layer, np.concatenate([np.arange(count) for count in counts])
+
+
 def ragged(method: Method, live: Mapping[str, Live]) -> Method:
   """The method, with a theta of live numbers alone.
 

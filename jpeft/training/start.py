@@ -162,8 +162,5 @@ def _matched(
 def _is_head(path: str, tuned: Tuned) -> bool:
   """Whether an entry of a theta file belongs to a head, of this method or of another."""
   names = {rule.name for rule, _ in tuned.rules if rule.head} | {_HEAD}
-  sites = []
-  if tuned.sites.anatomy is not None and 'head' in tuned.sites.anatomy.roles:
-    sites = tuned.sites.find('{head}')
-  heads = [join_path(name, site.path) for name in names for site in sites]
+  heads = [join_path(name, site.path) for name in names for site in tuned.sites.of_role('head')]
   return any(path.startswith(f'{head}/') for head in heads)

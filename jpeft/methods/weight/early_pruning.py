@@ -11,7 +11,7 @@ import numpy as np
 
 from jpeft.core import Found, Moved, Site
 
-from ..ragged import Live
+from ..ragged import Live, slots
 from .cuttable import KEPT
 
 # What is found, by kind and place: of the layers of 'path array', each led by its layers,
@@ -223,11 +223,10 @@ class SecondPhase:
     for path, own in self.found.items():
       if 'stack' in own and own['ranks'].any():
         counts = own['ranks'].sum(-1)
-        layers = np.repeat(np.arange(len(counts)), counts)
-        slots = np.concatenate([np.arange(count) for count in counts])
+        layers, ranks = slots(np.repeat(np.arange(len(counts)), counts))
         array = self.arrays[path]
         live[path] = {
-          f'{array}/a': (layers, slice(None), slots),
-          f'{array}/b': (layers, slots),
+          f'{array}/a': (layers, slice(None), ranks),
+          f'{array}/b': (layers, ranks),
         }
     return live

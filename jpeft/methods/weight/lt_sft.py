@@ -43,12 +43,13 @@ from jpeft.core import (
   Weight,
   at,
   chain,
+  early_updates,
   factory,
   prepared_by,
 )
 
 from ..check import require, whole
-from ..ragged import Live, ragged
+from ..ragged import Live, ragged, slots
 from ..subset.tune import tune
 from . import sparse
 
@@ -203,25 +204,16 @@ class _LtSft:
       parts.append(tune('{head}', name=_HEAD, head=True))
     tuned = examples.attached(chain(*parts))
     tx = optax.adam(optax.linear_schedule(self.first_lr, 0, self.first_steps))
-    penalty = self.l1 / _numbers(examples.sites.values())
+    factor = self.l1 / _numbers(examples.sites.values())
 
-    def update(theta, state, backbone, arrays, labels, mask):
-      def loss(theta):
-        value = examples.loss(tuned, theta, backbone, arrays, labels, mask)
-        if penalty:
-          value += penalty * sum(jnp.abs(x).sum() for x in jax.tree.leaves(theta[self.name]))
-        return value
+    def penalty(theta):
+      if not factor:
+        return 0.0
+      return factor * sum(jnp.abs(x).sum() for x in jax.tree.leaves(theta[self.name]))
 
-      updates, state = tx.update(jax.grad(loss)(theta), state)
-      return optax.apply_updates(theta, updates), state
-
-    step = jax.jit(update, donate_argnums=(0, 1))
     theta = jax.jit(tuned.init)(examples.key, examples.backbone)
-    state = jax.jit(tx.init)(theta)
-    for batch in examples:
-      arrays = examples.arrays_of(batch)
-      theta, state = step(theta, state, examples.backbone, arrays, batch.labels, batch.mask)
-    del state
+    for now, _ in early_updates(examples, tuned, theta, tx, penalty=penalty):
+      theta = now
     return examples.fetch(jax.jit(lambda t: jax.tree.map(jnp.abs, t))(theta[self.name]))
 
   def init_full(self, key, site: Site, arrays) -> dict:
@@ -254,7 +246,7 @@ class _LtSft:
       return t
 
     live: dict[str, Live] = {
-      path: {f'{array}/delta': sparse.slots(x[:, 0]) for array, x in chosen[path].items()}
+      path: {f'{array}/delta': slots(x[:, 0]) for array, x in chosen[path].items()}
       for path in stacks
     }
     _, _, _, everything, layers = found['chosen'].tolist()
@@ -353,10 +345,8 @@ def _may(site: Site, skip: str) -> bool:
 
 def _head(sites: Sites) -> list[Site]:
   """The head of a model; none where it is the table of words, or the family has none."""
-  if sites.anatomy is None or 'head' not in sites.anatomy.roles:
-    return []
-  tables = {site.owner for site in sites.find('{embed}')}
-  return [site for site in sites.find('{head}') if site.owner not in tables]
+  tables = {site.owner for site in sites.of_role('embed')}
+  return [site for site in sites.of_role('head') if site.owner not in tables]
 
 
 def _floats(site: Site) -> list[str]:

@@ -185,13 +185,14 @@ def fresh_head(examples: Pass) -> Any:
   A head that is the table of words too stays as it is.
   """
   sites = examples.sites
-  if sites.anatomy is None or 'head' not in sites.anatomy.roles:
+  heads = sites.of_role('head')
+  if not heads:
     return examples.backbone
   tables = {site.owner for site in sites.find('{embed}')}
   backend = backend_of(examples.model)
   arrays = backend.arrays(examples.model, examples.backbone)
   changed = {}
-  for site in sites.find('{head}'):
+  for site in heads:
     for name, leaf in site.leaves.items():
       path = f'{site.owner}/{name}' if site.owner else name
       if site.owner in tables or isinstance(arrays[path], Box):

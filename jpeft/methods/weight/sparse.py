@@ -38,19 +38,6 @@ def entries_of(rows: np.ndarray, columns: np.ndarray) -> dict[str, np.ndarray]:
   return {name: np.asarray(x, np.int32) for name, x in state.items()}
 
 
-def slots(layer: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Where the entries of a stack are among those of their layers, as `filled` puts them.
-
-  Args:
-    layer: of each entry, rising.
-
-  Returns:
-    (layer, its number among the entries of that layer).
-  """
-  counts = np.unique(layer, return_counts=True)[1]
-  return layer, np.concatenate([np.arange(count) for count in counts])
-
-
 def filled(states: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
   """The state of the entries of all layers, [layers, ...]; what fills up a layer is 0."""
   whole = {}

@@ -24,7 +24,6 @@ backbone in 4 bits keeps, of a kernel with single entries, the decoded kernel fo
 import dataclasses
 import math
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +46,7 @@ from jpeft.core import (
 from ..adapter.bottleneck import Adapter
 from ..check import choice, whole, within
 from ..nn import drop, drop_path, uniform
-from ..ragged import Live, ragged
+from ..ragged import Live, ragged, slots
 from ..subset.tune import tune
 from . import sparse
 from .budget import STRUCTURES, Allocation, Chosen, allocated, closest
@@ -287,7 +286,7 @@ class _Kernels:
   def live(self) -> dict[str, Live]:
     per_place: dict[tuple[str, str], dict] = {}
     for place, x in self.chosen.entries.items():
-      per_place.setdefault(place, {})['delta'] = sparse.slots(x[:, 0])
+      per_place.setdefault(place, {})['delta'] = slots(x[:, 0])
     if self.spt.structured == 'lora':
       for place, layers in self.chosen.structured.items():
         per_place.setdefault(place, {}).update(a=(layers,), b=(layers,))
@@ -399,11 +398,8 @@ def _tokens(examples: Pass) -> list[tuple[Site, str]]:
 
 def _head(examples: Pass) -> int:
   """Numbers of the head; 0 where the model's family has none."""
-  sites: Any = examples.sites
-  if sites.anatomy is None or 'head' not in sites.anatomy.roles:
-    return 0
   return sum(
     math.prod(leaf.shape) * site.layers
-    for site in sites.find('{head}')
+    for site in examples.sites.of_role('head')
     for leaf in site.leaves.values()
   )
