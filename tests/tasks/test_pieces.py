@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jpeft
 from jpeft import ANATOMIES, models, planning, programs, register_anatomy, tasks, training
+from jpeft.contract import distance
 from jpeft.core import NotAtHead
 from jpeft.models import Llama
 from jpeft.models.llama.naming import LLAMA_NAMING
@@ -247,9 +248,9 @@ def test_a_head_whose_words_lie_on_several_devices(method, teacher):
   spread = jax.jit(jax.value_and_grad(losses), in_shardings=where)
   given = theta, variables, TOKENS, LABELS
   whole = jax.jit(jax.value_and_grad(losses))(*given)
-  jax.tree.map(
-    lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-6), spread(*given), whole
-  )
+  # Sums in another order differ by the rounding of the largest terms, not of what is left of them.
+  for got, want in zip(jax.tree.leaves(spread(*given)), jax.tree.leaves(whole), strict=True):
+    assert distance(got, want) < 5e-6
   text = spread.lower(*given).compile().as_text()
   gathered = re.findall(r'= (.*?) all-gather(?:-start)?\(', text)
   sizes = [
