@@ -4,10 +4,13 @@ compilations kept.
 
 import gc
 import os
+import pathlib
 import re
 
 import jax
 import pytest
+
+from tests import more
 
 if 'JAX_PLATFORMS' not in os.environ:
   jax.config.update('jax_platforms', 'cpu')
@@ -28,6 +31,7 @@ LONG = (
   'test_qst.py',
   'test_meft.py',
 )
+MORE = more.listed()
 gc.set_threshold(100_000, 50, 100)  # programs are many small objects, all alive
 
 
@@ -38,6 +42,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault('XLA_FLAGS', QUICK)
   # Imported here and not above: fixtures of runs import JAX programs, which the flags must precede.
   config.pluginmanager.import_plugin('tests.runs')
+  if config.option.measure is not None:
+    config.pluginmanager.register(more.Measure(config.option.measure))
   os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
   os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
   # Two runs may share the folder: an entry read while another run writes it is only compiled again.
@@ -81,6 +87,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     help='begin with the test of this number, and end with those before it: what is stopped for '
     'want of time then runs another part each time',
   )
+  parser.addoption(
+    '--measure',
+    type=pathlib.Path,
+    metavar='FILE',
+    help='add the CPU seconds of each test to a file, of which tests/more.py makes more.txt',
+  )
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+  if item.nodeid in MORE:
+    item.add_marker(pytest.mark.more)
 
 
 @pytest.hookimpl(trylast=True)  # of the tests that the markers select

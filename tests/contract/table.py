@@ -315,22 +315,20 @@ def takes_dropout(method: str) -> bool:
   return 'dropout' in inspect.signature(REGISTRY[method].make).parameters
 
 
-LINEN_SCAN, NNX_SCAN = ('linen_vit_scan',), ('nnx_vit_scan',)
-OTHERS = tuple(n for n in BACKBONES if n not in (*LINEN_SCAN, *NNX_SCAN, *DECODERS))
+SCANS = ('linen_vit_scan', 'nnx_vit_scan')
 
 
 def spread() -> list[tuple[str, str]]:
-  """Pairs for every run: each method on a scan and a decoder, or on as many others; each other one
-  with one method.
+  """Pairs for every run: each method on one backbone, and each backbone with some methods.
+
+  Scanned stacks take twice as many as others, as more can go wrong there.
   """
   chosen, load = [], Counter()
   for method in sorted(REGISTRY, key=lambda m: -len(row(m).cannot)):  # the choosiest first
-    mine = []
-    for group, upto in ((LINEN_SCAN + NNX_SCAN, 1), (DECODERS, 2), (OTHERS, 3)):
-      fit = sorted((b for b in group if error_of(method, b) is None), key=lambda b: load[b])
-      mine += [b for i, b in enumerate(fit[: upto - len(mine)]) if len(mine) + i < 2 or load[b] < 1]
-    chosen += [(method, backbone) for backbone in mine]
-    load.update(mine)
+    fit = [b for b in BACKBONES if error_of(method, b) is None]
+    backbone = min(fit, key=lambda b: load[b] / (2 if b in SCANS else 1))
+    chosen.append((method, backbone))
+    load[backbone] += 1
   return chosen
 
 

@@ -20,7 +20,7 @@ CHOSEN = [p for p in SERVED if p[1] in UNROLLED and (p[0], UNROLLED[p[1]][0]) in
 CHOSEN = [
   p for p in CHOSEN if p[0] not in ('vpt_shallow', 'spt', 'lt_sft', 'lamda_pp', 'light_peft')
 ]
-ALWAYS = [p for p in CHOSEN if p in DEFAULT][::8]
+ALWAYS = [p for p in CHOSEN if p in DEFAULT][::5]
 
 
 @over(CHOSEN, always=ALWAYS)
