@@ -36,6 +36,12 @@ gc.set_threshold(100_000, 50, 100)  # programs are many small objects, all alive
 
 
 def pytest_configure(config: pytest.Config) -> None:
+  # Who names files or folders wants all of them.
+  if (
+    config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    and 'more' not in config.option.markexpr
+  ):
+    config.option.markexpr = f'({config.option.markexpr}) and not more'
   # Compilers of accelerators would read the flags as well.
   known = (0, 10) <= jax.__version_info__ < (0, 11)
   if known and jax.config.jax_platforms == 'cpu' and 'not aot' in config.option.markexpr:
