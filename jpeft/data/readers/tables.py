@@ -113,7 +113,7 @@ def _csv_reader(
   if header not in ('yes', 'no'):
     raise ValueError(f"csv:{spec}: header={header} must be 'yes' or 'no'")
   return functools.partial(
-    _csv_rows,
+    csv_rows,
     delimiter=options.pop('delimiter', None),
     quote=options.pop('quote', '"'),
     header=header == 'yes',
@@ -378,7 +378,7 @@ def _key(example: dict[str, str]) -> str:
   return '\t'.join(example[name] for name in PARTS if name in example)
 
 
-def _csv_rows(
+def csv_rows(
   file: Path, delimiter: str | None, quote: str, header: bool, used: Sequence[str]
 ) -> Iterator[Row]:
   """(line number, {column: text}) of each row.

@@ -151,7 +151,8 @@ def test_missing_files_and_options(reviews):
     (
       'qqq',
       "there is 'mnist5k', 'movie_sentiment', 'emoji_groups', 'emoji_3d', 'animal_shapes', "
-      "'phonemes', 'folder:PATH', 'lists:PATH', 'vtab:PATH', 'fgvc:PATH', 'csv:PATH', ",
+      "'phonemes', 'folder:PATH', 'lists:PATH', 'vtab:PATH', 'fgvc:PATH', 'glue:PATH', "
+      "'csv:PATH', ",
     ),
   ],
 )
