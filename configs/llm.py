@@ -6,6 +6,11 @@
 SmolLM2-135M-Instruct on 10,000 words of the CMU pronouncing dictionary, about 9 in a row of 128
 tokens; the perplexity of the phonemes of 400 held-out words, and 64 of them written out. The
 untuned model is scored too.
+
+    python -m jpeft.train --config=configs/llm.py:dpo --config.data.name=preferences:FOLDER \
+      --config.model.source=MODEL --workdir=runs/dpo
+
+learns preferences of your own by DPO instead: see docs/tasks.md.
 """
 
 from ml_collections import ConfigDict
@@ -31,6 +36,8 @@ METHODS = {
   'norm': dict(lr=1e-2),
   'lamda_pp': dict(lr=2e-3, rank=16),
   'full': dict(lr=1e-4),
+  # Preferences, of preferences:PATH or hf:NAME; the rates of published runs with LoRA.
+  'dpo': dict(name='lora', lr=5e-5, rank=16, alpha=32, targets='{linear}', task='preferences'),
   'galore': dict(name='full', lr=4e-4, update=dict(name='galore', rank=128, every=50)),
 }
 
@@ -38,7 +45,7 @@ METHODS = {
 def get_config(method='qlora'):
   chosen = {'lr': 2e-3, **METHODS.get(method, {})}
   config = ConfigDict()
-  config.task = 'language'
+  config.task = chosen.pop('task', 'language')
   config.model = dict(source='smollm2-135m', scan=True, quantize=chosen.pop('quantize', None))
   config.data = dict(
     name='phonemes',
@@ -58,4 +65,13 @@ def get_config(method='qlora'):
   config.steps = 300
   config.method = {'name': method, **chosen}
   config.eval = dict(metric='perplexity', generate=64)
+  if config.task == 'preferences':
+    config.data = dict(
+      name='preferences:preferences', batch_size=16, eval_batch_size=16, max_length=512, chat=True
+    )
+    config.optimizer.accumulate = 4
+    config.schedule.warmup_fraction = 0.1
+    config.eval = dict()
+    del config.steps
+    config.epochs = 1
   return config

@@ -97,6 +97,8 @@ def _is_weight(value) -> bool:
 
 
 DISTANCES = ('mse', 'mae', 'huber')
+COMPARISONS = ('dpo', 'ipo')
+_LOSSES = {'regression': DISTANCES, 'preferences': COMPARISONS}
 STORAGES = ('nf4', 'nf4_double', 'fp4', 'fp4_double', 'int4', 'int4_1', 'affine')
 
 # Where the log of a run can go besides; those but csv need an extra of their name.
@@ -152,6 +154,12 @@ TASKS = {
     ('label_smoothing',),
     head=False,
     written=TEXT_METRICS,
+  ),
+  'preferences': TaskKeys(
+    'which of two answers is preferred',
+    ('accuracy', 'margin', 'loss'),
+    ('name', 'beta', 'label_smoothing'),
+    head=False,
   ),
   'tokens': TaskKeys(
     'a tag each word', ('f1', 'precision', 'recall', 'accuracy', 'loss'), ('label_smoothing',)
@@ -233,7 +241,8 @@ FIELDS: dict[str, Field] = {
     REQUIRED,
     'mnist5k, animal_shapes, emoji_groups, emoji_3d, movie_sentiment, phonemes, folder:PATH, '
     'lists:PATH, vtab:PATH, fgvc:PATH, glue:PATH, csv:PATH, jsonl:PATH, completions:PATH, '
-    'conll:PATH, squad:PATH, text:PATH, parquet:PATH, arrow:PATH, wds:PATH, hf:NAME or tfds:NAME',
+    'preferences:PATH, conll:PATH, squad:PATH, text:PATH, parquet:PATH, arrow:PATH, wds:PATH, '
+    'hf:NAME or tfds:NAME',
   ),
   'data.train': Field(TEXT, 'train', "split to train on, such as 'train[:1000]'"),
   'data.test': Field(TEXT, 'test', 'split to evaluate on'),
@@ -352,9 +361,13 @@ FIELDS: dict[str, Field] = {
   'loss.name': Field(
     _OPTIONAL_TEXT,
     None,
-    f'of numbers, in units of their deviation; mse if left out: {", ".join(DISTANCES)}',
-    f'one of {", ".join(DISTANCES)}',
-    lambda v: v is None or v in DISTANCES,
+    f'of numbers, in units of their deviation: {", ".join(DISTANCES)}; of preferences: '
+    f'{", ".join(COMPARISONS)}; the first if left out',
+    f'one of {", ".join((*DISTANCES, *COMPARISONS))}',
+    lambda v: v is None or v in (*DISTANCES, *COMPARISONS),
+  ),
+  'loss.beta': _positive(
+    float, 0.1, 'of preferences: how much it costs to move away from the reference'
   ),
   'loss.standardize': _flag(
     True, 'learn numbers less their mean over their deviation in the training split'
@@ -557,6 +570,16 @@ def _check_task(out: dict[str, Any]) -> None:
     raise ValueError(
       f'config.{key}={out[key]!r} says nothing to the loss of config.task={out["task"]!r}; it is '
       f'for {" and ".join(readers)}'
+    )
+  losses = _LOSSES.get(out['task'], ())
+  if out['loss.name'] is not None and out['loss.name'] not in losses:
+    raise ValueError(
+      f'config.loss.name={out["loss.name"]!r} is no loss of config.task={out["task"]!r}, which has '
+      f'{", ".join(losses)}'
+    )
+  if out['loss.name'] == 'ipo' and out['loss.label_smoothing']:
+    raise ValueError(
+      "config.loss.name='ipo' has no labels that could be wrong: leave out loss.label_smoothing"
     )
   if out['loss.focal'] and out['loss.label_smoothing']:
     raise ValueError(

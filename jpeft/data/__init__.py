@@ -10,6 +10,7 @@ from .decode import check_files, decode
 from .labels import labels_of
 from .load import load, register_dataset, register_reader, registered_module
 from .packing import Packed, prompt
+from .pairs import Pairs
 from .readers.files import options_of
 from .readers.folder import images_below
 from .readers.glue import TASKS as GLUE_TASKS
@@ -58,6 +59,7 @@ __all__ = [
   'PADS',
   'PIXELS',
   'Packed',
+  'Pairs',
   'Skipped',
   'Source',
   'TaggedWords',

@@ -15,7 +15,8 @@ SETS = 'sets'  # label: float32 [C], 1 for a class of the example, 0 for others,
 TAGS = 'tags'  # label: the number of a tag for each of the 'words' of a sentence
 ANSWERS = 'answers'  # 'answers' to a 'question' on a 'context', and no label
 NOTHING = 'nothing'  # texts alone; labels that there may be are left out
-KINDS = (CLASSES, NUMBERS, SETS, TAGS, ANSWERS, NOTHING)
+PREFERENCES = 'preferences'  # a 'chosen' and a 'rejected' text, and no label
+KINDS = (CLASSES, NUMBERS, SETS, TAGS, ANSWERS, NOTHING, PREFERENCES)
 # The task that learns each kind.
 TASK_OF = {
   CLASSES: 'classification',
@@ -24,6 +25,7 @@ TASK_OF = {
   TAGS: 'tokens',
   ANSWERS: 'questions',
   NOTHING: 'masked',
+  PREFERENCES: 'preferences',
 }
 _MISSING = ('', 'nan', 'NaN', 'NA')
 _LARGEST = float(np.finfo(np.float32).max)
@@ -44,7 +46,14 @@ def of_kind(dataset: Dataset, wanted: str, name: str) -> Dataset:
   """
   if wanted == NOTHING:
     return dataset._replace(classes=[], labels=NOTHING)
-  if dataset.labels == wanted or not dataset.classes:
+  if dataset.labels == wanted:
+    return dataset
+  if PREFERENCES in (wanted, dataset.labels):
+    which = 'no ' if wanted == PREFERENCES else ''
+    raise ValueError(
+      f'{name} has {which}chosen and rejected answers, of config.task={TASK_OF[PREFERENCES]!r}'
+    )
+  if not dataset.classes:
     return dataset
   if (dataset.labels, wanted) == (CLASSES, NUMBERS):
     return _numbered(dataset, name)

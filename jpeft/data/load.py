@@ -7,7 +7,7 @@ from pathlib import Path
 from jpeft.registering import module_of
 
 from . import splits
-from .labels import ANSWERS, CLASSES, NOTHING, TAGS, TASK_OF, of_kind
+from .labels import ANSWERS, CLASSES, NOTHING, PREFERENCES, TAGS, TASK_OF, of_kind
 from .readers.arrow import arrow, parquet
 from .readers.completions import completions
 from .readers.fgvc import fgvc
@@ -15,6 +15,7 @@ from .readers.folder import folder, images_alone
 from .readers.glue import glue
 from .readers.hub import hub
 from .readers.lists import lists
+from .readers.preferences import preferences
 from .readers.prepared import prepared
 from .readers.questions import questions_jsonl, squad
 from .readers.tables import csv_table, jsonl_table
@@ -46,6 +47,7 @@ _OF_EVERY_KIND = {'parquet': parquet, 'arrow': arrow}
 # {kind of labels: readers of files that have them}, of kinds that READERS do not read.
 READERS_OF: dict[str, dict[str, Callable[[str], Dataset]]] = {
   TAGS: {'conll': conll, 'jsonl': tagged_jsonl},
+  PREFERENCES: {'preferences': preferences},
   ANSWERS: {'squad': squad, 'jsonl': questions_jsonl},
   NOTHING: {
     'text': plain_texts,
@@ -126,9 +128,9 @@ def load(
     data_dir: the folder of what TFDS has prepared, or of the cache of `datasets`. If left out,
       those of the libraries.
     labels: the kind that is wanted: 'classes', 'numbers' or 'sets', see `labels`; 'tags' of
-      'conll:PATH' or 'jsonl:PATH', 'answers' of 'squad:PATH' or 'jsonl:PATH', or 'nothing' but the
-      texts of 'text:PATH', 'csv:PATH' or 'jsonl:PATH' and the images of 'folder:PATH'. 'hf:',
-      'parquet:' and 'arrow:' have all of them.
+      'conll:PATH' or 'jsonl:PATH', 'answers' of 'squad:PATH' or 'jsonl:PATH', 'preferences' of
+      'preferences:PATH', or 'nothing' but the texts of 'text:PATH', 'csv:PATH' or 'jsonl:PATH' and
+      the images of 'folder:PATH'. 'hf:', 'parquet:' and 'arrow:' have all of them.
 
   Returns:
     The source: len(source), source[i] -> {'image': uint8 [H, W, C] or 'text': str, 'label': int},

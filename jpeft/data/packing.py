@@ -171,10 +171,15 @@ class Packed:
     return {'tokens': tokens, 'token_mask': token_mask, 'label': label, 'index': row.first}
 
 
-def encode(example: Example, tokenizer, chat: bool = False) -> Text:
+def encode(example: Example, tokenizer, chat: bool = False, last: bool = False) -> Text:
   """(tokens int32 [N], learnt bool [N]) of an example; its last learnt token ends the text.
 
   Prompts are encoded by themselves, as they are when an answer is to be written.
+
+  Args:
+    example: see `completions`.
+    tokenizer, chat: see `Packed`.
+    last: learn the last answer of a chat alone.
 
   Raises:
     ValueError: see `pieces_of`.
@@ -182,7 +187,10 @@ def encode(example: Example, tokenizer, chat: bool = False) -> Text:
   written = pieces_of(example, tokenizer, chat)
   tokens = []
   learnt = []
-  for ids, learn in _encoded(written.pieces, tokenizer, written.begins):
+  pieces = written.pieces
+  if last:
+    pieces = [*((text, False) for text, _ in pieces[:-1]), pieces[-1]]
+  for ids, learn in _encoded(pieces, tokenizer, written.begins):
     tokens += ids
     learnt += [learn] * len(ids)
   if written.ends and (not tokens or tokens[-1] != tokenizer.eos):

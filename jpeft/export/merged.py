@@ -75,8 +75,8 @@ def save_merged(
   if problem is not None:
     about['problem_type'] = problem
   max_length = config.data.max_length
-  if config.task == 'language':
-    max_length = None  # there, of a row of several texts
+  if config.task in ('language', 'preferences'):
+    max_length = None  # there, of rows and of texts that are compared
   about.pop('torch_dtype', None)  # the old name of the next one
   about['dtype'] = str(jax.tree.leaves(merged)[0].dtype)
   with filled(folder) as part:

@@ -27,6 +27,7 @@ from .modality import (
 )
 from .multilabel import MULTILABEL
 from .pieces import in_pieces, token_losses
+from .preferences import PREFERENCES, Pairs
 from .questions import QUESTIONS
 from .regression import REGRESSION
 from .task import NO_FACTS, Answer, Facts, Task, Teacher
@@ -38,6 +39,7 @@ TASKS: dict[str, Task] = {
   'multilabel': MULTILABEL,
   'regression': REGRESSION,
   'language': LANGUAGE,
+  'preferences': PREFERENCES,
   'tokens': TOKENS,
   'questions': QUESTIONS,
   'masked': MASKED,
@@ -66,6 +68,8 @@ __all__ = [
   'Modality',
   'NO_FACTS',
   'Objective',
+  'PREFERENCES',
+  'Pairs',
   'REGRESSION',
   'TASKS',
   'Task',

@@ -27,6 +27,8 @@ class Objective:
       not known, or not to be learned, has 0.
     smoothing: of a plain softmax over classes, which can be made in pieces (`in_pieces`); None for
       any other loss.
+    pairs: of tasks whose rows are two texts, see `preferences`: outputs are then their rewards.
+      None for any other task.
     distances: (outputs, told, labels) -> [...] in float32, how far outputs are from other outputs
       of the same batch, for methods that learn from a pass of their own; None where there is no
       such measure.
@@ -37,6 +39,7 @@ class Objective:
   weights: Callable[[jax.Array], jax.Array]
   smoothing: float | None = None
   distances: Callable[[Any, Any, jax.Array], jax.Array] | None = None
+  pairs: Any = None
 
   def sum(self, outputs: Any, labels: jax.Array) -> jax.Array:
     """The sum of weights * losses, a scalar."""

@@ -42,6 +42,7 @@ _OWN = {
   'precision': Metric(None, 'tokens', False),
   'recall': Metric(None, 'tokens', False),
   'exact_match': Metric(None, 'questions', False),
+  'margin': Metric(None, 'preferences', False),
 }
 # Computed where `eval.metric` or `eval.also` names them.
 _ON_REQUEST = {
@@ -72,7 +73,8 @@ def register_metric(
       and 'tokens', sums over the tokens of completions, and so has that of 'masked', of the words
       that were chosen; that of 'tokens' has 'loss', 'confusion' and 'entities' [T, 3], how many of
       each type there are, are guessed, and are both; that of 'questions' 'exact', 'f1' and
-      'questions' [2], sums over questions with an answer and without.
+      'questions' [2], sums over questions with an answer and without; that of 'preferences'
+      'rewards' [N, 2], of the chosen and the rejected answer, and 'losses' [N].
     task: its name, as in `config.task`.
     lower_is_better: whether the best theta has the least value.
 

@@ -97,5 +97,5 @@ def compiled_evaluation(run: Asked, shapes: Shapes, part: Part, theta: Any) -> C
   example = part.example | {'mask': np.ones(1, np.float32)}
   batch = step.batch_shapes(example, run.examples.test_rows.size, run.over_rows)
   task = run.model.task
-  fn = step.eval_step(part.forward, task.tally, task.tally_losses)
+  fn = step.eval_step(part.forward, task.tally, task.tally_losses, run.model.objective.pairs)
   return fit.compiled(fn, theta, shapes.backbone, batch)[0]

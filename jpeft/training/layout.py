@@ -126,7 +126,8 @@ class Layout:
     """The forward pass of a method on the mesh, see `Forward`."""
     if self.mesh.size == 1:
       return Forward(tuned, training, mode)
-    return Forward(self.steered(tuned), training, mode, self.gather)
+    untuned = self.steered(tuned.only())
+    return Forward(self.steered(tuned), training, mode, self.gather, untuned)
 
   def gather(self, theta) -> Any:
     """theta as a step reads it: what stands for no kernel is whole.

@@ -50,6 +50,11 @@ def prepared(run: Asked, progress: Progress) -> Asked:
   waiting = unprepared(method)
   if not waiting:
     return run
+  if run.model.objective.pairs is not None:
+    raise ValueError(
+      f'{waiting[0].name} {waiting[0].what} in a pass before training, which has no loss of pairs: '
+      "config.task='preferences' does not go with it"
+    )
   kept = None
   with hosts.together():
     if hosts.first():

@@ -123,12 +123,15 @@ class Forward:
     training: whether keys are read, for dropout.
     mode: the argument by which the model knows whether it trains; `deterministic` if left out.
     gather: theta as it is stored -> as the model reads it, see `Layout.gather`.
+    untuned: the model without the method, which a loss of pairs compares with; `tuned.only()` if
+      left out.
   """
 
   tuned: Tuned
   training: bool
   mode: Mapping[str, bool] | None = None
   gather: Callable | None = None
+  untuned: Tuned | None = None
 
   def __call__(self, theta, backbone, batch, key, aux=False, **takes):
     """logits [B, C], or [B, N, V] of texts; with `aux` (logits, aux), see `Tuned.apply`.
@@ -144,6 +147,10 @@ class Forward:
     they are large, see `in_pieces`.
     """
     labels = batch['label']
+    if objective.pairs is not None:
+      rewards, beside = self.rewards(theta, backbone, batch, key, objective.pairs)
+      scored = objective.losses(rewards, labels), objective.right(rewards, labels)
+      return (scored, beside) if aux else scored
     pieces, _ = self.in_pieces(batch, objective)
     if pieces is None:
       out = self(theta, backbone, batch, key, aux)
@@ -157,11 +164,24 @@ class Forward:
       scored = found[..., 0], found[..., 1] > 0
     return (scored, beside) if aux else scored
 
+  def rewards(self, theta, backbone, batch, key, pairs: tasks.Pairs):
+    """(the rewards of both texts of each row [B, 2], aux).
+
+    The model without the method says of the same texts, without gradients, how likely they were.
+    """
+    texts = pairs.texts(batch)
+    untuned = self.tuned.only() if self.untuned is None else self.untuned
+    told, _ = Forward(untuned, training=False).losses({}, backbone, texts, key)
+    (losses, _), beside = self.losses(theta, backbone, texts, key, aux=True)
+    return pairs.rewards(losses, jax.lax.stop_gradient(told), texts['label']), beside
+
   def in_pieces(self, batch, objective: tasks.Objective = PLAIN) -> tuple[Tuned | None, str]:
     """(the method with losses in place of logits, '') where whole logits are large.
 
     Else (None, '') or, where they are large and cannot be avoided, (None, why).
     """
+    if objective.pairs is not None:
+      batch, objective = jax.eval_shape(objective.pairs.texts, batch), PLAIN
     if objective.smoothing is None:
       return None, ''
     labels = batch['label']
@@ -324,16 +344,25 @@ def train_step(
   return step
 
 
-def eval_step(forward: Callable, tally: Callable, tally_losses: Callable | None = None) -> Callable:
+def eval_step(
+  forward: Callable,
+  tally: Callable,
+  tally_losses: Callable | None = None,
+  pairs: tasks.Pairs | None = None,
+) -> Callable:
   """(theta, backbone, batch) -> the tally of one batch.
 
   Args:
     forward: of evaluation.
     tally, tally_losses: of a task.
+    pairs: of its objective; the tally then is of rewards.
   """
 
   def step(theta, backbone, batch):
     key = jax.random.key(0)
+    if pairs is not None:
+      rewards, _ = forward.rewards(theta, backbone, batch, key, pairs)
+      return tally(rewards, batch['label'], batch['mask'])
     if isinstance(forward, Forward) and tally_losses is not None:
       losses, right = forward.losses(theta, backbone, batch, key)
       return tally_losses(losses, right, batch['label'], batch['mask'])

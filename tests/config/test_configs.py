@@ -27,6 +27,7 @@ def test_rows_of_the_language_config_that_are_more_than_a_method():
   assert (galore.method.name, galore.optimizer.name) == ('full', 'galore')
   assert (of('qpaca').method.name, of('qpaca').model.quantize) == ('paca', 'nf4_double')
   assert of('dept').optimizer.groups == (('.*/(a|b)', 1e-2),)
+  assert (of('dpo').task, of('dpo').eval.metric) == ('preferences', 'accuracy')
   assert of('qlora').model.quantize is None
 
 

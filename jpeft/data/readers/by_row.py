@@ -19,7 +19,7 @@ import numpy as np
 from ..decode import decode
 from ..labels import CLASSES, TAGS
 from ..source import Dataset, Example, digest, split_rows, suggestion
-from . import completions
+from . import completions, preferences
 from .columns import LABELS, NAMES, Column, Parts, check_types, columns_of, parts_of
 from .questions import question_of
 from .row_labels import RowLabels, row_labels
@@ -237,6 +237,8 @@ def _digests(table: Joined, plan: _Plan) -> list[int]:
       key = ' '.join(words_of(table.where(row), names[0], values[names[0]]))
     elif plan.kind == 'questions':
       key = values[names[0]]
+    elif plan.kind == 'preferences':
+      key = preferences.asked_of(_preferred(values, table.where(row), plan))
     else:
       key = completions.asked(_written(values, table.where(row), plan))
     found.append(digest(key))
@@ -253,6 +255,8 @@ def _example(table: Joined, row: int, plan: _Plan) -> Example:
     return _texts(values, plan)
   if plan.kind == 'questions':
     return question_of(where, plan.source, plan.names, values)
+  if plan.kind == 'preferences':
+    return _preferred(values, where, plan)
   return _written(values, where, plan)
 
 
@@ -267,6 +271,12 @@ def _written(values: dict[str, Any], where: str, plan: _Plan) -> Example:
   there = _without_nulls(values)
   names = completions.NAMES | dict(plan.names)
   return completions.example_of(where, plan.source, names, there)
+
+
+def _preferred(values: dict[str, Any], where: str, plan: _Plan) -> Example:
+  """Two answers of a row."""
+  names = preferences.NAMES | dict(plan.names)
+  return preferences.preference_of(where, plan.source, names, _without_nulls(values))
 
 
 def _without_nulls(value: Any) -> Any:

@@ -10,6 +10,7 @@ Options name columns, as `text=sentence`; what is left out is found by type and 
     tokens, tags                 sentences with tags; the words are the column 'tokens' or 'words',
                                  or the only one of lists of texts
     question, context, answers   questions on texts
+    prompt, chosen, rejected     two answers to a prompt, see `preferences`
     text, pair                   texts alone
 
 Which of these are looked for is a matter of the kind of labels that is wanted:
@@ -32,7 +33,7 @@ from typing import Any, NamedTuple
 
 from jpeft import jsonfiles
 
-from ..labels import ANSWERS, CLASSES, NOTHING, NUMBERS, SETS, TAGS, TASK_OF
+from ..labels import ANSWERS, CLASSES, NOTHING, NUMBERS, PREFERENCES, SETS, TAGS, TASK_OF
 from ..source import suggestion
 from .unlabelled import OPTION
 
@@ -67,6 +68,9 @@ GROUPS: dict[str, dict[str, Group]] = {
     'questions': Group(('question', 'context', 'answers'), ('question', 'context', 'answers'))
   },
   NOTHING: {'texts': Group(('text', 'pair'), ('text',))},
+  PREFERENCES: {
+    'preferences': Group(('prompt', 'chosen', 'rejected'), ('chosen', 'rejected')),
+  },
 }
 PARTS = tuple(
   dict.fromkeys(
@@ -86,6 +90,8 @@ FITS = {
   'tools': ('text', 'list'),
   'prompt': ('text',),
   'completion': ('text',),
+  'chosen': ('text', 'messages'),
+  'rejected': ('text', 'messages'),
   'tokens': ('texts',),
   'tags': ('classes', 'integers', 'texts'),
   'question': ('text',),
@@ -272,7 +278,7 @@ def _elsewhere(columns: Mapping[str, Column], options: Mapping[str, str], labels
   """The task that could learn the columns where the wanted one cannot; '' for none."""
   if labels == NOTHING:  # which leaves out what others learn
     return ''
-  for other in (TAGS, ANSWERS, SETS, CLASSES):
+  for other in (TAGS, ANSWERS, PREFERENCES, SETS, CLASSES):
     for kind, group in GROUPS[other].items():
       if other == labels or not set(options) <= set(group.parts):
         continue
@@ -351,6 +357,8 @@ def _unfit(
 
 def _fit(part: str, labels: str, count: int = 1) -> tuple[tuple[str, ...], str]:
   """(kinds of columns that a part can be, ', which is ...' of a label)."""
+  if (part, labels) == ('prompt', PREFERENCES):
+    return ('text', 'messages'), ''
   if part != 'label':
     return FITS[part], ''
   fits, wanted = _FIT_LABELS[labels]

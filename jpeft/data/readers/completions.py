@@ -66,7 +66,7 @@ def example_of(where: str, name: str, names: dict[str, str], values: Values) -> 
   """
   if names['messages'] in values:
     messages = values[names['messages']]
-    _check_messages(where, messages)
+    check_messages(where, messages)
     # Templates write the content of a call as a text, if at all.
     chat: Example = {
       'messages': [message | {'content': message.get('content') or ''} for message in messages]
@@ -90,7 +90,7 @@ def example_of(where: str, name: str, names: dict[str, str], values: Values) -> 
   return pair
 
 
-def _check_messages(where: str, messages: Any) -> None:
+def check_messages(where: str, messages: Any) -> None:
   """Raises a ValueError if it is no list of messages, or without an answer to learn."""
   if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
     raise ValueError(
