@@ -44,6 +44,7 @@ from .modernbert import MODERNBERT_FAMILIES
 from .nn import Remat
 from .swin import SWIN_FAMILIES
 from .t5 import T5, T5_FAMILIES
+from .unread_keys import Noted, check_unread
 from .vit import TOWER_FAMILIES, VIT_FAMILIES
 
 _COLOURS = {'image_mean?': ([float], None), 'image_std?': ([float], None)}
@@ -307,11 +308,14 @@ def from_config(
     'remat': remat,
   }
   family = family_of(config)
-  check_config(config, f'the config of a {config["model_type"]} model')
+  where = f'the config of a {config["model_type"]} model'
+  check_config(config, where)
   head = chosen(head, num_classes, pool, family.heads, config, checkpoint)
   request = Request(num_classes, image_size, layers, pool, head, fields)
   try:
-    model = built(family, config, checkpoint, request)
+    noted = Noted(config)
+    model = built(family, noted, checkpoint, request)
+    check_unread(noted, where)
   except KeyError as error:
     raise ValueError(
       f'the config of a {config["model_type"]} model needs {error}; this one has '

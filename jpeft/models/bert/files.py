@@ -262,6 +262,12 @@ def _build(kind: str, config: Mapping, checkpoint: Checkpoint | None, request: R
       "supported, only 'absolute'"
     )
 
+  if config.get('is_decoder'):
+    raise ValueError(
+      'is_decoder=True makes of this encoder a decoder, whose tokens see those before them alone: '
+      'that is not supported'
+    )
+
   def get(name, default=None):
     return config.get(_key(kind, name), default)
 

@@ -149,7 +149,7 @@ def _build(kind: str, config: Mapping, checkpoint: Checkpoint | None, request: R
     raise ValueError(
       f'head {request.head!r} reads every token: it takes no pool, got {request.pool!r}'
     )
-  config = _DEFAULTS.get(kind, {}) | dict(config)
+  config = _DEFAULTS.get(kind, {}) | config
   classes = request.num_classes
   if request.head == 'questions':
     classes = None

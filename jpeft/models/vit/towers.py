@@ -89,7 +89,7 @@ _CLIP = {**_SIZES, 'patch_size': 32, 'hidden_act': 'quick_gelu', 'layer_norm_eps
 _SIGLIP = {**_SIZES, 'patch_size': 16, 'hidden_act': 'gelu_pytorch_tanh', 'layer_norm_eps': 1e-6}
 
 
-def _tower(config: Mapping, defaults: Mapping) -> dict[str, Any]:
+def _tower(config: dict[str, Any], defaults: Mapping) -> dict[str, Any]:
   """The config of the tower of images, of its own or of one of both towers.
 
   Raises:
@@ -97,7 +97,7 @@ def _tower(config: Mapping, defaults: Mapping) -> dict[str, Any]:
   """
   if config['model_type'] in ('clip', 'siglip'):
     config = config['vision_config']
-  return {**defaults, **config}
+  return {**defaults} | config
 
 
 def _fields(config: Mapping, checkpoint: Checkpoint | None, request: Request) -> dict[str, Any]:
