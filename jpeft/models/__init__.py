@@ -12,6 +12,7 @@ from . import naming as naming
 if TYPE_CHECKING:
   from .bert import Bert
   from .convnext import ConvNeXt
+  from .deberta import Deberta
   from .gpt import Gpt
   from .io import (
     FILES,
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
 __all__ = [
   'Bert',
   'ConvNeXt',
+  'Deberta',
   'Encoder',
   'FILES',
   'Gpt',
@@ -129,6 +131,7 @@ __getattr__ = on_first_use(
   {
     '.bert': ('Bert',),
     '.convnext': ('ConvNeXt',),
+    '.deberta': ('Deberta',),
     '.gpt': ('Gpt',),
     '.io': (
       'FILES',

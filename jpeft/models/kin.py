@@ -4,8 +4,7 @@
 KIN = {
   'albert': ('bert', 'runs one block many times'),
   'xlnet': ('bert', 'attends to relative positions, in orders of its own'),
-  'deberta': ('roberta', 'attends to relative positions apart from words'),
-  'deberta-v2': ('roberta', 'attends to relative positions apart from words'),
+  'deberta': ('deberta-v2', 'stores its projections fused, and has a vector of each distance'),
   'eurobert': ('llama', 'is a decoder whose tokens see each other'),
   'neobert': ('bert', 'has rotary positions, gated MLPs and RMSNorm'),
   'nomic_bert': ('bert', 'has rotary positions and gated MLPs'),

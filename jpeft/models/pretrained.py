@@ -19,6 +19,7 @@ from jpeft.quant import quantize as quantized
 from .bert import BERT_FAMILIES, Bert
 from .config_keys import check_config
 from .convnext import CONVNEXT_FAMILIES
+from .deberta import DEBERTA_FAMILIES
 from .families import Family, Request, built, described
 from .gpt import GPT_FAMILIES, Gpt
 from .heads import STORED, chosen, stored_heads
@@ -58,6 +59,7 @@ FAMILIES: dict[str, Family] = {
   **LLAMA_FAMILIES,
   **GPT_FAMILIES,
   **MODERNBERT_FAMILIES,
+  **DEBERTA_FAMILIES,
 }
 
 

@@ -48,6 +48,8 @@ _OTHERS = (
   *('decoder_num_hidden_layers', 'encoder_stride', 'logit_scale_init_value', 'pool_scales'),
   *('pooler_act', 'pooler_output_size', 'projection_dim', 'summary_activation'),
   *('summary_proj_to_labels', 'summary_type', 'summary_use_proj', 'text_config'),
+  # Of the head of masked words of a DeBERTa, and of its dropout.
+  *('legacy', 'cls_dropout', 'pooler_dropout'),
   *('text_config_dict', 'use_auxiliary_head', 'vision_config_dict', 'vision_use_head'),
   *('chunk_size_feed_forward', 'deterministic_flash_attn', 'pretraining_tp'),
   *('reference_compile', 'reorder_and_upcast_attn', 'repad_logits_with_grad'),

@@ -32,6 +32,7 @@ KIN = (
   'distilbert',
   'electra',
   'mpnet',
+  'deberta',
   'mt5',
   'dinov2_registers',
   'vit_mae',

@@ -103,6 +103,19 @@ TINY_EXPERTS = {
   'num_experts_per_tok': 2,
   'moe_intermediate_size': 8,
 }
+TINY_DEBERTA = {
+  **TINY,
+  'relative_attention': True,
+  'position_buckets': 4,
+  'pos_att_type': 'p2c|c2p',
+  'position_biased_input': False,
+  'share_att_key': True,
+  'norm_rel_ebd': 'layer_norm',
+  'type_vocab_size': 0,
+  'pooler_hidden_size': 12,
+  'hidden_dropout_prob': 0.0,
+  'attention_probs_dropout_prob': 0.0,
+}
 TINY_MODERNBERT = {
   **TINY,
   'local_attention': 6,
@@ -368,6 +381,8 @@ MODELS = {
     transformers.ModernBertConfig(**TINY_MODERNBERT, classifier_pooling='mean'),
   ),
   'modernbert_masked': ('ModernBertForMaskedLM', transformers.ModernBertConfig(**TINY_MODERNBERT)),
+  # As version 3 is published; distances from 2 on share buckets.
+  'deberta': ('DebertaV2ForSequenceClassification', transformers.DebertaV2Config(**TINY_DEBERTA)),
 }
 
 RESIZED = (
@@ -404,7 +419,7 @@ def inputs(kind, config):
     return {'tokens': tokens, 'mask': mask, 'decoder_tokens': words}
   if kind == 'LlamaForSequenceClassification':
     tokens[2] = tokens[2, ::-1]  # transformers finds the last token by the padding before it
-  if config.model_type in ('distilbert', 'mpnet', 'modernbert'):
+  if config.model_type in ('distilbert', 'mpnet', 'modernbert', 'deberta-v2'):
     return {'tokens': tokens, 'mask': mask}
   if not hasattr(config, 'type_vocab_size'):
     return {

@@ -177,7 +177,7 @@ def test_unknown_sources_name_the_nearest(tmp_path):
 @pytest.mark.parametrize(
   'kind,message',
   (
-    ('deberta-v2', "kin that loads is 'roberta': deberta-v2 attends to relative positions apart"),
+    ('deberta', "kin that loads is 'deberta-v2': deberta stores its projections fused"),
     ('gemma3', "kin that loads is 'gemma3_text': gemma3 reads images"),
     ('phimoe', "kin that loads is 'phi3': phimoe has experts"),
     ('swinv2', "kin that loads is 'swin'"),
@@ -203,7 +203,7 @@ def test_the_table_of_models_names_every_family_and_its_heads():
 
 WELL_KNOWN = """
 siglip2 chinese_clip swinv2 resnet dinov3_convnext vit_msn data2vec-vision ijepa videomae
-mobilevit deberta deberta-v2 xlnet albert longformer gemma3 phi
+mobilevit deberta xlnet albert longformer gemma3 phi
 phimoe bloom falcon gpt_neox mamba deepseek_v3 bart mbart pegasus whisper wav2vec2
 hubert
 """
