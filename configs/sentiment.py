@@ -29,7 +29,7 @@ METHODS = {
   'lora_packed': dict(
     name='lora', lr=2e-3, epochs=1, rank=8, alpha=16, targets='{linear}', saved_bits=4
   ),
-  # A first phase of at most 200 batches prunes heads, hidden units and LoRA.
+  # A first phase of 200 batches prunes heads, hidden units and LoRA.
   'light_peft': dict(lr=2e-3, epochs=1, rank=8, alpha=16, updates=200),
   'pissa': dict(name='lora', lr=3e-4, epochs=1, rank=8, alpha=8, init='pissa', targets='{linear}'),
   'pst': dict(lr=1e-3, epochs=2, rank=8, sparsity=0.5, targets='{linear}'),

@@ -32,6 +32,7 @@ def early_updates(
   theta: Any,
   transform: optax.GradientTransformation,
   *,
+  steps: int,
   penalty: Callable[[Any], Any],
   read: Callable[[Update], Any] = lambda update: None,
   takes: Callable[[Examples], Mapping[str, Any]] = lambda batch: {},
@@ -46,9 +47,14 @@ def early_updates(
     tuned: from `Pass.attached`.
     theta: to begin with.
     transform: the optimizer of what is trained.
+    steps: how many updates there are to be; the pass goes over its examples again until then, see
+      `Preparation.again`.
     penalty: theta -> a number that is added to the loss.
     read: of an update, within the compiled step; nothing if left out.
     takes: of a batch, further arguments that rules of the method take; none if left out.
+
+  Raises:
+    ValueError: the pass has another number of batches.
   """
 
   def step(trained, held, state, backbone, arrays, labels, mask, more):
@@ -66,12 +72,18 @@ def early_updates(
   compiled = jax.jit(step, donate_argnums=(0, 2))
   trained, held = tuned.split(theta)
   state = jax.jit(transform.init)(trained)
+  made = 0
   for batch in examples:
     arrays = examples.arrays_of(batch)
     trained, state, found = compiled(
       trained, held, state, examples.backbone, arrays, batch.labels, batch.mask, takes(batch)
     )
+    made += 1
     yield tuned.join(trained, held), found
+  if made != steps:
+    raise ValueError(
+      f'{tuned.method.names[0]}: its pass before training had {made} batches for {steps} updates'
+    )
 
 
 def falling_adam(rate: float, steps: int, factors: Callable[[tuple[str, ...]], float]):

@@ -3,11 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 
 import jpeft
-from jpeft.core import Examples, Pass, bounds
+from jpeft.core import Examples, Pass, bounds, early_updates
 
 X = np.arange(24, dtype='float32').reshape(8, 3)
 Y = np.arange(8) % 2
@@ -119,3 +120,14 @@ def test_the_loss_leaves_out_rows_that_fill_up():
   whole = Pass(MODEL, HELD, [batch], loss=lambda out, labels: out.sum())
   with pytest.raises(ValueError, match='loss must give that of each label'):
     whole.loss(tuned, theta, HELD, arrays, Y, mask)
+
+
+def test_updates_before_training_are_as_many_as_asked_for():
+  tuned = jpeft.attach(MODEL, jpeft.tune('a'), HELD, X)
+  theta = tuned.init(jax.random.key(0), HELD)
+  batches = [Examples((X,), Y)] * 2
+  made = early_updates(
+    Pass(MODEL, HELD, batches), tuned, theta, optax.sgd(0.1), steps=3, penalty=lambda theta: 0.0
+  )
+  with pytest.raises(ValueError, match='tune: its pass before .* had 2 batches for 3 updates'):
+    list(made)

@@ -1,13 +1,18 @@
 """The registry: what it says of a method, and methods from outside jpeft."""
 
+import dataclasses
 import inspect
+import sys
 
+import numpy as np
 import pytest
 
 import jpeft
 from jpeft.config.schema import FIELDS
+from jpeft.core import unprepared
 from jpeft.methods import REGISTRY, registry
 from tests.core.small import gain, shift
+from tests.methods.small import IMAGES, vit
 
 
 def scaled(targets: str = '.*/fc', name: str = 'scaled'):
@@ -71,3 +76,32 @@ def test_a_method_by_name_acts_in_some_layers():
   assert [rule.layers for _, rule in with_head] == ['-1:'] * len(method) + [None]
   own = jpeft.make('lst', head=False, layers=(0, 2))  # an argument of its own
   assert own == jpeft.lst(layers=(0, 2))
+
+
+class Read(Exception):
+  """Ends a pass when its batches are read."""
+
+
+@pytest.mark.parametrize('name', [n for n, e in REGISTRY.items() if unprepared(e.make())])
+def test_a_pass_with_fewer_batches_than_asked_for(name):
+  """Updates go over them again; what is only measured takes each example once, and says so."""
+  make = REGISTRY[name].make
+  method = make(**({'channels': 4} if name == 'sct' else {}))  # of a narrow model
+  (preparation,) = unprepared(method)
+  asked = preparation.batches
+
+  def find(examples):
+    raise Read(sum(1 for _ in examples))
+
+  counted = dataclasses.replace(preparation, find=find)
+  method = jpeft.Method((p, dataclasses.replace(r, preparation=counted)) for p, r in method)
+  model, held = vit()
+  with pytest.raises(Read) as read:
+    jpeft.prepare(method, model, held, [(IMAGES, np.arange(2))] * 2)
+  makes_updates = 'early_updates(' in inspect.getsource(sys.modules[make.__module__])
+  assert preparation.again == makes_updates
+  if makes_updates:
+    assert read.value.args == (asked,) and asked > 2
+  elif asked is None or asked > 1:
+    assert read.value.args == (2,)
+    assert asked is None or 'at most' in make.__doc__.partition(' batches: ')[2].partition('\n')[0]

@@ -22,10 +22,9 @@ Deviations. As many go as lie at or below the quantile of distinct values, floor
 of equal ones the first; 0 is none, and each layer keeps its largest head and hidden unit, all of
 them together one LoRA and one rank. Ranks compete over all layers, also those whose LoRA goes
 [the paper leaves this open]. With grouped queries a head is a key head with its group, and its mask
-acts behind attention, where it is the same function. The first phase is one pass at most over the
-training examples and runs the model in evaluation, without its dropout; the rate falls linearly to
-0 over `updates`. What else is trained, such as the head of a classifier, learns in the first phase
-too and starts anew in the second.
+acts behind attention, where it is the same function. The first phase runs the model in evaluation,
+without its dropout; the rate falls linearly to 0 over `updates`. What else is trained, such as the
+head of a classifier, learns in the first phase too and starts anew in the second.
 """
 
 import dataclasses
@@ -111,7 +110,7 @@ def light_peft(
     units: share of the hidden units of all layers that go.
     modules: share of the layers whose LoRA goes.
     ranks: share of all ranks that go.
-    updates: of the first phase, at most; one batch each.
+    updates: of the first phase, one batch each; fewer batches are gone over again.
     batch_size: of the first phase, in `jpeft train`.
     rate: learning rate of the first phase.
     penalty: on the masks.
@@ -150,6 +149,7 @@ def light_peft(
     told,
     size=batch_size,
     batches=updates,
+    again=True,
     bound='at most so much is trained: what is pruned follows from the examples',
     moved=moved,
   )
@@ -214,6 +214,7 @@ class _LightPeft:
       tuned,
       theta,
       falling_adam(self.rate, self.updates, factor),
+      steps=self.updates,
       penalty=lambda theta: self.penalty * size_of_masks(theta[self.name]),
       read=self.scores,
       takes=lambda batch: {_TOKENS: weights_of(batch)},

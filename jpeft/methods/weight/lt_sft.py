@@ -212,7 +212,8 @@ class _LtSft:
       return factor * sum(jnp.abs(x).sum() for x in jax.tree.leaves(theta[self.name]))
 
     theta = jax.jit(tuned.init)(examples.key, examples.backbone)
-    for now, _ in early_updates(examples, tuned, theta, tx, penalty=penalty):
+    steps = self.first_steps
+    for now, _ in early_updates(examples, tuned, theta, tx, steps=steps, penalty=penalty):
       theta = now
     return examples.fetch(jax.jit(lambda t: jax.tree.map(jnp.abs, t))(theta[self.name]))
 

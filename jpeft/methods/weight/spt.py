@@ -79,7 +79,7 @@ def spt(
     rank: r of both.
     step: between the numbers of sensitive entries that are tried.
     steps: how many of these are tried.
-    batches: of 32 examples that are scored.
+    batches: of 32 examples that are scored, at most: each example is scored once.
     targets: pattern of the layers whose kernels and biases may be tuned.
     norms: pattern of further sites whose vectors may be.
     dropout: rate on the input of a low-rank product; 0.1 in the paper.

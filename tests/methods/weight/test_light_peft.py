@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jpeft
-from jpeft.core import Examples, falling_adam, weights_of
+from jpeft.core import Examples, early_updates, falling_adam, weights_of
 from jpeft.methods.weight.cuttable import KEPT, LINEAR
 from jpeft.methods.weight.early_pruning import decided, least, rank_importance
 from jpeft.methods.weight.light_peft import _mean, light_peft
@@ -107,9 +107,13 @@ def test_the_first_phase_moves_masks_at_these_rates():
         seen['b'] = max(seen.get('b', 0), np.abs(t['b']).max())
     return decided(learned, scores, sites, heads, shares)
 
+  def first(*args, **kwargs):
+    yield next(early_updates(*args, **kwargs))
+
   model, held = vit()
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr('jpeft.methods.weight.light_peft.decided', recorded)
+    patch.setattr('jpeft.methods.weight.light_peft.early_updates', first)
     jpeft.prepare(light_peft(rank=2, updates=2, rate=1e-4, **one), model, held, BATCHES[:1])
   # Adam's first step is the rate itself.
   np.testing.assert_allclose(seen['b'], 1e-4, rtol=2e-2)
