@@ -34,6 +34,12 @@ def main(argv: list[str]) -> int:
         f'{config.method.name} is neither LoRA nor DoRA; jpeft.merge writes plain weights where it '
         'can'
       )
+    if values.get('init') == 'loftq' and values['iterations'] > 1:
+      raise ValueError(
+        f"{flags.run} was trained with init='loftq' and iterations={values['iterations']}: its "
+        '4-bit kernels are not those of the base model that adapters are put on; jpeft.merge '
+        'writes plain weights'
+      )
     cli.check_new(flags.out)
     pretrained, tuned, theta = training.reopen(flags.run, flags.best)
     save_adapter(

@@ -23,7 +23,7 @@ from .keys import named_key
 from .layers import Layers, all_but
 from .mode import flags_of
 from .paths import EXTRAS, join_path, leaf_paths, natural
-from .preparation import Found, Moved, MovedLayer, Preparation, bounds, unprepared
+from .preparation import Found, Moved, MovedLayer, Preparation, before_storage, bounds, unprepared
 from .preparing import (
   Examples,
   Pass,
@@ -35,7 +35,10 @@ from .preparing import (
   prepared_by,
   resolved,
   stand_in,
+  to_store,
+  whole_of,
   with_found,
+  with_sizes,
 )
 from .products import Operand
 from .rules import (
@@ -110,6 +113,7 @@ __all__ = [
   'at_head',
   'attach',
   'backend_of',
+  'before_storage',
   'beside',
   'bounds',
   'chain',
@@ -149,8 +153,11 @@ __all__ = [
   'split',
   'stand_in',
   'summary',
+  'to_store',
   'unprepared',
   'weights_of',
+  'whole_of',
   'with_found',
+  'with_sizes',
   'write_row',
 ]

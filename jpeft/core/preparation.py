@@ -53,6 +53,13 @@ class Preparation:
       they are the same.
     moved: (what was found, {path in a narrow model: where its layers come from}) -> what was found,
       for that model. None where the method cuts no parts off.
+    whole: gives the method that reads a trained theta on the model from which nothing was cut, see
+      `whole_of`. None where what was cut stays cut.
+    sized: (pattern -> sites of a model) -> what is found there, where its shapes and the number of
+      parts that stay follow from the model: plans are then of a narrow model of the right size.
+      None where the examples say how much is cut.
+    stored: {name: array} -> the method that, merged into the backbone, gives the kernels to be
+      stored in 4 bits, see `to_store`; None where that is the backbone itself.
     name: of the method, the first of its names where it is left out; see `prepared_by`.
     found: what was found; None before the pass, and {} where the shapes before it are enough, see
       `stand_in`.
@@ -67,6 +74,9 @@ class Preparation:
   again: bool = False
   bound: str = ''
   moved: Callable[[Found, Mapping[str, 'Moved']], Found] | None = None
+  whole: Callable[[], Any] | None = None
+  sized: Callable[[Callable[[str], list]], Found] | None = None
+  stored: Callable[[Found], Any] | None = None
   name: str = ''
   found: Found | None = None
 
@@ -75,6 +85,12 @@ def unprepared(method: Iterable[tuple[str, Any]]) -> list[Preparation]:
   """The passes that a method waits for, each once."""
   found = [rule.preparation for _, rule in method if rule.preparation is not None]
   return list(dict.fromkeys(one for one in found if one.found is None))
+
+
+def before_storage(method: Iterable[tuple[str, Any]]) -> bool:
+  """Whether a pass of a method reads whole kernels that are stored in 4 bits only after it."""
+  done = (rule.preparation for _, rule in method if rule.preparation is not None)
+  return any(preparation.moved or preparation.stored for preparation in done)
 
 
 def bounds(method: Iterable[tuple[str, Any]]) -> list[str]:

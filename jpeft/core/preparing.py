@@ -60,6 +60,7 @@ class Pass:
     layers: of the model in which the method acts, see `at`; None for all.
     fetch: a tree of arrays on devices -> the same as NumPy arrays.
     beside: what else is trained, such as the head: the method without what waits for a pass.
+    storage: the 4-bit format that kernels will be stored in after the pass; None if they stay.
   """
 
   def __init__(
@@ -73,6 +74,7 @@ class Pass:
     layers=None,
     fetch: Callable[[Any], Any] = jax.device_get,
     beside: Method | None = None,
+    storage: Any = None,
   ):
     """See `prepare`.
 
@@ -89,6 +91,7 @@ class Pass:
     self.layers = layers
     self.fetch = fetch
     self.beside = Method() if beside is None else beside
+    self.storage = storage
     self._loss = loss
     self._first = first
     self._examples = itertools.chain([first], batches)
@@ -104,10 +107,7 @@ class Pass:
 
   def find(self, pattern: str) -> list[Site]:
     """The sites that a pattern names, with the layers in which the method acts."""
-    found: Iterable[Site | None] = self.sites.find(pattern)
-    if self.layers is not None:
-      found = [restricted(site, self.layers) for site in found if site is not None]
-    return [site for site in found if site is not None]
+    return _in_layers(self.sites, pattern, self.layers)
 
   def attached(self, method: Method) -> Tuned:
     """A method attached to the model, in the layers of the pass."""
@@ -185,6 +185,14 @@ class Pass:
     return taken_apart((self._first.args, dict(self._first.kwargs)))[1]
 
 
+def _in_layers(sites: Sites, pattern: str, layers) -> list[Site]:
+  """The sites that a pattern names, with the layers in which a method acts."""
+  found: Iterable[Site | None] = sites.find(pattern)
+  if layers is not None:
+    found = [restricted(site, layers) for site in found if site is not None]
+  return [site for site in found if site is not None]
+
+
 def prepare(
   method: Method,
   model,
@@ -193,6 +201,7 @@ def prepare(
   *,
   loss: Loss = cross_entropy,
   key: jax.Array | None = None,
+  storage: Any = None,
   **kwargs,
 ) -> Method:
   """The method with what a pass over training examples finds; one that needs none as it is.
@@ -209,6 +218,8 @@ def prepare(
     loss: (output, labels) -> a scalar, the loss of each label, or (losses, weights); by default the
       softmax cross-entropy of classes. Methods that need no gradient do not read it.
     key: of what a pass draws, such as a fresh head.
+    storage: the format that the kernels of `backbone` will be stored in, such as `jpeft.nf4()`, for
+      methods that start at what it loses.
     **kwargs: further arguments of every call of the model, such as train=False.
 
   Raises:
@@ -229,6 +240,7 @@ def prepare(
       key=key,
       layers=layers,
       beside=beside(method),
+      storage=storage,
     )
     own.attached(stand_in(method))  # what is wrong with patterns is said before the pass
     method = resolved(method, preparation, preparation.find(own))
@@ -270,14 +282,27 @@ def layers_of(method: Method, preparation: Preparation):
 
 def resolved(method: Method, preparation: Preparation, found: Found) -> Method:
   """The method with the rules that follow from a pass in place of those that wait for it."""
-  layers = layers_of(method, preparation)
   found = {key: np.asarray(x) for key, x in found.items()}
-  made = preparation.resolve(found)
+  done = dataclasses.replace(preparation, found=found)
+  return _replaced(method, preparation, preparation.resolve(found), done)
+
+
+def _replaced(
+  method: Method, preparation: Preparation, made: Method, done: Preparation | None
+) -> Method:
+  """The method with other rules in place of those of a preparation.
+
+  Args:
+    method: it all.
+    preparation: of the rules that go.
+    made: the rules that come.
+    done: their preparation.
+  """
+  layers = layers_of(method, preparation)
   if layers is not None:  # what chooses layers by itself has chosen among these
     made = Method(
       pair if pair[1].layers is not None else in_layers(Method((pair,)), layers)[0] for pair in made
     )
-  done = dataclasses.replace(preparation, found=found)
   pairs: list = []
   for pattern, rule in method:
     if rule.preparation is not preparation:
@@ -286,9 +311,61 @@ def resolved(method: Method, preparation: Preparation, found: Found) -> Method:
       # All that waits for one pass comes from one factory, and stands together.
       pairs += [(p, dataclasses.replace(new, preparation=done)) for p, new in made]
       made = Method()
-  if not any(rule.preparation is done for _, rule in pairs):
+  if done is not None and not any(rule.preparation is done for _, rule in pairs):
     raise ValueError(f'{done.name}: the pass before training found nothing to train')
   return Method(pairs)
+
+
+def whole_of(method: Method) -> Method:
+  """The method that reads a trained theta on the model from which nothing was cut.
+
+  What prunes for good, such as Light-PEFT, stays as it is. See `widened_theta` for the theta.
+  """
+  for preparation in {rule.preparation for _, rule in method}:
+    if preparation is not None and preparation.whole is not None:
+      method = _replaced(method, preparation, preparation.whole(), None)
+  return method
+
+
+def to_store(method: Method, model, backbone, *args, **kwargs) -> Any:
+  """The backbone whose kernels are to be stored in 4 bits under a prepared method.
+
+  It is the backbone itself, but for methods such as LoftQ, whose 4-bit kernels stand for kernels
+  without what LoRA starts with.
+
+  Args:
+    method: from `prepare`.
+    model, backbone, *args, **kwargs: as for `attach`; kernels are whole.
+
+  Example:
+    >>> held = jpeft.to_store(method, model, variables, tokens)  # doctest: +SKIP
+    >>> held = jpeft.quantize(model, jpeft.nf4(), held, tokens)  # doctest: +SKIP
+  """
+  for preparation in {rule.preparation for _, rule in method}:
+    if preparation is None or preparation.stored is None or not preparation.found:
+      continue
+    changes = preparation.stored(preparation.found)
+    layers = layers_of(method, preparation)
+    if changes and layers is not None:
+      changes = in_layers(changes, layers)
+    if changes:
+      tuned = attach(model, changes, backbone, *args, **kwargs)
+      theta = jax.jit(tuned.init)(jax.random.key(0), backbone)
+      backbone = jax.jit(tuned.merge)(theta, backbone)
+  return backbone
+
+
+def with_sizes(method: Method, sites: Sites) -> Method:
+  """A method whose passes found as much as they will, where that follows from the model alone.
+
+  It is for plans: which parts were found means nothing.
+  """
+  for preparation in unprepared(method):
+    if preparation.sized is not None:
+      layers = layers_of(method, preparation)
+      find = functools.partial(_in_layers, sites, layers=layers)
+      method = resolved(method, preparation, preparation.sized(find))
+  return method
 
 
 def found_in(method: Method) -> dict[str, np.ndarray]:

@@ -41,6 +41,7 @@ from .weight.lamda import lamda
 from .weight.lamda_pp import lamda_pp
 from .weight.light_peft import light_peft
 from .weight.lora import dora, lora, lora_fa, qlora
+from .weight.loram import loram
 from .weight.loraprune import loraprune
 from .weight.lt_sft import lt_sft
 from .weight.orthogonal import boft, oft
@@ -98,6 +99,7 @@ __all__ = [
   'linear',
   'lora',
   'lora_fa',
+  'loram',
   'loraprune',
   'lst',
   'lt_sft',

@@ -40,6 +40,7 @@ from .weight.lamda import lamda
 from .weight.lamda_pp import lamda_pp
 from .weight.light_peft import light_peft
 from .weight.lora import dora, lora, lora_fa, qlora
+from .weight.loram import loram
 from .weight.loraprune import loraprune
 from .weight.lt_sft import lt_sft
 from .weight.orthogonal import boft, oft
@@ -148,6 +149,7 @@ REGISTRY: dict[str, Entry] = {
   'light_peft': Entry(
     light_peft, '2406.03792', 'Light-PEFT: heads, hidden units and ranks are pruned early'
   ),
+  'loram': Entry(loram, '2502.13533', 'LoRAM: LoRA trained on a narrow model, for the whole one'),
   'loraprune': Entry(
     loraprune, '2305.18403', 'LoRAPrune: heads and hidden units are pruned while LoRA learns'
   ),

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     narrowed_theta,
     pruned,
     prunes,
+    recovered,
+    recovers,
     widened_theta,
   )
   from .nn import (
@@ -117,6 +119,8 @@ __all__ = [
   'prunes',
   'read_json',
   'read_tensors',
+  'recovered',
+  'recovers',
   'save_pretrained',
   'save_tokenizer',
   'shapes_of',
@@ -155,6 +159,8 @@ __getattr__ = on_first_use(
       'narrowed_theta',
       'pruned',
       'prunes',
+      'recovered',
+      'recovers',
       'widened_theta',
     ),
     '.nn': (

@@ -18,6 +18,7 @@ from .feature_cache import Part
 from .found import Prepared
 from .layout import Layout
 from .memory import Memory
+from .narrow import Whole
 from .stages import Stage, stages_of
 from .start import Start, start_of
 from .writers import check_trackers, trackers_of
@@ -38,6 +39,7 @@ class Model:
     memory: what the config says of it.
     layout: where arrays are.
     dropped: names in theta of what the task itself trains, see `Task.parts`.
+    whole: what `pretrained` was cut from, where theta goes back to it; else None.
   """
 
   task: tasks.Task
@@ -50,6 +52,7 @@ class Model:
   memory: Memory
   layout: Layout
   dropped: tuple[str, ...]
+  whole: Whole | None = None
 
   @property
   def classes(self) -> Any:
@@ -69,8 +72,9 @@ class Model:
     return Ema(teacher, teacher.momentum(config, steps), self.layout.forward(tuned, False))
 
   def kept(self, theta: Any) -> Any:
-    """What is stored of theta at the end: all but what the task itself trains."""
-    return {name: entries for name, entries in theta.items() if name not in self.dropped}
+    """What is stored of theta: all but what the task itself trains, for the whole backbone."""
+    own = {name: entries for name, entries in theta.items() if name not in self.dropped}
+    return own if self.whole is None else self.whole.widened(own)
 
 
 @dataclasses.dataclass(frozen=True)

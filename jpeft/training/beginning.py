@@ -29,7 +29,7 @@ class Backbone:
 
   Attributes:
     arrays: of the model.
-    sha256: of all of them.
+    sha256: of all of them; of a narrow one, of what it was cut from, see `narrow.Whole`.
     held: the SHA-256 of what this process holds.
   """
 
@@ -50,12 +50,13 @@ def placed_backbone(run: Asked, shapes: Shapes) -> Backbone:
     hosts.Everywhere, cli.Mistake: processes have different ones.
   """
   variables = run.model.pretrained.variables
-  sha256 = fingerprint(variables)
+  own = fingerprint(variables)
+  sha256 = own if run.model.whole is None else run.model.whole.sha256
   hosts.check_equal(f'the SHA-256 of the backbone {run.config.model.source}', sha256)
   if run.start is not None:
     hosts.check_equal(f'the SHA-256 of {run.config.method.start}', run.start.sha256)
   arrays = hosts.placed(variables, shapes.backbone_sharding)
-  return Backbone(arrays, sha256, hosts.held(arrays, sha256))
+  return Backbone(arrays, sha256, hosts.held(arrays, own))
 
 
 def begin_folder(run: Asked, changes: Mapping[str, list], backbone: Backbone) -> list[dict]:
@@ -204,5 +205,7 @@ def first_lines(
     if later.begin > place.begun:
       count = summary(later.tuned).trainable
       yield f'after {later.begin} updates: {count:,} trainable numbers'
+  if model.whole is not None:
+    yield model.whole.told(run.facts.total)
   yield from map(elastic.line, changes)
   yield from run.about

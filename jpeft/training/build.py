@@ -8,10 +8,23 @@ from typing import Any
 import optax
 
 from jpeft import data, methods, models, quant, tasks
-from jpeft.core import Found, Method, Tuned, attach, chain, stand_in, with_found
+from jpeft.core import (
+  Found,
+  Method,
+  Tuned,
+  attach,
+  before_storage,
+  chain,
+  sites_of,
+  stand_in,
+  whole_of,
+  with_found,
+  with_sizes,
+)
 
 from . import optim
 from .memory import Memory
+from .narrow import as_trained
 
 
 def method_of(config):
@@ -74,27 +87,29 @@ def _with_pixels(pretrained: models.Pretrained, pixels: str) -> models.Pretraine
   return dataclasses.replace(pretrained, preprocess=preprocess)
 
 
-def pruned(
-  config, pretrained: models.Pretrained, method: Method
-) -> tuple[models.Pretrained, Method]:
-  """The backbone without the parts that a method leaves out, and the method for it.
+def attached(config, pretrained: models.Pretrained, method: Method, parts: bool = True) -> Tuned:
+  """A method attached to the backbone of a run.
 
-  Both are as they were where it leaves none out, or waits for its pass.
-
-  Raises:
-    ValueError: the backbone cannot be cut, see `models.narrowed`.
+  Args:
+    config: of the run.
+    pretrained: the backbone.
+    method: from `method_of`.
+    parts: whether what the task itself trains is attached too, see `Task.parts`.
   """
-  if not models.prunes(method):
-    return pretrained, method
+  task = tasks.of(config)
+  if parts:
+    method = chain(method, task.parts(config, pretrained))
+  example = task.example(config, pretrained)
+  args, kwargs = tasks.inputs(example)
+  kwargs = kwargs | tasks.taken(method, example)
+  return attach(pretrained.model, method, pretrained.variables, *args, **kwargs, deterministic=True)
+
+
+def _with_sizes(config, pretrained: models.Pretrained, method: Method) -> Method:
+  """A method whose passes found as much as they will, where that follows from the model alone."""
   args, kwargs = tasks.inputs(tasks.of(config).example(config, pretrained))
-  try:
-    small = models.pruned(
-      method, pretrained.model, pretrained.variables, *args, **kwargs, deterministic=True
-    )
-  except TypeError as error:  # not a model whose sizes jpeft knows
-    raise ValueError(f'{method.names[0]}: {error}') from error
-  cut = dataclasses.replace(pretrained, model=small.model, variables=small.backbone)
-  return cut, small.method
+  sites = sites_of(pretrained.model, pretrained.variables, *args, **kwargs, deterministic=True)
+  return with_sizes(method, sites)
 
 
 def build(
@@ -111,16 +126,18 @@ def build(
     num_classes: outputs of a fresh head; 0 for a model that keeps its own, see `Task.outputs`.
     load: `models.load`, or `models.describe` if shapes are enough.
     parts: whether what the task itself trains is attached too, see `Task.parts`.
-    found: what the method found before training; without it a method that needs a pass over
-      training examples is attached as it is before, which is enough for shapes alone.
+    found: what the method found before training, of a run that is opened again: a method that is
+      trained on a narrow model is then attached to the whole one. Without it a method that needs a
+      pass over training examples is attached as it is before, which is enough for shapes alone;
+      with `models.describe` to a backbone cut as far as is known.
 
   Raises:
     ValueError, OSError, RuntimeError: whatever is wrong with weights, method or patterns.
   """
   method = method_of(config)
+  stored_later = before_storage(method)
   if found is not None:
-    method = with_found(method, found)
-  method = stand_in(method)
+    method = whole_of(with_found(method, found))
   memory = Memory.of(config)
   fields = config.model.to_dict()
   source = fields.pop('source')
@@ -134,16 +151,12 @@ def build(
   del fields['kernels']
   fields['implementation'] = memory.implementation
   fields['quantize'] = None
-  if memory.storage is not None:
+  if memory.storage is not None and not stored_later:
     fields['quantize'] = quant.named(memory.storage)
   pretrained = _with_pixels(load(source, **fields), config.data.pixels)
-  pretrained, method = pruned(config, pretrained, method)
-  if parts:
-    method = chain(method, task.parts(config, pretrained))
-  example = task.example(config, pretrained)
-  args, kwargs = tasks.inputs(example)
-  kwargs = kwargs | tasks.taken(method, example)
-  tuned = attach(
-    pretrained.model, method, pretrained.variables, *args, **kwargs, deterministic=True
-  )
-  return pretrained, tuned
+  for_plan = load is not models.load
+  if for_plan:
+    method = _with_sizes(config, pretrained, method)
+  if for_plan or found is not None:  # else the pass before training comes first
+    pretrained, method, _ = as_trained(config, pretrained, method)
+  return pretrained, attached(config, pretrained, stand_in(method), parts)

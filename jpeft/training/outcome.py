@@ -66,6 +66,8 @@ def _seldom(run: Asked, changes: list[dict]) -> dict[str, Any]:
   broken = damaged(run.folder)
   if broken:
     found['damaged_checkpoints'] = broken
+  if run.model.whole is not None:
+    found['narrow'] = run.model.whole.told(run.facts.total)
   if changes:
     found['changes'] = changes
   return found

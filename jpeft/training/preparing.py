@@ -12,14 +12,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jpeft import data, tasks
+from jpeft import data, quant, tasks
 from jpeft.core import (
   Examples,
   Found,
   Method,
   Pass,
   Preparation,
-  attach,
   beside,
   found_in,
   layers_of,
@@ -31,9 +30,10 @@ from jpeft.core import (
 
 from . import hosts
 from .asked import Asked, asked_of
-from .build import method_of, pruned
+from .build import attached, method_of
 from .feature_cache import Part
 from .found import Prepared, kept_in
+from .narrow import as_trained, whole_of_run
 from .progress import Progress
 
 _STREAM = 'the pass before training'
@@ -85,13 +85,11 @@ def _sent(found: Found | None) -> dict[str, np.ndarray] | None:
 def _with_method(run: Asked, method: Method, found: Prepared) -> Asked:
   """The same run with another method."""
   model = run.model
-  pretrained, method = pruned(run.config, model.pretrained, method)
-  args, kwargs = tasks.inputs(model.task.example(run.config, pretrained))
-  tuned = attach(
-    pretrained.model, method, pretrained.variables, *args, **kwargs, deterministic=True
-  )
+  pretrained, method, small = as_trained(run.config, model.pretrained, method)
+  tuned = attached(run.config, pretrained, method)
   layout = dataclasses.replace(model.layout, tuned=tuned)
-  model = dataclasses.replace(model, pretrained=pretrained, tuned=tuned, layout=layout)
+  whole = whole_of_run(run.config, model.pretrained, small, tuned)
+  model = dataclasses.replace(model, pretrained=pretrained, tuned=tuned, layout=layout, whole=whole)
   return asked_of(run.config, run.folder, run.examples.skipped, run.trackers, model, found)
 
 
@@ -114,6 +112,7 @@ def _passed(run: Asked, method: Method, preparation: Preparation, progress: Prog
   examples = _examples(part, rows, run.config.seed, count, shown.add)
   where = run.model.layout.of_backbone(run.model.pretrained.variables)
   objective = run.model.objective
+  storage = run.model.memory.storage
 
   def loss(outputs, labels):
     return objective.losses(outputs, labels), objective.weights(labels)
@@ -127,6 +126,7 @@ def _passed(run: Asked, method: Method, preparation: Preparation, progress: Prog
     layers=layers_of(method, preparation),
     fetch=hosts.fetched,
     beside=beside(method),
+    storage=None if storage is None else quant.named(storage),
   )
   with hosts.together():
     found = preparation.find(own)

@@ -51,6 +51,7 @@ _PAGES = {
   'theta_sha256': str,
   'skipped?': {str: {'examples': int, 'split': str, 'why': dict}},
   'damaged_checkpoints?': [str],
+  'narrow?': str,
   'changes?': [elastic.CHANGE],
 }
 
@@ -219,6 +220,8 @@ def _facts(report: dict[str, Any]) -> dict[str, str]:
     'backbone': f'SHA-256 {report["backbone_sha256"]}, unchanged',
     'theta': f'SHA-256 {report["theta_sha256"]}',
   }
+  if 'narrow' in report:
+    facts['a narrow model'] = report['narrow']
   if 'skipped' in report:
     facts['examples that could not be read, and were skipped'] = listed(report['skipped'])
   if 'damaged_checkpoints' in report:

@@ -253,6 +253,11 @@ ROWS: dict[str, Row] = {
       ),
     },
   ),
+  'loram': Row(
+    hp={'ratio': 0.5, 'skip_first': 0, 'skip_last': 1},
+    start=None,
+    cannot=dict.fromkeys(CONVS, 'no role {q}'),
+  ),
   'loraprune': Row(start=0, cannot=dict.fromkeys(CONVS, 'no role {q}')),
 }
 

@@ -13,9 +13,11 @@ names k. Of grouped queries a part is a key head with its group.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jpeft.core import Leaf, Site, Weight
 
@@ -162,3 +164,37 @@ def enclosing(site: Site, pattern: str) -> str | None:
 
 def _is_one_of(site: Site, pattern: str) -> bool:
   return any(site.path == other.path for other in site.model.find(pattern))
+
+
+# Which layers share the parts of which.
+
+
+def groups_of(sites: Mapping[str, Site]) -> dict[str, list[str]]:
+  """{path of a layer whose inputs are cut: the layers of `sites` that share its parts}."""
+  around: dict[Any, list[str]] = {}
+  for path, site in sites.items():
+    around.setdefault(_owner_of_parts(site), []).append(path)
+  groups = {}
+  for members in around.values():
+    for path in members:
+      if path in cut_paths(sites[path]):
+        groups[path] = members
+  return groups
+
+
+def cut_paths(site: Site) -> set[str]:
+  """The layers of the model whose inputs are cut; of the others that share parts, the outputs."""
+  return {other.path for other in site.model.find(f'{HEADS}|{UNITS}')}
+
+
+def is_between(site: Site, first: int, last: int) -> np.ndarray:
+  """Whether a layer is neither one of the first so many nor of the last, [*stack]."""
+  numbers = site.choose(np.asarray(0 if site.number is None else site.number))
+  return np.asarray((numbers >= first) & (numbers < site.depth - last))
+
+
+def _owner_of_parts(site: Site) -> tuple[str, str | None]:
+  """What the parts of a layer belong to: heads to an attention, hidden units to a block."""
+  is_of_mlp = any(site.path == other.path for other in site.model.find(f'{{fc1}}|{UNITS}'))
+  pattern = '{block}' if is_of_mlp else '{attention}'
+  return pattern, enclosing(site, pattern)

@@ -1,8 +1,9 @@
 """LoRA and its kin: a low-rank product beside every frozen matrix.
 
 LoRA: Hu et al., 2022 (arXiv 2106.09685). rsLoRA: Kalajdzievski, 2023 (2312.03732). PiSSA: Meng et
-al., 2024 (2404.02948). OLoRA: Buyukakyuz, 2024 (2406.01775). DoRA: Liu et al., 2024 (2402.09353).
-LoRA-FA: Zhang et al., 2023 (2308.03303).
+al., 2024 (2404.02948). OLoRA: Buyukakyuz, 2024 (2406.01775). LoftQ, in a file of its own: Li et
+al., 2024 (2310.08659). DoRA: Liu et al., 2024 (2402.09353). LoRA-FA: Zhang et al., 2023
+(2308.03303).
 
 For a kernel w [fan_in, fan_out] (the papers' W is its transpose), a [fan_in, r] and b [r, fan_out];
 x [.., fan_in] is what the layer multiplies with w, y = x w:
@@ -42,8 +43,9 @@ import jax.numpy as jnp
 from jpeft.core import Leaf, Method, Site, Weight, at, factory, matrix
 from jpeft.messages import did_you_mean
 
-from ..check import is_whole
+from ..check import is_whole, whole
 from ..nn import drop
+from .loftq import from_residuals
 
 
 @factory
@@ -55,6 +57,7 @@ def lora(
   init: str = 'default',
   rslora: bool = False,
   name: str = 'lora',
+  iterations: int = 1,
 ) -> Method:
   """Low-rank adaptation.
 
@@ -65,14 +68,25 @@ def lora(
     dropout: rate on what enters a; the path through w is not touched.
     init: 'default', a ~ U(-1, 1) / sqrt(fan_in); 'gaussian', a ~ N(0, 1) / rank; 'pissa', the top
       singular triplets of w; 'olora', the first columns of its QR decomposition. The function
-      starts unchanged.
+      starts unchanged. 'loftq' starts at what w loses in 4 bits, and waits for a pass before the
+      kernels are stored so (`prepare`, with `storage=`), see `loftq`.
     rslora: scale by alpha / sqrt(rank) instead.
     name: in theta.
+    iterations: of 'loftq': how often a kernel is quantized; beyond 1 what is stored in 4 bits is
+      not the kernel itself, see `to_store`.
 
   Raises:
     ValueError: a hyperparameter outside its range; at `attach`, a rank that 'pissa' or 'olora'
-      cannot cut out of a matrix.
+      cannot cut out of a matrix; in the pass of 'loftq', kernels that are not stored in 4 bits
+      after it.
   """
+  whole(name, 'iterations', iterations, 1)
+  if init == 'loftq':
+    method = _low_rank(rank, alpha, targets, dropout, 'default', rslora, name)
+    scale = _scale(rank, alpha, rslora, dropout)
+    return from_residuals(method, targets, rank, scale, iterations)
+  if iterations != 1:
+    raise ValueError(f"{name}: iterations={iterations} is of init='loftq', and init is {init!r}")
   return _low_rank(rank, alpha, targets, dropout, init, rslora, name)
 
 
@@ -85,6 +99,7 @@ def qlora(
   init: str = 'default',
   rslora: bool = False,
   name: str = 'qlora',
+  iterations: int = 1,
 ) -> Method:
   """QLoRA (arXiv 2305.14314): LoRA on every linear layer of a backbone whose kernels are in 4 bits.
 
@@ -98,7 +113,7 @@ def qlora(
   Raises:
     ValueError: a hyperparameter outside its range.
   """
-  return lora(rank, alpha, targets, dropout, init, rslora, name)
+  return lora(rank, alpha, targets, dropout, init, rslora, name, iterations)
 
 
 @factory
@@ -118,7 +133,7 @@ def lora_fa(
   Raises:
     ValueError: a hyperparameter outside its range, or a start that takes the matrix apart.
   """
-  if init in DECOMPOSITIONS:
+  if init in (*DECOMPOSITIONS, 'loftq'):
     raise ValueError(
       f"{name}: init={init!r} needs both factors trained; use 'default' or 'gaussian'"
     )
@@ -129,8 +144,9 @@ def _low_rank(rank, alpha, targets, dropout, init, rslora, name, fixed=()) -> Me
   """What `lora` and `lora_fa` share; `fixed` names the factors that are not trained."""
   scale = _scale(rank, alpha, rslora, dropout)
   if init not in STARTS:
-    hint = did_you_mean(init, STARTS)
-    raise ValueError(f'init must be one of {", ".join(STARTS)}, not {init!r}{hint}')
+    known = [*STARTS, 'loftq']
+    hint = did_you_mean(init, known)
+    raise ValueError(f'init must be one of {", ".join(known)}, not {init!r}{hint}')
   decomposes = init in DECOMPOSITIONS
   if decomposes:
     fixed = ('a0', 'b0')

@@ -31,7 +31,7 @@ paper squares I; the official code, and this one, takes its size.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,12 +40,12 @@ from jpeft.core import Method, Site, State, at, factory
 
 from ..check import require, whole, within
 from .cuttable import (
-  HEADS,
   KEPT,
   LINEAR,
-  UNITS,
   LowRank,
-  enclosing,
+  cut_paths,
+  groups_of,
+  is_between,
   kernel_of,
   parts_of,
   start,
@@ -178,7 +178,7 @@ class _LoraPrune:
     factors = {key: t[key] for key in 'ab'}
     slopes = {key: grads[path][array][key] for key in 'ab'}
     leaf = site.leaves[array]
-    by_inputs = path in _cut(site)
+    by_inputs = site.path in cut_paths(site)
 
     def of_layer(arrays, factors, slopes):
       w = leaf.fold(arrays[array]).astype(jnp.float32)
@@ -189,10 +189,8 @@ class _LoraPrune:
 
   def may_lose(self, site: Site) -> jax.Array:
     """Whether the layers of a site are pruned at all, [*stack, 1]."""
-    numbers = site.choose(jnp.asarray(0 if site.number is None else site.number))
-    first = int(self.skip_first * site.depth)
-    inside = (numbers >= first) & (numbers < site.depth - self.skip_last)
-    return inside[..., None]
+    inside = is_between(site, int(self.skip_first * site.depth), self.skip_last)
+    return jnp.asarray(inside)[..., None]
 
 
 def part_scores(
@@ -227,28 +225,3 @@ def chosen(importance: jax.Array, kept: jax.Array, share) -> jax.Array:
   count = jnp.floor(share * n + 1e-3).astype(jnp.int32)
   order = jnp.argsort(jnp.argsort(jnp.where(kept, importance, -1.0), -1), -1)
   return order >= jnp.minimum(count, n - 1)
-
-
-def groups_of(sites: Mapping[str, Site]) -> dict[str, list[str]]:
-  """{path of a layer whose inputs are cut: the layers with LoRA that share its parts}."""
-  around: dict[Any, list[str]] = {}
-  for path, site in sites.items():
-    around.setdefault(_owner_of_parts(site), []).append(path)
-  groups = {}
-  for members in around.values():
-    for path in members:
-      if path in _cut(sites[path]):
-        groups[path] = members
-  return groups
-
-
-def _owner_of_parts(site: Site) -> tuple[str, str | None]:
-  """What the parts of a layer belong to: heads to an attention, hidden units to a block."""
-  is_of_mlp = any(site.path == other.path for other in site.model.find(f'{{fc1}}|{UNITS}'))
-  pattern = '{block}' if is_of_mlp else '{attention}'
-  return pattern, enclosing(site, pattern)
-
-
-def _cut(site: Site) -> set[str]:
-  """The layers of the model whose inputs are cut."""
-  return {other.path for other in site.model.find(f'{HEADS}|{UNITS}')}

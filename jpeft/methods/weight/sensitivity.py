@@ -9,7 +9,7 @@ The sum of squared means is neither the squared sum nor the Fisher information o
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -99,9 +99,9 @@ def sensitive(
   backbone = fresh_head(examples)
   found = None
   first = 0
-  for some in _groups(tensors, group):
-    totals = _squares(examples, backbone, batches, some)
-    scores = (_of_tensor(totals, tensor) for tensor in some)
+  for some in groups(tensors, group):
+    _, totals = summed(examples, backbone, batches, some, accumulated)
+    scores = (of_tensor(totals, tensor) for tensor in some)
     new = Sensitive.of(scores, most, first)
     found = new if found is None else found.joined(new, most)
     first += len(some)
@@ -110,7 +110,7 @@ def sensitive(
   return found
 
 
-def _groups(tensors: Sequence[Tensor], most: int) -> Iterator[list[Tensor]]:
+def groups(tensors: Sequence[Tensor], most: int = GROUP) -> Iterator[list[Tensor]]:
   """Tensors of as many numbers as are taken at once; those of one module stay together."""
   some: list[Tensor] = []
   size = 0
@@ -125,27 +125,42 @@ def _groups(tensors: Sequence[Tensor], most: int) -> Iterator[list[Tensor]]:
     yield some
 
 
-def _squares(
-  examples: Pass, backbone: Any, batches: Iterable[Examples], tensors: Sequence[Tensor]
-) -> Mapping[str, Mapping[str, np.ndarray]]:
-  """{path of a module: {array: s}}, of a stack [layers, ...], for the modules of some tensors."""
+Totals = Mapping[str, Mapping[str, np.ndarray]]
+
+
+def summed(
+  examples: Pass,
+  backbone: Any,
+  batches: Iterable[Examples],
+  tensors: Sequence[Tensor],
+  add: Callable[[Any, Any], Any],
+) -> tuple[Totals, Totals]:
+  """(arrays, sums over batches) for the modules of some tensors, {path: {array: [*stack, ...]}}.
+
+  Args:
+    examples: the pass.
+    backbone: that the loss is of.
+    batches: to go over.
+    tensors: of which arrays.
+    add: (sums, mean gradient of a batch) -> sums; both are trees like the arrays.
+  """
   arrays: dict[str, list[str]] = {}
   for tensor in tensors:
     arrays.setdefault(tensor.site.owner, []).append(tensor.array)
   tuned = examples.attached(_whole(arrays, examples))
   theta = jax.jit(tuned.init)(examples.key, backbone)
 
-  def add(total, theta, backbone, arrays, labels, mask):
+  def with_batch(total, theta, backbone, arrays, labels, mask):
     def loss(theta):
       return examples.loss(tuned, theta, backbone, arrays, labels, mask)
 
-    return accumulated(total, jax.grad(loss)(theta))
+    return add(total, jax.grad(loss)(theta))
 
-  step = jax.jit(add, donate_argnums=0)
+  step = jax.jit(with_batch, donate_argnums=0)
   total = jax.tree.map(jnp.zeros_like, theta)
   for batch in batches:
     total = step(total, theta, backbone, examples.arrays_of(batch), batch.labels, batch.mask)
-  return examples.fetch(total['sensitivity'])
+  return examples.fetch(theta)['sensitivity'], examples.fetch(total)['sensitivity']
 
 
 def accumulated(total: Any, gradient: Any) -> Any:
@@ -166,8 +181,8 @@ def _whole(arrays: Mapping[str, Sequence[str]], examples: Pass) -> Method:
   return at('.*', Weight('sensitivity', init, apply), layers=examples.layers)
 
 
-def _of_tensor(totals: Mapping[str, Mapping[str, np.ndarray]], tensor: Tensor) -> np.ndarray:
-  """The scores of one tensor, [fan_in, fan_out] or [length]."""
+def of_tensor(totals: Totals, tensor: Tensor) -> np.ndarray:
+  """What sums have of one tensor, [fan_in, fan_out] or [length]."""
   site = tensor.site
   x = totals[site.owner][tensor.array]
   x = x.reshape(math.prod(site.theta_lengths), *x.shape[len(site.theta_lengths) :])[tensor.layer]
@@ -177,6 +192,21 @@ def _of_tensor(totals: Mapping[str, Mapping[str, np.ndarray]], tensor: Tensor) -
   if tensor.is_matrix:
     return np.asarray(site.leaves[tensor.array].fold(x))
   return x.reshape(-1)
+
+
+def with_head(examples: Pass) -> Any:
+  """The backbone; with a head as new where that is all zeros, which no gradient passes."""
+  backend = backend_of(examples.model)
+  arrays = backend.arrays(examples.model, examples.backbone)
+  kernels = [
+    arrays[f'{site.owner}/{name}' if site.owner else name]
+    for site in examples.sites.of_role('head')
+    for name, leaf in site.leaves.items()
+    if leaf.is_matrix
+  ]
+  if any(isinstance(x, Box) or bool(jnp.any(x != 0)) for x in kernels):
+    return examples.backbone
+  return fresh_head(examples)
 
 
 def fresh_head(examples: Pass) -> Any:

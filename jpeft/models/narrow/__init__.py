@@ -6,7 +6,15 @@ narrow model computes what the wide one would compute with zeros in the cut plac
 
 from .backbone import narrowed
 from .keep import Keep
-from .method import Pruned, cuts_anything, keep_of, pruned, prunes
+from .method import (
+  Pruned,
+  cuts_anything,
+  keep_of,
+  pruned,
+  prunes,
+  recovered,
+  recovers,
+)
 from .theta import narrowed_theta, widened_theta
 
 __all__ = [
@@ -18,5 +26,7 @@ __all__ = [
   'narrowed_theta',
   'pruned',
   'prunes',
+  'recovered',
+  'recovers',
   'widened_theta',
 ]
