@@ -28,7 +28,7 @@ import jax
 import optax
 
 from jpeft import cli, methods, planning, programs, tasks, training, writing
-from jpeft.core import summary
+from jpeft.core import chain, summary
 from jpeft.lazy import extra
 from jpeft.models import Remat
 
@@ -97,7 +97,10 @@ def measure(
   chosen = WORKS[work]
   storage = methods.REGISTRY[name].storage
   planned = planned_work(chosen, layers == 'scan', REMATS[remat]).stored(storage)
-  tuned = planned.tuned(methods.make(name, head=chosen.head, **hyperparameters))
+  attached = methods.make(name, head=chosen.head, **hyperparameters)
+  if chosen.mlp_tokens is not None:
+    attached = chain(attached, methods.tiled(chosen.mlp_tokens))
+  tuned = planned.tuned(attached)
   facts = summary(tuned)
   costs = _costs(planned, tuned, where)
   forward = planned.forward(chosen.size)

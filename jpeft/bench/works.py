@@ -1,7 +1,7 @@
 """What the memory benchmark trains: models and batches as shapes, in bfloat16."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -77,6 +77,7 @@ class Work:
     layers: how its blocks are run: 'unroll', 'scan'.
     head: whether methods that do not train the head by themselves train it too.
     objective: what is made small.
+    mlp_tokens: tokens of each example that an MLP runs on at a time; None for all.
   """
 
   title: str
@@ -86,6 +87,7 @@ class Work:
   layers: tuple[str, ...] = ('scan',)
   head: bool = True
   objective: tasks.Objective = training.PLAIN
+  mlp_tokens: int | None = None
 
 
 # The loss of texts by logits [B, N, V] that are made whole, as if they were small.
@@ -185,7 +187,7 @@ def _llama_8b(scan: bool, remat: Remat) -> Llama:
   )
 
 
-WORKS: dict[str, Work] = {
+_WORKS: dict[str, Work] = {
   'w1': Work(
     '12 blocks of width 768 on ready tokens, batch 32, 196 tokens, 100 classes',
     _token_encoder,
@@ -240,7 +242,7 @@ WORKS: dict[str, Work] = {
     head=False,
   ),
   'w6_8b_whole': Work(
-    'the same with whole logits',
+    'W6_8B with whole logits',
     _llama_8b,
     _texts(2048),
     4,
@@ -248,3 +250,19 @@ WORKS: dict[str, Work] = {
     objective=WHOLE,
   ),
 }
+
+# Works that are measured with MLPs on some tokens at a time too, and how many.
+_TILED = {'w1': 98, 'w4_7b_long': 512, 'w6_8b': 512}
+
+
+def _with_tiled() -> Iterator[tuple[str, Work]]:
+  """All works; behind one of _TILED, and named after it, the same with MLPs in pieces."""
+  for name, work in _WORKS.items():
+    yield name, work
+    if name in _TILED:
+      tokens = _TILED[name]
+      title = f'{name.upper()} with MLPs on {tokens} tokens at a time'
+      yield f'{name}_tiled', dataclasses.replace(work, title=title, mlp_tokens=tokens)
+
+
+WORKS: dict[str, Work] = dict(_with_tiled())

@@ -228,6 +228,14 @@ FIELDS: dict[str, Field] = {
   'model.kernels': _choice(
     'auto', 'what multiplies by 4-bit kernels; auto: Pallas where it is faster', 'auto', 'xla'
   ),
+  'model.mlp_tokens': Field(
+    (int, type(None)),
+    None,
+    'tokens of each example that an MLP runs on at a time, which needs less memory; all if left '
+    'out',
+    'a number of tokens from 1 on, or None',
+    lambda v: v is None or v >= 1,
+  ),
   'model.dropout': Field(
     (float, type(None)),
     None,

@@ -27,6 +27,8 @@ _running: contextvars.ContextVar[tuple[tuple[str, dict], ...]] = contextvars.Con
 )
 # {path: how many of the rules there act}, while a rule runs a module as a pure function.
 _limits: contextvars.ContextVar[dict[str, int]] = contextvars.ContextVar('jpeft_limits')
+# Whether what is recorded in such a module is dropped, or an error.
+_drops: contextvars.ContextVar[bool] = contextvars.ContextVar('jpeft_drops', default=True)
 
 
 class Recording(NamedTuple):
@@ -169,6 +171,11 @@ class Bound:
 
   def _record(self, kind: str, values) -> None:
     if _limits.get({}):
+      if not _drops.get():
+        raise ValueError(
+          f'{self._rule.name} at {self.site.path!r} records arrays where a rule around it runs the '
+          'module on one part of its input after the other: they would be lost'
+        )
       return
     if not self._recording.on:
       raise NeedsRecording
@@ -346,14 +353,18 @@ class Bound:
       return self._key
     return named_key(self._key, what)
 
-  def pure(self) -> tuple[Callable, Any]:
+  def pure(self, records: bool = True) -> tuple[Callable, Any]:
     """(fn, arrays): the wrapped module as a pure function fn(arrays, *args, **kwargs).
 
     It serves to reverse, recompute or compress a block, or to run it again. The rules that act
     before this one act inside; what the module writes (caches, statistics, taps) is dropped.
+
+    Args:
+      records: whether rules inside may record arrays, which are dropped; if not, fn raises a
+        ValueError.
     """
     fn, arrays = self._backend.pure(self.module, self.site.path, self._rule.method)
-    return _limited(fn, self.site.path, self._position), arrays
+    return _limited(fn, self.site.path, self._position, records), arrays
 
   def layer(self, site: Site, index: int | None = 0) -> tuple[Callable, Any]:
     """(fn, arrays): a module elsewhere in the model as a pure function, as in `pure`.
@@ -451,8 +462,11 @@ def acting(rules: list, path: str) -> list:
   return rules[: _limits.get({}).get(path, len(rules))]
 
 
-def _limited(fn: Callable, path: str, count: int) -> Callable:
-  """fn(arrays, ...) with the first `count` of the rules at a path, and nothing recorded."""
+def _limited(fn: Callable, path: str, count: int, records: bool = True) -> Callable:
+  """fn(arrays, ...) with the first `count` of the rules at a path, and nothing recorded.
+
+  Where rules may not record (`records`), one that does is an error.
+  """
   # fn may be traced later than the rules around it run: then they are around it as they were.
   around = wraps()
   running = _running.get()
@@ -460,10 +474,12 @@ def _limited(fn: Callable, path: str, count: int) -> Callable:
   def run(arrays, *args, **kwargs):
     limits = _limits.set({**_limits.get({}), path: count})
     calls = _running.set(running)
+    drops = _drops.set(_drops.get() and records)
     try:
       with wrapped(around):
         return fn(arrays, *args, **kwargs)
     finally:
+      _drops.reset(drops)
       _running.reset(calls)
       _limits.reset(limits)
 

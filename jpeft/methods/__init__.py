@@ -8,6 +8,7 @@ from .arguments import on_first
 from .keys import more_keys
 from .memory.meft import meft, reconstruction_error
 from .memory.s2a import packed, s2a
+from .memory.tiled import tiled
 from .memory.velora import directed, projected, velora
 from .nn import drop
 from .presets import names, preset
@@ -137,6 +138,7 @@ __all__ = [
   'spt',
   'ssf',
   'switchlora',
+  'tiled',
   'to_bits',
   'tune',
   'unipt',

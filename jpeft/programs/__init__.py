@@ -1,5 +1,6 @@
 """Programs as JAX traces and compiles them: equations, cuts, costs."""
 
+from .by_token import mixing
 from .collectives import Collective, collectives, collectives_of_text
 from .compile import TooLarge, compiled, memory, mib, nbytes
 from .compiled_text import parsed
@@ -32,6 +33,7 @@ __all__ = [
   'inside',
   'memory',
   'mib',
+  'mixing',
   'nbytes',
   'parsed',
   'reader',

@@ -6,9 +6,8 @@ A loss in pieces (`in_pieces`) runs the teacher's head on some of these at a tim
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 
-from jpeft.core import Tuned, at_head
+from jpeft.core import Tuned, at_head, cut_tokens, equal_pieces, joined_tokens
 from jpeft.programs import Traced
 
 # Numbers of the logits of one piece, at most.
@@ -34,8 +33,8 @@ class HeadStates:
 
   def logits(self) -> jax.Array:
     """Whole logits [B, N, V], of which a loss in pieces makes some at a time."""
-    made = jax.lax.map(lambda x: self.head((), self.arrays, x), cut(self.x, self.size))
-    return joined(made, self.x.shape[1])
+    made = jax.lax.map(lambda x: self.head((), self.arrays, x), cut_tokens(self.x, self.size))
+    return joined_tokens(made, self.x.shape[1])
 
 
 @jax.tree_util.register_dataclass
@@ -87,19 +86,4 @@ def head_states(tuned: Tuned, most: int = MOST_LOGITS) -> tuple[Tuned, str]:
 def tokens_of_a_piece(shape: tuple[int, ...], words: int, most: int) -> int:
   """Tokens of each row of [B, N, ...] whose logits are `most` numbers; all pieces are alike."""
   rows = max(1, most // (shape[0] * words))
-  count = -(-shape[1] // rows)
-  return -(-shape[1] // count)
-
-
-def cut(x: jax.Array, size: int, fill: int = 0) -> jax.Array:
-  """[B, N, ...] as pieces [N / size, B, size, ...], filled up at the end."""
-  missing = -x.shape[1] % size
-  x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
-  x = x.reshape(x.shape[0], -1, size, *x.shape[2:])
-  return jnp.moveaxis(x, 1, 0)
-
-
-def joined(pieces: jax.Array, length: int) -> jax.Array:
-  """Pieces [N / size, B, size, ...] as [B, length, ...]."""
-  x = jnp.moveaxis(pieces, 0, 1)
-  return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+  return equal_pieces(shape[1], rows)

@@ -31,18 +31,28 @@ def method_of(config):
   """The method that the config names, from the registry.
 
   Raises:
-    ValueError: no such method or hyperparameter, or a value that it does not take.
+    ValueError: no such method or hyperparameter, or a value that it does not take; two ways to need
+      less memory that do not go together.
   """
   values = config.method.to_dict()
   name = values.pop('name')
   head = values.pop('head')
   for key in ('start', 'start_head'):  # of training, see `start_of`
     del values[key]
-  values['saved_bits'] = Memory.of(config).saved_bits
+  memory = Memory.of(config)
+  values['saved_bits'] = memory.saved_bits
   try:
-    return methods.make(name, head=head, **values)
+    method = methods.make(name, head=head, **values)
   except TypeError as error:
     raise ValueError(f'config.method: {name} does not take {values}: {error}') from error
+  if memory.mlp_tokens is not None:
+    if memory.saved_bits is not None:
+      raise ValueError(
+        'config.model.mlp_tokens and config.method.saved_bits do not go together: the first '
+        'computes again what the second stores; leave one of them out'
+      )
+    method = chain(method, methods.tiled(memory.mlp_tokens))
+  return method
 
 
 def hyperparameters(config) -> dict[str, Any]:

@@ -9,6 +9,7 @@ one place that acts on it:
 | saved_bits | `method_of`: the method is chained with `packed` |
 | storage | `build`: the kernels are loaded in this format |
 | implementation | `build`: of the products with them |
+| mlp_tokens | `method_of`: the method is chained with `tiled` |
 | offload | `Layout.of_state` and `step.train_step` |
 | cached_features | `loop`: parts are replaced by their `feature_cache.cached` |
 """
@@ -28,6 +29,7 @@ class Memory:
     saved_bits: bits of a value that the backward pass stores of a block; None for whole values.
     storage: name of the 4-bit format of the backbone's kernels; None for the kernels as loaded.
     implementation: of the products with these, see `quant.quantize`.
+    mlp_tokens: tokens of each example that an MLP runs on at a time; None for all.
     offload: whether the optimizer's state is in host memory between updates.
     cached_features: whether what comes before theta runs once an example and not once a step.
   """
@@ -36,6 +38,7 @@ class Memory:
   saved_bits: int | None = None
   storage: str | None = None
   implementation: str = 'auto'
+  mlp_tokens: int | None = None
   offload: bool = False
   cached_features: bool = False
 
@@ -51,6 +54,7 @@ class Memory:
       saved_bits=config.method.saved_bits,
       storage=storage,
       implementation=config.model.kernels,
+      mlp_tokens=config.model.mlp_tokens,
       offload=config.optimizer.offload,
       cached_features=config.data.cache_features,
     )

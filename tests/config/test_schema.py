@@ -54,6 +54,26 @@ def test_what_the_backward_pass_keeps():
     kept(3)
 
 
+def test_mlps_on_some_tokens_at_a_time():
+  def names(tokens, **method):
+    made = config.complete(
+      {
+        **SMALL,
+        'model': {**SMALL['model'], 'mlp_tokens': tokens},
+        'method': {'name': 'lora', **method},
+      }
+    )
+    return training.method_of(made).names
+
+  assert names(512) == ('lora', 'head', 'tiled') and names(None) == ('lora', 'head')
+  with pytest.raises(ValueError, match='config.model.mlp_tokens must be a number of tokens'):
+    names(0)
+  with pytest.raises(
+    ValueError, match='mlp_tokens and config.method.saved_bits do not go together'
+  ):
+    names(512, saved_bits=4)
+
+
 def test_json_round_trip_and_differences(tmp_path):
   one = config.complete({**SMALL, 'optimizer': {'groups': ((r'.*/b', 4.0),)}})
   (tmp_path / 'config.json').write_text(config.to_json(one))
