@@ -281,6 +281,18 @@ def test_logits_of_a_decoder_of_8b_are_never_whole(measured):
 
 @pytest.mark.aot
 @pytest.mark.slow
+@pytest.mark.parametrize(
+  ('work', 'method', 'remat', 'mib', 'cycles'),
+  [('w6_8b', 'qst', 'none', 6421, 1.05), ('w4_7b_long', 'qlora', 'block', 7000, 1.01)],
+)
+def test_mlps_on_some_tokens_at_a_time_need_less(measured, work, method, remat, mib, cycles):
+  whole, tiled = (measured(name, method, remat, 'scan') for name in (work, f'{work}_tiled'))
+  assert tiled['total_mib'] <= min(mib, whole['total_mib'])
+  assert tiled['mcycles'] <= cycles * whole['mcycles']
+
+
+@pytest.mark.aot
+@pytest.mark.slow
 @pytest.mark.parametrize('layers', ['scan', 'unroll'])
 def test_4_bit_kernels_cost_no_memory(measured, layers):
   qlora, lora = (measured('w1', name, 'none', layers) for name in ('qlora', 'lora_all'))
