@@ -313,10 +313,12 @@ FIELDS: dict[str, Field] = {
   # The method; its further keys are those of its factory.
   'method.name': Field(TEXT, REQUIRED, 'of the registry, such as lora or lst'),
   'method.head': Field(
-    (bool, type(None)),
+    (bool, str, type(None)),
     None,
     "train the model's head as well; if left out, where it is fresh: not "
-    'of a model that writes text',
+    'of a model that writes text. For vqt and head2toe also the pattern of the head',
+    'true, false, or a pattern of modules',
+    lambda v: v != '',
   ),
   'method.start': Field(
     _OPTIONAL_TEXT,

@@ -57,8 +57,8 @@ from .weight.switchlora import switchlora
 from .weight.vb_lora import vb_lora
 from .weight.vera import vera
 
-# Keys of the method section of a configuration that are not of the factory. So is `head`; factories
-# that have a pattern of that name take it from the model's naming scheme there.
+# Keys of the method section of a configuration that are not of the factory. So is `head`, unless it
+# is a pattern, which a factory with an argument of that name gets.
 RESERVED = ('start', 'start_head', 'saved_bits')
 
 
@@ -236,19 +236,28 @@ def register_method(
   REGISTRY[name] = Entry(make, paper, title, storage, module_of(make))
 
 
-def make(name: str, head: bool = True, saved_bits: int | None = None, **hyperparameters) -> Method:
+def _takes_head(name: str) -> bool:
+  """Whether the factory of a method has an argument `head`, a pattern."""
+  return 'head' in inspect.signature(REGISTRY[name].make).parameters
+
+
+def make(
+  name: str, head: bool | str = True, saved_bits: int | None = None, **hyperparameters
+) -> Method:
   """A method of the registry by name.
 
   Args:
     name: a key of REGISTRY.
-    head: also train the model's head, for methods that do not by themselves.
+    head: also train the model's head, for methods that do not by themselves; or the pattern that a
+      factory with an argument `head` takes.
     saved_bits: of a value that the backward pass keeps of a block (`packed`), 4 or 8; None for
       whole values.
     **hyperparameters: of the method's factory; and `layers`, the layers of the model in which the
       method acts (see `in_layers`), where the factory has no argument of that name itself.
 
   Raises:
-    ValueError: an unknown method or hyperparameter.
+    ValueError: an unknown method or hyperparameter, or the pattern of a head for a method that
+      takes none.
   """
   if name not in REGISTRY:
     hint = did_you_mean(name, REGISTRY)
@@ -262,6 +271,14 @@ def make(name: str, head: bool = True, saved_bits: int | None = None, **hyperpar
     if key not in known:
       hint = did_you_mean(key, known)
       raise ValueError(f'{name} has no hyperparameter {key!r}{hint} It has: {", ".join(known)}')
+  if isinstance(head, str):
+    if not _takes_head(name):
+      others = [other for other in REGISTRY if _takes_head(other)]
+      raise ValueError(
+        f'{name} takes no pattern of a head, and head={head!r} is one: give true or false; '
+        f'patterns are for {", ".join(others)}'
+      )
+    hyperparameters['head'] = head
   method = entry.make(**hyperparameters)
   if layers is not None:
     method = in_layers(method, layers)

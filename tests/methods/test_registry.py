@@ -1,6 +1,7 @@
 """The registry: what it says of a method, and methods from outside jpeft."""
 
 import dataclasses
+import functools
 import inspect
 import sys
 
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 
 import jpeft
+from jpeft import config, training
 from jpeft.config.schema import FIELDS
-from jpeft.core import unprepared
+from jpeft.core import Method, unprepared
 from jpeft.methods import REGISTRY, registry
 from tests.core.small import gain, shift
 from tests.methods.small import IMAGES, vit
@@ -62,11 +64,76 @@ def test_what_cannot_be_registered(registered, name, make, error, message):
     jpeft.register_method(name, make, title='')
 
 
-def test_a_config_can_set_every_hyperparameter():
+# What no command line can set, and why. Of `prune` it can set all but given scores.
+UNSET = {
+  'name': 'names the method itself in a config, and theta has it by that name',
+  ('vera', 'projections'): 'arrays',
+  ('randlora', 'bases'): 'arrays',
+}
+# Values of arguments whose default is None, by what is in their annotation, the first that is.
+GIVEN = {
+  'tuple[float, float]': (0.1, 1.0),
+  'tuple[int, ...]': (0, 2),
+  'Sequence[int]': (0, 2),
+  'float': 0.5,
+  'int': 3,
+  'str': '.*/fc',
+  'Any': 'magnitude',
+}
+
+
+def given(parameter: inspect.Parameter):
+  """A value that an argument of a factory takes."""
+  if parameter.default is not None:
+    return parameter.default
+  return next(value for kind, value in GIVEN.items() if kind in str(parameter.annotation))
+
+
+def test_a_config_can_set_every_hyperparameter(monkeypatch, tmp_path):
   of_configs = {key.removeprefix('method.') for key in FIELDS if key.startswith('method.')}
   assert of_configs == {'name', 'head', *registry.RESERVED}
+  file = tmp_path / 'tiny.py'
+  values = {'model': {'source': 's'}, 'data': {'name': 'd'}, 'steps': 1, 'method': {'name': 'full'}}
+  file.write_text(f'def get_config():\n  return {values!r}\n')
   for name, entry in REGISTRY.items():
-    assert not set(registry.RESERVED) & set(inspect.signature(entry.make).parameters), name
+    parameters = inspect.signature(entry.make).parameters
+    assert not set(registry.RESERVED) & set(parameters), name
+    wanted = {
+      key: given(parameter)
+      for key, parameter in parameters.items()
+      if key not in UNSET and (name, key) not in UNSET
+    }
+    flags = [f'--config.method.{key}={config.as_text(value)}' for key, value in wanted.items()]
+    command = config.parse([f'--config={file}', f'--config.method.name={name}', *flags])
+    made = {}
+
+    @functools.wraps(entry.make)
+    def make(found=made, **hyperparameters):
+      found.update(hyperparameters)
+      return Method()
+
+    recorded = dataclasses.replace(entry, make=make)
+    monkeypatch.setitem(registry.REGISTRY, name, recorded)
+    training.method_of(command.load())
+    monkeypatch.setitem(registry.REGISTRY, name, entry)
+    assert made == wanted, name
+
+
+def test_sequences_of_a_config_that_was_stored_are_lists():
+  assert jpeft.make('hst', widths=[8, 8, 8, 8], heads=[1, 1, 1, 1]).names == ('hst',)
+  assert jpeft.make('meft', scales=[0.1, 1.0], head=False).names == ('meft',)
+  for name in ('lst', 'qst', 'side_tuning', 'sherl'):
+    assert jpeft.make(name, layers=[0, 2], head=False) == jpeft.make(
+      name, layers=[0, 2], head=False
+    )
+
+
+def test_the_head_that_a_method_makes_anew_is_chosen_by_its_pattern():
+  assert jpeft.make('vqt', head='.*/classify') == jpeft.vqt(head='.*/classify')
+  assert jpeft.make('head2toe', head='top') == jpeft.methods.head2toe(head='top')
+  with pytest.raises(ValueError, match='patterns are for head2toe, vqt') as refused:
+    jpeft.make('lora', head='.*/classify')
+  assert "lora takes no pattern of a head, and head='.*/classify' is one" in str(refused.value)
 
 
 def test_a_method_by_name_acts_in_some_layers():
