@@ -16,8 +16,9 @@ Deviations. The paper updates a truncated SVD batch by batch until its vectors s
 C y is summed over all batches, C the covariance of the inputs and y [fan_in, 2 rho r + 10] random,
 and the components follow from it at the end (Nystroem's approximation, Tropp et al., 2017,
 1706.05736): the same for any order and size of batches, exact where y is as wide as the inputs.
-Rows at which the model's `mask`, in a decoder behind an
-encoder its `decoder_mask`, is 0 are left out; a last batch that is filled up is left out too.
+Rows at which the model's `mask` is 0 are left out, or its `decoder_mask` in a decoder behind an
+encoder, but for the keys and values that it makes of what the encoder gives; a last batch that is
+filled up is left out too.
 In a scanned stack factors are as large as the largest rank in it: the others are filled up by
 zeros, which no gradient moves. Convolutions, kernels with a batch axis, and modules that own bare
 arrays are refused, since what enters their product cannot be told from what enters the module.
@@ -39,6 +40,7 @@ from jpeft.core import (
   Pass,
   Preparation,
   Site,
+  Sites,
   at,
   factory,
   matrix,
@@ -47,6 +49,7 @@ from jpeft.core import (
 
 from ..arguments import first_array
 from ..check import at_least, require
+from ..masks import reads_other_sequence
 from ..nn import drop, uniform
 from .lora import check_rank
 
@@ -218,6 +221,7 @@ class _Eva:
     """A method that records sums over the rows that enter layers."""
     name = f'{self.name} inputs'
     shapes = {site.owner: _shape_of_input(site, self.kernel(site)) for site in sites}
+    of_encoder = _of_encoder(sites[0].model)
 
     def at_layer(t, call, *args, **kwargs):
       path = call.site.path
@@ -229,7 +233,8 @@ class _Eva:
           f'{list(shape)}: leave it out of targets'
         )
       lead = x.shape[: x.ndim - len(shape)]
-      side = 'decoder_mask' if path.startswith('decoder') else 'mask'
+      of_decoder = path.startswith('decoder') and path not in of_encoder
+      side = 'decoder_mask' if of_decoder else 'mask'
       mask = None if call.root is None else call.root.get(side)
       counts = jnp.ones(lead, jnp.float32)
       if mask is not None and mask.shape == lead:
@@ -239,6 +244,13 @@ class _Eva:
 
     owners = '|'.join(map(re.escape, tests))
     return at(owners, Call(name, at_layer))
+
+
+def _of_encoder(sites: Sites) -> set[str]:
+  """The paths of the layers that make keys and values of another sequence than their block's."""
+  crossing = [site.path for site in sites.of_role('attention') if reads_other_sequence(site.inputs)]
+  made = [site.owner for role in ('k', 'v') for site in sites.of_role(role)]
+  return {path for path in made if any(path.startswith(f'{outer}/') for outer in crossing)}
 
 
 def _shape_of_input(site: Site, array: str) -> tuple[int, ...]:

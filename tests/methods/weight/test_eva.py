@@ -76,6 +76,24 @@ def test_padding_is_left_out():
   assert jpeft.found_in(method)['eva/rows'] == 10
 
 
+def test_keys_of_cross_attention_are_weighed_by_the_mask_of_the_encoder():
+  model, held = small.t5()
+  masks = {
+    'mask': np.array([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]]),
+    'decoder_mask': np.array([[1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0]]),
+  }
+  inputs = {'tokens': small.TOKENS, 'decoder_tokens': small.TOKENS, **masks}
+  labels = np.zeros((2, 6), np.int32)
+  for layer, rows in (
+    ('cross_attention/key', 10),
+    ('cross_attention/query', 5),
+    ('attention/value', 5),
+  ):
+    waiting = jpeft.eva(2, targets=f'decoder/block_1/{layer}')
+    method = jpeft.prepare(waiting, model, held, [(inputs, labels)])
+    assert jpeft.found_in(method)['eva/rows'] == rows, layer
+
+
 def test_what_it_cannot_read_is_told():
   with pytest.raises(ValueError, match='rho=0.5 must be at least 1'):
     jpeft.eva(rho=0.5)
