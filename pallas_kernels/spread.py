@@ -2,8 +2,8 @@
 
 At that time the platform is known, and the mesh of devices. XLA partitions no kernel, so on a mesh
 every device runs its own, inside of a shard_map: on the columns of W that the axis `model` gives
-it, and on those rows of x that the other axes give it. Under vmap rows that are mapped are more
-rows.
+it, and on those rows of x that the other axes give it: the last axis of rows is that of tokens,
+which the axis `sequence` splits. Under vmap rows that are mapped are more rows.
 """
 
 import functools
@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from .choice import KERNELS, OPERATION
 
 COLUMNS = 'model'  # the axis of a mesh over which columns are split
+TOKENS = 'sequence'  # the axis over which tokens are split, the axis of x before the last
 
 
 class Product(Protocol):
@@ -154,10 +155,7 @@ def _on_mesh(platform, product: Product, mesh, of_x: tuple[int, ...], of_codes: 
     of_x: the shape of x.
     of_codes: the shape of the codes.
   """
-  leading = [None] * (len(of_x) - 1)
-  axes, columns = shares(mesh, of_x[0], of_codes[1])
-  if leading:
-    leading[0] = axes
+  leading, columns = shares(mesh, of_x[:-1], of_codes[1])
   of_rows = P(*leading, None)
   of_columns = P(*leading, columns)
   given, made = (of_columns, of_rows) if product.transposed else (of_rows, of_columns)
@@ -172,22 +170,27 @@ def _on_mesh(platform, product: Product, mesh, of_x: tuple[int, ...], of_codes: 
   return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=made, check_vma=False)
 
 
-def shares(mesh, leading: int, columns: int) -> tuple[tuple[str, ...], str | None]:
-  """(the axes of a mesh that split the first axis of x, the one that splits the columns of W).
+def shares(
+  mesh, leading: tuple[int, ...], columns: int
+) -> tuple[list[tuple[str, ...]], str | None]:
+  """(for each axis of x but the last the axes of a mesh that split it, the one of W's columns).
 
   Axes that do not divide a length leave it whole.
 
   Args:
     mesh: of all devices.
-    leading: length of the first axis of x, if that is not what is summed over.
+    leading: lengths of the axes of x, without that which is summed over.
     columns: of W.
   """
   of_columns = None
   if COLUMNS in mesh.axis_names and columns % mesh.shape[COLUMNS] == 0:
     of_columns = COLUMNS
-  axes: list[str] = []
+  found: list[tuple[str, ...]] = [() for _ in leading]
   for axis in mesh.axis_names:
-    parts = math.prod(mesh.shape[name] for name in (*axes, axis))
-    if axis != COLUMNS and leading % parts == 0:
-      axes.append(axis)
-  return tuple(axes), of_columns
+    if axis == COLUMNS or not leading:
+      continue
+    place = len(leading) - 1 if axis == TOKENS else 0
+    parts = math.prod(mesh.shape[name] for name in (*found[place], axis))
+    if leading[place] % parts == 0:
+      found[place] = (*found[place], axis)
+  return found, of_columns

@@ -485,6 +485,7 @@ FIELDS: dict[str, Field] = {
   # Devices.
   'mesh.data': _positive(int, 1, 'devices that share a batch'),
   'mesh.model': _positive(int, 1, 'devices that share a copy of the backbone'),
+  'mesh.sequence': _positive(int, 1, 'devices that share the tokens of each row of texts'),
   'mesh.backbone': _choice(
     'replicated',
     'whole on each device, cut over the model axis, or cut over both axes',
@@ -611,6 +612,16 @@ def _check_data(out: dict[str, Any]) -> None:
       raise ValueError(
         f'config.{batch}={out[batch]} is not divisible by config.{parts}={out[parts]}'
       )
+  if out['mesh.sequence'] > 1:
+    for key, what in (
+      ('data.cache_features', 'features are computed and kept of whole rows'),
+      ('eval.generate', 'what writes texts has a cache of whole rows'),
+    ):
+      if out[key]:
+        raise ValueError(
+          f'config.{key}={out[key]} and config.mesh.sequence={out["mesh.sequence"]}: {what}, and '
+          'the latter cuts rows; leave one of them out'
+        )
   if out['data.cache_features'] and out['data.augment'] != 'none':
     raise ValueError(
       f'config.data.augment={out["data.augment"]!r} changes the images each epoch: with '

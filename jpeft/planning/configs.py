@@ -61,7 +61,7 @@ def _of_config(name: str, config, where: Target, search: bool) -> Plan:
     batch=lambda size: training.batch_shapes(example, size, None),
     size=config.data.batch_size,
     memory=training.Memory.of(config),
-    mesh=(config.mesh.data, config.mesh.model),
+    mesh=(config.mesh.data, config.mesh.model, config.mesh.sequence),
     backbone=config.mesh.backbone,
     whole_below=config.mesh.whole_below,
     accumulate=config.optimizer.accumulate,

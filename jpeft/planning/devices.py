@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from jpeft import training
 from jpeft.messages import did_you_mean
 
 GIB = 2**30
@@ -96,18 +96,19 @@ class Target:
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   why: str = ''
 
-  def mesh(self, data: int = 1, model: int = 1) -> Mesh:
-    """A mesh of data x model devices.
+  def mesh(self, data: int = 1, model: int = 1, sequence: int = 1) -> Mesh:
+    """A mesh of data x sequence x model devices.
 
     Raises:
       ValueError: the target has fewer.
     """
-    if data * model > len(self.devices):
+    needed = data * model * sequence
+    if needed > len(self.devices):
       raise ValueError(
-        f'a mesh of data={data} x model={model} needs {data * model} chips, and {self.name} has '
+        f'{training.named(data, model, sequence)} needs {needed} chips, and {self.name} has '
         f'{len(self.devices)}: name a larger topology, such as tpu:v5p:4x4x4'
       )
-    return Mesh(np.array(self.devices[: data * model]).reshape(data, model), ('data', 'model'))
+    return training.mesh_of(self.devices, data, model, sequence)
 
 
 def target(name: str | None = None) -> Target:

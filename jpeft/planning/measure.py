@@ -59,6 +59,8 @@ def _of_stage(
       f'a batch of {size} does not divide over {work.mesh[0]} devices and {work.accumulate} '
       'micro-batches'
     )
+  layout = work.layout(tuned, mesh)
+  layout.check(work.batch(size))
   shapes = training.state_shapes(tuned, tx, work.variables, work.teacher is not None)
   state, backbone, batch = work.placed(tuned, mesh, shapes, size)
   step = jax.jit(
@@ -97,7 +99,7 @@ def _of_stage(
     kernels=quant.told(tuned.sites, products, mesh),
     seconds=time.perf_counter() - start,
     bounds=tuple(bounds(tuned.method)),
-    uncut=tuple(work.layout(tuned, mesh).exceptions()),
+    uncut=tuple(layout.exceptions()),
     **needed,
   )
 

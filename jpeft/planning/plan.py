@@ -30,7 +30,7 @@ def plan(
   target: str | None = None,
   optimizer: str = 'adamw',
   accumulate: int = 1,
-  mesh: tuple[int, int] = (1, 1),
+  mesh: tuple[int, ...] = (1, 1),
   sharded: bool | str = False,
   whole_below: int = training.WHOLE_BELOW,
   search: bool = False,
@@ -54,7 +54,7 @@ def plan(
       compiler, is installed, else 'cpu'; the table says which, and why.
     optimizer: 'adamw', 'adamw_8bit', 'adam', 'sgd', 'lion' or 'adafactor'.
     accumulate: micro-batches that a batch is cut into.
-    mesh: (data, model) devices.
+    mesh: (data, model) or (data, model, sequence) devices, see `training.Layout`.
     sharded: how the backbone is cut over the mesh, 'replicated', 'sharded' or 'fsdp'; True for
       'sharded'.
     whole_below: arrays with fewer numbers in one layer are whole on each device.

@@ -26,7 +26,7 @@ class Work:
     batch: size -> {name: shape}, as the trainer feeds them.
     size: examples an update.
     memory: what is done to need less memory; `model` and `variables` are already as it says.
-    mesh: (data, model) devices.
+    mesh: (data, model) or (data, model, sequence) devices.
     backbone, whole_below: see `training.Layout`.
     accumulate, objective: see `training.train_step`.
     teacher: a moving average of the model that teaches it; None for none.
@@ -38,7 +38,7 @@ class Work:
   batch: Callable[[int], dict[str, jax.ShapeDtypeStruct]]
   size: int
   memory: Memory = dataclasses.field(default_factory=Memory)
-  mesh: tuple[int, int] = (1, 1)
+  mesh: tuple[int, ...] = (1, 1)
   backbone: str = 'replicated'
   whole_below: int = training.WHOLE_BELOW
   accumulate: int = 1
@@ -90,7 +90,8 @@ class Work:
     offload = training.offloads(mesh, self.memory.offload)
     state = training.with_sharding(state, layout.of_state(state, offload))
     variables = training.with_sharding(self.variables, layout.of_backbone(self.variables))
-    batch = training.with_sharding(self.batch(size), training.over_data(mesh))
+    batch = self.batch(size)
+    batch = training.with_sharding(batch, training.of_batch(mesh, batch))
     return state, variables, batch
 
   def step(self, tuned: Tuned, tx: optax.GradientTransformation, mesh: Mesh) -> Callable:

@@ -1,5 +1,6 @@
 """What multiplies by the 4-bit kernels of a model, in words."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -47,8 +48,8 @@ def _why_not(product: Multiplied, platform: str, mesh) -> str | None:
     return product.refusal
   leaf = product.site.leaves[product.site.matrices[0]]
   leading = product.shape[:-1]
-  axes, columns = pallas_kernels.shares(mesh, (*leading, 1)[0], leaf.fan_out)
-  rows = math.prod(leading) // math.prod(mesh.shape[axis] for axis in axes)
+  axes, columns = pallas_kernels.shares(mesh, leading, leaf.fan_out)
+  rows = math.prod(leading) // math.prod(mesh.shape[axis] for axis in itertools.chain(*axes))
   fan_out = leaf.fan_out
   if columns is not None:
     fan_out //= mesh.shape[columns]

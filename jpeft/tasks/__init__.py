@@ -19,6 +19,7 @@ from .metrics import (
 from .modality import (
   Modality,
   inputs,
+  length_of,
   modality,
   modality_module,
   modality_of,
@@ -81,6 +82,7 @@ __all__ = [
   'head_states',
   'in_pieces',
   'inputs',
+  'length_of',
   'loss',
   'loss_of_teacher',
   'mae',

@@ -350,6 +350,14 @@ def taken(method: Method, batch: Mapping[str, Any]) -> dict[str, Any]:
   return {name: x for name, x in batch.items() if name in names and name not in _OF_TRAINER}
 
 
+def length_of(batch: Mapping[str, Any]) -> int | None:
+  """The tokens of a row of a batch; None where examples are no rows of tokens, such as images."""
+  for found in modalities().values():
+    if found.key in batch:
+      return batch[found.key].shape[1] if found.has_length else None
+  return None
+
+
 def inputs(batch: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
   """(args, kwargs) of the model's call for a batch.
 

@@ -25,7 +25,9 @@ from .teachers import MOST_LOGITS, Taught, tokens_of_a_piece
 NAME = 'pieces'
 
 
-def in_pieces(tuned: Tuned, smoothing: float = 0.0, most: int = MOST_LOGITS) -> tuple[Tuned, str]:
+def in_pieces(
+  tuned: Tuned, smoothing: float = 0.0, most: int = MOST_LOGITS, parts: int = 1
+) -> tuple[Tuned, str]:
   """(a Tuned that gives losses in place of logits, ''), or (the same Tuned, why it cannot).
 
   `apply(..., labels=labels)` of the first gives [B, N, 2] in float32: the loss of each token, 0
@@ -35,7 +37,8 @@ def in_pieces(tuned: Tuned, smoothing: float = 0.0, most: int = MOST_LOGITS) -> 
   Args:
     tuned: of a model whose output is what its head returns, [B, N, V].
     smoothing: the share of the target that all words get alike.
-    most: numbers of the logits of one piece.
+    most: numbers of the logits of one piece, on each of `parts` devices.
+    parts: devices that the tokens of a row are cut over.
   """
   if tuned.has_loss:
     return tuned, 'the method has a loss of its own, which reads the output'
@@ -47,8 +50,8 @@ def in_pieces(tuned: Tuned, smoothing: float = 0.0, most: int = MOST_LOGITS) -> 
       labels = taught.labels
     if x.shape[:2] != labels.shape:
       raise NotAtHead(f'the head reads {list(x.shape)}, and there are {list(labels.shape)} labels')
-    size = tokens_of_a_piece(x.shape, tuned.sites[''].out.shape[-1], most)
-    return token_losses(head, arrays, x, labels, size, smoothing, taught)
+    size = tokens_of_a_piece(x.shape, tuned.sites[''].out.shape[-1], most, parts)
+    return token_losses(head, arrays, x, labels, size, smoothing, taught, parts)
 
   return at_head(tuned, NAME, 'labels', losses, training=True)
 
@@ -61,6 +64,7 @@ def token_losses(
   size: int,
   smoothing: float = 0.0,
   taught: Taught | None = None,
+  parts: int = 1,
 ) -> jax.Array:
   """[B, N, 2] in float32: the loss of each token, and whether its label has the largest logit.
 
@@ -69,9 +73,11 @@ def token_losses(
     arrays: what it reads.
     x: its input [B, N, D].
     labels: [B, N] integers; tokens with a negative one have loss 0.
-    size: tokens of each row that it runs on at a time; with a teacher, those of its pieces.
+    size: tokens of each row that it runs on at a time, a multiple of `parts`.
     smoothing: of the labels.
-    taught: what a teacher says of the tokens, into which no gradient flows.
+    taught: what a teacher says of the tokens, into which no gradient flows. Pieces are then as it
+      has them.
+    parts: devices that the tokens of a row are cut over.
 
   Differentiable once, in reverse, in x and arrays.
   """
@@ -79,6 +85,7 @@ def token_losses(
   fixed = []
   if taught is not None:
     size = taught.states.size
+    parts = taught.states.parts
     if taught.states.x.shape[:2] != labels.shape:
       raise ValueError(
         f'the teacher read {list(taught.states.x.shape[:2])} tokens, and there are '
@@ -110,9 +117,12 @@ def token_losses(
       found = (1 - weight) * found + weight * loss_of_teacher(logits, told, labels, temperature)
     return jnp.stack([found, likeliest(logits, labels).astype(jnp.float32)], -1)
 
-  beside = {name: cut_tokens(y, size, -1 if name == 'labels' else 0) for name, y in beside.items()}
-  out = _over_pieces(losses)([*traced.consts, *leaves], cut_tokens(x, size), beside, fixed)
-  return joined_tokens(out, x.shape[1])
+  beside = {
+    name: cut_tokens(y, size, -1 if name == 'labels' else 0, parts) for name, y in beside.items()
+  }
+  pieces = cut_tokens(x, size, parts=parts)
+  out = _over_pieces(losses)([*traced.consts, *leaves], pieces, beside, fixed)
+  return joined_tokens(out, x.shape[1], parts)
 
 
 def _over_pieces(losses: Callable) -> Callable:

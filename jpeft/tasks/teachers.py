@@ -24,17 +24,20 @@ class HeadStates:
     arrays: that the head reads.
     head: ((), arrays, x [B, size, D]) -> logits [B, size, V].
     size: tokens of each row that it runs on at a time.
+    parts: devices that the tokens of a row are cut over.
   """
 
   x: jax.Array
   arrays: list[jax.Array]
   head: Traced = dataclasses.field(metadata={'static': True})
   size: int = dataclasses.field(metadata={'static': True})
+  parts: int = dataclasses.field(default=1, metadata={'static': True})
 
   def logits(self) -> jax.Array:
     """Whole logits [B, N, V], of which a loss in pieces makes some at a time."""
-    made = jax.lax.map(lambda x: self.head((), self.arrays, x), cut_tokens(self.x, self.size))
-    return joined_tokens(made, self.x.shape[1])
+    pieces = cut_tokens(self.x, self.size, parts=self.parts)
+    made = jax.lax.map(lambda x: self.head((), self.arrays, x), pieces)
+    return joined_tokens(made, self.x.shape[1], self.parts)
 
 
 @jax.tree_util.register_dataclass
@@ -59,7 +62,7 @@ class Taught:
   weight: float | jax.Array = 0.5
 
 
-def head_states(tuned: Tuned, most: int = MOST_LOGITS) -> tuple[Tuned, str]:
+def head_states(tuned: Tuned, most: int = MOST_LOGITS, parts: int = 1) -> tuple[Tuned, str]:
   """(a Tuned that gives `HeadStates` in place of logits, ''), or (the same Tuned, why it cannot).
 
   `apply(..., states=True)` of the first gives them, under stop_gradient. theta is the same.
@@ -67,23 +70,31 @@ def head_states(tuned: Tuned, most: int = MOST_LOGITS) -> tuple[Tuned, str]:
   Args:
     tuned: of a model whose output is what its head returns, [B, N, V]; `attach(model, chain(),
       ...)` for a model as it is.
-    most: numbers of the logits of one piece.
+    most: numbers of the logits of one piece, on each of `parts` devices.
+    parts: devices that the tokens of a row are cut over.
   """
 
   def states(asked, head, arrays, x):
-    size = tokens_of_a_piece(x.shape, tuned.sites[''].out.shape[-1], most)
+    size = tokens_of_a_piece(x.shape, tuned.sites[''].out.shape[-1], most, parts)
     leaves, tree = jax.tree.flatten((arrays, x))
     leaves = [jax.lax.stop_gradient(leaf) for leaf in leaves]
     arrays, x = tree.unflatten(leaves)
     piece = jax.ShapeDtypeStruct((x.shape[0], size, *x.shape[2:]), x.dtype)
     traced = Traced(head, jax.tree.map(jax.typeof, arrays), piece)
     consts = [jax.lax.stop_gradient(const) for const in traced.consts]
-    return HeadStates(x, [*consts, *jax.tree.leaves(arrays)], traced, size)
+    return HeadStates(x, [*consts, *jax.tree.leaves(arrays)], traced, size, parts)
 
   return at_head(tuned, 'states', 'states', states, training=False)
 
 
-def tokens_of_a_piece(shape: tuple[int, ...], words: int, most: int) -> int:
-  """Tokens of each row of [B, N, ...] whose logits are `most` numbers; all pieces are alike."""
+def tokens_of_a_piece(shape: tuple[int, ...], words: int, most: int, parts: int = 1) -> int:
+  """Tokens of each row of [B, N, ...] whose logits are `most` numbers; all pieces are alike.
+
+  Args:
+    shape: of the states.
+    words: V.
+    most: numbers of the logits of a piece on each of `parts` devices.
+    parts: devices that the tokens of a row are cut over; the same number of tokens of each of them.
+  """
   rows = max(1, most // (shape[0] * words))
-  return equal_pieces(shape[1], rows)
+  return equal_pieces(shape[1], rows, parts)

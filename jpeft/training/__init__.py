@@ -24,6 +24,9 @@ from .report import line, needs, table, write_report
 from .run import train
 from .sharding import (
   mesh,
+  mesh_of,
+  named,
+  of_batch,
   offloads,
   over_data,
   replicated,
@@ -84,8 +87,11 @@ __all__ = [
   'markdown',
   'means',
   'mesh',
+  'mesh_of',
   'method_of',
+  'named',
   'needs',
+  'of_batch',
   'offloads',
   'optim',
   'optimizer',

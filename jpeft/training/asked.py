@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from jpeft import data, tasks
 from jpeft.core import Tuned, summary, unprepared
@@ -133,11 +133,6 @@ class Asked:
     """The devices."""
     return self.model.layout.mesh
 
-  @property
-  def over_rows(self) -> NamedSharding:
-    """The sharding of batches."""
-    return sharding.over_data(self.mesh)
-
 
 def asked(config, folder: pathlib.Path, skipped: Mapping[str, data.Skipped]) -> Asked:
   """What a configuration asks for.
@@ -172,6 +167,7 @@ def asked_of(
       read of a theta to start from.
     found: what that pass has found.
   """
+  model.layout.check(model.task.example(config, model.pretrained, model.outputs))
   raw = _raw(config, model, skipped)
   examples = raw
   if model.memory.cached_features:
@@ -205,7 +201,7 @@ def asked_of(
 
 def _mesh(config) -> Mesh:
   """The devices, which several processes can share for this run."""
-  mesh = sharding.mesh(config.mesh.data, config.mesh.model)
+  mesh = sharding.mesh(config.mesh.data, config.mesh.model, config.mesh.sequence)
   hosts.check_mesh(mesh)
   hosts.check_supported(config)
   return mesh
@@ -266,9 +262,9 @@ def _drawn(config, source: data.Source) -> data.Source:
 
 def _raw(config, model: Model, skipped: Mapping[str, data.Skipped]) -> Examples:
   """The splits as examples."""
-  over_rows = sharding.over_data(model.layout.mesh)
-  train_rows = hosts.Rows(over_rows, config.data.batch_size)
-  test_rows = hosts.Rows(over_rows, config.data.eval_batch_size or train_rows.size)
+  mesh = model.layout.mesh
+  train_rows = hosts.Rows(mesh, config.data.batch_size)
+  test_rows = hosts.Rows(mesh, config.data.eval_batch_size or train_rows.size)
   part = functools.partial(_part, config, model, skipped)
   train = part('train')
   test = part('test')

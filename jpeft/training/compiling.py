@@ -40,7 +40,7 @@ def shapes_of(run: Asked) -> Shapes:
   return Shapes(
     backbone=sharding.with_sharding(model.pretrained.variables, where),
     backbone_sharding=where,
-    batch=step.batch_shapes(examples.train.example, examples.train_rows.size, run.over_rows),
+    batch=step.batch_shapes(examples.train.example, examples.train_rows.size, run.mesh),
     offload=offload,
   )
 
@@ -95,7 +95,7 @@ def compiled_evaluation(run: Asked, shapes: Shapes, part: Part, theta: Any) -> C
     theta: its shapes.
   """
   example = part.example | {'mask': np.ones(1, np.float32)}
-  batch = step.batch_shapes(example, run.examples.test_rows.size, run.over_rows)
+  batch = step.batch_shapes(example, run.examples.test_rows.size, run.mesh)
   task = run.model.task
   fn = step.eval_step(part.forward, task.tally, task.tally_losses, run.model.objective.pairs)
   return fit.compiled(fn, theta, shapes.backbone, batch)[0]

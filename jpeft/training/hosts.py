@@ -22,7 +22,7 @@ from jpeft import cli
 from jpeft import config as config_lib
 from jpeft.core import leaf_paths
 
-from . import checkpoints
+from . import checkpoints, sharding
 
 # Bytes of an error that the other processes are told.
 _LONGEST = 4000
@@ -174,9 +174,9 @@ def check_mesh(mesh: jax.sharding.Mesh) -> None:
     )
   if several() and mesh.size != jax.device_count():
     raise ValueError(
-      f'{jax.process_count()} processes have {jax.device_count()} devices, and mesh.data='
-      f'{mesh.shape["data"]} x mesh.model={mesh.shape["model"]} takes {mesh.size}: several '
-      'processes share a run on all of their devices'
+      f'{jax.process_count()} processes have {jax.device_count()} devices, and '
+      f'{sharding.named(**mesh.shape)} takes {mesh.size}: several processes share a run on all of '
+      'their devices'
     )
 
 
@@ -296,29 +296,29 @@ class Rows:
     here: their numbers, ascending; None for all.
   """
 
-  def __init__(self, sharding: NamedSharding, size: int):
-    """Args: sharding of a batch, whose first axis is that of rows; size, rows of a batch."""
+  def __init__(self, mesh: jax.sharding.Mesh, size: int):
+    """Args: mesh of the run; size, rows of a batch."""
     self.size = size
     self.here: np.ndarray | None = None
-    self._sharding = sharding
+    self._mesh = mesh
     if several():
-      over_rows = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
-      parts = over_rows.addressable_devices_indices_map((size,)).values()
+      parts = sharding.over_data(mesh).addressable_devices_indices_map((size,)).values()
       self.here = np.unique(np.concatenate([np.arange(size)[part] for part in parts]))
 
   def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """A batch on its devices, from the rows of it that are made here."""
+    where = sharding.of_batch(self._mesh, batch)
     if self.here is None:
-      return jax.device_put(dict(batch), self._sharding)
-    return {name: self._put(x) for name, x in batch.items()}
+      return jax.device_put(dict(batch), where)
+    return {name: self._put(x, where[name]) for name, x in batch.items()}
 
-  def _put(self, x: np.ndarray) -> jax.Array:
+  def _put(self, x: np.ndarray, where: NamedSharding) -> jax.Array:
     def part(index):
       start, stop, _ = index[0].indices(self.size)
       begin = np.searchsorted(self.here, start)
       return x[(slice(begin, begin + stop - start), *index[1:])]
 
-    return jax.make_array_from_callback((self.size, *x.shape[1:]), self._sharding, part)
+    return jax.make_array_from_callback((self.size, *x.shape[1:]), where, part)
 
 
 # ---- The end before the last update.

@@ -7,15 +7,19 @@ a layer finds what it needs on its own.
   sharded      its kernels are cut over the model axis: {q}, {k}, {v} and {fc1} by columns, {o} and
                {fc2} by rows, so that a block adds up two activations (Megatron, arXiv 1909.08053),
                tables of words by words, and 4-bit kernels by columns
-  fsdp         the same, and cut over the data axis too: each layer is gathered where it is read
-               (ZeRO, arXiv 1910.02054)
+  fsdp         the same, and cut over the data and the sequence axis too: each layer is gathered
+               where it is read (ZeRO, arXiv 1910.02054)
 
 Theta and the state of its optimizer are cut over all devices whatever the backbone is. What has
 fewer than `whole_below` numbers a layer is whole.
+
+Over the sequence axis the tokens of a row are cut, and with them all that layers compute of each
+token by itself. Attention in long contexts gathers keys and values, see `core.heads_over`.
 """
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -23,11 +27,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jpeft import tasks
 from jpeft.core import NO_BACKPROP, Box, Call, Rule, Site, Tuned, Weight, backend_of, heads_over
 from jpeft.quant import Quantized
 
 from .model_axis import ModelAxis, by_columns, largest
-from .sharding import idles_in_host, over_data, replicated
+from .sharding import idles_in_host, replicated
 from .step import Forward
 
 BACKBONES = ('replicated', 'sharded', 'fsdp')
@@ -44,7 +49,7 @@ class Layout:
 
   Attributes:
     tuned: the method attached to the model.
-    mesh: with the axes 'data' and 'model'.
+    mesh: with the axes 'data', 'sequence' and 'model'.
     backbone: one of BACKBONES.
     whole_below: arrays with fewer numbers in one layer are whole on each device.
   """
@@ -98,8 +103,51 @@ class Layout:
     shardings['optimizer'] = jax.tree_util.tree_map_with_path(of_optimizer, state['optimizer'])
     return shardings
 
+  def check(self, batch: Mapping[str, Any]) -> None:
+    """Raises a ValueError if the tokens of a batch are to be cut and cannot.
+
+    Whether a method adds tokens is seen later, where its forward pass is traced.
+
+    Args:
+      batch: {name: array or shape}.
+    """
+    parts = self._tokens
+    if parts == 1:
+      return
+    length = tasks.length_of(batch)
+    if length is None:
+      raise ValueError(
+        f'mesh.sequence={parts} cuts rows of tokens, and this model reads no such rows: leave it '
+        'out, and give its devices to mesh.data or mesh.model'
+      )
+    if length % parts:
+      raise ValueError(
+        f'mesh.sequence={parts} does not divide the {length} tokens of a row: '
+        f'data.max_length={length // parts * parts or parts} would do'
+      )
+
   def exceptions(self) -> list[str]:
-    """What is not cut as its role says, kernels and heads, in sentences with the reasons."""
+    """What is not cut as its role says, kernels, heads and tokens, in sentences with the reasons."""
+    return self._of_kernels_and_heads() + self._of_tokens()
+
+  def _of_tokens(self) -> list[str]:
+    """What reads tokens of other devices, or leaves it to the compiler how tokens are cut."""
+    if self._tokens == 1:
+      return []
+    found = []
+    if not self._sites_of('block'):
+      found.append(
+        f'how tokens are cut over sequence={self._tokens} is left to the compiler, as the model is '
+        'of no known family with {block}'
+      )
+    sorting = [site.path for site in self.tuned.sites.values() if site.kind == 'SparseMLP']
+    if sorting:
+      found.append(
+        'tokens are gathered from all devices, as experts sort them: ' + _few(sorting)
+      )
+    return found
+
+  def _of_kernels_and_heads(self) -> list[str]:
     if self.backbone == 'replicated':
       return []
     found: dict[str, list[str]] = {}
@@ -127,7 +175,7 @@ class Layout:
     if self.mesh.size == 1:
       return Forward(tuned, training, mode)
     untuned = self.steered(tuned.only())
-    return Forward(self.steered(tuned), training, mode, self.gather, untuned)
+    return Forward(self.steered(tuned), training, mode, self.gather, untuned, self._tokens)
 
   def gather(self, theta) -> Any:
     """theta as a step reads it: what stands for no kernel is whole.
@@ -151,20 +199,22 @@ class Layout:
     examples and by nothing else: the compiler could as well cut it by features, and gather it at
     each norm. Attention in long contexts is cut by heads: it would let each device compute all. And
     4-bit kernels that are cut over the data axis are gathered as codes: it could as well decode
-    them first.
+    them first. Where tokens are cut, the stream is cut by them too, and so are the queries of all
+    attention in long contexts, that of side networks included.
     """
-    if not self._cuts_layers(tuned):
+    if self._tokens == 1 and not self._cuts_layers(tuned):
       return tuned
     rules: list[tuple[Rule, Site]] = []
+    if self._tokens > 1:
+      attends = Call('steered', self._attends_by_tokens, memory=NO_BACKPROP)
+      rules.append((attends, tuned.sites['']))
     roles = ['block']
+    if self._tokens > 1:
+      roles += ['norm']
     if self.mesh.shape['model'] > 1:
       roles += ['norm', 'o', 'fc2']
-    anatomy = tuned.sites.anatomy
-    for role in roles:
-      if anatomy is not None and role in anatomy.roles:
-        sites = tuned.sites.find(f'{{{role}}}')
-        sites = [site for site in sites if not site.part and site.out is not None]
-        rules += [(self._steers(site, role), site) for site in sites]
+    for role in dict.fromkeys(roles):
+      rules += [(self._steers(site, role), site) for site in self._sites_of(role, tuned)]
     if self.backbone != 'replicated' and self.mesh.shape['model'] > 1:
       attends = Call('steered', self._attends, memory=NO_BACKPROP)
       rules += [(attends, site) for site in self._model.attentions()[0]]
@@ -172,6 +222,14 @@ class Layout:
       codes = Weight('gathered', _nothing, self._gathered, memory=NO_BACKPROP)
       rules += [(codes, site) for site in tuned.sites.values() if self._has_codes(site)]
     return dataclasses.replace(tuned, rules=(*rules, *tuned.rules))
+
+  def _sites_of(self, role: str, tuned: Tuned | None = None) -> list[Site]:
+    """The modules of a role whose stream can be told where it is."""
+    sites = (tuned or self.tuned).sites
+    if sites.anatomy is None or role not in sites.anatomy.roles:
+      return []
+    found = sites.find(f'{{{role}}}')
+    return [site for site in found if not site.part and site.out is not None]
 
   def _cuts_layers(self, tuned: Tuned) -> bool:
     """Whether arrays are cut that layers read: of the backbone, or kernels in theta."""
@@ -184,19 +242,25 @@ class Layout:
     return False
 
   def _steers(self, site: Site, role: str) -> Call:
-    """A rule by which the stream that a module reads and returns is cut by examples."""
+    """A rule by which the stream that a module reads and returns is cut by examples and tokens.
+
+    It raises a ValueError in a block whose tokens cannot be cut.
+    """
     coded = [box for box in site.boxes.values() if isinstance(box, Quantized)]
     by_columns = any(self._model.of_codes(site, box)[0] for box in coded)
 
     def placed(x):
       if x.ndim < 2 or x.shape[0] % self.mesh.shape['data']:
         return x
-      return jax.lax.with_sharding_constraint(x, over_data(self.mesh))
+      cut = ('data', self._over_tokens(site, role, x))
+      return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*cut)))
 
     def returned(x):
       if by_columns and x.shape[0] % self.mesh.shape['data'] == 0:
         # First as its kernel is, which would else be gathered in place of this.
-        cut = ('data', *[None] * (x.ndim - 2), 'model')
+        cut = ['data', *[None] * (x.ndim - 2), 'model']
+        if x.ndim > 2:
+          cut[1] = self._over_tokens(site, role, x)
         x = jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*cut)))
       return placed(x)
 
@@ -207,8 +271,31 @@ class Layout:
 
     return Call('steered', apply, memory=NO_BACKPROP)
 
+  def _over_tokens(self, site: Site, role: str, x: jax.Array) -> str | None:
+    """The axis of the mesh that cuts the tokens of a stream [B, N, ...]; None for none.
+
+    Raises:
+      ValueError: it cuts them, and does not divide those of a block.
+    """
+    if self._tokens == 1 or x.ndim < 3:
+      return None
+    length = x.shape[1]
+    if length % self._tokens == 0:
+      return 'sequence'
+    if role == 'block':
+      raise ValueError(
+        f'mesh.sequence={self._tokens} does not divide the {length} tokens that the block '
+        f'{site.path!r} reads: choose a data.max_length that it divides together with the tokens '
+        'that the model or the method adds'
+      )
+    return None
+
   def _attends(self, t, call, *args, **kwargs):
-    with heads_over(self.mesh, 'data', 'model'):
+    with heads_over(self.mesh, 'data', 'model', 'sequence'):
+      return call(*args, **kwargs)
+
+  def _attends_by_tokens(self, t, call, *args, **kwargs):
+    with heads_over(self.mesh, 'data', None, 'sequence'):
       return call(*args, **kwargs)
 
   def _has_codes(self, site: Site) -> bool:
@@ -258,14 +345,17 @@ class Layout:
     return cut
 
   def _add_data(self, cut: list[tuple[str, ...]], shape: Sequence[int]) -> None:
-    """Cuts over the data axis too: the largest of the other axes, else the same one further."""
+    """Cuts over the data axis too: the largest of the other axes, else the same one further.
+
+    And over the sequence axis, whose devices would hold the same.
+    """
     free = [i for i, names in enumerate(cut) if not names]
-    axis = largest(shape, free, self.mesh.shape['data'])
+    axis = largest(shape, free, self._parts(self._further))
     if axis is None:
       held = [i for i, names in enumerate(cut) if names]
       axis = largest(shape, held, self.mesh.size)
     if axis is not None:
-      cut[axis] = (*cut[axis], 'data')
+      cut[axis] = (*cut[axis], *self._further)
 
   def _of_codes(self, site: Site, layer: Quantized, box: Quantized) -> Any:
     """The shardings of a 4-bit kernel: all its arrays are cut by the same columns, or none is.
@@ -277,7 +367,7 @@ class Layout:
     if self._model.of_codes(site, layer)[0]:
       names = ('model',)
     if self.backbone == 'fsdp' and self._model.is_cut(layer.leaf.shape):
-      further = (*names, 'data')
+      further = (*names, *self._further)
       if by_columns(layer, self._parts(further)):
         names = further
     return dataclasses.replace(box, arrays=self._of_columns(box, names))
@@ -343,7 +433,9 @@ class Layout:
     axes = list(axes)
     cut: list[tuple[str, ...]] = [()] * len(shape)
     if self._model.is_cut(shape):
-      for names in (('data', 'model'), ('data',), ('model',)):
+      every = (*self._further, 'model')
+      sets = (itertools.combinations(every, count) for count in range(len(every), 0, -1))
+      for names in itertools.chain.from_iterable(sets):
         axis = largest(shape, axes, self._parts(names))
         if axis is not None:
           cut[axis] = names
@@ -351,6 +443,16 @@ class Layout:
     return tuple(cut)
 
   # ---- Both.
+
+  @property
+  def _tokens(self) -> int:
+    """Devices that the tokens of a row are cut over."""
+    return self.mesh.shape['sequence']
+
+  @property
+  def _further(self) -> tuple[str, ...]:
+    """The axes over which copies of what the model axis cuts are alike."""
+    return ('data', 'sequence') if self._tokens > 1 else ('data',)
 
   @functools.cached_property
   def _model(self) -> ModelAxis:

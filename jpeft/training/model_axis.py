@@ -8,7 +8,7 @@ from jpeft.quant import Quantized
 
 _BY_COLUMNS = ('q', 'k', 'v', 'fc1', 'head')
 _BY_ROWS = ('o', 'fc2')
-_OF_HEADS = ('q', 'k', 'v', 'o')
+_HEADS_OF = {'q': 'the heads', 'k': 'the key heads', 'v': 'the key heads', 'o': 'the heads'}
 _CODES_BY_ROWS = (
   'cut by columns, as rows of 4-bit codes cannot be cut: what they read and return is gathered'
 )
@@ -38,6 +38,11 @@ class ModelAxis:
             self._roles[site.owner, name] = role
     if 'attention' in roles:
       self._attentions = [site for site in sites.find('{attention}') if site.heads is not None]
+    # {path of an attention module: query heads times their size}, where a layer alone makes these.
+    self._widths: dict[str, int] = {}
+    for (path, name), role in self._roles.items():
+      if role == 'q':
+        self._widths[path.rpartition('/')[0]] = sites[path].leaves[name].fan_out
 
   def is_cut(self, shape: Sequence[int]) -> bool:
     """Whether an array of one layer is cut: a matrix or more, and large enough.
@@ -65,7 +70,7 @@ class ModelAxis:
     if axis is None:
       return None, f'whole, as model={self.parts} divides none of their axes'
     if splits and role != 'o':
-      return axis, f'cut by rows, as model={self.parts} does not divide the heads'
+      return axis, f'cut by rows, as model={self.parts} does not divide {_HEADS_OF[role]}'
     return axis, ''
 
   def of_codes(self, site: Site, box: Quantized) -> tuple[bool, str]:
@@ -80,26 +85,34 @@ class ModelAxis:
     if role in _BY_ROWS:
       return True, _CODES_BY_ROWS
     if self._splits_heads(site, role):
-      return True, f'gathered after the product, as model={self.parts} does not divide the heads'
+      heads = _HEADS_OF[role]
+      return True, f'gathered after the product, as model={self.parts} does not divide {heads}'
     return True, ''
 
   def attentions(self) -> tuple[list[Site], list[Site]]:
-    """(the modules whose heads can be cut, those where `parts` does not divide the heads)."""
+    """(the modules whose query heads can be cut, those where `parts` does not divide these)."""
     cut = []
     whole = []
     for site in self._attentions:
-      where = whole if site.heads[0] % self.parts else cut
+      where = whole if self._heads(site, 'q') % self.parts else cut
       where.append(site)
     return cut, whole
 
   def _splits_heads(self, site: Site, role: str | None) -> bool:
     """Whether columns of a projection would be parts of heads, as far as is known."""
-    if role not in _OF_HEADS:
+    if role not in _HEADS_OF:
       return False
     for attention in self._attentions:
       if site.path.startswith(f'{attention.path}/') or site.path == attention.path:
-        return attention.heads[0] % self.parts != 0
+        return self._heads(attention, role) % self.parts != 0
     return True
+
+  def _heads(self, attention: Site, role: str) -> int:
+    """The heads that a projection of an attention module makes or reads."""
+    count, size = attention.heads
+    if role in ('k', 'v'):
+      return count
+    return self._widths.get(attention.path, count * size) // size
 
 
 def _wanted_axis(leaf: Leaf, role: str | None) -> int | None:

@@ -151,7 +151,7 @@ def _rows(run: Asked, preparation: Preparation) -> hosts.Rows:
   """The rows of a batch: as many as the preparation says, on each device alike."""
   parts = run.mesh.shape['data']
   size = min(preparation.size, max(len(run.model.sources['train']), 1))
-  return hosts.Rows(run.over_rows, -(-size // parts) * parts)
+  return hosts.Rows(run.mesh, -(-size // parts) * parts)
 
 
 def _examples(

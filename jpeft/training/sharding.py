@@ -1,27 +1,47 @@
 """Meshes of devices, and arrays that are whole on each or cut by examples; others see layout.py."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jpeft import tasks
 
-def mesh(data: int, model: int) -> Mesh:
-  """A mesh of data x model devices.
+# Of a mesh, in the order of its devices: neighbours share a copy of the backbone.
+AXES = ('data', 'sequence', 'model')
+
+
+def mesh(data: int, model: int, sequence: int = 1) -> Mesh:
+  """A mesh of data x sequence x model devices.
 
   Raises:
     ValueError: there are not that many devices.
   """
   devices = jax.devices()
   count = len(devices)
-  if data * model > count:
+  needed = data * sequence * model
+  if needed > count:
     verb = 'is' if count == 1 else 'are'
     raise ValueError(
-      f'mesh.data={data} x mesh.model={model} needs {data * model} devices, there {verb} {count}'
+      f'{named(data, model, sequence)} needs {needed} devices, there {verb} {count}'
     )
-  grid = np.array(devices[: data * model]).reshape(data, model)
-  return Mesh(grid, ('data', 'model'))
+  return mesh_of(devices, data, model, sequence)
+
+
+def mesh_of(devices, data: int, model: int, sequence: int = 1) -> Mesh:
+  """A mesh of the first of some devices."""
+  grid = np.array(devices[: data * sequence * model])
+  return Mesh(grid.reshape(data, sequence, model), AXES)
+
+
+def named(data: int, model: int, sequence: int) -> str:
+  """The sizes of a mesh by their keys in a configuration; no sequence of one device."""
+  text = f'mesh.data={data} x mesh.model={model}'
+  if sequence > 1:
+    text += f' x mesh.sequence={sequence}'
+  return text
 
 
 def with_sharding(tree, sharding) -> Any:
@@ -41,6 +61,24 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def over_data(mesh: Mesh) -> NamedSharding:
   """The first axis, that of examples, over the data axis of the mesh."""
   return NamedSharding(mesh, PartitionSpec('data'))
+
+
+def of_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, NamedSharding]:
+  """Where the arrays of a batch are: cut by examples, and those of tokens by tokens too.
+
+  Args:
+    mesh: of the run.
+    batch: {name: array or shape}.
+  """
+  length = None
+  if mesh.shape['sequence'] > 1:
+    length = tasks.length_of(batch)
+  found = {}
+  for name, x in batch.items():
+    found[name] = over_data(mesh)
+    if length is not None and len(x.shape) > 1 and x.shape[1] == length:
+      found[name] = NamedSharding(mesh, PartitionSpec('data', 'sequence'))
+  return found
 
 
 def idles_in_host(mesh: Mesh) -> bool:

@@ -13,7 +13,7 @@ import optax
 from jpeft import tasks
 from jpeft.core import NotAtHead, Tuned
 
-from . import ema, hosts
+from . import ema, hosts, sharding
 
 STREAM_THETA, STREAM_STEP, STREAM_UPDATE = range(3)
 PLAIN = tasks.softmax()
@@ -105,13 +105,15 @@ def means(sums: dict, objective: tasks.Objective = PLAIN) -> dict[str, float]:
 
 
 def batch_shapes(
-  example: dict[str, np.ndarray], size: int, sharding
+  example: dict[str, np.ndarray], size: int, mesh: jax.sharding.Mesh | None
 ) -> dict[str, jax.ShapeDtypeStruct]:
-  """The shapes of a batch of `size`, from a batch of one example."""
-  return {
-    name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype, sharding=sharding)
-    for name, x in example.items()
+  """The shapes of a batch of `size`, from a batch of one example, with their places on a mesh."""
+  shapes = {
+    name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for name, x in example.items()
   }
+  if mesh is None:
+    return shapes
+  return sharding.with_sharding(shapes, sharding.of_batch(mesh, shapes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +127,7 @@ class Forward:
     gather: theta as it is stored -> as the model reads it, see `Layout.gather`.
     untuned: the model without the method, which a loss of pairs compares with; `tuned.only()` if
       left out.
+    parts: devices that the tokens of a row are cut over.
   """
 
   tuned: Tuned
@@ -132,6 +135,7 @@ class Forward:
   mode: Mapping[str, bool] | None = None
   gather: Callable | None = None
   untuned: Tuned | None = None
+  parts: int = 1
 
   def __call__(self, theta, backbone, batch, key, aux=False, **takes):
     """logits [B, C], or [B, N, V] of texts; with `aux` (logits, aux), see `Tuned.apply`.
@@ -188,7 +192,7 @@ class Forward:
     out = self.tuned.sites[''].out
     if len(labels.shape) != 2 or math.prod(labels.shape) * out.shape[-1] <= tasks.MOST_LOGITS:
       return None, ''
-    made, why = tasks.in_pieces(self.tuned, objective.smoothing)
+    made, why = tasks.in_pieces(self.tuned, objective.smoothing, parts=self.parts)
     if why:
       return None, why
     shapes = jax.eval_shape(lambda: (self.tuned.shapes, self.tuned.backbone, batch))

@@ -143,7 +143,7 @@ def test_each_device_of_a_mesh_attends_for_its_heads(by_rows, bias, mask, key_he
 
 
 def test_heads_that_do_not_divide_are_not_cut(by_rows):
-  query = normal(0, BATCH, LENGTH, HEADS, SIZE)
+  query = normal(0, BATCH, LENGTH, 3, SIZE)
   key = normal(1, BATCH, LENGTH, 1, SIZE)
   want = dot_product_attention(query, key, key)
   with heads_over(training.mesh(2, 2), 'data', 'model'):

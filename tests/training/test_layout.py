@@ -18,50 +18,26 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import jpeft
-from jpeft import programs, quant, training
+from jpeft import programs, training
 from jpeft.core import backend_of, dot_product
-from jpeft.models import Llama
-from jpeft.planning import Work
 from tests.contract.anatomies import described
 from tests.fixtures import BACKBONES
 from tests.params import fast_if
+from tests.training.decoders import (
+  LENGTH,
+  METHODS,
+  ROWS,
+  WORDS,
+  Shape,
+  distance,
+  named,
+  prepared,
+  trained,
+  updated,
+  work_of,
+)
 
 MESHES = ((8, 1), (4, 2), (2, 4))
-ROWS, LENGTH, WORDS = 8, 8, 48
-METHODS = {
-  'lora': ('lora', None, None),
-  'qlora': ('lora', 'nf4', None),
-  'qst': ('qst', 'nf4', None),
-  'lst': ('lst', None, None),
-  'saved_bits': ('lora', None, 4),
-  'meft': ('meft', None, None),
-  'full': ('full', None, None),
-}
-
-
-@functools.cache
-def decoder(storage, kv_heads):
-  """(model, variables) of a decoder of two layers."""
-  tokens = jnp.ones((1, LENGTH), jnp.int32)
-  model = Llama(64, 2, 8, 128, WORDS, kv_heads=kv_heads, tied=False, scan=True)
-  variables = jax.jit(model.init)(jax.random.key(0), tokens)
-  if storage:
-    variables = quant.quantize(model, quant.named(storage), variables, tokens)
-  return model, variables
-
-
-def work_of(kind, mesh, backbone, whole_below=1, kv_heads=4):
-  """(work, tuned) of a method on a decoder of two layers."""
-  name, storage, saved_bits = METHODS[kind]
-  model, variables = decoder(storage, kv_heads)
-  names = ('tokens', 'token_mask', 'label')
-
-  def batch(size):
-    return {name: jax.ShapeDtypeStruct((size, LENGTH), jnp.int32) for name in names}
-
-  work = Work(model, variables, batch, ROWS, mesh=mesh, backbone=backbone, whole_below=whole_below)
-  more = {} if saved_bits is None else {'saved_bits': saved_bits}
-  return work, work.tuned(jpeft.make(name, head=False, **more))
 
 
 def shapes_of(kind, mesh, backbone, **changes):
@@ -72,38 +48,6 @@ def shapes_of(kind, mesh, backbone, **changes):
   state = training.state_shapes(tuned, tx, work.variables)
   state, variables, _ = work.placed(tuned, devices, state, ROWS)
   return state, variables, work.layout(tuned, devices)
-
-
-@functools.cache
-def prepared(kind, mesh, backbone, **changes):
-  """(program of an update, a state, backbone on its devices, layout)."""
-  work, tuned = work_of(kind, mesh, backbone, **changes)
-  tx = training.optimizer(tuned, tuned.shapes, optax.constant_schedule(1e-2), eps=1e-2)
-  devices = training.mesh(*mesh)
-  layout = work.layout(tuned, devices)
-  shapes = training.state_shapes(tuned, tx, work.variables)
-  placed = work.placed(tuned, devices, shapes, ROWS)
-  program, _ = training.fitting(work.step(tuned, tx, devices), *placed)
-  arrays = jax.device_put(work.variables, layout.of_backbone(work.variables))
-  where = layout.of_state(shapes)
-  state = training.initial_state(tuned, tx, arrays, 0, shardings=where)
-  return program, state, arrays, layout
-
-
-def trained(kind, mesh, backbone, updates, **changes):
-  """theta after some updates."""
-  return updated(*prepared(kind, mesh, backbone, **changes), updates)
-
-
-def updated(program, state, arrays, layout, updates):
-  """theta after some updates, of what was prepared."""
-  rng = np.random.default_rng(1)
-  state = jax.tree.map(jnp.copy, state)  # it is donated
-  for _ in range(updates):
-    tokens = rng.integers(0, WORDS, (ROWS, LENGTH)).astype(np.int32)
-    batch = {'tokens': tokens, 'token_mask': np.ones_like(tokens), 'label': np.roll(tokens, -1, 1)}
-    state, _ = program(state, arrays, jax.device_put(batch, training.over_data(layout.mesh)))
-  return jax.device_get(state['theta'])
 
 
 def assert_same(many, one):
@@ -127,21 +71,12 @@ def is_quick(*cell):
   return cell in QUICK
 
 
-def named(kind, mesh, backbone):
-  return f'{kind}-{mesh[0]}x{mesh[1]}-{backbone}'
-
-
 @pytest.mark.parametrize(('kind', 'mesh', 'backbone'), fast_if(is_quick, CELLS, named))
 def test_every_layout_trains_as_one_device(kind, mesh, backbone):
   begun, one = begun_and_trained(kind)
   many = trained(kind, mesh, backbone, 16)
   assert_same(many, one)
   assert distance(many, one) < 1e-5 * distance(one, begun)
-
-
-def distance(a, b):
-  parts = jax.tree.map(lambda x, y: np.square(x - y).sum(), a, b)
-  return math.sqrt(sum(jax.tree.leaves(parts)))
 
 
 # What a layout sends within a layer: sums of activations, gathered activations (those of 4-bit
@@ -258,14 +193,14 @@ def test_kernels_are_cut_by_their_roles():
 
 
 def test_what_is_not_cut_by_its_role_is_said():
-  _, variables, layout = shapes_of('lora', (2, 4), 'sharded', kv_heads=2)
+  _, variables, layout = shapes_of('lora', (2, 4), 'sharded', shape=Shape(kv_heads=2))
   assert layout.exceptions() == [
-    'cut by rows, as model=4 does not divide the heads: decoder/blocks/attention/key/kernel, '
-    'decoder/blocks/attention/query/kernel, decoder/blocks/attention/value/kernel',
-    'each device attends for all heads, as model=4 does not divide them: decoder/blocks/attention',
+    'cut by rows, as model=4 does not divide the key heads: decoder/blocks/attention/key/kernel, '
+    'decoder/blocks/attention/value/kernel'
   ]
-  query = variables['params']['decoder']['blocks']['attention']['query']['kernel']
-  assert tuple(query.sharding.spec) == (None, 'model', None)
+  kernels = variables['params']['decoder']['blocks']['attention']
+  assert tuple(kernels['query']['kernel'].sharding.spec) == (None, None, 'model')
+  assert tuple(kernels['key']['kernel'].sharding.spec) == (None, 'model', None)
 
 
 def test_codes_that_are_not_cut_by_rows_are_said():

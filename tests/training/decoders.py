@@ -1,0 +1,125 @@
+"""Small decoders whose updates are made on a mesh of devices."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jpeft
+from jpeft import quant, training
+from jpeft.models import Llama
+from jpeft.planning import Work
+
+ROWS, LENGTH, WORDS = 8, 8, 48
+METHODS = {
+  'lora': ('lora', None, None),
+  'qlora': ('lora', 'nf4', None),
+  'qst': ('qst', 'nf4', None),
+  'lst': ('lst', None, None),
+  'saved_bits': ('lora', None, 4),
+  'meft': ('meft', None, None),
+  'full': ('full', None, None),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """What a decoder of two layers is, and the rows that it reads.
+
+  Attributes:
+    kv_heads, scan, remat: of `Llama`, which has 8 query heads.
+    length: tokens of a row.
+    packed: rows have two texts, and padding in front of them or behind.
+  """
+
+  kv_heads: int = 4
+  scan: bool = True
+  remat: bool = False
+  length: int = LENGTH
+  packed: bool = False
+
+  def mask(self) -> np.ndarray:
+    """[ROWS, length], as `Llama` takes it."""
+    mask = np.ones((ROWS, self.length), np.int32)
+    if self.packed:
+      mask[:, self.length // 3 :] = 2
+      mask[::2, :3] = 0
+      mask[1::2, -2:] = 0
+    return mask
+
+
+PLAIN = Shape()
+
+
+@functools.cache
+def decoder(storage, shape):
+  """(model, variables) of a decoder of two layers."""
+  tokens = jnp.ones((1, LENGTH), jnp.int32)
+  fields = {'kv_heads': shape.kv_heads, 'scan': shape.scan, 'remat': shape.remat}
+  model = Llama(64, 2, 8, 128, WORDS, tied=False, **fields)
+  variables = jax.jit(model.init)(jax.random.key(0), tokens)
+  if storage:
+    variables = quant.quantize(model, quant.named(storage), variables, tokens)
+  return model, variables
+
+
+def work_of(kind, mesh, backbone, whole_below=1, shape=PLAIN):
+  """(work, tuned) of a method on a decoder of two layers."""
+  name, storage, saved_bits = METHODS[kind]
+  model, variables = decoder(storage, shape)
+  names = ('tokens', 'token_mask', 'label')
+
+  def batch(size):
+    return {name: jax.ShapeDtypeStruct((size, shape.length), jnp.int32) for name in names}
+
+  work = Work(model, variables, batch, ROWS, mesh=mesh, backbone=backbone, whole_below=whole_below)
+  more = {} if saved_bits is None else {'saved_bits': saved_bits}
+  return work, work.tuned(jpeft.make(name, head=False, **more))
+
+
+@functools.cache
+def prepared(kind, mesh, backbone, shape=PLAIN, **changes):
+  """(program of an update, a state, backbone on its devices, layout)."""
+  work, tuned = work_of(kind, mesh, backbone, shape=shape, **changes)
+  tx = training.optimizer(tuned, tuned.shapes, optax.constant_schedule(1e-2), eps=1e-2)
+  devices = training.mesh(*mesh)
+  layout = work.layout(tuned, devices)
+  shapes = training.state_shapes(tuned, tx, work.variables)
+  placed = work.placed(tuned, devices, shapes, ROWS)
+  program, _ = training.fitting(work.step(tuned, tx, devices), *placed)
+  arrays = jax.device_put(work.variables, layout.of_backbone(work.variables))
+  where = layout.of_state(shapes)
+  state = training.initial_state(tuned, tx, arrays, 0, shardings=where)
+  return program, state, arrays, layout
+
+
+def trained(kind, mesh, backbone, updates, shape=PLAIN, **changes):
+  """theta after some updates."""
+  return updated(*prepared(kind, mesh, backbone, shape=shape, **changes), updates, shape)
+
+
+def updated(program, state, arrays, layout, updates, shape=PLAIN):
+  """theta after some updates, of what was prepared."""
+  rng = np.random.default_rng(1)
+  state = jax.tree.map(jnp.copy, state)  # it is donated
+  mask = shape.mask()
+  for _ in range(updates):
+    tokens = rng.integers(0, WORDS, (ROWS, shape.length)).astype(np.int32)
+    label = np.where(mask > 0, np.roll(tokens, -1, 1), -1)
+    batch = {'tokens': tokens, 'token_mask': mask, 'label': label}
+    state, _ = program(state, arrays, jax.device_put(batch, training.of_batch(layout.mesh, batch)))
+  return jax.device_get(state['theta'])
+
+
+def distance(a, b):
+  parts = jax.tree.map(lambda x, y: np.square(x - y).sum(), a, b)
+  return math.sqrt(sum(jax.tree.leaves(parts)))
+
+
+def named(kind, mesh, backbone, *more):
+  """The name of a cell."""
+  return '-'.join((kind, 'x'.join(map(str, mesh)), backbone, *map(str, more)))
