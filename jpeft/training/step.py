@@ -175,7 +175,7 @@ class Forward:
     """
     texts = pairs.texts(batch)
     untuned = self.tuned.only() if self.untuned is None else self.untuned
-    told, _ = Forward(untuned, training=False).losses({}, backbone, texts, key)
+    told, _ = Forward(untuned, training=False, parts=self.parts).losses({}, backbone, texts, key)
     (losses, _), beside = self.losses(theta, backbone, texts, key, aux=True)
     return pairs.rewards(losses, jax.lax.stop_gradient(told), texts['label']), beside
 
