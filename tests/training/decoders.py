@@ -16,13 +16,13 @@ from jpeft.planning import Work
 
 ROWS, LENGTH, WORDS = 8, 8, 48
 METHODS = {
-  'lora': ('lora', None, None),
-  'qlora': ('lora', 'nf4', None),
-  'qst': ('qst', 'nf4', None),
-  'lst': ('lst', None, None),
-  'saved_bits': ('lora', None, 4),
-  'meft': ('meft', None, None),
-  'full': ('full', None, None),
+  'lora': ('lora', None, {}),
+  'qlora': ('lora', 'nf4', {}),
+  'qst': ('qst', 'nf4', {'reduction': 8}),  # heads of one number
+  'lst': ('lst', None, {}),
+  'saved_bits': ('lora', None, {'saved_bits': 4}),
+  'meft': ('meft', None, {}),
+  'full': ('full', None, {}),
 }
 
 
@@ -69,7 +69,7 @@ def decoder(storage, shape):
 
 def work_of(kind, mesh, backbone, whole_below=1, shape=PLAIN):
   """(work, tuned) of a method on a decoder of two layers."""
-  name, storage, saved_bits = METHODS[kind]
+  name, storage, options = METHODS[kind]
   model, variables = decoder(storage, shape)
   names = ('tokens', 'token_mask', 'label')
 
@@ -77,8 +77,7 @@ def work_of(kind, mesh, backbone, whole_below=1, shape=PLAIN):
     return {name: jax.ShapeDtypeStruct((size, shape.length), jnp.int32) for name in names}
 
   work = Work(model, variables, batch, ROWS, mesh=mesh, backbone=backbone, whole_below=whole_below)
-  more = {} if saved_bits is None else {'saved_bits': saved_bits}
-  return work, work.tuned(jpeft.make(name, head=False, **more))
+  return work, work.tuned(jpeft.make(name, head=False, **options))
 
 
 @functools.cache
