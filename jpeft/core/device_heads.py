@@ -36,9 +36,8 @@ class _Axes:
 
   def over(self, axis: str | None, size: int) -> str | None:
     """The axis, if it divides what is to be cut."""
-    if axis is None or self.mesh.shape[axis] == 1 or size % self.mesh.shape[axis]:
-      return None
-    return axis
+    parts = self.mesh.shape.get(axis, 1)
+    return None if parts == 1 or size % parts else axis
 
 
 _axes: contextvars.ContextVar[_Axes | None] = contextvars.ContextVar('jpeft_heads', default=None)
@@ -53,7 +52,7 @@ def heads_over(
   Args:
     mesh: of all devices that the program runs on.
     examples, heads, tokens: axes of the mesh; what does not divide by its axis is not cut. Queries
-      may be cut and keys not, or the other way round.
+      may be cut and keys not, or the other way round. An axis that the mesh has not cuts nothing.
   """
   token = _axes.set(_Axes(mesh, examples, heads, tokens))
   try:

@@ -99,7 +99,7 @@ def _of_stage(
     kernels=quant.told(tuned.sites, products, mesh),
     seconds=time.perf_counter() - start,
     bounds=tuple(bounds(tuned.method)),
-    uncut=tuple(layout.exceptions()),
+    uncut=(*layout.exceptions(), *layout.token_exceptions()),
     **needed,
   )
 

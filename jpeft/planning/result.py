@@ -44,7 +44,7 @@ class Plan:
     offload: whether the optimizer's state is in host memory.
     schedule: cycles and moved bytes of a step on one device, where it was compiled.
     traffic: what the devices of the mesh send each other; None if the program cannot be read.
-    uncut: which kernels are not cut as their roles say, see `training.Layout`.
+    uncut: what is not cut as its role says, and which tokens are not, see `training.Layout`.
     kernels: what multiplies by 4-bit kernels, and why; '' without any.
     bounds: what of the plan depends on a pass over the training data, which is not made.
   """

@@ -193,6 +193,7 @@ def first_lines(
   yield report.needs(place.stage.cost)
   for told in model.layout.exceptions():
     yield f'mesh.backbone={run.config.mesh.backbone}: {told}'
+  yield from model.layout.token_exceptions()
   kernels = quant.told(model.tuned.sites, products, run.mesh)
   if kernels:
     yield kernels

@@ -28,11 +28,12 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jpeft import tasks
-from jpeft.core import NO_BACKPROP, Box, Call, Rule, Site, Tuned, Weight, backend_of, heads_over
+from jpeft.core import Box, Site, Tuned, backend_of
 from jpeft.quant import Quantized
 
 from .model_axis import ModelAxis, by_columns, largest
-from .sharding import idles_in_host, replicated
+from .sharding import idles_in_host, replicated, token_parts
+from .steering import Steering, steered_sites
 from .step import Forward
 
 BACKBONES = ('replicated', 'sharded', 'fsdp')
@@ -49,7 +50,7 @@ class Layout:
 
   Attributes:
     tuned: the method attached to the model.
-    mesh: with the axes 'data', 'sequence' and 'model'.
+    mesh: with the axes 'data' and 'model', and 'sequence' if tokens are cut.
     backbone: one of BACKBONES.
     whole_below: arrays with fewer numbers in one layer are whole on each device.
   """
@@ -127,27 +128,7 @@ class Layout:
       )
 
   def exceptions(self) -> list[str]:
-    """What is not cut as its role says, kernels, heads and tokens, in sentences with the reasons."""
-    return self._of_kernels_and_heads() + self._of_tokens()
-
-  def _of_tokens(self) -> list[str]:
-    """What reads tokens of other devices, or leaves it to the compiler how tokens are cut."""
-    if self._tokens == 1:
-      return []
-    found = []
-    if not self._sites_of('block'):
-      found.append(
-        f'how tokens are cut over sequence={self._tokens} is left to the compiler, as the model is '
-        'of no known family with {block}'
-      )
-    sorting = [site.path for site in self.tuned.sites.values() if site.kind == 'SparseMLP']
-    if sorting:
-      found.append(
-        'tokens are gathered from all devices, as experts sort them: ' + _few(sorting)
-      )
-    return found
-
-  def _of_kernels_and_heads(self) -> list[str]:
+    """What is not cut as its role says, kernels and heads, in sentences with the reasons."""
     if self.backbone == 'replicated':
       return []
     found: dict[str, list[str]] = {}
@@ -165,6 +146,18 @@ class Layout:
       why = f'each device attends for all heads, as model={self._model.parts} does not divide them'
       found[why] = [site.path for site in whole]
     return [f'{why}: {_few(paths)}' for why, paths in found.items()]
+
+  def token_exceptions(self) -> list[str]:
+    """What is not known of how tokens are cut, or reads those of all devices, in sentences."""
+    found = []
+    if self._tokens > 1:
+      cut = f'mesh.sequence={self._tokens}'
+      if not steered_sites(self.tuned, 'block'):
+        found.append(f'{cut}: the compiler alone places tokens, as no module is known as {{block}}')
+      sorted_for = [path for path, site in self.tuned.sites.items() if 'grouped_dot' in site.fields]
+      if sorted_for:
+        found.append(f'{cut}: the tokens of all devices are sorted for {_few(sorted_for)}')
+    return found
 
   # ---- What a step reads.
 
@@ -193,43 +186,11 @@ class Layout:
     return jax.tree_util.tree_map_with_path(leaf, theta)
 
   def steered(self, tuned: Tuned) -> Tuned:
-    """The same method with what the compiler is told inside of layers, as rules before its own.
-
-    Where kernels are cut, the stream of each block, and what {o} and {fc2} add to it, is cut by
-    examples and by nothing else: the compiler could as well cut it by features, and gather it at
-    each norm. Attention in long contexts is cut by heads: it would let each device compute all. And
-    4-bit kernels that are cut over the data axis are gathered as codes: it could as well decode
-    them first. Where tokens are cut, the stream is cut by them too, and so are the queries of all
-    attention in long contexts, that of side networks included.
-    """
+    """The same method with what the compiler is told inside of layers, as rules before its own."""
     if self._tokens == 1 and not self._cuts_layers(tuned):
       return tuned
-    rules: list[tuple[Rule, Site]] = []
-    if self._tokens > 1:
-      attends = Call('steered', self._attends_by_tokens, memory=NO_BACKPROP)
-      rules.append((attends, tuned.sites['']))
-    roles = ['block']
-    if self._tokens > 1:
-      roles += ['norm']
-    if self.mesh.shape['model'] > 1:
-      roles += ['norm', 'o', 'fc2']
-    for role in dict.fromkeys(roles):
-      rules += [(self._steers(site, role), site) for site in self._sites_of(role, tuned)]
-    if self.backbone != 'replicated' and self.mesh.shape['model'] > 1:
-      attends = Call('steered', self._attends, memory=NO_BACKPROP)
-      rules += [(attends, site) for site in self._model.attentions()[0]]
-    if self.backbone == 'fsdp':
-      codes = Weight('gathered', _nothing, self._gathered, memory=NO_BACKPROP)
-      rules += [(codes, site) for site in tuned.sites.values() if self._has_codes(site)]
-    return dataclasses.replace(tuned, rules=(*rules, *tuned.rules))
-
-  def _sites_of(self, role: str, tuned: Tuned | None = None) -> list[Site]:
-    """The modules of a role whose stream can be told where it is."""
-    sites = (tuned or self.tuned).sites
-    if sites.anatomy is None or role not in sites.anatomy.roles:
-      return []
-    found = sites.find(f'{{{role}}}')
-    return [site for site in found if not site.part and site.out is not None]
+    steering = Steering(self.mesh, self._model, self.backbone, self._of_columns)
+    return dataclasses.replace(tuned, rules=(*steering.rules(tuned), *tuned.rules))
 
   def _cuts_layers(self, tuned: Tuned) -> bool:
     """Whether arrays are cut that layers read: of the backbone, or kernels in theta."""
@@ -240,81 +201,6 @@ class Layout:
       if is_kernel and any(self._of_theta(path, x.shape)):
         return True
     return False
-
-  def _steers(self, site: Site, role: str) -> Call:
-    """A rule by which the stream that a module reads and returns is cut by examples and tokens.
-
-    It raises a ValueError in a block whose tokens cannot be cut.
-    """
-    coded = [box for box in site.boxes.values() if isinstance(box, Quantized)]
-    by_columns = any(self._model.of_codes(site, box)[0] for box in coded)
-
-    def placed(x):
-      if x.ndim < 2 or x.shape[0] % self.mesh.shape['data']:
-        return x
-      cut = ('data', self._over_tokens(site, role, x))
-      return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*cut)))
-
-    def returned(x):
-      if by_columns and x.shape[0] % self.mesh.shape['data'] == 0:
-        # First as its kernel is, which would else be gathered in place of this.
-        cut = ['data', *[None] * (x.ndim - 2), 'model']
-        if x.ndim > 2:
-          cut[1] = self._over_tokens(site, role, x)
-        x = jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*cut)))
-      return placed(x)
-
-    def apply(t, call, *args, **kwargs):
-      if role in ('block', 'norm') and args and hasattr(args[0], 'shape'):
-        args = (placed(args[0]), *args[1:])
-      return call.site.map_stream(call(*args, **kwargs), returned)
-
-    return Call('steered', apply, memory=NO_BACKPROP)
-
-  def _over_tokens(self, site: Site, role: str, x: jax.Array) -> str | None:
-    """The axis of the mesh that cuts the tokens of a stream [B, N, ...]; None for none.
-
-    Raises:
-      ValueError: it cuts them, and does not divide those of a block.
-    """
-    if self._tokens == 1 or x.ndim < 3:
-      return None
-    length = x.shape[1]
-    if length % self._tokens == 0:
-      return 'sequence'
-    if role == 'block':
-      raise ValueError(
-        f'mesh.sequence={self._tokens} does not divide the {length} tokens that the block '
-        f'{site.path!r} reads: choose a data.max_length that it divides together with the tokens '
-        'that the model or the method adds'
-      )
-    return None
-
-  def _attends(self, t, call, *args, **kwargs):
-    with heads_over(self.mesh, 'data', 'model', 'sequence'):
-      return call(*args, **kwargs)
-
-  def _attends_by_tokens(self, t, call, *args, **kwargs):
-    with heads_over(self.mesh, 'data', None, 'sequence'):
-      return call(*args, **kwargs)
-
-  def _has_codes(self, site: Site) -> bool:
-    return any(isinstance(box, Quantized) for box in site.boxes.values())
-
-  def _gathered(self, t, site: Site, arrays) -> dict[str, Any]:
-    """The 4-bit kernels of a site, cut over the model axis alone."""
-    found = {}
-    for name, layer in site.boxes.items():
-      if not isinstance(layer, Quantized):
-        continue
-      box = arrays.stored(name)
-      names: tuple[str, ...] = ()
-      if self._model.of_codes(site, layer)[0]:
-        names = ('model',)
-      where = self._of_columns(box, names)
-      placed = jax.tree.map(jax.lax.with_sharding_constraint, box.arrays, where)
-      found[name] = dataclasses.replace(box, arrays=placed)
-    return found
 
   # ---- The backbone.
 
@@ -447,7 +333,7 @@ class Layout:
   @property
   def _tokens(self) -> int:
     """Devices that the tokens of a row are cut over."""
-    return self.mesh.shape['sequence']
+    return token_parts(self.mesh)
 
   @property
   def _further(self) -> tuple[str, ...]:
@@ -470,10 +356,6 @@ class Layout:
   def _sharding(self, cut: Cut, memory_kind: str | None = None) -> NamedSharding:
     spec = PartitionSpec(*(names or None for names in cut))
     return NamedSharding(self.mesh, spec, memory_kind=memory_kind)
-
-
-def _nothing(key, site, arrays) -> dict:
-  return {}
 
 
 def _leaves(tree) -> list:

@@ -24,9 +24,7 @@ def mesh(data: int, model: int, sequence: int = 1) -> Mesh:
   needed = data * sequence * model
   if needed > count:
     verb = 'is' if count == 1 else 'are'
-    raise ValueError(
-      f'{named(data, model, sequence)} needs {needed} devices, there {verb} {count}'
-    )
+    raise ValueError(f'{named(data, model, sequence)} needs {needed} devices, there {verb} {count}')
   return mesh_of(devices, data, model, sequence)
 
 
@@ -36,12 +34,17 @@ def mesh_of(devices, data: int, model: int, sequence: int = 1) -> Mesh:
   return Mesh(grid.reshape(data, sequence, model), AXES)
 
 
-def named(data: int, model: int, sequence: int) -> str:
+def named(data: int, model: int, sequence: int = 1) -> str:
   """The sizes of a mesh by their keys in a configuration; no sequence of one device."""
   text = f'mesh.data={data} x mesh.model={model}'
   if sequence > 1:
     text += f' x mesh.sequence={sequence}'
   return text
+
+
+def token_parts(mesh: Mesh) -> int:
+  """Devices that the tokens of a row are cut over; 1 on a mesh without such an axis."""
+  return mesh.shape.get('sequence', 1)
 
 
 def with_sharding(tree, sharding) -> Any:
@@ -71,7 +74,7 @@ def of_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, NamedSharding]:
     batch: {name: array or shape}.
   """
   length = None
-  if mesh.shape['sequence'] > 1:
+  if token_parts(mesh) > 1:
     length = tasks.length_of(batch)
   found = {}
   for name, x in batch.items():

@@ -167,6 +167,12 @@ def test_labels_and_sizes(bad):
   assert 'mesh.data=2 x mesh.model=9 needs 18 devices, there are 8' in bad(
     '--config.mesh.data=2', '--config.mesh.model=9'
   )
+  assert 'mesh.data=1 x mesh.model=2 x mesh.sequence=5 needs 10 devices, there are 8' in bad(
+    '--config.mesh.model=2', '--config.mesh.sequence=5'
+  )
+  assert 'mesh.sequence=2 cuts rows of tokens, and this model reads no such rows' in bad(
+    '--config.mesh.sequence=2'
+  )
 
 
 def test_f1_is_of_two_classes(bad, images, tmp_path):

@@ -37,6 +37,16 @@ def test_values_are_checked_and_never_mutable_by_typo():
     config.complete({k: v for k, v in SMALL.items() if k != 'steps'})
 
 
+@pytest.mark.parametrize('key', ['data.cache_features', 'eval.generate'])
+def test_what_reads_whole_rows_is_refused_where_rows_are_cut(key):
+  values = {**config.flatten(config.complete(SMALL)), key: 1 if key == 'eval.generate' else True}
+  config.complete(config.nest(values))
+  with pytest.raises(
+    ValueError, match=f'config.{key}=.* and config.mesh.sequence=2: .*; leave one'
+  ):
+    config.complete(config.nest({**values, 'mesh.sequence': 2}))
+
+
 def test_integers_serve_as_floats_but_not_the_reverse():
   assert config.complete({**SMALL, 'optimizer': {'lr': 1}}).optimizer.lr == 1.0
   with pytest.raises(ValueError, match='config.steps must be of type int'):

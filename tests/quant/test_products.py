@@ -164,8 +164,12 @@ def test_mapped_inputs_are_more_rows_and_mapped_kernels_are_decoded(interpreted)
   assert pallas_kernels.OPERATION not in str(jax.make_jaxpr(each)(x, codes, scales))
 
 
-@pytest.mark.parametrize('shape', ((4, 6), (3, 6)), ids=('split', 'whole'))
-def test_on_a_mesh_every_device_multiplies_by_its_own_columns(shape):
+@pytest.mark.parametrize(
+  ('shape', 'axis', 'is_split'),
+  [((4, 6), 'data', True), ((3, 6), 'data', False), ((1, 6), 'sequence', True)],
+  ids=('split', 'whole', 'tokens'),
+)
+def test_on_a_mesh_every_device_multiplies_by_its_own_columns(shape, axis, is_split):
   """Rows over `data`, where it divides them; the sums of the backward pass over `model`."""
   codes, scales = jax.jit(pallas_kernels.quantize_nf4)(
     jax.random.normal(jax.random.key(0), (256, 256))
@@ -176,15 +180,18 @@ def test_on_a_mesh_every_device_multiplies_by_its_own_columns(shape):
     product = functools.partial(pallas_kernels.nf4_matmul, implementation='mosaic', interpret=True)
     return jax.value_and_grad(lambda x: jnp.sum(jnp.sin(product(x, codes, scales))))(x)
 
-  mesh = jax.make_mesh((2, 2), ('data', 'model'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  mesh = jax.make_mesh((2, 2), (axis, 'model'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  of_x = P(*(axis if size % 2 == 0 else None for size in shape[: 1 if axis == 'data' else 2]))
   placed = (
-    jax.device_put(x, NamedSharding(mesh, P('data' if shape[0] == 4 else None))),
+    jax.device_put(x, NamedSharding(mesh, of_x)),
     jax.device_put(codes, NamedSharding(mesh, P(None, 'model'))),
     jax.device_put(scales, NamedSharding(mesh, P(None, 'model'))),
   )
   lowered = jax.jit(step).lower(*placed)
-  split = '{"data"}' in lowered.as_text().split('manual_computation')[1].split('manual_axes')[0]
-  assert split == (shape[0] == 4)
+  split = (
+    f'{{"{axis}"}}' in lowered.as_text().split('manual_computation')[1].split('manual_axes')[0]
+  )
+  assert split == is_split
   program = lowered.compile()
   same(program(*placed), jax.jit(step)(x, codes, scales))
   assert 'all-gather' not in program.as_text()

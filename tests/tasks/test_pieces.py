@@ -18,6 +18,7 @@ from jpeft.contract import distance
 from jpeft.core import NotAtHead
 from jpeft.models import Llama
 from jpeft.models.llama.naming import LLAMA_NAMING
+from jpeft.tasks import teachers
 from jpeft.tasks.pieces import in_pieces
 from tests.contract.anatomies import described
 from tests.fixtures import BACKBONES, noisy
@@ -220,6 +221,42 @@ def test_the_head_of_a_language_model_of_8b():
     flops.append(programs.flops(traced).all)
   assert temporary[0] > 2000 and temporary[1] < 160
   assert flops[1] <= 1.1 * flops[0]
+
+
+@pytest.mark.parametrize(
+  ('length', 'size', 'parts'), [(12, 4, 2), (13, 6, 3), (8, 8, 1), (5, 2, 2)]
+)
+def test_pieces_have_the_tokens_of_all_parts(length, size, parts):
+  x = np.arange(2 * length).reshape(2, length, 1)
+  pieces = teachers.cut(jnp.asarray(x), size, parts, -1)
+  np.testing.assert_array_equal(teachers.joined(pieces, length, parts), x)
+  first = pieces[0, 0, :: size // parts, 0]
+  np.testing.assert_array_equal(first, np.arange(parts) * -(-length // parts))
+
+
+def test_devices_that_share_a_row_work_at_the_same_piece():
+  """The stream is never gathered: each device makes the logits of its own tokens."""
+  model, variables = model_of()
+  tuned = jpeft.attach(model, jpeft.lora(2), variables, TOKENS)
+  theta = noisy(tuned.init(jax.random.key(2), variables))
+  mesh = training.mesh(1, 1, 2)
+  batch = TOKENS[:, :10], LABELS[:, :10]
+  spread = jax.device_put(batch, NamedSharding(mesh, PartitionSpec('data', 'sequence')))
+
+  def step(parts):
+    pieces, _ = in_pieces(tuned, 0.1, most=2 * 50 * 2, parts=parts)
+
+    def total(theta, tokens, labels):
+      return pieces.apply(theta, variables, tokens, labels=labels)[..., 0].sum()
+
+    return jax.jit(jax.value_and_grad(total))
+
+  whole = step(1)(theta, *batch)
+  program = step(2).lower(theta, *spread).compile()
+  found = program(theta, *spread)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-6), found, whole)
+  sent = [one for one in programs.collectives(program, mesh.shape) if 'head' in one.source]
+  assert not any(one.loops for one in sent), sent
 
 
 @pytest.mark.parametrize('teacher', [False, True], ids=['labels', 'teacher'])

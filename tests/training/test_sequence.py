@@ -4,17 +4,22 @@ For what is compared and why, see test_layout.py.
 """
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from jpeft import programs
+import jpeft
+from jpeft import cli, plan, programs, training
 from jpeft.core import dot_product
+from jpeft.models import Llama
+from jpeft.models.nn import Experts
 from tests.params import fast_if
 from tests.training.decoders import (
   Shape,
   distance,
   named,
   prepared,
-  trained,
   updated,
 )
 
@@ -68,3 +73,66 @@ def test_long_contexts_train_as_on_one_device(kind, mesh, backbone, shape, long_
   assert distance(many, one) < 1e-5 * distance(one, begun)
   sent = programs.collectives(program, layout.mesh.shape)
   assert any(one.kind == 'all-gather' and one.axes == ('sequence',) for one in sent)
+
+
+def planned(length, methods, mesh=(1, 1, 2), **fields):
+  """The plans of methods on texts of some length."""
+  model = Llama(32, 1, 4, 64, 40, kv_heads=2, **fields)
+  texts = jax.ShapeDtypeStruct((2, length), jnp.int32)
+  batch = {'tokens': texts, 'token_mask': texts, 'label': texts}
+  return jpeft.plan(model, methods, batch, mesh=mesh, target='cpu', head=False)
+
+
+def test_a_plan_says_what_is_sent_along_a_text_and_what_reads_all_of_it(long_contexts):
+  plans = planned(8, 'lora', experts=Experts(4, 2))
+  (found,) = plans
+  assert found.devices == 2
+  kinds = {one.kind for one in found.traffic if one.axes == ('sequence',)}
+  assert 'all-gather' in kinds
+  (told,) = found.uncut
+  assert told.startswith('mesh.sequence=2: the tokens of all devices are sorted for decoder/')
+  assert f'lora: {told}' in str(plans).splitlines()
+
+
+def test_tokens_that_cannot_be_cut_are_refused():
+  with pytest.raises(ValueError, match='mesh.sequence=2 does not divide the 9 tokens .*=8 would'):
+    planned(9, 'lora')
+  # Tokens of the method's own: nine in all.
+  with pytest.raises(ValueError, match="does not divide the 9 tokens that the block 'decoder/bl"):
+    planned(8, {'prompt': jpeft.prompt_tuning(1)})
+  (found,) = planned(8, {'prompt': jpeft.prompt_tuning(2)})
+  assert found.uncut == ()
+
+
+@pytest.fixture
+def texts(language):
+  """texts(**{dotted key: value}) -> a config of a run that learns to write."""
+  own = {'method.name': 'lora', 'optimizer.eps': 1e-2, 'steps': 4, 'log.every': 1}
+  return lambda **changes: language(**own | changes)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_devices(texts, tmp_path, long_contexts):
+  """Two updates with rows that four devices share, then two with others."""
+  alone = training.train(texts(), tmp_path / 'alone')
+  cut = {'mesh.sequence': 4, 'mesh.model': 2, 'mesh.backbone': 'sharded', 'mesh.whole_below': 1}
+  training.train(texts(steps=2, **cut), tmp_path / 'cut')
+  again = texts(**{'mesh.data': 2, 'mesh.sequence': 2})
+  found = training.train(again, tmp_path / 'cut', ['mesh', 'steps'])
+  assert found['steps'] == 4
+  one, other = (load_file(tmp_path / name / 'theta.safetensors') for name in ('alone', 'cut'))
+  for name, x in one.items():
+    np.testing.assert_allclose(x, other[name], rtol=1e-4, atol=1e-5)
+  for name, value in alone['eval'].items():
+    np.testing.assert_allclose(found['eval'][name], value, rtol=1e-4)
+
+
+def test_train_and_plan_refuse_a_length_alike(texts, tmp_path, capsys):
+  settings = texts(**{'mesh.sequence': 5})
+  said = 'mesh.sequence=5 does not divide the 24 tokens of a row: data.max_length=20 would do'
+  with pytest.raises(cli.Mistake, match=said):
+    training.train(settings, tmp_path / 'run')
+  file = tmp_path / 'own.py'
+  file.write_text(f'def get_config():\n  return {settings.to_dict()!r}\n')
+  with pytest.raises(cli.Mistake, match=said):
+    plan.main([f'--config={file}', '--target=cpu'])
