@@ -89,13 +89,13 @@ def by_devices(run: Callable[..., jax.Array], query, key, value, bias, mask, **o
 
   def on_device(arrays):
     own = {name: arrays[name] for name in ('key', 'value')}
-    if over_keys is not None:
-      for name, x in own.items():
-        own[name] = jax.lax.all_gather(x, over_keys, axis=1, tiled=True)
     if over_heads is not None and over_key_heads is None:
       place = jax.lax.axis_index(over_heads)
       chosen = _key_heads(place, arrays['query'].shape[2], heads // key.shape[2])
       own = {name: jnp.take(x, chosen, axis=2) for name, x in own.items()}
+    if over_keys is not None:
+      for name, x in own.items():
+        own[name] = jax.lax.all_gather(x, over_keys, axis=1, tiled=True)
     rng = arrays['rng']
     if rng is not None:
       drawn = [axis for axis in (examples, over_heads, tokens) if axis is not None]

@@ -167,7 +167,8 @@ def asked_of(
       read of a theta to start from.
     found: what that pass has found.
   """
-  model.layout.check(model.task.example(config, model.pretrained, model.outputs))
+  if config.mesh.sequence > 1:
+    model.layout.check(model.task.example(config, model.pretrained, model.outputs))
   raw = _raw(config, model, skipped)
   examples = raw
   if model.memory.cached_features:
