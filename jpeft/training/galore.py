@@ -17,6 +17,10 @@ s = `history`. r_t is the last column e_s of H, so that this is H (damping I + H
 system of s equations, and none of the cancellation that the form by Woodbury's identity has in
 float32. The history is s r n further numbers and can outweigh what the projection saves.
 
+No gradient need outlive its update: in unrolled models the compiler frees one after the other, as
+the official code does by hooks, unless `clip_norm` asks for the norm of all of them. A scanned
+stack has its gradients at once.
+
 Both are transforms of one matrix; `on_matrices` runs them on theta. Adam here adds eps to the root
 of the mean square before the bias is corrected, as the official code does.
 """

@@ -8,6 +8,7 @@ import pytest
 
 import jpeft
 from jpeft import optim, programs
+from jpeft.models import ViT
 from jpeft.training.galore import natural, scale_by_galore
 from tests.methods.golden import full_size
 from tests.methods.small import IMAGES, vit
@@ -203,3 +204,31 @@ def test_the_rules_by_name_train_a_scanned_model(name):
 def test_arguments_are_checked(arguments, message):
   with pytest.raises(ValueError, match=message):
     scale_by_galore(**arguments)
+
+
+@pytest.mark.slow
+def test_gradients_go_as_their_kernels_are_updated():
+  """Unrolled, unless the norm of all of them is asked for: then a whole set exists at once."""
+  model = ViT(128, 8, heads=4, mlp_dim=512, patch_size=8, image_size=16, num_classes=5)
+  x = jnp.zeros((1, 16, 16, 3))
+  shapes = jax.eval_shape(model.init, jax.random.key(0), x)
+  tuned = jpeft.attach(model, jpeft.full(), shapes, x)
+  chosen = 'full/.*/(attention|mlp)/.*'
+  galore = optim.on_matrices(tuned, scale_by_galore(8, 200), optax.scale_by_adam(), chosen)
+
+  def needed(*before) -> int:
+    """The bytes beside weights and state."""
+    tx = optax.chain(*before, galore, optax.scale(-1e-3))
+
+    def step(theta, state, backbone, x):
+      grads = jax.grad(lambda t: jnp.square(tuned.apply(t, backbone, x)).mean())(theta)
+      updates, state = tx.update(grads, state, theta)
+      return optax.apply_updates(theta, updates), state
+
+    state = jax.eval_shape(tx.init, tuned.shapes)
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(tuned.shapes, state, shapes, x)
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+  kernels = 8 * (4 * 128 * 128 + 2 * 128 * 512) * 4
+  saved = needed(optax.clip_by_global_norm(1.0)) - needed()
+  assert 0.75 * kernels < saved < 1.1 * kernels

@@ -15,6 +15,7 @@ from jpeft.models import Llama
 from jpeft.models.narrow.plan import plan_of
 from tests.fixtures import noisy
 from tests.methods.small import shapes_of
+from tests.models.goldens import GOLDEN, close, golden
 
 TOKENS = np.arange(12).reshape(2, 6).astype('int32')
 HP = {'rank': 2, 'ratio': 0.5, 'skip_first': 1, 'skip_last': 1, 'by': 'random'}
@@ -225,6 +226,30 @@ def test_lora_of_the_full_model_has_the_published_count():
   tuned = shapes_of(model, jpeft.stand_in(loram()), TOKENS)
   per_layer = 2 * (8192 + 8192) + 2 * (8192 + 1024) + 3 * (8192 + 28672)
   assert jpeft.summary(tuned).trainable == 80 * 8 * per_layer
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings('ignore')  # of peft, which calls what transformers will rename
+def test_peft_opens_what_is_recovered(tmp_path):
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  peft = pytest.importorskip('peft')
+  base = models.load(GOLDEN / 'llama')
+  words = golden('llama')[0]['tokens']
+  method = loram(2, 4, ratio=0.5, skip_first=0, skip_last=1, by='random')
+  method = jpeft.prepare(method, base.model, base.variables, [(words, words)])
+  small = jpeft.pruned(method, base.model, base.variables, words)
+  tuned = jpeft.attach(small.model, small.method, small.backbone, words)
+  own = noisy(jax.jit(tuned.init)(jax.random.key(0), small.backbone))
+  whole, theta = jpeft.recovered(small, base.model, base.variables, own, words)
+  jpeft.save_adapter(tmp_path, base, theta, tuned=whole)
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(GOLDEN / 'llama').eval()
+  plain = theirs(torch.tensor(np.asarray(words, 'int64'))).logits.detach().numpy()
+  theirs = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
+  got = theirs(torch.tensor(np.asarray(words, 'int64'))).logits.detach().numpy()
+  expected = jax.jit(whole.apply)(theta, base.variables, words)
+  close(np.asarray(expected), got, 1e-5)
+  assert np.abs(got - plain).max() > 1e-2
 
 
 # Runs.

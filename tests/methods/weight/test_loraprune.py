@@ -9,12 +9,14 @@ import optax
 import pytest
 
 import jpeft
-from jpeft.methods.weight.cuttable import KEPT
+from jpeft import models
+from jpeft.methods.weight.cuttable import KEPT, groups_of, is_between
 from jpeft.methods.weight.loraprune import Schedule, averaged, chosen, loraprune, part_scores
 from jpeft.models import Llama
 from tests.fixtures import noisy
 from tests.methods.small import IMAGES, t5, vit
 from tests.methods.small import TOKENS as WORDS
+from tests.runs import LLAMA
 
 TOKENS = np.arange(12).reshape(2, 6).astype('int32')
 
@@ -140,6 +142,43 @@ def test_heads_of_both_attentions_of_a_decoder_are_cut():
   out = jax.jit(tuned.apply)(theta, held, WORDS, WORDS)
   np.testing.assert_allclose(jax.jit(small.apply)(weights, WORDS, WORDS), out, atol=1e-5)
   assert set(keep.decoder.cross_heads) == {0, 1} and len(keep.decoder.cross_heads[0]) == 3
+
+
+def test_layers_at_both_ends_lose_nothing():
+  tuned = trained('llama', True)[0]
+  site = tuned.sites['decoder/blocks/mlp/fc2']
+  assert is_between(site, 1, 2).tolist() == [False, True, False, False]
+  assert is_between(site, 0, 0).all()
+  unrolled = trained('vit', False)[0].sites['encoder/block_1/mlp/fc2']
+  assert is_between(unrolled, 1, 1) and not is_between(unrolled, 2, 0)
+
+
+def test_layers_that_share_parts_share_one_mask():
+  tuned, _, _, thetas = trained('vit')
+  sites = {path: tuned.sites[path] for path in thetas[-1]['loraprune']}
+  groups = groups_of(sites)
+  assert groups.keys() == masks_of(thetas[-1]).keys()
+  block = 'encoder/block_1'
+  attention = [f'{block}/attention/{name}' for name in ('query', 'key', 'value', 'out')]
+  assert sorted(groups[f'{block}/attention/out']) == sorted(attention)
+  assert sorted(groups[f'{block}/mlp/fc2']) == [f'{block}/mlp/fc1', f'{block}/mlp/fc2']
+
+
+def test_the_pruned_model_is_a_dense_checkpoint(tmp_path):
+  model = models.from_config(LLAMA)
+  held = noisy(jax.jit(model.init)(jax.random.key(0), TOKENS), 0.05)
+  tuned = jpeft.attach(model, loraprune(rank=2), held, TOKENS)
+  theta = noisy(jax.jit(tuned.init)(jax.random.key(0), held))
+  for path in masks_of(theta):
+    t = theta['loraprune'][path]['kernel']
+    t[KEPT] = jnp.arange(len(t[KEPT])) % 2 == 0
+  out = jax.jit(tuned.apply)(theta, held, TOKENS)
+  merged = jax.jit(tuned.merge)(theta, held)
+  small, weights = jpeft.narrowed(model, merged, jpeft.keep_of(tuned, theta))
+  models.save_pretrained(tmp_path, small, weights, LLAMA)
+  again = models.load(tmp_path)
+  assert (again.model.heads, again.model.kv_heads, again.model.mlp_dim) == (2, 1, 32)
+  np.testing.assert_allclose(jax.jit(again.model.apply)(again.variables, TOKENS), out, atol=1e-5)
 
 
 def test_scanned_layers_are_judged_as_unrolled_ones():

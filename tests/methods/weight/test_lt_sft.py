@@ -218,6 +218,14 @@ def test_differences_are_added_in_any_order_and_taken_away():
   one, other = jax.jit(lambda t, held: (both.merge(t, held), turned.merge(t, held)))(thetas, held)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), one, other)
 
+  taken_away = jax.tree_util.tree_map_with_path(
+    lambda path, x: -x if path[-1].key == 'delta' else x, thetas
+  )
+  back = jax.jit(both.merge)(taken_away, one)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), back, held)
+  changed = [np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (one, held)), strict=True)]
+  assert any(changed)
+
   # A task is learned on top of a language, whose entries stay.
   base = jpeft.frozen(methods[0], thetas)
   tuned = jpeft.attach(model, jpeft.chain(base, methods[1]), held, X)
