@@ -82,7 +82,8 @@ def outputs(loaded, inputs, **kwargs):
   out = np.asarray(
     jax.jit(lambda v, x: loaded.model.apply(v, **x, **kwargs))(loaded.variables, inputs)
   )
-  decodes = models.is_decoder(loaded.model) or isinstance(loaded.model, models.ModernBert)
+  nobodys = (models.ModernBert, models.Deberta)  # at padding
+  decodes = models.is_decoder(loaded.model) or isinstance(loaded.model, nobodys)
   decodes = decodes and out.ndim == 3
   return out * inputs['mask'][..., None] if decodes else out
 

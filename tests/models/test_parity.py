@@ -112,6 +112,7 @@ CLASSES = (
   *(('OPT', f'OPTFor{head}') for head in CAUSAL_HEADS if head != 'TokenClassification'),
   *((name, f'{name}For{head}') for name in SPARSE for head in CAUSAL_HEADS),
   *(('ModernBert', f'ModernBertFor{head}') for head in TEXT_HEADS),
+  *(('DebertaV2', f'DebertaV2For{head}') for head in TEXT_HEADS if head != 'MaskedLM'),
 )
 # transformers finds the last token by the padding before it.
 BY_PADDING = ('Mistral', 'Qwen2', 'Qwen3', 'Gemma2', 'Phi3', 'GPT2', 'OPT', *SPARSE)
@@ -144,6 +145,8 @@ def tiny(name, kind):
     sizes = make.TINY_EXPERTS
   elif name == 'ModernBert':
     sizes = make.TINY_MODERNBERT
+  elif name == 'DebertaV2':
+    sizes = make.TINY_DEBERTA
   elif name in ('T5', 'MT5'):
     sizes = make.TINY_T5
   elif name in ('ViT', 'DeiT', 'Beit'):
@@ -176,7 +179,7 @@ def test_every_head_of_every_family_equals_transformers(name, kind, tmp_path):
     )
     assert not any(report[key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys'))
     want = make.logits(model.eval(), inputs)
-    if name in ('Llama', 'ModernBert', *BY_PADDING) and want.ndim == 3:
+    if name in ('Llama', 'ModernBert', 'DebertaV2', *BY_PADDING) and want.ndim == 3:
       want = want * inputs['mask'][..., None]
     close(got, want, 5e-6)
 
