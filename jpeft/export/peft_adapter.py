@@ -66,7 +66,8 @@ def save_adapter(
     layout: 'peft'; or 'adapters' for houlsby, pfeiffer, parallel and adaptformer as the `adapters`
       library writes them, with the head if it was trained.
     names: of the modules: 'transformers>=5' as transformers from 5 on calls them in memory,
-      'transformers<5' as files do. They differ for ViTs of any kind.
+      'transformers<5' as files do. They differ for ViTs of any kind, and for towers of images
+      without a head (`CLIPVisionModel`).
 
   Raises:
     ValueError: theta holds what such folders cannot.

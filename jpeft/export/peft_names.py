@@ -56,6 +56,8 @@ class Arrays:
         self.experts.add(place.path)
         continue
       renamed = [self.table.in_memory(key) for key in keys]
+      if _is_tower_alone(pretrained):
+        renamed = [key.removeprefix(self.table.base) for key in renamed]
       self.places[place.path] = (place, renamed if naming == NEW else keys)
       for names in (keys, renamed):
         for layer, key in enumerate(names):
@@ -121,6 +123,12 @@ class Arrays:
     if isinstance(x, Box) or not hasattr(x, '__array__'):
       return None
     return layers_of(x, self.places[path][0])
+
+
+def _is_tower_alone(pretrained: Pretrained) -> bool:
+  """Whether transformers from 5 on has no module around the layers of this tower of images."""
+  kind = pretrained.config['model_type']
+  return kind.endswith('_vision_model') and getattr(pretrained.model, 'num_classes', None) is None
 
 
 @dataclasses.dataclass(frozen=True)

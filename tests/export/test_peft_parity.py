@@ -469,3 +469,47 @@ def test_the_fields_of_peft_are_known():
   )
   fields = {field for config in configs for field in config.to_dict()} | {'runtime_config'}
   assert fields - set(KNOWN) == set()
+
+
+# Towers of images without a head: alone, and beside the tower of texts.
+TOWERS = (
+  ('clip', 'CLIPVisionModel'),
+  ('siglip', 'SiglipVisionModel'),
+  ('clip', 'CLIPModel'),
+)
+
+
+@pytest.mark.parametrize('name,kind', TOWERS)
+@pytest.mark.parametrize('adapter', ('lora', 'norms'))
+def test_towers_without_a_head_compute_the_same_both_ways(adapter, name, kind, tmp_path):
+  images = golden(name)[0]['images']
+  base = tmp_path / 'base'
+  getattr(transformers, kind).from_pretrained(GOLDEN / name).save_pretrained(base)
+
+  def feature(model):
+    tower = model.base_model.model.vision_model if kind == 'CLIPModel' else model
+    with torch.no_grad():
+      return tower.eval()(pixel_values=torch.tensor(images.transpose(0, 3, 1, 2))).pooler_output
+
+  def fresh():
+    return getattr(transformers, kind).from_pretrained(base).eval()
+
+  where = r'vision_model\..*' if kind == 'CLIPModel' else '.*'
+  config = peft.LoraConfig(r=2, target_modules=rf'{where}(q_proj|fc1)')
+  if adapter == 'norms':
+    config = peft.LNTuningConfig(target_modules=rf'{where}layer_norm1')
+  torch.manual_seed(0)
+  model = peft.get_peft_model(fresh(), config)
+  with torch.no_grad():
+    for parameter in model.parameters():
+      if parameter.requires_grad:
+        parameter += 0.05 * torch.randn_like(parameter)
+  model.save_pretrained(tmp_path / 'peft')
+  want = feature(peft.PeftModel.from_pretrained(fresh(), tmp_path / 'peft')).numpy()
+
+  loaded = models.load(base, head=None)
+  method, theta = jpeft.load_adapter(tmp_path / 'peft', loaded)
+  tuned = jpeft.attach(loaded.model, method, loaded.variables, images)
+  close(np.asarray(tuned.apply(theta, loaded.variables, images)), want, 1e-5)
+  jpeft.save_adapter(tmp_path / 'ours', loaded, theta, tuned=tuned)
+  close(feature(peft.PeftModel.from_pretrained(fresh(), tmp_path / 'ours')).numpy(), want, 1e-6)
