@@ -277,9 +277,9 @@ def _adapters() -> list[Files]:
 # ---- Data.
 
 
-def _data(spec: str, **options) -> Callable[[Folder], None]:
+def _data(spec: str, split: str = 'train+test', **options) -> Callable[[Folder], None]:
   def read(folder: Folder) -> None:
-    source = data.load(spec.format(folder=folder), 'train+test', **options)
+    source = data.load(spec.format(folder=folder), split, **options)
     for i in range(min(len(source), 8)):
       assert source[i] is not None
 
@@ -351,6 +351,16 @@ _ALL = [
     'chats',
     _data('completions:{folder}/a.jsonl'),
     _only('a.jsonl', lambda: seeds.lines(seeds.CHATS)),
+  ),
+  Reader(
+    'preferences',
+    _data('preferences:{folder}/a.jsonl', labels='preferences'),
+    _only('a.jsonl', lambda: seeds.lines(seeds.PREFERENCES)),
+  ),
+  Reader(
+    'GLUE',
+    _data('glue:{folder}?task=rte', split='train'),
+    _only('train.tsv', lambda: seeds.RTE),
   ),
   Reader(
     'SQuAD',

@@ -303,6 +303,16 @@ SQUAD = {
     for i in range(3)
   ],
 }
+PREFERENCES = [
+  {'prompt': 'a', 'chosen': ' b', 'rejected': ' c'},
+  {'chosen': '\n\nHuman: a\n\nAssistant: b', 'rejected': '\n\nHuman: a\n\nAssistant: c'},
+  {
+    'prompt': [{'role': 'user', 'content': 'a'}],
+    'chosen': [{'role': 'assistant', 'content': 'b'}],
+    'rejected': [{'role': 'assistant', 'content': 'c'}],
+  },
+] * 4
+RTE = b'index\tsentence1\tsentence2\tlabel\n' + b'0\tIt fell.\tIt rose.\tnot_entailment\n' * 3
 CHATS = [
   {
     'messages': [
