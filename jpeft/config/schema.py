@@ -616,6 +616,7 @@ def _check_data(out: dict[str, Any]) -> None:
     for key, what in (
       ('data.cache_features', 'features are computed and kept of whole rows'),
       ('eval.generate', 'what writes texts has a cache of whole rows'),
+      ('model.mlp_tokens', 'the tokens of a piece lie side by side, on one device'),
     ):
       if out[key]:
         raise ValueError(

@@ -37,9 +37,10 @@ def test_values_are_checked_and_never_mutable_by_typo():
     config.complete({k: v for k, v in SMALL.items() if k != 'steps'})
 
 
-@pytest.mark.parametrize('key', ['data.cache_features', 'eval.generate'])
+@pytest.mark.parametrize('key', ['data.cache_features', 'eval.generate', 'model.mlp_tokens'])
 def test_what_reads_whole_rows_is_refused_where_rows_are_cut(key):
-  values = {**config.flatten(config.complete(SMALL)), key: 1 if key == 'eval.generate' else True}
+  value = True if key == 'data.cache_features' else 1
+  values = {**config.flatten(config.complete(SMALL)), key: value}
   config.complete(config.nest(values))
   with pytest.raises(
     ValueError, match=f'config.{key}=.* and config.mesh.sequence=2: .*; leave one'
