@@ -319,3 +319,15 @@ def test_peft_opens_the_adapters_we_save(name, head, make, tmp_path):
   close(got * mask, want * mask, 2e-5)
   _, again = jpeft.load_adapter(tmp_path / 'adapter', loaded)
   jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(again), jax.tree.leaves(theta))
+
+
+@pytest.mark.parametrize('buckets,furthest,tokens', [(256, 512, 512), (32, 128, 300), (4, 24, 24)])
+def test_buckets_of_distances_equal_those_of_transformers(buckets, furthest, tokens):
+  from transformers.models.deberta_v2.modeling_deberta_v2 import build_relative_position
+
+  from jpeft.models.deberta.model import Distances
+
+  ids = torch.zeros(1, tokens, 1)
+  theirs = build_relative_position(ids, ids, buckets, furthest)[0].numpy()
+  ours = Distances(buckets, furthest).rows(tokens)
+  np.testing.assert_array_equal(ours, np.clip(theirs + buckets, 0, 2 * buckets - 1))
