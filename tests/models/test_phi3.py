@@ -11,6 +11,7 @@ import pytest
 import jpeft
 from jpeft import models
 from jpeft.decoding import generate
+from jpeft.models.io import Checkpoint
 from jpeft.models.nn.rope import Rope
 from jpeft.quant import Quantized
 from tests.models.goldens import GOLDEN, close, golden, outputs
@@ -38,8 +39,18 @@ def test_a_phi3_has_the_published_size():
 
 
 @pytest.mark.parametrize('name,scan', [('phi3', True), ('gpt2', False)])
-def test_layers_of_one_tensor_are_written_as_they_were_read(name, scan, tmp_path):
-  loaded = models.load(GOLDEN / name, scan=scan)
+def test_layers_of_one_tensor_are_written_as_they_were_read(name, scan, tmp_path, monkeypatch):
+  read = Checkpoint.read
+  sizes = []
+
+  def counted(self, key, part=None):
+    array = read(self, key, part)
+    sizes.append(array.size)
+    return array
+
+  with monkeypatch.context() as patched:
+    patched.setattr(Checkpoint, 'read', counted)
+    loaded = models.load(GOLDEN / name, scan=scan)
   models.save_pretrained(tmp_path, loaded.model, loaded.variables, loaded.config)
   old, new = (
     models.read_tensors(folder / 'model.safetensors') for folder in (GOLDEN / name, tmp_path)
@@ -48,6 +59,7 @@ def test_layers_of_one_tensor_are_written_as_they_were_read(name, scan, tmp_path
   assert old.keys() == new.keys()
   for key, tensor in old.items():
     np.testing.assert_array_equal(new[key], tensor)
+  assert sum(sizes) == sum(tensor.size for tensor in old.values())  # each number once
 
 
 def test_tensors_are_read_from_several_files(tmp_path):

@@ -62,10 +62,7 @@ def from_files(
     )
 
   def layer(place: Place, key: str) -> np.ndarray:
-    tensor = checkpoint.read(names[key])
-    if place.part is not None:
-      tensor = place.part.of(tensor)
-    array = place.leaf.ours(tensor)
+    array = place.leaf.ours(checkpoint.read(names[key], place.part))
     if place.path in edits:
       array = edits[place.path](array)
     return array

@@ -21,6 +21,7 @@ from jpeft import jsonfiles, textfiles
 from jpeft.lazy import extra
 
 from ..nn import Rope
+from .layout import Part
 from .safetensors import sha256
 
 GGUF_FILE = 'model.gguf'
@@ -322,8 +323,12 @@ class Gguf:
       'original_max_position_embeddings': told['original'],
     }
 
-  def read(self, key: str) -> np.ndarray:
-    """One tensor as float32, in the layout of Hugging Face."""
+  def read(self, key: str, part: Part | None = None) -> np.ndarray:
+    """One tensor as float32, in the layout of Hugging Face, or a part of it."""
+    array = self._read(key)
+    return array if part is None else part.of(array)
+
+  def _read(self, key: str) -> np.ndarray:
     array = self.tensor(self._names[key])
     if self.config['model_type'] != 'llama':
       return array

@@ -144,9 +144,14 @@ class Part(NamedTuple):
   stop: int
   size: int
 
+  @property
+  def index(self) -> tuple[slice, ...]:
+    """Of the tensor: where the array is."""
+    return (*(slice(None),) * self.axis, slice(self.start, self.stop))
+
   def of(self, tensor: np.ndarray) -> np.ndarray:
     """The array of a tensor."""
-    return tensor[(slice(None),) * self.axis + (slice(self.start, self.stop),)]
+    return tensor[self.index]
 
   def whole(self, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of the tensor, of that of the array on disk."""

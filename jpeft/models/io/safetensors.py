@@ -13,6 +13,8 @@ import safetensors.numpy
 from jpeft import jsonfiles, textfiles, writing
 from jpeft.messages import nearest
 
+from .layout import Part
+
 FILE = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
 PICKLES = (
@@ -55,9 +57,11 @@ class Checkpoint:
           f'{self.folder / INDEX}: {key!r} is said to be in {file.name}, which does not hold it'
         )
 
-  def read(self, key: str) -> np.ndarray:
-    """One tensor, in the number format of the file."""
+  def read(self, key: str, part: Part | None = None) -> np.ndarray:
+    """One tensor, or a part of it, in the number format of the file; nothing else is read."""
     with _open(self._file_of[key]) as tensors:
+      if part is not None:
+        return tensors.get_slice(key)[part.index]
       return tensors.get_tensor(key)
 
   @functools.cached_property

@@ -20,6 +20,7 @@ from einops import EinopsError, rearrange
 
 from jpeft import textfiles
 
+from .layout import Part
 from .safetensors import sha256
 
 NPZ_SUFFIX = '.npz'
@@ -128,8 +129,12 @@ class VitNpz:
       'attention_probs_dropout_prob': 0.0,
     }
 
-  def read(self, key: str) -> np.ndarray:
-    """One array, as Hugging Face stores it."""
+  def read(self, key: str, part: Part | None = None) -> np.ndarray:
+    """One array, as Hugging Face stores it, or a part of it."""
+    array = self._read(key)
+    return array if part is None else part.of(array)
+
+  def _read(self, key: str) -> np.ndarray:
     name = self._names[key]
     try:
       with np.load(self.folder, allow_pickle=False) as arrays:
