@@ -8,7 +8,7 @@ from jpeft.quant import Quantized
 
 _BY_COLUMNS = ('q', 'k', 'v', 'fc1', 'head')
 _BY_ROWS = ('o', 'fc2')
-_HEADS_OF = {'q': 'the heads', 'k': 'the key heads', 'v': 'the key heads', 'o': 'the heads'}
+_OF_HEADS = ('q', 'k', 'v', 'o')
 _CODES_BY_ROWS = (
   'cut by columns, as rows of 4-bit codes cannot be cut: what they read and return is gathered'
 )
@@ -60,7 +60,7 @@ class ModelAxis:
     if self.parts == 1 or not self.is_cut(leaf.shape):
       return None, ''
     role = self._roles.get((site.path, name))
-    splits = self._splits_heads(site, role)
+    splits = self._split_heads(site, role)
     wanted = _wanted_axis(leaf, role)
     if wanted is not None and leaf.shape[wanted] % self.parts == 0 and not splits:
       return wanted, ''
@@ -70,7 +70,7 @@ class ModelAxis:
     if axis is None:
       return None, f'whole, as model={self.parts} divides none of their axes'
     if splits and role != 'o':
-      return axis, f'cut by rows, as model={self.parts} does not divide {_HEADS_OF[role]}'
+      return axis, f'cut by rows, as model={self.parts} does not divide {splits}'
     return axis, ''
 
   def of_codes(self, site: Site, box: Quantized) -> tuple[bool, str]:
@@ -84,9 +84,9 @@ class ModelAxis:
     role = self._roles.get((site.path, name))
     if role in _BY_ROWS:
       return True, _CODES_BY_ROWS
-    if self._splits_heads(site, role):
-      heads = _HEADS_OF[role]
-      return True, f'gathered after the product, as model={self.parts} does not divide {heads}'
+    splits = self._split_heads(site, role)
+    if splits:
+      return True, f'gathered after the product, as model={self.parts} does not divide {splits}'
     return True, ''
 
   def attentions(self) -> tuple[list[Site], list[Site]]:
@@ -98,14 +98,16 @@ class ModelAxis:
       where.append(site)
     return cut, whole
 
-  def _splits_heads(self, site: Site, role: str | None) -> bool:
-    """Whether columns of a projection would be parts of heads, as far as is known."""
-    if role not in _HEADS_OF:
-      return False
+  def _split_heads(self, site: Site, role: str | None) -> str:
+    """Which heads columns of a projection would be parts of, as far as is known; '' for none."""
+    if role not in _OF_HEADS:
+      return ''
     for attention in self._attentions:
       if site.path.startswith(f'{attention.path}/') or site.path == attention.path:
-        return self._heads(attention, role) % self.parts != 0
-    return True
+        if self._heads(attention, 'q') % self.parts:
+          return 'the heads'
+        return 'the key heads' if self._heads(attention, role) % self.parts else ''
+    return 'the heads'
 
   def _heads(self, attention: Site, role: str) -> int:
     """The heads that a projection of an attention module makes or reads."""
