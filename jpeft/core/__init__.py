@@ -63,7 +63,6 @@ from .sites import Leaf, Site, Sites
 from .summary import count, summary
 from .task_loss import TaskLoss
 from .token_mask import TokenMask
-from .token_pieces import cut_tokens, equal_pieces, joined_tokens
 from .tuned import Tuned
 
 __all__ = [
@@ -120,10 +119,8 @@ __all__ = [
   'chain',
   'count',
   'cross_entropy',
-  'cut_tokens',
   'dot_product_attention',
   'entry_path',
-  'equal_pieces',
   'factory',
   'falling_adam',
   'flags_of',
@@ -137,7 +134,6 @@ __all__ = [
   'in_layers',
   'join',
   'join_path',
-  'joined_tokens',
   'layers_of',
   'leaf_paths',
   'mask',

@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from jpeft.core import NotAtHead, Tuned, at_head, cut_tokens, joined_tokens
+from jpeft.core import NotAtHead, Tuned, at_head
 from jpeft.programs import Static, Traced, has_gradient
 
 from .losses import likeliest, loss, loss_of_teacher
-from .teachers import MOST_LOGITS, Taught, tokens_of_a_piece
+from .teachers import MOST_LOGITS, Taught, cut, joined, tokens_of_a_piece
 
 NAME = 'pieces'
 
@@ -117,12 +117,9 @@ def token_losses(
       found = (1 - weight) * found + weight * loss_of_teacher(logits, told, labels, temperature)
     return jnp.stack([found, likeliest(logits, labels).astype(jnp.float32)], -1)
 
-  beside = {
-    name: cut_tokens(y, size, -1 if name == 'labels' else 0, parts) for name, y in beside.items()
-  }
-  pieces = cut_tokens(x, size, parts=parts)
-  out = _over_pieces(losses)([*traced.consts, *leaves], pieces, beside, fixed)
-  return joined_tokens(out, x.shape[1], parts)
+  beside = {name: cut(y, size, parts, -1 if name == 'labels' else 0) for name, y in beside.items()}
+  out = _over_pieces(losses)([*traced.consts, *leaves], cut(x, size, parts), beside, fixed)
+  return joined(out, x.shape[1], parts)
 
 
 def _over_pieces(losses: Callable) -> Callable:

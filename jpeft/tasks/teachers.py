@@ -6,8 +6,9 @@ A loss in pieces (`in_pieces`) runs the teacher's head on some of these at a tim
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
-from jpeft.core import Tuned, at_head, cut_tokens, equal_pieces, joined_tokens
+from jpeft.core import Tuned, at_head
 from jpeft.programs import Traced
 
 # Numbers of the logits of one piece, at most.
@@ -35,9 +36,9 @@ class HeadStates:
 
   def logits(self) -> jax.Array:
     """Whole logits [B, N, V], of which a loss in pieces makes some at a time."""
-    pieces = cut_tokens(self.x, self.size, parts=self.parts)
+    pieces = cut(self.x, self.size, self.parts)
     made = jax.lax.map(lambda x: self.head((), self.arrays, x), pieces)
-    return joined_tokens(made, self.x.shape[1], self.parts)
+    return joined(made, self.x.shape[1], self.parts)
 
 
 @jax.tree_util.register_dataclass
@@ -97,4 +98,38 @@ def tokens_of_a_piece(shape: tuple[int, ...], words: int, most: int, parts: int 
     parts: devices that the tokens of a row are cut over; the same number of tokens of each of them.
   """
   rows = max(1, most // (shape[0] * words))
-  return equal_pieces(shape[1], rows, parts)
+  length = -(-shape[1] // parts)
+  count = -(-length // rows)
+  return parts * -(-length // count)
+
+
+def cut(x: jax.Array, size: int, parts: int = 1, fill: int = 0) -> jax.Array:
+  """[B, N, ...] as pieces [pieces, B, size, ...], filled up at the end.
+
+  A piece has as many tokens of each of `parts` parts of a row: cut over that many devices, all of
+  them work at each piece.
+  """
+  each = size // parts
+  length = -(-x.shape[1] // parts)
+  count = -(-length // each)
+  x = _padded(x, 1, parts * length, fill)
+  x = x.reshape(x.shape[0], parts, length, *x.shape[2:])
+  x = _padded(x, 2, count * each, fill)
+  x = x.reshape(*x.shape[:2], count, each, *x.shape[3:])
+  return jnp.moveaxis(x, 2, 0).reshape(count, x.shape[0], size, *x.shape[4:])
+
+
+def joined(pieces: jax.Array, length: int, parts: int = 1) -> jax.Array:
+  """Pieces [pieces, B, size, ...] as [B, length, ...]."""
+  count, batch, size = pieces.shape[:3]
+  x = pieces.reshape(count, batch, parts, size // parts, *pieces.shape[3:])
+  x = jnp.moveaxis(x, 0, 2)
+  x = x.reshape(batch, parts, -1, *x.shape[4:])[:, :, : -(-length // parts)]
+  return x.reshape(batch, -1, *x.shape[3:])[:, :length]
+
+
+def _padded(x: jax.Array, axis: int, length: int, fill: int) -> jax.Array:
+  """x, an axis of it filled up to a length."""
+  widths = [(0, 0)] * x.ndim
+  widths[axis] = (0, length - x.shape[axis])
+  return jnp.pad(x, widths, constant_values=fill)

@@ -283,7 +283,7 @@ def test_logits_of_a_decoder_of_8b_are_never_whole(measured):
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ('work', 'method', 'remat', 'mib', 'cycles'),
-  [('w6_8b', 'qst', 'none', 6421, 1.05), ('w4_7b_long', 'qlora', 'block', 7000, 1.01)],
+  [('w6_8b', 'qst', 'none', 6421, 1.02), ('w4_7b_long', 'qlora', 'block', 7000, 1.01)],
 )
 def test_mlps_on_some_tokens_at_a_time_need_less(measured, work, method, remat, mib, cycles):
   whole, tiled = (measured(name, method, remat, 'scan') for name in (work, f'{work}_tiled'))

@@ -15,9 +15,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 import jpeft
 from jpeft import ANATOMIES, models, planning, programs, register_anatomy, tasks, training
 from jpeft.contract import distance
-from jpeft.core import NotAtHead, cut_tokens, joined_tokens
+from jpeft.core import NotAtHead
 from jpeft.models import Llama
 from jpeft.models.llama.naming import LLAMA_NAMING
+from jpeft.tasks import teachers
 from jpeft.tasks.pieces import in_pieces
 from tests.contract.anatomies import described
 from tests.fixtures import BACKBONES, noisy
@@ -227,8 +228,8 @@ def test_the_head_of_a_language_model_of_8b():
 )
 def test_pieces_have_the_tokens_of_all_parts(length, size, parts):
   x = np.arange(2 * length).reshape(2, length, 1)
-  pieces = cut_tokens(jnp.asarray(x), size, -1, parts)
-  np.testing.assert_array_equal(joined_tokens(pieces, length, parts), x)
+  pieces = teachers.cut(jnp.asarray(x), size, parts, -1)
+  np.testing.assert_array_equal(teachers.joined(pieces, length, parts), x)
   first = pieces[0, 0, :: size // parts, 0]
   np.testing.assert_array_equal(first, np.arange(parts) * -(-length // parts))
 
