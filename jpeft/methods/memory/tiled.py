@@ -5,9 +5,9 @@ tokens of each example at a time, with the same weights, it has hidden arrays [B
 place of [B, N, mlp_dim], and its backward pass keeps its input alone: each piece is computed again
 there. The numbers are the same. Known as TiledMLP of ALST (arXiv 2506.13996, 2025) in PyTorch.
 
-A frozen MLP that no gradient crosses, as under LST and QST, computes nothing more. One that a gradient
-crosses is computed once more, unless the block is recomputed anyhow: then the first of its two
-forward passes there is not needed, and is left out.
+A frozen MLP that no gradient crosses, as under LST and QST, computes nothing more. One that a
+gradient crosses is computed once more, unless the block is recomputed anyhow: then the first of its
+two forward passes there is not needed, and is left out.
 """
 
 from collections.abc import Callable, Sequence
