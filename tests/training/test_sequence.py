@@ -108,7 +108,13 @@ def test_tokens_that_cannot_be_cut_are_refused():
 @pytest.fixture
 def texts(language):
   """texts(**{dotted key: value}) -> a config of a run that learns to write."""
-  own = {'method.name': 'lora', 'optimizer.eps': 1e-2, 'steps': 4, 'log.every': 1}
+  own = {
+    'method.name': 'lora',
+    'optimizer.eps': 1e-2,
+    'schedule.name': 'constant',  # that of any length
+    'steps': 4,
+    'log.every': 1,
+  }
   return lambda **changes: language(**own | changes)
 
 
