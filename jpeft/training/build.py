@@ -158,7 +158,8 @@ def build(
     fields['num_classes'] = None
   fields['seed'] = config.seed
   fields['remat'] = memory.remat
-  del fields['kernels']
+  for of_the_step in ('kernels', 'mlp_tokens'):
+    del fields[of_the_step]
   fields['implementation'] = memory.implementation
   fields['quantize'] = None
   if memory.storage is not None and not stored_later:

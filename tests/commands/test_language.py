@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from safetensors.numpy import load_file
 
 from jpeft import cli, generate, merge, models, predict, tasks, training
 from jpeft.tasks.language import distance
@@ -139,6 +140,18 @@ def test_micro_batches_give_the_update_of_the_whole_batch(settings):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), one, two)
   np.testing.assert_allclose(out['loss'], out2['loss'], rtol=1e-5)
   assert mean['loss'] == pytest.approx(float(out['loss']), rel=1e-5) == mean2['loss']
+
+
+def test_mlps_in_pieces_give_the_run_of_whole_ones(settings, tmp_path):
+  thetas = []
+  for tokens in (None, 5):
+    changes = {'steps': 2, 'model.mlp_tokens': tokens, 'eval.generate': 1}
+    training.train(settings(**changes), tmp_path / str(tokens))
+    thetas.append(load_file(tmp_path / str(tokens) / 'theta.safetensors'))
+  whole, pieces = thetas
+  assert whole.keys() == pieces.keys()
+  for name, x in whole.items():
+    np.testing.assert_allclose(pieces[name], x, atol=1e-5)
 
 
 def test_a_stopped_run_goes_on_with_the_same_rows(settings, tmp_path):

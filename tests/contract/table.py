@@ -122,7 +122,7 @@ ROWS: dict[str, Row] = {
   'snella': Row(start=1e-1),
   'spt': Row(
     hp={'budget': 600, 'step': 20, 'rank': 1},
-    on={CONV: {'targets': '{conv}'}},
+    on=KERNELS,
   ),
   'ssf': Row(
     start=None, dead=('.*/key/.*/shift',), on={CONV: {'targets': '{conv}|{bn}|{final_norm}'}}
