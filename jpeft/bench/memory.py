@@ -49,7 +49,8 @@ these were counted, or a program that the compiler refused or cannot print.
 Activations and frozen weights are bfloat16; what is trained, and Adam's state,
 float32. Temporaries are those of device memory: what XLA keeps in on-chip memory does not count. What a table lacks
 does not act on that work (HST reads images, BitFit biases, which T5 has none of) or was not compiled for it. A row that
-names a target was compiled for it, since what it needs is more than a v5e has.
+names a target was compiled for it, since what it needs is more than a v5e has. What a pass over examples chooses (SCT,
+SPT) is taken as a plan takes it, as many numbers at places that nobody chose.
 
 Made by `python -m jpeft.bench.memory`; hyperparameters are those of `jpeft/methods/presets.py`, else the defaults.
 """.strip()
