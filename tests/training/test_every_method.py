@@ -83,11 +83,12 @@ METHODS = {
 
 # The decoder has one block, its head is its table of words, and it reads words by a module.
 SMALL_DECODER = {
+  **dict.fromkeys(('linear', 'head2toe', 'vqt', 'unipt_global'), "no site matches: '{head}'"),
   'sct': 'sct ranks channels by class',
   'prompt_tuning': None,
   'dept': None,
-  'linear': "no site matches: '{head}'",
   'explora': "none of the 2 sites .* is in the layers '!-1'",
+  'sherl': 'no block before the last of 1',
 }
 
 WORDS = '''"""Texts that a tiny decoder learns to write."""
