@@ -10,7 +10,7 @@ from .cut import Halves, cut
 from .equations import evaluated, hoisted, inside, reader, variables
 from .printed import compiled_with_text
 from .schedule import Schedule, schedule, scheduled
-from .traced import Static, Traced, has_gradient
+from .traced import Static, Traced, has_gradient, plain_zero, vjp_in
 
 __all__ = [
   'Collective',
@@ -36,9 +36,11 @@ __all__ = [
   'mixing',
   'nbytes',
   'parsed',
+  'plain_zero',
   'reader',
   'schedule',
   'scheduled',
   'uncounted',
   'variables',
+  'vjp_in',
 ]

@@ -1,5 +1,6 @@
 """Whether a function treats the entries of an axis each by itself, read off its traced program."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -78,14 +79,12 @@ class _Step:
   Attributes:
     name: of the operation.
     params: of it in the smaller program.
-    larger: the same in the larger one.
     ins, outs: (shape, the axis that grew or None) of its inputs and outputs.
   """
 
   def __init__(self, small, large):
     self.name = small.primitive.name
     self.params = small.params
-    self.larger = large.params
     self.ins = list(_pairs(small.invars, large.invars))
     self.outs = list(_pairs(small.outvars, large.outvars))
 
@@ -163,7 +162,7 @@ def _is_by_entry(step: _Step) -> bool:
   if name == 'broadcast_in_dim':
     return step.params['broadcast_dimensions'][axis] == out_axis and out[out_axis] == shape[axis]
   if name in ('reshape', 'squeeze', 'expand_dims'):
-    return out_axis is not None and _size(shape[axis + 1 :]) == _size(out[out_axis + 1 :])
+    return out_axis is not None and math.prod(shape[axis + 1 :]) == math.prod(out[out_axis + 1 :])
   if name == 'transpose':
     return step.params['permutation'][out_axis] == axis
   if name == 'slice':
@@ -173,10 +172,3 @@ def _is_by_entry(step: _Step) -> bool:
   if name == 'split':
     return axis != step.params['axis']
   return False
-
-
-def _size(shape: tuple[int, ...]) -> int:
-  size = 1
-  for n in shape:
-    size *= n
-  return size

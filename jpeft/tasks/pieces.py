@@ -14,10 +14,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 
 from jpeft.core import NotAtHead, Tuned, at_head
-from jpeft.programs import Static, Traced, has_gradient
+from jpeft.programs import Static, Traced, has_gradient, plain_zero, vjp_in
 
 from .losses import likeliest, loss, loss_of_teacher
 from .teachers import MOST_LOGITS, Taught, cut, joined, tokens_of_a_piece
@@ -155,21 +154,14 @@ def _over_pieces(losses: Callable) -> Callable:
 
   def backward(residuals, cotangent):
     values, x, others, trained = residuals
-    if isinstance(cotangent, SymbolicZero):
-      cotangent = jnp.zeros(cotangent.shape, cotangent.dtype)
+    cotangent = plain_zero(cotangent)
     if others is None:  # x is the slope of the loss of each token
       return values, x * cotangent[..., :1].astype(x.dtype), None, None
     beside, fixed = others
 
     def step(total, piece):
       x, beside, cotangent = piece
-
-      def of_trained(own, x):
-        replaced = dict(zip(trained.value, own, strict=True))
-        chosen = [replaced.get(i, value) for i, value in enumerate(values)]
-        return losses(chosen, x, beside, fixed)
-
-      _, vjp = jax.vjp(of_trained, [values[i] for i in trained.value], x)
+      _, vjp = vjp_in(lambda values, x: losses(values, x, beside, fixed), values, trained.value, x)
       of_own, of_x = vjp(cotangent)
       return jax.tree.map(jnp.add, total, of_own), of_x
 

@@ -12,9 +12,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 
-from jpeft.programs import Static, Traced, has_gradient
+from jpeft.programs import Static, Traced, has_gradient, plain_zero, vjp_in
 
 Streams = tuple[jax.Array, jax.Array]
 
@@ -116,7 +115,7 @@ class Reversible:
 
     def backward(residuals, d_y):
       trained, leaves, consts, stored, y = residuals
-      d_y = tuple(_plain_zero(d, stream) for d, stream in zip(d_y, y, strict=True))
+      d_y = tuple(plain_zero(d) for d in d_y)
       rows = jax.tree.unflatten(tree, leaves)
       d_leaves, d_x = self._backward(trained.value, rows, consts, stored, y, d_y)
       no_gradient = jax.tree.map(lambda _: None, consts)
@@ -303,23 +302,14 @@ def _traced(layers: Layers, fn, like: jax.Array) -> Traced:
   return Traced(in_dtype, layers.shapes_of_one(), like)
 
 
-def _plain_zero(d, like: jax.Array) -> jax.Array:
-  """A gradient, as an array where it is a symbolic zero."""
-  if isinstance(d, SymbolicZero):
-    return jnp.zeros_like(like)
-  return d
-
-
 def _pull(program: Traced, consts, row, own: list[int], x: jax.Array, d: jax.Array):
   """(y = program(x), gradients of the leaves `own` of the row, that of x), d being that of y."""
   leaves, tree = jax.tree.flatten(row)
 
-  def run(values, x):
-    replaced = dict(zip(own, values, strict=True))
-    row = [replaced.get(n, leaf) for n, leaf in enumerate(leaves)]
-    return program(consts, jax.tree.unflatten(tree, row), x)
+  def run(leaves, x):
+    return program(consts, jax.tree.unflatten(tree, leaves), x)
 
-  y, vjp = jax.vjp(run, [leaves[n] for n in own], x)
+  y, vjp = vjp_in(run, leaves, own, x)
   d_values, d_x = vjp(d)
   return y, d_values, d_x
 

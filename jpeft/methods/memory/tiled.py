@@ -10,14 +10,14 @@ gradient crosses is computed once more, unless the block is recomputed anyhow: t
 two forward passes there is not needed, and is left out.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 
 from jpeft.core import NO_BACKPROP, Call, Method, at, factory
-from jpeft.programs import Static, Traced, has_gradient, mixing
+from jpeft.programs import Static, Traced, has_gradient, mixing, plain_zero, vjp_in
 
 from ..check import whole
 
@@ -111,19 +111,13 @@ def _in_turn(traced: Traced, count: int) -> Callable[[Sequence[jax.Array], jax.A
 
   def backward(kept, cotangent):
     values, x, trained = kept
-    if isinstance(cotangent, SymbolicZero):
-      cotangent = jnp.zeros(cotangent.shape, cotangent.dtype)
+    cotangent = plain_zero(cotangent)
     begun = room(cotangent, x)
 
     def step(carry, i):
       d, total = carry
-
-      def of_trained(own, x):
-        replaced = dict(zip(trained.value, own, strict=True))
-        chosen = [replaced.get(i, value) for i, value in enumerate(values)]
-        return traced((), chosen, x)
-
-      _, pull = jax.vjp(of_trained, [values[i] for i in trained.value], part(x, i))
+      run_piece = functools.partial(traced, ())
+      _, pull = vjp_in(run_piece, values, trained.value, part(x, i))
       of_own, of_x = pull(part(d if begun is cotangent else cotangent, i))
       return (put(d, i, of_x), jax.tree.map(jnp.add, total, of_own)), None
 
