@@ -27,6 +27,7 @@ from ..nn import (
   MLP,
   Block,
   Remat,
+  WordEmbed,
   attend,
   block_of,
   check_pool,
@@ -156,32 +157,6 @@ class DebertaBlock(Block):
     return layer_norm(self, 'norm2')(x + dropout(y, deterministic=deterministic))
 
 
-class WordsAlone(nn.Module):
-  """Embedded words, normalised.
-
-  Attributes:
-    width: D.
-    vocab: number of words.
-    eps, dropout, dtype, param_dtype: see `Deberta`.
-  """
-
-  width: int
-  vocab: int
-  eps: float = 1e-7
-  dropout: float = 0.0
-  dtype: Any = jnp.float32
-  param_dtype: Any = jnp.float32
-
-  def setup(self):
-    types = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
-    self.word = nn.Embed(self.vocab, self.width, embedding_init=default_init, **types)
-    self.norm = layer_norm(self)
-    self.drop = nn.Dropout(self.dropout)
-
-  def __call__(self, tokens, deterministic=True):
-    return self.drop(self.norm(self.word(tokens)), deterministic=deterministic)
-
-
 class DebertaEncoder(nn.Module):
   """Blocks, and the vectors of distances that they share.
 
@@ -291,7 +266,7 @@ class Deberta(nn.Module):
     check_pool(self.pool, POOLS, self.num_classes if head == 'classification' else None)
     check_positions(tokens.shape[1], self.positions)
     types = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
-    embed = WordsAlone(self.width, self.vocab, self.eps, self.dropout, name='embed', **types)
+    embed = WordEmbed(self.width, self.vocab, self.eps, dropout=self.dropout, name='embed', **types)
     x = embed(tokens, deterministic)  # [B, N, D]
     key_mask = None
     if mask is not None:

@@ -22,6 +22,7 @@ from ..nn import (
   Rope,
   RowRope,
   WordBias,
+  WordEmbed,
   block_of,
   check_pool,
   check_positions,
@@ -91,37 +92,6 @@ class ModernBertBlock(Block):
     y = attention(y, mask=seen, bias=bias, deterministic=deterministic)
     x = x + nn.Dropout(self.dropout, name='dropout')(y, deterministic=deterministic)
     return x + mlp(layer_norm(self, 'norm2')(x), deterministic=deterministic)
-
-
-class WordEmbed(nn.Module):
-  """Embedded words, normalised.
-
-  Attributes:
-    width: D.
-    vocab: number of words.
-    eps: of the norm.
-    norm_bias: whether the norm has a bias.
-    dropout: rate on the result.
-    dtype: of the computation.
-    param_dtype: of the parameters.
-  """
-
-  width: int
-  vocab: int
-  eps: float = 1e-5
-  norm_bias: bool = False
-  dropout: float = 0.0
-  dtype: Any = jnp.float32
-  param_dtype: Any = jnp.float32
-
-  def setup(self):
-    types = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
-    self.word = nn.Embed(self.vocab, self.width, embedding_init=default_init, **types)
-    self.norm = layer_norm(self)
-    self.drop = nn.Dropout(self.dropout)
-
-  def __call__(self, tokens, deterministic=True):
-    return self.drop(self.norm(self.word(tokens)), deterministic=deterministic)
 
 
 class ModernBert(nn.Module):

@@ -53,6 +53,7 @@ from .positions import (
 from .recompute import REMATS, Remat
 from .rope import GridRope, Rope, RowRope
 from .windows import WindowBias, Windows
+from .words import WordEmbed
 
 __all__ = [
   'Attention',
@@ -79,6 +80,7 @@ __all__ = [
   'WindowBias',
   'Windows',
   'WordBias',
+  'WordEmbed',
   'WordTable',
   'activation',
   'attend',
