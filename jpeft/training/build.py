@@ -17,6 +17,7 @@ from jpeft.core import (
   chain,
   sites_of,
   stand_in,
+  unprepared,
   whole_of,
   with_found,
   with_sizes,
@@ -24,7 +25,7 @@ from jpeft.core import (
 
 from . import optim
 from .memory import Memory
-from .narrow import as_trained
+from .narrow import as_trained, inputs_of
 
 
 def method_of(config):
@@ -117,8 +118,10 @@ def attached(config, pretrained: models.Pretrained, method: Method, parts: bool 
 
 def _with_sizes(config, pretrained: models.Pretrained, method: Method) -> Method:
   """A method whose passes found as much as they will, where that follows from the model alone."""
-  args, kwargs = tasks.inputs(tasks.of(config).example(config, pretrained))
-  sites = sites_of(pretrained.model, pretrained.variables, *args, **kwargs, deterministic=True)
+  if not any(preparation.sized for preparation in unprepared(method)):
+    return method
+  args, kwargs = inputs_of(config, pretrained)
+  sites = sites_of(pretrained.model, pretrained.variables, *args, **kwargs)
   return with_sizes(method, sites)
 
 

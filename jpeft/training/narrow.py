@@ -1,6 +1,8 @@
 """Runs on a backbone that is loaded whole and then changed: cut, stored in 4 bits, or both."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,7 +25,7 @@ def as_trained(
   Raises:
     ValueError: the backbone cannot be cut, see `models.narrowed`.
   """
-  args, kwargs = _inputs(config, pretrained)
+  args, kwargs = inputs_of(config, pretrained)
   small = None
   if models.prunes(method):
     try:
@@ -55,7 +57,7 @@ def as_trained(
   return dataclasses.replace(pretrained, variables=variables), method, small
 
 
-def _inputs(config, pretrained: models.Pretrained) -> tuple[tuple, dict]:
+def inputs_of(config, pretrained: models.Pretrained) -> tuple[tuple, dict]:
   """The arguments of a call of the backbone, in evaluation."""
   args, kwargs = tasks.inputs(tasks.of(config).example(config, pretrained))
   return args, {**kwargs, 'deterministic': True}
@@ -79,15 +81,16 @@ class Whole:
   sha256: str
   numbers: int
 
-  def widened(self, theta: Any) -> Any:
-    """theta of the run, with zeros in the places that were cut."""
+  @functools.cached_property
+  def widened(self) -> Callable[[Any], Any]:
+    """theta of the run -> the same with zeros in the places that were cut."""
 
     @jax.jit
     def widened(theta):
       zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.shapes)
       return models.widened_theta(self.model, self.keep, theta, zeros)
 
-    return widened(theta)
+    return widened
 
   def told(self, small: int) -> str:
     """What the results of a run are of, for one with so many numbers in its backbone."""
@@ -118,7 +121,7 @@ def whole_of_run(
       f'config.method.start: {config.method.name} trains on a narrow model, and theta files are '
       'for the whole one: leave it out'
     )
-  args, kwargs = _inputs(config, pretrained)
+  args, kwargs = inputs_of(config, pretrained)
   method = whole_of(small.method)
   wide = attach(pretrained.model, method, pretrained.variables, *args, **kwargs)
   whole = Whole(
