@@ -11,6 +11,7 @@ from ..source import Example, suggestion
 
 Values = dict[str, Any]  # {column: value}
 Row = tuple[int, Values]  # line in the file, values
+MALFORMED = ('refuse', 'skip')  # of a line that cannot be read; the first is the default
 SUFFIXES = {
   'csv': ('.csv', '.tsv'),
   'jsonl': ('.jsonl',),
@@ -40,6 +41,21 @@ def options_of(
     if name not in known:
       raise ValueError(f'{kind}:{spec} has the unknown option {name!r}; {suggestion(name, known)}')
   return Path(path).expanduser(), default | options
+
+
+def skips(spec: str, kind: str, malformed: str | None) -> bool:
+  """Whether the option `malformed` leaves out what cannot be read; else it is refused.
+
+  Args:
+    spec, kind: see `options_of`.
+    malformed: what is given.
+
+  Raises:
+    ValueError: neither of MALFORMED.
+  """
+  if malformed not in MALFORMED:
+    raise ValueError(f"{kind}:{spec}: malformed={malformed} must be 'refuse' or 'skip'")
+  return malformed == 'skip'
 
 
 def files_of(path: Path, kind: str) -> dict[str, Path]:

@@ -27,7 +27,7 @@ from jpeft import textfiles
 
 from ..labels import CLASSES, NUMBERS, TASK_OF, number
 from ..source import Dataset, Example, split_rows, suggestion
-from .files import Values, jsonl_rows, options_of
+from .files import MALFORMED, Values, jsonl_rows, options_of, skips
 from .tables import csv_rows
 from .unlabelled import OPTION, Unlabelled
 
@@ -105,7 +105,6 @@ TASKS = {
 # Of several files of a split the first kind is read.
 SUFFIXES = ('.tsv', '.csv', '.jsonl', '.json')
 _OPTIONS = ('task', 'malformed', OPTION)
-_MALFORMED = ('refuse', 'skip')
 
 
 class Malformed(ValueError):
@@ -200,10 +199,9 @@ def glue_input(spec: str, name: str) -> str:
 
 def _task(spec: str) -> tuple[Path, Task, dict[str, str | None]]:
   """(the folder of its files, the task, options)."""
-  default: dict[str, Any] = {'task': '', 'malformed': _MALFORMED[0], OPTION: None}
+  default: dict[str, Any] = {'task': '', 'malformed': MALFORMED[0], OPTION: None}
   root, options = options_of(spec, 'glue', _OPTIONS, default)
-  if options['malformed'] not in _MALFORMED:
-    raise ValueError(f"glue:{spec}: malformed={options['malformed']} must be 'refuse' or 'skip'")
+  skips(spec, 'glue', options['malformed'])
   named = options['task'] or root.name
   task = TASKS.get(_plain(named))
   if task is None:

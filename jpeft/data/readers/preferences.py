@@ -26,11 +26,10 @@ from typing import Any
 from ..labels import PREFERENCES
 from ..source import Dataset, Example, split_rows, suggestion
 from .completions import check_messages
-from .files import Values, files_of, jsonl_rows, options_of
+from .files import MALFORMED, Values, files_of, jsonl_rows, options_of, skips
 
 NAMES = {'prompt': 'prompt', 'chosen': 'chosen', 'rejected': 'rejected'}
 ANSWERS = ('chosen', 'rejected')
-_MALFORMED = ('refuse', 'skip')
 _ANSWER = '\n\nAssistant:'  # what an answer begins with in the texts of HH
 
 
@@ -41,16 +40,14 @@ def preferences(spec: str) -> Dataset:
     FileNotFoundError: no such file or folder.
     ValueError: no lines, an unknown option, or a line that is no pair of answers to a prompt.
   """
-  default = {**NAMES, 'malformed': _MALFORMED[0]}
+  default = {**NAMES, 'malformed': MALFORMED[0]}
   path, names = options_of(spec, 'preferences', tuple(default), default)
-  skip = names.pop('malformed')
-  if skip not in _MALFORMED:
-    raise ValueError(f"preferences:{spec}: malformed={skip} must be 'refuse' or 'skip'")
+  skip = skips(spec, 'preferences', names.pop('malformed'))
   examples: list[Example] = []
   keys = {}
   notes = []
   for split, file in files_of(path, 'jsonl').items():
-    found, skipped = _examples(file, names, skip == 'skip')
+    found, skipped = _examples(file, names, skip)
     keys[split] = [asked_of(example) for example in found]
     examples += found
     if skipped:

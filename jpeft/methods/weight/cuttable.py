@@ -133,9 +133,9 @@ def parts_of(name: str, site: Site) -> int:
   Raises:
     ValueError: nothing shows how many heads there are.
   """
-  if _is_one_of(site, UNITS):
+  if is_one_of(site, UNITS):
     return site.leaves[kernel_of(name, site)].fan_in
-  if _is_one_of(site, HEADS):
+  if is_one_of(site, HEADS):
     return heads_of(name, site)
   return 0
 
@@ -162,7 +162,8 @@ def enclosing(site: Site, pattern: str) -> str | None:
   return max(found, key=len, default=None)
 
 
-def _is_one_of(site: Site, pattern: str) -> bool:
+def is_one_of(site: Site, pattern: str) -> bool:
+  """Whether a pattern names a layer."""
   return any(site.path == other.path for other in site.model.find(pattern))
 
 
@@ -195,6 +196,5 @@ def is_between(site: Site, first: int, last: int) -> np.ndarray:
 
 def _owner_of_parts(site: Site) -> tuple[str, str | None]:
   """What the parts of a layer belong to: heads to an attention, hidden units to a block."""
-  is_of_mlp = any(site.path == other.path for other in site.model.find(f'{{fc1}}|{UNITS}'))
-  pattern = '{block}' if is_of_mlp else '{attention}'
+  pattern = '{block}' if is_one_of(site, f'{{fc1}}|{UNITS}') else '{attention}'
   return pattern, enclosing(site, pattern)

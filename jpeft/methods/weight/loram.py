@@ -51,6 +51,7 @@ from .cuttable import (
   cut_paths,
   groups_of,
   is_between,
+  is_one_of,
   kernel_of,
   parts_of,
   start,
@@ -220,7 +221,7 @@ class _Loram:
   def init(self, parts: Mapping[str, np.ndarray], key, site: Site, arrays) -> dict:
     array = kernel_of(self.name, site)
     t = {}
-    if any(site.path == other.path for other in site.model.find(self.targets)):
+    if is_one_of(site, self.targets):
       t = start(key, site.leaves[array], self.rank)
     if site.path in parts and not parts[site.path].all():
       t[KEPT] = site.one_layer(parts[site.path], arrays.number)
