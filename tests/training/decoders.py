@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,9 @@ METHODS = {
   'meft': ('meft', None, {}),
   'full': ('full', None, {}),
 }
+# float32 rounds by 1e-7, which moves some residuals to the next of their 4-bit codes, and theta by
+# 5e-5 of its way. In float64 so many do not lie between two codes.
+IN_FLOAT64 = ('saved_bits',)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +60,19 @@ class Shape:
 PLAIN = Shape()
 
 
+def precision(kind):
+  """A context in which the arrays of a method have the dtype that it is compared in."""
+  return jax.enable_x64(kind in IN_FLOAT64)
+
+
 @functools.cache
-def decoder(storage, shape):
+def decoder(storage, shape, dtype):
   """(model, variables) of a decoder of two layers."""
   tokens = jnp.ones((1, LENGTH), jnp.int32)
-  fields = {'kv_heads': shape.kv_heads, 'scan': shape.scan, 'remat': shape.remat}
+  fields = {'kv_heads': shape.kv_heads, 'scan': shape.scan, 'remat': shape.remat, 'dtype': dtype}
   model = Llama(64, 2, 8, 128, WORDS, tied=False, **fields)
   variables = jax.jit(model.init)(jax.random.key(0), tokens)
+  variables = jax.tree.map(lambda x: x.astype(dtype), variables)
   if storage:
     variables = quant.quantize(model, quant.named(storage), variables, tokens)
   return model, variables
@@ -70,7 +81,8 @@ def decoder(storage, shape):
 def work_of(kind, mesh, backbone, whole_below=1, shape=PLAIN):
   """(work, tuned) of a method on a decoder of two layers."""
   name, storage, options = METHODS[kind]
-  model, variables = decoder(storage, shape)
+  dtype = jnp.float64 if kind in IN_FLOAT64 else jnp.float32
+  model, variables = decoder(storage, shape, dtype)
   names = ('tokens', 'token_mask', 'label')
 
   def batch(size):
@@ -80,38 +92,54 @@ def work_of(kind, mesh, backbone, whole_below=1, shape=PLAIN):
   return work, work.tuned(jpeft.make(name, head=False, **options))
 
 
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """An update of a method on a mesh.
+
+  Attributes:
+    kind, shape: the method, and the decoder.
+    program: the compiled update.
+    state, arrays: before the first update, and the backbone, both on their devices.
+    layout: of both.
+  """
+
+  kind: str
+  shape: Shape
+  program: Callable
+  state: dict
+  arrays: Any
+  layout: training.Layout
+
+  def trained(self, updates):
+    """theta after some updates."""
+    rng = np.random.default_rng(1)
+    mask = self.shape.mask()
+    with precision(self.kind):
+      state = jax.tree.map(jnp.copy, self.state)  # it is donated
+      for _ in range(updates):
+        tokens = rng.integers(0, WORDS, (ROWS, self.shape.length)).astype(np.int32)
+        label = np.where(mask > 0, np.roll(tokens, -1, 1), -1)
+        batch = {'tokens': tokens, 'token_mask': mask, 'label': label}
+        batch = jax.device_put(batch, training.of_batch(self.layout.mesh, batch))
+        state, _ = self.program(state, self.arrays, batch)
+      return jax.device_get(state['theta'])
+
+
 @functools.cache
 def prepared(kind, mesh, backbone, shape=PLAIN, **changes):
-  """(program of an update, a state, backbone on its devices, layout)."""
-  work, tuned = work_of(kind, mesh, backbone, shape=shape, **changes)
-  tx = training.optimizer(tuned, tuned.shapes, optax.constant_schedule(1e-2), eps=1e-2)
-  devices = training.mesh(*mesh)
-  layout = work.layout(tuned, devices)
-  shapes = training.state_shapes(tuned, tx, work.variables)
-  placed = work.placed(tuned, devices, shapes, ROWS)
-  program, _ = training.fitting(work.step(tuned, tx, devices), *placed)
-  arrays = jax.device_put(work.variables, layout.of_backbone(work.variables))
-  where = layout.of_state(shapes)
-  state = training.initial_state(tuned, tx, arrays, 0, shardings=where)
-  return program, state, arrays, layout
-
-
-def trained(kind, mesh, backbone, updates, shape=PLAIN, **changes):
-  """theta after some updates."""
-  return updated(*prepared(kind, mesh, backbone, shape=shape, **changes), updates, shape)
-
-
-def updated(program, state, arrays, layout, updates, shape=PLAIN):
-  """theta after some updates, of what was prepared."""
-  rng = np.random.default_rng(1)
-  state = jax.tree.map(jnp.copy, state)  # it is donated
-  mask = shape.mask()
-  for _ in range(updates):
-    tokens = rng.integers(0, WORDS, (ROWS, shape.length)).astype(np.int32)
-    label = np.where(mask > 0, np.roll(tokens, -1, 1), -1)
-    batch = {'tokens': tokens, 'token_mask': mask, 'label': label}
-    state, _ = program(state, arrays, jax.device_put(batch, training.of_batch(layout.mesh, batch)))
-  return jax.device_get(state['theta'])
+  """An update of a method, compiled for a mesh, and its state before the first."""
+  with precision(kind):
+    work, tuned = work_of(kind, mesh, backbone, shape=shape, **changes)
+    tx = training.optimizer(tuned, tuned.shapes, optax.constant_schedule(1e-2), eps=1e-2)
+    devices = training.mesh(*mesh)
+    layout = work.layout(tuned, devices)
+    shapes = training.state_shapes(tuned, tx, work.variables)
+    placed = work.placed(tuned, devices, shapes, ROWS)
+    program, _ = training.fitting(work.step(tuned, tx, devices), *placed)
+    arrays = jax.device_put(work.variables, layout.of_backbone(work.variables))
+    where = layout.of_state(shapes)
+    state = training.initial_state(tuned, tx, arrays, 0, shardings=where)
+  return Prepared(kind, shape, program, state, arrays, layout)
 
 
 def distance(a, b):

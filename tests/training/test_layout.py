@@ -32,8 +32,6 @@ from tests.training.decoders import (
   distance,
   named,
   prepared,
-  trained,
-  updated,
   work_of,
 )
 
@@ -64,7 +62,8 @@ QUICK = (('qlora', (4, 2), 'sharded'), ('full', (4, 2), 'fsdp'))
 @functools.cache
 def begun_and_trained(kind):
   """theta before and after 16 updates on one device."""
-  return trained(kind, (1, 1), 'replicated', 0), trained(kind, (1, 1), 'replicated', 16)
+  alone = prepared(kind, (1, 1), 'replicated')
+  return alone.trained(0), alone.trained(16)
 
 
 def is_quick(*cell):
@@ -74,7 +73,7 @@ def is_quick(*cell):
 @pytest.mark.parametrize(('kind', 'mesh', 'backbone'), fast_if(is_quick, CELLS, named))
 def test_every_layout_trains_as_one_device(kind, mesh, backbone):
   begun, one = begun_and_trained(kind)
-  many = trained(kind, mesh, backbone, 16)
+  many = prepared(kind, mesh, backbone).trained(16)
   assert_same(many, one)
   assert distance(many, one) < 1e-5 * distance(one, begun)
 
@@ -96,10 +95,15 @@ SENT = {
 }
 
 
+def sent_in_loops(update):
+  """The collectives of an update that a layer makes."""
+  sent = programs.collectives(update.program, update.layout.mesh.shape)
+  return [one for one in sent if one.loops]
+
+
 @pytest.mark.parametrize(('kind', 'backbone'), [('qlora', 'sharded'), ('full', 'fsdp')])
 def test_layers_send_what_their_layout_names(kind, backbone):
-  program, _, _, layout = prepared(kind, (4, 2), backbone)
-  found = [one for one in programs.collectives(program, layout.mesh.shape) if one.loops]
+  found = sent_in_loops(prepared(kind, (4, 2), backbone))
   assert {(one.kind, one.axes) for one in found} <= SENT[backbone]
   stream = ROWS // 4 * LENGTH * 64 * 4
   hidden = ROWS // 4 * LENGTH * 128 * 4
@@ -136,16 +140,14 @@ def test_long_contexts_are_cut_by_heads(kind, mesh, backbone, monkeypatch):
   monkeypatch.setattr(dot_product, 'LONG', 0)
   monkeypatch.setattr(dot_product, 'MOST_SCORES', 2 * LENGTH * LENGTH)
   # Not from the cache, which has programs of short contexts.
-  program, state, arrays, layout = prepared.__wrapped__(kind, mesh, backbone)
-  found = [one for one in programs.collectives(program, layout.mesh.shape) if one.loops]
+  many = prepared.__wrapped__(kind, mesh, backbone)
+  found = sent_in_loops(many)
   if kind == 'lora':
     assert {one.kind for one in found} == {'all-reduce'}, found
   assert {one.loops for one in found} == {1}  # none in the loops of a layer's attention
-  many = updated(program, state, arrays, layout, 16)
   alone = prepared.__wrapped__(kind, (1, 1), 'replicated')
-  one = updated(*alone, 16)
-  begun = updated(*alone, 0)
-  assert distance(many, one) < 1e-5 * distance(one, begun)
+  one = alone.trained(16)
+  assert distance(many.trained(16), one) < 1e-5 * distance(one, alone.trained(0))
 
 
 @pytest.mark.parametrize('mesh', MESHES)
@@ -248,7 +250,7 @@ def test_any_model_is_placed_and_computes_the_same(name):
 
 
 def test_a_checkpoint_is_restored_onto_another_mesh(tmp_path):
-  _, saved, _, _ = prepared('full', (4, 2), 'fsdp')
+  saved = prepared('full', (4, 2), 'fsdp').state
   work, tuned = work_of('full', (2, 4), 'sharded')
   layout = work.layout(tuned, training.mesh(2, 4))
   like = jax.device_put(jax.tree.map(jnp.zeros_like, saved), layout.of_state(saved))

@@ -15,13 +15,7 @@ from jpeft.core import dot_product
 from jpeft.models import Llama
 from jpeft.models.nn import Experts
 from tests.params import fast_if
-from tests.training.decoders import (
-  Shape,
-  distance,
-  named,
-  prepared,
-  updated,
-)
+from tests.training.decoders import Shape, distance, named, prepared
 
 # Meshes are (data, model, sequence).
 ROWS_OF_TEXTS = Shape(length=16, packed=True)
@@ -66,13 +60,11 @@ def long_contexts(monkeypatch):
 def test_long_contexts_train_as_on_one_device(kind, mesh, backbone, shape, long_contexts):
   """With several texts in a row, and padding on both sides."""
   shape = SHAPES[shape]
-  program, state, arrays, layout = prepared.__wrapped__(kind, mesh, backbone, shape)
-  many = updated(program, state, arrays, layout, 8, shape)
+  many = prepared.__wrapped__(kind, mesh, backbone, shape)
   alone = prepared.__wrapped__(kind, (1, 1), 'replicated', shape)
-  one = updated(*alone, 8, shape)
-  begun = updated(*alone, 0, shape)
-  assert distance(many, one) < 1e-5 * distance(one, begun)
-  sent = programs.collectives(program, layout.mesh.shape)
+  one = alone.trained(8)
+  assert distance(many.trained(8), one) < 1e-5 * distance(one, alone.trained(0))
+  sent = programs.collectives(many.program, many.layout.mesh.shape)
   assert any(one.kind == 'all-gather' and one.axes == ('sequence',) for one in sent)
 
 
