@@ -24,6 +24,8 @@ METHODS = {
   'qlora': dict(lr=2e-3, rank=8, alpha=16),
   # Vectors are switched while the run is young; more candidates would stay unused.
   'switchlora': dict(lr=5e-3, rank=8, candidates=64),
+  # A third of the heads and hidden units of all layers but the first four and the last two go.
+  'loram': dict(lr=2e-3, rank=8, alpha=16, ratio=0.34),
   'qst': dict(lr=5e-3, reduction=4, alpha_init=0.9, normalize=True),
   'lst': dict(lr=5e-3, reduction=4, block='own', merge='add', normalize=True),
   'peqa': dict(lr=1e-4),

@@ -11,6 +11,7 @@ from jpeft.version import __version__
 COMMANDS = {
   'train': 'train a method on a backbone and a data set',
   'plan': 'say what a training step needs of a device that need not be there',
+  'evaluate': 'score a run, on its test split or on other examples',
   'predict': 'label images or texts by the model of a run',
   'merge': 'write plain weights of a run',
   'generate': 'write text with a decoder',

@@ -1,7 +1,19 @@
 """Configurations: Python files that read top to bottom, checked before the heavy imports."""
 
 from .listing import listing, reference
-from .load import Command, as_text, changes, differences, from_json, load, packaged, parse, to_json
+from .load import (
+  Command,
+  as_text,
+  changes,
+  differences,
+  from_json,
+  load,
+  overridden,
+  overrides_of,
+  packaged,
+  parse,
+  to_json,
+)
 from .schema import TASKS, TEXT_METRICS, TRACKERS, allow, complete, flatten, nearest, nest
 
 __all__ = [
@@ -20,6 +32,8 @@ __all__ = [
   'load',
   'nearest',
   'nest',
+  'overridden',
+  'overrides_of',
   'packaged',
   'parse',
   'reference',

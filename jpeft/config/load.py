@@ -10,7 +10,8 @@ import pathlib
 import re
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -46,7 +47,36 @@ def load(reference: str, overrides: dict[str, str] | None = None) -> ConfigDict:
   except Exception as error:
     raise ValueError(f'get_config of {path} raised {type(error).__name__}: {error}') from error
   flat = flatten(values)
-  for key, text in (overrides or {}).items():
+  return _with(flat, overrides or {})
+
+
+def overridden(
+  config: ConfigDict, overrides: Mapping[str, str], allowed: Collection[str]
+) -> ConfigDict:
+  """A configuration with other values of some of its keys.
+
+  Args:
+    config: complete.
+    overrides: {dotted key: text}, as given on the command line.
+    allowed: the keys that may be given.
+
+  Raises:
+    ValueError: with one sentence that says what to change.
+  """
+  flat = flatten(config)
+  for key in overrides:
+    check_key(key, flat)
+    if key not in allowed:
+      raise ValueError(
+        f'config.{key} is part of what was trained and stays as it is; there may be given '
+        f'{", ".join(allowed)}'
+      )
+  return _with(flat, overrides)
+
+
+def _with(flat: dict[str, Any], overrides: Mapping[str, str]) -> ConfigDict:
+  """The complete configuration of values, some of which are overridden."""
+  for key, text in overrides.items():
     check_key(key, flat)
     flat[key] = _literal(text, FIELDS.get(key))
   return complete(nest(flat))
@@ -187,30 +217,50 @@ def parse(argv: list[str]) -> Command:
   Raises:
     ValueError: an unknown flag, a flag without a value, or no --config.
   """
+  overrides, rest = overrides_of(argv)
   flags = {}
-  rest = list(argv)
   while rest:
-    flag, equals, value = rest.pop(0).partition('=')
-    if flag not in ('--config', '--workdir') and not flag.startswith('--config.'):
+    flag = rest[0].partition('=')[0]
+    if flag not in ('--config', '--workdir'):
       raise ValueError(
         f'unknown argument {flag!r}{nearest(flag, ["--config", "--workdir"])}; '
         'config values are set by --config.key=value'
       )
-    if not equals:
-      if not rest or rest[0].startswith('--'):
-        raise ValueError(f'{flag} needs a value: {flag}=VALUE')
-      value = rest.pop(0)
-    flags[flag] = value
+    flags[flag] = _value_of(rest)
   if '--config' not in flags:
     raise ValueError('--config=FILE.py is missing, or a name such as --config=quickstart')
   workdir = None
   if flags.get('--workdir'):
     workdir = pathlib.Path(flags['--workdir'])
-  overrides = {}
-  for flag, text in flags.items():
-    if flag.startswith('--config.'):
-      overrides[flag.removeprefix('--config.')] = text
   return Command(flags['--config'], overrides, workdir)
+
+
+def overrides_of(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+  """({dotted key: text} of all --config.key=value, the other arguments).
+
+  Raises:
+    ValueError: a key without a value.
+  """
+  overrides = {}
+  others = []
+  rest = list(argv)
+  while rest:
+    if rest[0].startswith('--config.'):
+      key = rest[0].partition('=')[0].removeprefix('--config.')
+      overrides[key] = _value_of(rest)
+    else:
+      others.append(rest.pop(0))
+  return overrides, others
+
+
+def _value_of(rest: list[str]) -> str:
+  """The value of the first argument, which may be the second; both are taken off the list."""
+  flag, equals, value = rest.pop(0).partition('=')
+  if equals:
+    return value
+  if not rest or rest[0].startswith('--'):
+    raise ValueError(f'{flag} needs a value: {flag}=VALUE')
+  return rest.pop(0)
 
 
 def to_json(config: ConfigDict) -> str:

@@ -22,6 +22,7 @@ from .predictions import answers, check_writable, predictions, save_answers
 from .progress import Progress
 from .report import line, needs, table, write_report
 from .run import train
+from .scoring import Scores, scored
 from .sharding import (
   mesh,
   mesh_of,
@@ -60,6 +61,7 @@ __all__ = [
   'PLAIN',
   'Part',
   'Progress',
+  'Scores',
   'WHOLE_BELOW',
   'Writer',
   'answers',
@@ -105,6 +107,7 @@ __all__ = [
   'save_answers',
   'save_theta',
   'schedule',
+  'scored',
   'state_shapes',
   'step_shardings',
   'table',

@@ -1,7 +1,6 @@
 """What a configuration asks for: data, backbone, method and optimizer. Nothing is compiled yet."""
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -30,7 +29,8 @@ class Model:
 
   Attributes:
     task: what is learned.
-    sources: {'train' or 'test': the split as the task finds it}.
+    sources: {'train' or 'test': the split as the task finds it}; 'test' alone of a complete run.
+    classes: the labels, by their numbers.
     label_facts: what the task finds out about the labels of the training split.
     outputs: of a fresh head, see `Task.outputs`.
     objective: the loss.
@@ -44,6 +44,7 @@ class Model:
 
   task: tasks.Task
   sources: Mapping[str, Any]
+  classes: Any
   label_facts: Any
   outputs: int
   objective: tasks.Objective
@@ -53,11 +54,6 @@ class Model:
   layout: Layout
   dropped: tuple[str, ...]
   whole: Whole | None = None
-
-  @property
-  def classes(self) -> Any:
-    """The labels, by their numbers."""
-    return self.sources['train'].classes
 
   @property
   def taught(self) -> bool:
@@ -97,6 +93,25 @@ class Examples:
 
 
 @dataclasses.dataclass(frozen=True)
+class TestSplit:
+  """What a model is evaluated on.
+
+  Attributes:
+    config: complete.
+    folder: that files on labels are written to; None for no files.
+    model: what is evaluated.
+    examples: the split as the model without a method reads it.
+    rows: of batches.
+  """
+
+  config: Any
+  folder: pathlib.Path | None
+  model: Model
+  examples: Part
+  rows: hosts.Rows
+
+
+@dataclasses.dataclass(frozen=True)
 class Asked:
   """A run before its first program is compiled.
 
@@ -132,6 +147,12 @@ class Asked:
   def mesh(self) -> Mesh:
     """The devices."""
     return self.model.layout.mesh
+
+  @property
+  def test(self) -> TestSplit:
+    """What it is evaluated on."""
+    examples = self.examples
+    return TestSplit(self.config, self.folder, self.model, examples.raw_test, examples.test_rows)
 
 
 def asked(config, folder: pathlib.Path, skipped: Mapping[str, data.Skipped]) -> Asked:
@@ -223,6 +244,7 @@ def _model(config, mesh: Mesh) -> Model:
   return Model(
     task=task,
     sources=sources,
+    classes=sources['train'].classes,
     label_facts=label_facts,
     outputs=outputs,
     objective=objective,
@@ -265,14 +287,17 @@ def _raw(config, model: Model, skipped: Mapping[str, data.Skipped]) -> Examples:
   """The splits as examples."""
   mesh = model.layout.mesh
   train_rows = hosts.Rows(mesh, config.data.batch_size)
-  test_rows = hosts.Rows(mesh, config.data.eval_batch_size or train_rows.size)
-  part = functools.partial(_part, config, model, skipped)
-  train = part('train')
-  test = part('test')
-  return Examples(train, test, test, train_rows, test_rows, skipped)
+  train = part_of(config, model, skipped, 'train')
+  test = part_of(config, model, skipped, 'test')
+  return Examples(train, test, test, train_rows, test_rows_of(config, mesh), skipped)
 
 
-def _part(config, model: Model, skipped: Mapping[str, data.Skipped], role: str) -> Part:
+def test_rows_of(config, mesh: Mesh) -> hosts.Rows:
+  """The rows of a batch of evaluation."""
+  return hosts.Rows(mesh, config.data.eval_batch_size or config.data.batch_size)
+
+
+def part_of(config, model: Model, skipped: Mapping[str, data.Skipped], role: str) -> Part:
   """A split as examples: 'train' as training reads it, 'test' as evaluation does."""
   training = role == 'train'
   source, transform = model.task.rows(

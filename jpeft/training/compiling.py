@@ -9,7 +9,7 @@ import numpy as np
 from jpeft.core import noting
 
 from . import fit, hosts, sharding, step
-from .asked import Asked
+from .asked import Asked, TestSplit
 from .feature_cache import Part
 from .stages import Stage
 
@@ -85,17 +85,18 @@ def _update(run: Asked, stage: Stage, shapes: Shapes) -> Callable:
   )
 
 
-def compiled_evaluation(run: Asked, shapes: Shapes, part: Part, theta: Any) -> Callable:
+def compiled_evaluation(test: TestSplit, backbone: Any, part: Part, theta: Any) -> Callable:
   """The compiled evaluation of batches.
 
   Args:
-    run: whose batches they are.
-    shapes: of the backbone.
+    test: whose batches they are.
+    backbone: its shapes, with their shardings.
     part: what is read, and by which forward pass.
     theta: its shapes.
   """
+  model = test.model
   example = part.example | {'mask': np.ones(1, np.float32)}
-  batch = step.batch_shapes(example, run.examples.test_rows.size, run.mesh)
-  task = run.model.task
-  fn = step.eval_step(part.forward, task.tally, task.tally_losses, run.model.objective.pairs)
-  return fit.compiled(fn, theta, shapes.backbone, batch)[0]
+  batch = step.batch_shapes(example, test.rows.size, model.layout.mesh)
+  task = model.task
+  fn = step.eval_step(part.forward, task.tally, task.tally_losses, model.objective.pairs)
+  return fit.compiled(fn, theta, backbone, batch)[0]

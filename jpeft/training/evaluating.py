@@ -1,6 +1,7 @@
 """The evaluation of a model on the test split: its scores, and what it writes."""
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -9,10 +10,10 @@ from jpeft.core import Tuned
 from jpeft.decoding import AT_ONCE, completions
 
 from . import hosts, report, step
-from .asked import Asked
+from .asked import TestSplit
 from .beginning import Backbone, Place
 from .by_label import write_by_label
-from .compiling import Shapes, compiled_evaluation
+from .compiling import compiled_evaluation
 from .confusion import write_confusion
 from .endings import written_together
 from .feature_cache import Part
@@ -38,13 +39,13 @@ class Evaluation:
   """Evaluates.
 
   Attributes:
-    run: whose test split.
+    test: what is evaluated, and on what.
     backbone: beside each theta.
     progress: shows how far it is.
     stop: asked between batches.
   """
 
-  run: Asked
+  test: TestSplit
   backbone: Backbone
   progress: Progress
   stop: hosts.Stop
@@ -63,16 +64,12 @@ class Evaluation:
     tally = self._tally(what, theta)
     if tally is None:
       return None
-    config = self.run.config
-    model = self.run.model
+    config = self.test.config
+    model = self.test.model
     task = model.task
-    tally = task.judged(config, tally, self.run.examples.raw_test.source)
-    by_label = task.by_label(tally, model.classes, model.label_facts)
-    with written_together(self.run.folder):
-      if 'confusion' in tally:
-        write_confusion(self.run.folder, number, model.classes, tally['confusion'])
-      if by_label:
-        write_by_label(self.run.folder, number, by_label)
+    tally = task.judged(config, tally, self.test.examples.source)
+    if self.test.folder is not None:
+      self._write(self.test.folder, number, tally)
     scores = task.scores(tally, tasks.requested(config), model.label_facts)
     if not writes(scores):
       return scores
@@ -85,9 +82,19 @@ class Evaluation:
       return None
     return scores | written
 
+  def _write(self, folder: pathlib.Path, number: int, tally: dict) -> None:
+    """Writes what a tally says of each label, where it does."""
+    model = self.test.model
+    by_label = model.task.by_label(tally, model.classes, model.label_facts)
+    with written_together(folder):
+      if 'confusion' in tally:
+        write_confusion(folder, number, model.classes, tally['confusion'])
+      if by_label:
+        write_by_label(folder, number, by_label)
+
   def _tally(self, what: Evaluated, theta: Any) -> dict | None:
     """The tally of all batches; None if stopped."""
-    rows = self.run.examples.test_rows
+    rows = self.test.rows
     count = self.progress.stage('evaluating', len(what.part.source))
     batches = counted(self.stop.guarded(what.part.once(rows)), rows.size, count)
     return step.evaluate(
@@ -97,7 +104,7 @@ class Evaluation:
       batches,
       rows,
       self.stop,
-      self.run.model.task.kept,
+      self.test.model.task.kept,
     )
 
   def _texts(self, tuned: Tuned, theta: Any, prompts, **options) -> Iterator[str]:
@@ -111,27 +118,27 @@ class Evaluation:
       yield text
 
 
-def evaluate_untuned(evaluation: Evaluation, shapes: Shapes, place: Place) -> None:
+def evaluate_untuned(evaluation: Evaluation, backbone: Any, place: Place) -> None:
   """Logs and tells the scores of the model without its method, where the task wants them.
 
   Args:
     evaluation: of the run.
-    shapes: of its programs.
+    backbone: its shapes, with their shardings.
     place: where the run begins; scores are those of before the first update.
   """
-  run = evaluation.run
-  if not run.model.task.untuned or place.begun or place.metrics.has(0, 'untuned'):
+  test = evaluation.test
+  if not test.model.task.untuned or place.begun or place.metrics.has(0, 'untuned'):
     return
-  untuned = run.model.tuned.only()
-  part = run.examples.raw_test._replace(forward=run.model.layout.forward(untuned, False))
-  program = compiled_evaluation(run, shapes, part, {})
-  scores = evaluation.scores(Evaluated(untuned, part, program), {}, 0, writes=_always)
+  untuned = test.model.tuned.only()
+  part = test.examples._replace(forward=test.model.layout.forward(untuned, False))
+  program = compiled_evaluation(test, backbone, part, {})
+  scores = evaluation.scores(Evaluated(untuned, part, program), {}, 0, writes=always)
   if scores is not None:
-    with written_together(run.folder):
+    with written_together(test.folder):
       place.metrics.add(0, 'untuned', **scores)
     evaluation.progress.note(report.line('untuned', scores))
 
 
-def _always(scores: dict[str, float]) -> bool:
+def always(scores: dict[str, float]) -> bool:
   """That texts are written, whatever the scores are."""
   return True

@@ -28,7 +28,7 @@ from jpeft.writing import told, write
 
 from . import elastic, hosts
 from .build import build
-from .checkpoints import fingerprint, load_theta, steps_of
+from .checkpoints import fingerprint, load_theta, read_theta, steps_of
 from .examples import check_same
 from .found import Prepared, kept_in
 from .imports import check_imported
@@ -188,7 +188,7 @@ def reopen(folder: pathlib.Path, best: bool = False) -> tuple[Any, Any, Any]:
       imported first, or the backbone has changed.
   """
   config, info = describe(folder)
-  file = folder / ('best.safetensors' if best else 'theta.safetensors')
+  file = _theta_file(folder, best)
   if not file.exists():
     raise FileNotFoundError(
       f'{folder} has no {file.name}: the run is not complete; start its training '
@@ -203,3 +203,12 @@ def reopen(folder: pathlib.Path, best: bool = False) -> tuple[Any, Any, Any]:
       'its SHA-256 has changed'
     )
   return pretrained, tuned, theta
+
+
+def step_of(folder: pathlib.Path, best: bool = False) -> int:
+  """The updates that the theta which `reopen` gives has had."""
+  return read_theta(_theta_file(folder, best))[1]['step']
+
+
+def _theta_file(folder: pathlib.Path, best: bool) -> pathlib.Path:
+  return folder / ('best.safetensors' if best else 'theta.safetensors')

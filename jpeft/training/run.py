@@ -85,7 +85,8 @@ def _train(
   shapes = shapes_of(run)
   products = compile_updates(run, shapes)
   test = run.examples.test
-  program = compiled_evaluation(run, shapes, test, run.stages[-1].shapes['theta'])
+  theta = run.stages[-1].shapes['theta']
+  program = compiled_evaluation(run.test, shapes.backbone, test, theta)
 
   backbone = placed_backbone(run, shapes)
   all_changes = begin_folder(run, changes, backbone)
@@ -97,8 +98,8 @@ def _train(
   _open_trackers(run, place, progress, stack)
 
   stop = hosts.Stop(stack.enter_context(Signals()), run.mesh)
-  evaluation = Evaluation(run, backbone, progress, stop)
-  evaluate_untuned(evaluation, shapes, place)
+  evaluation = Evaluation(run.test, backbone, progress, stop)
+  evaluate_untuned(evaluation, shapes.backbone, place)
   clock = Clock(place.seconds)
   _fill_features(run, backbone, progress, stop)
   evaluated = Evaluated(run.model.tuned, test, program)

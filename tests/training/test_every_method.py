@@ -5,6 +5,7 @@ The copy goes on with an empty cache of programs, as a new process does, and mus
 of the run that was left alone. test_resume.py kills processes in the midst of anything.
 """
 
+import json
 import random
 import re
 import shutil
@@ -15,7 +16,7 @@ import jax
 import pytest
 from safetensors.numpy import load_file
 
-from jpeft import cli, generate, merge, plan, predict, train
+from jpeft import cli, evaluate, generate, merge, plan, predict, train
 from jpeft.methods import REGISTRY
 from jpeft.training import loop
 from tests.contract.table import error_of
@@ -177,6 +178,19 @@ def check_plan(told, name, flags):
   assert code == 0 and name in text, text
 
 
+def check_scores(told, name, run):
+  """That the folder alone gives the scores of the report."""
+  code, text = told(evaluate, f'--run={run}', '--json')
+  assert code == 0, text
+  found = json.loads(text.splitlines()[-1])
+  if name == 'loram':  # the report has those of the narrow model
+    assert found['step'] == STEPS
+    return
+  assert found['values'] == pytest.approx(
+    json.loads((run / 'report.json').read_text())['eval'], rel=1e-5
+  )
+
+
 def check_merge(told, name, run, out):
   code, text = told(merge, f'--run={run}', f'--out={out}')
   if REGISTRY[name].mergeable:
@@ -195,6 +209,7 @@ def test_images(told, monkeypatch, config_file, images, tmp_path, name):
   theta = load_file(alone / 'theta.safetensors')
   killing.assert_same(killed, alone, STEPS, arrays=len(theta))
   check_plan(told, name, flags)
+  check_scores(told, name, killed)
   image = next(iter(sorted(images.rglob('*.png'))))
   code, text = told(predict, f'--run={killed}', f'--input={image}')
   assert code == 0 and image.name in text, text
@@ -218,6 +233,7 @@ def test_texts(told, monkeypatch, words_file, tmp_path, name):
   theta = load_file(alone / 'theta.safetensors')
   killing.assert_same(killed, alone, STEPS, arrays=len(theta))
   check_plan(told, name, flags)
+  check_scores(told, name, killed)
   code, text = told(generate, f'--run={killed}', '--prompt', 'a b j', '--max_tokens=3')
   assert code == 0 and text.count('\n') == 1, text
   check_merge(told, name, killed, tmp_path / 'merged')
