@@ -96,7 +96,7 @@ def measure(
   start = time.perf_counter()
   name, hyperparameters = methods.preset(method)
   chosen = WORKS[work]
-  storage = methods.REGISTRY[name].storage
+  storage = chosen.storage or methods.REGISTRY[name].storage
   planned = planned_work(chosen, layers == 'scan', REMATS[remat]).stored(storage)
   attached = methods.make(name, head=chosen.head, **hyperparameters)
   if chosen.mlp_tokens is not None:

@@ -78,6 +78,7 @@ class Work:
     head: whether methods that do not train the head by themselves train it too.
     objective: what is made small.
     mlp_tokens: tokens of each example that an MLP runs on at a time; None for all.
+    storage: the 4-bit format of kernels; None for that of the method, if it has one.
   """
 
   title: str
@@ -88,6 +89,7 @@ class Work:
   head: bool = True
   objective: tasks.Objective = training.PLAIN
   mlp_tokens: int | None = None
+  storage: str | None = None
 
 
 # The loss of texts by logits [B, N, V] that are made whole, as if they were small.
@@ -217,8 +219,16 @@ _WORKS: dict[str, Work] = {
     1,
     head=False,
   ),
+  'w4_7b_nf4': Work(
+    'the same, kernels in NF4 whatever the method',
+    _llama_7b,
+    _texts(512),
+    1,
+    head=False,
+    storage='nf4_double',
+  ),
   'w4_7b_long': Work(
-    'the same, batch 4, 2048 tokens',
+    'W4_7B with batch 4, 2048 tokens',
     _llama_7b,
     _texts(2048),
     4,
