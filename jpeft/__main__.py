@@ -24,6 +24,7 @@ BENCHES = {
   'memory': 'the memory of a training step of every method',
   'speed': 'step times as ratios',
   'kernels': 'what the 4-bit kernels cost beside XLA alone',
+  'steps': 'time and peak memory of steps that run, beside those of peft',
   'mesh': 'the plan of a 70B decoder on a slice of TPUs',
 }
 

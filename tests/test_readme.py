@@ -15,6 +15,7 @@ import pytest
 from jpeft import __main__ as console
 from jpeft import config
 from jpeft.methods.__main__ import rows
+from jpeft.training.scoring import MAY_CHANGE
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
@@ -98,7 +99,10 @@ def test_commands_name_what_there_is(line):
   files = [value for flag, value in zip(flags, flags[1:], strict=False) if flag == '--input']
   assert all((ROOT / file).is_file() for file in files)
   flags = [flag for flag in flags if flag.startswith(('--config', '--workdir'))]
-  if flags:
+  if name == 'evaluate':  # its config is that of the run
+    overrides, _ = config.overrides_of(flags)
+    assert overrides.keys() <= set(MAY_CHANGE)
+  elif flags:
     whole = config.parse(flags).load()
     assert whole.steps or whole.epochs
 
