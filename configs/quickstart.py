@@ -39,7 +39,7 @@ METHODS = {
   'adaptformer': dict(lr=3e-3, epochs=4, bottleneck=16, scale=1.0),
   'vpt_deep': dict(lr=1e-2, epochs=4, tokens=10),
   'e2vpt': dict(lr=1e-2, epochs=4, tokens=10, kv_tokens=5),
-  'snell': dict(lr=1e-3, epochs=4),
+  'snell': dict(lr=3e-2, epochs=4),
   'snella': dict(lr=1e-3, epochs=4, every=1, rounds=60),
   'bi_adaptformer': dict(lr=3e-3, epochs=4, bottleneck=16, scale=1.0),
   'bi_lora': dict(lr=3e-3, epochs=4, rank=8, scale=1.0),

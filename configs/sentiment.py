@@ -22,7 +22,7 @@ METHODS = {
     dropout=0.1,
     remat=False,
   ),
-  'vqt': dict(lr=3e-2, epochs=1),
+  'vqt': dict(lr=3e-2, epochs=4, cache=True),
   'full': dict(lr=1e-4, epochs=1),
   'bitfit': dict(lr=3e-3, epochs=1),
   'lora': dict(lr=2e-3, epochs=1, rank=8, alpha=16, targets='{linear}'),
