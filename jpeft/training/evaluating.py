@@ -11,7 +11,7 @@ from jpeft.decoding import AT_ONCE, completions
 
 from . import hosts, report, step
 from .asked import TestSplit
-from .beginning import Backbone, Place
+from .beginning import Place
 from .by_label import write_by_label
 from .compiling import compiled_evaluation
 from .confusion import write_confusion
@@ -40,13 +40,13 @@ class Evaluation:
 
   Attributes:
     test: what is evaluated, and on what.
-    backbone: beside each theta.
+    backbone: the arrays beside each theta.
     progress: shows how far it is.
     stop: asked between batches.
   """
 
   test: TestSplit
-  backbone: Backbone
+  backbone: Any
   progress: Progress
   stop: hosts.Stop
 
@@ -100,7 +100,7 @@ class Evaluation:
     return step.evaluate(
       what.program,
       theta,
-      self.backbone.arrays,
+      self.backbone,
       batches,
       rows,
       self.stop,
@@ -111,7 +111,7 @@ class Evaluation:
     """What a model writes after each prompt, counted by batches."""
     self.progress.stage('writing')  # on a terminal, while the first batch is written
     count = self.progress.stage('writing', len(prompts))
-    texts = completions(tuned, self.backbone.arrays, prompts, theta=theta, **options)
+    texts = completions(tuned, self.backbone, prompts, theta=theta, **options)
     for number, text in enumerate(texts, 1):
       if number % AT_ONCE == 0 or number == len(prompts):
         count.show(number)

@@ -98,7 +98,7 @@ def _train(
   _open_trackers(run, place, progress, stack)
 
   stop = hosts.Stop(stack.enter_context(Signals()), run.mesh)
-  evaluation = Evaluation(run.test, backbone, progress, stop)
+  evaluation = Evaluation(run.test, backbone.arrays, progress, stop)
   evaluate_untuned(evaluation, shapes.backbone, place)
   clock = Clock(place.seconds)
   _fill_features(run, backbone, progress, stop)

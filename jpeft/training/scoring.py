@@ -18,7 +18,6 @@ from jpeft.writing import write
 
 from . import hosts, sharding
 from .asked import Model, TestSplit, part_of, test_rows_of
-from .beginning import Backbone
 from .by_label import by_label_section
 from .compiling import compiled_evaluation
 from .confusion import confusion_section
@@ -184,7 +183,9 @@ def _with_labels(config, source: data.Source, labels: Sequence[str]) -> data.Sou
   def read(row: int) -> dict[str, Any]:
     example = source.read(row)
     label = example['label']
-    return example | {'label': label if label is None else numbers[label]}
+    if label is None or not 0 <= label < len(numbers):
+      raise ValueError(f'row {row} has the label {label!r}; there are {len(numbers)} classes')
+    return example | {'label': numbers[label]}
 
   return dataclasses.replace(source, read=read, classes=list(labels), label_of=None)
 
@@ -202,13 +203,13 @@ def _values(
   variables = model.pretrained.variables
   of_backbone = model.layout.of_backbone(variables)
   of_theta = model.layout.of_state({'theta': theta, 'optimizer': ()})['theta']
-  shapes = [
-    sharding.with_sharding(theta, of_theta),
+  program = compiled_evaluation(
+    test,
     sharding.with_sharding(variables, of_backbone),
-  ]
-  program = compiled_evaluation(test, shapes[1], test.examples, shapes[0])
-  backbone = Backbone(hosts.placed(variables, of_backbone), '', '')
-  evaluation = Evaluation(test, backbone, progress, stop)
+    test.examples,
+    sharding.with_sharding(theta, of_theta),
+  )
+  evaluation = Evaluation(test, hosts.placed(variables, of_backbone), progress, stop)
   evaluated = Evaluated(model.tuned, test.examples, program)
   values = evaluation.scores(evaluated, jax.device_put(theta, of_theta), step, writes=always)
   if values is None:
