@@ -15,6 +15,9 @@ learns preferences of your own by DPO instead: see docs/tasks.md.
 
 from ml_collections import ConfigDict
 
+# Only the first of several words in a row would see tokens of a method: each has a row of its own.
+APART = dict(pack=False, batch_size=8, eval_batch_size=16, max_length=32)
+
 # Learning rate and hyperparameters of each method. Side blocks of the decoder's own class keep
 # their keys and values when they write.
 METHODS = {
@@ -32,8 +35,9 @@ METHODS = {
   'paca': dict(lr=1e-3, rank=64, alpha=64),
   'qpaca': dict(name='paca', lr=1e-3, rank=64, alpha=64, quantize='nf4_double'),
   'lamda': dict(lr=1e-3, rank=64, alpha=64),
+  'prompt_tuning': dict(lr=3e-1, tokens=20, data=APART),
   # The prompt learns fast, the low-rank change of the words slowly.
-  'dept': dict(lr=3e-1, tokens=20, rank=16, length=128, groups=(('.*/(a|b)', 1e-2),)),
+  'dept': dict(lr=3e-1, tokens=20, rank=16, length=32, groups=(('.*/(a|b)', 1e-2),), data=APART),
   'vb_lora': dict(lr=1e-2, length=64, vectors=90, targets='{linear}'),
   'norm': dict(lr=1e-2),
   'lamda_pp': dict(lr=2e-3, rank=16),
@@ -57,6 +61,7 @@ def get_config(method='qlora'):
     eval_batch_size=4,
     max_length=128,
   )
+  config.data.update(chosen.pop('data', {}))
   config.optimizer = dict(
     lr=chosen.pop('lr'),
     clip_norm=1.0,

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from jpeft import config, training
+from jpeft import config, tasks, training
 from jpeft.methods import REGISTRY
 
 FILES = sorted((pathlib.Path(__file__).parents[2] / 'configs').glob('*.py'))
@@ -29,6 +29,20 @@ def test_rows_of_the_language_config_that_are_more_than_a_method():
   assert of('dept').optimizer.groups == (('.*/(a|b)', 1e-2),)
   assert (of('dpo').task, of('dpo').eval.metric) == ('preferences', 'accuracy')
   assert of('qlora').model.quantize is None
+
+
+@pytest.mark.parametrize('name', ['prompt_tuning', 'dept'])
+def test_methods_that_add_tokens_have_a_row_for_each_text(name, decoder):
+  small = {'model.source': str(decoder), 'method.tokens': '2'}
+  if name == 'dept':
+    small['method.rank'] = '2'
+  loaded = config.load(f'configs/llm.py:{name}', small)
+  _, tuned = training.build(loaded, 0)
+  task = tasks.of(loaded)
+  task.check(loaded, tuned)
+  loaded.data.pack = True
+  with pytest.raises(ValueError, match='set config.data.pack=false'):
+    task.check(loaded, tuned)
 
 
 @pytest.mark.parametrize('file', FILES, ids=lambda file: file.stem)
