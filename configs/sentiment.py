@@ -32,7 +32,7 @@ METHODS = {
   # A first phase of 200 batches prunes heads, hidden units and LoRA.
   'light_peft': dict(lr=2e-3, epochs=1, rank=8, alpha=16, updates=200),
   'pissa': dict(name='lora', lr=3e-4, epochs=1, rank=8, alpha=8, init='pissa', targets='{linear}'),
-  'pst': dict(lr=1e-3, epochs=2, rank=8, sparsity=0.5, targets='{linear}'),
+  'pst': dict(lr=1e-4, epochs=2, rank=8, sparsity=0.5, targets='{linear}'),
   'mam': dict(lr=1e-3, epochs=1, tokens=16, bottleneck=16, scale=2.0),
   'vb_lora': dict(lr=1e-2, epochs=1, length=128, vectors=64, targets='{linear}'),
   'lt_sft': dict(lr=1e-3, epochs=1, count=300_000, first_steps=200, first_batch=32),
