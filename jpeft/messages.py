@@ -28,6 +28,15 @@ def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
   return '' if near is None else f'; did you mean {near!r}?'
 
 
+def few(names: Iterable[str], most: int = 3) -> str:
+  """The first names, and how many more there are; 'nothing' where there are none."""
+  names = list(names)
+  listed = ', '.join(names[:most]) or 'nothing'
+  if len(names) > most:
+    listed += f' and {len(names) - most} more'
+  return listed
+
+
 def columns(rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
   """Lines of a table whose columns are padded to one width and two blanks apart.
 

@@ -63,21 +63,20 @@ def overridden(
   Raises:
     ValueError: with one sentence that says what to change.
   """
-  flat = flatten(config)
-  for key in overrides:
+  return _with(flatten(config), overrides, allowed)
+
+
+def _with(
+  flat: dict[str, Any], overrides: Mapping[str, str], allowed: Collection[str] | None = None
+) -> ConfigDict:
+  """The complete configuration of values, some of which are overridden; None allows all."""
+  for key, text in overrides.items():
     check_key(key, flat)
-    if key not in allowed:
+    if allowed is not None and key not in allowed:
       raise ValueError(
         f'config.{key} is part of what was trained and stays as it is; there may be given '
         f'{", ".join(allowed)}'
       )
-  return _with(flat, overrides)
-
-
-def _with(flat: dict[str, Any], overrides: Mapping[str, str]) -> ConfigDict:
-  """The complete configuration of values, some of which are overridden."""
-  for key, text in overrides.items():
-    check_key(key, flat)
     flat[key] = _literal(text, FIELDS.get(key))
   return complete(nest(flat))
 

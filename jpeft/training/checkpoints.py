@@ -12,7 +12,7 @@ import logging
 import math
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from safetensors.numpy import save
 
 from jpeft import jsonfiles, textfiles, writing
 from jpeft.core import leaf_paths
+from jpeft.messages import few
 from jpeft.writing import write
 
 from . import pieces
@@ -114,8 +115,8 @@ def load_theta(path: pathlib.Path, like) -> tuple[Any, dict]:
   wanted = leaf_paths(like)
   if arrays.keys() != wanted.keys():
     raise ValueError(
-      f'{path} holds another theta: it lacks {few(wanted.keys() - arrays.keys())} and has '
-      f'{few(arrays.keys() - wanted.keys())} too many'
+      f'{path} holds another theta: it lacks {few(sorted(wanted.keys() - arrays.keys()))} and has '
+      f'{few(sorted(arrays.keys() - wanted.keys()))} too many'
     )
   for name, leaf in wanted.items():
     arrays[name] = of_older_file(arrays[name], leaf)
@@ -132,17 +133,6 @@ def of_older_file(x: np.ndarray, like) -> np.ndarray:
   if like.shape == () and x.shape == (1,):
     return x.reshape(())
   return x
-
-
-def few(found: Iterable[str]) -> str:
-  """The first three names, and how many more there are."""
-  listed = sorted(found)
-  if not listed:
-    return 'nothing'
-  shown = ', '.join(listed[:3])
-  if len(listed) > 3:
-    shown += f' and {len(listed) - 3} more'
-  return shown
 
 
 # ---- The training state.

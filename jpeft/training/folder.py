@@ -20,7 +20,7 @@ import fcntl
 import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jpeft import config as config_lib
 from jpeft import jsonfiles, tasks
@@ -28,7 +28,7 @@ from jpeft.writing import told, write
 
 from . import elastic, hosts
 from .build import build
-from .checkpoints import fingerprint, load_theta, read_theta, steps_of
+from .checkpoints import fingerprint, load_theta, steps_of
 from .examples import check_same
 from .found import Prepared, kept_in
 from .imports import check_imported
@@ -176,8 +176,27 @@ def describe(folder: pathlib.Path) -> tuple[Any, dict]:
   return config_lib.from_json(folder / 'config.json'), info
 
 
+class Opened(NamedTuple):
+  """The model of a run.
+
+  Attributes:
+    pretrained, tuned, theta: the backbone, the method attached to it, and what was trained.
+    about: what its file says of theta, such as the 'step' that it is of.
+  """
+
+  pretrained: Any
+  tuned: Any
+  theta: Any
+  about: dict[str, Any]
+
+
 def reopen(folder: pathlib.Path, best: bool = False) -> tuple[Any, Any, Any]:
-  """(pretrained, tuned, theta) of a run folder.
+  """(pretrained, tuned, theta) of a run folder, see `opened`."""
+  return opened(folder, best)[:3]
+
+
+def opened(folder: pathlib.Path, best: bool = False) -> Opened:
+  """The model of a run folder.
 
   Args:
     folder: of a run.
@@ -188,7 +207,7 @@ def reopen(folder: pathlib.Path, best: bool = False) -> tuple[Any, Any, Any]:
       imported first, or the backbone has changed.
   """
   config, info = describe(folder)
-  file = _theta_file(folder, best)
+  file = folder / ('best.safetensors' if best else 'theta.safetensors')
   if not file.exists():
     raise FileNotFoundError(
       f'{folder} has no {file.name}: the run is not complete; start its training '
@@ -196,19 +215,10 @@ def reopen(folder: pathlib.Path, best: bool = False) -> tuple[Any, Any, Any]:
     )
   outputs = tasks.of(config).outputs(info['labels'])
   pretrained, tuned = build(config, outputs, parts=False, found=kept_in(folder))
-  theta, _ = load_theta(file, tuned.shapes)
+  theta, about = load_theta(file, tuned.shapes)
   if fingerprint(pretrained.variables) != info['backbone_sha256']:
     raise ValueError(
       f'the backbone {config.model.source} is not the one that {folder} was trained on: '
       'its SHA-256 has changed'
     )
-  return pretrained, tuned, theta
-
-
-def step_of(folder: pathlib.Path, best: bool = False) -> int:
-  """The updates that the theta which `reopen` gives has had."""
-  return read_theta(_theta_file(folder, best))[1]['step']
-
-
-def _theta_file(folder: pathlib.Path, best: bool) -> pathlib.Path:
-  return folder / ('best.safetensors' if best else 'theta.safetensors')
+  return Opened(pretrained, tuned, theta, about)

@@ -29,6 +29,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jpeft import tasks
 from jpeft.core import Box, Site, Tuned, backend_of
+from jpeft.messages import few
 from jpeft.quant import Quantized
 
 from .model_axis import ModelAxis, by_columns, largest
@@ -145,7 +146,7 @@ class Layout:
     if whole:
       why = f'each device attends for all heads, as model={self._model.parts} does not divide them'
       found[why] = [site.path for site in whole]
-    return [f'{why}: {_few(paths)}' for why, paths in found.items()]
+    return [f'{why}: {few(paths)}' for why, paths in found.items()]
 
   def token_exceptions(self) -> list[str]:
     """What is not known of how tokens are cut, or reads those of all devices, in sentences."""
@@ -156,7 +157,7 @@ class Layout:
         found.append(f'{cut}: the compiler alone places tokens, as no module is known as {{block}}')
       sorted_for = [path for path, site in self.tuned.sites.items() if 'grouped_dot' in site.fields]
       if sorted_for:
-        found.append(f'{cut}: the tokens of all devices are sorted for {_few(sorted_for)}')
+        found.append(f'{cut}: the tokens of all devices are sorted for {few(sorted_for)}')
     return found
 
   # ---- What a step reads.
@@ -374,10 +375,3 @@ def _divides(mesh: Mesh, cut: Cut, shape: Sequence[int]) -> bool:
     size % math.prod(mesh.shape[name] for name in names) == 0
     for names, size in zip(cut, shape, strict=True)
   )
-
-
-def _few(paths: list[str]) -> str:
-  shown = ', '.join(paths[:3])
-  if len(paths) > 3:
-    shown += f' and {len(paths) - 3} more'
-  return shown

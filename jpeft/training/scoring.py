@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jpeft import cli, data, tasks
 from jpeft import config as config_lib
-from jpeft.messages import markdown
+from jpeft.messages import few, markdown
 from jpeft.writing import write
 
 from . import hosts, sharding
@@ -22,7 +22,8 @@ from .by_label import by_label_section
 from .compiling import compiled_evaluation
 from .confusion import confusion_section
 from .evaluating import Evaluated, Evaluation, always
-from .folder import describe, reopen, step_of
+from .examples import count_of, skipped_of
+from .folder import describe, opened
 from .layout import Layout
 from .memory import Memory
 from .progress import Progress
@@ -89,7 +90,6 @@ def scored(
     cli.Stopped: a signal came.
   """
   progress = Progress()
-  skipped: dict[str, data.Skipped] = {}
   with contextlib.ExitStack() as stack:
     stack.callback(progress.close)
     with cli.inputs_checked():
@@ -97,17 +97,15 @@ def scored(
         cli.check_new(out)
       config, info = describe(folder)
       config = config_lib.overridden(config, overrides, MAY_CHANGE)
-      if config.data.on_error == 'skip':
-        skipped['test'] = data.Skipped(config.data.test, progress.note)
-      test, theta = _opened(folder, config, info, skipped, best)
+      skipped = skipped_of(config, progress.note)
+      test, theta, step = _opened(folder, config, info, skipped, best)
     if out is not None:
       out.mkdir(parents=True, exist_ok=True)
       test = dataclasses.replace(test, folder=out)
     stop = hosts.Stop(stack.enter_context(Signals()), test.model.layout.mesh)
-    step = step_of(folder, best)
     values = _values(test, theta, step, progress, stop)
   name, split = config.data.name, config.data.test
-  left_out = len(skipped.get('test', ()))
+  left_out = count_of(skipped, 'test').get('skipped', 0)
   found = Scores(name, split, len(test.examples.source), left_out, step, values)
   if out is not None:
     _write(out, folder, found)
@@ -120,12 +118,12 @@ def _opened(
   info: Mapping[str, Any],
   skipped: Mapping[str, data.Skipped],
   best: bool,
-) -> tuple[TestSplit, Any]:
-  """(what is evaluated, theta) of a run."""
+) -> tuple[TestSplit, Any, int]:
+  """(what is evaluated, theta, the updates that it has had) of a run."""
   mesh = _mesh(config)
   task = tasks.of(config)
   source = _with_labels(config, task.source(config, config.data.test), info['labels'])
-  pretrained, tuned, theta = reopen(folder, best)
+  pretrained, tuned, theta, about = opened(folder, best)
   own = task.parts(config, pretrained).names
   if own:
     raise ValueError(
@@ -147,7 +145,8 @@ def _opened(
     dropped=(),
   )
   examples = part_of(config, model, skipped, 'test')
-  return TestSplit(config, None, model, examples, test_rows_of(config, mesh)), theta
+  test = TestSplit(config, None, model, examples, test_rows_of(config, mesh))
+  return test, theta, about['step']
 
 
 def _mesh(config) -> Mesh:
@@ -176,7 +175,8 @@ def _with_labels(config, source: data.Source, labels: Sequence[str]) -> data.Sou
   unknown = [name for name in found if name not in labels]
   if unknown or config.task != 'classification':
     raise ValueError(
-      f'{config.data.name} has the labels {_few(found)}, and the run has learned {_few(labels)}'
+      f'{config.data.name} has the labels {few(found, 10)}, and the run has learned '
+      f'{few(labels, 10)}'
     )
   numbers = [labels.index(name) for name in found]
 
@@ -188,11 +188,6 @@ def _with_labels(config, source: data.Source, labels: Sequence[str]) -> data.Sou
     return example | {'label': numbers[label]}
 
   return dataclasses.replace(source, read=read, classes=list(labels), label_of=None)
-
-
-def _few(names: Sequence[str]) -> str:
-  shown = ', '.join(names[:10])
-  return f'{shown} and {len(names) - 10} more' if len(names) > 10 else shown
 
 
 def _values(

@@ -16,8 +16,9 @@ import numpy as np
 
 from jpeft import jsonfiles
 from jpeft.core import Tuned, join_path, leaf_paths
+from jpeft.messages import few
 
-from .checkpoints import few, of_older_file, read_theta, steps_of
+from .checkpoints import of_older_file, read_theta, steps_of
 
 # The adapter that `methods.make` adds for the head.
 _HEAD = 'head'
@@ -145,17 +146,17 @@ def _matched(
       raise ValueError(f'{file}, that the method starts from, has {path!r}, {wrong}')
   if not taken:
     raise ValueError(
-      f'{file} has nothing that the method could start from: it has {few(arrays)}, and the method '
-      f'{few(wanted)}'
+      f'{file} has nothing that the method could start from: it has {few(sorted(arrays))}, and '
+      f'the method {few(sorted(wanted))}'
     )
   told = f'theta starts as {file}: {len(taken)} of {len(wanted)} arrays'
   fresh = wanted.keys() - taken.keys()
   if fresh:
-    told += f'; fresh: {few(fresh)}'
+    told += f'; fresh: {few(sorted(fresh))}'
   if other_head and with_head:
-    told += f'; left out, another head: {few(other_head)}'
+    told += f'; left out, another head: {few(sorted(other_head))}'
   elif other_head:
-    told += f'; left out, as start_head=False says: {few(other_head)}'
+    told += f'; left out, as start_head=False says: {few(sorted(other_head))}'
   return Start(sha256, taken, told)
 
 
