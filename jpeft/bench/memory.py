@@ -28,7 +28,7 @@ import jax
 import optax
 
 from jpeft import cli, methods, planning, programs, tasks, training, writing
-from jpeft.core import chain, summary
+from jpeft.core import Tuned, chain, summary
 from jpeft.lazy import extra
 from jpeft.models import Remat
 
@@ -94,17 +94,10 @@ def measure(
     ValueError: the method does not act on the work's model.
   """
   start = time.perf_counter()
-  name, hyperparameters = methods.preset(method)
-  chosen = WORKS[work]
-  storage = chosen.storage or methods.REGISTRY[name].storage
-  planned = planned_work(chosen, layers == 'scan', REMATS[remat]).stored(storage)
-  attached = methods.make(name, head=chosen.head, **hyperparameters)
-  if chosen.mlp_tokens is not None:
-    attached = chain(attached, methods.tiled(chosen.mlp_tokens))
-  tuned = planned.tuned(attached)
+  planned, tuned = with_method(WORKS[work], method, layers == 'scan', REMATS[remat])
   facts = summary(tuned)
   costs = _costs(planned, tuned, where)
-  forward = planned.forward(chosen.size)
+  forward = planned.forward(planned.size)
   return {
     'work': work,
     'method': method,
@@ -118,6 +111,17 @@ def measure(
     'fits': where.memory is None or costs['total_mib'] * 2**20 <= where.memory,
     'compile_seconds': round(time.perf_counter() - start, 1),
   }
+
+
+def with_method(work: Work, method: str, scan: bool, remat: Remat) -> tuple[planning.Work, Tuned]:
+  """(a work with its kernels as they are stored, a preset attached to its model)."""
+  name, hyperparameters = methods.preset(method)
+  storage = work.storage or methods.REGISTRY[name].storage
+  planned = planned_work(work, scan, remat).stored(storage)
+  made = methods.make(name, head=work.head, **hyperparameters)
+  if work.mlp_tokens is not None:
+    made = chain(made, methods.tiled(work.mlp_tokens))
+  return planned, planned.tuned(made)
 
 
 def _costs(planned: planning.Work, tuned, where: planning.Target) -> dict[str, float | None]:
@@ -139,9 +143,9 @@ def _costs(planned: planning.Work, tuned, where: planning.Target) -> dict[str, f
     flops = _flops(program, traced)
     found = programs.schedule(program)
   return {
-    'arguments_mib': _mib(arguments),
-    'temp_mib': _mib(temp),
-    'total_mib': _mib(total),
+    'arguments_mib': mib(arguments),
+    'temp_mib': mib(temp),
+    'total_mib': mib(total),
     'gflop': round(flops / 1e9, 1),
     **planning.timing.entries(found),
   }
@@ -151,12 +155,17 @@ def traced_step(
   planned: planning.Work, tuned, where: planning.Target
 ) -> tuple[jax.stages.Traced, int]:
   """(a training step with AdamW, traced for a target; bytes of its arguments)."""
-  tx = training.optimizer(tuned, tuned.shapes, optax.constant_schedule(1e-3))
+  tx = adamw(tuned)
+  mesh = where.mesh()
   state = training.state_shapes(tuned, tx, planned.variables)
-  shapes = planned.placed(tuned, where.mesh(), state, planned.size)
-  forward = training.Forward(tuned, True, planned.mode(True))
-  step = training.train_step(tuned, forward, tx, 0, planned.objective, steps=planning.STEPS)
+  shapes = planned.placed(tuned, mesh, state, planned.size)
+  step = planned.step(tuned, tx, mesh)
   return jax.jit(step, donate_argnums=0).trace(*shapes), programs.nbytes(shapes)
+
+
+def adamw(tuned: Tuned) -> optax.GradientTransformation:
+  """The optimizer of the steps that are compared."""
+  return training.optimizer(tuned, tuned.shapes, optax.constant_schedule(1e-3))
 
 
 def _flops(program, traced) -> float:
@@ -167,7 +176,8 @@ def _flops(program, traced) -> float:
   return counted + programs.uncounted(traced)
 
 
-def _mib(size: int) -> float:
+def mib(size: int) -> float:
+  """Bytes in MiB."""
   return round(size / 2**20, 1)
 
 

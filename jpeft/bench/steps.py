@@ -26,7 +26,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jpeft import cli, methods, programs, training
 from jpeft.core import summary
@@ -34,6 +33,7 @@ from jpeft.messages import did_you_mean, markdown
 from jpeft.models import Llama
 
 from . import memory
+from .accuracy import shown
 from .works import WORKS, Work
 
 CASES = (
@@ -75,6 +75,7 @@ def _check(flags) -> None:
     raise ValueError(f'--work={flags.work} is none of {", ".join(WORKS)}')
   if flags.rounds < 1:
     raise ValueError(f'--rounds={flags.rounds} must be at least 1')
+  work = WORKS[flags.work]
   known = [*PEERS, *methods.names(methods.REGISTRY)]
   for case in flags.cases:
     name, remat = parts(case)
@@ -82,8 +83,10 @@ def _check(flags) -> None:
       raise ValueError(f'--cases: {name!r} is no preset{did_you_mean(name, known)}')
     if remat not in REMATS:
       raise ValueError(f'--cases: {case!r} ends in none of {", ".join(REMATS)}')
-    if name in PEERS and not isinstance(WORKS[flags.work].model(False, False), Llama):
+    if name in PEERS and not isinstance(work.model(False, False), Llama):
       raise ValueError(f'--cases: {name} runs decoders such as w4_1b, and not {flags.work}')
+    if name in PEERS and (work.storage or work.mlp_tokens):
+      raise ValueError(f'--cases: {name} does not run {flags.work} as we do: take the plain work')
 
 
 def parts(case: str) -> tuple[str, str]:
@@ -128,13 +131,10 @@ def ours(work: Work, preset: str, remat: str, rounds: int) -> dict[str, Any]:
     remat: of REMATS.
     rounds: updates that are counted.
   """
-  method, hyperparameters = methods.preset(preset)
-  planned = memory.planned_work(work, 'scan' in work.layers, memory.REMATS[remat])
-  planned = planned.stored(work.storage or methods.REGISTRY[method].storage)
-  tuned = planned.tuned(methods.make(method, head=work.head, **hyperparameters))
-  tx = training.optimizer(tuned, tuned.shapes, optax.constant_schedule(1e-3))
-  forward = training.Forward(tuned, True, planned.mode(True))
-  step = training.train_step(tuned, forward, tx, 0, planned.objective)
+  scan = 'scan' in work.layers
+  planned, tuned = memory.with_method(work, preset, scan, memory.REMATS[remat])
+  tx = memory.adamw(tuned)
+  step = planned.step(tuned, tx, training.mesh(1, 1))
 
   # Noise of the right dtype: made from shapes, it takes no more than the weights themselves.
   backbone = noise(planned.variables)
@@ -148,13 +148,14 @@ def ours(work: Work, preset: str, remat: str, rounds: int) -> dict[str, Any]:
     jax.block_until_ready(out)
 
   seconds = timed(update, rounds)
-  told = jax.local_devices()[0].memory_stats() or {}
+  device = jax.local_devices()[0]
+  told = device.memory_stats()  # None on a CPU
   return {
     'trainable': summary(tuned).trainable,
     'seconds': seconds,
-    'peak_mib': mib(told.get('peak_bytes_in_use')),
-    'asked_mib': mib(programs.memory(program).total),
-    'device': jax.local_devices()[0].device_kind,
+    'peak_mib': memory.mib(told['peak_bytes_in_use']) if told else None,
+    'asked_mib': memory.mib(programs.memory(program).total),
+    'device': device.device_kind,
   }
 
 
@@ -183,11 +184,6 @@ def timed(update: Callable[[], None], rounds: int) -> float:
     update()
     seconds.append(time.perf_counter() - start)
   return statistics.median(seconds)
-
-
-def mib(size: int | None) -> float | None:
-  """Bytes in MiB."""
-  return None if size is None else round(size / 2**20, 1)
 
 
 # ---- Peers.
@@ -228,7 +224,7 @@ def peer(work: Work, name: str, remat: str, rounds: int) -> dict[str, Any]:
   return {
     'trainable': sum(p.numel() for p in trained),
     'seconds': seconds,
-    'peak_mib': mib(torch.cuda.max_memory_allocated()) if on_gpu else None,
+    'peak_mib': memory.mib(torch.cuda.max_memory_allocated()) if on_gpu else None,
     'asked_mib': None,
     'device': torch.cuda.get_device_name() if on_gpu else 'cpu',
   }
@@ -299,8 +295,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     if 'failed' in row:
       cells.append((row['case'], row['failed'], '', '', ''))
       continue
-    shown = [f'{row[name]:,.0f}' if row[name] else '-' for name in ('peak_mib', 'asked_mib')]
-    cells.append((row['case'], f'{row["trainable"]:,}', f'{row["seconds"]:.4f}', *shown))
+    sizes = [shown(row[name], ',.0f') for name in ('peak_mib', 'asked_mib')]
+    cells.append((row['case'], f'{row["trainable"]:,}', f'{row["seconds"]:.4f}', *sizes))
   return markdown(_COLUMNS, cells)
 
 

@@ -1,5 +1,6 @@
 """Steps that run, in the table of a GPU, here on a CPU and tiny."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,7 +9,7 @@ import pytest
 
 import jpeft
 from jpeft import cli
-from jpeft.bench import steps, works
+from jpeft.bench import memory, steps, works
 from jpeft.models import Llama
 
 
@@ -31,6 +32,14 @@ def test_a_step_of_ours(case):
   shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)
   tuned = jpeft.attach(model, jpeft.make(method, head=False, **values), shapes, tokens)
   assert row['trainable'] == jpeft.summary(tuned).trainable
+
+
+def test_mlps_in_pieces_are_those_of_the_work():
+  work = dataclasses.replace(TINY, mlp_tokens=4)
+  _, plain = memory.with_method(TINY, 'lora_all', True, False)
+  _, tuned = memory.with_method(work, 'lora_all', True, False)
+  assert len(tuned.method) == len(plain.method) + 1
+  assert steps.measured(work, 'lora_all', 1)['asked_mib'] > 0
 
 
 def test_noise_is_of_its_dtype():
@@ -60,6 +69,7 @@ def test_a_case_that_fails_keeps_its_row(capsys):
     (['--cases=lroa_all'], "did you mean 'lora_all'"),
     (['--cases=lora_all:dotted'], 'ends in none of none, block'),
     (['--work=w1', '--cases=peft.qlora'], 'runs decoders such as w4_1b, and not w1'),
+    (['--work=w4_7b_nf4', '--cases=peft.qlora'], 'does not run w4_7b_nf4 as we do'),
     (['--rounds=0'], 'must be at least 1'),
   ],
 )
