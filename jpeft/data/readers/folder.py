@@ -2,6 +2,7 @@
 
     PATH/<class>/*.png            images that are divided: 80 % 'train', 20 % 'test'
     PATH/<split>/<class>/*.png    where there is PATH/train; the folders beside it are splits too
+    PATH/test/<class>/*.png       without PATH/train, where all folders are called as SPLITS are
 
 Classes are the folder names in alphabetical order. Images are divided and mixed by a hash of their
 relative path, so that 'train[:1000]' has all classes in it. Images in folders below that of a class
@@ -28,6 +29,7 @@ SUFFIXES = (
   *('.png', '.jpg', '.jpeg', '.jpe', '.jfif', '.webp', '.avif', '.bmp', '.gif', '.tif', '.tiff'),
   *('.ppm', '.pgm'),
 )
+SPLITS = ('test', 'val', 'valid', 'validation', 'dev')  # beside 'train'
 # Images all the same: without a word a class would lose them.
 UNREAD = ('.heic', '.heif', '.jxl', '.dng', '.cr2', '.nef', '.arw', '.svg', '.dcm')
 
@@ -42,6 +44,8 @@ def folder(path: str) -> Dataset:
   """
   root = _root(path)
   parts = _parts(root)
+  if '' in parts and _only_tests(root):
+    parts = {part.name: part for part in _folders(root)}
   train = parts.get('train', root)
 
   images: list[Labelled] = []
@@ -132,6 +136,19 @@ def _parts(root: Path) -> dict[str, Path]:
   return {part.name: part for part in _folders(root)}
 
 
+def _only_tests(root: Path) -> bool:
+  """Whether all folders are called as SPLITS are, and hold folders and no images."""
+  folders = _folders(root)
+  return bool(folders) and all(
+    part.name in SPLITS and _folders(part) and not _images_beside(part) for part in folders
+  )
+
+
+def _images_beside(part: Path) -> list[Path]:
+  """The images beside the folders of classes."""
+  return [file for file in part.iterdir() if file.suffix.lower() in SUFFIXES]
+
+
 def _classes(images: list[Labelled], train: Path) -> list[str]:
   """The classes of the images in `train`, which all images must be of."""
   classes = sorted({name for file, name in images if file.is_relative_to(train)})
@@ -163,7 +180,7 @@ def _labelled(part: Path) -> tuple[list[Labelled], list[Path]]:
 def _notes(part: Path, found: list[Labelled], others: list[Path]) -> list[str]:
   """Sentences on what lies in a folder of classes and is not read, or not as it may be meant."""
   notes = []
-  beside = [file for file in part.iterdir() if file.suffix.lower() in SUFFIXES]
+  beside = _images_beside(part)
   if beside:
     notes.append(f'images beside the folders of classes in {part} are left out: {_some(beside)}')
   classes = {name for _, name in found}

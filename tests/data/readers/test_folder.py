@@ -58,6 +58,24 @@ def test_folders_of_splits(tmp_path):
     data.load(f'folder:{tmp_path}', 'train')
 
 
+def test_a_folder_of_test_images_alone(tmp_path):
+  for split, label in (('test', 'a'), ('test', 'b'), ('val', 'b')):
+    image(tmp_path / split / label / '0.png')
+  assert len(data.load(f'folder:{tmp_path}', 'test')) == 2
+  found = data.load(f'folder:{tmp_path}', 'val')
+  assert found.classes == ['a', 'b'] and [example['label'] for example in found] == [1]
+  with pytest.raises(ValueError, match="has no split 'train'"):
+    data.load(f'folder:{tmp_path}', 'train')
+
+
+@pytest.mark.parametrize('other', ['test/1.png', 'rest/a/0.png'])
+def test_folders_called_as_splits_can_be_classes(tmp_path, other):
+  image(tmp_path / 'test' / 'deep' / '0.png')
+  image(tmp_path / other)
+  classes = data.load(f'folder:{tmp_path}', 'train+test').classes
+  assert classes == sorted({'test', other.split('/')[0]})
+
+
 def test_splits_join_to_the_whole(flat):
   both = data.load(f'folder:{flat}', 'train+test')
   assert len({e['image'].tobytes() for e in both}) == len(both) == 40
