@@ -282,6 +282,7 @@ class Tuned:
 
   def at_stage(self, number: int, steps: int) -> 'Tuned':
     """The same method with what is trained after `number` of `steps` updates; theta is the same."""
+    # A stage replaces what the rules fix at first, whatever the stage before it fixed.
     first = self.begin or self
     rules = staged(first.rules, number, steps)
     if all(new is old for (new, _), (old, _) in zip(rules, first.rules, strict=True)):
@@ -471,6 +472,8 @@ class Tuned:
     """The arrays of the backbone with boxes in place of those that a Weight replaces."""
     flat = dict(flat)
     for rule, site, names in self._plan.boxed:
+      # A model that maps over its parameters maps over arrays alone: the new ones are made before
+      # it is called.
       if not self.sites.takes_boxes:
         flat |= merged(rule, site, self._entry(theta, rule, site), flat)
         continue

@@ -31,9 +31,10 @@ def smallest(values: jax.Array, count) -> jax.Array:
   is_last = bits == last
   # Of the equal ones those of the lowest numbers: by rank again, since sums along so many entries
   # take a TPU long.
-  numbers = jnp.arange(values.size, dtype=jnp.uint32).reshape(values.shape)
+  size = values.size
+  numbers = jnp.arange(size, dtype=jnp.uint32).reshape(values.shape)
   room = count - is_below.sum()
-  end = of_rank(jnp.where(is_last, numbers, jnp.uint32(2**32 - 1)), room, width=32)
+  end = of_rank(jnp.where(is_last, numbers, jnp.uint32(size)), room, size.bit_length())
   return is_below | (is_last & (numbers <= end) & (room > 0))
 
 
