@@ -418,7 +418,8 @@ FIELDS: dict[str, Field] = {
   ),
   'optimizer.lora_plus': _positive(float, None, 'LoRA+: lr factor of the b matrices'),
   'optimizer.rank': _positive(int, 128, 'GaLore: rank of the projected gradients'),
-  'optimizer.every': _positive(int, 200, 'GaLore: updates from one SVD to the next'),
+  'optimizer.every': _positive(int, 200, 'GaLore: updates from one projection to the next'),
+  'optimizer.basis': _choice('svd', 'GaLore: how a projection is found', 'svd', 'sketch'),
   'optimizer.scale': _positive(float, 0.25, 'GaLore: of the update'),
   'optimizer.history': _positive(int, 20, 'Natural GaLore: projected gradients that are kept'),
   'optimizer.matrices': Field(
@@ -635,6 +636,7 @@ _OF_RULES = {
   'optimizer.rank': ('galore', 'natural_galore'),
   'optimizer.every': ('galore', 'natural_galore'),
   'optimizer.scale': ('galore', 'natural_galore'),
+  'optimizer.basis': ('galore', 'natural_galore'),
   'optimizer.history': ('natural_galore',),
   'optimizer.matrices': ('galore', 'natural_galore', 'muon'),
 }

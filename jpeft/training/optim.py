@@ -215,6 +215,7 @@ def rule(
   scale: float = 0.25,
   history: int = 20,
   matrices: str = '.*',
+  basis: str = 'svd',
 ) -> optax.GradientTransformation:
   """The update direction of an optimizer by name, before weight decay and learning rate.
 
@@ -225,7 +226,7 @@ def rule(
     tuned: from `attach`.
     name: of the rule.
     b1, b2, eps: of Adam and its kin; 'sgd' reads b1 alone.
-    rank, every, scale: of GaLore.
+    rank, every, scale, basis: of GaLore.
     history: of Natural GaLore.
     matrices: regex for the paths of theta that a rule of matrices acts on.
 
@@ -241,7 +242,7 @@ def rule(
     return on_matrices(tuned, tx, adam, matrices)
 
   def galore(history=None):
-    tx = scale_by_galore(rank, every, scale, b1=b1, b2=b2, eps=eps, history=history)
+    tx = scale_by_galore(rank, every, scale, b1=b1, b2=b2, eps=eps, history=history, basis=basis)
     return of_matrices(tx)
 
   known = {
@@ -282,6 +283,7 @@ def optimizer(
   scale: float = 0.25,
   history: int = 20,
   matrices: str = '.*',
+  basis: str = 'svd',
 ) -> optax.GradientTransformation:
   """The optimizer of theta: clip, direction, decay, factors, rate.
 
@@ -298,7 +300,7 @@ def optimizer(
     decay_vectors: decay 1-d arrays as well.
     clip_norm: largest global norm of the gradient of theta.
     layer_decay, groups, lora_plus: see `factors`.
-    rank, every, scale, history, matrices: of rules of matrices, see `rule`.
+    rank, every, scale, history, matrices, basis: of rules of matrices, see `rule`.
 
   Raises:
     ValueError: an unknown name, a pattern that matches nothing.
@@ -322,6 +324,7 @@ def optimizer(
     scale=scale,
     history=history,
     matrices=matrices,
+    basis=basis,
   )
   direction = rule(tuned, name, **hyperparameters)
   restarted = restarts(tuned)

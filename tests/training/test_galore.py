@@ -9,7 +9,7 @@ import pytest
 import jpeft
 from jpeft import optim, programs
 from jpeft.models import ViT
-from jpeft.training.galore import natural, scale_by_galore
+from jpeft.training.galore import natural, scale_by_galore, sketched
 from tests.methods.golden import full_size
 from tests.methods.small import IMAGES, vit
 
@@ -40,11 +40,13 @@ def test_the_worked_example():
   np.testing.assert_array_equal(second[1], w[1])
 
 
+@pytest.mark.parametrize('basis', ['svd', 'sketch'])
 @pytest.mark.parametrize('shape', [(4, 6), (6, 4)])
-def test_of_full_rank_it_is_adam_in_the_rotated_basis(shape):
+def test_of_full_rank_it_is_adam_in_the_rotated_basis(shape, basis):
   w = jnp.asarray(RNG.normal(size=shape), jnp.float32)
   gradients = [jnp.asarray(RNG.normal(size=shape), jnp.float32) for _ in range(4)]
-  found = stepped(scale_by_galore(4, 100, scale=1.0, eps=1e-12), w, gradients, 0.1)
+  rule = scale_by_galore(4, 100, scale=1.0, eps=1e-12, basis=basis)
+  found = stepped(rule, w, gradients, 0.1)
   p = found[0][1].basis
   np.testing.assert_allclose(p @ p.T, np.eye(4), atol=1e-5)
   left = shape[0] < shape[1]
@@ -115,6 +117,34 @@ def test_a_history_that_outweighs_adam_is_told():
     jax.eval_shape(scale_by_galore(128, history=20).init, w)
   with pytest.warns(UserWarning, match='take a lower rank'):
     jax.eval_shape(scale_by_galore(768, history=1).init, w)
+
+
+@pytest.mark.parametrize('shape', [(120, 300), (300, 120), (20, 30)])
+def test_a_sketch_finds_the_leading_vectors(shape):
+  u, _ = np.linalg.qr(RNG.normal(size=(shape[0], min(shape))))
+  v, _ = np.linalg.qr(RNG.normal(size=(shape[1], min(shape))))
+  values = 1 / (1 + np.arange(min(shape)))  # a slow fall
+  matrix = jnp.asarray((u * values) @ v.T, jnp.float32)
+  found = np.asarray(sketched(matrix, 16, jax.random.key(3)))
+  np.testing.assert_allclose(found.T @ found, np.eye(16), atol=1e-5)
+  kept = np.sum(np.square(found.T @ matrix))
+  assert kept >= 0.9999 * np.sum(np.square(values[:16]))
+  np.testing.assert_allclose(np.abs(np.sum(found[:, :4] * u[:, :4], 0)), 1, atol=1e-3)  # in order
+
+
+def test_a_sketch_of_nothing_is_finite():
+  found = sketched(jnp.zeros((12, 20)), 4, jax.random.key(0))
+  np.testing.assert_allclose(found.T @ found, np.eye(4), atol=1e-5)
+
+
+def test_sketched_directions_are_nearly_those_of_the_svd():
+  w = jnp.zeros((40, 60))
+  low = RNG.normal(size=(40, 6)) @ RNG.normal(size=(6, 60))
+  gradients = [jnp.asarray(low + 1e-3 * RNG.normal(size=w.shape), jnp.float32) for _ in range(3)]
+  found = [
+    stepped(scale_by_galore(6, 100, basis=b), w, gradients, 0.1)[-1][0] for b in ('svd', 'sketch')
+  ]
+  np.testing.assert_allclose(*found, atol=1e-4)
 
 
 def test_the_basis_is_refreshed_each_so_many_updates():
@@ -199,6 +229,7 @@ def test_the_rules_by_name_train_a_scanned_model(name):
     ({'every': 1.5}, 'galore: every=1.5 must be a whole number'),
     ({'history': 0}, 'galore: history=0 must be a whole number'),
     ({'side': 'top'}, "galore: side='top' is none of short, long, left, right"),
+    ({'basis': 'qr'}, "galore: basis='qr' is none of svd, sketch"),
   ],
 )
 def test_arguments_are_checked(arguments, message):
