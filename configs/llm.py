@@ -44,7 +44,9 @@ METHODS = {
   'full': dict(lr=1e-4),
   # Preferences, of preferences:PATH or hf:NAME; the rates of published runs with LoRA.
   'dpo': dict(name='lora', lr=5e-5, rank=16, alpha=32, targets='{linear}', task='preferences'),
-  'galore': dict(name='full', lr=4e-4, update=dict(name='galore', rank=128, every=50, basis='sketch')),
+  'galore': dict(
+    name='full', lr=4e-4, update=dict(name='galore', rank=128, every=50, basis='sketch')
+  ),
 }
 
 
