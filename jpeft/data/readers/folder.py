@@ -43,9 +43,7 @@ def folder(path: str) -> Dataset:
       a file that is no image, on reading if not before.
   """
   root = _root(path)
-  parts = _parts(root)
-  if '' in parts and _only_tests(root):
-    parts = {part.name: part for part in _folders(root)}
+  parts = _parts(root, _has_train(root) or _only_tests(root))
   train = parts.get('train', root)
 
   images: list[Labelled] = []
@@ -93,7 +91,8 @@ def images_alone(path: str) -> Dataset:
   keys = {}
   left_out = {}
   notes = []
-  for split, part in _parts(_root(path)).items():
+  root = _root(path)
+  for split, part in _parts(root, _has_train(root)).items():
     found, others = _files(part)
     if found or not split:
       keys[split] = [file.relative_to(part).as_posix() for file in found]
@@ -129,11 +128,15 @@ def _root(path: str) -> Path:
   raise FileNotFoundError(f'there is no folder {root}; {suggestion(root.name, beside)}')
 
 
-def _parts(root: Path) -> dict[str, Path]:
+def _parts(root: Path, are_splits: bool) -> dict[str, Path]:
   """{split: its folder}; {'': root} of images that are to be divided."""
-  if not (root / 'train').is_dir():
+  if not are_splits:
     return {'': root}
   return {part.name: part for part in _folders(root)}
+
+
+def _has_train(root: Path) -> bool:
+  return (root / 'train').is_dir()
 
 
 def _only_tests(root: Path) -> bool:
