@@ -12,9 +12,9 @@ shorter one unless it is chosen. The state of a matrix is r m + 2 r n numbers (m
 Adam has 2 m n. Moments are neither rotated nor cleared by a refresh, as in the official code; the
 first refresh is at the first update.
 
-A whole SVD takes a CPU seconds a matrix, and XLA minutes to compile for a TPU. `basis='sketch'`
-finds nearly the same vectors by products with the gradient, QR decompositions of [m, r + 8] and one
-small eigendecomposition (Halko et al., 2011, arXiv 0909.4061).
+`basis='sketch'` finds nearly the same vectors as the SVD by products with the gradient, QR
+decompositions of thin matrices, [m, r + 8] and [n, r + 8], and one small eigendecomposition (Halko
+et al., 2011, arXiv 0909.4061). It pays where r is far below m and n.
 
 Natural GaLore puts (damping I + H H^T)^-1 r_t in place of r_t, with H = [vec r_{t-s+1} .. vec r_t],
 s = `history`. r_t is the last column e_s of H, so that this is H (damping I + H^T H)^-1 e_s: a
