@@ -71,6 +71,19 @@ def linear(t, x: jax.Array) -> jax.Array:
   return x @ t['kernel'] + t['bias']
 
 
+def due_at_once(t, x: jax.Array) -> tuple[Any, jax.Array]:
+  """(t, x), whose gradients are both computed before the one of x goes on.
+
+  For a layer behind a long scan: XLA may put off the gradient of its parameters until the backward
+  pass of the scan is over, and keep what it is made of all that time.
+
+  Args:
+    t: the layer's parameters.
+    x: its input.
+  """
+  return jax.lax.optimization_barrier((t, x))
+
+
 def conv(
   key: jax.Array,
   size: Sequence[int],

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jpeft.core import Bound, Site
 
-from ..nn import linear
+from ..nn import due_at_once, linear
 from .blocks import SideBlock, check_block, lean_block, own_block
 from .prune import check_alike, flatten, float32, prune_ladder
 from .stack import Stack, called
@@ -300,7 +300,8 @@ class Ladder(Stack):
     if 'norm' not in t:
       return s
     module = self.site.module if self._own_norm else nn.RMSNorm(dtype=s.dtype)
-    return module.apply({'params': t['norm']}, s)
+    params, s = due_at_once(t['norm'], s)
+    return module.apply({'params': params}, s)
 
 
 def _stream_first(inputs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jpeft.core import NO_BACKPROP, Call, Method, Site, at, chain, factory
 
 from ..check import choice
-from ..nn import dense, drop, layer_norm, linear, pool, put_stream
+from ..nn import dense, drop, due_at_once, layer_norm, linear, pool, put_stream
 from .ladder import BLOCKS, Ladder, ladder_at, ladder_beside
 from .stack import record
 
@@ -224,7 +224,8 @@ class _LST:
     if not net.is_last:  # the side decoder attends to it
       call.tap(side=s)
       return y
-    return put_stream(call.site, y, self.merged(t, linear(t['up'], s), jax.lax.stop_gradient(out)))
+    u = linear(*due_at_once(t['up'], s))
+    return put_stream(call.site, y, self.merged(t, u, jax.lax.stop_gradient(out)))
 
   def gates(self, t, net: Ladder) -> jax.Array:
     """g_i of each side layer."""

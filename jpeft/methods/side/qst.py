@@ -41,7 +41,7 @@ from einops import reduce
 from jpeft.core import NO_BACKPROP, Call, Method, Site, at, chain, factory
 
 from ..check import choice
-from ..nn import layer_norm, linear, put_stream, scales
+from ..nn import due_at_once, layer_norm, linear, put_stream, scales
 from .ladder import BLOCKS, Ladder, ladder_at, ladder_beside
 from .stack import record
 
@@ -233,7 +233,7 @@ class _QST:
     if not net.is_last:  # the side decoder attends to it
       call.tap(side=s)
       return y
-    u = linear(t['up'], s)
+    u = linear(*due_at_once(t['up'], s))
     backbone = jax.lax.stop_gradient(out)
     share = SHARES[self.blend](t['blend'])
     # As a step from the backbone's state: with a share of 0 the sum is that state to the bit.
