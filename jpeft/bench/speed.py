@@ -7,7 +7,10 @@ Methods are arguments of the config file; the work is its model and batch size. 
 the backbone, even where the config would keep features (`data.cache_features`). All updates are
 compiled first, then run in turn, so that what slows the machine slows all of them; the ratio is the
 median over rounds of those within a round. GFLOP are those of the compiled program. Batches are
-noise and the labels zeros: time does not depend on them.
+noise and the labels zeros: time does not depend on them. No pass over examples is made: a method
+that trains a narrow model has one as narrow as it will be, and of one whose size follows from the
+examples a note says so. What an update does only now and then (a new projection of GaLore) is done
+in the first, which is not timed.
 """
 
 import argparse
@@ -23,6 +26,7 @@ import numpy as np
 
 from jpeft import cli, tasks, training
 from jpeft import config as config_lib
+from jpeft.core import bounds
 from jpeft.messages import markdown
 from jpeft.planning import classes_of
 
@@ -39,6 +43,7 @@ class Update:
   backbone: dict
   batch: dict
   gflop: float
+  bounds: tuple[str, ...] = ()  # what of it would follow from examples
 
   def seconds(self) -> float:
     """Of one call, to the end of all that it computes."""
@@ -52,7 +57,7 @@ def update_of(config) -> Update:
   with cli.inputs_checked():
     task = tasks.of(config)
     outputs = classes_of(config)
-    pretrained, tuned = training.build(config, outputs)
+    pretrained, tuned = training.build(config, outputs, sized=True)
     example = task.example(config, pretrained, outputs)
     _, tx = training.optimizer_of(config, tuned, steps=_STEPS)
   batch = _batch(example, config.data.batch_size)
@@ -68,7 +73,10 @@ def update_of(config) -> Update:
   backbone = pretrained.variables
   state = training.initial_state(tuned, tx, backbone, config.seed)
   compiled, cost = training.compiled(step, state, backbone, batch, donate=(0,))
-  return Update(compiled, state, backbone, jax.device_put(batch), cost['flops'] / 1e9)
+  gflop = cost['flops'] / 1e9
+  return Update(
+    compiled, state, backbone, jax.device_put(batch), gflop, tuple(bounds(tuned.method))
+  )
 
 
 def _batch(example: dict[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
@@ -144,6 +152,9 @@ def main(argv: list[str]) -> int:
     for config in configs.values():
       training.method_of(config)
   updates = {name: update_of(config) for name, config in configs.items()}
+  for name, update in updates.items():
+    for bound in update.bounds:
+      print(f'{name}: {bound}', file=sys.stderr)
   rows = compare(updates, flags.rounds)
   if flags.json:
     print(json.dumps(rows, indent=1))

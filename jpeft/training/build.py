@@ -131,6 +131,7 @@ def build(
   load: Callable = models.load,
   parts: bool = True,
   found: Found | None = None,
+  sized: bool | None = None,
 ) -> tuple[Any, Any]:
   """(pretrained, tuned): the backbone, and the method attached to it.
 
@@ -141,8 +142,10 @@ def build(
     parts: whether what the task itself trains is attached too, see `Task.parts`.
     found: what the method found before training, of a run that is opened again: a method that is
       trained on a narrow model is then attached to the whole one. Without it a method that needs a
-      pass over training examples is attached as it is before, which is enough for shapes alone;
-      with `models.describe` to a backbone cut as far as is known.
+      pass over training examples is attached as it is before, which is enough for shapes alone.
+    sized: whether such a method is attached to a backbone cut as far as is known without examples,
+      for plans and benchmarks: which parts are cut means nothing. None for where `load` gives
+      shapes alone.
 
   Raises:
     ValueError, OSError, RuntimeError: whatever is wrong with weights, method or patterns.
@@ -168,9 +171,10 @@ def build(
   if memory.storage is not None and not stored_later:
     fields['quantize'] = quant.named(memory.storage)
   pretrained = _with_pixels(load(source, **fields), config.data.pixels)
-  for_plan = load is not models.load
-  if for_plan:
+  if sized is None:
+    sized = load is not models.load
+  if sized:
     method = _with_sizes(config, pretrained, method)
-  if for_plan or found is not None:  # else the pass before training comes first
+  if sized or found is not None:  # else the pass before training comes first
     pretrained, method, _ = as_trained(config, pretrained, method)
   return pretrained, attached(config, pretrained, stand_in(method), parts)

@@ -35,6 +35,18 @@ def test_a_ratio_is_the_median_over_rounds(capsys):
   assert (first['seconds'], first['ratio'], second['seconds'], second['ratio']) == (2, 1, 3, 1.5)
 
 
+def test_a_narrow_model_is_as_narrow_as_it_will_be(load):
+  cut = {'method.ratio': 0.5, 'method.skip_first': 0, 'method.skip_last': 0}
+  narrow = speed.update_of(load('loram', **{'method.rank': 4, **cut}))
+  whole = speed.update_of(load('loram', **{'method.rank': 4, **cut, 'method.ratio': 0.0}))
+  assert narrow.gflop < 0.8 * whole.gflop and narrow.seconds() > 0
+
+
+def test_what_follows_from_examples_is_noted(config_file, capsys):
+  speed.main([f'--config={config_file}', '--methods=light_peft', '--rounds=1'])
+  assert 'light_peft: at most so much is trained' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
   ('flag', 'message'),
   [
