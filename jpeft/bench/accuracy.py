@@ -195,6 +195,8 @@ def settings(config) -> str:
     'epochs': config.epochs,
     'steps': config.steps,
   }
+  if given.get('start') is None:  # nothing to take a head from
+    given.pop('start_head', None)
   return ', '.join(f'{key}={value}' for key, value in given.items() if value is not None)
 
 

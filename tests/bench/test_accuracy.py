@@ -120,6 +120,12 @@ def test_another_weight_decay_is_another_setting():
   assert accuracy._stale([old], [new]) == []
 
 
+def test_where_a_start_is_from_is_a_setting_only_of_a_start(load):
+  assert 'start' not in accuracy.settings(load('linear'))
+  started = accuracy.settings(load('linear', **{'method.start': 'theta.safetensors'}))
+  assert 'start=theta.safetensors, start_head=True' in started
+
+
 @pytest.mark.parametrize(
   ('flag', 'message'),
   [
