@@ -150,12 +150,14 @@ def test_folders_compute_the_same_both_ways(kind, name, tmp_path):
   want = trained(name, tmp_path / 'peft', **filled(kind, name))
   loaded = models.load(GOLDEN / name, scan=kind in ('patterns', 'dora'))
   tuned, theta = put_on(loaded, tmp_path / 'peft', name)
-  close(ours(loaded, tuned, theta, name), want, 1e-5)
-  jpeft.save_adapter(tmp_path / 'ours', loaded, theta, tuned=tuned)
+  bound = 1e-5
   if kind in STARTS:
-    # peft takes matrices apart in float32, and is up to 7e-6 off what its folder means. The folder
-    # written here is plain LoRA, which loses nothing.
-    want = exact(kind, name, tmp_path / 'peft')
+    # peft takes matrices apart in float32 and is itself up to 1.1e-5 off what its folder means, by
+    # the machine. Held against that meaning, what is read is to be as near as what is written.
+    theirs, want, bound = want, exact(kind, name, tmp_path / 'peft'), 1e-6
+    close(theirs, want, 2e-5)
+  close(ours(loaded, tuned, theta, name), want, bound)
+  jpeft.save_adapter(tmp_path / 'ours', loaded, theta, tuned=tuned)
   close(reopened(name, tmp_path / 'ours'), want, 1e-6)
 
 
