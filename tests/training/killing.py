@@ -1,6 +1,7 @@
 """What tests need that kill runs: when to, and whether nothing is lost."""
 
 import json
+import math
 import os
 import pathlib
 import re
@@ -93,7 +94,7 @@ def assert_same(folder, other, steps, arrays=2):
   logs = [[(row['step'], row['split'], values(row)) for row in log] for log in rows]
   assert logs[0] == logs[1]
   written = [split for _, split, _ in logs[0] if split != 'untuned']
-  assert len(written) == steps + steps // 7 + 1  # log.every=1, eval.every=7
+  assert len(written) == steps + math.ceil(steps / 7)  # log.every=1, eval.every=7, and the end
   for name in ('theta.safetensors', 'best.safetensors'):
     a, b = load_file(folder / name), load_file(other / name)
     assert a.keys() == b.keys() and len(a) == arrays

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -54,7 +55,7 @@ def test_a_run_that_is_killed_in_its_pass_finds_the_same(start, tmp_path, method
   assert not (killed / 'config.json').exists()  # the next command finds an empty folder
 
   process = start(killed, method)
-  killing.reached(process, killed, 8)
+  killing.reached(process, killed, 11)  # the save at 10 waits for the one at 5
   process.send_signal(signal.SIGKILL)
   process.communicate(timeout=120)
   told = ended(start(killed, method))
@@ -67,7 +68,7 @@ def test_a_run_that_is_killed_in_its_pass_finds_the_same(start, tmp_path, method
 
   # Another file in its place is not taken.
   found = load_file(files[1])
-  save_file({name: 0 * x for name, x in found.items()}, files[1])
+  save_file({name: np.zeros_like(x) for name, x in found.items()}, files[1])
   (killed / 'report.json').unlink()
   process = start(killed, method)
   _, told = process.communicate(timeout=120)
