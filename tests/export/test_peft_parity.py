@@ -146,19 +146,25 @@ def exact(kind, name, folder):
 
 @pytest.mark.parametrize('name', MODELS)
 @pytest.mark.parametrize('kind', KINDS)
-def test_folders_compute_the_same_both_ways(kind, name, tmp_path):
+def test_folders_compute_the_same_both_ways(request, kind, name, tmp_path):
   want = trained(name, tmp_path / 'peft', **filled(kind, name))
   loaded = models.load(GOLDEN / name, scan=kind in ('patterns', 'dora'))
   tuned, theta = put_on(loaded, tmp_path / 'peft', name)
-  bound = 1e-5
-  if kind in STARTS:
-    # peft takes matrices apart in float32 and is itself up to 1.1e-5 off what its folder means, by
-    # the machine. Held against that meaning, what is read is to be as near as what is written.
-    theirs, want, bound = want, exact(kind, name, tmp_path / 'peft'), 1e-6
-    close(theirs, want, 2e-5)
-  close(ours(loaded, tuned, theta, name), want, bound)
+  got = ours(loaded, tuned, theta, name)
   jpeft.save_adapter(tmp_path / 'ours', loaded, theta, tuned=tuned)
-  close(reopened(name, tmp_path / 'ours'), want, 1e-6)
+  again = reopened(name, tmp_path / 'ours')
+  if kind in STARTS:
+    # peft takes matrices apart in float32 and is itself off what its folder means. What is read
+    # here, and the folder written here, which is plain LoRA, lose nothing.
+    meant = exact(kind, name, tmp_path / 'peft')
+    close(got, meant, 1e-6)
+    close(again, meant, 1e-6)
+  else:
+    close(again, want, 1e-6)
+  if (kind, name) == ('pissa', 't5'):
+    reason = 'peft is 1.08e-5 off what its folder means, on some machines'
+    request.applymarker(pytest.mark.xfail(strict=False, reason=reason))
+  close(got, want, 1e-5)
 
 
 @pytest.mark.parametrize('name', MODELS)
